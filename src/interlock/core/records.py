@@ -1,0 +1,295 @@
+"""What is kept of an instance and of what was asked of it, and the shapes in which the core answers.
+
+Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`); they are
+compared only with other times of the same store. What a record means to a hypervisor (`Spec`) is data here.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.states import NO_TASK, PowerState, VmState
+
+AnswerT = TypeVar("AnswerT")
+
+
+class Status(StrEnum):
+    """Where a request stands. The last four are ends, and a request reaches exactly one of them."""
+
+    QUEUED = "queued"
+    IN_FLIGHT = "in_flight"
+    UNKNOWN = "unknown"
+    """In flight, with an outcome that cannot be known until the hypervisor has been inspected."""
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+
+
+ENDS = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.SUPERSEDED})
+SERVED = frozenset({Status.IN_FLIGHT, Status.UNKNOWN})
+
+
+class Outcome(StrEnum):
+    """What a worker says of a request that it served."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    """It stopped half-way because it was asked to, and left the instance as it had found it."""
+    UNKNOWN = "unknown"
+
+
+class GuestEvent(StrEnum):
+    """What a hypervisor tells of its own accord."""
+
+    STOPPED = "stopped"
+    """The guest powered itself off."""
+    RESET = "reset"
+    """The guest rebooted itself."""
+    CRASHED = "crashed"
+    """The guest panicked."""
+    VANISHED = "vanished"
+    """What held the guest is gone, and nobody asked for that."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One asked-for operation."""
+
+    id: str
+    instance_id: str
+    operation: Operation
+    parameters: dict[str, Any] = {}
+    requested_by: str
+    role: str = "member"
+    rule: str
+    """The id of the rule that admitted it."""
+    admitted_at_ms: int
+    status: Status = Status.QUEUED
+    preempts: bool = False
+    """Whether it goes before everything that waits."""
+    in_turn: bool = True
+    """Whether it was judged on the foreseen state too, and so holds the promise of law 2."""
+    phase: str | None = None
+    """The task state while it is served; the last one after it has ended."""
+    progress: float | None = None
+    """How much of the phase is done, 0 to 1, where the operation can tell."""
+    detail: str | None = None
+    """What the worker last said for people, such as `waiting for the guest to power off`."""
+    fence: int = 0
+    """The instance's fence when it was taken; its worker may act only while the two are equal."""
+    taken_at_ms: int | None = None
+    last_progress_at_ms: int | None = None
+    interrupt_at_ms: int | None = None
+    """When its worker was asked to stop half-way; None while it was not."""
+    interrupt_deadline_ms: int | None = None
+    """When it is fenced if its worker has not confirmed by then."""
+    interrupted_for: str | None = None
+    """The id of the request that preempts it; None when it is being cancelled by its owner."""
+    ended_at_ms: int | None = None
+    reason: str | None = None
+    """Why it ended as it did, as a stable code; None when it succeeded."""
+    message: str | None = None
+    """The same for people."""
+
+    @property
+    def lane(self) -> Lane:
+        return CATALOGUE[self.operation].lane
+
+    @property
+    def hard(self) -> bool:
+        return self.parameters.get("hard") is True
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """What an instance boots. A `disk` image is the base of its root disk; a `kernel` image is booted directly."""
+
+    id: str
+    name: str
+    kind: str
+    """`disk` or `kernel`."""
+    format: str = "raw"
+    """Of a `disk` image: `raw` or `qcow2`."""
+    path: str
+    """The disk, or the kernel, inside the server's image folder."""
+    initrd: str | None = None
+    cmdline: str | None = None
+    size_bytes: int
+    """The size that the guest sees, for a disk."""
+    sha256: str
+    created_at_ms: int = 0
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """One disk of an instance: its root disk, or an attached volume."""
+
+    id: str
+    """`root`, or the volume's id."""
+    path: str
+    format: str = "qcow2"
+    read_only: bool = False
+
+
+class Forward(msgspec.Struct, frozen=True, kw_only=True):
+    """A TCP port of the guest, reachable on the host's loopback address."""
+
+    host_port: int
+    guest_port: int
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a hypervisor needs to know to hold an instance."""
+
+    image: Image
+    vcpus: int = 1
+    memory_mib: int = 128
+    root_gib: int = 0
+    """Size of the root disk on top of the image, in GiB; 0 keeps the image's own size, and a kernel image has none."""
+    disks: tuple[Disk, ...] = ()
+    """The attached volumes, in the order attached."""
+    forwards: tuple[Forward, ...] = ()
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM, with everything outstanding for it.
+
+    Invariants: at most one state change and one component change of `outstanding` are served, each under a fence no
+    greater than the instance's; what is served comes first in `outstanding`, then what preempts, then the rest in the
+    order admitted. `generation` grows with every change, `fence` whenever a worker loses the right to act.
+    """
+
+    id: str
+    name: str
+    project: str
+    host: str
+    vm_state: VmState = VmState.BUILDING
+    power_state: PowerState = PowerState.NONE
+    prior_vm_state: VmState | None = None
+    """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
+    generation: int = 0
+    fence: int = 0
+    created_at_ms: int = 0
+    updated_at_ms: int = 0
+    """The last sign of life: a state change, a phase, or progress."""
+    locked_by: str | None = None
+    blocked_operations: tuple[Operation, ...] = ()
+    tags: tuple[str, ...] = ()
+    error: str | None = None
+    """Why it is in error, for people; None in every other state."""
+    spec: Spec | None = None
+    outstanding: tuple[Request, ...] = ()
+
+    def served(self, lane: Lane) -> Request | None:
+        """The request that is being served in `lane`, or None."""
+        for request in self.outstanding:
+            if request.status in SERVED and request.lane is lane:
+                return request
+        return None
+
+    @property
+    def task_state(self) -> str:
+        """The phase of the state change being served, or `none`."""
+        serving = self.served(Lane.STATE)
+        return NO_TASK if serving is None else (serving.phase or NO_TASK)
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that somebody asks for, with the id it will have as a request if it is admitted."""
+
+    request_id: str
+    operation: Operation
+    parameters: dict[str, Any] = {}
+    requested_by: str
+    role: str = "member"
+    host_reachable: bool = True
+
+
+class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="admitted"):
+    """The request is kept, and will be permitted when its turn comes if everything before it succeeds."""
+
+    request: Request
+    rule: str
+    because: str | None = None
+    supersedes: tuple[str, ...] = ()
+    """Ids of the requests in flight that it ends, or asks to end."""
+    cancels: tuple[str, ...] = ()
+    """Ids of the waiting requests that no longer make sense after it."""
+
+
+class Redundant(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
+    """What is asked for holds already, or is already on its way."""
+
+    rule: str
+    reason: str
+    because: str | None = None
+    request: Request | None = None
+    """The earlier request that will bring it about; None when it holds already."""
+    allowed_at_ms: int | None = None
+    """When asking again would take over from that request, if it shows no life until then."""
+
+
+class Denied(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="denied"):
+    """Refused, with the rule that says so and, where there is one, the moment at which it would be admitted."""
+
+    operation: Operation
+    reason: str
+    rule: str
+    because: str | None = None
+    vm_state: VmState
+    """The state on which the rule decided: the instance's own, or the foreseen one."""
+    foreseen: bool = False
+    """Whether `vm_state` is the state that will hold when everything outstanding has succeeded."""
+    blocked_by: Request | None = None
+    allowed_at_ms: int | None = None
+
+
+Disposition = Admitted | Redundant | Denied
+
+
+class StaleFence(msgspec.Struct, frozen=True, kw_only=True):
+    """The worker that reported has lost the right to act; what it said was recorded and changed nothing."""
+
+    request_id: str
+    fence: int
+    """The fence it reported under."""
+    current_fence: int
+
+
+class Cancellation(StrEnum):
+    """What became of the wish to cancel a request."""
+
+    CANCELLED = "cancelled"
+    """It was waiting, and has ended."""
+    STOPPING = "stopping"
+    """It is being served; its worker was asked to stop half-way."""
+    TOO_LATE = "too_late"
+    """It is being served and cannot be stopped half-way, or it has ended."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened, as it is audited and told."""
+
+    kind: str
+    """`request.*`, `instance.*` or `guest.*`; the kinds are listed in docs/reference/events.md."""
+    instance_id: str
+    at_ms: int
+    generation: int
+    """The instance's generation after it."""
+    request_id: str | None = None
+    data: dict[str, Any] = {}
+    sequence: int = 0
+    """Its place in the store's history; given by the store when it is kept."""
+
+
+class Change(msgspec.Struct, Generic[AnswerT], frozen=True, kw_only=True):
+    """What a decision leads to. A store keeps all of it in one transaction, or none."""
+
+    instance: Instance
+    requests: tuple[Request, ...] = ()
+    """The requests that are new or changed, as they are now."""
+    events: tuple[Event, ...] = ()
+    answer: AnswerT
