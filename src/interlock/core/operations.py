@@ -91,7 +91,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     to: VmState | Landing
     """The vm_state once it has succeeded."""
     on_failure: VmState | None = None
-    """The vm_state once it has failed; None leaves the vm_state as it was, and the hypervisor tells if that is wrong."""
+    """The vm_state once it has failed; None leaves it as it was, and the hypervisor tells if that is wrong."""
     remembers: bool = False
     """Whether the vm_state it was asked in is kept, for a later operation that lands on `Landing.PRIOR`."""
     interruptible: bool = False
@@ -269,9 +269,7 @@ CATALOGUE: Final[dict[Operation, Entry]] = {entry.operation: entry for entry in 
 """Every operation's entry. Complete: a test compares its keys with `Operation`."""
 
 TASK_STATES: Final[tuple[str, ...]] = tuple(
-    dict.fromkeys(
-        phase for entry in _ENTRIES if entry.lane is Lane.STATE for phase in entry.phases + entry.hard_phases
-    )
+    dict.fromkeys(phase for entry in _ENTRIES if entry.lane is Lane.STATE for phase in entry.phases + entry.hard_phases)
 )
 """Every task_state but none: the phases of the state changes, in catalogue order."""
 

@@ -1,0 +1,272 @@
+"""What happens to requests after they were admitted: taken, progressing, finished, cancelled, expired.
+
+Each function takes an instance and what happened, and returns what that leads to. Workers are told apart by fence: one
+that reports under another fence than the instance's has lost the right to act, and gets `StaleFence`.
+"""
+
+from __future__ import annotations
+
+from interlock.core.errors import BrokenInvariant
+from interlock.core.operations import CATALOGUE, Lane, land
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import (
+    SERVED,
+    Cancellation,
+    Change,
+    GuestEvent,
+    Instance,
+    Outcome,
+    Request,
+    Spec,
+    StaleFence,
+    Status,
+)
+from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
+from interlock.core.states import EXECUTING_STATES, PowerState, VmState
+
+
+def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
+    """Give the next request of `lane` (None: of any) to a worker, under the instance's present fence.
+
+    The answer is None where nothing can be served now; the instance is then unchanged.
+    """
+    request = next_served(instance, lane)
+    if request is None:
+        return Change(instance=instance, answer=None)
+    draft = Draft(instance, now_ms)
+    taken = replace(
+        request,
+        status=Status.IN_FLIGHT,
+        phase=first_phase(request.operation, hard=request.hard),
+        fence=instance.fence,
+        taken_at_ms=now_ms,
+        last_progress_at_ms=now_ms,
+    )
+    draft.put(taken)
+    rest = tuple(other for other in draft.instance.outstanding if other.id != taken.id)
+    served = tuple(other for other in rest if other.status in SERVED)
+    queued = tuple(other for other in rest if other.status not in SERVED)
+    draft.instance = replace(draft.instance, outstanding=(*served, taken, *queued))
+    draft.alive()
+    draft.tell("request.taken", taken.id, operation=taken.operation.value, phase=taken.phase, fence=taken.fence)
+    return draft.change(taken)
+
+
+def progress(
+    instance: Instance,
+    request_id: str,
+    fence: int,
+    now_ms: int,
+    *,
+    phase: str | None = None,
+    fraction: float | None = None,
+    detail: str | None = None,
+) -> Change[Request | StaleFence]:
+    """Note a sign of life of a request in flight: a new phase, how far it is, or only that it lives.
+
+    Raises:
+        BrokenInvariant: the operation has no such phase.
+    """
+    request = _held(instance, request_id, fence)
+    if request is None:
+        return _stale(instance, request_id, fence, now_ms, "progress")
+    entry = CATALOGUE[request.operation]
+    if phase is not None and phase not in entry.phases + entry.hard_phases:
+        raise BrokenInvariant(f"{request.operation.value} has no phase {phase!r}.")
+    draft = Draft(instance, now_ms)
+    changed = replace(
+        request,
+        phase=phase or request.phase,
+        progress=fraction if fraction is not None or phase else request.progress,
+        detail=detail if detail is not None or phase else request.detail,
+        last_progress_at_ms=now_ms,
+    )
+    draft.put(changed)
+    draft.alive()
+    if (changed.phase, changed.progress, changed.detail) != (request.phase, request.progress, request.detail):
+        draft.tell(
+            "request.progress",
+            request_id,
+            operation=request.operation.value,
+            phase=changed.phase,
+            progress=changed.progress,
+            detail=changed.detail,
+        )
+    return draft.change(changed)
+
+
+def finish(
+    instance: Instance,
+    request_id: str,
+    fence: int,
+    outcome: Outcome,
+    policy: CompiledPolicy,
+    now_ms: int,
+    *,
+    message: str | None = None,
+    power_state: PowerState | None = None,
+    spec: Spec | None = None,
+) -> Change[Request | StaleFence]:
+    """Note how serving a request came out, and judge what waits again.
+
+    `power_state` and `spec` are what the hypervisor shows and holds now, where the worker knows. An unknown outcome is
+    not an end (law 10): the request keeps its place until it is finished with another.
+    """
+    request = _held(instance, request_id, fence)
+    if request is None:
+        return _stale(instance, request_id, fence, now_ms, "finish")
+    draft = Draft(instance, now_ms)
+    draft.alive()
+    if power_state is not None:
+        draft.instance = replace(draft.instance, power_state=power_state)
+    if outcome is Outcome.UNKNOWN:
+        kept = draft.put(replace(request, status=Status.UNKNOWN, message=message))
+        draft.tell("request.unknown", request.id, operation=request.operation.value, message=message)
+        return draft.change(kept)
+    if spec is not None:
+        draft.instance = replace(draft.instance, spec=spec)
+    if request.lane is Lane.STATE:
+        _settle(draft, request, outcome, message)
+    draft.end(request, *_end(request, outcome, message))
+    judge_again(draft, policy)
+    return draft.change(draft.requests[request.id])
+
+
+def _end(request: Request, outcome: Outcome, message: str | None) -> tuple[Status, str | None, str | None]:
+    match outcome:
+        case Outcome.SUCCEEDED:
+            return Status.SUCCEEDED, None, message
+        case Outcome.INTERRUPTED if request.interrupted_for is not None:
+            return Status.SUPERSEDED, "superseded", message or f"Stopped half-way for {request.interrupted_for}."
+        case Outcome.INTERRUPTED:
+            return Status.CANCELLED, "interrupted", message or "Stopped half-way, and undone."
+        case _:
+            return Status.FAILED, "failed", message
+
+
+def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None) -> None:
+    """Move the instance to where the outcome leads."""
+    before = draft.instance
+    state, prior = before.vm_state, before.prior_vm_state
+    if outcome is Outcome.SUCCEEDED:
+        state, prior = land(request.operation, state, prior)
+    elif outcome is Outcome.FAILED:
+        state = CATALOGUE[request.operation].on_failure or state
+    _move(draft, state, prior, message if outcome is Outcome.FAILED else None, request.id)
+
+
+def _move(
+    draft: Draft, state: VmState, prior: VmState | None, error: str | None, request_id: str | None = None
+) -> None:
+    before = draft.instance
+    kept_error = (error or before.error) if state is VmState.ERROR else None
+    draft.instance = replace(before, vm_state=state, prior_vm_state=prior, error=kept_error)
+    if state is not before.vm_state:
+        draft.tell("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
+
+
+def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_ms: int) -> Change[None]:
+    """Note what the hypervisor told of its own accord, and judge what waits again.
+
+    A guest that powers itself off is stopped; one that panicked, or whose process is gone, is in error, since only its
+    owner can say what it should be. What is in flight goes on: its worker finds what is there.
+    """
+    draft = Draft(instance, now_ms)
+    state, power, error = instance.vm_state, instance.power_state, None
+    match event:
+        case GuestEvent.STOPPED:
+            state, power = VmState.STOPPED, PowerState.SHUTDOWN
+        case GuestEvent.CRASHED:
+            state, power, error = VmState.ERROR, PowerState.CRASHED, "The guest crashed."
+        case GuestEvent.VANISHED:
+            state, power, error = VmState.ERROR, PowerState.NONE, "What held the guest ended unexpectedly."
+        case GuestEvent.RESET:
+            pass
+    if instance.vm_state not in EXECUTING_STATES:
+        state, error = instance.vm_state, None
+    draft.alive()
+    draft.tell(f"guest.{event.value}")
+    draft.instance = replace(draft.instance, power_state=power)
+    prior = instance.prior_vm_state if state is instance.vm_state else None
+    _move(draft, state, prior, error)
+    if event is not GuestEvent.RESET:
+        judge_again(draft, policy)
+    return draft.change(None)
+
+
+def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str, now_ms: int) -> Change[Cancellation]:
+    """Withdraw a request: at once if it waits, by asking its worker if that can stop half-way, else not at all."""
+    request = next((other for other in instance.outstanding if other.id == request_id), None)
+    if request is None:
+        return Change(instance=instance, answer=Cancellation.TOO_LATE)
+    draft = Draft(instance, now_ms)
+    if request.status is Status.QUEUED:
+        draft.end(request, Status.CANCELLED, "cancelled", f"Cancelled by {by}.")
+        judge_again(draft, policy)
+        return draft.change(Cancellation.CANCELLED)
+    if not CATALOGUE[request.operation].interruptible:
+        return Change(instance=instance, answer=Cancellation.TOO_LATE)
+    if request.interrupt_at_ms is None:
+        draft.put(replace(request, interrupt_at_ms=now_ms))
+        draft.tell("request.interrupting", request.id, by=by)
+        return draft.change(Cancellation.STOPPING)
+    return Change(instance=instance, answer=Cancellation.STOPPING)
+
+
+def expire(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
+    """Fence what was asked to stop and did not confirm in time; the answer is the ids of those."""
+    deadline = next_deadline_ms(instance)
+    if deadline is None or deadline > now_ms:
+        return Change(instance=instance, answer=())
+    draft = Draft(instance, now_ms)
+    due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)
+    fenced = draft.fence_off(due.interrupted_for, "It was asked to stop and did not confirm in time.")
+    judge_again(draft, policy)
+    return draft.change(fenced)
+
+
+def next_deadline_ms(instance: Instance) -> int | None:
+    """When `expire` has something to do next, or None."""
+    deadlines = [
+        request.interrupt_deadline_ms for request in instance.outstanding if request.interrupt_deadline_ms is not None
+    ]
+    return min(deadlines, default=None)
+
+
+def adopt(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:
+    """Take over what a worker that is gone was serving; the answer is what has to be looked into.
+
+    The fence grows, so that the old worker cannot act if it was only thought gone, and each request waits in `unknown`
+    under the new fence. Its age starts afresh: how long nobody watched says nothing about the guest (law 6).
+    """
+    if not any(request.status in SERVED for request in instance.outstanding):
+        return Change(instance=instance, answer=())
+    draft = Draft(instance, now_ms)
+    fence = instance.fence + 1
+    draft.instance = replace(instance, fence=fence)
+    for request in instance.outstanding:
+        if request.status in SERVED:
+            draft.put(replace(request, status=Status.UNKNOWN, fence=fence, last_progress_at_ms=now_ms))
+    draft.alive()
+    served = tuple(request for request in draft.instance.outstanding if request.status in SERVED)
+    draft.tell("instance.adopted", None, fence=fence, requests=[request.id for request in served])
+    return draft.change(served)
+
+
+def _held(instance: Instance, request_id: str, fence: int) -> Request | None:
+    """The request, if its worker still has the right to act on it."""
+    if fence != instance.fence:
+        return None
+    for request in instance.outstanding:
+        if request.id == request_id and request.status in SERVED and request.fence == fence:
+            return request
+    return None
+
+
+def _stale(instance: Instance, request_id: str, fence: int, now_ms: int, attempt: str) -> Change[Request | StaleFence]:
+    """Refuse a worker that has lost its right, and record that it tried (law 4)."""
+    draft = Draft(instance, now_ms)
+    draft.generation = instance.generation
+    draft.tell("request.fenced", request_id, fence=fence, current_fence=instance.fence, attempt=attempt)
+    answer = StaleFence(request_id=request_id, fence=fence, current_fence=instance.fence)
+    return Change(instance=instance, events=tuple(draft.events), answer=answer)
