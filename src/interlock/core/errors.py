@@ -8,6 +8,8 @@
     ├── KeyReused            an idempotency key came back with a different body
     ├── GenerationMismatch   the caller's If-Match is not the instance's generation
     ├── Invalid              the caller's input is wrong: what, where, and what was expected
+    ├── Forbidden            the caller's role may not do this at all
+    ├── InUse                something else uses it, so it cannot be removed or taken
     ├── StoreError           the store cannot keep or give what was asked
     │   ├── StoreCorrupt
     │   ├── StoreNewer       written by a newer Interlock
@@ -61,6 +63,14 @@ class GenerationMismatch(InterlockError):
 
 class Invalid(InterlockError):
     """The caller's input is wrong."""
+
+
+class Forbidden(InterlockError):
+    """The caller's role may not do this at all."""
+
+
+class InUse(InterlockError):
+    """Something else uses it, so it cannot be removed or taken."""
 
 
 class StoreError(InterlockError):

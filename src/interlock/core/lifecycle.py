@@ -116,13 +116,14 @@ def finish(
     if request is None:
         return _stale(instance, request_id, fence, now_ms, "finish")
     draft = Draft(instance, now_ms)
-    draft.alive()
     if power_state is not None:
         draft.instance = replace(draft.instance, power_state=power_state)
     if outcome is Outcome.UNKNOWN:
+        # No sign of life: its worker lives, but what it asked for gave no answer, and may be taken over.
         kept = draft.put(replace(request, status=Status.UNKNOWN, message=message))
         draft.tell("request.unknown", request.id, operation=request.operation.value, message=message)
         return draft.change(kept)
+    draft.alive()
     if spec is not None:
         draft.instance = replace(draft.instance, spec=spec)
     if request.lane is Lane.STATE:
