@@ -1,0 +1,368 @@
+"""Instances and what is asked of them: create, submit, cancel, describe, wait."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from interlock.core import admission, lifecycle
+from interlock.core.errors import GenerationMismatch, Invalid, InUse, NotFound
+from interlock.core.operations import Operation
+from interlock.core.policy import CompiledPolicy, Verdict
+from interlock.core.records import (
+    ENDS,
+    Admitted,
+    Cancellation,
+    Change,
+    Denied,
+    Disposition,
+    Event,
+    Forward,
+    Instance,
+    Redundant,
+    Request,
+    Spec,
+    Submission,
+)
+from interlock.policies import explaining
+from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store, Volume
+from interlock.service.callers import Caller
+from interlock.service.inventory import Inventory
+from interlock.service.watching import EVERYTHING, Watch
+from interlock.service.wishes import NewInstance, NewRequest, check_name, check_parameters, is_id
+
+EVENTS_PAGE = 500
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a submission, with what a caller needs to go on."""
+
+    disposition: Disposition
+    instance: Instance
+    allowed_instead: tuple[Operation, ...] = ()
+    """For a refusal: what would be admitted now."""
+
+
+class Stuck(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance whose operation has shown no life for longer than the policy waits for it."""
+
+    instance: Instance
+    request: Request
+    silent_since_ms: int
+    allowed: tuple[Operation, ...]
+    """What would be admitted now."""
+    takes_over: tuple[Operation, ...]
+    """Those among them that would take over from the stuck operation."""
+
+
+class _TurnedAway(Exception):  # noqa: N818 - carries an answer out of a decision that keeps nothing
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Instances:
+    """The verbs on instances and requests. Each takes the caller, for whom only its own project exists."""
+
+    def __init__(
+        self,
+        store: Store,
+        policy: CompiledPolicy,
+        hypervisor: Hypervisor,
+        inventory: Inventory,
+        new_id: Callable[[], str],
+        host: str,
+        memory_mib_max: int,
+    ) -> None:
+        self._store = store
+        self.policy = policy
+        self._hypervisor = hypervisor
+        self._inventory = inventory
+        self._new_id = new_id
+        self._host = host
+        self._memory_mib_max = memory_mib_max
+        self.watch = Watch()
+        self._unlisten = store.listen(self.watch.ring)
+
+    def close(self) -> None:
+        """Release everyone who waits."""
+        self._unlisten()
+        self.watch.close()
+
+    def now_ms(self) -> int:
+        return self._store.now_ms()
+
+    # ------------------------------------------------------------------------------------------------- submitting
+
+    async def create(self, caller: Caller, wish: NewInstance, key: str | None = None) -> Answer:
+        """Record a new instance and, unless it is not to be started, admit its creation.
+
+        The disposition is `Redundant` with the rule `recorded` when there was nothing to start.
+
+        Raises:
+            Invalid, NotFound (image), NameTaken, KeyReused.
+        """
+        caller.require(Role.MEMBER, "create instances")
+        check_name(wish.name, "name")
+        if wish.memory_mib > self._memory_mib_max:
+            raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
+        image = await self._inventory.find_image(wish.image)
+        spec = Spec(
+            image=image,
+            vcpus=wish.vcpus,
+            memory_mib=wish.memory_mib,
+            root_gib=wish.root_gib,
+            forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in wish.forwards),
+        )
+        instance_id = self._new_id()
+        submission = self._submission(caller, Operation.CREATE, {})
+
+        def decide(now_ms: int) -> Change[Disposition]:
+            instance = Instance(
+                id=instance_id,
+                name=wish.name,
+                project=caller.project,
+                host=self._host,
+                created_at_ms=now_ms,
+                updated_at_ms=now_ms,
+                tags=wish.tags,
+                blocked_operations=wish.blocked_operations,
+                spec=spec,
+            )
+            created = _created(instance, caller, now_ms)
+            if not wish.start:
+                recorded = Redundant(
+                    rule="recorded", reason="recorded", because="Recorded; a start makes and boots it."
+                )
+                return Change(instance=created.instance, events=created.events, answer=recorded)
+            change = admission.admit(created.instance, submission, self.policy, now_ms)
+            if not isinstance(change.answer, Admitted):
+                raise _TurnedAway(Answer(disposition=change.answer, instance=instance))
+            return msgspec.structs.replace(change, events=created.events + change.events)
+
+        try:
+            disposition = await self._store.create(decide, _key(caller, key, "create", wish))
+        except _TurnedAway as refusal:
+            return refusal.answer
+        if isinstance(disposition, Admitted):
+            instance_id = disposition.request.instance_id
+            kept = await self._store.instance(instance_id)
+        else:
+            kept = await self._store.instance_named(caller.project, wish.name)
+        if kept is None:
+            raise NotFound(f"The instance {wish.name} was deleted meanwhile.")
+        return Answer(disposition=disposition, instance=kept)
+
+    async def submit(
+        self,
+        caller: Caller,
+        reference: str,
+        wish: NewRequest,
+        key: str | None = None,
+        if_generation: int | None = None,
+    ) -> Answer:
+        """Ask for an operation. What the gate says comes back as a value, also when it refuses.
+
+        Raises:
+            Invalid, NotFound (instance or volume), GenerationMismatch, KeyReused, InUse (volume).
+        """
+        parameters = check_parameters(wish.operation, wish.parameters)
+        instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
+        if "volume" in parameters:
+            volume = await self._usable_volume(caller, wish.operation, instance_id, parameters["volume"])
+            parameters = {**parameters, "volume": volume.id}
+        submission = self._submission(caller, wish.operation, parameters)
+        judged: list[Instance] = []
+
+        def decide(instance: Instance, now_ms: int) -> Change[Disposition]:
+            if instance.project != caller.project:
+                raise _unknown(reference)
+            if if_generation is not None and instance.generation != if_generation:
+                raise GenerationMismatch(
+                    f"The instance is at generation {instance.generation}, not {if_generation}.",
+                    remedy="Read it again, and decide on what it is now.",
+                )
+            change = admission.admit(instance, submission, self.policy, now_ms)
+            judged[:] = [change.instance]
+            return change
+
+        key_kept = _key(caller, key, instance_id, wish)
+        disposition = await self._store.change(instance_id, decide, key_kept)
+        if judged:
+            instance = judged[0]
+        else:
+            instance = await self.describe(caller, instance_id)
+        return self.with_ways_out(caller, Answer(disposition=disposition, instance=instance))
+
+    def with_ways_out(self, caller: Caller, answer: Answer) -> Answer:
+        """The answer with what would be admitted instead, if it is a refusal."""
+        if not isinstance(answer.disposition, Denied):
+            return answer
+        allowed = explaining.allowed_now(
+            answer.instance, caller.role.value, caller.name, self.policy, self._store.now_ms()
+        )
+        return msgspec.structs.replace(answer, allowed_instead=allowed)
+
+    async def _usable_volume(self, caller: Caller, operation: Operation, instance_id: str, reference: str) -> Volume:
+        volume = await self._inventory.find_volume(caller, reference)
+        if operation is Operation.ATTACH_VOLUME and volume.attached_to not in {None, instance_id}:
+            raise InUse(
+                f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
+                remedy="Detach it there first.",
+            )
+        return volume
+
+    def _submission(self, caller: Caller, operation: Operation, parameters: dict[str, Any]) -> Submission:
+        return Submission(
+            request_id=self._new_id(),
+            operation=operation,
+            parameters=parameters,
+            requested_by=caller.name,
+            role=caller.role.value,
+        )
+
+    async def cancel(self, caller: Caller, request_id: str) -> tuple[Cancellation, Request]:
+        """Withdraw a request, and say what became of that with the request as it is now. Raises `NotFound`."""
+        caller.require(Role.MEMBER, "cancel requests")
+        request = await self.request(caller, request_id)
+
+        def decide(instance: Instance, now_ms: int) -> Change[Cancellation]:
+            return lifecycle.cancel(instance, request_id, self.policy, caller.name, now_ms)
+
+        outcome = await self._store.change(request.instance_id, decide)
+        return outcome, await self.request(caller, request_id)
+
+    # ------------------------------------------------------------------------------------------------- describing
+
+    async def describe(self, caller: Caller, reference: str) -> Instance:
+        """The instance of that id or name. Raises `NotFound`."""
+        if is_id(reference):
+            instance = await self._store.instance(reference)
+        else:
+            instance = await self._store.instance_named(caller.project, reference)
+        if instance is None or instance.project != caller.project:
+            raise _unknown(reference)
+        return instance
+
+    async def wait(self, caller: Caller, reference: str, after_generation: int, wait_ms: int) -> Instance:
+        """The instance as soon as its generation is greater than that, or as it is when the time has passed."""
+        instance = await self.describe(caller, reference)
+
+        async def newer() -> Instance | None:
+            latest = await self._store.instance(instance.id)
+            return latest if latest is not None and latest.generation > after_generation else None
+
+        found = await self.watch.until(instance.id, newer, wait_ms)
+        return found if found is not None else await self.describe(caller, instance.id)
+
+    async def list(self, caller: Caller, where: InstanceFilter, limit: int, cursor: str | None) -> Page:
+        """The caller's instances, oldest first. Raises `Invalid` for a cursor that no page gave."""
+        return await self._store.instances(msgspec.structs.replace(where, project=caller.project), limit, cursor)
+
+    async def request(self, caller: Caller, request_id: str, wait_ms: int = 0) -> Request:
+        """The request, as soon as it has ended or the time has passed. Raises `NotFound`."""
+        request = await self._store.request(request_id)
+        if request is None or (await self._store.instance(request.instance_id) or _NOBODYS).project != caller.project:
+            raise NotFound(f"There is no request {request_id[:80]}.")
+        if wait_ms <= 0 or request.status in ENDS:
+            return request
+
+        async def ended() -> Request | None:
+            latest = await self._store.request(request_id)
+            return latest if latest is not None and latest.status in ENDS else None
+
+        found = await self.watch.until(request.instance_id, ended, wait_ms)
+        return found or await self._store.request(request_id) or request
+
+    async def requests(self, caller: Caller, reference: str, limit: int, cursor: str | None) -> Page:
+        """The instance's requests, newest first. Raises `NotFound`, or `Invalid` for a wrong cursor."""
+        instance = await self.describe(caller, reference)
+        return await self._store.requests(instance.id, limit, cursor)
+
+    async def allowed(self, caller: Caller, reference: str) -> tuple[Instance, dict[Operation, Disposition]]:
+        """What the gate would say now to each operation, from this caller. Raises `NotFound`."""
+        instance = await self.describe(caller, reference)
+        answers = explaining.dispositions(instance, caller.role.value, caller.name, self.policy, self._store.now_ms())
+        return instance, answers
+
+    async def stuck(self, caller: Caller) -> tuple[Stuck, ...]:
+        """The caller's instances that something could take over now, those silent longest first."""
+        found = []
+        takeovers = {rule.id for rule in self.policy.rules if rule.verdict is Verdict.AFTER}
+        for instance in await self._store.unsettled():
+            serving = next((one for one in instance.outstanding if one.last_progress_at_ms is not None), None)
+            if instance.project != caller.project or serving is None:
+                continue
+            now_ms = self._store.now_ms()
+            answers = explaining.dispositions(instance, Role.ADMIN.value, caller.name, self.policy, now_ms)
+            admitted = {op: one for op, one in answers.items() if isinstance(one, Admitted)}
+            over = tuple(op for op, one in admitted.items() if one.rule in takeovers)
+            if over:
+                found.append(
+                    Stuck(
+                        instance=instance,
+                        request=serving,
+                        silent_since_ms=serving.last_progress_at_ms or 0,
+                        allowed=tuple(admitted),
+                        takes_over=over,
+                    )
+                )
+        return tuple(sorted(found, key=lambda one: one.silent_since_ms))
+
+    def console_path(self, instance: Instance) -> Path | None:
+        """The file of the instance's serial console, or None if there is none."""
+        return self._hypervisor.console_path(instance.id)
+
+    # ---------------------------------------------------------------------------------------------------- events
+
+    async def events(self, caller: Caller, reference: str, after: int, limit: int) -> tuple[Event, ...]:
+        """The instance's events with a greater sequence than `after`, in order. Raises `NotFound`."""
+        instance = await self.describe(caller, reference)
+        return await self._store.events(after, limit, instance_id=instance.id)
+
+    async def last_event(self) -> int:
+        """The sequence of the newest event."""
+        return await self._store.last_event()
+
+    async def follow(
+        self, caller: Caller, after: int, idle_ms: int, instance_id: str | None = None
+    ) -> AsyncIterator[tuple[Event, ...]]:
+        """The project's events after that sequence as they come, in order; an empty tuple after each idle time."""
+
+        async def more() -> tuple[Event, ...] | None:
+            return await self._store.events(after, EVENTS_PAGE, instance_id=instance_id, project=caller.project) or None
+
+        while True:
+            events = await self.watch.until(instance_id or EVERYTHING, more, idle_ms) or ()
+            yield events
+            if events:
+                after = events[-1].sequence
+
+
+_NOBODYS = Instance(id="", name="", project="", host="")
+
+
+def _created(instance: Instance, caller: Caller, now_ms: int) -> Change[None]:
+    event = Event(
+        kind="instance.created",
+        instance_id=instance.id,
+        at_ms=now_ms,
+        generation=instance.generation,
+        data={"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value},
+    )
+    return Change(instance=instance, events=(event,), answer=None)
+
+
+def _unknown(reference: str) -> NotFound:
+    return NotFound(f"There is no instance {reference[:80]}.", remedy="List them with `interlock vm list`.")
+
+
+def _key(caller: Caller, key: str | None, target: str, wish: msgspec.Struct) -> IdempotencyKey | None:
+    if key is None:
+        return None
+    fingerprint = hashlib.sha256(target.encode() + b"\0" + msgspec.json.encode(wish)).hexdigest()
+    return IdempotencyKey(scope=caller.token_id, key=key, fingerprint=fingerprint)

@@ -1,0 +1,141 @@
+"""Images and volumes: bring in, list, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from interlock.core.errors import Invalid, InUse, NameTaken, NotFound
+from interlock.core.records import Image, Instance
+from interlock.ports import ImageFiles, InstanceFilter, Role, Store, Volume, VolumeFiles
+from interlock.service.callers import Caller
+from interlock.service.wishes import NewVolume, check_name
+
+MIB = 1024 * 1024
+
+
+class Inventory:
+    """The verbs on images, which all projects share, and on volumes, which belong to one."""
+
+    def __init__(
+        self,
+        store: Store,
+        image_files: ImageFiles,
+        volume_files: VolumeFiles,
+        new_id: Callable[[], str],
+        volume_gib_max: int,
+    ) -> None:
+        self._store = store
+        self._image_files = image_files
+        self._volume_files = volume_files
+        self._new_id = new_id
+        self._volume_gib_max = volume_gib_max
+
+    # ----------------------------------------------------------------------------------------------------- images
+
+    async def add_disk_image(self, caller: Caller, name: str, disk: Path, sha256: str | None = None) -> Image:
+        """Inspect a disk image and bring it in. Raises `Invalid`, `NameTaken`, `Forbidden`, `StoreFull`."""
+        await self._check_new_image(caller, name)
+        return await self._keep(await self._image_files.bring_disk(self._new_id(), name, disk, sha256))
+
+    async def add_kernel_image(
+        self, caller: Caller, name: str, kernel: Path, initrd: Path | None, cmdline: str
+    ) -> Image:
+        """Bring in a kernel that is booted directly. Raises as `add_disk_image`."""
+        await self._check_new_image(caller, name)
+        return await self._keep(await self._image_files.bring_kernel(self._new_id(), name, kernel, initrd, cmdline))
+
+    async def build_small_image(self, caller: Caller, name: str) -> Image:
+        """Build the small guest from the distribution's packages. Raises also `Unavailable`."""
+        await self._check_new_image(caller, name)
+        return await self._keep(await self._image_files.build_small(self._new_id(), name))
+
+    async def _check_new_image(self, caller: Caller, name: str) -> None:
+        caller.require(Role.ADMIN, "add images")
+        check_name(name, "name")
+        if any(image.name == name for image in await self._store.images()):
+            raise NameTaken(f"There is an image named {name} already.", remedy="Choose another name.")
+
+    async def _keep(self, image: Image) -> Image:
+        try:
+            await self._store.put_image(image)
+        except BaseException:
+            await self._image_files.remove(image)
+            raise
+        return image
+
+    async def images(self) -> tuple[Image, ...]:
+        return await self._store.images()
+
+    async def find_image(self, reference: str) -> Image:
+        """The image of that id or name. Raises `NotFound`."""
+        for image in await self._store.images():
+            if reference in {image.id, image.name}:
+                return image
+        raise NotFound(f"There is no image {reference[:80]}.", remedy="List them with `interlock image list`.")
+
+    async def delete_image(self, caller: Caller, reference: str) -> None:
+        """Remove an image that no instance uses. Raises `NotFound`, `InUse`, `Forbidden`."""
+        caller.require(Role.ADMIN, "delete images")
+        image = await self.find_image(reference)
+        user = await self._user_of(image)
+        if user is not None:
+            raise InUse(f"The image {image.name} is used by the instance {user.name}.", remedy="Delete that first.")
+        await self._store.delete_image(image.id)
+        await self._image_files.remove(image)
+
+    async def _user_of(self, image: Image) -> Instance | None:
+        cursor: str | None = None
+        while True:
+            page = await self._store.instances(InstanceFilter(), 500, cursor)
+            for instance in page.items:
+                if isinstance(instance, Instance) and instance.spec and instance.spec.image.id == image.id:
+                    return instance
+            if page.next_cursor is None:
+                return None
+            cursor = page.next_cursor
+
+    # ---------------------------------------------------------------------------------------------------- volumes
+
+    async def make_volume(self, caller: Caller, wish: NewVolume) -> Volume:
+        """Make an empty volume. Raises `Invalid`, `NameTaken`, `StoreFull`."""
+        caller.require(Role.MEMBER, "make volumes")
+        check_name(wish.name, "name")
+        if wish.size_mib > self._volume_gib_max * 1024:
+            raise Invalid(f"size_mib: {wish.size_mib} is more than is allowed here ({self._volume_gib_max * 1024}).")
+        if any(volume.name == wish.name for volume in await self._store.volumes(caller.project)):
+            raise NameTaken(f"There is a volume named {wish.name} already.", remedy="Choose another name.")
+        volume_id = self._new_id()
+        path = await self._volume_files.make(volume_id, wish.size_mib * MIB)
+        volume = Volume(
+            id=volume_id,
+            name=wish.name,
+            project=caller.project,
+            path=str(path),
+            size_bytes=wish.size_mib * MIB,
+            created_at_ms=self._store.now_ms(),
+        )
+        try:
+            await self._store.put_volume(volume)
+        except BaseException:
+            await self._volume_files.remove(volume_id)
+            raise
+        return volume
+
+    async def volumes(self, caller: Caller) -> tuple[Volume, ...]:
+        return await self._store.volumes(caller.project)
+
+    async def find_volume(self, caller: Caller, reference: str) -> Volume:
+        """The caller's volume of that id or name. Raises `NotFound`."""
+        for volume in await self._store.volumes(caller.project):
+            if reference in {volume.id, volume.name}:
+                return volume
+        raise NotFound(f"There is no volume {reference[:80]}.", remedy="List them with `interlock volume list`.")
+
+    async def delete_volume(self, caller: Caller, reference: str) -> None:
+        """Remove a volume that no instance has. Raises `NotFound`, `InUse`."""
+        caller.require(Role.MEMBER, "delete volumes")
+        volume = await self.find_volume(caller, reference)
+        if not await self._store.delete_volume(volume.id):
+            raise InUse(f"The volume {volume.name} is attached to an instance.", remedy="Detach it first.")
+        await self._volume_files.remove(volume.id)

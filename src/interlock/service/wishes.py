@@ -1,0 +1,137 @@
+"""What callers send, and whether it makes sense by itself, before any state is looked at."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import msgspec
+from msgspec import Meta
+
+from interlock.core.errors import Invalid
+from interlock.core.operations import Operation
+from interlock.core.states import VmState
+
+NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+_NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
+
+Name = Annotated[
+    str,
+    Meta(min_length=1, max_length=63, pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens."),
+]
+Reference = Annotated[str, Meta(min_length=1, max_length=63, description="An id or a name.")]
+Tag = Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A TCP port of the guest to reach on the host's loopback address."""
+
+    host_port: Annotated[int, Meta(ge=1024, le=65_535)]
+    guest_port: Annotated[int, Meta(ge=1, le=65_535)]
+
+
+class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An instance to create."""
+
+    name: Name
+    image: Reference
+    vcpus: Annotated[int, Meta(ge=1, le=64)] = 1
+    memory_mib: Annotated[int, Meta(ge=64, le=1_048_576)] = 128
+    root_gib: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    forwards: Annotated[tuple[NewForward, ...], Meta(max_length=32)] = ()
+    tags: Annotated[tuple[Tag, ...], Meta(max_length=64)] = ()
+    blocked_operations: Annotated[tuple[Operation, ...], Meta(max_length=64)] = ()
+    """Operations refused whatever the policy says, such as `delete` for protection."""
+    start: bool = True
+    """False only records it, in `building`; a `start` makes and boots it later."""
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An operation to carry out on an instance."""
+
+    operation: Operation
+    parameters: dict[str, Any] = {}
+
+
+class NewVolume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A volume to make."""
+
+    name: Name
+    size_mib: Annotated[int, Meta(ge=1, le=1024 * 1024 * 64)]
+
+
+class NoParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The operation takes none."""
+
+
+class HardParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of stop and reboot."""
+
+    hard: bool = False
+    """True does not ask the guest."""
+
+
+class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of attach_volume and detach_volume."""
+
+    volume: Reference
+
+
+class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of reset_state."""
+
+    vm_state: VmState = VmState.ERROR
+    reason: Annotated[str, Meta(min_length=1, max_length=1000)]
+    """Why, for the audit."""
+
+
+PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
+    Operation.STOP: HardParameters,
+    Operation.REBOOT: HardParameters,
+    Operation.ATTACH_VOLUME: VolumeParameters,
+    Operation.DETACH_VOLUME: VolumeParameters,
+    Operation.RESET_STATE: ResetStateParameters,
+}
+"""What the parameters of an operation look like; those not named take none."""
+
+_RESETTABLE: Final = frozenset({VmState.ACTIVE, VmState.STOPPED, VmState.ERROR})
+
+
+def check_name(name: str, field: str) -> None:
+    """Raise `Invalid` unless `name` can be a name: lower-case letters, digits, hyphens, at most 63, and no id."""
+    if _NAME.match(name) is None:
+        raise Invalid(
+            f"{field}: {name[:80]!r} is no name; expected 1 to 63 lower-case letters, digits and hyphens, "
+            "starting and ending with a letter or digit."
+        )
+    if is_id(name):
+        raise Invalid(f"{field}: {name!r} looks like an id; choose a name that does not.")
+
+
+def is_id(text: str) -> bool:
+    """Whether a reference is an id rather than a name."""
+    try:
+        return str(UUID(text)) == text.lower()
+    except ValueError:
+        return False
+
+
+def check_parameters(operation: Operation, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an operation, checked, with the defaults left out.
+
+    Raises:
+        Invalid: names the parameter and what was expected.
+    """
+    kind = PARAMETERS.get(operation, NoParameters)
+    try:
+        wish = msgspec.convert(parameters, kind)
+    except msgspec.ValidationError as error:
+        names = ", ".join(field.name for field in msgspec.structs.fields(kind)) or "none"
+        raise Invalid(f"parameters of {operation.value}: {error}.", remedy=f"It takes: {names}.") from None
+    if isinstance(wish, ResetStateParameters) and wish.vm_state not in _RESETTABLE:
+        raise Invalid(
+            f"parameters of reset_state: vm_state {wish.vm_state.value!r}; expected active, stopped or error."
+        )
+    built: dict[str, Any] = msgspec.to_builtins(wish)
+    return built
