@@ -15,6 +15,7 @@ from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.states import NO_TASK, PowerState, VmState
 
 AnswerT = TypeVar("AnswerT")
+_AnswerT_co = TypeVar("_AnswerT_co", covariant=True)
 
 
 class Status(StrEnum):
@@ -285,11 +286,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Its place in the store's history; given by the store when it is kept."""
 
 
-class Change(msgspec.Struct, Generic[AnswerT], frozen=True, kw_only=True):
+class Change(msgspec.Struct, Generic[_AnswerT_co], frozen=True, kw_only=True):
     """What a decision leads to. A store keeps all of it in one transaction, or none."""
 
     instance: Instance
     requests: tuple[Request, ...] = ()
     """The requests that are new or changed, as they are now."""
     events: tuple[Event, ...] = ()
-    answer: AnswerT
+    answer: _AnswerT_co

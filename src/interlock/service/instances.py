@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from interlock.core import admission, lifecycle
-from interlock.core.errors import GenerationMismatch, Invalid, InUse, NotFound
+from interlock.core.errors import GenerationMismatch, InUse, Invalid, NotFound
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import (
@@ -59,7 +59,7 @@ class Stuck(msgspec.Struct, frozen=True, kw_only=True):
     """Those among them that would take over from the stuck operation."""
 
 
-class _TurnedAway(Exception):  # noqa: N818 - carries an answer out of a decision that keeps nothing
+class _TurnedAway(Exception):
     def __init__(self, answer: Answer) -> None:
         super().__init__()
         self.answer = answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from interlock.core.errors import Invalid, InUse, NameTaken, NotFound
+from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
 from interlock.core.records import Image, Instance
 from interlock.ports import ImageFiles, InstanceFilter, Role, Store, Volume, VolumeFiles
 from interlock.service.callers import Caller

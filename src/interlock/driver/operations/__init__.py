@@ -1,0 +1,46 @@
+"""How each operation is performed. One file a family; each step converges from whatever it finds.
+
+A performance is called with a `Work`, may be cancelled at any await, and is called again after a crash at any point
+with `work.recovering` set. It returns `Done`, or raises an `InterlockError` that says why it failed; `NotResponding`
+stands for an outcome that cannot be known yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from interlock.core.operations import Operation
+from interlock.core.records import GuestEvent
+from interlock.driver.operations import power, presence, volumes
+from interlock.driver.work import Done, Work
+
+
+class Performance(msgspec.Struct, frozen=True, kw_only=True):
+    """How one operation is performed."""
+
+    perform: Callable[[Work], Awaitable[Done]]
+    undo: Callable[[Work], Awaitable[None]] | None = None
+    """Puts back what a performance that was interrupted half-way had begun; None where there is nothing to undo."""
+    absorbs: frozenset[GuestEvent] = frozenset()
+    """What a guest does while it is performed that is part of it and no news."""
+
+
+_ENDS = frozenset({GuestEvent.STOPPED, GuestEvent.CRASHED, GuestEvent.VANISHED})
+
+PERFORMANCES: dict[Operation, Performance] = {
+    Operation.CREATE: Performance(perform=presence.create, undo=power.pull_plug),
+    Operation.START: Performance(perform=power.start, undo=power.pull_plug),
+    Operation.STOP: Performance(perform=power.stop, absorbs=_ENDS),
+    Operation.REBOOT: Performance(perform=power.reboot, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.PAUSE: Performance(perform=power.pause),
+    Operation.UNPAUSE: Performance(perform=power.unpause),
+    Operation.DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.FORCE_DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.ATTACH_VOLUME: Performance(perform=volumes.attach),
+    Operation.DETACH_VOLUME: Performance(perform=volumes.detach),
+}
+"""What this driver performs, apart from the operations that change only the record."""
+
+PERFORMS: frozenset[Operation] = frozenset(PERFORMANCES) | {Operation.LOCK, Operation.UNLOCK, Operation.RESET_STATE}

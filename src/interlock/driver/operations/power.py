@@ -1,0 +1,94 @@
+"""Start, stop, reboot, pause, unpause."""
+
+from __future__ import annotations
+
+from interlock.core.errors import NotResponding, NotThere
+from interlock.core.states import PowerState
+from interlock.driver.work import Done, Work
+
+
+async def start(work: Work) -> Done:
+    """Make what is missing, and run the guest."""
+    await work.hypervisor.define(work.permit, work.id, work.spec)
+    await work.hypervisor.power_on(work.permit, work.id, work.spec)
+    return Done(power_state=PowerState.RUNNING)
+
+
+async def stop(work: Work) -> Done:
+    """Ask the guest to power itself off, and pull the plug if it does not in time; or pull it at once if hard.
+
+    A guest that cannot hear (paused, crashed) is not asked.
+    """
+    message = None
+    if not work.request.hard:
+        message = await _ask_guest(work)
+    await work.hypervisor.power_off(work.permit, work.id)
+    return Done(power_state=PowerState.NONE, message=message)
+
+
+async def reboot(work: Work) -> Done:
+    """Reset the machine; the soft one asks the guest to shut down first, for so long as a stop would wait."""
+    if work.request.hard:
+        await work.phase("reboot_started_hard")
+        return await _reset(work, None)
+    message = None
+    if work.request.phase != "reboot_started":
+        await work.phase("reboot_pending", "waiting for the guest to shut down")
+        message = await _ask_guest(work)
+        await work.phase("reboot_started")
+    return await _reset(work, message)
+
+
+async def _reset(work: Work, message: str | None) -> Done:
+    """Reset a guest that is there; one that is not, or that gives no answer, is powered off and on."""
+    seen = await work.hypervisor.inspect(work.id)
+    if seen.responsive and seen.power_state is not PowerState.NONE:
+        try:
+            await work.hypervisor.reset(work.permit, work.id)
+        except (NotThere, NotResponding):
+            pass
+        else:
+            return Done(power_state=PowerState.RUNNING, message=message)
+    await work.tell("the machine does not answer: powering it off and on")
+    await work.hypervisor.power_off(work.permit, work.id)
+    await work.hypervisor.define(work.permit, work.id, work.spec)
+    await work.hypervisor.power_on(work.permit, work.id, work.spec)
+    return Done(power_state=PowerState.RUNNING, message=message or "Powered off and on.")
+
+
+async def _ask_guest(work: Work) -> str | None:
+    """Ask the guest to power off and wait; what to tell people if it did not, or could not be asked."""
+    seen = await work.hypervisor.inspect(work.id)
+    if not seen.responsive:
+        if work.request.preempts:
+            # It took over from something that this machine had left without an answer: asking again helps nobody.
+            return "The machine gave no answer, and was not asked again."
+        raise NotResponding("The machine gives no answer, so its guest cannot be asked to power off.")
+    if seen.power_state is not PowerState.RUNNING:
+        return None
+    try:
+        await work.hypervisor.press_power_button(work.permit, work.id)
+    except NotThere:
+        return None
+    await work.tell("waiting for the guest to power off")
+    timeout_ms = work.config.guest_shutdown_timeout_ms
+    if await work.while_alive(lambda: work.hypervisor.wait_powered_off(work.id), timeout_ms):
+        return None
+    message = f"The guest did not power off within {timeout_ms / 1000:g} s; the plug was pulled."
+    await work.tell("the guest did not power off in time: pulling the plug")
+    return message
+
+
+async def pause(work: Work) -> Done:
+    await work.hypervisor.pause(work.permit, work.id)
+    return Done(power_state=PowerState.PAUSED)
+
+
+async def unpause(work: Work) -> Done:
+    await work.hypervisor.unpause(work.permit, work.id)
+    return Done(power_state=PowerState.RUNNING)
+
+
+async def pull_plug(work: Work) -> None:
+    """Undo a start: nothing runs, and what was made stays for the next one."""
+    await work.hypervisor.power_off(work.permit, work.id)

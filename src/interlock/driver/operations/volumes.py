@@ -1,0 +1,80 @@
+"""Attach and detach volumes, beside whatever state change allows it.
+
+The order of the steps keeps one promise: at every moment a volume that a guest could write to is claimed by that
+instance in the record, so that no two guests ever have it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from interlock.core.errors import InUse, NotFound, NotThere, Refused
+from interlock.core.records import Disk
+from interlock.core.states import EXECUTING_STATES
+from interlock.driver.work import Done, Work
+from interlock.ports import Volume
+
+
+async def attach(work: Work) -> Done:
+    """Claim the volume, plug it in if a guest runs, and keep it in the spec for the next start."""
+    volume = await _volume(work)
+    if not await work.store.claim_volume(volume.id, work.id):
+        raise InUse(f"The volume {volume.name} is attached to another instance.", remedy="Detach it there first.")
+    disk = Disk(id=volume.id, path=volume.path)
+    try:
+        plugged = await _plug(work, disk)
+    except Refused:
+        # Only a certain failure gives the volume back; what may be plugged in stays claimed.
+        if volume.id not in (await work.hypervisor.inspect(work.id)).disks:
+            await work.store.release_volume(volume.id, work.id)
+        raise
+    disks = (*(one for one in work.spec.disks if one.id != disk.id), disk)
+    return Done(spec=msgspec.structs.replace(work.spec, disks=disks), on_record=not plugged)
+
+
+async def detach(work: Work) -> Done:
+    """Unplug the volume if a guest runs, then let it go."""
+    volume = await _volume(work)
+    attached = volume.attached_to == work.id or any(disk.id == volume.id for disk in work.spec.disks)
+    if not attached:
+        raise NotFound(f"The volume {volume.name} is not attached to {work.instance.name}.")
+    unplugged = await _unplug(work, volume.id)
+    disks = tuple(one for one in work.spec.disks if one.id != volume.id)
+    return Done(spec=msgspec.structs.replace(work.spec, disks=disks), on_record=not unplugged)
+
+
+async def _plug(work: Work, disk: Disk) -> bool:
+    """Plug the disk into the guest, if one runs or is about to; whether one did."""
+    while True:
+        try:
+            await work.hypervisor.attach_disk(work.permit, work.id, disk)
+        except NotThere:
+            if not await _runs_after_all(work):
+                return False
+        else:
+            return True
+
+
+async def _unplug(work: Work, disk_id: str) -> bool:
+    """Unplug the disk from the guest, if one runs or is about to; whether one did."""
+    while True:
+        try:
+            await work.hypervisor.detach_disk(work.permit, work.id, disk_id)
+        except NotThere:
+            if not await _runs_after_all(work):
+                return False
+        else:
+            return True
+
+
+async def _runs_after_all(work: Work) -> bool:
+    """Whether the guest that was not there a moment ago runs once the start that is in flight has ended."""
+    instance = await work.until_start_has_ended()
+    return instance.vm_state in EXECUTING_STATES and bool((await work.hypervisor.inspect(work.id)).disks)
+
+
+async def _volume(work: Work) -> Volume:
+    volume = await work.store.volume(str(work.request.parameters["volume"]))
+    if volume is None:
+        raise NotFound("The volume was deleted before its turn came.")
+    return volume

@@ -1,0 +1,187 @@
+"""The state driver: the one task that owns an instance while there is something to do for it.
+
+It is woken, looks at what the store holds, and does what follows: what the guest did comes first, then what is due,
+then the next request. It ends when nothing is outstanding, so that a fleet at rest costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from interlock.config import DriverConfig
+from interlock.core import lifecycle
+from interlock.core.errors import HypervisorError, NotFound, StoreError
+from interlock.core.operations import CATALOGUE, Lane
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Change, GuestEvent, Instance, Request
+from interlock.driver.work import FencePermit, Work
+from interlock.driver.worker import Worker
+from interlock.ports import Hypervisor, Store
+
+_LOG = structlog.get_logger(__name__)
+_Step = tuple[Instance, Request | None]
+
+
+class StateDriver:
+    """Serves one instance."""
+
+    def __init__(
+        self,
+        instance_id: str,
+        store: Store,
+        hypervisor: Hypervisor,
+        policy: CompiledPolicy,
+        config: DriverConfig,
+        gone: Callable[[str], None],
+    ) -> None:
+        self._id = instance_id
+        self._store = store
+        self._hypervisor = hypervisor
+        self._policy = policy
+        self._config = config
+        self._gone = gone
+        self._bell = asyncio.Event()
+        self._workers: dict[Lane, Worker] = {}
+        self._guest_events: deque[GuestEvent] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------------------------------------ from outside
+
+    def wake(self) -> None:
+        """Have it look at its instance."""
+        self._bell.set()
+        for worker in self._workers.values():
+            worker.work.news.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"driver {self._id}")
+
+    def tell(self, event: GuestEvent) -> None:
+        """Have it deal with what the guest did, before anything else."""
+        worker = self._workers.get(Lane.STATE)
+        if worker is None or not worker.absorbs(event):
+            self._guest_events.append(event)
+        self.wake()
+
+    def resume(self, instance: Instance) -> None:
+        """Take up what an earlier process was serving; `instance` has just been adopted."""
+        for lane in (Lane.STATE, Lane.COMPONENT):
+            request = instance.served(lane)
+            if request is not None:
+                self._serve(instance, request, recovering=True)
+        self.wake()
+
+    async def close(self) -> None:
+        """Let what is in flight finish for a moment, then leave it to the next process."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+        for worker in self._workers.values():
+            await worker.wait(self._config.drain_ms / 1000)
+            await worker.abandon()
+
+    # ---------------------------------------------------------------------------------------------------- its task
+
+    async def _run(self) -> None:
+        while True:
+            self._bell.clear()
+            try:
+                instance = await self._step()
+            except NotFound:
+                break
+            except StoreError as error:
+                _LOG.error("a state driver cannot reach its store", instance=self._id, why=error.message)
+                await asyncio.sleep(self._config.inspect_retry_ms / 1000)
+                continue
+            except Exception:  # noqa: BLE001 - the outermost frame of a driver
+                # A bug must not leave the instance without its driver.
+                _LOG.exception("a state driver broke", instance=self._id)
+                await asyncio.sleep(self._config.inspect_retry_ms / 1000)
+                continue
+            if not self._workers and not self._guest_events and not self._bell.is_set():
+                break
+            await self._rest(instance)
+        self._task = None
+        self._gone(self._id)
+
+    async def _rest(self, instance: Instance) -> None:
+        """Wait until something happens, or something is due."""
+        deadline_ms = lifecycle.next_deadline_ms(instance)
+        if deadline_ms is None:
+            await self._bell.wait()
+            return
+        try:
+            await asyncio.wait_for(self._bell.wait(), max(0, deadline_ms - self._store.now_ms()) / 1000)
+        except TimeoutError:
+            self._bell.set()
+
+    async def _step(self) -> Instance:
+        """Do everything that can be done now; the instance as it then is."""
+        self._reap()
+        while self._guest_events and Lane.STATE not in self._workers:
+            await self._observe(self._guest_events[0])
+            self._guest_events.popleft()
+        while True:
+            instance, taken = await self._store.change(self._id, self._next)
+            self._heed(instance)
+            if taken is None:
+                return instance
+            self._serve(instance, taken, recovering=False)
+
+    def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
+        """One decision: fence what is overdue, else take what can be served."""
+        expired = lifecycle.expire(instance, self._policy, now_ms)
+        if expired.answer:
+            return _with_instance(expired, None)
+        lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
+        change = lifecycle.take(instance, lane, now_ms)
+        return _with_instance(change, change.answer)
+
+    def _serve(self, instance: Instance, request: Request, *, recovering: bool) -> None:
+        work = Work(self._store, self._hypervisor, self._config, instance, request, recovering=recovering)
+        self._workers[request.lane] = Worker(work, self._policy, self.wake)
+
+    def _reap(self) -> None:
+        """Forget the workers that are done; what they absorbed and did not use up is news after all."""
+        for lane, worker in tuple(self._workers.items()):
+            if worker.done:
+                del self._workers[lane]
+                self._guest_events.extendleft(reversed(worker.left_over))
+
+    def _heed(self, instance: Instance) -> None:
+        """Stop the workers that lost their request, and ask those to stop that are wanted to."""
+        for lane, worker in self._workers.items():
+            request = instance.served(lane)
+            if request is None or request.id != worker.request_id or request.fence != worker.fence:
+                if not worker.done:
+                    worker.supersede()
+            elif request.interrupt_at_ms is not None and CATALOGUE[request.operation].interruptible:
+                worker.interrupt()
+
+    async def _observe(self, event: GuestEvent) -> None:
+        """Keep what the guest did, and tidy up after one that has powered itself off."""
+
+        def decide(instance: Instance, now_ms: int) -> Change[int]:
+            change = lifecycle.observe(instance, event, self._policy, now_ms)
+            return Change(
+                instance=change.instance, requests=change.requests, events=change.events, answer=instance.fence
+            )
+
+        fence = await self._store.change(self._id, decide)
+        if event is GuestEvent.STOPPED:
+            try:
+                await self._hypervisor.power_off(FencePermit(self._store, self._id, fence), self._id)
+            except HypervisorError as error:
+                _LOG.warning("cannot tidy up after a guest", instance=self._id, why=error.message)
+
+
+def _with_instance(change: Change[object], taken: Request | None) -> Change[_Step]:
+    return Change(
+        instance=change.instance,
+        requests=change.requests,
+        events=change.events,
+        answer=(change.instance, taken),
+    )

@@ -1,0 +1,144 @@
+"""What one worker has in its hands while it serves one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from interlock.config import DriverConfig
+from interlock.core import lifecycle
+from interlock.core.errors import Fenced
+from interlock.core.operations import Lane, Operation
+from interlock.core.records import Change, Instance, Request, Spec, StaleFence
+from interlock.core.states import PowerState
+from interlock.ports import Hypervisor, Store
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """What a performance that succeeded leaves behind."""
+
+    power_state: PowerState | None = None
+    spec: Spec | None = None
+    """The instance's new spec, where the operation changed it."""
+    message: str | None = None
+    """What is worth telling people about how it went."""
+    on_record: bool = False
+    """Whether only the record was changed, because no guest ran: it is done again if a start has begun meanwhile."""
+
+
+class FencePermit:
+    """The right of one worker to act: it lasts while the instance's fence is the one it was given (law 4)."""
+
+    def __init__(self, store: Store, instance_id: str, fence: int) -> None:
+        self._store = store
+        self._instance_id = instance_id
+        self._fence = fence
+
+    def check(self) -> None:
+        """Return if the worker may still act, else raise `Fenced`."""
+        current = self._store.fence(self._instance_id)
+        if current != self._fence:
+            raise Fenced(
+                f"A worker of the instance {self._instance_id} was fenced: it holds {self._fence}, "
+                f"and the instance is at {current}."
+            )
+
+
+class Work:
+    """One request being served: what is asked, on what, and the ways to say how it goes.
+
+    `recovering` says that an earlier worker may have done any part of it already.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hypervisor: Hypervisor,
+        config: DriverConfig,
+        instance: Instance,
+        request: Request,
+        *,
+        recovering: bool,
+    ) -> None:
+        self.store = store
+        self.hypervisor = hypervisor
+        self.config = config
+        self.instance = instance
+        self.request = request
+        self.recovering = recovering
+        self.permit = FencePermit(store, instance.id, request.fence)
+        self.news = asyncio.Event()
+        """Set by the state driver whenever something happened to the instance."""
+
+    @property
+    def id(self) -> str:
+        return self.instance.id
+
+    @property
+    def spec(self) -> Spec:
+        """The instance's spec; every instance that has a driver has one."""
+        assert self.instance.spec is not None
+        return self.instance.spec
+
+    async def phase(self, name: str, detail: str | None = None) -> None:
+        """Journal the phase that begins. It is durable when this returns, so a later worker can tell how far it came.
+
+        Raises:
+            Fenced: the request was superseded.
+        """
+        await self._report(phase=name, detail=detail)
+
+    async def tell(self, detail: str) -> None:
+        """Say what is being done, for people. Counts as a sign of life. Raises `Fenced`."""
+        await self._report(detail=detail)
+
+    async def alive(self) -> None:
+        """Say that the operation lives. Raises `Fenced`."""
+        await self._report()
+
+    async def _report(self, phase: str | None = None, detail: str | None = None) -> None:
+        request = self.request
+
+        def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence]:
+            return lifecycle.progress(instance, request.id, request.fence, now_ms, phase=phase, detail=detail)
+
+        answer = await self.store.change(self.id, decide)
+        if isinstance(answer, StaleFence):
+            raise Fenced(f"The request {request.id} was superseded.")
+        self.request = answer
+
+    async def while_alive(self, wait: Callable[[], Awaitable[None]], timeout_ms: int) -> bool:
+        """Wait for something that takes its time, looking now and then whether the guest is still there.
+
+        Each look that finds it responsive is a sign of life; one that does not is none, so that a frozen guest can be
+        taken over. Answers whether what was waited for came within `timeout_ms`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_ms / 1000
+        task = asyncio.ensure_future(wait())
+        try:
+            while True:
+                left = deadline - loop.time()
+                await asyncio.wait((task,), timeout=max(0.0, min(left, self.config.heartbeat_ms / 1000)))
+                if task.done():
+                    task.result()
+                    return True
+                if loop.time() >= deadline:
+                    return False
+                if (await self.hypervisor.inspect(self.id)).responsive:
+                    await self.alive()
+        finally:
+            task.cancel()
+
+    async def until_start_has_ended(self) -> Instance:
+        """The instance as soon as no start or create of it is in flight."""
+        while True:
+            self.news.clear()
+            instance = await self.store.instance(self.id)
+            assert instance is not None
+            serving = instance.served(Lane.STATE)
+            if serving is None or serving.operation not in {Operation.START, Operation.CREATE}:
+                return instance
+            await self.news.wait()
