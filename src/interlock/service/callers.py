@@ -56,22 +56,30 @@ class Callers:
         """The caller that a secret stands for, or None."""
         return self._known.get(_hash(secret))
 
-    async def make(self, caller: Caller | None, name: str, role: Role, project: str) -> tuple[Token, str]:
-        """Make a token; the answer's second part is its secret, which is kept nowhere.
+    async def make_first(self, secret: str) -> None:
+        """Make the first token of a server, an admin's, of a secret that was put in its place already.
 
-        `caller` is None only for the first token of a server.
+        In this order a crash leaves at worst a file with a secret that stands for nothing, and the next start makes
+        another.
+        """
+        await self._keep("admin", Role.ADMIN, "default", secret)
+
+    async def make(self, caller: Caller, name: str, role: Role, project: str) -> tuple[Token, str]:
+        """Make a token; the answer's second part is its secret, which is kept nowhere.
 
         Raises:
             Forbidden: the caller is not an admin.
             Invalid: the name or project is no name, or the name is in use.
         """
-        if caller is not None:
-            caller.require(Role.ADMIN, "make tokens")
+        caller.require(Role.ADMIN, "make tokens")
         check_name(name, "name")
         check_name(project, "project")
         if any(known.name == name for known in self._known.values()):
             raise Invalid(f"There is a token named {name} already.", remedy="Choose another name, or delete that one.")
         secret = self._new_secret()
+        return await self._keep(name, role, project, secret), secret
+
+    async def _keep(self, name: str, role: Role, project: str, secret: str) -> Token:
         token = Token(
             id=self._new_id(),
             name=name,
@@ -82,7 +90,7 @@ class Callers:
         )
         await self._store.put_token(token)
         self._known[token.secret_sha256] = _caller(token)
-        return token, secret
+        return token
 
     async def list(self, caller: Caller) -> tuple[Token, ...]:
         caller.require(Role.ADMIN, "list tokens")

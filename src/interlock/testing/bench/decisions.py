@@ -1,0 +1,40 @@
+"""How long the gate takes: one look-up in the policy, and one whole admission."""
+
+from __future__ import annotations
+
+import statistics
+import timeit
+from pathlib import Path
+
+from interlock.core.admission import admit, look
+from interlock.core.lifecycle import take
+from interlock.core.operations import Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Instance, Submission
+from interlock.core.states import VmState
+from interlock.policies.reading import load
+
+_NUMBER = 20_000
+
+
+def measure(_folder: Path) -> dict[str, float]:
+    policy = CompiledPolicy(load("standard"))
+    idle = Instance(id="i", name="n", project="p", host="h", vm_state=VmState.ACTIVE)
+    reboot = Submission(request_id="r1", operation=Operation.REBOOT, requested_by="bench")
+    busy = take(admit(idle, reboot, policy, 0).instance, None, 0).instance
+    stop = Submission(request_id="r2", operation=Operation.STOP, requested_by="bench")
+    view = look(busy, stop, 60_000)
+    looked_up = _microseconds(lambda: policy.decide(view))
+    admitted = _microseconds(lambda: admit(idle, reboot, policy, 0))
+    refused = _microseconds(lambda: admit(busy, stop, policy, 60_000))
+    return {
+        "decide_us": looked_up,
+        "admit_us": admitted,
+        "refuse_us": refused,
+        "decisions_per_s": round(1e6 / looked_up),
+    }
+
+
+def _microseconds(call: object) -> float:
+    times = timeit.repeat(call, number=_NUMBER, repeat=5)  # type: ignore[arg-type]
+    return round(statistics.median(times) / _NUMBER * 1e6, 3)

@@ -1,0 +1,44 @@
+"""How many whole operations a second are carried out, submitted to ended, on simulated guests that take no time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from interlock.config import Config
+from interlock.core.operations import Operation
+from interlock.core.records import Image
+from interlock.hypervisors.simulated import SimulatedHypervisor
+from interlock.service.instances import Instances
+from interlock.testing.bench.guests import boot, carry_out
+from interlock.wiring import Server
+
+CALLERS = 64
+_PAIRS_EACH = 40
+
+
+def measure(folder: Path) -> dict[str, float]:
+    from interlock.testing.bench import run
+
+    rate: float = run(_measure(folder))
+    return {"callers": CALLERS, "operations_per_s": round(rate)}
+
+
+async def _measure(folder: Path) -> float:
+    server = Server(Config(data_dir=str(folder), hypervisor="simulated", host="bench"), SimulatedHypervisor())
+    await server.open()
+    try:
+        image = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
+        ids = await boot(server, image, [f"vm-{number}" for number in range(CALLERS)])
+        started = time.perf_counter()
+        await asyncio.gather(*(_call(server.instances, instance_id) for instance_id in ids))
+        return CALLERS * _PAIRS_EACH * 2 / (time.perf_counter() - started)
+    finally:
+        await server.close()
+
+
+async def _call(instances: Instances, instance_id: str) -> None:
+    for _ in range(_PAIRS_EACH):
+        await carry_out(instances, instance_id, Operation.PAUSE)
+        await carry_out(instances, instance_id, Operation.UNPAUSE)
