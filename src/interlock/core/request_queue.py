@@ -141,8 +141,9 @@ def permits(rule: Rule) -> bool:
 def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     """Cancel what waits and no longer makes sense, with the reason; the ids of those (law 2).
 
-    State changes are judged one after the other, each on the state that those before it lead to. A component change
-    is judged on where all of them lead, or on the present state if it was admitted on that alone.
+    State changes are judged one after the other, each on the state that those before it lead to; one that preempts
+    stays wherever it can be performed at all. A component change is judged on where all of them lead, or on the present
+    state if it was admitted on that alone.
     """
     instance = draft.instance
     state, prior = instance.vm_state, instance.prior_vm_state
@@ -155,7 +156,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             continue
         if request.status is Status.QUEUED:
             rule = judge_in(policy, request, state, instance.tags)
-            if not permits(rule):
+            if not permits(rule) and not _holds_anyway(request, instance.vm_state, state):
                 cancelled.append(_cancel(draft, request, rule, state))
                 continue
         state, prior = land(request.operation, state, prior)
@@ -165,6 +166,18 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
         if not permits(rule):
             cancelled.append(_cancel(draft, request, rule, there))
     return tuple(cancelled)
+
+
+def _holds_anyway(request: Request, present: VmState, foreseen: VmState) -> bool:
+    """Whether a preempting request stays although the policy would not admit it into the state it comes to.
+
+    It was admitted on what was being done, not on where that leads. What it stops or takes over may have left the
+    guest anywhere: a start that was fenced leaves `stopped` in the record and perhaps a running guest, and the stop
+    that ended it must not be dismissed as done already. So it stays wherever the catalogue lets it be performed.
+    """
+    if not request.preempts or foreseen is VmState.DELETED:
+        return False
+    return not CATALOGUE[request.operation].sources.isdisjoint((present, foreseen))
 
 
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState) -> str:

@@ -1,0 +1,112 @@
+"""Instances and steps that the tests of the policies are written with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from interlock.core import admission, lifecycle
+from interlock.core.operations import TASK_OPERATION, Lane, Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import (
+    Admitted,
+    Denied,
+    Disposition,
+    GuestEvent,
+    Instance,
+    Outcome,
+    Redundant,
+    Request,
+    Status,
+    Submission,
+)
+from interlock.core.states import VmState
+
+START_MS = 1_000_000_000_000
+
+
+def instance(vm_state: VmState, **more: Any) -> Instance:
+    return Instance(
+        id="i1",
+        name="vm",
+        project="p",
+        host="h",
+        vm_state=vm_state,
+        created_at_ms=START_MS,
+        updated_at_ms=START_MS,
+        **more,
+    )
+
+
+def serving(vm_state: VmState, task_state: str, age_ms: int = 0, **more: Any) -> Instance:
+    """An instance of which the operation with that phase is in flight, silent since `age_ms`."""
+    since = START_MS - age_ms
+    request = Request(
+        id="r0",
+        instance_id="i1",
+        operation=TASK_OPERATION[task_state],
+        requested_by="somebody",
+        rule="made",
+        admitted_at_ms=since,
+        status=Status.IN_FLIGHT,
+        phase=task_state,
+        taken_at_ms=since,
+        last_progress_at_ms=since,
+    )
+    return msgspec.structs.replace(instance(vm_state, **more), outstanding=(request,), updated_at_ms=since)
+
+
+class Play:
+    """One instance under one policy, and what happens to it."""
+
+    def __init__(self, policy: CompiledPolicy, start: Instance) -> None:
+        self.policy = policy
+        self.instance = start
+        self.now_ms = START_MS
+        self.requests: dict[str, Request] = {request.id: request for request in start.outstanding}
+
+    def _keep(self, change: Any) -> Any:
+        self.instance = change.instance
+        self.requests.update({request.id: request for request in change.requests})
+        return change.answer
+
+    def submit(
+        self, operation: Operation, *, hard: bool = False, role: str = "member", host_reachable: bool = True
+    ) -> Disposition:
+        submission = Submission(
+            request_id=f"r{len(self.requests) + 1}",
+            operation=operation,
+            parameters={"hard": True} if hard else {},
+            requested_by="me",
+            role=role,
+            host_reachable=host_reachable,
+        )
+        answer: Disposition = self._keep(admission.admit(self.instance, submission, self.policy, self.now_ms))
+        return answer
+
+    def take(self, lane: Lane | None = None) -> Request | None:
+        taken: Request | None = self._keep(lifecycle.take(self.instance, lane, self.now_ms))
+        return taken
+
+    def finish(self, request_id: str, outcome: Outcome = Outcome.SUCCEEDED) -> Any:
+        fence = self.requests[request_id].fence
+        return self._keep(lifecycle.finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms))
+
+    def observe(self, event: GuestEvent) -> None:
+        self._keep(lifecycle.observe(self.instance, event, self.policy, self.now_ms))
+
+    def advance(self, milliseconds: int) -> None:
+        self.now_ms += milliseconds
+        self._keep(lifecycle.expire(self.instance, self.policy, self.now_ms))
+
+
+def said(answer: Disposition) -> tuple[str, str | None]:
+    """An answer in two words: what it is, and why."""
+    match answer:
+        case Admitted():
+            return "admitted", None
+        case Redundant(reason=reason):
+            return "redundant", reason
+        case Denied(reason=reason):
+            return "denied", reason
