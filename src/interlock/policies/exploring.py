@@ -1,0 +1,360 @@
+"""A bounded walk through every state that an instance can get into under a policy, which checks the laws in each.
+
+From each starting state everything that can happen is tried, breadth first, so that the first violation found is told
+by the shortest story there is. States are told apart by what a decision can depend on: ids and absolute times are
+forgotten, ages are classed by the moments that the policy names, and operations and phases that neither the policy nor
+the catalogue tells apart are tried once. What the laws demand of one step is not here: see `laws`.
+
+Workers may report, hang, crash or come back late; guests may act; time may pass. Law 5 is judged on the worst of
+these: from every state the instance must get deleted although no worker but that of the deletion ever reports again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from interlock.core import admission, lifecycle
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import (
+    SERVED,
+    Admitted,
+    Change,
+    Denied,
+    GuestEvent,
+    Instance,
+    Outcome,
+    Redundant,
+    Request,
+    Submission,
+)
+from interlock.core.states import VmState
+from interlock.policies.laws import Breach, Deed, Step, check, explained, position
+from interlock.policies.likeness import Ages, phases_told_apart, told_apart
+
+START_MS: Final = 1_000_000_000
+DEFAULT_STATES_MAX: Final = 200_000
+
+_encode = msgspec.json.Encoder().encode
+_Key = tuple[Any, ...]
+
+
+class Violation(msgspec.Struct, frozen=True, kw_only=True):
+    """A law that does not hold, and the shortest story that shows it."""
+
+    law: int
+    what: str
+    story: tuple[str, ...]
+    """Events of `interlock rehearse`, one JSON object a line; the last one breaks the law."""
+
+
+class Exploration(msgspec.Struct, frozen=True, kw_only=True):
+    """What a walk found."""
+
+    states: int
+    transitions: int
+    """How many steps were tried, refused submissions included."""
+    complete: bool
+    """False if the walk ended at its bound of states; what lies behind was then not looked at."""
+    operations: tuple[Operation, ...]
+    """Those that were submitted, one for each group that nothing tells apart."""
+    outstanding_max: int
+    violations: tuple[Violation, ...]
+    """The first story of each way in which a law was broken, shortest first."""
+
+
+class _Node(msgspec.Struct, frozen=True):
+    """One state: an instance that stands for all like it, and the step that first led to it."""
+
+    instance: Instance
+    now_ms: int
+    admitted: int
+    parent: int
+    event: dict[str, Any]
+
+
+def explore(
+    policy: CompiledPolicy,
+    *,
+    operations: Iterable[Operation] | None = None,
+    starts: Iterable[VmState] = (VmState.BUILDING,),
+    outstanding_max: int = 3,
+    states_max: int = DEFAULT_STATES_MAX,
+    role: str = "member",
+    goal: VmState = VmState.DELETED,
+) -> Exploration:
+    """Walk from `starts` with `operations` (None: all) submitted by `role`, up to `outstanding_max` requests at a time.
+
+    Operations that lead to `goal` may stand on top of that bound, since they must always be able to come in.
+    """
+    walk = _Walk(policy, operations, outstanding_max, states_max, role, goal)
+    walk.run(starts)
+    return walk.result()
+
+
+class _Walk:
+    """The states found so far, and the ways between them."""
+
+    def __init__(
+        self,
+        policy: CompiledPolicy,
+        operations: Iterable[Operation] | None,
+        outstanding_max: int,
+        states_max: int,
+        role: str,
+        goal: VmState,
+    ) -> None:
+        self.policy = policy
+        self.operations = told_apart(policy, Operation if operations is None else operations)
+        self.outstanding_max = outstanding_max
+        self.states_max = states_max
+        self.role = role
+        self.goal = goal
+        self.ages = Ages(policy, self.operations)
+        self.phases = {operation: phases_told_apart(policy, CATALOGUE[operation]) for operation in Operation}
+        self.submissions = [(operation, given) for operation in self.operations for given in self._variants(operation)]
+        self.nodes: list[_Node] = []
+        self.found: dict[_Key, int] = {}
+        self.unaided: list[list[int]] = []
+        """For each state, the states from which it is reached without any other worker's help."""
+        self.open_ends: set[int] = set()
+        """The states from which a step led past the bound."""
+        self.violations: dict[tuple[int, str], Violation] = {}
+        self.transitions = 0
+        self.looked_at = 0
+
+    def _variants(self, operation: Operation) -> tuple[dict[str, Any], ...]:
+        if operation is Operation.RESET_STATE:
+            return ({}, {"vm_state": VmState.ACTIVE.value})
+        hard = self.phases[operation][1]
+        distinguished = any(rule.hard is not None and operation in rule.operations for rule in self.policy.rules)
+        return ({}, {"hard": True}) if distinguished or hard else ({},)
+
+    def run(self, starts: Iterable[VmState]) -> None:
+        for vm_state in starts:
+            instance = Instance(
+                id="i", name="i", project="p", host="h", vm_state=vm_state, updated_at_ms=START_MS, fence=1
+            )
+            event = {"instance": {"vm_state": vm_state.value}}
+            self._add(_Node(instance, START_MS, 0, -1, event))
+        while self.looked_at < len(self.nodes):
+            self._look_at(self.looked_at)
+            self.looked_at += 1
+        self._check_never_stuck()
+
+    def _look_at(self, index: int) -> None:
+        node = self.nodes[index]
+        hopeful = self._submit_all(index, node)
+        if not hopeful and node.instance.vm_state is not self.goal:
+            self._report(index, None, Breach(5, f"nothing is ever admitted in {describe(node.instance)}"))
+        for step, change in self._happenings(node):
+            self.transitions += 1
+            self._follow(index, node, step, change, node.now_ms)
+        later_ms = self._next_moment_ms(node)
+        if later_ms is not None:
+            event = {"advance": _duration(later_ms - node.now_ms)}
+            still: Change[None] = Change(instance=node.instance, answer=None)
+            self.transitions += 1
+            self._follow(index, node, Step(deed=Deed.ADVANCE, event=event), still, later_ms)
+
+    def _submit_all(self, index: int, node: _Node) -> bool:
+        """Try every submission; whether any is admitted now, or at a moment that its refusal names."""
+        hopeful = False
+        for operation, parameters in self.submissions:
+            submission = self._submission(node, operation, parameters)
+            change = admission.admit(node.instance, submission, self.policy, node.now_ms)
+            self.transitions += 1
+            step = Step(deed=Deed.SUBMIT, event=_submit_event(operation, parameters))
+            for breach in explained(node.instance, change):
+                self._report(index, step, breach)
+            match change.answer:
+                case Admitted():
+                    hopeful = True
+                    if self._within_bound(change.instance, operation):
+                        self._follow(index, node, step, change, node.now_ms)
+                case Denied(allowed_at_ms=int(at_ms)) | Redundant(allowed_at_ms=int(at_ms)):
+                    hopeful = self._keeps_its_word(index, node, submission, step, at_ms) or hopeful
+                case _:
+                    pass
+        return hopeful
+
+    def _submission(self, node: _Node, operation: Operation, parameters: dict[str, Any]) -> Submission:
+        return Submission(
+            request_id=f"r{node.admitted + 1}",
+            operation=operation,
+            parameters=parameters,
+            requested_by="someone",
+            role=self.role,
+        )
+
+    def _within_bound(self, instance: Instance, operation: Operation) -> bool:
+        on_top = 1 if CATALOGUE[operation].to is self.goal else 0
+        return len(instance.outstanding) <= self.outstanding_max + on_top
+
+    def _keeps_its_word(self, index: int, node: _Node, submission: Submission, step: Step, at_ms: int) -> bool:
+        """Whether a refusal that names a moment is followed by an admission at that moment, and at none before."""
+        then = admission.judge(node.instance, submission, self.policy, at_ms)
+        early = admission.judge(node.instance, submission, self.policy, at_ms - 1)
+        name = submission.operation.value
+        if not isinstance(then, Admitted):
+            self._report(index, step, Breach(5, f"{name} is not admitted at the moment that its refusal names"))
+        elif isinstance(early, Admitted):
+            self._report(index, step, Breach(5, f"{name} is admitted before the moment that its refusal names"))
+        return isinstance(then, Admitted)
+
+    def _happenings(self, node: _Node) -> Iterator[tuple[Step, Change[Any]]]:
+        """Everything but submissions and time that can happen now."""
+        instance, policy, now_ms = node.instance, self.policy, node.now_ms
+        for lane in (Lane.STATE, Lane.COMPONENT):
+            yield Step(deed=Deed.TAKE, event={"take": lane.value}), lifecycle.take(instance, lane, now_ms)
+        for request in instance.outstanding:
+            if request.status in SERVED:
+                yield from self._reports(node, request)
+            step = Step(deed=Deed.CANCEL, event={"cancel": request.id}, request=request)
+            yield step, lifecycle.cancel(instance, request.id, policy, "someone", now_ms)
+        for guest in GuestEvent:
+            step = Step(deed=Deed.OBSERVE, event={"observe": guest.value})
+            yield step, lifecycle.observe(instance, guest, policy, now_ms)
+        yield Step(deed=Deed.ADOPT, event={"adopt": True}), lifecycle.adopt(instance, now_ms)
+        yield Step(deed=Deed.EXPIRE, event={"expire": True}), lifecycle.expire(instance, policy, now_ms)
+
+    def _reports(self, node: _Node, request: Request) -> Iterator[tuple[Step, Change[Any]]]:
+        instance, now_ms = node.instance, node.now_ms
+        for phase in self._next_phases(request):
+            event: dict[str, Any] = {"progress": request.id}
+            if phase is not None:
+                event["phase"] = phase
+            step = Step(deed=Deed.PROGRESS, event=event, request=request)
+            yield step, lifecycle.progress(instance, request.id, request.fence, now_ms, phase=phase)
+        for outcome in Outcome:
+            event = {"finish": request.operation.value, "outcome": outcome.value}
+            step = Step(deed=Deed.FINISH, event=event, request=request, outcome=outcome)
+            yield step, lifecycle.finish(instance, request.id, request.fence, outcome, self.policy, now_ms)
+
+    def _next_phases(self, request: Request) -> tuple[str | None, ...]:
+        soft, hard = self.phases[request.operation]
+        phases = hard if request.hard and hard else soft
+        if request.phase not in phases:
+            return (None,)
+        return (None, *phases[phases.index(request.phase) + 1 :][:1])
+
+    def _next_moment_ms(self, node: _Node) -> int | None:
+        """The next moment at which the policy or a deadline makes a difference, if nothing else happens."""
+        moments = list(self.ages.moments_ms(node.instance, node.now_ms))
+        deadline_ms = lifecycle.next_deadline_ms(node.instance)
+        if deadline_ms is not None:
+            moments.append(deadline_ms)
+        return min((moment for moment in moments if moment > node.now_ms), default=None)
+
+    def _follow(self, index: int, node: _Node, step: Step, change: Change[Any], now_ms: int) -> None:
+        """Check a step against the laws, and note the state that it leads to."""
+        if change.instance is node.instance and now_ms == node.now_ms and not change.events:
+            return
+        for breach in check(node.instance, change, step, self.policy, now_ms):
+            self._report(index, step, breach)
+        admitted = node.admitted + (1 if isinstance(change.answer, Admitted) else 0)
+        target = self._add(_Node(change.instance, now_ms, admitted, index, step.event))
+        if target is None:
+            self.open_ends.add(index)
+        elif target != index and self._is_unaided(step):
+            self.unaided[target].append(index)
+
+    def _is_unaided(self, step: Step) -> bool:
+        if step.deed in {Deed.SUBMIT, Deed.TAKE, Deed.ADVANCE, Deed.EXPIRE}:
+            return True
+        leads_there = step.request is not None and CATALOGUE[step.request.operation].to is self.goal
+        return leads_there and step.outcome is Outcome.SUCCEEDED
+
+    def _add(self, node: _Node) -> int | None:
+        key = self._key(node)
+        known = self.found.get(key)
+        if known is not None:
+            return known
+        if len(self.nodes) >= self.states_max:
+            return None
+        self.found[key] = len(self.nodes)
+        self.nodes.append(node)
+        self.unaided.append([])
+        return len(self.nodes) - 1
+
+    def _key(self, node: _Node) -> _Key:
+        instance = node.instance
+        ranks = {request.id: rank for rank, request in enumerate(sorted(instance.outstanding, key=position))}
+        return (
+            instance.vm_state,
+            instance.prior_vm_state,
+            instance.locked_by is None,
+            self.ages.idle_class(instance, node.now_ms),
+            tuple(self._request_key(instance, r, ranks[r.id], node.now_ms) for r in instance.outstanding),
+        )
+
+    def _request_key(self, instance: Instance, request: Request, rank: int, now_ms: int) -> _Key:
+        deadline_ms = request.interrupt_deadline_ms
+        return (
+            request.operation,
+            request.status,
+            request.phase,
+            (request.hard, request.preempts, request.in_turn),
+            # The order of admission matters only between lanes: within one it is the order of the queue.
+            rank if request.lane is Lane.COMPONENT else 0,
+            self.ages.served_class(instance, request, now_ms),
+            (request.interrupt_at_ms is None, request.interrupted_for is None),
+            None if deadline_ms is None else deadline_ms <= now_ms,
+        )
+
+    def _check_never_stuck(self) -> None:
+        """Law 5: backwards from every deleted state, over the steps that need no other worker."""
+        safe = {index for index, node in enumerate(self.nodes) if node.instance.vm_state is self.goal}
+        # What lies behind the bound was not looked at, and is not held against the policy.
+        safe |= self.open_ends
+        pending = list(safe)
+        while pending:
+            for origin in self.unaided[pending.pop()]:
+                if origin not in safe:
+                    safe.add(origin)
+                    pending.append(origin)
+        for index, node in enumerate(self.nodes):
+            if index not in safe:
+                what = f"{self.goal.value} cannot be reached from {describe(node.instance)} without its worker's help"
+                self._report(index, None, Breach(5, what))
+
+    def _report(self, index: int, step: Step | None, breach: Breach) -> None:
+        key = (breach.law, breach.what)
+        if key in self.violations:
+            return
+        story = [] if step is None else [step.event]
+        while index >= 0:
+            story.append(self.nodes[index].event)
+            index = self.nodes[index].parent
+        lines = tuple(_encode(event).decode() for event in reversed(story))
+        self.violations[key] = Violation(law=breach.law, what=breach.what, story=lines)
+
+    def result(self) -> Exploration:
+        return Exploration(
+            states=len(self.nodes),
+            transitions=self.transitions,
+            complete=not self.open_ends,
+            operations=self.operations,
+            outstanding_max=self.outstanding_max,
+            violations=tuple(sorted(self.violations.values(), key=lambda violation: len(violation.story))),
+        )
+
+
+def describe(instance: Instance) -> str:
+    """The state of an instance in a few words, without ids."""
+    waiting = ", ".join(f"{request.operation.value} {request.status.value}" for request in instance.outstanding)
+    return f"{instance.vm_state.value}/{instance.task_state}" + (f" ({waiting})" if waiting else "")
+
+
+def _submit_event(operation: Operation, parameters: dict[str, Any]) -> dict[str, Any]:
+    event: dict[str, Any] = {"submit": operation.value}
+    if parameters:
+        event["parameters"] = parameters
+    return event
+
+
+def _duration(milliseconds: int) -> str:
+    return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"
