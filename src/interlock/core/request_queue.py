@@ -200,6 +200,9 @@ def next_served(instance: Instance, lane: Lane | None) -> Request | None:
         now = waiting
     if change is not None and (component is not None or (state is not None and not _beside(change, state))):
         change = None
+    if waiting is not None and waiting.preempts:
+        # What were taken now has no deadline, and if it hung it would be in the way of what preempts for ever.
+        change = None
     match lane:
         case Lane.STATE:
             return now

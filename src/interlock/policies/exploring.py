@@ -29,6 +29,7 @@ from interlock.core.records import (
     Outcome,
     Redundant,
     Request,
+    Status,
     Submission,
 )
 from interlock.core.states import VmState
@@ -48,7 +49,8 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
     law: int
     what: str
     story: tuple[str, ...]
-    """Events of `interlock rehearse`, one JSON object a line; the last one breaks the law."""
+    """Events of `interlock rehearse`, one JSON object a line; the last one breaks the law, or leads to where it
+    does not hold. `{"adopt": true}` stands for a worker that was lost and whose request was taken over by another."""
 
 
 class Exploration(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +149,11 @@ class _Walk:
 
     def _look_at(self, index: int) -> None:
         node = self.nodes[index]
-        hopeful = self._submit_all(index, node)
+        # Once what leads to the goal waits, nothing more has to come in: whether it gets there is judged at the end.
+        hopeful = self._submit_all(index, node) or any(
+            CATALOGUE[request.operation].to is self.goal and request.status is Status.QUEUED
+            for request in node.instance.outstanding
+        )
         if not hopeful and node.instance.vm_state is not self.goal:
             self._report(index, None, Breach(5, f"nothing is ever admitted in {describe(node.instance)}"))
         for step, change in self._happenings(node):
@@ -155,10 +161,11 @@ class _Walk:
             self._follow(index, node, step, change, node.now_ms)
         later_ms = self._next_moment_ms(node)
         if later_ms is not None:
-            event = {"advance": _duration(later_ms - node.now_ms)}
-            still: Change[None] = Change(instance=node.instance, answer=None)
             self.transitions += 1
-            self._follow(index, node, Step(deed=Deed.ADVANCE, event=event), still, later_ms)
+            event = {"advance": _duration(later_ms - node.now_ms)}
+            change = lifecycle.expire(node.instance, self.policy, later_ms)
+            deed = Deed.ADVANCE if change.instance is node.instance else Deed.EXPIRE
+            self._follow(index, node, Step(deed=deed, event=event), change, later_ms)
 
     def _submit_all(self, index: int, node: _Node) -> bool:
         """Try every submission; whether any is admitted now, or at a moment that its refusal names."""
@@ -219,7 +226,6 @@ class _Walk:
             step = Step(deed=Deed.OBSERVE, event={"observe": guest.value})
             yield step, lifecycle.observe(instance, guest, policy, now_ms)
         yield Step(deed=Deed.ADOPT, event={"adopt": True}), lifecycle.adopt(instance, now_ms)
-        yield Step(deed=Deed.EXPIRE, event={"expire": True}), lifecycle.expire(instance, policy, now_ms)
 
     def _reports(self, node: _Node, request: Request) -> Iterator[tuple[Step, Change[Any]]]:
         instance, now_ms = node.instance, node.now_ms
@@ -344,9 +350,9 @@ class _Walk:
 
 
 def describe(instance: Instance) -> str:
-    """The state of an instance in a few words, without ids."""
-    waiting = ", ".join(f"{request.operation.value} {request.status.value}" for request in instance.outstanding)
-    return f"{instance.vm_state.value}/{instance.task_state}" + (f" ({waiting})" if waiting else "")
+    """The state of an instance in a few words: what it is, and what is being served."""
+    served = [request.operation.value for request in instance.outstanding if request.status in SERVED]
+    return instance.vm_state.value + (f" while {' and '.join(served)} is served" if served else "")
 
 
 def _submit_event(operation: Operation, parameters: dict[str, Any]) -> dict[str, Any]:

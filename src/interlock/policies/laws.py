@@ -130,7 +130,9 @@ def kept_promise(before: Instance, change: Change[Any], step: Step, policy: Comp
     taken = change.answer if step.deed is Deed.TAKE else None
     if isinstance(taken, Request):
         states = {before.vm_state} if taken.lane is Lane.STATE else {before.vm_state, _foreseen(before)}
-        if not any(_permitted(policy, taken, state, before.tags) for state in states):
+        # What preempts was admitted on what is being done, and stays wherever it can be performed.
+        performable = taken.preempts and before.vm_state in CATALOGUE[taken.operation].sources
+        if not performable and not any(_permitted(policy, taken, state, before.tags) for state in states):
             yield Breach(2, f"{taken.operation.value} is served in {before.vm_state.value}, where it is not permitted")
 
 

@@ -1,0 +1,148 @@
+"""The queue of one instance: its order, where it leads, and what is served next."""
+
+from __future__ import annotations
+
+from core_samples import GRACE_MS, ORDINARY, START_MS, O, V, ask, instance_in, queue, rule, serving, waiting_for
+
+from interlock.core.admission import admit
+from interlock.core.lifecycle import finish, take
+from interlock.core.operations import Lane
+from interlock.core.policy import CompiledPolicy, Policy, Verdict
+from interlock.core.records import Admitted, Outcome, Request, Status
+from interlock.core.request_queue import first_phase, foresee, next_served
+
+POLICY = CompiledPolicy(ORDINARY)
+ANYTHING = CompiledPolicy(
+    Policy(
+        name="anything",
+        rules=(
+            rule("delete", {O.DELETE, O.STOP}, Verdict.PREEMPT, grace_ms=GRACE_MS),
+            rule("present-state", {O.SWAP_VOLUME}, Verdict.ADMIT, in_turn=False),
+            rule("all", frozenset(O), Verdict.ADMIT),
+        ),
+    )
+)
+
+
+def test_state_changes_are_served_in_the_order_admitted() -> None:
+    """Section 3: state changes in the order admitted."""
+    instance = queue(instance_in(), POLICY, O.STOP, O.START, O.PAUSE)
+    served = []
+    while instance.outstanding:
+        taken = take(instance, None, START_MS)
+        assert taken.answer is not None
+        served.append(taken.answer.operation)
+        instance = finish(
+            taken.instance, taken.answer.id, taken.answer.fence, Outcome.SUCCEEDED, POLICY, START_MS
+        ).instance
+    assert served == [O.STOP, O.START, O.PAUSE]
+
+
+def test_only_one_state_change_is_in_flight() -> None:
+    """Law 1: one at a time."""
+    instance = take(queue(instance_in(), POLICY, O.STOP, O.START), Lane.STATE, START_MS).instance
+    assert take(instance, Lane.STATE, START_MS).answer is None
+    assert take(instance, None, START_MS).answer is None
+
+
+def test_state_changes_go_before_component_changes() -> None:
+    """Change 880: when both wait, state changes go first."""
+    instance = queue(instance_in(), POLICY, O.ATTACH_VOLUME, O.STOP)
+    waiting = next_served(instance, None)
+    assert waiting is not None
+    assert waiting.operation is O.STOP
+
+
+def test_a_compatible_component_change_is_served_beside_a_state_change() -> None:
+    """Change 880: a component change may be served while a state change is in progress."""
+    instance = queue(serving(O.REBOOT), POLICY, O.SWAP_VOLUME)
+    taken = take(instance, Lane.COMPONENT, START_MS)
+    assert taken.answer is not None
+    assert [request.status for request in taken.instance.outstanding] == [Status.IN_FLIGHT, Status.IN_FLIGHT]
+    assert waiting_for(taken.instance) == ["reboot", "swap_volume"]
+
+
+def test_an_incompatible_component_change_waits_for_the_state_change() -> None:
+    """The catalogue says what may be served beside what."""
+    instance = queue(serving(O.REBOOT), POLICY, O.ATTACH_VOLUME)
+    assert take(instance, Lane.COMPONENT, START_MS).answer is None
+
+
+def test_a_state_change_waits_for_an_incompatible_component_change() -> None:
+    """The same, the other way round."""
+    instance = queue(serving(O.ATTACH_VOLUME), POLICY, O.STOP)
+    assert take(instance, Lane.STATE, START_MS).answer is None
+    assert take(instance, None, START_MS).answer is None
+
+
+def test_no_component_change_is_taken_while_a_preempting_request_waits() -> None:
+    """Section 3: a preempting request first. What is taken now has no deadline, and could be in its way for ever."""
+    instance = queue(instance_in(), ANYTHING, O.SWAP_VOLUME, O.DELETE)
+    assert waiting_for(instance) == ["delete", "swap_volume"]
+    assert take(instance, Lane.COMPONENT, START_MS).answer is None
+    beside = queue(serving(O.STOP), ANYTHING, O.SWAP_VOLUME, O.DELETE)
+    assert take(beside, Lane.COMPONENT, START_MS).answer is None
+
+
+def test_a_preempting_request_goes_before_everything_that_waits_and_behind_what_is_served() -> None:
+    """Section 3: a preempting request first."""
+    instance = queue(serving(O.REBOOT), ANYTHING, O.PAUSE, O.UNPAUSE, O.STOP)
+    assert waiting_for(instance) == ["reboot", "stop", "pause", "unpause"]
+
+
+def test_the_foreseen_state_is_where_everything_outstanding_leads() -> None:
+    """Section 2: foreseen state."""
+    instance = queue(instance_in(), POLICY, O.STOP, O.START, O.RESCUE)
+    assert foresee(instance) is V.RESCUED
+    assert foresee(instance_in(V.PAUSED)) is V.PAUSED
+
+
+def test_the_foreseen_state_remembers_what_an_operation_undoes() -> None:
+    """A rescue from stopped, undone, leads back to stopped."""
+    instance = queue(instance_in(V.STOPPED), POLICY, O.RESCUE, O.UNRESCUE)
+    assert foresee(instance) is V.STOPPED
+
+
+def test_the_foreseen_state_is_where_serving_gets() -> None:
+    """What was foreseen holds when everything has succeeded."""
+    instance = queue(instance_in(V.STOPPED), POLICY, O.RESCUE, O.UNRESCUE, O.START)
+    expected = foresee(instance)
+    while instance.outstanding:
+        taken = take(instance, None, START_MS)
+        assert taken.answer is not None
+        request = taken.answer
+        instance = finish(taken.instance, request.id, request.fence, Outcome.SUCCEEDED, POLICY, START_MS).instance
+    assert instance.vm_state is expected is V.ACTIVE
+
+
+def test_taking_notes_when_under_which_fence_and_in_which_phase() -> None:
+    """A worker acts under the fence with which it took its request."""
+    instance = queue(instance_in(fence=7), POLICY, O.REBOOT)
+    taken = take(instance, Lane.STATE, START_MS + 5).answer
+    assert isinstance(taken, Request)
+    assert (taken.fence, taken.taken_at_ms, taken.phase) == (7, START_MS + 5, "rebooting")
+
+
+def test_a_hard_variant_has_phases_of_its_own() -> None:
+    """The task state tells a hard reboot from a soft one."""
+    assert first_phase(O.REBOOT, hard=True) == "rebooting_hard"
+    assert first_phase(O.PAUSE, hard=True) == "pausing"
+    assert first_phase(O.LOCK, hard=False) is None
+
+
+def test_nothing_is_taken_from_an_empty_queue_and_nothing_changes() -> None:
+    """The answer is None, and the instance is the same object."""
+    instance = instance_in()
+    for lane in (None, Lane.STATE, Lane.COMPONENT):
+        change = take(instance, lane, START_MS)
+        assert change.answer is None
+        assert change.instance is instance
+
+
+def test_a_full_queue_refuses_and_lets_delete_in() -> None:
+    """A limit on everything, and never stuck."""
+    policy = CompiledPolicy(Policy(name="short", rules=ORDINARY.rules, outstanding_max=2))
+    instance = queue(instance_in(), policy, O.PAUSE, O.UNPAUSE)
+    refused = admit(instance, ask(O.PAUSE, "q3"), policy, START_MS).answer
+    assert getattr(refused, "reason", None) == "queue_full"
+    assert isinstance(admit(instance, ask(O.DELETE, "q3"), policy, START_MS).answer, Admitted)
