@@ -1,0 +1,185 @@
+"""What can go wrong in a simulated host, and when: by rates and a seed, or scripted for the next call.
+
+The rules of this file:
+
+* One seed, one history. What a call meets depends on the seed, the instance and how many calls that instance has
+  had, and not on how the calls of different instances interleave.
+* A call meets one fault at most, and only one that can befall such a call (`BEFALLS`). Pulling the plug and removing
+  an instance can be slow and nothing else: on a real host a signal that cannot be ignored does both.
+* What a fault does is not here: see `adapter` and `host`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from enum import StrEnum
+from random import Random  # noqa: TID251 - seeded by its owner; the ban protects the core
+from typing import Final
+
+import msgspec
+
+
+class Method(StrEnum):
+    """The calls of the port that a fault can befall and a delay can slow down."""
+
+    INSPECT = "inspect"
+    DEFINE = "define"
+    UNDEFINE = "undefine"
+    POWER_ON = "power_on"
+    POWER_OFF = "power_off"
+    PRESS_POWER_BUTTON = "press_power_button"
+    RESET = "reset"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    ATTACH_DISK = "attach_disk"
+    DETACH_DISK = "detach_disk"
+
+
+class Slow(msgspec.Struct, frozen=True):
+    """The call takes so much longer, before it has any effect."""
+
+    delay_ms: int
+
+
+class Hangs(msgspec.Struct, frozen=True):
+    """What holds the guest stops before it reads the command, as a process does that got SIGSTOP."""
+
+    thaw_after_ms: int | None = None
+    """When it goes on by itself; None means when it is told to."""
+
+
+class AnswerLost(msgspec.Struct, frozen=True):
+    """The effect takes place, and the caller never hears of it."""
+
+
+class Refuses(msgspec.Struct, frozen=True):
+    """The hypervisor says no, and nothing is changed."""
+
+    message: str = "The simulated hypervisor was told to refuse this."
+
+
+class GuestPanics(msgspec.Struct, frozen=True):
+    """The guest panics right after the effect."""
+
+
+class GuestVanishes(msgspec.Struct, frozen=True):
+    """What holds the guest ends right before the effect; of one that is being started, right after it."""
+
+
+class GuestIgnores(msgspec.Struct, frozen=True):
+    """The guest does not do its part: it ignores the power button, or does not let go of the disk."""
+
+
+Fault = Slow | Hangs | AnswerLost | Refuses | GuestPanics | GuestVanishes | GuestIgnores
+
+_TO_A_GUEST: Final = frozenset(
+    {
+        Method.PRESS_POWER_BUTTON,
+        Method.RESET,
+        Method.PAUSE,
+        Method.UNPAUSE,
+        Method.ATTACH_DISK,
+        Method.DETACH_DISK,
+        Method.POWER_ON,
+    }
+)
+
+BEFALLS: Final[Mapping[type[Fault], frozenset[Method]]] = {
+    Slow: frozenset(Method),
+    Hangs: _TO_A_GUEST | {Method.INSPECT},
+    AnswerLost: _TO_A_GUEST | {Method.DEFINE},
+    Refuses: _TO_A_GUEST | {Method.DEFINE},
+    GuestPanics: _TO_A_GUEST,
+    GuestVanishes: _TO_A_GUEST,
+    GuestIgnores: frozenset({Method.PRESS_POWER_BUTTON, Method.DETACH_DISK}),
+}
+"""Which calls a fault can befall."""
+
+
+class FaultRates(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a call meets each fault, as shares of all calls: 0 is never, and together they are 1 at most."""
+
+    slow: float = 0.0
+    hangs: float = 0.0
+    answer_lost: float = 0.0
+    refuses: float = 0.0
+    panics: float = 0.0
+    vanishes: float = 0.0
+    ignores: float = 0.0
+    delay_ms_max: int = 100
+    """The longest that a slow call is delayed."""
+    thaw_after_ms_max: int | None = None
+    """The longest that a guest hangs; None means until it is thawed."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for shares that are none."""
+        shares = self.shares()
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"Fault rates are shares of all calls, not below 0 and together 1 at most: {shares}.")
+
+    def shares(self) -> tuple[float, ...]:
+        """The share of each fault, in the order in which `fault` numbers them."""
+        return (self.slow, self.hangs, self.answer_lost, self.refuses, self.panics, self.vanishes, self.ignores)
+
+    def fault(self, number: int, random: Random) -> Fault:
+        """The fault with that place in `shares`, its size drawn from `random`."""
+        if number == 0:
+            return Slow(random.randint(0, self.delay_ms_max))
+        if number == 1:
+            longest = self.thaw_after_ms_max
+            return Hangs(None if longest is None else random.randint(0, longest))
+        return (AnswerLost(), Refuses(), GuestPanics(), GuestVanishes(), GuestIgnores())[number - 2]
+
+
+class FaultPlan:
+    """Which fault each call meets."""
+
+    def __init__(self, seed: int = 0, rates: FaultRates | None = None) -> None:
+        self._seed = seed
+        self._rates = rates or FaultRates()
+        self._drawn: dict[str, Random] = {}
+        self._scripted: dict[tuple[str, Method], deque[Fault]] = {}
+        self.quiet = not any(self._rates.shares())
+        """Whether no call can meet a fault now. The plan is asked only when this is False, so that quiet is free."""
+
+    def script(self, instance_id: str, method: Method, *faults: Fault) -> None:
+        """Let the next calls of `method` on the instance meet these faults, one each, before any by rate.
+
+        Raises:
+            ValueError: such a call cannot meet such a fault.
+        """
+        for fault in faults:
+            if method not in BEFALLS[type(fault)]:
+                raise ValueError(f"A call of {method} cannot meet the fault {type(fault).__name__}.")
+        self._scripted.setdefault((instance_id, method), deque()).extend(faults)
+        self.quiet = False
+
+    def calm(self) -> None:
+        """Let no call meet a fault from now on: what was scripted is forgotten, and the rates are zero."""
+        self._rates = FaultRates()
+        self._scripted.clear()
+        self.quiet = True
+
+    def next(self, instance_id: str, method: Method) -> Fault | None:
+        """The fault that this call meets, or None."""
+        scripted = self._scripted.get((instance_id, method))
+        if scripted:
+            fault = scripted.popleft()
+            if not scripted:
+                del self._scripted[instance_id, method]
+                self.quiet = not self._scripted and not any(self._rates.shares())
+            return fault
+        return self._draw(instance_id, method)
+
+    def _draw(self, instance_id: str, method: Method) -> Fault | None:
+        random = self._drawn.get(instance_id)
+        if random is None:
+            random = self._drawn[instance_id] = Random(f"{self._seed}/{instance_id}")  # noqa: S311 - not for secrets
+        point = random.random()
+        for number, share in enumerate(self._rates.shares()):
+            if point < share:
+                fault = self._rates.fault(number, random)
+                return fault if method in BEFALLS[type(fault)] else None
+            point -= share
+        return None

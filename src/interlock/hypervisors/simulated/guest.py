@@ -1,0 +1,62 @@
+"""What a simulated host holds of one instance, as its file says it. Nothing happens here: see `host`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from interlock.core.records import Disk, GuestEvent, Image, Spec
+from interlock.core.states import PowerState
+from interlock.hypervisors.simulated.faults import Method
+
+ROOT: Final = "root"
+"""The id of an instance's own disk."""
+
+HELD: Final = frozenset({PowerState.RUNNING, PowerState.PAUSED, PowerState.CRASHED})
+"""The power states in which a guest runs, or would if it were let or could: its disks are in use."""
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that what holds a guest is told to do."""
+
+    method: Method
+    disk: Disk | None = None
+    """The disk to attach."""
+    disk_id: str | None = None
+    """The disk to detach."""
+
+
+class Guest(msgspec.Struct, kw_only=True):
+    """One instance on the host. Everything that its file says."""
+
+    instance_id: str
+    spec: Spec
+    """As last defined or started."""
+    power: PowerState = PowerState.NONE
+    disks: dict[str, Disk] = msgspec.field(default_factory=dict)
+    """What is plugged in, in the order plugged in; kept when the guest ends, for a power cycle."""
+    frozen: bool = False
+    thaw_after_ms: int | None = None
+    ignores_power_button: bool = False
+    button_pressed: bool = False
+    """Whether the guest has yet to react to its power button."""
+    unread: list[Command] = msgspec.field(default_factory=list)
+    """What was sent to it while it was frozen."""
+    untold: list[GuestEvent] = msgspec.field(default_factory=list)
+    starts: int = 0
+    """How often a guest was started, and so which guest this is."""
+    resets: int = 0
+
+    def uses(self, disk: Disk) -> bool:
+        """Whether the guest holds the disk's file in a way that keeps others from using it like this."""
+        return self.power in HELD and any(
+            used.path == disk.path and not (used.read_only and disk.read_only) for used in self.disks.values()
+        )
+
+
+def root_disk(instance_id: str, image: Image) -> tuple[Disk, ...]:
+    """The root disk that an instance has of an image: none of one that is booted directly."""
+    if image.kind != "disk":
+        return ()
+    return (Disk(id=ROOT, path=f"simulated:{instance_id}/root", format="qcow2"),)
