@@ -1,0 +1,173 @@
+"""Why an operation gets the answer it gets, and which operations would be admitted now.
+
+Nothing is decided here: the gate is asked, and what the rules said on the way is put into words. The words of a single
+condition are here too, because the core has no use for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+import msgspec
+
+from interlock.core.admission import judge, look
+from interlock.core.operations import BIT, Lane, Operation
+from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Rule, Verdict, View
+from interlock.core.records import Admitted, Disposition, Instance, Submission
+from interlock.core.request_queue import foresee
+from interlock.core.states import NO_TASK, VmState
+from interlock.policies.durations import format_seconds
+
+NOT_SUBMITTED: Final = "not-submitted"
+"""The id of a request that is judged and never kept."""
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True):
+    """One rule that was asked."""
+
+    rule: str
+    source: str
+    """Where it stands: `file:line`; empty for a rule that is not written anywhere."""
+    verdict: Verdict
+    matched: bool
+    failed: str | None = None
+    """The first condition that does not hold: its key, what the rule wants, and what was found; None if it matched."""
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """The way to one answer."""
+
+    disposition: Disposition
+    tried: tuple[Tried, ...]
+    """The rules about the operation, in the order asked, up to the one that decided."""
+    foreseen: VmState | None = None
+    """The state in which it had to be permitted too, if it came to that."""
+    tried_foreseen: tuple[Tried, ...] = ()
+    """The same rules, asked of that state."""
+
+
+def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Explanation:
+    """The answer that the submission would get now, with every rule that was asked for it."""
+    view = look(instance, submission, now_ms)
+    disposition = judge(instance, submission, policy, now_ms)
+    tried, decided = _ask(policy, view)
+    queued = any(request.lane is Lane.STATE for request in instance.outstanding)
+    if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
+        return Explanation(disposition=disposition, tried=tried)
+    there = foresee(instance)
+    settled = View(view.operation, there, NO_TASK, role=submission.role, tags=instance.tags, hard=view.hard)
+    return Explanation(disposition=disposition, tried=tried, foreseen=there, tried_foreseen=_ask(policy, settled)[0])
+
+
+def dispositions(
+    instance: Instance,
+    role: str,
+    by: str,
+    policy: CompiledPolicy,
+    now_ms: int,
+    *,
+    operations: Iterable[Operation] = tuple(Operation),
+    host_reachable: bool = True,
+) -> dict[Operation, Disposition]:
+    """The answer that each operation would get now from this caller, asked without parameters."""
+    return {
+        operation: judge(
+            instance,
+            Submission(
+                request_id=NOT_SUBMITTED,
+                operation=operation,
+                requested_by=by,
+                role=role,
+                host_reachable=host_reachable,
+            ),
+            policy,
+            now_ms,
+        )
+        for operation in operations
+    }
+
+
+def allowed_now(
+    instance: Instance,
+    role: str,
+    by: str,
+    policy: CompiledPolicy,
+    now_ms: int,
+    *,
+    host_reachable: bool = True,
+) -> tuple[Operation, ...]:
+    """The operations that this caller would be granted now, in the order of the catalogue."""
+    answers = dispositions(instance, role, by, policy, now_ms, host_reachable=host_reachable)
+    return tuple(operation for operation, answer in answers.items() if isinstance(answer, Admitted))
+
+
+def _is_record(operation: Operation) -> bool:
+    return operation in (Operation.LOCK, Operation.UNLOCK, Operation.RESET_STATE)
+
+
+def _ask(policy: CompiledPolicy, view: View) -> tuple[tuple[Tried, ...], Rule]:
+    if view.vm_state is VmState.DELETED:
+        return (_tried(GONE, None),), GONE
+    tried = []
+    for rule in policy.rules:
+        if view.operation not in rule.operations:
+            continue
+        failed = next((str(check) for check in _checks(rule, view) if not check.holds), None)
+        tried.append(_tried(rule, failed))
+        if failed is None:
+            return tuple(tried), rule
+    tried.append(_tried(NO_RULE, None))
+    return tuple(tried), NO_RULE
+
+
+def _tried(rule: Rule, failed: str | None) -> Tried:
+    return Tried(rule=rule.id, source=rule.source, verdict=rule.verdict, matched=failed is None, failed=failed)
+
+
+class _Check(NamedTuple):
+    """One condition of a rule, held against what there is."""
+
+    key: str
+    holds: bool
+    wanted: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: wants {self.wanted}, found {self.found}"
+
+
+def _checks(rule: Rule, view: View) -> Iterator[_Check]:
+    """The conditions of a rule in the order in which the core asks them; those that always hold are left out."""
+    if rule.vm_states is not None:
+        wanted = _any_of(state.value for state in rule.vm_states)
+        yield _Check("vm_state", view.vm_state in rule.vm_states, wanted, view.vm_state.value)
+    if rule.task_states is not None:
+        yield _Check("task_state", view.task_state in rule.task_states, _any_of(rule.task_states), view.task_state)
+    if rule.outstanding is not None:
+        there = [operation for operation in Operation if view.outstanding & BIT[operation]]
+        holds = not rule.outstanding.isdisjoint(there) if rule.outstanding else not there
+        wanted = _any_of(operation.value for operation in rule.outstanding) if rule.outstanding else "nothing"
+        found = ", ".join(operation.value for operation in there) or "nothing"
+        yield _Check("outstanding", holds, wanted, found)
+    if rule.roles is not None:
+        yield _Check("roles", view.role in rule.roles, _any_of(rule.roles), view.role)
+    for key, flag, found_flag in (
+        ("locked", rule.locked, view.locked),
+        ("blocked", rule.blocked, view.blocked),
+        ("host_reachable", rule.host_reachable, view.host_reachable),
+        ("hard", rule.hard, view.hard),
+    ):
+        if flag is not None:
+            yield _Check(key, found_flag is flag, str(flag).lower(), str(found_flag).lower())
+    if rule.tags is not None:
+        found = ", ".join(view.tags) or "none"
+        yield _Check("tags", not rule.tags.isdisjoint(view.tags), _any_of(rule.tags), found)
+    if rule.silent_ms_min is not None:
+        found = format_seconds(view.silent_ms)
+        yield _Check("silent_for", view.silent_ms >= rule.silent_ms_min, format_seconds(rule.silent_ms_min), found)
+
+
+def _any_of(words: Iterable[str]) -> str:
+    shown = sorted(words)
+    return shown[0] if len(shown) == 1 else f"one of {', '.join(shown)}"

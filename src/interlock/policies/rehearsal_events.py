@@ -1,0 +1,196 @@
+"""What may be said in a rehearsal: one JSON object a line, read into one shape, and an instance made from one of them.
+
+What an event leads to is not here (see `rehearsing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from interlock.core.errors import Invalid
+from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.records import Instance, Outcome, Request, Status
+from interlock.core.states import NO_TASK, PowerState, VmState
+from interlock.policies.durations import DURATION_MAX_MS, EXPECTED, parse_duration
+from interlock.policies.vocabulary import OPERATIONS, ROLES, TASKS, VM_STATES, nearest
+
+WordT = TypeVar("WordT")
+
+TAGS_MAX: Final = 64
+
+
+class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`{"instance": {…}}`: the instance to start afresh with."""
+
+    vm_state: str = "building"
+    in_flight: str | None = None
+    task_state: str | None = None
+    age: str | int | float = 0
+    prior_vm_state: str | None = None
+    locked: bool = False
+    tags: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
+    """Its own list of blocked operations."""
+    role: str = "admin"
+    """Whose submissions follow, unless one says otherwise."""
+    host_reachable: bool = True
+
+
+class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One event: exactly one of the first nine, and what goes with it."""
+
+    submit: str | None = None
+    take: str | None = None
+    finish: str | None = None
+    observe: str | None = None
+    cancel: str | None = None
+    progress: str | None = None
+    advance: str | int | float | None = None
+    show: bool | None = None
+    instance: InstanceLine | None = None
+    outcome: str | None = None
+    phase: str | None = None
+    parameters: dict[str, Any] | None = None
+    hard: bool | None = None
+    role: str | None = None
+
+
+VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "instance")
+_COMPANIONS: Final = {
+    "outcome": "finish",
+    "phase": "progress",
+    "parameters": "submit",
+    "hard": "submit",
+    "role": "submit",
+}
+"""What goes with an event, and with which."""
+_ROLES: Final = {role: role for role in ROLES}
+_OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
+LINE_LENGTH_MAX: Final = 64 * 1024
+"""Longer lines are answered with an error, unread."""
+_decoder: Final = msgspec.json.Decoder(Line)
+
+
+def read_line(line: bytes | str) -> tuple[str, Line]:
+    """The event that a line holds, with its verb.
+
+    Raises:
+        Invalid: it is no JSON object, has an unknown key, or is not exactly one event.
+    """
+    if len(line) > LINE_LENGTH_MAX:
+        raise Invalid(f"The line is longer than {LINE_LENGTH_MAX} bytes.")
+    try:
+        event = _decoder.decode(line)
+    except msgspec.ValidationError as error:
+        raise Invalid(f"This is no event: {error}.", remedy=f"An event has one of {', '.join(VERBS)}.") from error
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise Invalid(f"This is not JSON: {error}.") from error
+    verbs = [verb for verb in VERBS if getattr(event, verb) is not None]
+    if len(verbs) != 1:
+        raise Invalid(f"An event has exactly one of {', '.join(VERBS)}; this has {' and '.join(verbs) or 'none'}.")
+    verb = verbs[0]
+    for key, owner in _COMPANIONS.items():
+        if owner != verb and getattr(event, key) is not None:
+            raise Invalid(f"{key} goes with {owner} only.")
+    return verb, event
+
+
+def named_operation(name: str) -> Operation:
+    """An operation by its name, with hyphens or underscores. Raises `Invalid` with the nearest one."""
+    return _word("operation", name, OPERATIONS.words)
+
+
+def named_role(name: str) -> str:
+    """A role by its name. Raises `Invalid`."""
+    return _word("role", name, _ROLES)
+
+
+def length_of_time_ms(value: str | float) -> int:
+    """Milliseconds: text as in a policy, or a number of seconds. Raises `Invalid`."""
+    if isinstance(value, str):
+        parsed = parse_duration(value)
+    else:
+        parsed = round(value * 1_000) if 0 <= value <= DURATION_MAX_MS / 1_000 else None
+    if parsed is None:
+        raise Invalid(f"{value!r} is no length of time; expected {EXPECTED}, or a number of seconds.")
+    return parsed
+
+
+def made_instance(line: InstanceLine, now_ms: int) -> Instance:
+    """The instance that a line describes, at that moment; what is in flight has the id `r1`. Raises `Invalid`."""
+    vm_state = _word("vm_state", line.vm_state, VM_STATES.words)
+    since_ms = now_ms - length_of_time_ms(line.age)
+    if len(line.tags) > TAGS_MAX:
+        raise Invalid(f"An instance has at most {TAGS_MAX} tags.")
+    serving = _in_flight(line, since_ms)
+    return Instance(
+        id="rehearsed",
+        name="rehearsed",
+        project="rehearsal",
+        host="rehearsal",
+        vm_state=vm_state,
+        power_state=PowerState.NONE,
+        prior_vm_state=None
+        if line.prior_vm_state is None
+        else _word("prior_vm_state", line.prior_vm_state, VM_STATES.words),
+        created_at_ms=since_ms,
+        updated_at_ms=since_ms,
+        locked_by="owner" if line.locked else None,
+        blocked_operations=tuple(named_operation(name) for name in line.blocked),
+        tags=line.tags,
+        error="It was so at the beginning." if vm_state is VmState.ERROR else None,
+        outstanding=() if serving is None else (serving,),
+    )
+
+
+def _in_flight(line: InstanceLine, since_ms: int) -> Request | None:
+    operation, phase = _operation_and_phase(line)
+    if operation is None:
+        return None
+    return Request(
+        id="r1",
+        instance_id="rehearsed",
+        operation=operation,
+        parameters={"hard": True} if phase in CATALOGUE[operation].hard_phases else {},
+        requested_by="rehearsal",
+        role="admin",
+        rule="rehearsal",
+        admitted_at_ms=since_ms,
+        status=Status.IN_FLIGHT,
+        phase=phase,
+        taken_at_ms=since_ms,
+        last_progress_at_ms=since_ms,
+    )
+
+
+def _operation_and_phase(line: InstanceLine) -> tuple[Operation | None, str | None]:
+    operation = None if line.in_flight is None else named_operation(line.in_flight)
+    phase = None if line.task_state is None else line.task_state.replace("-", "_")
+    if phase == NO_TASK:
+        phase = None
+    if operation is None:
+        return (None, None) if phase is None else (TASK_OPERATION[_word("task_state", phase, TASKS.words)], phase)
+    entry = CATALOGUE[operation]
+    if entry.lane is Lane.RECORD:
+        raise Invalid(f"{operation.value} changes only the record, and is never in flight.")
+    known = entry.phases + entry.hard_phases
+    if phase is None:
+        return operation, known[0]
+    if phase not in known:
+        raise Invalid(f"{operation.value} has no phase {phase!r}; expected one of {', '.join(known)}.")
+    return operation, phase
+
+
+def named_outcome(name: str | None) -> Outcome:
+    """How serving came out; succeeded where nothing is said. Raises `Invalid`."""
+    return Outcome.SUCCEEDED if name is None else _word("outcome", name, _OUTCOMES)
+
+
+def _word(noun: str, name: str, words: Mapping[str, WordT]) -> WordT:
+    word = name.replace("-", "_")
+    if word not in words:
+        raise Invalid(f"{name!r} is no {noun}. {nearest(word, words)}")
+    return words[word]

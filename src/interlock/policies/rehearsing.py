@@ -1,0 +1,298 @@
+"""Playing a script of events against a policy: one JSON event a line in, one JSON answer a line out.
+
+There is no server, no store and no clock: the core is called as a server calls it, and time passes when the script
+says so. The shapes of events and answers are in docs/reference/policies.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from interlock.core import lifecycle
+from interlock.core.admission import admit
+from interlock.core.errors import Invalid
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import (
+    ENDS,
+    SERVED,
+    Admitted,
+    Change,
+    Denied,
+    Disposition,
+    GuestEvent,
+    Redundant,
+    Request,
+    StaleFence,
+    Status,
+    Submission,
+)
+from interlock.core.states import NO_TASK
+from interlock.policies.durations import format_seconds, seconds
+from interlock.policies.rehearsal_events import (
+    InstanceLine,
+    Line,
+    length_of_time_ms,
+    made_instance,
+    named_operation,
+    named_outcome,
+    named_role,
+    read_line,
+)
+from interlock.policies.vocabulary import VM_STATES, nearest
+
+BEGINNING_MS: Final = 1_000_000_000_000
+"""When every rehearsal begins, on its own clock; far enough from zero that any age fits before it."""
+
+_LANES: Final[dict[str, Lane | None]] = {"any": None, "state": Lane.STATE, "component": Lane.COMPONENT}
+_GUEST_EVENTS: Final = {event.value: event for event in GuestEvent}
+_encode: Final = msgspec.json.Encoder().encode
+
+_DIGITS_MAX: Final = 16
+
+Answer = dict[str, Any]
+
+
+def rehearse(lines: Iterable[bytes | str], policy: CompiledPolicy) -> Iterator[bytes]:
+    """The answers to a script, in order, each one JSON object without a line end. Blank lines are passed over.
+
+    A line that cannot be understood or does not fit what was said before is answered with `error` and its number,
+    changes nothing, and the script goes on.
+    """
+    stage = Rehearsal(policy)
+    for number, line in enumerate(lines, start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            answer = stage.play(*read_line(line))
+        except Invalid as error:
+            answer = {"error": f"{error.message} {error.remedy}" if error.remedy else error.message, "line": number}
+        yield _encode(answer)
+
+
+class Rehearsal:
+    """One instance under one policy, with a clock of its own."""
+
+    def __init__(self, policy: CompiledPolicy) -> None:
+        self._policy = policy
+        self._verbs: dict[str, Callable[[Line], Answer]] = {
+            "instance": self._begin,
+            "submit": self._submit,
+            "take": self._take,
+            "finish": self._finish,
+            "observe": self._observe,
+            "cancel": self._cancel,
+            "progress": self._progress,
+            "advance": self._advance,
+            "show": self._show,
+        }
+        self._start(InstanceLine())
+
+    def play(self, verb: str, event: Line) -> Answer:
+        """The answer to one event.
+
+        Raises:
+            Invalid: it does not fit what was said before; nothing has changed.
+        """
+        return self._verbs[verb](event)
+
+    def _start(self, line: InstanceLine) -> None:
+        role = named_role(line.role)
+        self.instance = made_instance(line, BEGINNING_MS)
+        self._now_ms = BEGINNING_MS
+        self._role = role
+        self._host_reachable = line.host_reachable
+        self._admitted = len(self.instance.outstanding)
+        self._lost: dict[str, int] = {}
+        """The fences of the workers that lost their right to act, by request: what they say comes too late."""
+
+    def _begin(self, event: Line) -> Answer:
+        assert event.instance is not None
+        self._start(event.instance)
+        return self._shown()
+
+    def _submit(self, event: Line) -> Answer:
+        assert event.submit is not None
+        parameters = event.parameters or {}
+        if event.hard is not None:
+            parameters = {**parameters, "hard": event.hard}
+        submission = Submission(
+            request_id=f"r{self._admitted + 1}",
+            operation=named_operation(event.submit),
+            parameters=parameters,
+            requested_by="rehearsal",
+            role=self._role if event.role is None else named_role(event.role),
+            host_reachable=self._host_reachable,
+        )
+        _check_reset(submission)
+        change = admit(self.instance, submission, self._policy, self._now_ms)
+        self._follow(change)
+        if isinstance(change.answer, Admitted):
+            self._admitted += 1
+        return self._disposed(change.answer)
+
+    def _disposed(self, answer: Disposition) -> Answer:
+        allowed_at_ms = None if isinstance(answer, Admitted) else answer.allowed_at_ms
+        shown: Answer = {
+            "disposition": "admitted",
+            "reason": None,
+            "rule": answer.rule,
+            "retry_after": None if allowed_at_ms is None else seconds(max(0, allowed_at_ms - self._now_ms)),
+            "supersedes": (),
+            "cancels": (),
+            "request": None,
+        }
+        match answer:
+            case Admitted():
+                shown["supersedes"], shown["cancels"] = answer.supersedes, answer.cancels
+                shown["request"] = answer.request.id
+            case Redundant():
+                shown["disposition"], shown["reason"] = "redundant", answer.reason
+                shown["request"] = answer.request and answer.request.id
+            case Denied():
+                shown["disposition"], shown["reason"] = "denied", answer.reason
+        return shown
+
+    def _take(self, event: Line) -> Answer:
+        assert event.take is not None
+        if event.take not in _LANES:
+            raise Invalid(f"{event.take!r} is no lane. {nearest(event.take, _LANES)}")
+        change = lifecycle.take(self.instance, _LANES[event.take], self._now_ms)
+        self._follow(change)
+        taken = change.answer
+        return {"taken": taken and taken.operation.value, "request": taken and taken.id}
+
+    def _finish(self, event: Line) -> Answer:
+        assert event.finish is not None
+        outcome = named_outcome(event.outcome)
+        request_id, fence = self._worker(event.finish)
+        change = lifecycle.finish(self.instance, request_id, fence, outcome, self._policy, self._now_ms)
+        return self._reported(change, request_id)
+
+    def _progress(self, event: Line) -> Answer:
+        assert event.progress is not None
+        request_id, fence = self._worker(event.progress)
+        phase = None if event.phase is None else event.phase.replace("-", "_")
+        serving = next((request for request in self.instance.outstanding if request.id == request_id), None)
+        if phase is not None and serving is not None:
+            entry = CATALOGUE[serving.operation]
+            if phase not in entry.phases + entry.hard_phases:
+                known = ", ".join(entry.phases + entry.hard_phases)
+                raise Invalid(f"{serving.operation.value} has no phase {phase!r}; expected one of {known}.")
+        change = lifecycle.progress(self.instance, request_id, fence, self._now_ms, phase=phase)
+        return self._reported(change, request_id)
+
+    def _reported(self, change: Change[Request | StaleFence], request_id: str) -> Answer:
+        """The answer to a worker, who may have come too late."""
+        answer = self._settled(self._follow(change), request_id)
+        if isinstance(change.answer, StaleFence):
+            answer["fenced"] = {"fence": change.answer.fence, "current_fence": change.answer.current_fence}
+        return answer
+
+    def _observe(self, event: Line) -> Answer:
+        assert event.observe is not None
+        if event.observe not in _GUEST_EVENTS:
+            raise Invalid(f"{event.observe!r} is nothing that a guest does. {nearest(event.observe, _GUEST_EVENTS)}")
+        kind = _GUEST_EVENTS[event.observe]
+        return self._settled(self._follow(lifecycle.observe(self.instance, kind, self._policy, self._now_ms)))
+
+    def _cancel(self, event: Line) -> Answer:
+        assert event.cancel is not None
+        number = event.cancel.removeprefix("r")
+        if not (number.isdecimal() and len(number) < _DIGITS_MAX and 1 <= int(number) <= self._admitted):
+            raise Invalid(f"There is no request {event.cancel!r}.")
+        change = lifecycle.cancel(self.instance, event.cancel, self._policy, "rehearsal", self._now_ms)
+        answer: Answer = {"cancel": change.answer.value}
+        answer.update(self._settled(self._follow(change)))
+        return answer
+
+    def _advance(self, event: Line) -> Answer:
+        assert event.advance is not None
+        self._now_ms += length_of_time_ms(event.advance)
+        ended: dict[str, Request] = {}
+        while True:
+            change = lifecycle.expire(self.instance, self._policy, self._now_ms)
+            if change.instance is self.instance:
+                return self._settled(ended)
+            ended.update(self._follow(change))
+
+    def _show(self, event: Line) -> Answer:
+        if event.show is not True:
+            raise Invalid('The event is written {"show": true}.')
+        return self._shown()
+
+    def _worker(self, name: str) -> tuple[str, int]:
+        """Who reports: the id and the fence of what is served, by id or kind, or of what was before it was fenced."""
+        for request in self.instance.outstanding:
+            if request.status in SERVED and name in (request.id, request.operation.value):
+                return request.id, request.fence
+        if name in self._lost:
+            return name, self._lost[name]
+        operation = name.replace("-", "_")
+        for request in self.instance.outstanding:
+            if request.status in SERVED and request.operation.value == operation:
+                return request.id, request.fence
+        raise Invalid(f"{name!r} is not in flight.", remedy='Name the operation or the request; {"show": true} tells.')
+
+    def _follow(self, change: Change[Any]) -> dict[str, Request]:
+        """Go to the instance that a change leads to; the requests that it ended."""
+        self.instance = change.instance
+        ended = {}
+        for request in change.requests:
+            if request.status in ENDS:
+                ended[request.id] = request
+                if request.fence < self.instance.fence and request.taken_at_ms is not None:
+                    self._lost[request.id] = request.fence
+        return ended
+
+    def _settled(self, ended: dict[str, Request], finished: str | None = None) -> Answer:
+        """Where the instance is now, and what came to an end: `cancelled` tells of those that only waited."""
+        task_state = self.instance.task_state
+        answer: Answer = {
+            "vm_state": self.instance.vm_state.value,
+            "task_state": None if task_state == NO_TASK else task_state,
+            "ended": {},
+            "cancelled": {},
+        }
+        for request in ended.values():
+            if request.status is Status.CANCELLED and request.id != finished:
+                answer["cancelled"][request.id] = request.reason
+            else:
+                answer["ended"][request.id] = request.status.value
+        return answer
+
+    def _shown(self) -> Answer:
+        instance = self.instance
+        serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
+        since_ms = instance.updated_at_ms if serving is None else serving.last_progress_at_ms or instance.updated_at_ms
+        task_state = instance.task_state
+        return {
+            "vm_state": instance.vm_state.value,
+            "task_state": None if task_state == NO_TASK else task_state,
+            "in_flight": serving and serving.operation.value,
+            "age": format_seconds(self._now_ms - since_ms),
+            "outstanding": [
+                {"request": request.id, "operation": request.operation.value, "status": request.status.value}
+                for request in instance.outstanding
+            ],
+            "prior_vm_state": instance.prior_vm_state and instance.prior_vm_state.value,
+            "locked": instance.locked_by is not None,
+            "tags": instance.tags,
+            "blocked": [operation.value for operation in instance.blocked_operations],
+            "role": self._role,
+            "host_reachable": self._host_reachable,
+            "fence": instance.fence,
+            "generation": instance.generation,
+        }
+
+
+def _check_reset(submission: Submission) -> None:
+    """A state can be reset only to one that there is; the core takes that for granted."""
+    if submission.operation is not Operation.RESET_STATE:
+        return
+    target = submission.parameters.get("vm_state", "error")
+    if not isinstance(target, str) or target not in VM_STATES.words:
+        raise Invalid(f"reset_state leads to no vm_state {target!r}. {nearest(str(target), VM_STATES.words)}")
