@@ -33,7 +33,7 @@ from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Ro
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
 from interlock.service.watching import EVERYTHING, Watch
-from interlock.service.wishes import NewInstance, NewRequest, check_name, check_parameters, is_id
+from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, is_id
 
 EVENTS_PAGE = 500
 
@@ -133,16 +133,17 @@ class Instances:
                 blocked_operations=wish.blocked_operations,
                 spec=spec,
             )
-            created = _created(instance, caller, now_ms)
+            facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
+            created = _event("instance.created", instance, now_ms, facts)
             if not wish.start:
                 recorded = Redundant(
                     rule="recorded", reason="recorded", because="Recorded; a start makes and boots it."
                 )
-                return Change(instance=created.instance, events=created.events, answer=recorded)
-            change = admission.admit(created.instance, submission, self.policy, now_ms)
+                return Change(instance=instance, events=(created,), answer=recorded)
+            change = admission.admit(instance, submission, self.policy, now_ms)
             if not isinstance(change.answer, Admitted):
                 raise _TurnedAway(Answer(disposition=change.answer, instance=instance))
-            return msgspec.structs.replace(change, events=created.events + change.events)
+            return msgspec.structs.replace(change, events=(created, *change.events))
 
         try:
             disposition = await self._store.create(decide, _key(caller, key, "create", wish))
@@ -181,11 +182,7 @@ class Instances:
         def decide(instance: Instance, now_ms: int) -> Change[Disposition]:
             if instance.project != caller.project:
                 raise _unknown(reference)
-            if if_generation is not None and instance.generation != if_generation:
-                raise GenerationMismatch(
-                    f"The instance is at generation {instance.generation}, not {if_generation}.",
-                    remedy="Read it again, and decide on what it is now.",
-                )
+            _check_generation(instance, if_generation)
             change = admission.admit(instance, submission, self.policy, now_ms)
             judged[:] = [change.instance]
             return change
@@ -224,6 +221,25 @@ class Instances:
             requested_by=caller.name,
             role=caller.role.value,
         )
+
+    async def relabel(
+        self, caller: Caller, reference: str, labels: Labels, if_generation: int | None = None
+    ) -> Instance:
+        """Change the instance's tags or blocked operations. Raises `NotFound`, `Forbidden`, `GenerationMismatch`."""
+        caller.require(Role.MEMBER, "change instances")
+        instance_id = (await self.describe(caller, reference)).id
+        named = {name: value for name, value in msgspec.structs.asdict(labels).items() if value is not None}
+
+        def decide(instance: Instance, now_ms: int) -> Change[Instance]:
+            _check_generation(instance, if_generation)
+            if all(getattr(instance, name) == value for name, value in named.items()):
+                return Change(instance=instance, answer=instance)
+            changed = msgspec.structs.replace(instance, generation=instance.generation + 1, **named)
+            data = {"by": caller.name, **msgspec.to_builtins(named)}
+            event = _event("instance.relabelled", changed, now_ms, data)
+            return Change(instance=changed, events=(event,), answer=changed)
+
+        return await self._store.change(instance_id, decide)
 
     async def cancel(self, caller: Caller, request_id: str) -> tuple[Cancellation, Request]:
         """Withdraw a request, and say what became of that with the request as it is now. Raises `NotFound`."""
@@ -346,15 +362,16 @@ class Instances:
 _NOBODYS = Instance(id="", name="", project="", host="")
 
 
-def _created(instance: Instance, caller: Caller, now_ms: int) -> Change[None]:
-    event = Event(
-        kind="instance.created",
-        instance_id=instance.id,
-        at_ms=now_ms,
-        generation=instance.generation,
-        data={"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value},
-    )
-    return Change(instance=instance, events=(event,), answer=None)
+def _check_generation(instance: Instance, wanted: int | None) -> None:
+    if wanted is not None and instance.generation != wanted:
+        raise GenerationMismatch(
+            f"The instance is at generation {instance.generation}, not {wanted}.",
+            remedy="Read it again, and decide on what it is now.",
+        )
+
+
+def _event(kind: str, instance: Instance, now_ms: int, data: dict[str, Any]) -> Event:
+    return Event(kind=kind, instance_id=instance.id, at_ms=now_ms, generation=instance.generation, data=data)
 
 
 def _unknown(reference: str) -> NotFound:

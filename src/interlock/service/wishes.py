@@ -47,6 +47,13 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """False only records it, in `building`; a `start` makes and boots it later."""
 
 
+class Labels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an owner may change of an instance's record at any time; what is not named stays."""
+
+    tags: Annotated[tuple[Tag, ...], Meta(max_length=64)] | None = None
+    blocked_operations: Annotated[tuple[Operation, ...], Meta(max_length=64)] | None = None
+
+
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operation to carry out on an instance."""
 

@@ -1,0 +1,110 @@
+"""A whole server without its door, in this process, on a host that outlives it.
+
+For tests and experiments that look at everything at once: store, gate, drivers and host. It can be crashed, in the
+sense that matters: whatever its workers were doing stops between two awaits and is never reported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from interlock.config import Config, DriverConfig
+from interlock.core.operations import Operation
+from interlock.core.records import Admitted, Event, Image, Instance, Request
+from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.ports import Role, Volume
+from interlock.service.callers import Caller
+from interlock.service.instances import Answer
+from interlock.service.wishes import NewInstance, NewRequest
+from interlock.wiring import Server
+
+IMAGE = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
+QUICK = DriverConfig(guest_shutdown_timeout_ms=300, heartbeat_ms=50, inspect_retry_ms=10, drain_ms=1)
+"""Time-outs for tests: short enough to be waited for, long enough not to be met by accident."""
+
+WAIT_MS = 20_000
+
+
+class Embedded:
+    """One server after the other on one folder and one simulated host, and the verbs of one caller."""
+
+    def __init__(self, folder: Path, host: SimulatedHost, policy: str = "standard", **simulated: Any) -> None:
+        """`simulated` goes to each `SimulatedHypervisor`."""
+        self.host = host
+        self.caller = Caller(token_id="tester", name="tester", role=Role.ADMIN, project="default")  # noqa: S106
+        self._config = Config(data_dir=str(folder), hypervisor="simulated", host="here", policy=policy, driver=QUICK)
+        self._simulated = simulated
+        self.server: Server
+
+    async def start(self) -> None:
+        """Start a server; the one before it must have been closed or crashed."""
+        self.server = Server(self._config, SimulatedHypervisor(self.host, **self._simulated))
+        await self.server.open()
+        if not await self.server.store.images():
+            await self.server.store.put_image(IMAGE)
+
+    async def crash(self) -> None:
+        """End the server between two awaits of whatever it is doing. Nothing in flight is reported."""
+        await self.server.close()
+
+    async def create(self, name: str, *, start: bool = True) -> str:
+        """Create an instance, wait until it has come up, and give its id."""
+        answer = await self.server.instances.create(self.caller, NewInstance(name=name, image=IMAGE.name, start=start))
+        if start:
+            await self.ended(admitted(answer))
+        return answer.instance.id
+
+    async def submit(self, reference: str, operation: Operation, **parameters: Any) -> Answer:
+        wish = NewRequest(operation=operation, parameters=parameters)
+        return await self.server.instances.submit(self.caller, reference, wish)
+
+    async def carry_out(self, reference: str, operation: Operation, **parameters: Any) -> Request:
+        """Submit, which must be admitted, and wait for the end."""
+        return await self.ended(admitted(await self.submit(reference, operation, **parameters)))
+
+    async def ended(self, request: Request) -> Request:
+        """The request as it is when it has ended, or when more time has passed than that should take."""
+        return await self.server.instances.request(self.caller, request.id, WAIT_MS)
+
+    async def until(self, instance_id: str, **fields: Any) -> Instance:
+        """The instance as soon as it has these values, such as `vm_state=VmState.STOPPED` or `task_state="none"`.
+
+        Raises:
+            TimeoutError: it does not come to have them; says what it has.
+        """
+
+        async def so() -> Instance | None:
+            instance = await self.server.store.instance(instance_id)
+            assert instance is not None
+            return instance if all(getattr(instance, name) == value for name, value in fields.items()) else None
+
+        instance = await self.server.instances.watch.until(instance_id, so, WAIT_MS)
+        if instance is None:
+            raise TimeoutError(f"expected {fields}, found {await self.server.store.instance(instance_id)}")
+        return instance
+
+    async def events(self, instance_id: str) -> tuple[Event, ...]:
+        return await self.server.store.events(0, 100_000, instance_id=instance_id)
+
+    async def make_volume(self, name: str) -> Volume:
+        """Keep a volume in the record; a simulated guest needs no file of it."""
+        volume = Volume(
+            id=name,
+            name=name,
+            project=self.caller.project,
+            path=f"simulated:{name}",
+            size_bytes=1 << 20,
+            created_at_ms=0,
+        )
+        await self.server.store.put_volume(volume)
+        return volume
+
+
+def admitted(answer: Answer) -> Request:
+    """The request of an answer that must be an admission."""
+    if not isinstance(answer.disposition, Admitted):
+        raise TypeError(f"not admitted: {msgspec.to_builtins(answer.disposition)}")
+    return answer.disposition.request
