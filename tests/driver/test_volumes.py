@@ -1,0 +1,123 @@
+"""Component changes, beside state changes and alone, on simulated guests."""
+
+from __future__ import annotations
+
+from interlock.core.operations import Operation
+from interlock.core.records import Status
+from interlock.core.states import VmState
+from interlock.hypervisors.simulated import SimulatedHost
+from interlock.hypervisors.simulated.faults import GuestIgnores, Method, Refuses, Slow
+from interlock.testing.embedded import Embedded, admitted
+
+O = Operation  # noqa: E741
+
+
+def disks(host: SimulatedHost, instance_id: str) -> set[str]:
+    return set(host.guests[instance_id].disks)
+
+
+async def test_a_volume_is_plugged_into_a_running_guest_and_out_again(fleet: Embedded, host: SimulatedHost) -> None:
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    assert (await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")).status is Status.SUCCEEDED
+    assert volume.id in disks(host, vm)
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to == vm
+    assert (await fleet.carry_out(vm, O.DETACH_VOLUME, volume="data")).status is Status.SUCCEEDED
+    assert volume.id not in disks(host, vm)
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to is None
+
+
+async def test_a_volume_attached_to_a_stopped_instance_is_there_after_its_start(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    await fleet.carry_out(vm, O.STOP)
+    volume = await fleet.make_volume("data")
+    assert (await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")).status is Status.SUCCEEDED
+    await fleet.carry_out(vm, O.START)
+    assert volume.id in disks(host, vm)
+
+
+async def test_a_volume_is_attached_beside_a_start_without_disturbing_it(fleet: Embedded, host: SimulatedHost) -> None:
+    vm = await fleet.create("web")
+    await fleet.carry_out(vm, O.STOP)
+    volume = await fleet.make_volume("data")
+    host.faults.script(vm, Method.POWER_ON, Slow(300))
+    start = admitted(await fleet.submit(vm, O.START))
+    await fleet.until(vm, task_state="powering_on")
+    attach = admitted(await fleet.submit(vm, O.ATTACH_VOLUME, volume="data"))
+
+    async def both_served() -> bool | None:
+        instance = await fleet.server.store.instance(vm)
+        assert instance is not None
+        return len([one for one in instance.outstanding if one.status is Status.IN_FLIGHT]) == 2 or None
+
+    assert await fleet.server.instances.watch.until(vm, both_served, 5_000)
+    assert (await fleet.ended(start)).status is Status.SUCCEEDED
+    assert (await fleet.ended(attach)).status is Status.SUCCEEDED
+    assert volume.id in disks(host, vm)
+    instance = await fleet.until(vm, vm_state=VmState.ACTIVE)
+    assert instance.spec is not None
+    assert [disk.id for disk in instance.spec.disks] == [volume.id]
+
+
+async def test_a_start_that_begins_while_a_volume_is_recorded_does_not_lose_it(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    await fleet.carry_out(vm, O.STOP)
+    volume = await fleet.make_volume("data")
+    host.faults.script(vm, Method.ATTACH_DISK, Slow(100))
+    attach = admitted(await fleet.submit(vm, O.ATTACH_VOLUME, volume="data"))
+    start = admitted(await fleet.submit(vm, O.START))
+    assert (await fleet.ended(start)).status is Status.SUCCEEDED
+    assert (await fleet.ended(attach)).status is Status.SUCCEEDED
+    assert volume.id in disks(host, vm)
+
+
+async def test_a_volume_is_never_attached_to_two_instances(fleet: Embedded, host: SimulatedHost) -> None:
+    one, two = await fleet.create("one"), await fleet.create("two")
+    volume = await fleet.make_volume("data")
+    first = admitted(await fleet.submit(one, O.ATTACH_VOLUME, volume="data"))
+    second = admitted(await fleet.submit(two, O.ATTACH_VOLUME, volume="data"))
+    ends = sorted([(await fleet.ended(first)).status, (await fleet.ended(second)).status])
+    assert ends == [Status.FAILED, Status.SUCCEEDED]
+    assert (volume.id in disks(host, one)) != (volume.id in disks(host, two))
+
+
+async def test_a_volume_that_the_host_refuses_is_given_back(fleet: Embedded, host: SimulatedHost) -> None:
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    host.faults.script(vm, Method.ATTACH_DISK, Refuses("no free port"))
+    request = await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    assert request.status is Status.FAILED
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to is None
+
+
+async def test_a_guest_that_does_not_let_go_makes_the_detach_fail_and_keeps_the_volume(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    host.faults.script(vm, Method.DETACH_DISK, GuestIgnores(), GuestIgnores())
+    assert (await fleet.carry_out(vm, O.DETACH_VOLUME, volume="data")).status is Status.FAILED
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to == vm
+
+
+async def test_deleting_an_instance_gives_its_volumes_back(fleet: Embedded) -> None:
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    await fleet.carry_out(vm, O.DELETE)
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to is None

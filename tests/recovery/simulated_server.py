@@ -1,0 +1,96 @@
+"""A server process to be killed: it settles what its predecessor left, then keeps asking for random operations.
+
+Started by `multiprocessing`, so that a round costs a fork and not an import of everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from interlock.core.operations import Operation
+from interlock.core.records import Admitted
+from interlock.core.states import VmState
+from interlock.hypervisors.simulated import SimulatedHost
+from interlock.hypervisors.simulated.faults import Method
+from interlock.ports import InstanceFilter
+from interlock.testing.embedded import Embedded
+
+ASKED = (
+    Operation.START,
+    Operation.STOP,
+    Operation.REBOOT,
+    Operation.PAUSE,
+    Operation.UNPAUSE,
+    Operation.ATTACH_VOLUME,
+    Operation.DETACH_VOLUME,
+    Operation.DELETE,
+)
+DELAYS_MS = dict.fromkeys((method for method in Method if method is not Method.INSPECT), 3)
+VMS = ("one", "two")
+
+
+def run(folder: Path, seed: int, acknowledged: list[str], pipe: Connection) -> None:
+    """Serve until killed. `acknowledged` are the ids whose ends the parent wants to hear of."""
+    asyncio.run(_run(folder, random.Random(seed), acknowledged, pipe))
+
+
+async def _run(folder: Path, chance: random.Random, acknowledged: list[str], pipe: Connection) -> None:
+    host = SimulatedHost(folder=folder / "host")
+    fleet = Embedded(folder / "data", host, delays_ms=DELAYS_MS, power_off_ms=2)
+    await fleet.start()
+    await _settle(fleet)
+    store = fleet.server.store
+    requests = [await store.request(request_id) for request_id in acknowledged]
+    pipe.send(("ends", [(one.id, one.status.value) if one else None for one in requests]))
+    pipe.send(("differences", await _differences(fleet, host)))
+    if not any(volume.id == "data" for volume in await store.volumes()):
+        await fleet.make_volume("data")
+    while True:
+        await _ask(fleet, chance, pipe)
+        await asyncio.sleep(chance.random() * 0.01)
+
+
+async def _settle(fleet: Embedded) -> None:
+    for instance in await fleet.server.store.unsettled():
+        for request in instance.outstanding:
+            await fleet.ended(request)
+
+
+async def _differences(fleet: Embedded, host: SimulatedHost) -> list[str]:
+    """What the record and the host do not agree on, once everything has settled."""
+    found = [f"stuck: {instance}" for instance in await fleet.server.store.unsettled()]
+    page = await fleet.server.store.instances(InstanceFilter(), 500)
+    living = {instance.id: instance for instance in page.items}
+    found += [f"stray: {stray}" for stray in set(host.guests) - set(living)]
+    for instance in living.values():
+        guest = host.guests.get(instance.id)
+        runs = guest is not None and guest.power.value in {"running", "paused"}
+        if runs != (instance.vm_state in {VmState.ACTIVE, VmState.PAUSED}):
+            found.append(f"{instance.name} is {instance.vm_state.value}, and its guest {guest and guest.power.value}")
+        held = {disk.id for disk in instance.spec.disks} if instance.spec else set()
+        plugged = {disk for disk in guest.disks if disk != "root"} if guest is not None and runs else held
+        if held != plugged:
+            found.append(f"{instance.name} should have {held}, and has {plugged}")
+    return found
+
+
+async def _ask(fleet: Embedded, chance: random.Random, pipe: Connection) -> None:
+    name = chance.choice(VMS)
+    if await fleet.server.store.instance_named(fleet.caller.project, name) is None:
+        from interlock.service.wishes import NewInstance
+
+        answer = await fleet.server.instances.create(fleet.caller, NewInstance(name=name, image="nothing"))
+    else:
+        operation = chance.choice(ASKED)
+        parameters = {"volume": "data"} if "volume" in operation.value else {}
+        if operation in {Operation.STOP, Operation.REBOOT} and chance.random() < 0.5:
+            parameters = {"hard": True}
+        try:
+            answer = await fleet.submit(name, operation, **parameters)
+        except Exception:  # noqa: BLE001 - attached elsewhere, or deleted meanwhile: nothing was acknowledged
+            return
+    if isinstance(answer.disposition, Admitted):
+        pipe.send(("acknowledged", answer.disposition.request.id))
