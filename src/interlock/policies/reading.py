@@ -254,7 +254,7 @@ def _check_members(members: UserSet) -> None:
     for member in members.members:
         word = member.replace("-", "_")
         if member.startswith("!"):
-            raise members.place.error("A set cannot leave things out; write !… where the set is used.")
+            raise members.place.error("A set cannot leave things out.", "Write !… where the set is used.")
         if not word.startswith("@") and word != "*" and word not in KNOWN_WORDS:
             raise members.place.error(f"{member!r} is no word of the language.", nearest(word, sorted(KNOWN_WORDS)))
 

@@ -6,6 +6,7 @@ says so. The shapes of events and answers are in docs/reference/policies.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ _LANES: Final[dict[str, Lane | None]] = {"any": None, "state": Lane.STATE, "comp
 _GUEST_EVENTS: Final = {event.value: event for event in GuestEvent}
 _encode: Final = msgspec.json.Encoder().encode
 
-_DIGITS_MAX: Final = 16
+_REQUEST_ID: Final = re.compile(r"r([1-9][0-9]{0,15})", re.ASCII)
 
 Answer = dict[str, Any]
 
@@ -201,13 +202,16 @@ class Rehearsal:
 
     def _cancel(self, event: Line) -> Answer:
         assert event.cancel is not None
-        number = event.cancel.removeprefix("r")
-        if not (number.isdecimal() and len(number) < _DIGITS_MAX and 1 <= int(number) <= self._admitted):
+        if not self._was_admitted(event.cancel):
             raise Invalid(f"There is no request {event.cancel!r}.")
         change = lifecycle.cancel(self.instance, event.cancel, self._policy, "rehearsal", self._now_ms)
         answer: Answer = {"cancel": change.answer.value}
         answer.update(self._settled(self._follow(change)))
         return answer
+
+    def _was_admitted(self, request_id: str) -> bool:
+        found = _REQUEST_ID.fullmatch(request_id)
+        return found is not None and int(found.group(1)) <= self._admitted
 
     def _advance(self, event: Line) -> Answer:
         assert event.advance is not None

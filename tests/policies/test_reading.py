@@ -1,0 +1,335 @@
+"""A policy file means what it says, and one that is wrong says where and what was expected."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interlock.core.errors import PolicyError
+from interlock.core.operations import CATALOGUE, TASK_STATES, Lane, Operation
+from interlock.core.policy import Before, MeasuredFrom, Policy, Verdict, View
+from interlock.core.states import VmState
+from interlock.policies.durations import format_seconds, parse_duration
+from interlock.policies.positions import Positions
+from interlock.policies.reading import FILE_SIZE_MAX_BYTES, builtin_names, compile_named, load, read
+
+O = Operation  # noqa: E741
+RULE = '[[rule]]\nid = "r"\noperations = ["stop"]\nverdict = "admit"\n'
+
+
+def write(folder: Path, text: str | bytes, name: str = "mine.toml") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def one_rule(folder: Path, *lines: str, verdict: str = "admit") -> Policy:
+    head = [line for line in ('id = "r"', 'operations = ["stop"]') if line.split()[0] not in "\n".join(lines)]
+    return load(write(folder, "\n".join(["[[rule]]", *head, f'verdict = "{verdict}"', *lines])))
+
+
+# ---------------------------------------------------------------------------------------------------- what is read
+
+
+def test_every_key_of_a_rule_is_read(tmp_path: Path) -> None:
+    text = """
+    [policy]
+    name = "cloud"
+    description = "Ours."
+    outstanding_max = 4
+
+    [[rule]]
+    id = "all"
+    operations = ["reboot", "stop"]
+    vm_state = ["active", "soft-delete"]
+    task_state = ["powering-off", "none"]
+    outstanding = ["start"]
+    roles = ["member", "admin"]
+    locked = false
+    blocked = true
+    tags = ["blue"]
+    host_reachable = true
+    hard = false
+    silent_for = "15s"
+    verdict = "after"
+    threshold = "1m30s"
+    measured_from = "task_started"
+    before = "redundant"
+    reason = "because_so"
+    because = "So."
+    fixed = true
+    """
+    path = write(tmp_path, text)
+    policy = load(path)
+    (rule,) = policy.rules
+    assert (policy.name, policy.outstanding_max, read(path).description) == ("cloud", 4, "Ours.")
+    assert rule.operations == frozenset({O.REBOOT, O.STOP})
+    assert rule.vm_states == frozenset({VmState.ACTIVE, VmState.SOFT_DELETED})
+    assert rule.task_states == frozenset({"powering_off", "none"})
+    assert rule.outstanding == frozenset({O.START})
+    assert rule.roles == frozenset({"member", "admin"})
+    assert (rule.locked, rule.blocked, rule.host_reachable, rule.hard) == (False, True, True, False)
+    assert rule.tags == frozenset({"blue"})
+    assert (rule.silent_ms_min, rule.threshold_ms) == (15_000, 90_000)
+    assert (rule.verdict, rule.measured_from, rule.before) == (
+        Verdict.AFTER,
+        MeasuredFrom.TASK_STARTED,
+        Before.REDUNDANT,
+    )
+    assert (rule.reason, rule.because, rule.fixed, rule.source) == ("because_so", "So.", True, f"{path}:7")
+
+
+def test_a_group_stands_for_its_members(tmp_path: Path) -> None:
+    rule = one_rule(
+        tmp_path, 'operations = ["@component", "!swap-volume"]', 'task_state = ["@reboot"]', 'outstanding = "*"'
+    ).rules[0]
+    components = frozenset(operation for operation in O if CATALOGUE[operation].lane is Lane.COMPONENT)
+    assert rule.operations == components - {O.SWAP_VOLUME}
+    assert rule.task_states == frozenset(CATALOGUE[O.REBOOT].phases + CATALOGUE[O.REBOOT].hard_phases)
+    assert rule.outstanding == frozenset(O)
+
+
+def test_a_star_is_any_and_none_is_nothing(tmp_path: Path) -> None:
+    rule = one_rule(
+        tmp_path, 'operations = "*"', 'vm_state = "*"', 'task_state = ["*"]', 'outstanding = ["none"]'
+    ).rules[0]
+    assert rule.operations == frozenset(O)
+    assert (rule.vm_states, rule.task_states) == (None, None)
+    assert rule.outstanding == frozenset()
+    busy = one_rule(tmp_path, 'task_state = ["*", "!none"]').rules[0]
+    assert busy.task_states == frozenset(TASK_STATES)
+
+
+def test_a_set_of_ones_own_may_be_used_in_every_list_and_in_other_sets(tmp_path: Path) -> None:
+    text = """
+    [sets]
+    power = ["start", "stop"]
+    more = ["@power", "reboot"]
+    [[rule]]
+    id = "r"
+    operations = ["@more"]
+    outstanding = ["@power"]
+    verdict = "admit"
+    """
+    rule = load(write(tmp_path, text)).rules[0]
+    assert rule.operations == frozenset({O.START, O.STOP, O.REBOOT})
+    assert rule.outstanding == frozenset({O.START, O.STOP})
+
+
+def test_same_and_sources_mean_something_else_for_each_operation(tmp_path: Path) -> None:
+    rules = one_rule(
+        tmp_path, 'operations = ["stop", "pause"]', 'vm_state = ["@sources"]', 'outstanding = ["@same"]'
+    ).rules
+    assert [rule.id for rule in rules] == ["r.stop", "r.pause"]
+    assert [rule.vm_states for rule in rules] == [CATALOGUE[O.STOP].sources, CATALOGUE[O.PAUSE].sources]
+    assert [rule.outstanding for rule in rules] == [frozenset({O.STOP}), frozenset({O.PAUSE})]
+    assert one_rule(tmp_path, 'outstanding = ["@same"]').rules[0].id == "r"
+
+
+def test_preempt_has_a_grace_and_admit_may_be_out_of_turn(tmp_path: Path) -> None:
+    assert one_rule(tmp_path, 'grace = "0s"', verdict="preempt").rules[0].grace_ms == 0
+    assert one_rule(tmp_path, "in_turn = false").rules[0].in_turn is False
+
+
+@pytest.mark.parametrize(
+    ("text", "milliseconds"),
+    [("500ms", 500), ("15s", 15_000), ("3m", 180_000), ("1h30m", 5_400_000), ("0.25s", 250), ("1d", 86_400_000)],
+)
+def test_a_length_of_time(text: str, milliseconds: int) -> None:
+    assert parse_duration(text) == milliseconds
+    assert parse_duration(format_seconds(milliseconds)) == milliseconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "m", "-3s", "3 m", "3M", "0.0001s", "99999d", "3s" * 40, "٣s"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    assert parse_duration(text) is None
+
+
+# ------------------------------------------------------------------------------------------------------- extending
+
+
+def test_rules_that_extend_are_asked_first_and_a_fixed_one_before_them(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        '[sets]\npower = ["stop"]\n'
+        '[[rule]]\nid = "base-fixed"\noperations = ["delete"]\nverdict = "admit"\nfixed = true\n'
+        '[[rule]]\nid = "base-free"\noperations = "*"\nverdict = "admit"\n',
+        "base.toml",
+    )
+    text = (
+        '[policy]\nextends = "base.toml"\n'
+        '[[rule]]\nid = "mine"\noperations = ["delete", "@power"]\nverdict = "deny"\nreason = "no"\n'
+    )
+    policy = load(write(tmp_path, text))
+    assert [rule.id for rule in policy.rules] == ["base-fixed", "mine", "base-free"]
+    assert policy.name == "mine"
+    compiled = compile_named(tmp_path / "mine.toml")
+    assert compiled.decide(View(O.DELETE, VmState.ACTIVE, "none")).id == "base-fixed"
+    assert compiled.decide(View(O.STOP, VmState.ACTIVE, "none")).id == "mine"
+    assert compiled.decide(View(O.START, VmState.ACTIVE, "none")).id == "base-free"
+
+
+def test_a_built_in_can_be_extended_with_nothing_but_a_limit(tmp_path: Path) -> None:
+    policy = load(write(tmp_path, '[policy]\nextends = "standard"\noutstanding_max = 3\n'))
+    assert policy.outstanding_max == 3
+    assert policy.rules == load("standard").rules
+
+
+def test_a_policy_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, '[policy]\nextends = "b.toml"\n', "a.toml")
+    write(tmp_path, '[policy]\n\nextends = "./a.toml"\n', "b.toml")
+    with pytest.raises(PolicyError, match=r"b\.toml:3: The policy extends itself"):
+        load(tmp_path / "a.toml")
+
+
+def test_an_operation_that_no_driver_performs_is_denied_before_any_rule() -> None:
+    compiled = compile_named("standard", performs={O.STOP})
+    assert compiled.decide(View(O.PAUSE, VmState.ACTIVE, "none")).reason == "not_performed"
+    assert compiled.decide(View(O.STOP, VmState.ACTIVE, "none")).id == "stop"
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+WRONG = [
+    ('[policy]\nnme = "x"\n' + RULE, 2, r"no key 'nme'", "name"),
+    ("[polcy]\n" + RULE, 1, r"no part 'polcy'", "policy"),
+    (RULE + 'thresold = "3m"\n', 5, r"no key 'thresold'", "threshold"),
+    (RULE.replace('"stop"', '"stpo"'), 3, r"'stpo' is no operation", "stop"),
+    (RULE + 'vm_state = ["activ"]\n', 5, r"'activ' is no vm_state", "active"),
+    (RULE + 'task_state = ["powering-of"]\n', 5, r"is no task_state", "powering_off"),
+    (RULE + 'roles = ["root"]\n', 5, r"'root' is no role", "reader"),
+    (RULE + 'outstanding = ["@stat"]\n', 5, r"no group @stat", "state"),
+    (RULE + 'outstanding = ["none", "stop"]\n', 5, r"cannot stand beside", ""),
+    (RULE + 'outstanding = ["none", "!stop"]\n', 5, r"cannot stand beside", ""),
+    (RULE + "vm_state = []\n", 5, r"empty list", "Leave"),
+    (RULE + 'vm_state = ["active", "!active"]\n', 5, r"names no vm_state at all", "Leave"),
+    (RULE + 'vm_state = "active"\n', 5, r"list of strings", ""),
+    (RULE + "vm_state = [1]\n", 5, r"list of strings", ""),
+    (RULE + 'locked = "yes"\n', 5, r"true or false", ""),
+    (RULE + "silent_for = 15\n", 5, r"silent_for is 15", "15s"),
+    (RULE + 'threshold = "3m"\n', 5, r"only with verdict = 'after'", "Remove"),
+    (RULE + 'grace = "3s"\n', 5, r"only with verdict = 'preempt'", "Remove"),
+    (RULE + 'reason = "Not A Code"\n', 5, r"small letters", ""),
+    (RULE + 'because = ""\n', 5, r"1 to 1000 characters", ""),
+    (RULE + "tags = [\n'',\n]\n", 5, r"tags must be", ""),
+    (RULE.replace("admit", "after"), 1, r"needs a threshold", "3m"),
+    (RULE.replace("admit", "after") + 'threshold = "0s"\n', 5, r"needs a threshold", "preempt"),
+    (RULE.replace("admit", "admitt"), 4, r"verdict is 'admitt'", "admit"),
+    (RULE.replace('verdict = "admit"\n', ""), 1, r"no verdict", "verdict"),
+    (RULE.replace('id = "r"\n', ""), 1, r"no id", "id"),
+    (RULE + RULE, 5, r"'r' is used already, at .*:1", "id of its own"),
+    ("# nothing\n", 1, r"no rule", r"\[\[rule\]\]"),
+    ('[rule]\nid = "x"\n', 1, r"two brackets", ""),
+    ("[sets]\n\nstate = ['stop']\n" + RULE, 3, r"@state is a group already", "another"),
+    ("[sets]\nBad = ['stop']\n" + RULE, 2, r"name of a set", ""),
+    ("[sets]\nmine = ['sotp']\n" + RULE, 2, r"'sotp' is no word", "stop"),
+    ("[sets]\na = ['@b']\nb = ['@a']\n" + RULE.replace('"stop"', '"@a"'), 2, r"contains itself", ""),
+    ("[sets]\nmine = ['!stop']\n" + RULE, 2, r"cannot leave things out", "used"),
+    ("[policy]\noutstanding_max = 0\n" + RULE, 2, r"whole number", ""),
+    ("[policy]\noutstanding_max = true\n" + RULE, 2, r"whole number", ""),
+    ("[policy]\nextends = 'standrad'\n", 2, r"no built-in policy 'standrad'", "standard"),
+    ("[policy]\nextends = 'none.toml'\n", 2, r"there is no file", ""),
+    (RULE + "\n\nlocked = = true\n", 7, r"not TOML", ""),
+    ('x = "\n', 1, r"not TOML", ""),
+    (RULE + RULE.replace('"r"', '"s"') + "fixed = true\n", 5, r"fixed rule 's' stands behind 'r'", "beginning"),
+    (b"# fine\n[policy]\nname = '\xff'\n", 3, r"not UTF-8", "UTF-8"),
+    (RULE + 'operations.x = ["stop"]', 5, r"not TOML", ""),
+    ("rule = [{id = 'r', operations = ['stop'], verdict = 'admit', blah = 1}]", 1, r"no key 'blah'", ""),
+    ("a = " + "[" * 5000 + "]" * 5000, 1, r"not TOML", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "message", "remedy"), WRONG)
+def test_what_is_wrong_is_said_with_its_line_and_what_was_expected(
+    tmp_path: Path, text: str | bytes, line: int, message: str, remedy: str
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(PolicyError, match=message) as caught:
+        load(path)
+    assert caught.value.message.startswith(f"{path}:{line}: "), caught.value.message
+    if remedy:
+        assert caught.value.remedy is not None
+        assert re.search(remedy, caught.value.remedy)
+
+
+def test_an_id_of_the_base_cannot_be_used_again(tmp_path: Path) -> None:
+    text = '[policy]\nextends = "standard"\n\n' + RULE.replace('"r"', '"delete"')
+    with pytest.raises(PolicyError, match=r":4: The id 'delete' is used already, at standard\.toml:\d+"):
+        load(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_or_too_large_or_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="no such file"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(PolicyError, match="no such file"):
+        load(tmp_path)
+    with pytest.raises(PolicyError, match="larger than"):
+        load(write(tmp_path, b"#" * (FILE_SIZE_MAX_BYTES + 1)))
+    with pytest.raises(PolicyError):
+        load("with\0nul.toml")
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one() -> None:
+    with pytest.raises(PolicyError, match="no built-in policy 'standart'") as caught:
+        load("standart")
+    assert "'standard'" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_a_built_in_reads_and_describes_itself(name: str) -> None:
+    text = read(name)
+    assert text.policy.name == name
+    assert text.description
+    assert all(rule.source.startswith(f"{name}.toml:") for rule in text.policy.rules)
+
+
+# -------------------------------------------------------------------------------------------------------- positions
+
+
+def test_positions_are_found_past_everything_that_looks_like_something_else() -> None:
+    text = '''# [[rule]]
+[policy]
+description = """
+[[rule]]
+id = "not this"  \\" ""
+"""""
+'quoted.key' = '[[rule]]'  # = x
+[[rule]]
+tags = [
+  "#", # ]
+  "]",
+]
+"id" = 'a\\'
+[ [ rule ] ]
+'''.replace("[ [ rule ] ]", "[[ rule ]]")
+    positions = Positions(text + "  id = '''\n'''\r\n[rule.sub]\nx.y = {a = 1, b = ']'}\nz = 1")
+    assert positions.line(("policy", "description")) == 3
+    assert positions.line(("policy", "quoted.key")) == 7
+    assert positions.line(("rule", 0)) == 8
+    assert positions.line(("rule", 0, "tags")) == 9
+    assert positions.line(("rule", 0, "id")) == 13
+    assert positions.line(("rule", 1)) == 14
+    assert positions.line(("rule", 1, "id")) == 15
+    assert positions.line(("rule", 1, "sub")) == 17
+    assert positions.line(("rule", 1, "sub", "x", "y")) == 18
+    assert positions.line(("rule", 1, "sub", "z")) == 19
+    assert positions.line(("rule", 1, "absent")) == 14
+    assert positions.line(("nowhere",)) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='[]"\'=#.\n\\{},rule id"stop"@*!-1 ', max_size=120))
+def test_whatever_stands_in_a_file_the_answer_is_a_policy_or_a_policy_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = write(tmp_path_factory.getbasetemp(), text, "fuzzed.toml")
+    said = None
+    try:
+        load(path)
+    except PolicyError as error:
+        said = error.message
+    assert said is None or said.startswith(f"{path}:")
