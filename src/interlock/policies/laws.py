@@ -122,10 +122,10 @@ def kept_promise(before: Instance, change: Change[Any], step: Step, policy: Comp
     """Law 2: nothing is cancelled while all goes as foreseen, and what is taken is permitted when it is taken.
 
     A component change is held to it against what was admitted before it: a state change admitted later goes first, and
-    what that leads to is news for the component change.
+    what that leads to, or will lead to, is news for the component change.
     """
     for request in change.requests:
-        if request.status is Status.CANCELLED and not _may_be_cancelled(change, step, request):
+        if request.status is Status.CANCELLED and not _may_be_cancelled(before, change, step, request):
             yield Breach(2, f"{request.operation.value} was cancelled although all went as foreseen")
     taken = change.answer if step.deed is Deed.TAKE else None
     if isinstance(taken, Request):
@@ -136,7 +136,7 @@ def kept_promise(before: Instance, change: Change[Any], step: Step, policy: Comp
             yield Breach(2, f"{taken.operation.value} is served in {before.vm_state.value}, where it is not permitted")
 
 
-def _may_be_cancelled(change: Change[Any], step: Step, request: Request) -> bool:
+def _may_be_cancelled(before: Instance, change: Change[Any], step: Step, request: Request) -> bool:
     if not request.in_turn:
         return True
     if step.deed in _GOES_AS_FORESEEN:
@@ -149,8 +149,9 @@ def _may_be_cancelled(change: Change[Any], step: Step, request: Request) -> bool
         return answer.request.preempts or answer.request.lane is Lane.RECORD
     if step.outcome is Outcome.UNKNOWN:
         return False
-    if step.outcome is Outcome.SUCCEEDED and step.request is not None:
-        return request.lane is Lane.COMPONENT and position(request) < position(step.request)
+    if step.outcome is Outcome.SUCCEEDED:
+        states = (other for other in before.outstanding if other.lane is Lane.STATE)
+        return request.lane is Lane.COMPONENT and any(position(request) < position(other) for other in states)
     return True
 
 

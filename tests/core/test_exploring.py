@@ -1,0 +1,272 @@
+"""Every state that an instance can get into, up to a bound, under every policy that comes with Interlock.
+
+The walk is only worth something if it finds mistakes, so half of the tests here make some.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from core_samples import ORDINARY, STUCK_MS, O, V, compiled, rule
+
+from interlock.core import admission, lifecycle, request_queue
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import CompiledPolicy, Verdict
+from interlock.core.records import SERVED, Change, Instance, Request, Status
+from interlock.core.request_queue import Draft
+from interlock.policies.exploring import Exploration, explore
+from interlock.policies.likeness import told_apart
+from interlock.policies.reading import compile_named
+from interlock.policies.rehearsing import rehearse
+
+BUILT_IN = ("standard", "take2", "propolis")
+COMPONENTS = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
+STATE_CHANGES = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.STATE)
+POWER = (O.CREATE, O.START, O.STOP, O.DELETE)
+BESIDE = (O.REBOOT, O.DELETE, O.SWAP_VOLUME)
+
+
+def broken_laws(exploration: Exploration) -> set[int]:
+    return {violation.law for violation in exploration.violations}
+
+
+def assert_holds(exploration: Exploration) -> None:
+    assert exploration.complete, f"only {exploration.states} states were looked at"
+    assert not exploration.violations, "\n".join(
+        f"law {violation.law}: {violation.what}\n  " + "\n  ".join(violation.story)
+        for violation in exploration.violations
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_laws_hold_for_power_changes_up_to_three_at_a_time(name: str) -> None:
+    """Laws 1 to 5, 7 and 8, over all interleavings of three outstanding power changes."""
+    exploration = explore(compile_named(name), operations=POWER, outstanding_max=3)
+    assert_holds(exploration)
+    assert exploration.states > 50
+
+
+@pytest.mark.parametrize("name", ["standard", "propolis"])
+def test_the_laws_hold_for_component_changes_beside_state_changes(name: str) -> None:
+    """The same with two lanes, from a running instance, where two requests can be in flight at once."""
+    exploration = explore(compile_named(name), operations=BESIDE, starts=[V.ACTIVE], outstanding_max=2)
+    assert_holds(exploration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_laws_hold_for_every_state_change_alone(name: str) -> None:
+    """Every state change from every state that it can be in, with what can happen to it while it is served."""
+    exploration = explore(compile_named(name), operations=STATE_CHANGES, starts=[V.ACTIVE], outstanding_max=1)
+    assert_holds(exploration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard", "propolis"])
+def test_the_laws_hold_for_everything_that_can_be_asked(name: str) -> None:
+    """All operations from `building`, one outstanding and a deletion on top."""
+    assert_holds(explore(compile_named(name), outstanding_max=1))
+
+
+@pytest.mark.xfail(strict=True, reason="take2 lets delete wait behind a component change, without any way past it")
+def test_delete_gets_past_a_hung_component_change_under_take2() -> None:
+    """Law 5: delete always gets there."""
+    exploration = explore(compile_named("take2"), operations=[O.DELETE, O.ATTACH_VOLUME], starts=[V.ACTIVE])
+    assert 5 not in broken_laws(exploration)
+
+
+def test_the_sample_policy_of_these_tests_holds() -> None:
+    """What the seeded mistakes below start from is sound."""
+    assert_holds(sample())
+
+
+def sample(policy: CompiledPolicy | None = None, **more: Any) -> Exploration:
+    operations = more.pop("operations", (O.REBOOT, O.STOP, O.START, O.DELETE))
+    fields: dict[str, Any] = {"starts": [V.ACTIVE], "outstanding_max": 2, "states_max": 4000} | more
+    return explore(policy or CompiledPolicy(ORDINARY), operations=operations, **fields)
+
+
+# ------------------------------------------------------------------------------------------- mistakes in a policy
+
+
+def test_a_policy_that_keeps_delete_out_of_a_reboot_breaks_law_5() -> None:
+    """A reboot that hangs would keep the instance for ever."""
+    shut = rule("shut", {O.DELETE, O.REBOOT}, Verdict.DENY, task_states=frozenset({"rebooting"}))
+    exploration = sample(compiled(shut, *ORDINARY.rules))
+    assert broken_laws(exploration) == {5}
+    first = exploration.violations[0]
+    assert [json.loads(line) for line in first.story[:3]] == [
+        {"instance": {"vm_state": "active"}},
+        {"submit": "reboot"},
+        {"take": "state"},
+    ]
+
+
+def test_a_policy_that_lets_nothing_into_a_state_breaks_law_5() -> None:
+    """Nothing is ever admitted in error: a dead end."""
+    shut = rule("shut", frozenset(O), Verdict.DENY, vm_states=frozenset({V.ERROR}))
+    exploration = sample(compiled(shut, *ORDINARY.rules))
+    assert any("nothing is ever admitted in error" in violation.what for violation in exploration.violations)
+
+
+def test_a_refusal_that_names_a_moment_at_which_another_rule_refuses_breaks_law_5() -> None:
+    """A time that is told must be true."""
+    late = rule("late", {O.REBOOT}, Verdict.DENY, task_states=frozenset({"rebooting"}), silent_ms_min=STUCK_MS)
+    exploration = sample(compiled(late, *ORDINARY.rules))
+    assert any("at the moment that its refusal names" in violation.what for violation in exploration.violations)
+
+
+def test_a_refusal_without_a_reason_breaks_law_8() -> None:
+    """Every answer explains itself."""
+    mute = rule("", {O.START}, Verdict.DENY, vm_states=frozenset({V.ACTIVE}))
+    assert 8 in broken_laws(sample(compiled(mute, *ORDINARY.rules)))
+
+
+# --------------------------------------------------------------------------------------------- mistakes in the core
+
+
+def test_a_queue_that_is_never_judged_again_breaks_law_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits behind a failed stop would be served in a state in which it is not permitted."""
+
+    def trusting(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
+        return ()
+
+    monkeypatch.setattr(lifecycle, "judge_again", trusting)
+    monkeypatch.setattr(admission, "judge_again", trusting)
+    assert 2 in broken_laws(sample())
+
+
+def test_a_takeover_that_does_not_fence_breaks_law_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The superseded worker would still be allowed to act on the hypervisor."""
+
+    def lenient(draft: Draft, by: str | None, message: str) -> tuple[str, ...]:
+        served = [request for request in draft.instance.outstanding if request.status in SERVED]
+        for request in served:
+            draft.end(request, Status.SUPERSEDED, "superseded", message)
+        return tuple(request.id for request in served)
+
+    monkeypatch.setattr(Draft, "fence_off", lenient)
+    assert broken_laws(sample()) == {4}
+
+
+def test_an_adoption_under_the_old_fence_breaks_law_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was only thought lost would act beside its successor."""
+
+    def careless(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:
+        draft = Draft(instance, now_ms)
+        for request in instance.outstanding:
+            if request.status in SERVED:
+                draft.put(msgspec.structs.replace(request, status=Status.UNKNOWN))
+        return draft.change(())
+
+    monkeypatch.setattr(lifecycle, "adopt", careless)
+    assert 4 in broken_laws(sample())
+
+
+def test_believing_a_worker_whatever_its_fence_breaks_law_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adopted request would be finished by the worker that lost it."""
+
+    def gullible(instance: Instance, request_id: str, fence: int) -> Request | None:
+        return next((r for r in instance.outstanding if r.id == request_id and r.status in SERVED), None)
+
+    monkeypatch.setattr(lifecycle, "_held", gullible)
+    assert 4 in broken_laws(sample())
+
+
+def test_taking_without_looking_at_what_is_in_flight_breaks_law_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two state changes at once."""
+
+    def eager(instance: Instance, lane: Lane | None) -> Request | None:
+        return next((r for r in instance.outstanding if r.status is Status.QUEUED and r.lane is lane), None)
+
+    monkeypatch.setattr(lifecycle, "next_served", eager)
+    assert 1 in broken_laws(sample())
+
+
+def test_an_end_that_is_not_told_breaks_law_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody who watches would hear of it."""
+    tell = Draft.tell
+
+    def discreet(draft: Draft, kind: str, request_id: str | None = None, /, **data: Any) -> None:
+        if kind != "request.cancelled":
+            tell(draft, kind, request_id, **data)
+
+    monkeypatch.setattr(Draft, "tell", discreet)
+    assert broken_laws(sample()) == {3}
+
+
+def test_a_request_that_is_dropped_breaks_law_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be gone without an end."""
+    end = Draft.end
+
+    def forgetful(draft: Draft, request: Request, status: Status, *why: Any) -> None:
+        end(draft, request, status, *why)
+        if request.status is Status.QUEUED:
+            del draft.requests[request.id]
+
+    monkeypatch.setattr(Draft, "end", forgetful)
+    assert 3 in broken_laws(sample())
+
+
+def test_a_success_that_leads_nowhere_breaks_law_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next decision would be about the old state."""
+    monkeypatch.setattr(lifecycle, "land", lambda _, vm_state, prior: (vm_state, prior))
+    assert 7 in broken_laws(sample())
+
+
+def test_a_refusal_that_names_an_ended_request_breaks_law_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No refusal follows from what was reported done."""
+    ghost = Request(
+        id="r99", instance_id="i", operation=O.STOP, requested_by="x", rule="x", admitted_at_ms=0, status=Status.FAILED
+    )
+    monkeypatch.setattr(admission, "_blocker", lambda *_: ghost)
+    assert 7 in broken_laws(sample())
+
+
+def test_a_component_change_before_a_waiting_deletion_breaks_law_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be taken without a deadline, hang, and keep the deletion out for ever."""
+    served = request_queue.next_served
+
+    def components_first(instance: Instance, lane: Lane | None) -> Request | None:
+        if lane is Lane.COMPONENT and not any(request.status in SERVED for request in instance.outstanding):
+            return next((r for r in instance.outstanding if r.lane is lane), None)
+        return served(instance, lane)
+
+    monkeypatch.setattr(lifecycle, "next_served", components_first)
+    exploration = explore(compile_named("propolis"), operations=[O.DELETE, O.SWAP_VOLUME], starts=[V.ACTIVE])
+    assert broken_laws(exploration) == {5}
+
+
+# ------------------------------------------------------------------------------------------------- the walk itself
+
+
+def test_a_story_can_be_rehearsed() -> None:
+    """A violation is handed over as a script for `interlock rehearse`, which plays it without an error."""
+    shut = rule("shut", {O.DELETE, O.REBOOT}, Verdict.DENY, task_states=frozenset({"rebooting"}))
+    policy = compiled(shut, *ORDINARY.rules)
+    story = sample(policy).violations[0].story
+    answers = [json.loads(answer) for answer in rehearse([*story, '{"submit": "delete"}'], policy)]
+    assert not [answer for answer in answers if "error" in answer]
+    assert answers[-1]["rule"] == "shut"
+
+
+def test_a_walk_that_meets_its_bound_says_so() -> None:
+    """What was not looked at is not vouched for, and not held against the policy."""
+    exploration = sample(states_max=10)
+    assert exploration.states == 10
+    assert not exploration.complete
+    assert not exploration.violations
+
+
+def test_operations_that_nothing_tells_apart_are_tried_once() -> None:
+    """A snapshot and a backup lead to the same states if no rule tells them apart."""
+    every = compiled(rule("all", frozenset(Operation), Verdict.ADMIT))
+    assert told_apart(every, [O.SNAPSHOT, O.BACKUP, O.ATTACH_VOLUME, O.ATTACH_INTERFACE]) == (
+        O.SNAPSHOT,
+        O.ATTACH_VOLUME,
+    )
+    other = compiled(rule("one", {O.BACKUP}, Verdict.DENY), rule("all", frozenset(Operation), Verdict.ADMIT))
+    assert told_apart(other, [O.SNAPSHOT, O.BACKUP]) == (O.SNAPSHOT, O.BACKUP)
