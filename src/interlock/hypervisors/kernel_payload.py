@@ -152,7 +152,7 @@ def _require_elf64(data: bytes) -> None:
 def _starts_as_pvh(kernel: bytes) -> bool:
     try:
         return any(name == b"Xen\0" and kind == _XEN_ELFNOTE_PHYS32_ENTRY for name, kind in _notes(kernel))
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise UnreadableKernel("its ELF headers point outside of it") from error
 
 
@@ -178,7 +178,7 @@ def _section(elf: bytes, wanted: bytes) -> bytes:
         entry_size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
         entries = [struct.unpack_from("<IIQQQQ", elf, table + index * entry_size) for index in range(count)]
         names_at = entries[names_index][4]
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise UnreadableKernel("its ELF headers point outside of it") from error
     for name, _kind, _flags, _address, offset, size in entries:
         if elf.startswith(wanted + b"\0", names_at + name):

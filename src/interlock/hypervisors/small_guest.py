@@ -19,6 +19,7 @@ import msgspec
 
 from interlock.core.errors import Unavailable
 from interlock.hypervisors import initramfs, kernel_payload, packages
+from interlock.hypervisors.durable_files import sync_file, sync_folder
 
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic")
 """The first that can be had is taken: Debian's and Ubuntu's kernels for virtual machines, then their general ones."""
@@ -95,7 +96,12 @@ def build(cache: Path) -> SmallGuest:
     built = cache / f"small-guest-{_recipe((*kernel_parts, busybox))}"
     guest = SmallGuest(kernel=built / "kernel", initrd=built / "initrd")
     if not built.is_dir():
-        _keep(cache, built, guest, *_build(source, kernel_parts, busybox))
+        try:
+            kernel, initrd = _build(source, kernel_parts, busybox)
+        except kernel_payload.UnreadableKernel as error:
+            names = ", ".join(f"{part.name} {part.version}" for part in kernel_parts)
+            raise Unavailable(f"The kernel in {names} cannot be used: {error}.") from error
+        _keep(cache, built, guest, kernel, initrd)
     return guest
 
 
@@ -205,7 +211,10 @@ def _keep(cache: Path, built: Path, guest: SmallGuest, kernel: bytes, initrd: by
     try:
         (begun / guest.kernel.name).write_bytes(kernel)
         (begun / guest.initrd.name).write_bytes(initrd)
+        for path in (begun / guest.kernel.name, begun / guest.initrd.name, begun):
+            sync_file(path)
         begun.rename(built)
+        sync_folder(cache)
     except OSError:
         shutil.rmtree(begun, ignore_errors=True)
         # Another process has built the same meanwhile.

@@ -1,0 +1,172 @@
+"""Judging a disk image before anything opens it: what it is, what it claims to be, and whether it is safe to use.
+
+The judge is the hardened inspector of OpenStack (oslo.utils), fed with the very bytes that are being copied. Only an
+image that it has passed is shown to QEMU's own tool, under limits, for a second opinion.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+from oslo_utils.imageutils import format_inspector
+
+from interlock.core.errors import Invalid, NotResponding
+from interlock.hypervisors import commands
+
+DISK_BYTES_MAX = 16 << 40
+"""The largest disk that a guest may see. QEMU's limits are higher; a claim beyond this one is a trick or a mistake."""
+SECTOR_BYTES = 512
+
+_QCOW2_MAGIC = b"QFI\xfb"
+_SECOND_OPINION_S = 30.0
+_SECOND_OPINION_BYTES = 1 << 30
+_CLAIMS = {
+    ".raw": "raw",
+    ".qcow2": "qcow2",
+    ".qed": "qed",
+    ".vdi": "vdi",
+    ".vhd": "vhd",
+    ".vhdx": "vhdx",
+    ".vmdk": "vmdk",
+    ".iso": "iso",
+    ".luks": "luks",
+}
+"""What a file's name says of it. `.img` says nothing: there are images of either format under that name."""
+_RAW = frozenset({"raw", "gpt"})
+"""The inspector's names for bytes as they are: without, and with, a partition table."""
+_DANGERS = {
+    "backing_file": "it names a backing file, whose content a guest could read",
+    "data_file": "it names a data file outside of it, which a guest could read and write",
+    "unknown_features": "it uses features that are not known to be safe",
+    "mbr": "its partition table is not a valid one",
+}
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What an image is, once it has passed."""
+
+    format: str
+    """`raw` or `qcow2`."""
+    size_bytes: int
+    """The size of the disk that a guest sees."""
+
+
+class Inspection:
+    """The judgement of one image, fed with its bytes in order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._head = b""
+        self._length = 0
+        # Everything goes through `read`: the wrapper takes a source, and this object is it.
+        self._pending = b""
+        self._wrapper = format_inspector.InspectWrapper(self)  # type: ignore[arg-type]
+
+    def read(self, _size: int) -> bytes:
+        """The bytes just fed, for the inspector."""
+        return self._pending
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes. Raises `Invalid` as soon as it is certain that the image will not pass."""
+        if not self._length:
+            self._head = chunk[: len(_QCOW2_MAGIC)]
+        self._length += len(chunk)
+        self._pending = chunk
+        self._wrapper.read(len(chunk))
+        if self._length == len(chunk):
+            # Most formats show in the first chunk: a large image of a wrong one is not read to its end.
+            self._refuse_unless_usable(self._formats())
+
+    def verdict(self) -> Verdict:
+        """What the image is, after its last byte. Raises `Invalid` with what is wrong with it."""
+        try:
+            self._wrapper.close()
+        except Exception as error:
+            raise self._unreadable(error) from error
+        formats = self._formats()
+        self._refuse_unless_usable(formats)
+        (found,) = formats
+        name = "raw" if found.NAME in _RAW else found.NAME
+        self._refuse_mismatch(name)
+        self._refuse_dangers(found)
+        size = self._length if name == "raw" else found.virtual_size
+        if not SECTOR_BYTES <= size <= DISK_BYTES_MAX or size % SECTOR_BYTES:
+            raise Invalid(
+                f"{self._path}: a disk of {size} bytes is not possible; it must be whole sectors of {SECTOR_BYTES} "
+                f"bytes, and no more than {DISK_BYTES_MAX >> 40} TiB."
+            )
+        return Verdict(format=name, size_bytes=size)
+
+    def _formats(self) -> list[format_inspector.FileInspector]:
+        try:
+            return self._wrapper.formats or []
+        except Exception as error:
+            # The inspector reads what an attacker wrote: whatever trips it up is a reason to refuse.
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> Invalid:
+        return Invalid(f"{self._path}: the image cannot be made sense of ({str(error) or type(error).__name__}).")
+
+    def _refuse_unless_usable(self, formats: list[format_inspector.FileInspector]) -> None:
+        names = sorted(found.NAME for found in formats)
+        if len(names) > 1:
+            raise Invalid(
+                f"{self._path}: the image can be read as {' and as '.join(names)}, which is refused as a trick."
+            )
+        if names and names[0] not in _RAW | {"qcow2"}:
+            raise Invalid(
+                f"{self._path}: this is a {names[0]} image; raw and qcow2 are what can be used.",
+                remedy=f"Convert it: `qemu-img convert -f {_converter_name(names[0])} -O qcow2 FILE NEW.qcow2`.",
+            )
+
+    def _refuse_mismatch(self, name: str) -> None:
+        if name == "raw" and self._head == _QCOW2_MAGIC:
+            raise Invalid(f"{self._path}: the image begins as qcow2 and is cut short.")
+        claimed = _CLAIMS.get(self._path.suffix.lower(), name)
+        if claimed != name:
+            raise Invalid(
+                f"{self._path}: the file is named {self._path.suffix} and holds a {name} image.",
+                remedy="See that it is the right file and complete, then give it the name that fits.",
+            )
+
+    def _refuse_dangers(self, found: format_inspector.FileInspector) -> None:
+        try:
+            found.safety_check()
+        except format_inspector.SafetyCheckFailed as error:
+            reasons = [_DANGERS.get(name, str(failure)) for name, failure in sorted(error.failures.items())]
+            raise Invalid(f"{self._path}: the image is refused: {'; '.join(reasons)}.") from error
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+
+def second_opinion(path: Path, named: Path, verdict: Verdict) -> None:
+    """Have QEMU's tool open a qcow2 image that has passed; a machine without that tool goes without it.
+
+    `path` is the copy, `named` what the caller called it.
+
+    Raises:
+        Invalid: QEMU could not use it, it is encrypted, or the two judges disagree.
+    """
+    if verdict.format != "qcow2" or not (shutil.which("qemu-img") and shutil.which("prlimit")):
+        return
+    limits = ["prlimit", f"--as={_SECOND_OPINION_BYTES}", f"--cpu={_SECOND_OPINION_S:.0f}"]
+    try:
+        ended = commands.run(
+            [*limits, "qemu-img", "info", "--output=json", "-f", "qcow2", str(path)], timeout_s=_SECOND_OPINION_S
+        )
+    except NotResponding as error:
+        raise Invalid(f"{named}: QEMU's tool took too long to open the image.") from error
+    if ended.status != 0:
+        reason = ended.complaint.rpartition(f"{path}': ")[2] or "no reason given"
+        raise Invalid(f"{named}: QEMU cannot use the image: {reason}.")
+    said = msgspec.json.decode(ended.output)
+    if said.get("encrypted"):
+        raise Invalid(f"{named}: the image is encrypted, which is not supported.")
+    if said.get("virtual-size") != verdict.size_bytes or "backing-filename" in said:
+        raise Invalid(f"{named}: the image reads differently to two readers, which is refused as a trick.")
+
+
+def _converter_name(name: str) -> str:
+    return {"vhd": "vpc", "iso": "raw"}.get(name, name)

@@ -1,0 +1,184 @@
+"""The server's image folder: what instances boot. Nothing enters it that was not inspected while it was copied.
+
+An image's files are named after its id and never change: disks of instances are built on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from interlock.core.errors import Invalid
+from interlock.core.records import Image
+from interlock.hypervisors import disk_inspection, kernel_payload, small_guest
+from interlock.hypervisors.durable_files import (
+    HalfMade,
+    checked_id,
+    chunks,
+    make_folder,
+    opened_source,
+    remove_half_made,
+    remove_unknown,
+    sync_folder,
+    telling_of_full_disk,
+)
+
+NAME_LENGTH_MAX = 63
+CMDLINE_LENGTH_MAX = 2000
+"""What fits beside what a hypervisor adds; Linux reads 2,047 characters on x86."""
+KERNEL_BYTES_MAX = 256 << 20
+INITRD_BYTES_MAX = 1 << 30
+
+_MODE = 0o644
+_SUFFIXES = frozenset({".raw", ".qcow2", ".kernel", ".initrd"})
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH_MAX - 1}}}")
+_CMDLINE = re.compile(rf"[\x20-\x7e]{{0,{CMDLINE_LENGTH_MAX}}}")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_INITRD_MAGICS = (
+    *(b"070701", b"070702", b"\x1f\x8b", b"\xfd7zXZ\0", b"\x5d\x00\x00", b"BZh"),
+    *(b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18", b"\x04\x22\x4d\x18", b"\x89LZO"),
+)
+"""How a cpio archive begins, and the compressions of one that Linux unpacks."""
+
+
+class ImageFolder:
+    """Implements `ports.ImageFiles` on one folder, which belongs to one server.
+
+    `cache` is where packages for the small guest, and what was built of them, are kept between builds.
+    """
+
+    def __init__(self, folder: Path, *, cache: Path) -> None:
+        self._folder = folder
+        self._cache = cache
+        self._prepared = False
+        self._building = asyncio.Lock()
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what a crash left half-made. The first use does it where nobody has."""
+        if not self._prepared:
+            make_folder(self._folder)
+            remove_half_made(self._folder)
+            self._prepared = True
+
+    def sweep(self, known: Collection[str]) -> tuple[str, ...]:
+        """Remove the files of every image whose id is not in `known`; the names of those files.
+
+        They are what a crash leaves between keeping an image's files and keeping its record. To be called at the
+        start, with every id that the store has, before anything is brought.
+        """
+        self.prepare()
+        return remove_unknown(self._folder, known, _SUFFIXES)
+
+    async def bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None = None) -> Image:
+        _check_names(image_id, name)
+        if sha256 is not None and not _SHA256.fullmatch(sha256):
+            raise Invalid("A SHA-256 is written as 64 hexadecimal digits.")
+        self.prepare()
+        return await asyncio.to_thread(self._bring_disk, image_id, name, source, sha256)
+
+    async def bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
+        _check_names(image_id, name)
+        if not _CMDLINE.fullmatch(cmdline):
+            raise Invalid(
+                f"A kernel's command line is at most {CMDLINE_LENGTH_MAX} printable ASCII characters in one line."
+            )
+        self.prepare()
+        return await asyncio.to_thread(self._bring_kernel, image_id, name, kernel, initrd, cmdline)
+
+    async def build_small(self, image_id: str, name: str) -> Image:
+        _check_names(image_id, name)
+        async with self._building:
+            guest = await asyncio.to_thread(small_guest.build, self._cache)
+        return await self.bring_kernel(image_id, name, guest.kernel, guest.initrd, guest.cmdline)
+
+    async def remove(self, image: Image) -> None:
+        await asyncio.to_thread(self._remove, checked_id(image.id))
+
+    def _bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None) -> Image:
+        inspection = disk_inspection.Inspection(source)
+        digest = hashlib.sha256()
+        with opened_source(source) as (content, size), HalfMade(self._folder, mode=_MODE) as copy:
+            for chunk in chunks(content, size, source):
+                inspection.feed(chunk)
+                digest.update(chunk)
+                copy.append(chunk)
+            verdict = inspection.verdict()
+            if sha256 is not None and digest.hexdigest() != sha256.lower():
+                raise Invalid(
+                    f"{source}: its SHA-256 is {digest.hexdigest()}, not {sha256.lower()}.",
+                    remedy="Fetch the image again, and the sum from where its makers publish it.",
+                )
+            disk_inspection.second_opinion(copy.path, source, verdict)
+            kept = copy.keep(f"{image_id}.{verdict.format}")
+        return Image(
+            id=image_id,
+            name=name,
+            kind="disk",
+            format=verdict.format,
+            path=str(kept),
+            size_bytes=verdict.size_bytes,
+            sha256=digest.hexdigest(),
+        )
+
+    def _bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
+        kept_initrd, initrd_size = None, 0
+        if initrd is not None:
+            kept_initrd, initrd_size, _ = self._copy(
+                initrd, f"{image_id}.initrd", INITRD_BYTES_MAX, _is_initrd, "an initial file system for Linux"
+            )
+        try:
+            kept, size, digest = self._copy(
+                kernel, f"{image_id}.kernel", KERNEL_BYTES_MAX, kernel_payload.is_kernel, "a kernel that QEMU can boot"
+            )
+        except BaseException:
+            if kept_initrd is not None:
+                kept_initrd.unlink(missing_ok=True)
+            raise
+        return Image(
+            id=image_id,
+            name=name,
+            kind="kernel",
+            path=str(kept),
+            initrd=str(kept_initrd) if kept_initrd else None,
+            cmdline=cmdline,
+            size_bytes=size + initrd_size,
+            sha256=digest,
+        )
+
+    def _copy(
+        self, source: Path, name: str, bytes_max: int, accepts: Callable[[bytes], bool], what: str
+    ) -> tuple[Path, int, str]:
+        """Copy a file whose first bytes are accepted: where it is kept, its size, its SHA-256."""
+        digest = hashlib.sha256()
+        with opened_source(source) as (content, size), HalfMade(self._folder, mode=_MODE) as copy:
+            if size > bytes_max:
+                raise Invalid(f"{source}: {size} bytes are too many for {what}; the limit is {bytes_max}.")
+            for index, chunk in enumerate(chunks(content, size, source)):
+                if index == 0 and not accepts(chunk):
+                    raise Invalid(f"{source}: this is not {what}.")
+                digest.update(chunk)
+                copy.append(chunk)
+            return copy.keep(name), size, digest.hexdigest()
+
+    def _remove(self, image_id: str) -> None:
+        with telling_of_full_disk(self._folder):
+            for suffix in sorted(_SUFFIXES):
+                (self._folder / f"{image_id}{suffix}").unlink(missing_ok=True)
+            if self._folder.is_dir():
+                sync_folder(self._folder)
+
+
+def _check_names(image_id: str, name: str) -> None:
+    checked_id(image_id)
+    if not _NAME.fullmatch(name):
+        raise Invalid(
+            f"The image's name {name[:80]!r} is not 1 to {NAME_LENGTH_MAX} letters, digits, `.`, `_` and `-`, "
+            "beginning with a letter or digit."
+        )
+
+
+def _is_initrd(head: bytes) -> bool:
+    return head.startswith(_INITRD_MAGICS)

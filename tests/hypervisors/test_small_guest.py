@@ -1,0 +1,243 @@
+"""The small guest: taken from packages without installing them, the same bytes each time, and a Linux that answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from qemu.qmp import QMPClient
+
+from interlock.core.errors import Unavailable
+from interlock.hypervisors import initramfs, kernel_payload, packages, small_guest
+
+QEMU = shutil.which("qemu-system-x86_64")
+BUILT_FROM = ("apt-get", "apt-cache", "dpkg-deb")
+MARKS = [
+    pytest.mark.qemu,
+    pytest.mark.xdist_group("small_guest"),
+    pytest.mark.skipif(not all(map(shutil.which, BUILT_FROM)), reason="apt is not on this system"),
+]
+
+
+def elf_module(name: str, *depends: str) -> bytes:
+    """The least that a module must be: an ELF file with the section in which it tells of itself."""
+    info = f"name={name}\0depends={','.join(depends)}\0".encode()
+    names = b"\0.modinfo\0.names\0"
+    sections = [(0, 0, 0), (1, 64, len(info)), (10, 64 + len(info), len(names))]
+    table = b"".join(struct.pack("<IIQQQQIIQQ", at, 1, 0, 0, start, size, 0, 0, 1, 0) for at, start, size in sections)
+    head = b"\x7fELF\x02\x01".ljust(0x28, b"\0") + struct.pack(
+        "<QIHHHHHH", 64 + len(info) + len(names), 0, 64, 0, 0, 64, 3, 2
+    )
+    return head + info + names + table
+
+
+def test_an_archive_is_what_the_kernels_documentation_describes() -> None:
+    entries = [initramfs.folder("a"), initramfs.file("a/b", b"xyz", permissions=0o755), initramfs.link("c", "a/b")]
+    archive = initramfs.archive(entries)
+    assert len(archive) % 512 == 0
+    found = []
+    position = 0
+    while True:
+        assert archive[position : position + 6] == b"070701"
+        fields = [int(archive[position + 6 + 8 * n : position + 14 + 8 * n], 16) for n in range(13)]
+        name = archive[position + 110 : position + 110 + fields[11] - 1].decode()
+        position = (position + 110 + fields[11] + 3) & ~3
+        if name == "TRAILER!!!":
+            break
+        found.append((name, oct(fields[1]), archive[position : position + fields[6]]))
+        position = (position + fields[6] + 3) & ~3
+    assert found == [("a", "0o40755", b""), ("a/b", "0o100755", b"xyz"), ("c", "0o120777", b"a/b")]
+
+
+def test_a_module_says_what_it_needs_also_when_it_is_compressed() -> None:
+    module = elf_module("virtio_net", "virtio", "net-failover")
+    packed = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    for data in (module, packed.compress(module) + packed.flush()):
+        assert kernel_payload.module_dependencies(kernel_payload.decompress(data)) == ("virtio", "net_failover")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 100, b"\x7fELF\x02\x01" + bytes(100), b"MZ" + bytes(2000)]
+)
+def test_a_damaged_module_is_unreadable_and_nothing_else(data: bytes) -> None:
+    with pytest.raises(kernel_payload.UnreadableKernel):
+        kernel_payload.module_dependencies(data)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\x1f\x8b" + b"x" * 50, b"\x02\x21\x4c\x18\xff\xff\xff\x7fxxxx", b"\xfd7zXZ\0xxxx", b"xx"]
+)
+def test_a_damaged_kernel_is_unreadable_and_nothing_else(payload: bytes) -> None:
+    kernel = bytearray(1024 + 512)
+    kernel[0x1F1], kernel[0x1FE:0x200], kernel[0x202:0x206] = 1, b"\x55\xaa", b"HdrS"
+    struct.pack_into("<H", kernel, 0x206, 0x20F)
+    struct.pack_into("<II", kernel, 0x248, 0, len(payload))
+    kernel[1024 : 1024 + len(payload)] = payload
+    with pytest.raises(kernel_payload.UnreadableKernel):
+        kernel_payload.vmlinux(bytes(kernel))
+
+
+def test_modules_are_loaded_after_what_they_need() -> None:
+    modules = {
+        "virtio_blk": elf_module("virtio_blk", "virtio"),
+        "virtio": elf_module("virtio"),
+        "virtio_pci": elf_module("virtio_pci", "virtio"),
+    }
+    assert list(small_guest._in_loading_order(modules)) == ["virtio", "virtio_pci", "virtio_blk"]
+
+
+def test_without_apt_the_remedy_says_what_else_can_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable) as told:
+        small_guest.build(tmp_path)
+    assert "image add" in (told.value.remedy or "")
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_without_package_lists_the_remedy_is_to_update_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, "dpkg", "echo amd64")
+    stand_in(tmp_path, "apt-cache", "echo 'N: Unable to locate package' >&2; exit 100")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="linux-image-cloud-amd64") as told:
+        small_guest.build(tmp_path)
+    assert "sudo apt-get update" in (told.value.remedy or "")
+
+
+def test_a_download_that_fails_is_told_with_apts_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, "dpkg", "echo amd64")
+    stand_in(tmp_path, "apt-cache", 'echo "Package: $3"; echo "Version: 1:2-3"; echo "SHA256: 00"')
+    stand_in(tmp_path, "apt-get", "echo 'E: Failed to fetch something' >&2; exit 100")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(Unavailable, match="Failed to fetch something"):
+        small_guest.build(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_packages_that_a_kernel_is_split_into_are_all_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """echo "Package: $3"; echo "Version: 1"; case $3 in
+        linux-image-virtual) echo 'Depends: linux-image-6.8-generic (= 1) | other, wireless-regdb' ;;
+        linux-image-6.8-generic) echo 'Depends: kmod, linux-modules-6.8-generic' ;;
+    esac"""
+    stand_in(tmp_path, "apt-cache", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    source = packages.PackageSource(tmp_path)
+    first = packages.find_first(source, ("linux-image-virtual",))
+    found = packages.closure(source, first, small_guest._KERNEL_PARTS)
+    assert {part.name for part in found} == {
+        "linux-image-virtual",
+        "linux-image-6.8-generic",
+        "linux-modules-6.8-generic",
+    }
+
+
+def cache_folder() -> Path:
+    """Kept between runs, so that the packages are downloaded once."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "interlock-tests" / "packages"
+
+
+@pytest.fixture(scope="module")
+def guest() -> small_guest.SmallGuest:
+    return small_guest.build(cache_folder())
+
+
+class Console:
+    """What a guest writes to its serial port, line by line."""
+
+    def __init__(self, output: asyncio.StreamReader) -> None:
+        self._output = output
+
+    async def until(self, expected: str) -> str:
+        """The first line from now on that matches."""
+        async with asyncio.timeout(60):
+            while line := (await self._output.readline()).decode("utf-8", "replace").strip():
+                if re.search(expected, line):
+                    return line
+        raise AssertionError(f"the guest ended without saying {expected}")
+
+
+@pytest.fixture
+async def booted(guest: small_guest.SmallGuest, tmp_path: Path) -> AsyncIterator[tuple[Console, QMPClient]]:
+    assert QEMU is not None
+    machine = "-M q35 -cpu kvm64 -accel tcg -m 128 -nodefaults -no-user-config -display none -serial stdio"
+    devices = "-device pcie-root-port,id=slot1,slot=1 -netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net"
+    process = await asyncio.create_subprocess_exec(
+        *(QEMU, *machine.split(), *devices.split(), "-kernel", str(guest.kernel), "-initrd", str(guest.initrd)),
+        *("-append", f"{guest.cmdline} interlock.hostname=tested", "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    monitor = QMPClient()
+    try:
+        console = Console(process.stdout)
+        await console.until("interlock-guest: up tested")
+        await monitor.connect(f"{tmp_path}/qmp")
+        yield console, monitor
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+class TestBuilt:
+    """What is built from this system's packages."""
+
+    pytestmark = MARKS
+
+    def test_the_same_packages_make_the_same_bytes(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+        for package in cache_folder().glob("*.deb"):
+            (tmp_path / package.name).hardlink_to(package)
+        again = small_guest.build(tmp_path)
+        assert again.kernel.parent.name == guest.kernel.parent.name
+        assert again.kernel.read_bytes() == guest.kernel.read_bytes()
+        assert again.initrd.read_bytes() == guest.initrd.read_bytes()
+
+    def test_nothing_is_read_again_for_versions_that_were_built(
+        self, guest: small_guest.SmallGuest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packages, "read_members", None)
+        assert small_guest.build(cache_folder()) == guest
+
+    def test_packages_in_the_cache_are_enough_where_apt_has_no_lists(
+        self, guest: small_guest.SmallGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stand_in(tmp_path, "apt-cache", "exit 100")
+        stand_in(tmp_path, "apt-get", "exit 100")
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert small_guest.build(cache_folder()) == guest
+
+
+@pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")
+class TestBooted:
+    """The guest as a real virtual machine."""
+
+    pytestmark = MARKS
+
+    async def test_it_has_an_address_tells_of_a_plugged_disk_and_heeds_the_power_button(
+        self, booted: tuple[Console, QMPClient], tmp_path: Path
+    ) -> None:
+        console, monitor = booted
+        await console.until("interlock-guest: address 10.0.2.15")
+        subprocess.run(["truncate", "--size=8M", tmp_path / "disk"], check=True)  # noqa: ASYNC221
+        file = {"driver": "file", "filename": str(tmp_path / "disk")}
+        await monitor.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": file})
+        await monitor.execute("device_add", {"driver": "virtio-blk-pci", "drive": "disk", "id": "d", "bus": "slot1"})
+        await console.until("interlock-guest: disk vda 16384 sectors")
+        await monitor.execute("device_del", {"id": "d"})
+        await console.until("interlock-guest: disk vda gone")
+        await monitor.execute("system_powerdown")
+        await console.until("interlock-guest: power button")
+        await monitor.disconnect()
