@@ -33,7 +33,7 @@ def test_the_rules_before_the_deciding_one_say_which_condition_failed(standard: 
     explanation = explain(serving(V.ACTIVE, "rebooting", age_ms=20_000), asking(O.STOP), standard, START_MS)
     failed = {tried.rule: tried.failed for tried in explanation.tried}
     assert failed["readers-change-nothing"] == "roles: wants reader, found member"
-    assert failed["deleting"] == "outstanding: wants one of delete, force_delete, soft_delete, found reboot"
+    assert failed["deleting"] == "outstanding: wants one of delete, force_delete, found reboot"
     assert failed["stop-harder"] == "task_state: wants powering_off, found rebooting"
     last = explanation.tried[-1]
     assert (last.rule, last.matched, last.failed) == ("silent-power.stop", True, None)

@@ -214,6 +214,21 @@ def test_a_preempting_stop_is_cancelled_when_a_delete_goes_before_it(standard: C
     assert delete.cancels == (stop.request.id,)
 
 
+def test_a_soft_delete_that_is_asked_for_again_does_not_overtake_a_delete(standard: CompiledPolicy) -> None:
+    play = Play(standard, serving(V.ACTIVE, "soft_deleting", age_ms=5 * MINUTE_MS))
+    assert said(play.submit(O.DELETE)) == ("admitted", None)
+    assert said(play.submit(O.SOFT_DELETE)) == ("denied", "deleting")
+
+
+def test_a_preempting_stop_is_cancelled_at_once_when_something_else_takes_over(standard: CompiledPolicy) -> None:
+    play = Play(standard, serving(V.ACTIVE, "powering_off", age_ms=3 * MINUTE_MS))
+    stop = play.submit(O.STOP, hard=True)
+    assert isinstance(stop, Admitted)
+    takeover = play.submit(O.SOFT_DELETE)
+    assert isinstance(takeover, Admitted)
+    assert takeover.cancels == (stop.request.id,)
+
+
 def test_a_stop_behind_a_start_that_waits_is_not_a_preemption(standard: CompiledPolicy) -> None:
     play = Play(standard, instance(V.STOPPED))
     play.submit(O.START)

@@ -81,6 +81,22 @@ def test_delete_is_reached_from_every_state_within_three_minutes(take2: Compiled
         assert taken.id == admitted.request.id
 
 
+def test_a_hanging_component_change_does_not_keep_an_instance_alive(take2: CompiledPolicy) -> None:
+    play = Play(take2, instance(V.ACTIVE))
+    play.submit(O.ATTACH_VOLUME)
+    play.take()
+    waiting = play.submit(O.DELETE)
+    assert isinstance(waiting, Admitted)
+    assert play.take() is None
+    play.advance(180_000)
+    takeover = play.submit(O.DELETE)
+    assert isinstance(takeover, Admitted)
+    assert takeover.supersedes == ("r1",)
+    taken = play.take()
+    assert taken is not None
+    assert taken.operation is O.DELETE
+
+
 def test_nothing_preempts_and_nothing_is_queued_behind_a_task(take2: CompiledPolicy) -> None:
     assert not any(rule.verdict is Verdict.PREEMPT for rule in take2.rules)
     for task in TASK_STATES:

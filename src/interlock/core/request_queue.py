@@ -147,6 +147,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     """
     instance = draft.instance
     state, prior = instance.vm_state, instance.prior_vm_state
+    halfway = state
     cancelled: list[str] = []
     components: list[Request] = []
     for request in instance.outstanding:
@@ -156,10 +157,13 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             continue
         if request.status is Status.QUEUED:
             rule = judge_in(policy, request, state, instance.tags)
-            if not permits(rule) and not _holds_anyway(request, instance.vm_state, state):
+            if not permits(rule) and not _holds_anyway(request, halfway, state):
                 cancelled.append(_cancel(draft, request, rule, state))
                 continue
-        state, prior = land(request.operation, state, prior)
+            state, prior = land(request.operation, state, prior)
+            halfway = state
+        else:
+            state, prior = land(request.operation, state, prior)
     for request in components:
         there = state if request.in_turn else instance.vm_state
         rule = judge_in(policy, request, there, instance.tags)
@@ -168,16 +172,15 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     return tuple(cancelled)
 
 
-def _holds_anyway(request: Request, present: VmState, foreseen: VmState) -> bool:
+def _holds_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool:
     """Whether a preempting request stays although the policy would not admit it into the state it comes to.
 
     It was admitted on what was being done, not on where that leads. What it stops or takes over may have left the
     guest anywhere: a start that was fenced leaves `stopped` in the record and perhaps a running guest, and the stop
-    that ended it must not be dismissed as done already. So it stays wherever the catalogue lets it be performed.
+    that ended it must not be dismissed as done already. So it stays where the catalogue lets it be performed: in the
+    foreseen state, or in `halfway`, which will hold instead if what is in flight ends without effect.
     """
-    if not request.preempts or foreseen is VmState.DELETED:
-        return False
-    return not CATALOGUE[request.operation].sources.isdisjoint((present, foreseen))
+    return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
 
 
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState) -> str:
