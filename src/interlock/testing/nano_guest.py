@@ -18,6 +18,9 @@ from interlock.core.records import Image
 GREETING: Final = "interlock-nano: up"
 """The line that the guest writes on its serial console as soon as it runs; its command line follows on the next."""
 
+HERE: Final = "interlock-nano: here"
+"""The line that it writes when the key `h` is pressed."""
+
 MEMORY_MIB: Final = 16
 """Memory with which the guest runs comfortably."""
 
@@ -26,7 +29,7 @@ class Act(StrEnum):
     """What the guest does by itself, some time after its greeting.
 
     Beside that a key pressed on its keyboard makes it act at once: `o` powers off, `r` reboots, `p` panics, `i` makes
-    it ignore the power button and the unplugging of disks, `c` makes it cooperate again.
+    it ignore the power button and the unplugging of disks, `c` makes it cooperate again, `h` makes it say `HERE`.
     """
 
     NOTHING = "nothing"
@@ -201,6 +204,12 @@ def _obey_keyboard(guest: _Assembler) -> None:
     for scan_code, target in ((0x18, "power_off"), (0x13, "reboot"), (0x19, "panic")):
         guest.put(bytes((0x3C, scan_code)))  # cmp al, ...
         guest.jump(_JUMP_IF_EQUAL, target)
+    guest.put("3c23")  # cmp al, h
+    guest.jump(_JUMP_IF_NOT, "not_here")
+    guest.put_address("be", "here")  # mov esi, ...
+    guest.jump(_CALL, "write")
+    guest.jump(_JUMP, "sleep")
+    guest.label("not_here")
     for scan_code, ignoring, label in ((0x17, 1, "not_ignore"), (0x2E, 0, "not_cooperate")):
         guest.put(bytes((0x3C, scan_code)))
         guest.jump(_JUMP_IF_NOT, label)
@@ -298,6 +307,8 @@ def _tables(guest: _Assembler) -> None:
     guest.put_address("", "interrupts")
     guest.label("greeting")
     guest.put(GREETING.encode() + b"\r\ninterlock-nano: started with: \0")
+    guest.label("here")
+    guest.put(HERE.encode())
     guest.label("line_end")
     guest.put(b"\r\n\0")
 

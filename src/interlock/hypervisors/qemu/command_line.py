@@ -1,0 +1,208 @@
+"""From a spec to the words with which QEMU is started. Pure: nothing is opened, made or asked here.
+
+QEMU is given no path of its own. Every file that it uses is opened by us and handed over as a descriptor, so that its
+unprivileged user needs no permission on any folder, and a process that was broken into can open nothing of ours.
+`Descriptors` tells under which number it finds each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from typing import Any, Final
+
+import msgspec
+
+from interlock.core.errors import Refused
+from interlock.core.records import Disk, Spec
+from interlock.hypervisors.qemu.settings import QemuSettings
+
+ROOT: Final = "root"
+"""The id of the disk that is made for the instance, on top of its image."""
+JOURNAL: Final = "journal"
+"""The pair of pipes `journal.in` and `journal.out`, in the folder in which QEMU is started."""
+MACHINE_TYPE: Final = "q35"
+
+_DEVICE_PREFIX: Final = "disk-"
+_PORT_PREFIX: Final = "port-"
+_SERIAL_LENGTH_MAX: Final = 20
+_SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAMESPACE: Final = uuid.UUID("5f0c7a1e-6a57-5c8e-9d6c-3d0f5b8f7c11")
+_SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers under which QEMU finds what was opened for it."""
+
+    monitor: int
+    console: int
+    disks: dict[str, int]
+    """By disk id."""
+    backing: int | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+
+
+def machine_uuid(instance_id: str) -> str:
+    """The UUID that the guest sees: the instance's id where that is one, else one that follows from it."""
+    try:
+        return str(uuid.UUID(instance_id))
+    except ValueError:
+        return str(uuid.uuid5(_NAMESPACE, instance_id))
+
+
+def device_name(disk_id: str) -> str:
+    """What QEMU calls the device of a disk. Raises `Refused` for an id that QEMU could misread."""
+    if _SAFE_ID.fullmatch(disk_id) is None:
+        raise Refused(
+            f"The disk id {disk_id!r} cannot be used.",
+            remedy="Use up to 64 letters, digits, dots, dashes and underscores.",
+        )
+    return _DEVICE_PREFIX + disk_id
+
+
+def disk_of_device(name: str) -> str | None:
+    """The disk id behind a device's name, or None if it is no disk of ours."""
+    return name.removeprefix(_DEVICE_PREFIX) if name.startswith(_DEVICE_PREFIX) else None
+
+
+def node_name(disk_id: str) -> str:
+    """What QEMU calls the contents of a disk: at most 31 characters, so that a UUID does not fit as it stands."""
+    return "node-" + hashlib.sha256(disk_id.encode()).hexdigest()[:20]
+
+
+def port_name(number: int) -> str:
+    return f"{_PORT_PREFIX}{number}"
+
+
+def is_port(name: str) -> bool:
+    return name.startswith(_PORT_PREFIX)
+
+
+def disk_serial(disk_id: str) -> str:
+    """The serial number by which the guest finds the disk: the first 20 characters of its id, all that fit."""
+    return disk_id[:_SERIAL_LENGTH_MAX]
+
+
+def node_arguments(disk: Disk, descriptor_set: int, *, backing: str | None = None) -> dict[str, Any]:
+    """How QEMU opens the contents of a disk: the arguments of `blockdev-add`."""
+    arguments: dict[str, Any] = {
+        "driver": disk.format,
+        "node-name": node_name(disk.id),
+        "read-only": disk.read_only,
+        "file": {
+            "driver": "file",
+            "filename": f"/dev/fdset/{descriptor_set}",
+            "read-only": disk.read_only,
+        },
+    }
+    if disk.format == "qcow2":
+        # Without a backing of ours an image must not choose one itself: it could name any file of the host.
+        arguments["backing"] = backing
+    return arguments
+
+
+def device_arguments(disk: Disk, port: str) -> dict[str, Any]:
+    """How a disk is plugged into a port: the arguments of `device_add`."""
+    arguments: dict[str, Any] = {
+        "driver": "virtio-blk-pci",
+        "id": device_name(disk.id),
+        "drive": node_name(disk.id),
+        "bus": port,
+        "serial": disk_serial(disk.id),
+    }
+    if disk.id == ROOT:
+        arguments["bootindex"] = 0
+    return arguments
+
+
+def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
+    """QEMU's arguments, its own name not included. The guest's processors stand still until `cont`."""
+    return [
+        *("-name", f"guest=interlock-{instance_id}"),
+        *("-uuid", machine_uuid(instance_id)),
+        *("-no-user-config", "-nodefaults", "-display", "none"),
+        *("-sandbox", _SANDBOX),
+        *("-S", "-no-shutdown", "-action", "panic=pause"),
+        *_processor(spec, settings),
+        *_monitors(at),
+        *("-add-fd", f"fd={at.console},set={at.console}"),
+        *("-chardev", f"file,id=console,path=/dev/fdset/{at.console},append=on", "-serial", "chardev:console"),
+        *("-device", "pvpanic"),
+        *_network(spec),
+        *_disks(spec, settings, at),
+        *_kernel(spec, at),
+    ]
+
+
+def _processor(spec: Spec, settings: QemuSettings) -> list[str]:
+    cache = f",tb-size={settings.translation_cache_mib}" if settings.accelerator == "tcg" else ""
+    return [
+        *("-machine", MACHINE_TYPE, "-accel", settings.accelerator + cache, "-cpu", settings.cpu_model),
+        *("-m", f"{spec.memory_mib}M", "-smp", str(spec.vcpus)),
+    ]
+
+
+def _monitors(at: Descriptors) -> list[str]:
+    """One monitor for commands, and one whose events wait in a pipe while nobody reads them."""
+    return [
+        *("-chardev", f"socket,id=monitor,fd={at.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"pipe,id=journal,path={JOURNAL}", "-mon", "chardev=journal,mode=control"),
+    ]
+
+
+def _network(spec: Spec) -> list[str]:
+    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{forward.host_port}-:{forward.guest_port}" for forward in spec.forwards)
+    return ["-netdev", f"user,id=network{forwards}", "-device", "virtio-net-pci,netdev=network,romfile="]
+
+
+def all_disks(spec: Spec) -> tuple[Disk, ...]:
+    """The disks with which a guest is started: its root disk, unless it boots a kernel, and its volumes."""
+    if spec.image.kind == "disk":
+        return (Disk(id=ROOT, path="", format="qcow2"), *spec.disks)
+    return spec.disks
+
+
+def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
+    disks = all_disks(spec)
+    if len(disks) > settings.hotplug_ports:
+        raise Refused(
+            f"The instance has {len(disks)} disks; a guest can have {settings.hotplug_ports}.",
+            remedy="Detach a volume, or raise hotplug_ports.",
+        )
+    words: list[str] = []
+    for number in range(settings.hotplug_ports):
+        words += ["-device", f"pcie-root-port,id={port_name(number)},chassis={number + 1}"]
+    backing = None
+    if at.backing is not None:
+        backing = "backing"
+        node = node_arguments(
+            Disk(id=backing, path="", format=spec.image.format, read_only=True), at.backing, backing=None
+        )
+        words += _descriptor_set(at.backing)
+        words += ["-blockdev", _json({**node, "node-name": backing})]
+    for number, disk in enumerate(disks):
+        descriptor = at.disks[disk.id]
+        node = node_arguments(disk, descriptor, backing=backing if disk.id == ROOT else None)
+        words += _descriptor_set(descriptor)
+        words += ["-blockdev", _json(node)]
+        words += ["-device", _json(device_arguments(disk, port_name(number)))]
+    return words
+
+
+def _descriptor_set(descriptor: int) -> list[str]:
+    return ["-add-fd", f"fd={descriptor},set={descriptor}"]
+
+
+def _kernel(spec: Spec, at: Descriptors) -> list[str]:
+    if at.kernel is None:
+        return []
+    words = ["-kernel", f"/proc/self/fd/{at.kernel}", "-append", spec.image.cmdline or ""]
+    if at.initrd is not None:
+        words += ["-initrd", f"/proc/self/fd/{at.initrd}"]
+    return words
+
+
+def _json(value: dict[str, Any]) -> str:
+    return msgspec.json.encode(value).decode()

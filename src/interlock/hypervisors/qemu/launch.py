@@ -1,0 +1,115 @@
+"""From a spec to a running QEMU whose guest stands still: everything opened, handed over and let go of again.
+
+There is no wait in here, so that within one of our processes nothing comes between its steps. Whoever is killed
+between them leaves at most a process that holds the instance's lock, and is found by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from interlock.core.errors import NotResponding, Refused
+from interlock.core.records import Spec
+from interlock.hypervisors.qemu.command_line import ROOT, Descriptors, all_disks, arguments
+from interlock.hypervisors.qemu.disks import open_disk, open_kernel
+from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
+from interlock.hypervisors.qemu.process import FIRST_DESCRIPTOR, Account, confined, spawn
+from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.ports import Permit
+
+_MIB = 1024**2
+
+
+def launch(
+    permit: Permit,
+    instance_id: str,
+    folder: InstanceFolder,
+    spec: Spec,
+    settings: QemuSettings,
+    account: Account | None,
+) -> int:
+    """Start the process and return its id.
+
+    Raises:
+        Refused: something that it needs is not there, or there is no room.
+        NotResponding: another process holds the instance, one that we know nothing of.
+    """
+    with contextlib.ExitStack() as opened, refused(folder):
+        lock = folder.lock()
+        if lock is None:
+            raise NotResponding(
+                f"A process that is not known holds instance {instance_id}.",
+                remedy="Restart the server: it looks for such processes when it starts.",
+            )
+        opened.callback(os.close, lock)
+        permit.check()
+        handed_over, at = _open_all(folder, spec, account, opened)
+        errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        opened.callback(os.close, errors)
+        command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at)]
+        words = confined(command, folder.inside, _limits(spec, settings), account)
+        folder.make_journal(None if account is None else (account.user_id, account.group_id))
+        folder.keep_spec(spec)
+        folder.keep_process_record(ProcessRecord(phase=Phase.STARTING))
+        permit.check()
+        return spawn(words, errors, [*handed_over, lock])
+
+
+def _open_all(
+    folder: InstanceFolder, spec: Spec, account: Account | None, opened: contextlib.ExitStack
+) -> tuple[list[int], Descriptors]:
+    """Open what QEMU uses; the answer is what to hand over, and under which numbers QEMU finds it."""
+    handed_over: list[int] = []
+
+    def hand_over(descriptor: int) -> int:
+        opened.callback(os.close, descriptor)
+        handed_over.append(descriptor)
+        return FIRST_DESCRIPTOR + len(handed_over) - 1
+
+    monitor = hand_over(folder.listen().detach())
+    console = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    image = Path(spec.image.path)
+    kernel = spec.image.kind == "kernel"
+    at = Descriptors(
+        monitor=monitor,
+        console=hand_over(console),
+        kernel=hand_over(open_kernel(image, account)) if kernel else None,
+        initrd=hand_over(open_kernel(Path(spec.image.initrd), account)) if kernel and spec.image.initrd else None,
+        backing=None if kernel else hand_over(open_disk(image, read_only=True)),
+        disks={
+            disk.id: hand_over(
+                open_disk(folder.root_disk if disk.id == ROOT else Path(disk.path), read_only=disk.read_only)
+            )
+            for disk in all_disks(spec)
+        },
+    )
+    return handed_over, at
+
+
+def _limits(spec: Spec, settings: QemuSettings) -> list[str]:
+    memory_mib = spec.memory_mib + settings.translation_cache_mib + settings.address_space_extra_mib
+    return ["--core=0", f"--nofile={settings.open_files_max}", f"--as={memory_mib * _MIB}"]
+
+
+@contextlib.contextmanager
+def refused(folder: InstanceFolder) -> Iterator[None]:
+    """Tell people what a failure of the operating system means for the instance."""
+    try:
+        yield
+    except OSError as error:
+        remedy: str | None
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT:
+                remedy = f"Make room on the file system of {folder.path}."
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                remedy = f"Give the server's user write access to {folder.path}."
+            case errno.EMFILE | errno.ENFILE | errno.EAGAIN | errno.ENOMEM:
+                remedy = "The host is out of descriptors, processes or memory; hold fewer guests or raise its limits."
+            case _:
+                remedy = None
+        where = error.filename or folder.path
+        raise Refused(f"Instance {folder.path.name}: {where}: {error.strerror}.", remedy=remedy) from error

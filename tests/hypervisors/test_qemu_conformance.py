@@ -1,0 +1,33 @@
+"""Real QEMU keeps every promise of the port."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from interlock.testing.check_hypervisor import CHECKS, Check, run
+from interlock.testing.qemu_host import QemuUnderTest
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[QemuUnderTest]:
+    host = QemuUnderTest(tmp_path)
+    yield host
+    host.end_everything()
+
+
+def name_of(promise: Check) -> str:
+    return promise.__name__
+
+
+@pytest.mark.parametrize("promise", CHECKS, ids=name_of)
+async def test_real_qemu(promise: Check, host: QemuUnderTest) -> None:
+    await run(promise, host)
