@@ -165,6 +165,9 @@ def test_a_hard_stop_does_not_wait_for_a_soft_one(standard: CompiledPolicy) -> N
     answer = play.submit(O.STOP, hard=True)
     assert isinstance(answer, Admitted)
     assert (answer.supersedes, answer.cancels) == (("r0",), ())
+    again = play.submit(O.STOP, hard=True)
+    assert isinstance(again, Redundant), "what preempts knows no limit, so it must not pile up"
+    assert again.request == answer.request
     play.advance(2_000)
     taken = play.take()
     assert taken is not None

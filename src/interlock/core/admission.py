@@ -75,6 +75,8 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
         return _redundant(draft, view, submission, rule, _latest(instance, submission.operation))
     if CATALOGUE[submission.operation].lane is Lane.RECORD:
         return _record(draft, view, submission, rule, policy)
+    if verdict is Verdict.PREEMPT and (waiting := _preempting(instance, view)) is not None:
+        return _redundant(draft, view, submission, rule, waiting)
     if verdict is Verdict.ADMIT:
         if len(instance.outstanding) >= policy.outstanding_max:
             return _deny(draft, view, submission, QUEUE_FULL)
@@ -257,6 +259,15 @@ NOT_KEPT = QUEUE_FULL
 
 def _latest(instance: Instance, operation: Operation) -> Request | None:
     return next((request for request in reversed(instance.outstanding) if request.operation is operation), None)
+
+
+def _preempting(instance: Instance, view: View) -> Request | None:
+    """The same request, if it waits at the front already. What preempts knows no limit, so it must not pile up."""
+    for request in instance.outstanding:
+        waits = request.preempts and request.status is Status.QUEUED
+        if waits and request.operation is view.operation and request.hard is view.hard:
+            return request
+    return None
 
 
 def _last_state_change(instance: Instance) -> Request | None:
