@@ -135,6 +135,7 @@ def test_a_caller_and_an_instance_can_be_more_than_the_usual() -> None:
         ('{"submit": "stop", "role": "root"}', "is no role"),
         ('{"submit": "reset_state", "parameters": {"vm_state": "fine"}}', "no vm_state 'fine'"),
         ('{"submit": "reset_state", "parameters": {"vm_state": ["x"]}}', "leads to no vm_state"),
+        ('{"submit": "reset_state", "parameters": {"vm_state": "soft_delete"}}', "no vm_state 'soft_delete'"),
         ('{"take": "all"}', "is no lane"),
         ('{"finish": "stop"}', "not in flight"),
         ('{"finish": "create", "outcome": "fine"}', "is no outcome"),

@@ -31,7 +31,7 @@ from interlock.core.records import (
     Status,
     Submission,
 )
-from interlock.core.states import NO_TASK
+from interlock.core.states import NO_TASK, VmState
 from interlock.policies.durations import format_seconds, seconds
 from interlock.policies.rehearsal_events import (
     InstanceLine,
@@ -43,13 +43,14 @@ from interlock.policies.rehearsal_events import (
     named_role,
     read_line,
 )
-from interlock.policies.vocabulary import VM_STATES, nearest
+from interlock.policies.vocabulary import nearest
 
 BEGINNING_MS: Final = 1_000_000_000_000
 """When every rehearsal begins, on its own clock; far enough from zero that any age fits before it."""
 
 _LANES: Final[dict[str, Lane | None]] = {"any": None, "state": Lane.STATE, "component": Lane.COMPONENT}
 _GUEST_EVENTS: Final = {event.value: event for event in GuestEvent}
+_RESET_TARGETS: Final = tuple(state.value for state in VmState)
 _encode: Final = msgspec.json.Encoder().encode
 
 _REQUEST_ID: Final = re.compile(r"r([1-9][0-9]{0,15})", re.ASCII)
@@ -298,5 +299,5 @@ def _check_reset(submission: Submission) -> None:
     if submission.operation is not Operation.RESET_STATE:
         return
     target = submission.parameters.get("vm_state", "error")
-    if not isinstance(target, str) or target not in VM_STATES.words:
-        raise Invalid(f"reset_state leads to no vm_state {target!r}. {nearest(str(target), VM_STATES.words)}")
+    if target not in _RESET_TARGETS:
+        raise Invalid(f"reset_state leads to no vm_state {target!r}. {nearest(str(target), _RESET_TARGETS)}")

@@ -35,7 +35,7 @@ TAGS_MAX: Final = 64
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _CODE: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
-_KEYS: Final = (
+KEYS: Final = (
     "id",
     "operations",
     "vm_state",
@@ -58,6 +58,7 @@ _KEYS: Final = (
     "because",
     "fixed",
 )
+"""Every key that a rule may have, in the order of the reference."""
 _ONLY_WITH: Final = {
     "threshold": Verdict.AFTER,
     "measured_from": Verdict.AFTER,
@@ -147,8 +148,8 @@ def read_rules(table: Mapping[str, Any], place_of: Callable[[str | None], Place]
 
 def _check_keys(source: _Table) -> None:
     for key in source.table:
-        if key not in _KEYS:
-            raise source.place_of(key).error(f"A rule has no key {key!r}.", nearest(key, _KEYS))
+        if key not in KEYS:
+            raise source.place_of(key).error(f"A rule has no key {key!r}.", nearest(key, KEYS))
     for key in ("id", "operations", "verdict"):
         if key not in source:
             raise source.place_of(None).error(f"This rule has no {key}.", f"Write {key} = ….")

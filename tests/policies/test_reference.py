@@ -1,0 +1,58 @@
+"""The reference for operators names everything that there is, and what it shows works."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from interlock.core import policy as core_policy
+from interlock.core.policy import Rule, Verdict
+from interlock.policies.reading import builtin_names, compile_named, load
+from interlock.policies.rehearsal_events import VERBS
+from interlock.policies.rehearsing import rehearse
+from interlock.policies.rules import KEYS
+
+REFERENCE = (Path(__file__).parents[2] / "docs" / "reference" / "policies.md").read_text()
+
+
+def code_in_first_column(heading: str) -> list[str]:
+    section = REFERENCE.split(heading, 1)[1].split("\n## ", 1)[0]
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    return [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_every_key_of_a_rule_is_described() -> None:
+    assert tuple(code_in_first_column("## The file")) == KEYS
+
+
+def test_every_built_in_policy_is_described() -> None:
+    assert sorted(re.findall(r"^### `(\w+)`$", REFERENCE, re.MULTILINE)) == sorted(builtin_names())
+
+
+def test_every_reason_is_listed_and_no_other() -> None:
+    rules = [rule for name in builtin_names() for rule in load(name).rules]
+    rules += [value for value in vars(core_policy).values() if isinstance(value, Rule)]
+    refusing = {rule.code for rule in rules if rule.verdict not in (Verdict.ADMIT, Verdict.PREEMPT)}
+    assert set(code_in_first_column("### Reasons")) == refusing | {"not_performed"}
+
+
+def test_every_event_of_a_rehearsal_is_described() -> None:
+    shown = {next(iter(json.loads(event.replace("{…}", "{}")))) for event in code_in_first_column("## Rehearse")}
+    assert shown == set(VERBS)
+
+
+def test_the_example_policy_can_be_used(tmp_path: Path) -> None:
+    example = REFERENCE.split("```toml\n", 1)[1].split("```", 1)[0]
+    path = tmp_path / "my-cloud.toml"
+    path.write_text(example)
+    script = [
+        '{"instance": {"vm_state": "active", "in_flight": "backup", "age": "20m"}}',
+        '{"submit": "stop"}',
+        '{"instance": {"vm_state": "active", "tags": ["build"]}}',
+        '{"submit": "pause"}',
+    ]
+    answers = [json.loads(answer) for answer in rehearse(script, compile_named(path))]
+    assert answers[1]["rule"] == "patient-backups"
+    assert answers[1]["retry_after"] == 2400
+    assert answers[3]["reason"] == "builder"
