@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from core_samples import ORDINARY, ask, instance_in
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from interlock.core.records import (
     Admitted,
     Change,
     Denied,
+    Event,
     GuestEvent,
     Outcome,
     Redundant,
@@ -28,6 +30,7 @@ from interlock.core.records import (
 )
 from interlock.core.request_queue import foresee
 from interlock.core.states import VmState
+from interlock.testing.check_history import check_history
 
 POLICY = CompiledPolicy(ORDINARY)
 OPERATIONS = sorted({*LEADS_TO, "unrescue", *BESIDE, *NOTES})
@@ -47,6 +50,7 @@ class Lives(RuleBasedStateMachine):
         self.workers: list[tuple[str, int]] = []
         self.ended: dict[str, str] = {}
         self.told_ends: dict[str, int] = {}
+        self.history: list[Event] = []
 
     def follow(self, change: Change[Any]) -> None:
         before, self.instance = self.instance, change.instance
@@ -59,6 +63,7 @@ class Lives(RuleBasedStateMachine):
                 assert request.id not in self.ended, "a request ends once"
                 self.ended[request.id] = request.status.value
         for event in change.events:
+            self.history.append(msgspec.structs.replace(event, sequence=len(self.history) + 1))
             if event.kind.removeprefix("request.") in {end.value for end in ENDS}:
                 self.told_ends[event.request_id or ""] = self.told_ends.get(event.request_id or "", 0) + 1
 
@@ -166,6 +171,11 @@ class Lives(RuleBasedStateMachine):
         assert len({request.lane for request in served}) == len(served)
         assert all(request.fence == self.instance.fence for request in served)
         assert list(self.instance.outstanding[: len(served)]) == served
+
+    def teardown(self) -> None:
+        """The checker of recorded histories finds nothing in a life that the model agrees with."""
+        if hasattr(self, "history"):
+            assert check_history(self.history, [self.instance]) == []
 
     @invariant()
     def every_end_is_told_once(self) -> None:
