@@ -173,11 +173,11 @@ class InstanceFolder:
         return descriptor
 
     def last_error(self) -> str:
-        """The last line that QEMU wrote before it gave up."""
+        """What QEMU wrote before it gave up: its last two lines, since it explains itself on the second."""
         with contextlib.suppress(OSError):
             lines = self.errors.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
             if lines:
-                return lines[-1]
+                return " ".join(lines[-2:])
         return "it said nothing"
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,9 @@ class Monitor:
 
     async def _connect(self) -> QMPClient:
         await self._drop()
-        client = QMPClient(self._name)
+        client = QMPClient()
+        # It calls it an error when a process ends under it; whoever waits for an answer is told, with its instance.
+        client.logger.setLevel(logging.CRITICAL)
         # The journal is where events are read; the client would keep all of them for ever.
         client.events.event_filter = _no_event
         caller = self._call()
@@ -152,9 +155,17 @@ class Monitor:
 
     async def close(self) -> None:
         """Let go of the connection. What was sent and not answered stays sent."""
-        if self._connecting is not None and not self._connecting.done():
-            self._connecting.cancel()
-            await asyncio.wait({self._connecting})
+        connecting = self._connecting
+        if connecting is not None and not connecting.done():
+            if self._handover is not None:
+                # The library takes a connection that ends better than a cancelled one.
+                with contextlib.suppress(OSError):
+                    self._handover.shutdown(socket.SHUT_RDWR)
+                await asyncio.wait({connecting}, timeout=self._timeout_ms / 1000)
+            connecting.cancel()
+            await asyncio.wait({connecting})
+        if connecting is not None and not connecting.cancelled() and connecting.exception() is None:
+            self._client = connecting.result()
         await self._drop()
 
     async def _drop(self) -> None:
