@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from interlock.core import admission, lifecycle
+from interlock.core.admission import admit
+from interlock.core.lifecycle import expire, finish, observe, take
 from interlock.core.operations import TASK_OPERATION, Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
@@ -82,23 +83,23 @@ class Play:
             role=role,
             host_reachable=host_reachable,
         )
-        answer: Disposition = self._keep(admission.admit(self.instance, submission, self.policy, self.now_ms))
+        answer: Disposition = self._keep(admit(self.instance, submission, self.policy, self.now_ms))
         return answer
 
     def take(self, lane: Lane | None = None) -> Request | None:
-        taken: Request | None = self._keep(lifecycle.take(self.instance, lane, self.now_ms))
+        taken: Request | None = self._keep(take(self.instance, lane, self.now_ms))
         return taken
 
     def finish(self, request_id: str, outcome: Outcome = Outcome.SUCCEEDED) -> Any:
         fence = self.requests[request_id].fence
-        return self._keep(lifecycle.finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms))
+        return self._keep(finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms))
 
     def observe(self, event: GuestEvent) -> None:
-        self._keep(lifecycle.observe(self.instance, event, self.policy, self.now_ms))
+        self._keep(observe(self.instance, event, self.policy, self.now_ms))
 
     def advance(self, milliseconds: int) -> None:
         self.now_ms += milliseconds
-        self._keep(lifecycle.expire(self.instance, self.policy, self.now_ms))
+        self._keep(expire(self.instance, self.policy, self.now_ms))
 
 
 def said(answer: Disposition) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from policy_samples import Play, instance, said, serving
 
+from interlock.core.lifecycle import progress
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Admitted, Denied
@@ -54,9 +55,7 @@ def test_progress_counts_as_a_change(take2: CompiledPolicy) -> None:
     play.submit(O.REBOOT)
     play.take()
     play.advance(170_000)
-    from interlock.core import lifecycle
-
-    play.instance = lifecycle.progress(play.instance, "r1", 0, play.now_ms, phase="reboot_started").instance
+    play.instance = progress(play.instance, "r1", 0, play.now_ms, phase="reboot_started").instance
     play.advance(170_000)
     assert said(play.submit(O.DELETE)) == ("denied", "reboot_in_progress")
     play.advance(10_000)
