@@ -1,0 +1,87 @@
+"""The catalogue is complete and consistent with itself."""
+
+from __future__ import annotations
+
+import pytest
+from core_samples import O, V
+
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Entry, Landing, Lane, Operation, land
+from interlock.core.states import NO_TASK, VmState
+
+EVERY = sorted(CATALOGUE.values(), key=lambda entry: entry.operation.value)
+
+
+def test_every_operation_has_an_entry_of_its_own() -> None:
+    """The catalogue is complete."""
+    assert set(CATALOGUE) == set(Operation)
+    assert all(entry.operation is operation for operation, entry in CATALOGUE.items())
+
+
+def test_a_phase_belongs_to_one_operation() -> None:
+    """So the task state alone tells what is being done."""
+    phases = [phase for entry in EVERY for phase in entry.phases + entry.hard_phases]
+    assert len(phases) == len(set(phases))
+    assert set(phases) == set(TASK_OPERATION)
+    assert NO_TASK not in phases
+
+
+def test_the_task_states_are_the_phases_of_the_state_changes() -> None:
+    """A component change has a phase, and no task state."""
+    assert set(TASK_STATES) == {
+        phase for entry in EVERY if entry.lane is Lane.STATE for phase in entry.phases + entry.hard_phases
+    }
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.operation.value)
+def test_an_entry_makes_sense(entry: Entry) -> None:
+    """What is served has phases; what only changes the record has none; nothing starts from deleted."""
+    assert bool(entry.phases) is (entry.lane is not Lane.RECORD)
+    assert VmState.DELETED not in entry.sources
+    assert entry.sources
+    assert not entry.compatible_with or entry.lane is Lane.COMPONENT
+    assert all(CATALOGUE[other].lane is Lane.STATE for other in entry.compatible_with)
+    assert not entry.hard_phases or len(entry.hard_phases) == len(entry.phases)
+
+
+def test_a_delete_can_be_performed_anywhere() -> None:
+    """Law 5: delete always gets there."""
+    for operation in (O.DELETE, O.FORCE_DELETE):
+        assert CATALOGUE[operation].sources == frozenset(VmState) - {VmState.DELETED}
+        assert CATALOGUE[operation].to is VmState.DELETED
+
+
+def test_kinds_have_bits_of_their_own() -> None:
+    """A set of kinds is one number."""
+    assert len(set(BIT.values())) == len(Operation)
+    assert all(bit.bit_count() == 1 for bit in BIT.values())
+
+
+@pytest.mark.parametrize("operation", list(Operation))
+@pytest.mark.parametrize("vm_state", list(VmState))
+def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_state: VmState) -> None:
+    """`land` is total, and leads where the catalogue says."""
+    for prior in (None, V.STOPPED):
+        state, kept = land(operation, vm_state, prior)
+        entry = CATALOGUE[operation]
+        match entry.to:
+            case Landing.SAME:
+                assert state is vm_state
+            case Landing.REPAIRED:
+                assert state is (V.ACTIVE if vm_state is V.ERROR else vm_state)
+            case Landing.PRIOR:
+                assert (state, kept) == (prior or V.ACTIVE, None)
+            case expected:
+                assert state is expected
+        if entry.remembers:
+            assert kept is vm_state
+
+
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [(O.RESCUE, O.UNRESCUE), (O.RESIZE, O.REVERT_RESIZE), (O.SHELVE, O.UNSHELVE), (O.SOFT_DELETE, O.RESTORE)],
+)
+def test_what_is_undone_leads_back(there: Operation, back: Operation) -> None:
+    """To where the instance was before, running or not."""
+    for before in (V.ACTIVE, V.STOPPED):
+        state, prior = land(there, before, None)
+        assert land(back, state, prior) == (before, None)
