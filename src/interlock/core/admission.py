@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.operations import BIT, CATALOGUE, Lane, Operation
+from interlock.core.operations import BIT, CATALOGUE, Lane, Operation, land
 from interlock.core.policy import QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import (
     SERVED,
@@ -100,8 +100,21 @@ def _judge_foreseen(
     if permits(rule):
         return None
     if rule.verdict is Verdict.REDUNDANT:
-        return _redundant(draft, view, submission, rule, blocker)
+        return _redundant(draft, view, submission, rule, _brings_about(instance, foreseen) or blocker)
     return _deny(draft, view, submission, rule, foreseen=foreseen, blocked_by=blocker)
+
+
+def _brings_about(instance: Instance, foreseen: VmState) -> Request | None:
+    """The last outstanding request that leads to the foreseen state from another; None if it holds already."""
+    state, prior = instance.vm_state, instance.prior_vm_state
+    found = None
+    for request in instance.outstanding:
+        if request.lane is Lane.STATE:
+            before = state
+            state, prior = land(request.operation, state, prior)
+            if state is foreseen and before is not foreseen:
+                found = request
+    return found
 
 
 def _keep(draft: Draft, view: View, submission: Submission, rule: Rule, policy: CompiledPolicy) -> Change[Disposition]:
