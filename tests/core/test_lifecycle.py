@@ -1,0 +1,294 @@
+"""What happens to a request after it was admitted, and to an instance of whose guest something is heard."""
+
+from __future__ import annotations
+
+import pytest
+from core_samples import (
+    GRACE_MS,
+    ORDINARY,
+    START_MS,
+    STUCK_MS,
+    O,
+    V,
+    accepted,
+    ask,
+    instance_in,
+    kinds_told,
+    queue,
+    serving,
+    waiting_for,
+)
+
+from interlock.core.admission import admit
+from interlock.core.errors import BrokenInvariant
+from interlock.core.lifecycle import adopt, cancel, expire, finish, next_deadline_ms, observe, progress, take
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Cancellation, Change, GuestEvent, Instance, Outcome, Request, StaleFence, Status
+from interlock.core.states import PowerState
+
+POLICY = CompiledPolicy(ORDINARY)
+
+
+def report(instance: Instance, outcome: Outcome, fence: int = 1) -> Change[Request | StaleFence]:
+    return finish(instance, "r0", fence, outcome, POLICY, START_MS + 5, message="so it was")
+
+
+# ---------------------------------------------------------------------------------------------------------- ends
+
+
+def test_a_success_leads_where_the_catalogue_says() -> None:
+    """The driver says that it handled a request, not which state that leads to (change 880)."""
+    change = report(serving(O.STOP), Outcome.SUCCEEDED)
+    assert change.instance.vm_state is V.STOPPED
+    assert change.instance.task_state == "none"
+    assert not change.instance.outstanding
+    assert accepted(change).status is Status.SUCCEEDED
+    assert kinds_told(change) == ["instance.state", "request.succeeded"]
+
+
+def test_a_failed_start_leads_to_error_and_keeps_what_was_said() -> None:
+    """The instance says why it is in error, for people."""
+    change = report(serving(O.START, V.STOPPED), Outcome.FAILED)
+    assert (change.instance.vm_state, change.instance.error) == (V.ERROR, "so it was")
+    assert accepted(change).reason == "failed"
+
+
+def test_a_failed_pause_leaves_the_state_as_it_was() -> None:
+    """Where the catalogue names no state for a failure."""
+    assert report(serving(O.PAUSE), Outcome.FAILED).instance.vm_state is V.ACTIVE
+
+
+def test_an_error_is_forgotten_once_the_instance_is_well() -> None:
+    """None in every other state."""
+    instance = serving(O.START, V.ERROR)
+    change = finish(instance, "r0", 1, Outcome.SUCCEEDED, POLICY, START_MS)
+    assert change.instance.error is None
+
+
+def test_an_unknown_outcome_is_not_an_end() -> None:
+    """Law 10: it waits in unknown until the hypervisor has been inspected, and only then ends."""
+    change = report(serving(O.START, V.STOPPED), Outcome.UNKNOWN)
+    assert change.instance.outstanding[0].status is Status.UNKNOWN
+    assert change.instance.vm_state is V.STOPPED
+    assert accepted(report(change.instance, Outcome.SUCCEEDED)).status is Status.SUCCEEDED
+
+
+def test_an_unknown_outcome_is_no_sign_of_life() -> None:
+    """What gives no answer may be taken over."""
+    change = finish(serving(O.REBOOT), "r0", 1, Outcome.UNKNOWN, POLICY, START_MS + 50)
+    assert change.instance.outstanding[0].last_progress_at_ms == START_MS
+
+
+def test_what_waits_behind_a_failure_is_judged_again() -> None:
+    """Law 2: a start behind a failed stop makes no sense; the reason says so."""
+    instance = queue(serving(O.STOP), POLICY, O.RESCUE, O.UNRESCUE, O.START)
+    change = report(instance, Outcome.FAILED)
+    assert waiting_for(change.instance) == ["rescue", "unrescue"]
+    cancelled = next(request for request in change.requests if request.operation is O.START)
+    assert cancelled.status is Status.CANCELLED
+    assert cancelled.message is not None
+    assert "active" in cancelled.message
+
+
+def test_what_waits_behind_a_success_stays() -> None:
+    """Law 2: the promise."""
+    instance = queue(serving(O.STOP), POLICY, O.RESCUE, O.UNRESCUE, O.START)
+    assert waiting_for(report(instance, Outcome.SUCCEEDED).instance) == ["rescue", "unrescue", "start"]
+
+
+def test_an_interruption_ends_as_superseded_or_as_cancelled_by_who_asked_for_it() -> None:
+    """Its owner cancelled it, or another request preempted it."""
+    own = cancel(serving(O.REBOOT), "r0", POLICY, "ada", START_MS).instance
+    assert accepted(report(own, Outcome.INTERRUPTED)).status is Status.CANCELLED
+    preempted = admit(serving(O.REBOOT), ask(O.DELETE, "d"), POLICY, START_MS).instance
+    assert accepted(report(preempted, Outcome.INTERRUPTED)).status is Status.SUPERSEDED
+
+
+# --------------------------------------------------------------------------------------------------------- fence
+
+
+def stale(change: Change[Request | StaleFence]) -> StaleFence:
+    assert isinstance(change.answer, StaleFence)
+    return change.answer
+
+
+def test_a_worker_that_was_taken_over_can_write_nothing() -> None:
+    """Law 4: refused and recorded, and nothing changes."""
+    instance = admit(serving(O.REBOOT), ask(O.REBOOT, "again"), POLICY, START_MS + STUCK_MS).instance
+    for outcome in Outcome:
+        change = finish(instance, "r0", 1, outcome, POLICY, START_MS + STUCK_MS + 1)
+        assert stale(change).current_fence == 2
+        assert change.instance is instance
+        assert not change.requests
+        assert [(event.kind, event.request_id) for event in change.events] == [("request.fenced", "r0")]
+        assert change.events[0].data == {"fence": 1, "current_fence": 2, "attempt": "finish"}
+    assert stale(progress(instance, "r0", 1, START_MS)).fence == 1
+
+
+def test_a_fence_does_not_fit_another_request() -> None:
+    """The right to act is for one request."""
+    instance = queue(serving(O.STOP), POLICY, O.START)
+    assert stale(finish(instance, "q1", 1, Outcome.SUCCEEDED, POLICY, START_MS)).request_id == "q1"
+    assert stale(finish(instance, "never", 1, Outcome.SUCCEEDED, POLICY, START_MS)).request_id == "never"
+
+
+def test_a_request_ends_once() -> None:
+    """Law 3: the second report of the same worker comes too late."""
+    done = report(serving(O.STOP), Outcome.SUCCEEDED).instance
+    assert stale(report(done, Outcome.FAILED)).request_id == "r0"
+
+
+# ------------------------------------------------------------------------------------------------------ progress
+
+
+def test_progress_is_life_and_is_told_only_when_it_says_something() -> None:
+    """A heartbeat is kept, and is no news."""
+    beat = progress(serving(O.REBOOT), "r0", 1, START_MS + 9)
+    assert beat.instance.outstanding[0].last_progress_at_ms == beat.instance.updated_at_ms == START_MS + 9
+    assert not beat.events
+    step = progress(beat.instance, "r0", 1, START_MS + 10, phase="reboot_started", fraction=0.5, detail="half")
+    assert step.instance.task_state == "reboot_started"
+    assert step.events[0].data == {
+        "operation": "reboot",
+        "phase": "reboot_started",
+        "progress": 0.5,
+        "detail": "half",
+    }
+
+
+def test_a_new_phase_starts_without_the_progress_of_the_old_one() -> None:
+    """Progress is of the phase."""
+    half = progress(serving(O.REBOOT), "r0", 1, START_MS, fraction=0.5, detail="half").instance
+    assert progress(half, "r0", 1, START_MS).instance.outstanding[0].progress == 0.5
+    moved = progress(half, "r0", 1, START_MS, phase="reboot_pending").instance.outstanding[0]
+    assert (moved.progress, moved.detail) == (None, None)
+
+
+def test_a_phase_that_the_operation_does_not_have_is_a_bug() -> None:
+    """Bugs raise."""
+    with pytest.raises(BrokenInvariant):
+        progress(serving(O.REBOOT), "r0", 1, START_MS, phase="pausing")
+
+
+# -------------------------------------------------------------------------------------------------------- cancel
+
+
+def test_what_waits_is_cancelled_at_once_and_what_stood_on_it_too() -> None:
+    """A start that was only possible after the stop goes with it."""
+    change = cancel(queue(instance_in(), POLICY, O.STOP, O.START), "q1", POLICY, "ada", START_MS)
+    assert change.answer is Cancellation.CANCELLED
+    assert not change.instance.outstanding
+    assert kinds_told(change) == ["request.cancelled", "request.cancelled"]
+    assert {request.id: request.reason for request in change.requests}["q1"] == "cancelled"
+
+
+def test_what_is_served_is_asked_to_stop_if_it_can() -> None:
+    """Once; asking again says the same."""
+    change = cancel(serving(O.REBOOT), "r0", POLICY, "ada", START_MS + 3)
+    assert change.answer is Cancellation.STOPPING
+    assert change.instance.outstanding[0].interrupt_at_ms == START_MS + 3
+    again = cancel(change.instance, "r0", POLICY, "ada", START_MS + 4)
+    assert again.answer is Cancellation.STOPPING
+    assert again.instance is change.instance
+
+
+@pytest.mark.parametrize("name", ["r0", "unknown"])
+def test_what_cannot_be_stopped_or_is_not_there_is_too_late(name: str) -> None:
+    """Said plainly, and nothing changes."""
+    instance = serving(O.PAUSE)
+    change = cancel(instance, name, POLICY, "ada", START_MS)
+    assert change.answer is Cancellation.TOO_LATE
+    assert change.instance is instance
+    assert not change.events
+
+
+# -------------------------------------------------------------------------------------------------------- expire
+
+
+def test_what_does_not_confirm_in_time_is_fenced() -> None:
+    """Section 3: fenced if it does not confirm within a grace period, and not before."""
+    instance = admit(serving(O.PAUSE), ask(O.DELETE, "d"), POLICY, START_MS).instance
+    assert next_deadline_ms(instance) == START_MS + GRACE_MS
+    early = expire(instance, POLICY, START_MS + GRACE_MS - 1)
+    assert early.answer == ()
+    assert early.instance is instance
+    change = expire(instance, POLICY, START_MS + GRACE_MS)
+    assert change.answer == ("r0",)
+    assert change.instance.fence == 2
+    assert waiting_for(change.instance) == ["delete"]
+    assert next_deadline_ms(change.instance) is None
+    taken = take(change.instance, None, START_MS + GRACE_MS).answer
+    assert taken is not None
+    assert taken.operation is O.DELETE
+
+
+# ------------------------------------------------------------------------------------------------------- observe
+
+
+def test_a_guest_that_powers_itself_off_is_stopped() -> None:
+    """And what waited for it to run is judged again."""
+    instance = queue(instance_in(), POLICY, O.PAUSE)
+    change = observe(instance, GuestEvent.STOPPED, POLICY, START_MS)
+    assert (change.instance.vm_state, change.instance.power_state) == (V.STOPPED, PowerState.SHUTDOWN)
+    assert not change.instance.outstanding
+    assert kinds_told(change) == ["guest.stopped", "instance.state", "request.cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("event", "power"), [(GuestEvent.CRASHED, PowerState.CRASHED), (GuestEvent.VANISHED, PowerState.NONE)]
+)
+def test_a_guest_that_crashed_or_vanished_is_in_error(event: GuestEvent, power: PowerState) -> None:
+    """Only its owner can say what it should be."""
+    instance = observe(instance_in(), event, POLICY, START_MS).instance
+    assert (instance.vm_state, instance.power_state) == (V.ERROR, power)
+    assert instance.error
+
+
+def test_a_guest_that_resets_itself_changes_nothing_but_shows_life() -> None:
+    """It runs as before."""
+    instance = queue(instance_in(), POLICY, O.PAUSE)
+    change = observe(instance, GuestEvent.RESET, POLICY, START_MS + 4)
+    assert change.instance.vm_state is V.ACTIVE
+    assert change.instance.outstanding == instance.outstanding
+    assert change.instance.updated_at_ms == START_MS + 4
+
+
+def test_news_of_a_guest_that_should_not_run_moves_no_state() -> None:
+    """A stopped instance is not in error because nothing holds it."""
+    assert observe(instance_in(V.STOPPED), GuestEvent.VANISHED, POLICY, START_MS).instance.vm_state is V.STOPPED
+    assert observe(instance_in(V.DELETED), GuestEvent.STOPPED, POLICY, START_MS).instance.vm_state is V.DELETED
+
+
+def test_what_is_in_flight_goes_on_when_the_guest_acts() -> None:
+    """Its worker finds what is there."""
+    instance = observe(serving(O.STOP), GuestEvent.STOPPED, POLICY, START_MS).instance
+    assert waiting_for(instance) == ["stop"]
+    assert report(instance, Outcome.SUCCEEDED).instance.vm_state is V.STOPPED
+
+
+# --------------------------------------------------------------------------------------------------------- adopt
+
+
+def test_adopting_takes_the_right_from_the_worker_that_is_gone() -> None:
+    """It may only be thought gone: under the new fence it can do nothing."""
+    change = adopt(serving(O.REBOOT), START_MS + 8)
+    request = change.answer[0]
+    assert (request.status, request.fence, request.last_progress_at_ms) == (Status.UNKNOWN, 2, START_MS + 8)
+    assert change.instance.fence == 2
+    assert stale(report(change.instance, Outcome.SUCCEEDED)).current_fence == 2
+    assert accepted(report(change.instance, Outcome.SUCCEEDED, fence=2)).status is Status.SUCCEEDED
+
+
+def test_what_nobody_watched_is_not_taken_over_for_that() -> None:
+    """Law 6: how long nobody watched says nothing about the guest."""
+    adopted = adopt(serving(O.REBOOT), START_MS + 10 * STUCK_MS).instance
+    answer = admit(adopted, ask(O.REBOOT, "again"), POLICY, START_MS + 10 * STUCK_MS + 1).answer
+    assert getattr(answer, "allowed_at_ms", None) == START_MS + 11 * STUCK_MS
+
+
+def test_adopting_an_instance_of_which_nothing_is_served_changes_nothing() -> None:
+    """What waits, waits."""
+    instance = queue(instance_in(), POLICY, O.STOP)
+    change = adopt(instance, START_MS)
+    assert change.answer == ()
+    assert change.instance is instance
