@@ -21,7 +21,7 @@ from interlock.hypervisors.qemu.command_line import node_name
 from interlock.ports import Hypervisor
 from interlock.testing.check_hypervisor import GivenPermit, Told
 from interlock.testing.nano_guest import GREETING, MEMORY_MIB, Act, nano_guest
-from interlock.testing.qemu_host import QemuUnderTest
+from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -33,8 +33,8 @@ PATIENCE_S = 20.0
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuUnderTest]:
-    host = QemuUnderTest(tmp_path)
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
     yield host
     host.end_everything()
 
@@ -45,7 +45,7 @@ def told() -> Told:
 
 
 @pytest.fixture
-async def hypervisor(host: QemuUnderTest, told: Told) -> AsyncIterator[Hypervisor]:
+async def hypervisor(host: QemuWorkbench, told: Told) -> AsyncIterator[Hypervisor]:
     hypervisor = host.make()
     await hypervisor.open(told)
     yield hypervisor
@@ -81,7 +81,7 @@ def image_tool(*words: str) -> bytes:
 
 
 async def test_the_process_of_a_guest_has_no_privileges_and_nothing_of_ours(
-    hypervisor: Hypervisor, host: QemuUnderTest
+    hypervisor: Hypervisor, host: QemuWorkbench
 ) -> None:
     ours, theirs = os.pipe()
     os.set_inheritable(theirs, True)
@@ -106,7 +106,7 @@ async def test_the_process_of_a_guest_has_no_privileges_and_nothing_of_ours(
     assert host.instance_folder("one").path.stat().st_mode & 0o777 == 0o700
 
 
-async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     image = disk_image(host.folder)
     spec = Spec(image=image, memory_mib=MEMORY_MIB, root_gib=1, disks=(host.disk("v1"),))
     await start(hypervisor, spec)
@@ -120,7 +120,7 @@ async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, hos
         await hypervisor.detach_disk(PERMIT, "one", "root")
 
 
-async def test_a_volume_cannot_name_another_file_of_the_host(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_volume_cannot_name_another_file_of_the_host(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     volume = host.folder / "evil.qcow2"
     image_tool("create", "-q", "-u", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", str(volume), "1M")
     await start(hypervisor, host.spec())
@@ -133,7 +133,7 @@ async def test_a_volume_cannot_name_another_file_of_the_host(hypervisor: Hypervi
     assert not any("passwd" in str(node.get("file")) for node in nodes.values())
 
 
-async def test_a_guest_that_holds_on_to_a_disk_can_be_asked_again(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_guest_that_holds_on_to_a_disk_can_be_asked_again(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     await start(hypervisor, host.spec())
     await host.until_up("one")
     await hypervisor.attach_disk(PERMIT, "one", host.disk("v1"))
@@ -149,7 +149,7 @@ async def test_a_guest_that_holds_on_to_a_disk_can_be_asked_again(hypervisor: Hy
     assert (await hypervisor.inspect("one")).disks == ("v1",)
 
 
-async def test_more_disks_than_places_are_refused(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_more_disks_than_places_are_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     await start(hypervisor, host.spec())
     for number in range(host.settings.hotplug_ports):
         await hypervisor.attach_disk(PERMIT, "one", host.disk(f"v{number}"))
@@ -158,7 +158,7 @@ async def test_more_disks_than_places_are_refused(hypervisor: Hypervisor, host: 
     assert len((await hypervisor.inspect("one")).disks) == host.settings.hotplug_ports
 
 
-async def test_a_disk_that_cannot_be_used_leaves_nothing_behind(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_disk_that_cannot_be_used_leaves_nothing_behind(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     await start(hypervisor, host.spec())
     with pytest.raises(Refused, match="cannot be opened"):
         await hypervisor.attach_disk(PERMIT, "one", Disk(id="v1", path=str(host.folder / "absent")))
@@ -170,7 +170,7 @@ async def test_a_disk_that_cannot_be_used_leaves_nothing_behind(hypervisor: Hype
     assert (await hypervisor.inspect("one")).disks == ("v1",)
 
 
-async def test_a_disk_in_use_by_another_guest_is_refused(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_disk_in_use_by_another_guest_is_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     spec = msgspec.structs.replace(host.spec(), disks=(host.disk("v1"),))
     await start(hypervisor, spec)
     await hypervisor.define(PERMIT, "two", spec)
@@ -183,7 +183,7 @@ async def test_a_disk_in_use_by_another_guest_is_refused(hypervisor: Hypervisor,
     await hypervisor.attach_disk(PERMIT, "two", host.disk("v1"))
 
 
-async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         spec = msgspec.structs.replace(host.spec(), forwards=(Forward(host_port=port, guest_port=22),))
@@ -205,7 +205,7 @@ async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hyperv
     ],
 )
 async def test_what_a_guest_does_by_itself_is_told_once(
-    hypervisor: Hypervisor, host: QemuUnderTest, told: Told, act: Act, news: GuestEvent, state: PowerState
+    hypervisor: Hypervisor, host: QemuWorkbench, told: Told, act: Act, news: GuestEvent, state: PowerState
 ) -> None:
     await start(hypervisor, Spec(image=nano_guest(host.folder, act, after_ms=40), memory_mib=MEMORY_MIB))
     await told.until(news, PATIENCE_S)
@@ -219,7 +219,7 @@ async def test_what_a_guest_does_by_itself_is_told_once(
 
 
 async def test_a_console_that_grows_without_end_is_cut(tmp_path: Path) -> None:
-    host = QemuUnderTest(tmp_path)
+    host = QemuWorkbench(tmp_path)
     host.settings = msgspec.structs.replace(host.settings, console_bytes_max=100, console_check_interval_ms=10)
     hypervisor = host.make()
     await hypervisor.open(Told())
@@ -243,7 +243,7 @@ async def test_a_console_that_grows_without_end_is_cut(tmp_path: Path) -> None:
 async def test_a_folder_with_a_long_name_will_do(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 50)
     folder.mkdir()
-    host = QemuUnderTest(folder)
+    host = QemuWorkbench(folder)
     hypervisor = host.make()
     await hypervisor.open(Told())
     try:
@@ -255,19 +255,19 @@ async def test_a_folder_with_a_long_name_will_do(tmp_path: Path) -> None:
         host.end_everything()
 
 
-async def test_a_second_server_is_told_so(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_a_second_server_is_told_so(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     with pytest.raises(Unavailable, match="Another server"):
         await QemuHypervisor(host.settings).open(Told())
 
 
-async def test_missing_qemu_is_unavailable_with_the_package_to_install(host: QemuUnderTest) -> None:
+async def test_missing_qemu_is_unavailable_with_the_package_to_install(host: QemuWorkbench) -> None:
     settings = msgspec.structs.replace(host.settings, qemu_binary="qemu-system-none")
     with pytest.raises(Unavailable) as refusal:
         await QemuHypervisor(settings).open(Told())
     assert "apt-get install qemu-system-x86" in str(refusal.value.remedy)
 
 
-async def test_what_is_not_there_to_boot_is_refused(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_what_is_not_there_to_boot_is_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     image = msgspec.structs.replace(host.spec().image, path=str(host.folder / "absent.elf"))
     spec = msgspec.structs.replace(host.spec(), image=image)
     await hypervisor.define(PERMIT, "one", spec)
@@ -277,7 +277,7 @@ async def test_what_is_not_there_to_boot_is_refused(hypervisor: Hypervisor, host
     await host.until_up("one")
 
 
-async def test_an_id_that_leaves_its_folder_is_refused(hypervisor: Hypervisor, host: QemuUnderTest) -> None:
+async def test_an_id_that_leaves_its_folder_is_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     for bad in ("../one", "", ".", "a/b", "a\nb"):
         with pytest.raises(Refused):
             await hypervisor.define(PERMIT, bad, host.spec())

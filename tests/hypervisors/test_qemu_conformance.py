@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from interlock.testing.check_hypervisor import CHECKS, Check, run
-from interlock.testing.qemu_host import QemuUnderTest
+from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -18,8 +18,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuUnderTest]:
-    host = QemuUnderTest(tmp_path)
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
     yield host
     host.end_everything()
 
@@ -29,5 +29,5 @@ def name_of(promise: Check) -> str:
 
 
 @pytest.mark.parametrize("promise", CHECKS, ids=name_of)
-async def test_real_qemu(promise: Check, host: QemuUnderTest) -> None:
+async def test_real_qemu(promise: Check, host: QemuWorkbench) -> None:
     await run(promise, host)

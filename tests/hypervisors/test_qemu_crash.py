@@ -19,7 +19,7 @@ from interlock.hypervisors.qemu.instance_folder import Phase, ProcessRecord
 from interlock.hypervisors.qemu.process import started_ticks
 from interlock.ports import HypervisorEvent
 from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_host import QemuUnderTest
+from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -35,7 +35,7 @@ from pathlib import Path
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu import launch
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
-from interlock.testing.qemu_host import QemuUnderTest
+from interlock.testing.qemu_workbench import QemuWorkbench
 
 steps = int(sys.argv[2])
 
@@ -60,7 +60,7 @@ InstanceFolder.keep_process_record = stepping(InstanceFolder.keep_process_record
 launch.spawn = stepping(launch.spawn)
 
 async def serve():
-    host = QemuUnderTest(Path(sys.argv[1]))
+    host = QemuWorkbench(Path(sys.argv[1]))
     hypervisor = host.make()
     await hypervisor.open(print)
     await hypervisor.define(Permit, "one", host.spec())
@@ -75,8 +75,8 @@ asyncio.run(serve())
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuUnderTest]:
-    host = QemuUnderTest(tmp_path)
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
     yield host
     host.end_everything()
 
@@ -88,7 +88,7 @@ async def doomed(folder: Path, steps: int) -> int:
 
 
 @pytest.mark.slow
-async def test_whatever_step_a_server_is_killed_at_its_work_can_be_completed(host: QemuUnderTest) -> None:
+async def test_whatever_step_a_server_is_killed_at_its_work_can_be_completed(host: QemuWorkbench) -> None:
     steps = 0
     status = -signal.SIGKILL
     while status == -signal.SIGKILL:
@@ -113,7 +113,7 @@ async def test_whatever_step_a_server_is_killed_at_its_work_can_be_completed(hos
     assert steps > 15
 
 
-async def test_a_guest_outlives_a_killed_server_and_its_news_is_kept(host: QemuUnderTest) -> None:
+async def test_a_guest_outlives_a_killed_server_and_its_news_is_kept(host: QemuWorkbench) -> None:
     script = DOOMED.replace(
         'await hypervisor.attach_disk(Permit, "one", host.disk("v1"))',
         'print("runs", flush=True)\n    await asyncio.Event().wait()',
@@ -137,7 +137,7 @@ async def test_a_guest_outlives_a_killed_server_and_its_news_is_kept(host: QemuU
     await hypervisor.close()
 
 
-async def test_news_that_was_read_and_not_told_is_told_from_what_is_seen(host: QemuUnderTest) -> None:
+async def test_news_that_was_read_and_not_told_is_told_from_what_is_seen(host: QemuWorkbench) -> None:
     """A server killed after it emptied the journal and before it told."""
     hypervisor = host.make()
     await hypervisor.open(Told())
@@ -157,7 +157,7 @@ async def test_news_that_was_read_and_not_told_is_told_from_what_is_seen(host: Q
     await hypervisor.close()
 
 
-async def test_a_reused_process_id_is_not_taken_for_the_guest(host: QemuUnderTest) -> None:
+async def test_a_reused_process_id_is_not_taken_for_the_guest(host: QemuWorkbench) -> None:
     hypervisor = host.make()
     await hypervisor.open(Told())
     await hypervisor.define(PERMIT, "one", host.spec())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Permit
 
 _GIB = 1024**3
+_ATTEMPTS = itertools.count()
 _READ_BY_OTHERS = 0o004
 _READ_BY_GROUP = 0o040
 
@@ -45,7 +47,8 @@ async def make_root_disk(permit: Permit, folder: InstanceFolder, spec: Spec, set
     """
     if spec.image.kind != "disk" or folder.root_disk.exists():
         return
-    fresh = folder.root_disk.with_suffix(f".{os.getpid()}.new")
+    # A worker that was cancelled may have left its image tool at work: no two of them share a name.
+    fresh = folder.root_disk.with_suffix(f".{os.getpid()}-{next(_ATTEMPTS)}.new")
     size_bytes = spec.root_gib * _GIB or spec.image.size_bytes
     # -u: the image is not opened here, so that nothing in it is believed.
     command = [settings.image_tool_binary, "create", "-q", "-u", "-f", "qcow2"]
@@ -58,9 +61,18 @@ async def make_root_disk(permit: Permit, folder: InstanceFolder, spec: Spec, set
             f"The root disk of {folder.path.name} could not be made: {ended.complaint}",
             remedy=f"Check the room and the permissions in {folder.path}.",
         )
+    await asyncio.to_thread(_make_durable, fresh)
     permit.check()
-    fresh.chmod(0o600)
     fresh.replace(folder.root_disk)
+    await asyncio.to_thread(_make_durable, folder.path)
+
+
+def _make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_disk(path: Path, *, read_only: bool) -> int:

@@ -119,10 +119,17 @@ class Monitor:
         async with self._in_turn:
             await self.settle()
             permit.check()
-            if attach is not None and self._handover is not None:
-                socket.send_fds(self._handover, [b" "], [attach])
+            if attach is not None:
+                self._hand_over(attach)
             task = self._send(command, arguments)
         return await self._answer(task)
+
+    def _hand_over(self, descriptor: int) -> None:
+        try:
+            if self._handover is not None:
+                socket.send_fds(self._handover, [b" "], [descriptor])
+        except OSError as broken:
+            raise NotThere(f"What holds instance {self._name} has gone: {broken}") from broken
 
     def _send(self, command: str, arguments: dict[str, Any]) -> asyncio.Task[Any]:
         if self._client is None:

@@ -1,0 +1,147 @@
+"""The parts of the QEMU adapter that need no QEMU: its command line, and what it makes of events."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from interlock.core.errors import Refused
+from interlock.core.records import Disk, Forward, GuestEvent, Image, Spec
+from interlock.hypervisors.qemu import QemuSettings
+from interlock.hypervisors.qemu.command_line import (
+    Descriptors,
+    arguments,
+    device_name,
+    disk_of_device,
+    disk_serial,
+    machine_uuid,
+    node_name,
+)
+from interlock.hypervisors.qemu.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
+
+SETTINGS = QemuSettings(folder=Path("/unused"))
+VOLUME = "6f2e0c5e-2a5c-4b44-9f0c-6f5b1d3b2a10"
+DISK_IMAGE = Image(id="i", name="i", kind="disk", format="raw", path="/images/i", size_bytes=1, sha256="")
+KERNEL_IMAGE = Image(
+    id="k", name="k", kind="kernel", path="/images/k", initrd="/images/r", cmdline="a,b c", size_bytes=1, sha256=""
+)
+
+
+def values(words: list[str], option: str) -> list[str]:
+    return [words[place + 1] for place, word in enumerate(words) if word == option]
+
+
+def test_a_disk_image_is_the_backing_of_the_root_disk() -> None:
+    spec = Spec(image=DISK_IMAGE, disks=(Disk(id=VOLUME, path="/volumes/v", read_only=True),))
+    at = Descriptors(monitor=3, console=4, backing=5, disks={"root": 6, VOLUME: 7})
+    words = arguments("one", spec, SETTINGS, at)
+    backing, root, volume = (msgspec.json.decode(value) for value in values(words, "-blockdev"))
+    assert (backing["driver"], backing["read-only"], backing["file"]["filename"]) == ("raw", True, "/dev/fdset/5")
+    assert (root["driver"], root["backing"], root["read-only"]) == ("qcow2", backing["node-name"], False)
+    assert (volume["backing"], volume["read-only"], volume["file"]["filename"]) == (None, True, "/dev/fdset/7")
+    assert not any("/images" in word or "/volumes" in word for word in words), "QEMU is given no path"
+    assert "-kernel" not in words
+
+
+def test_a_kernel_image_is_booted_directly() -> None:
+    words = arguments(
+        "one", Spec(image=KERNEL_IMAGE), SETTINGS, Descriptors(monitor=3, console=4, disks={}, kernel=5, initrd=6)
+    )
+    assert values(words, "-kernel") == ["/proc/self/fd/5"]
+    assert values(words, "-initrd") == ["/proc/self/fd/6"]
+    assert values(words, "-append") == ["a,b c"]
+    assert values(words, "-blockdev") == []
+
+
+def test_forwards_listen_on_loopback_only() -> None:
+    spec = Spec(image=KERNEL_IMAGE, forwards=(Forward(host_port=2222, guest_port=22),))
+    words = arguments("one", spec, SETTINGS, Descriptors(monitor=3, console=4, disks={}, kernel=5))
+    assert values(words, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:2222-:22"]
+
+
+def test_more_disks_than_places_are_refused() -> None:
+    spec = Spec(image=DISK_IMAGE, disks=tuple(Disk(id=f"v{number}", path="/v") for number in range(8)))
+    at = Descriptors(monitor=3, console=4, backing=5, disks={disk.id: 6 for disk in spec.disks} | {"root": 7})
+    with pytest.raises(Refused, match="9 disks"):
+        arguments("one", spec, SETTINGS, at)
+
+
+def test_names_fit_and_lead_back() -> None:
+    assert len(node_name(VOLUME)) <= 31
+    assert len(disk_serial(VOLUME)) == 20
+    assert disk_of_device(device_name(VOLUME)) == VOLUME
+    assert disk_of_device("port-0") is None
+    assert machine_uuid(VOLUME) == VOLUME
+    assert machine_uuid("one") == machine_uuid("one") != machine_uuid("two")
+
+
+@pytest.mark.parametrize("bad", ["", "a,b", "a=b", "../a", "a b", "-a", "a" * 65])
+def test_a_disk_id_that_qemu_could_misread_is_refused(bad: str) -> None:
+    with pytest.raises(Refused):
+        device_name(bad)
+
+
+def event(kind: str, at_ms: int = 0, **data: object) -> QemuEvent:
+    timestamp = QemuEvent.Timestamp(seconds=at_ms // 1000, microseconds=at_ms % 1000 * 1000)
+    return QemuEvent(event=kind, timestamp=timestamp, data=data)
+
+
+def reset(at_ms: int, *, guest: bool = True) -> QemuEvent:
+    return event("RESET", at_ms, guest=guest, reason="guest-reset" if guest else "host-qmp-system-reset")
+
+
+def test_the_resets_of_the_firmware_belong_to_the_one_before() -> None:
+    meaning = Meaning(settle_ms=2000)
+    moments = [10_000, 10_050, 11_900, 13_800, 15_801]
+    assert [meaning.of(reset(at_ms)) for at_ms in moments] == [GuestEvent.RESET, None, None, None, GuestEvent.RESET]
+
+
+def test_a_reset_of_ours_is_no_news_nor_is_what_follows_it() -> None:
+    meaning = Meaning(settle_ms=2000)
+    assert meaning.of(reset(10_000, guest=False)) is None
+    assert meaning.of(reset(10_100)) is None
+    assert meaning.of(reset(12_200)) is GuestEvent.RESET
+
+
+def test_a_wall_clock_that_is_set_back_hides_no_reset() -> None:
+    meaning = Meaning(settle_ms=2000)
+    assert meaning.of(reset(100_000)) is GuestEvent.RESET
+    assert meaning.of(reset(10_000)) is GuestEvent.RESET
+
+
+def test_only_a_guest_that_powers_itself_off_has_stopped() -> None:
+    meaning = Meaning(settle_ms=2000)
+    assert meaning.of(event("SHUTDOWN", guest=True, reason="guest-shutdown")) is GuestEvent.STOPPED
+    assert meaning.of(event("SHUTDOWN", guest=False, reason="host-signal")) is None
+    assert meaning.of(event("GUEST_PANICKED", action="pause")) is GuestEvent.CRASHED
+    assert meaning.of(event("STOP")) is None
+
+
+async def test_a_journal_gives_whole_events_and_passes_over_the_rest(tmp_path: Path) -> None:
+    folder = InstanceFolder(tmp_path / "one")
+    folder.inside.mkdir(parents=True)
+    folder.make_journal(None)
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    journal = Journal(folder.open_journal("in"), folder.open_journal("out"), lambda told: heard.put_nowait(told.event))
+    writer = folder.open_journal("out")
+    stop = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\r\n'
+    os.write(writer, b'{"return": {}}\r\nnonsense\r\n' + stop + stop[:20])
+    journal.drain()
+    assert (heard.get_nowait(), heard.qsize()) == ("STOP", 0)
+    journal.watch()
+    os.write(writer, stop[20:])
+    async with asyncio.timeout(5):
+        assert await heard.get() == "STOP"
+    journal.close()
+    os.close(writer)
+
+
+def test_a_record_that_was_cut_short_counts_as_absent(tmp_path: Path) -> None:
+    folder = InstanceFolder(tmp_path)
+    (tmp_path / "process.json").write_bytes(b'{"phase": "runn')
+    assert folder.process_record() is None
