@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 tools=.venv/lock-tools
 if [[ ! -d $tools ]]; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --target "$tools" uv
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --target "$tools" uv
 fi
 PYTHONPATH=$tools .venv/bin/python -m uv pip compile pyproject.toml setup/build.in --group dev \
     --universal --python-version 3.11 --generate-hashes --quiet ${UPGRADE:+--upgrade} \
