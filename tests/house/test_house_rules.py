@@ -35,8 +35,8 @@ EXTERNAL_PACKAGES = {
     "api": {"httptools", "msgspec", "prometheus_client", "structlog", "uvicorn"},
     "dashboard": {"msgspec"},
     "wiring": {"msgspec", "structlog", "uuid_utils", "uvicorn", "uvloop"},
-    "cli": {"click", "httpx", "msgspec", "rich"},
-    "__main__": set[str](),
+    "cli": {"click", "httpx", "msgspec", "rich", "uvloop"},
+    "__main__": {"click"},
 }
 """Which packages of others each layer may import. `testing` may import anything."""
 
@@ -96,6 +96,16 @@ def test_no_module_is_longer_than_can_be_kept_in_mind() -> None:
 def test_names_of_modules_are_nouns_of_the_field() -> None:
     paths = [path for path in PACKAGE.rglob("*") if path.suffix in {"", ".py"} and path.stem in FORBIDDEN_NAMES]
     refuse([f"{named(path)}: such a name takes in anything" for path in paths])
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """The type checker and the test runner know them by these names alone."""
+    seen: dict[str, Path] = {}
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.stem not in {"conftest", "__init__"} and seen.setdefault(path.stem, path) != path:
+            wrong.append(f"{named(path)}: there is {named(seen[path.stem])} already")
+    refuse(wrong)
 
 
 def test_types_are_not_ignored_in_the_core() -> None:
