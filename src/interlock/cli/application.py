@@ -1,0 +1,111 @@
+"""The whole command line: the tree of commands, and how a run ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import click
+
+from interlock.cli import inquiries, inventory, policy, reference, server, watching
+from interlock.cli.demo import demo
+from interlock.cli.exit_codes import ExitCode
+from interlock.cli.failures import Failure
+from interlock.cli.invocation import Invocation
+from interlock.cli.refusals import failure_text
+from interlock.cli.vm import vm_commands
+
+COMMANDS: tuple[click.Command, ...] = (
+    vm_commands,
+    inquiries.why,
+    watching.watch,
+    inquiries.stuck,
+    inquiries.request_commands,
+    inventory.image_commands,
+    inventory.volume_commands,
+    inventory.token_commands,
+    policy.policy_commands,
+    policy.rehearse,
+    server.serve,
+    demo,
+    server.db_commands,
+    server.completion,
+    server.version,
+    reference.reference,
+)
+
+
+class InOrder(click.Group):
+    """A group that lists its commands in the order in which they were added: the most used first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
+        return list(self.commands)
+
+
+def build(*more: click.Command) -> click.Group:
+    """The root of the tree, with the commands that only the outermost layer can offer."""
+
+    @click.group(
+        cls=InOrder,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        epilog="The server and its token are found by themselves where they run on this machine; "
+        "INTERLOCK_URL and INTERLOCK_TOKEN name others.",
+    )
+    @click.option("--url", metavar="URL", help="The server, instead of INTERLOCK_URL or the one on this machine.")
+    @click.pass_context
+    def interlock(context: click.Context, url: str | None) -> None:
+        """Interlock keeps the state of virtual machines: one gate, a durable queue, and every answer says why."""
+        context.ensure_object(Invocation).url = url
+
+    for command in (*COMMANDS, *more):
+        interlock.add_command(command)
+    return interlock
+
+
+def run(root: click.Group, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run one command line and give its exit code. Whatever goes wrong is told on standard error."""
+    invocation = Invocation(os.environ if environment is None else environment)
+    try:
+        try:
+            root.main(
+                args=list(arguments),
+                prog_name="interlock",
+                complete_var=server.COMPLETION_VARIABLE,
+                standalone_mode=False,
+                obj=invocation,
+            )
+            sys.stdout.flush()
+        except Failure as failure:
+            _tell(invocation, failure)
+            return failure.code
+        except click.ClickException as error:
+            error.show()
+            return ExitCode.USAGE
+        except click.exceptions.Exit as ending:
+            return ending.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            click.echo(err=True)
+            return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        return _quietly()
+    return ExitCode.DONE
+
+
+def _quietly() -> int:
+    """Whoever read the output has seen enough. Nothing may be written to it at the interpreter's end either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.DONE
+
+
+def _tell(invocation: Invocation, failure: Failure) -> None:
+    sys.stdout.flush()
+    if invocation.json:
+        if failure.text != "":
+            import msgspec
+
+            click.echo(msgspec.json.encode(failure.document), err=True)
+        return
+    text = failure_text(failure)
+    if text:
+        invocation.say(text, error=True)

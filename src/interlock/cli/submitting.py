@@ -1,0 +1,82 @@
+"""Asking for an operation, and saying what the gate answered."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from interlock.api.schemas import Admitted, Redundant
+from interlock.cli.failures import Failure
+from interlock.cli.invocation import Invocation, json_option
+from interlock.cli.naming import INSTANCES, path_of, suggesting
+from interlock.cli.refusals import explain_failure
+from interlock.cli.waiting import wait_for_end
+from interlock.cli.wording import clock, spoken
+from interlock.core.operations import Operation
+
+Command = Callable[..., None]
+
+
+def wait_option(command: Command) -> Command:
+    """`--wait/--no-wait`, and `--json` with it."""
+    option = click.option(
+        "--wait/--no-wait", default=False, help="Stay until it has ended, showing its phases. Default: do not."
+    )
+    return option(json_option(command))
+
+
+def fresh_key() -> dict[str, str]:
+    """The header that makes a submission safe to send twice, should the connection break."""
+    return {"Idempotency-Key": secrets.token_hex(16)}
+
+
+def submit(
+    invocation: Invocation, vm: str, operation: Operation, *, wait: bool, parameters: dict[str, Any] | None = None
+) -> None:
+    """Ask for an operation on a VM, print the answer, and follow it to its end if `wait`.
+
+    Raises:
+        Failure: refused, not found, not reachable; or it ended other than well.
+    """
+    body = {"operation": operation.value, "parameters": parameters or {}}
+    client = invocation.client
+    try:
+        with suggesting(client, INSTANCES, vm):
+            reply = client.post(path_of(INSTANCES, vm, "requests"), body, fresh_key())
+    except Failure as failure:
+        explain_failure(failure, vm, client.now)
+        raise
+    answer = reply.decode(Admitted | Redundant)  # type: ignore[arg-type]
+    say_answer(invocation, answer, operation, vm, wait=wait)
+    if wait and answer.request is not None:
+        wait_for_end(invocation, answer.request, vm)
+    else:
+        invocation.answer(reply)
+
+
+def say_answer(
+    invocation: Invocation, answer: Admitted | Redundant, operation: Operation, vm: str, *, wait: bool
+) -> None:
+    """Say what was admitted, or why nothing had to be; with `--json` that is the document's to say."""
+    if invocation.json:
+        return
+    what = f"{spoken(operation)} of {vm}"
+    if isinstance(answer, Redundant):
+        invocation.say(click.style("Nothing to do", fg="yellow", bold=True) + f": {what} ({answer.reason})")
+        if answer.because:
+            invocation.say(f"  {answer.because}")
+        if answer.request is not None:
+            invocation.say(f"  On its way: {spoken(answer.request.operation)} {answer.request.id}")
+        if answer.allowed_at is not None:
+            moment = clock(answer.allowed_at, invocation.client.now)
+            invocation.say(f"  Asking again from {moment} would take over, unless it shows life before.")
+        return
+    if not wait or answer.supersedes or answer.cancels:
+        invocation.say(click.style("Admitted", fg="green", bold=True) + f": {what}, request {answer.request.id}")
+    if answer.supersedes:
+        invocation.say(f"  Takes over from: {', '.join(answer.supersedes)}")
+    if answer.cancels:
+        invocation.say(f"  Cancels: {', '.join(answer.cancels)}")

@@ -1,0 +1,274 @@
+"""`interlock vm`: create, list, show, and the operations that can be asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from interlock.api.schemas import Created, Instance, InstancePage, NewForward, NewInstance
+from interlock.cli.failures import Failure
+from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
+from interlock.cli.naming import IMAGES, INSTANCES, VOLUMES, OperationName, completer, path_of, suggesting, vm_argument
+from interlock.cli.refusals import explain_failure
+from interlock.cli.submitting import fresh_key, submit, wait_option
+from interlock.cli.waiting import describe, wait_for_end
+from interlock.cli.wording import STATE_COLOURS, age, clock, printable
+from interlock.core.operations import Operation
+from interlock.core.states import NO_TASK
+
+_PAGE = 500
+
+
+@click.group("vm")
+def vm_commands() -> None:
+    """Virtual machines: make them, look at them, and ask for operations on them."""
+
+
+class ForwardPair(click.ParamType[Any]):
+    """A pair of TCP ports, HOST:GUEST."""
+
+    name = "host:guest"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        host, colon, guest = str(value).partition(":")
+        if not (colon and host.isdecimal() and guest.isdecimal()):
+            self.fail(f"{value!r} is no pair of ports; write HOST:GUEST, as in 8080:80.", param, ctx)
+        return NewForward(host_port=int(host), guest_port=int(guest))
+
+
+@vm_commands.command()
+@click.argument("name")
+@click.option("--image", required=True, shell_complete=completer(IMAGES), help="What it boots: a name or an id.")
+@click.option("--vcpus", type=int, default=1, show_default=True, help="Virtual processors.")
+@click.option("--memory", type=int, default=128, show_default=True, metavar="MIB", help="Memory in MiB.")
+@click.option("--root-size", type=int, default=0, metavar="GIB", help="Root disk in GiB; 0 (default): the image's.")
+@click.option(
+    "--forward", "forwards", multiple=True, type=ForwardPair(), help="Reach a guest's TCP port on the host's loopback."
+)
+@click.option("--tag", "tags", multiple=True, help="A label. May be repeated.")
+@click.option("--protect", multiple=True, type=OperationName(), help="Refuse this operation whatever the policy says.")
+@click.option("--no-start", is_flag=True, help="Only record it; `vm start` makes and boots it.")
+@wait_option
+@needs_invocation
+def create(
+    invocation: Invocation,
+    *,
+    name: str,
+    image: str,
+    vcpus: int,
+    memory: int,
+    root_size: int,
+    forwards: tuple[NewForward, ...],
+    tags: tuple[str, ...],
+    protect: tuple[Operation, ...],
+    no_start: bool,
+    wait: bool,
+) -> None:
+    """Make a VM called NAME from an image, and boot it."""
+    wish = NewInstance(
+        name=name,
+        image=image,
+        vcpus=vcpus,
+        memory_mib=memory,
+        root_gib=root_size,
+        forwards=forwards,
+        tags=tags,
+        blocked_operations=protect,
+        start=not no_start,
+    )
+    create_vm(invocation, wish, wait=wait)
+
+
+def create_vm(invocation: Invocation, wish: NewInstance, *, wait: bool) -> None:
+    """Create a VM, print what became of it, and follow it to its end if `wait`. Raises `Failure`."""
+    client = invocation.client
+    try:
+        with suggesting(client, IMAGES, wish.image):
+            reply = client.post(INSTANCES, wish, fresh_key())
+    except Failure as failure:
+        explain_failure(failure, wish.name, client.now)
+        raise
+    made = reply.decode(Created)
+    if wait and made.request is not None:
+        wait_for_end(invocation, made.request, wish.name)
+    elif not invocation.answer(reply):
+        if made.request is None:
+            invocation.say(f"Recorded: {wish.name}; `interlock vm start {wish.name}` makes and boots it")
+        else:
+            done = click.style("Admitted", fg="green", bold=True)
+            invocation.say(f"{done}: create of {wish.name}, request {made.request.id}")
+
+
+@vm_commands.command("list")
+@click.option("--state", help="Only those in this vm_state, such as `active`; `deleted` shows deleted ones.")
+@click.option("--task", help="Only those in this task_state, such as `rebooting`.")
+@click.option("--host", help="Only those on this host.")
+@click.option("--tag", help="Only those with this tag.")
+@click.option("--name", help="Only the one of this name.")
+@json_option
+@needs_invocation
+def list_(invocation: Invocation, /, **where: str | None) -> None:
+    """List the project's VMs, oldest first."""
+    query = {{"state": "vm_state", "task": "task_state"}.get(key, key): value for key, value in where.items()}
+    rows: list[Instance] = []
+    documents: list[Any] = []
+    cursor: str | None = None
+    while True:
+        reply = invocation.client.get(INSTANCES, {**query, "limit": _PAGE, "cursor": cursor})
+        if invocation.json:
+            page = reply.decode(dict[str, Any])
+            documents += page["items"]
+            cursor = page["next_cursor"]
+        else:
+            typed = reply.decode(InstancePage)
+            rows += typed.items
+            cursor = typed.next_cursor
+        if cursor is None:
+            break
+    if invocation.json:
+        invocation.emit({"items": documents})
+    elif rows:
+        _print_list(invocation, rows)
+    else:
+        invocation.say("No VMs. `interlock vm create NAME --image IMAGE` makes one.", error=True)
+
+
+def _print_list(invocation: Invocation, rows: list[Instance]) -> None:
+    now = invocation.client.now
+    invocation.table(
+        ("NAME", "STATE", "TASK", "POWER", "WAITING", "LAST CHANGE", "IMAGE", "ID"),
+        (
+            (
+                one.name,
+                Cell(one.vm_state.value, STATE_COLOURS.get(one.vm_state.value)),
+                "-" if one.task_state == NO_TASK else one.task_state,
+                one.power_state.value,
+                str(sum(request.status.value == "queued" for request in one.outstanding) or "-"),
+                age(one.updated_at, now),
+                one.image.name if one.image is not None else "-",
+                one.id,
+            )
+            for one in rows
+        ),
+    )
+
+
+@vm_commands.command()
+@vm_argument
+@json_option
+@needs_invocation
+def show(invocation: Invocation, *, vm: str) -> None:
+    """Show a VM and what is outstanding for it."""
+    with suggesting(invocation.client, INSTANCES, vm):
+        reply = invocation.client.get(path_of(INSTANCES, vm))
+    if not invocation.answer(reply):
+        print_vm(invocation, reply.decode(Instance))
+
+
+def print_vm(invocation: Invocation, one: Instance) -> None:
+    """Print a VM: one fact a line, then its outstanding requests in the order in which they are served."""
+    now = invocation.client.now
+    facts = {
+        "Name": one.name,
+        "Id": one.id,
+        "State": click.style(one.vm_state.value, fg=STATE_COLOURS.get(one.vm_state.value)),
+        "Task": one.task_state,
+        "Power": one.power_state.value,
+        "Error": printable(one.error) if one.error else None,
+        "Host": one.host,
+        "Project": one.project,
+        "Image": one.image.name if one.image is not None else None,
+        "Size": f"{one.vcpus} vcpus, {one.memory_mib} MiB memory" + (f", {one.root_gib} GiB" if one.root_gib else ""),
+        "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
+        "Volumes": ", ".join(one.volumes),
+        "Tags": printable(", ".join(one.tags)),
+        "Locked by": one.locked_by,
+        "Protected from": ", ".join(one.blocked_operations),
+        "Created": clock(one.created_at, now),
+        "Last change": f"{clock(one.updated_at, now)} ({age(one.updated_at, now)} ago)",
+        "Generation": str(one.generation),
+    }
+    for title, fact in facts.items():
+        if fact:
+            invocation.say(f"{title + ':':<16}{fact}")
+    for request in one.outstanding:
+        invocation.say(f"{'Outstanding:':<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+def _simple(operation: Operation, help_text: str) -> None:
+    """Add the command of an operation that takes no parameters."""
+
+    @vm_commands.command(operation.value, help=help_text)
+    @vm_argument
+    @wait_option
+    @needs_invocation
+    def run(invocation: Invocation, *, vm: str, wait: bool) -> None:
+        submit(invocation, vm, operation, wait=wait)
+
+
+_simple(Operation.START, "Boot a VM that is stopped.")
+
+
+def _with_hard(operation: Operation, help_text: str, hard_help: str) -> None:
+    @vm_commands.command(operation.value, help=help_text)
+    @vm_argument
+    @click.option("--hard", is_flag=True, help=hard_help)
+    @wait_option
+    @needs_invocation
+    def run(invocation: Invocation, *, vm: str, hard: bool, wait: bool) -> None:
+        submit(invocation, vm, operation, wait=wait, parameters={"hard": True} if hard else None)
+
+
+_with_hard(
+    Operation.STOP, "Ask the guest to power off; after a time-out, pull the plug.", "Pull the plug without asking."
+)
+_with_hard(Operation.REBOOT, "Ask the guest to restart; after a time-out, reset it.", "Reset it without asking.")
+_simple(Operation.PAUSE, "Halt a VM's processors; its memory is kept.")
+_simple(Operation.UNPAUSE, "Let a paused VM go on.")
+_simple(Operation.LOCK, "Let only the locker and admins change a VM.")
+_simple(Operation.UNLOCK, "Take the lock off again.")
+
+
+@vm_commands.command()
+@vm_argument
+@click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
+@wait_option
+@needs_invocation
+def delete(invocation: Invocation, *, vm: str, yes: bool, wait: bool) -> None:
+    """Delete a VM and its root disk. Volumes are kept. On a terminal this asks first."""
+    if not yes and click.get_text_stream("stdin").isatty():
+        click.confirm(f"Delete {vm} and its root disk?", abort=True, err=True)
+    submit(invocation, vm, Operation.DELETE, wait=wait)
+
+
+def _with_volume(name: str, operation: Operation, help_text: str) -> None:
+    @vm_commands.command(name, help=help_text)
+    @vm_argument
+    @click.argument("volume", shell_complete=completer(VOLUMES))
+    @wait_option
+    @needs_invocation
+    def run(invocation: Invocation, *, vm: str, volume: str, wait: bool) -> None:
+        with suggesting(invocation.client, VOLUMES, volume):
+            submit(invocation, vm, operation, wait=wait, parameters={"volume": volume})
+
+
+_with_volume("attach", Operation.ATTACH_VOLUME, "Attach a volume to a VM, running or not.")
+_with_volume("detach", Operation.DETACH_VOLUME, "Detach a volume from a VM.")
+
+
+@vm_commands.command("reset-state")
+@vm_argument
+@click.option(
+    "--to", "vm_state", type=click.Choice(["active", "stopped", "error"]), default="error", help="Default: error."
+)
+@click.option("--reason", required=True, help="Why, for the record.")
+@wait_option
+@needs_invocation
+def reset_state(invocation: Invocation, *, vm: str, vm_state: str, reason: str, wait: bool) -> None:
+    """Correct the recorded state of a VM, ending whatever is outstanding. For admins."""
+    parameters = {"vm_state": vm_state, "reason": reason}
+    submit(invocation, vm, Operation.RESET_STATE, wait=wait, parameters=parameters)

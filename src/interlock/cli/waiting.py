@@ -1,0 +1,102 @@
+"""Following a request to its end, also across a restart of the server."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import click
+
+from interlock.api.schemas import Instance, Request
+from interlock.cli.client import Client, Query, Reply
+from interlock.cli.exit_codes import ExitCode
+from interlock.cli.failures import Failure
+from interlock.cli.invocation import Invocation
+from interlock.cli.live_line import LiveLine, progress_stream
+from interlock.cli.naming import INSTANCES, path_of
+from interlock.cli.wording import duration, printable, spoken
+from interlock.core.records import ENDS, Status
+
+REQUESTS: Final = "/v1/requests"
+_WAIT_S: Final = 20
+_PATIENCE_S: Final = 60.0
+"""How long a server may be gone while something is waited for."""
+_PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0)
+_PERCENT: Final = 100
+
+
+def wait_for_end(invocation: Invocation, request: Request, name: str) -> None:
+    """Show how the request goes on until it has ended, and print how it ended.
+
+    Raises:
+        Failure: it ended other than well, or the server stayed away.
+    """
+    with LiveLine(progress_stream(json=invocation.json), silent=invocation.json) as line:
+        reply = _follow(invocation.client, request, name, line)
+    ended = reply.decode(Request)
+    if not invocation.answer(reply):
+        report(invocation, ended, name)
+    if ended.status is not Status.SUCCEEDED:
+        raise Failure(ExitCode.ENDED_OTHERWISE, "", text="")
+
+
+def _follow(client: Client, request: Request, name: str, line: LiveLine) -> Reply:
+    line.tell(describe(request, name))
+    generation = 0
+    away_since: float | None = None
+    attempt = 0
+    while True:
+        try:
+            reply = client.get(path_of(REQUESTS, request.id))
+            latest = reply.decode(Request)
+            line.tell(describe(latest, name))
+            if latest.status in ENDS:
+                return reply
+            query: Query | None = {"after_generation": generation, "wait": f"{_WAIT_S}s"} if generation else None
+            instance = client.get(path_of(INSTANCES, request.instance), query, wait_s=_WAIT_S).decode(Instance)
+        except Failure as failure:
+            away_since = away_since if away_since is not None else time.monotonic()
+            if not _may_come_back(failure) or time.monotonic() - away_since > _PATIENCE_S:
+                raise
+            line.tell(f"{spoken(request.operation)} of {name}: the server is away; waiting for it to come back")
+            client.forget()
+            time.sleep(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+            attempt += 1
+        else:
+            generation = instance.generation
+            away_since, attempt = None, 0
+
+
+def _may_come_back(failure: Failure) -> bool:
+    return failure.code is ExitCode.NOT_REACHABLE or failure.document.get("status") in {502, 503, 504}
+
+
+def describe(request: Request, name: str) -> str:
+    """Where a request stands, in one line."""
+    what = f"{spoken(request.operation)} of {name}: "
+    match request.status:
+        case Status.QUEUED:
+            return what + "queued"
+        case Status.UNKNOWN:
+            return what + "no answer from the hypervisor; looking what became of it"
+        case Status.IN_FLIGHT:
+            text = what + spoken(request.phase or "in flight")
+            if request.progress is not None:
+                text += f" {round(request.progress * _PERCENT)} %"
+            return text + (f" ({printable(request.detail)})" if request.detail else "")
+        case status:
+            return what + status.value
+
+
+def report(invocation: Invocation, ended: Request, name: str) -> None:
+    """Print how a request ended."""
+    what = f"{spoken(ended.operation)} of {name}"
+    took = f" in {duration(ended.duration_s)}" if ended.duration_s is not None else ""
+    if ended.status is Status.SUCCEEDED:
+        invocation.say(click.style("Done", fg="green", bold=True) + f": {what}{took}")
+        return
+    head = click.style(ended.status.value.capitalize(), fg="red", bold=True)
+    text = f"{head}: {what}{took}" + (f" ({ended.reason})" if ended.reason else "")
+    if ended.message:
+        text += f"\n  {printable(ended.message)}"
+    invocation.say(text, error=True)
