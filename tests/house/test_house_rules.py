@@ -99,12 +99,14 @@ def test_names_of_modules_are_nouns_of_the_field() -> None:
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:
-    """The type checker and the test runner know them by these names alone."""
+    """The test runner knows them by these names alone."""
     seen: dict[str, Path] = {}
-    wrong = []
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        if path.stem not in {"conftest", "__init__"} and seen.setdefault(path.stem, path) != path:
-            wrong.append(f"{named(path)}: there is {named(seen[path.stem])} already")
+    paths = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path.stem not in {"conftest", "__init__"}]
+    wrong = [
+        f"{named(path)}: there is {named(seen[path.stem])} already"
+        for path in paths
+        if seen.setdefault(path.stem, path) != path
+    ]
     refuse(wrong)
 
 
