@@ -188,15 +188,18 @@ class Model:
     def reconsider(self) -> None:
         """Cancel what waits and makes no sense any more."""
         state, prior = self.state, self.prior
+        # What will hold if what is in flight ends without effect.
+        otherwise = state
         if self.changing is not None:
             state, prior = self.lands(self.changing.operation, state, prior)
         for place in (self.front, self.line):
             for asked in [waiting for waiting in place if not waiting.plugs]:
                 welcome = state in PERMITTED[asked.operation]
-                if asked.overtakes and state != "deleted":
-                    welcome = welcome or not PERFORMABLE[asked.operation].isdisjoint({self.state, state})
+                if asked.overtakes:
+                    welcome = welcome or not PERFORMABLE[asked.operation].isdisjoint({otherwise, state})
                 if welcome:
                     state, prior = self.lands(asked.operation, state, prior)
+                    otherwise = state
                 else:
                     place.remove(asked)
                     self.ends[asked.name] = "cancelled"

@@ -23,7 +23,6 @@ from interlock.policies.reading import compile_named
 from interlock.policies.rehearsing import rehearse
 
 BUILT_IN = ("standard", "take2", "propolis")
-COMPONENTS = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
 STATE_CHANGES = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.STATE)
 POWER = (O.CREATE, O.START, O.STOP, O.DELETE)
 BESIDE = (O.REBOOT, O.DELETE, O.SWAP_VOLUME)
@@ -49,7 +48,20 @@ def test_the_laws_hold_for_power_changes_up_to_three_at_a_time(name: str) -> Non
     assert exploration.states > 50
 
 
-@pytest.mark.parametrize("name", ["standard", "propolis"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "standard",
+        "propolis",
+        pytest.param(
+            "take2",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="a component change that is taken by lane before a waiting delete was judged on neither state",
+            ),
+        ),
+    ],
+)
 def test_the_laws_hold_for_component_changes_beside_state_changes(name: str) -> None:
     """The same with two lanes, from a running instance, where two requests can be in flight at once."""
     exploration = explore(compile_named(name), operations=BESIDE, starts=[V.ACTIVE], outstanding_max=2)
@@ -65,17 +77,17 @@ def test_the_laws_hold_for_every_state_change_alone(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["standard", "propolis"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_the_laws_hold_for_everything_that_can_be_asked(name: str) -> None:
     """All operations from `building`, one outstanding and a deletion on top."""
     assert_holds(explore(compile_named(name), outstanding_max=1))
 
 
-@pytest.mark.xfail(strict=True, reason="take2 lets delete wait behind a component change, without any way past it")
-def test_delete_gets_past_a_hung_component_change_under_take2() -> None:
-    """Law 5: delete always gets there."""
-    exploration = explore(compile_named("take2"), operations=[O.DELETE, O.ATTACH_VOLUME], starts=[V.ACTIVE])
-    assert 5 not in broken_laws(exploration)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_delete_gets_past_a_hung_component_change(name: str) -> None:
+    """Law 5: delete always gets there, also past what has no task state."""
+    exploration = explore(compile_named(name), operations=[O.DELETE, O.ATTACH_VOLUME], starts=[V.ACTIVE])
+    assert_holds(exploration)
 
 
 def test_the_sample_policy_of_these_tests_holds() -> None:

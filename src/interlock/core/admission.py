@@ -25,12 +25,16 @@ from interlock.core.records import (
     Submission,
 )
 from interlock.core.request_queue import Draft, foresee, judge_again, judge_in, kinds, permits, replace
-from interlock.core.states import VmState
+from interlock.core.states import NO_TASK, VmState
 
 
 def look(instance: Instance, submission: Submission, now_ms: int) -> View:
     """What the rules see of a submission. Ages never come out negative, so a clock that jumps back only delays."""
-    serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
+    serving = task_state = None
+    outstanding = 0
+    if instance.outstanding:
+        serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
+        task_state, outstanding = instance.task_state, kinds(instance)
     if serving is None:
         silent_since = running_since = instance.updated_at_ms
     else:
@@ -39,8 +43,8 @@ def look(instance: Instance, submission: Submission, now_ms: int) -> View:
     return View(
         submission.operation,
         instance.vm_state,
-        instance.task_state,
-        kinds(instance),
+        task_state or NO_TASK,
+        outstanding,
         submission.role,
         instance.locked_by is not None,
         submission.operation in instance.blocked_operations,
