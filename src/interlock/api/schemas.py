@@ -1,0 +1,493 @@
+"""What goes over the wire, apart from the records, so that the two can change at their own pace.
+
+The shapes of answers and of those bodies that only HTTP has; bodies that the service takes as they are (`NewInstance`,
+`NewRequest`, `NewVolume`) are re-exported from there. Times are RFC 3339 in UTC with milliseconds (`*_at`), durations
+are seconds (`*_s`), ids are strings. The sentence under a field is its description in the OpenAPI document too. Turning
+records into these is not here: see `views`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from interlock.core.operations import Operation
+from interlock.core.records import Cancellation, Status
+from interlock.core.states import PowerState, VmState
+from interlock.ports import Role
+from interlock.service.wishes import Name, NewForward, NewInstance, NewRequest, NewVolume
+
+__all__ = [
+    "Admitted",
+    "AllowedOperation",
+    "AllowedOperations",
+    "Blocker",
+    "Cancelled",
+    "Created",
+    "Event",
+    "EventList",
+    "Health",
+    "Image",
+    "ImageList",
+    "ImageReference",
+    "ImageUpload",
+    "Instance",
+    "InstancePage",
+    "MadeToken",
+    "Name",
+    "NewForward",
+    "NewInstance",
+    "NewRequest",
+    "NewSmallImage",
+    "NewToken",
+    "NewVolume",
+    "Policy",
+    "PolicyRule",
+    "Problem",
+    "Readiness",
+    "Redundant",
+    "Refusal",
+    "Request",
+    "RequestPage",
+    "Stuck",
+    "StuckList",
+    "Timestamp",
+    "Token",
+    "TokenList",
+    "Volume",
+    "VolumeList",
+]
+
+Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all answers."""
+
+
+# ------------------------------------------------------------------------------------------------------ instances
+
+
+class ImageReference(_Wire, frozen=True, kw_only=True):
+    """The image that an instance was made from."""
+
+    id: str
+    name: str
+
+
+class Request(_Wire, frozen=True, kw_only=True):
+    """One asked-for operation."""
+
+    id: str
+    instance: str
+    """The id of its instance."""
+    operation: Operation
+    parameters: dict[str, Any]
+    status: Status
+    """`succeeded`, `failed`, `cancelled` and `superseded` are ends; a request reaches exactly one of them."""
+    requested_by: str
+    role: str
+    rule: str
+    """The id of the rule that admitted it."""
+    preempts: bool
+    """Whether it goes before everything that waits."""
+    phase: str | None
+    """The task state while it is served; the last one after it has ended."""
+    progress: float | None
+    """How much of the phase is done, 0 to 1, where the operation can tell."""
+    detail: str | None
+    """What the worker last said for people."""
+    admitted_at: Timestamp
+    taken_at: Timestamp | None
+    last_sign_of_life_at: Timestamp | None
+    interrupt_at: Timestamp | None
+    """When its worker was asked to stop half-way."""
+    interrupt_deadline_at: Timestamp | None
+    """When it is fenced if its worker has not confirmed by then."""
+    interrupted_for: str | None
+    """The id of the request that preempts it."""
+    ended_at: Timestamp | None
+    duration_s: Seconds | None
+    """From its admission to its end."""
+    reason: str | None
+    """Why it ended as it did, as a stable code; null when it succeeded."""
+    message: str | None
+    """The same for people."""
+
+
+class Instance(_Wire, frozen=True, kw_only=True):
+    """One VM, with everything outstanding for it."""
+
+    id: str
+    name: str
+    project: str
+    host: str
+    vm_state: VmState
+    """The stable state that its owner would expect to find it in."""
+    task_state: str
+    """The phase of the state change being served, or `none`."""
+    power_state: PowerState
+    """What the hypervisor last said of it."""
+    generation: int
+    """Grows with every change; also the ETag."""
+    created_at: Timestamp
+    updated_at: Timestamp
+    """The last sign of life: a state change, a phase, or progress."""
+    locked_by: str | None
+    blocked_operations: tuple[Operation, ...]
+    """Operations refused whatever the policy says."""
+    tags: tuple[str, ...]
+    error: str | None
+    """Why it is in error, for people."""
+    image: ImageReference | None
+    vcpus: int
+    memory_mib: int
+    root_gib: int
+    forwards: tuple[NewForward, ...]
+    volumes: tuple[str, ...]
+    """Ids of the attached volumes, in the order attached."""
+    outstanding: tuple[Request, ...]
+    """Requests that have not ended, in the order in which they will be served."""
+
+
+class InstancePage(_Wire, frozen=True, kw_only=True):
+    """One page of instances, oldest first."""
+
+    items: tuple[Instance, ...]
+    next_cursor: str | None
+    """What to pass as `cursor` for the next page; null at the end."""
+
+
+class RequestPage(_Wire, frozen=True, kw_only=True):
+    """One page of an instance's requests, newest first."""
+
+    items: tuple[Request, ...]
+    next_cursor: str | None
+
+
+class Created(_Wire, frozen=True, kw_only=True):
+    """A new instance, and the request that makes it unless it was only recorded."""
+
+    instance: Instance
+    request: Request | None
+    rule: str
+    because: str | None
+
+
+# --------------------------------------------------------------------------------------------------- dispositions
+
+
+class Admitted(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="admitted"):
+    """The request is kept, and will be permitted when its turn comes if everything before it succeeds."""
+
+    rule: str
+    because: str | None
+    request: Request
+    supersedes: tuple[str, ...]
+    """Ids of the requests in flight that it ends, or asks to end."""
+    cancels: tuple[str, ...]
+    """Ids of the waiting requests that no longer make sense after it."""
+
+
+class Redundant(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
+    """What was asked for holds already, or is already on its way."""
+
+    rule: str
+    reason: str
+    because: str | None
+    request: Request | None
+    """The earlier request that will bring it about; null when it holds already."""
+    allowed_at: Timestamp | None
+    """When asking again would take over from that request, if it shows no life until then."""
+    retry_after_s: Seconds | None
+
+
+class Blocker(_Wire, frozen=True, kw_only=True):
+    """The outstanding request that stands in the way."""
+
+    request: str
+    operation: Operation
+    phase: str | None
+    status: Status
+    since: Timestamp
+    """When it was taken, or admitted if it waits still."""
+    last_sign_of_life: Timestamp | None
+    by: str
+    """Who asked for it."""
+
+
+class AllowedOperation(_Wire, frozen=True, kw_only=True):
+    """What the gate would answer to one operation now."""
+
+    operation: Operation
+    disposition: Literal["admitted", "redundant", "denied"]
+    rule: str
+    reason: str | None
+    """The stable code; null when it would be admitted."""
+    because: str | None
+    detail: str
+    """One sentence for people: what a refusal would say."""
+    vm_state: VmState
+    """The state on which the rule decided."""
+    foreseen: bool
+    """Whether `vm_state` is the state that will hold when everything outstanding has succeeded."""
+    blocked_by: Blocker | None
+    allowed_at: Timestamp | None
+    retry_after_s: Seconds | None
+    supersedes: tuple[str, ...]
+    cancels: tuple[str, ...]
+
+
+class AllowedOperations(_Wire, frozen=True, kw_only=True):
+    """What the gate would answer to every operation now, for this caller."""
+
+    instance: str
+    name: str
+    generation: int
+    vm_state: VmState
+    task_state: str
+    at: Timestamp
+    """The moment for which this holds."""
+    operations: tuple[AllowedOperation, ...]
+
+
+class Cancelled(_Wire, frozen=True, kw_only=True):
+    """What became of the wish to cancel a request."""
+
+    outcome: Cancellation
+    """`cancelled`: it has ended; `stopping`: its worker was asked to stop half-way."""
+    request: Request
+
+
+class Stuck(_Wire, frozen=True, kw_only=True):
+    """An instance whose operation has shown no life for longer than the policy waits for it."""
+
+    instance: str
+    name: str
+    vm_state: VmState
+    task_state: str
+    request: Request
+    why: str
+    """One sentence for people."""
+    silent_since_at: Timestamp
+    silent_s: Seconds
+    allowed: tuple[Operation, ...]
+    """What would be admitted now."""
+    takes_over: tuple[Operation, ...]
+    """Those among them that would take over from the stuck operation."""
+
+
+class StuckList(_Wire, frozen=True, kw_only=True):
+    """Everything that is stuck, those silent longest first."""
+
+    items: tuple[Stuck, ...]
+
+
+# --------------------------------------------------------------------------------------------------------- events
+
+
+class Event(_Wire, frozen=True, kw_only=True):
+    """Something that happened."""
+
+    sequence: int
+    """Its place in the history; the id of a server-sent event."""
+    kind: str
+    """`request.*`, `instance.*` or `guest.*`."""
+    instance: str
+    request: str | None
+    at: Timestamp
+    generation: int
+    """The instance's generation after it."""
+    data: dict[str, Any]
+    """As recorded."""
+
+
+class EventList(_Wire, frozen=True, kw_only=True):
+    """Events in order."""
+
+    items: tuple[Event, ...]
+    next_after: int
+    """What to pass as `after` to go on from here."""
+
+
+# ------------------------------------------------------------------------------------- images, volumes and tokens
+
+
+class Image(_Wire, frozen=True, kw_only=True):
+    """What an instance boots."""
+
+    id: str
+    name: str
+    kind: Literal["disk", "kernel"]
+    format: str
+    """Of a disk: `raw` or `qcow2`."""
+    cmdline: str | None
+    size_bytes: int
+    """The size that the guest sees, for a disk."""
+    sha256: str
+    created_at: Timestamp
+
+
+class ImageList(_Wire, frozen=True, kw_only=True):
+    """All images."""
+
+    items: tuple[Image, ...]
+
+
+class NewSmallImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A small guest image to build on the server from its distribution's packages."""
+
+    name: Name
+
+
+class ImageUpload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The text fields of an upload; the files are the parts `disk`, or `kernel` and `initrd`."""
+
+    name: Name
+    kind: Literal["disk", "kernel"]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")] | None = None
+    """Of a disk: what its SHA-256 must be."""
+    cmdline: Annotated[str, Meta(max_length=2048)] = ""
+    """Of a kernel: its command line."""
+
+
+class Volume(_Wire, frozen=True, kw_only=True):
+    """A disk that lives on its own and can be attached to one instance at a time."""
+
+    id: str
+    name: str
+    project: str
+    size_bytes: int
+    attached_to: str | None
+    """The id of the instance that has it."""
+    created_at: Timestamp
+
+
+class VolumeList(_Wire, frozen=True, kw_only=True):
+    """The project's volumes."""
+
+    items: tuple[Volume, ...]
+
+
+class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bearer token to make."""
+
+    name: Name
+    role: Role
+    project: Name
+
+
+class Token(_Wire, frozen=True, kw_only=True):
+    """A bearer token, without its secret."""
+
+    id: str
+    name: str
+    role: Role
+    project: str
+    created_at: Timestamp
+
+
+class MadeToken(_Wire, frozen=True, kw_only=True):
+    """A new token with its secret, which is shown this once."""
+
+    token: Token
+    secret: str
+
+
+class TokenList(_Wire, frozen=True, kw_only=True):
+    """All tokens."""
+
+    items: tuple[Token, ...]
+
+
+# ---------------------------------------------------------------------------------------------- policy and health
+
+
+class PolicyRule(_Wire, frozen=True, kw_only=True, omit_defaults=True):
+    """One rule; a condition that is absent holds always."""
+
+    id: str
+    verdict: str
+    operations: tuple[str, ...]
+    vm_state: tuple[str, ...] | None = None
+    task_state: tuple[str, ...] | None = None
+    outstanding: tuple[str, ...] | None = None
+    """Any of these kinds is queued or in flight; empty: nothing is."""
+    roles: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    locked: bool | None = None
+    blocked: bool | None = None
+    host_reachable: bool | None = None
+    hard: bool | None = None
+    silent_s_min: Seconds | None = None
+    threshold_s: Seconds | None = None
+    measured_from: str | None = None
+    in_turn: bool = True
+    reason: str | None = None
+    because: str | None = None
+    fixed: bool = False
+    source: str = ""
+    """Where it stands: file and line."""
+
+
+class Policy(_Wire, frozen=True, kw_only=True):
+    """The policy that this server decides by; of its rules the first that matches decides."""
+
+    name: str
+    outstanding_max: int
+    rules: tuple[PolicyRule, ...]
+
+
+class Health(_Wire, frozen=True, kw_only=True):
+    """The process answers."""
+
+    status: Literal["alive"]
+    version: str
+
+
+class Readiness(_Wire, frozen=True, kw_only=True):
+    """Whether the server can do its work."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    """What is missing, one sentence each."""
+
+
+# ------------------------------------------------------------------------------------------------------- problems
+
+
+class Problem(_Wire, frozen=True, kw_only=True, omit_defaults=True):
+    """An error, as RFC 9457 has it (`application/problem+json`)."""
+
+    type: str
+    """A stable URI of the kind of problem; see docs/reference/http.md."""
+    title: str
+    status: int
+    detail: str
+    """One sentence for people."""
+    instance: str | None = None
+    """The path that was asked for."""
+    remedy: str | None = None
+    """What to do about it."""
+    occurrence: str | None = None
+    """Of an internal error: the id under which the server's log tells more."""
+
+
+class Refusal(Problem, frozen=True, kw_only=True, omit_defaults=False):
+    """The gate's refusal: what blocks, whose it is, since when, when to come back, and what is allowed instead."""
+
+    operation: Operation
+    reason: str
+    """The stable code."""
+    rule: str
+    because: str | None
+    vm_state: VmState
+    """The state on which the rule decided."""
+    foreseen: bool
+    blocked_by: Blocker | None
+    allowed_at: Timestamp | None
+    retry_after_s: Seconds | None
+    allowed_instead: tuple[Operation, ...]
