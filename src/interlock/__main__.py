@@ -12,7 +12,10 @@ from interlock.cli.application import build, run
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Measure this machine and print the figures as JSON; `interlock bench --help` says what can be measured."""
+    """Measure this machine, and print the figures as JSON.
+
+    `interlock bench --help` says what can be measured.
+    """
     from interlock.testing.bench import main as measure
 
     if code := measure(arguments):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -36,11 +37,21 @@ COMMANDS: tuple[click.Command, ...] = (
 )
 
 
+class _ReaderGone(Exception):
+    """Whoever read standard output has closed it. Not an `OSError`, of which click would make an exit of its own."""
+
+
 class InOrder(click.Group):
     """A group that lists its commands in the order in which they were added: the most used first."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGone from None
 
 
 def build(*more: click.Command) -> click.Group:
@@ -55,7 +66,10 @@ def build(*more: click.Command) -> click.Group:
     @click.option("--url", metavar="URL", help="The server, instead of INTERLOCK_URL or the one on this machine.")
     @click.pass_context
     def interlock(context: click.Context, url: str | None) -> None:
-        """Interlock keeps the state of virtual machines: one gate, a durable queue, and every answer says why."""
+        """Interlock keeps the state of virtual machines.
+
+        One gate, a durable queue, and every answer says why.
+        """
         context.ensure_object(Invocation).url = url
 
     for command in (*COMMANDS, *more):
@@ -87,7 +101,7 @@ def run(root: click.Group, arguments: Sequence[str], environment: Mapping[str, s
         except (click.Abort, KeyboardInterrupt):
             click.echo(err=True)
             return ExitCode.INTERRUPTED
-    except BrokenPipeError:
+    except (_ReaderGone, BrokenPipeError):
         return _quietly()
     return ExitCode.DONE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import sys
@@ -24,7 +23,7 @@ from interlock.cli.naming import IMAGES, INSTANCES, path_of
 from interlock.cli.server import read_config, run, told
 from interlock.cli.submitting import submit
 from interlock.cli.vm import create_vm, print_vm
-from interlock.cli.watching import console_from, event_line, read_history
+from interlock.cli.watching import console_text, event_line, read_history
 from interlock.core.operations import Operation
 from interlock.core.states import VmState
 
@@ -48,10 +47,11 @@ _LOG: Final = "server.log"
 @click.command()
 @needs_invocation
 def demo(invocation: Invocation) -> None:
-    """Start a server in the foreground, boot a small real VM called demo, and show what to try.
+    """Serve, boot a small real VM, and show what to try.
 
-    Ctrl-C ends the server; the VM goes on, and is found again the next time. If a server runs on the data folder
-    already, this shows the VM's state and ends.
+    The VM is called demo. Ctrl-C ends the server; the VM goes on, and is found
+    again the next time. If a server runs on the data folder already, this shows
+    the VM's state and ends.
     """
     config = read_config(None, invocation.environment)
     invocation.environment = {
@@ -109,6 +109,8 @@ class Demonstration:
         self._invocation.say(f"\nThe server has ended. VMs go on without it; `{sys.argv[0]} demo` finds them again.")
 
     async def _serve(self, server: Server) -> None:
+        import asyncio
+
         started = asyncio.Event()
         with _log_to(self._config.folder / _LOG, self._config):
             serving = asyncio.create_task(server.serve(started))
@@ -171,21 +173,17 @@ class Demonstration:
     def _wait_until_up(self) -> None:
         invocation = self._invocation
         _step(invocation, "Waiting until the guest says on its console that it is up")
-        said = b""
-        offset = 0
         with LiveLine(sys.stdout) as line:
-            while UP.encode() not in said:
+            while UP.encode() not in (said := console_text(invocation, VM)):
                 line.tell("the guest boots")
-                piece, offset = console_from(invocation, VM, offset)
-                said = said[-len(UP) :] + piece
                 if line.elapsed_s > _UP_WITHIN_S:
                     raise Failure(
                         ExitCode.SERVER_ERROR,
                         f"The guest did not say that it is up within {_UP_WITHIN_S:.0f} s.",
                         remedy=f"See what it said: `interlock vm console {VM}`.",
                     )
-                self._ending.wait(0 if piece else _LOOK_AGAIN_S)
-        answer = said[said.index(UP.encode()) :].split(b"\n")[0].decode("ascii", "replace").strip()
+                self._ending.wait(_LOOK_AGAIN_S)
+        answer = said[said.rindex(UP.encode()) :].split(b"\n")[0].decode("ascii", "replace").strip()
         _step(invocation, f"The guest says: {click.style(answer, fg='green', bold=True)}")
 
 

@@ -48,7 +48,9 @@ def messages(lines: Iterable[str]) -> Iterator[Message]:
                 pass
 
 
-def follow(client: Client, after: int | None, lost: Callable[[str], None]) -> Iterator[tuple[Event, str]]:
+def follow(
+    client: Client, after: int | None, lost: Callable[[str], None], instance_id: str | None = None
+) -> Iterator[tuple[Event, str]]:
     """Events with a greater sequence than `after` (None: those from now on), each with its JSON, for ever.
 
     `lost` is told when the connection was lost and when it is there again. After that the events go on where they
@@ -63,7 +65,7 @@ def follow(client: Client, after: int | None, lost: Callable[[str], None]) -> It
             headers = {"Accept": "text/event-stream"}
             if after is not None:
                 headers["Last-Event-ID"] = str(after)
-            stream = client.stream(EVENTS, None, headers, SILENCE_S)
+            stream = client.stream(EVENTS, {"instance": instance_id}, headers, SILENCE_S)
             if away_since is not None:
                 lost("connected again")
                 away_since = None

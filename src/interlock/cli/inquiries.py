@@ -27,7 +27,10 @@ _PAGE = 500
 @json_option
 @needs_invocation
 def why(invocation: Invocation, *, vm: str, operation: Operation | None) -> None:
-    """Say what OPERATION would be answered now, and why; without it, what every operation would be."""
+    """Say what would be answered now, and why.
+
+    Without OPERATION it says so for every operation.
+    """
     with suggesting(invocation.client, INSTANCES, vm):
         reply = invocation.client.get(path_of(INSTANCES, vm, "allowed"))
     answers = reply.decode(AllowedOperations)
@@ -73,7 +76,10 @@ def _again(one: AllowedOperation, now: float | None) -> str:
 @json_option
 @needs_invocation
 def stuck(invocation: Invocation) -> None:
-    """List everything that has shown no sign of life past its threshold, and what is allowed now."""
+    """List what is stuck, and the ways out.
+
+    Stuck is what has shown no sign of life for longer than the policy waits for it.
+    """
     reply = invocation.client.get("/v1/stuck")
     if invocation.answer(reply):
         return

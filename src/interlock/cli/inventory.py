@@ -100,7 +100,10 @@ def _say_image(invocation: Invocation, image: Image) -> None:
 @json_option
 @needs_invocation
 def build_small(invocation: Invocation, *, name: str) -> None:
-    """Build a small real guest from the server's distribution's packages, as an image called NAME (default: small)."""
+    """Build a small real guest, as an image called NAME.
+
+    It is made from the packages of the server's distribution. Without NAME it is called small.
+    """
     build_small_image(invocation, name)
 
 

@@ -52,7 +52,7 @@ def suggesting(client: Client, collection: str, reference: str) -> Iterator[None
 
 def _suggest(failure: Failure, known: list[str], reference: str) -> None:
     near = difflib.get_close_matches(reference, known, n=3, cutoff=0.5)
-    if near:
+    if near and reference not in known:
         failure.remedy = f"Did you mean {' or '.join(near)}?"
 
 

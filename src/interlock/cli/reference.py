@@ -72,9 +72,9 @@ def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Comman
 def _command_lines(path: str, command: click.Command) -> list[str]:
     context = click.Context(command, info_name=path)
     usage = " ".join([path, *command.collect_usage_pieces(context)])
-    lines = [f"### `{usage}`", "", *_paragraphs(command.help or ""), ""]
+    lines = [f"### `{usage}`", "", *_paragraphs(command.help or "")]
     records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-    options = [record for record in records if record is not None and not record[0].endswith("--help")]
+    options = [record for record in records if record is not None and record[1] and not record[0].endswith("--help")]
     if options:
         lines += ["| option | meaning |", "|---|---|"]
         lines += [f"| `{_cell(names)}` | {_cell(meaning)} |" for names, meaning in options]

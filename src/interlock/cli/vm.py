@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -22,7 +23,7 @@ _PAGE = 500
 
 @click.group("vm")
 def vm_commands() -> None:
-    """Virtual machines: make them, look at them, and ask for operations on them."""
+    """Virtual machines, and the operations on them."""
 
 
 class ForwardPair(click.ParamType[Any]):
@@ -240,7 +241,7 @@ _simple(Operation.UNLOCK, "Take the lock off again.")
 @needs_invocation
 def delete(invocation: Invocation, *, vm: str, yes: bool, wait: bool) -> None:
     """Delete a VM and its root disk. Volumes are kept. On a terminal this asks first."""
-    if not yes and click.get_text_stream("stdin").isatty():
+    if not yes and sys.stdin.isatty():
         click.confirm(f"Delete {vm} and its root disk?", abort=True, err=True)
     submit(invocation, vm, Operation.DELETE, wait=wait)
 

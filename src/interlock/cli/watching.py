@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import click
 
 from interlock.api.schemas import Event, EventList, Instance
 from interlock.cli.event_stream import follow
+from interlock.cli.exit_codes import ExitCode
+from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
 from interlock.cli.naming import INSTANCES, path_of, suggesting, vm_argument
 from interlock.cli.vm import vm_commands
 from interlock.cli.wording import clock, printable, spoken
 
 _PAGE: Final = 500
+CONSOLE_BYTES_MAX: Final = 256 * 1024
+"""How much of the end of a console is asked for."""
 _CONSOLE_PAUSE_S: Final = 0.5
+_OVERLAP_BYTES: Final = 1024
+_NO_CONSOLE: Final = "has no console yet"
 _ID_SHOWN: Final = 8
 _QUIET: Final = frozenset({"view", "fence", "current_fence", "host"})
 """What is recorded for programs, and tells a reader nothing."""
@@ -49,9 +56,12 @@ def events(invocation: Invocation, *, vm: str, following: bool) -> None:
     with suggesting(invocation.client, INSTANCES, vm):
         instance = invocation.client.get(path_of(INSTANCES, vm)).decode(Instance)
     after = history[-1].sequence if history else 0
-    for event, text in follow(invocation.client, after, lambda said: invocation.say(f"-- {said}", error=True)):
-        if event.instance == instance.id:
-            _tell(invocation, event, text, None)
+    for event, text in follow(invocation.client, after, _told(invocation), instance.id):
+        _tell(invocation, event, text, None)
+
+
+def _told(invocation: Invocation) -> Callable[[str], None]:
+    return lambda said: invocation.say(f"-- {said}", error=True)
 
 
 def read_history(invocation: Invocation, vm: str) -> tuple[list[Event], list[Any]]:
@@ -117,11 +127,14 @@ def _value(value: Any) -> str:
 @json_option
 @needs_invocation
 def watch(invocation: Invocation) -> None:
-    """Show the project's events as they happen, until Ctrl-C. A lost connection is taken up where it broke."""
+    """Show events as they happen, until Ctrl-C.
+
+    A lost connection is taken up where it broke.
+    """
     names: dict[str, str] = {}
     if not invocation.json:
         invocation.say("-- watching; Ctrl-C ends it", error=True)
-    for event, text in follow(invocation.client, None, lambda said: invocation.say(f"-- {said}", error=True)):
+    for event, text in follow(invocation.client, None, _told(invocation)):
         if event.kind == "instance.created":
             names[event.instance] = str(event.data.get("name", event.instance))
         elif event.instance not in names and not invocation.json:
@@ -139,19 +152,31 @@ def _name_of(invocation: Invocation, instance_id: str) -> str:
 @needs_invocation
 def console(invocation: Invocation, *, vm: str, following: bool) -> None:
     """Print what the guest has written on its serial console."""
-    offset = 0
+    seen = b""
     while True:
-        piece, offset = console_from(invocation, vm, offset)
-        click.echo(piece, nl=False)
-        if piece:
-            continue
+        text = console_text(invocation, vm)
+        click.echo(since(seen, text), nl=False)
+        seen = text
         if not following:
             return
         time.sleep(_CONSOLE_PAUSE_S)
 
 
-def console_from(invocation: Invocation, vm: str, offset: int) -> tuple[bytes, int]:
-    """A piece of the console from a byte offset on, empty at its end, and the next offset. Raises `Failure`."""
-    with suggesting(invocation.client, INSTANCES, vm):
-        reply = invocation.client.get(path_of(INSTANCES, vm, "console"), {"offset": offset})
-    return reply.body, offset + len(reply.body)
+def console_text(invocation: Invocation, vm: str) -> bytes:
+    """The end of what the guest has written; empty if it has no console yet. Raises `Failure`."""
+    try:
+        with suggesting(invocation.client, INSTANCES, vm):
+            return invocation.client.get(path_of(INSTANCES, vm, "console"), {"tail_bytes": CONSOLE_BYTES_MAX}).body
+    except Failure as failure:
+        if failure.code is ExitCode.NOT_FOUND and _NO_CONSOLE in failure.message:
+            return b""
+        raise
+
+
+def since(seen: bytes, text: bytes) -> bytes:
+    """What of the end of a console is new to somebody who has seen an earlier end of it."""
+    if text.startswith(seen):
+        return text[len(seen) :]
+    last = seen[-_OVERLAP_BYTES:]
+    found = text.rfind(last)
+    return text if found < 0 else text[found + len(last) :]

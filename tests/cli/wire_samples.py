@@ -1,0 +1,107 @@
+"""Answers of a server, as they go over the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from interlock.api import schemas
+from interlock.core.operations import Operation
+from interlock.core.records import Status
+from interlock.core.states import PowerState, VmState
+
+AT = "2026-03-01T12:00:03.000Z"
+NOW = 1_772_366_422.0
+"""2026-03-01 12:00:22 UTC, the scripted server's clock."""
+
+
+def request(**changes: Any) -> schemas.Request:
+    fields: dict[str, Any] = {
+        "id": "r-1",
+        "instance": "i-1",
+        "operation": Operation.REBOOT,
+        "parameters": {},
+        "status": Status.QUEUED,
+        "requested_by": "alice",
+        "role": "member",
+        "rule": "reboot",
+        "preempts": False,
+        "admitted_at": AT,
+    }
+    optional = {field.name: None for field in msgspec.structs.fields(schemas.Request) if field.name not in fields}
+    return schemas.Request(**{**optional, **fields, **changes})
+
+
+def instance(**changes: Any) -> schemas.Instance:
+    fields: dict[str, Any] = {
+        "id": "i-1",
+        "name": "demo",
+        "project": "default",
+        "host": "here",
+        "vm_state": VmState.ACTIVE,
+        "task_state": "none",
+        "power_state": PowerState.RUNNING,
+        "generation": 7,
+        "created_at": AT,
+        "updated_at": AT,
+        "locked_by": None,
+        "blocked_operations": (),
+        "tags": (),
+        "error": None,
+        "image": schemas.ImageReference(id="im-1", name="small"),
+        "vcpus": 1,
+        "memory_mib": 128,
+        "root_gib": 0,
+        "forwards": (),
+        "volumes": (),
+        "outstanding": (),
+    }
+    return schemas.Instance(**{**fields, **changes})
+
+
+def refusal(**changes: Any) -> schemas.Refusal:
+    fields: dict[str, Any] = {
+        "type": "urn:interlock:problem:refused",
+        "title": "Refused",
+        "status": 409,
+        "detail": "A stop is on its way and goes first.",
+        "operation": Operation.REBOOT,
+        "reason": "halt_pending",
+        "rule": "no-reboot-before-stop",
+        "because": "A stop is on its way and goes first.",
+        "vm_state": VmState.STOPPED,
+        "foreseen": True,
+        "blocked_by": blocker(),
+        "allowed_at": None,
+        "retry_after_s": None,
+        "allowed_instead": (Operation.DELETE, Operation.ATTACH_VOLUME),
+    }
+    return schemas.Refusal(**{**fields, **changes})
+
+
+def blocker(**changes: Any) -> schemas.Blocker:
+    fields: dict[str, Any] = {
+        "request": "r-0",
+        "operation": Operation.STOP,
+        "phase": None,
+        "status": Status.QUEUED,
+        "since": AT,
+        "last_sign_of_life": None,
+        "by": "alice",
+    }
+    return schemas.Blocker(**{**fields, **changes})
+
+
+def admitted(one: schemas.Request | None = None) -> schemas.Admitted:
+    return schemas.Admitted(rule="reboot", because=None, request=one or request(), supersedes=(), cancels=())
+
+
+def problem(status: int, detail: str, **more: Any) -> dict[str, Any]:
+    return {"type": "urn:interlock:problem:x", "title": "X", "status": status, "detail": detail, **more}
+
+
+def event(sequence: int, kind: str, **data: Any) -> schemas.Event:
+    return schemas.Event(
+        sequence=sequence, kind=kind, instance="i-1", request="r-1", at=AT, generation=sequence, data=data
+    )
