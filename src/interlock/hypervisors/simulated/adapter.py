@@ -31,7 +31,7 @@ from interlock.hypervisors.simulated.faults import (
     Refuses,
     Slow,
 )
-from interlock.hypervisors.simulated.guest import HELD, Command, Guest
+from interlock.hypervisors.simulated.guest import RUNS, Command, Guest
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.ports import HypervisorEvent, Observation, Permit
 
@@ -114,8 +114,9 @@ class SimulatedHypervisor:
             guest = self.host.guests.get(instance_id)
         if guest is None:
             return Observation(defined=False, power_state=PowerState.NONE)
-        disks = tuple(guest.disks) if guest.power in HELD else ()
-        return Observation(defined=True, power_state=guest.power, disks=disks, responsive=responsive)
+        seen = guest.seen
+        disks = tuple(guest.disks) if seen in RUNS else ()
+        return Observation(defined=True, power_state=seen, disks=disks, responsive=responsive)
 
     async def _answers(self, guest: Guest) -> bool:
         """Wait for a frozen guest to thaw or end, as long as an answer is waited for."""
@@ -132,7 +133,7 @@ class SimulatedHypervisor:
     async def wait_powered_off(self, instance_id: str) -> None:
         self._must_be_open()
         while (guest := self.host.guests.get(instance_id)) is not None:
-            if guest.power in {PowerState.NONE, PowerState.SHUTDOWN}:
+            if guest.seen not in RUNS:
                 return
             await self._stir(instance_id)
 
@@ -187,7 +188,7 @@ class SimulatedHypervisor:
 
     async def power_on(self, permit: Permit, instance_id: str, spec: Spec) -> None:
         guest = self._guest(instance_id)
-        if guest.power in {PowerState.RUNNING, PowerState.PAUSED}:
+        if guest.power in RUNS and not (guest.starting and guest.spec != spec):
             await self._command(permit, instance_id, Command(method=Method.UNPAUSE))
             return
         fault, quiet = self._meets(instance_id, Method.POWER_ON)
@@ -200,10 +201,10 @@ class SimulatedHypervisor:
             raise Refused(fault.message)
         # As a real one is: there, with its processors still halted, and let go when everything is in place.
         self.host.start(guest, spec, PowerState.PAUSED)
-        if isinstance(fault, GuestVanishes):
-            self.host.vanish(instance_id)
         await self._pass(Method.POWER_ON, fault)
         await self._carry_out(permit, Command(method=Method.UNPAUSE), instance_id, fault)
+        if isinstance(fault, GuestVanishes):
+            self.host.vanish(instance_id)
 
     # ----------------------------------------------------------------------------------- what a guest is told to
 

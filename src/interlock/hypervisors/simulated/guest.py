@@ -13,8 +13,8 @@ from interlock.hypervisors.simulated.faults import Method
 ROOT: Final = "root"
 """The id of an instance's own disk."""
 
-HELD: Final = frozenset({PowerState.RUNNING, PowerState.PAUSED, PowerState.CRASHED})
-"""The power states in which a guest runs, or would if it were let or could: its disks are in use."""
+RUNS: Final = frozenset({PowerState.RUNNING, PowerState.PAUSED})
+"""The power states in which a guest runs, or would if it were let."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +36,8 @@ class Guest(msgspec.Struct, kw_only=True):
     power: PowerState = PowerState.NONE
     disks: dict[str, Disk] = msgspec.field(default_factory=dict)
     """What is plugged in, in the order plugged in; kept when the guest ends, for a power cycle."""
+    starting: bool = False
+    """Whether it is held with its processors halted since its start, until they are let go."""
     frozen: bool = False
     thaw_after_ms: int | None = None
     ignores_power_button: bool = False
@@ -48,9 +50,14 @@ class Guest(msgspec.Struct, kw_only=True):
     """How often a guest was started, and so which guest this is."""
     resets: int = 0
 
+    @property
+    def seen(self) -> PowerState:
+        """What an inspection tells: a guest whose processors have never run is none yet."""
+        return PowerState.NONE if self.starting else self.power
+
     def uses(self, disk: Disk) -> bool:
-        """Whether the guest holds the disk's file in a way that keeps others from using it like this."""
-        return self.power in HELD and any(
+        """Whether what holds the guest keeps others from using the disk's file like this."""
+        return self.power is not PowerState.NONE and any(
             used.path == disk.path and not (used.read_only and disk.read_only) for used in self.disks.values()
         )
 

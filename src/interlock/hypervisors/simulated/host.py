@@ -24,7 +24,7 @@ from interlock.core.errors import HypervisorError, NotThere, Refused, Unavailabl
 from interlock.core.records import Disk, GuestEvent, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.faults import FaultPlan, FaultRates, Method
-from interlock.hypervisors.simulated.guest import HELD, ROOT, Command, Guest, root_disk
+from interlock.hypervisors.simulated.guest import ROOT, RUNS, Command, Guest, root_disk
 
 
 class Watcher(Protocol):
@@ -119,7 +119,7 @@ class SimulatedHost:
             del self.guests[guest.instance_id]
 
     def start(self, guest: Guest, spec: Spec, power: PowerState = PowerState.RUNNING) -> None:
-        """Start a guest, in place of one that has powered itself off or panicked.
+        """Start a guest, in place of one that has powered itself off or panicked; `PAUSED` halts its processors.
 
         Raises:
             Refused: another guest uses one of the disks.
@@ -134,7 +134,7 @@ class SimulatedHost:
         """End what holds the guest, and with it everything that was sent to it and not read."""
         self._drop_unread(guest)
         guest.power = PowerState.NONE
-        guest.frozen = guest.button_pressed = False
+        guest.starting = guest.frozen = guest.button_pressed = False
         guest.thaw_after_ms = None
         self._changed(guest)
 
@@ -146,6 +146,7 @@ class SimulatedHost:
     def _boot(self, guest: Guest, power: PowerState) -> None:
         self._drop_unread(guest)
         guest.power = power
+        guest.starting = power is PowerState.PAUSED
         guest.starts += 1
         guest.frozen = guest.button_pressed = False
         guest.thaw_after_ms = None
@@ -160,8 +161,8 @@ class SimulatedHost:
         """Carry a command out now. Where what it leads to holds already, nothing changes.
 
         Raises:
-            NotThere: no guest is held, and the command needs one.
-            Refused: the guest is not in a state for it, or another guest uses the disk.
+            NotThere: no guest runs, and the command needs one.
+            Refused: another guest uses the disk.
         """
         match command.method:
             case Method.PAUSE:
@@ -184,56 +185,57 @@ class SimulatedHost:
                 assert_never(command.method)
 
     def _halt(self, guest: Guest) -> None:
+        self._must_run(guest)
         if guest.power is PowerState.PAUSED:
             return
-        self._needs(guest, PowerState.RUNNING)
         guest.power = PowerState.PAUSED
         self._changed(guest)
 
     def _go_on(self, guest: Guest) -> None:
+        if not guest.starting:
+            self._must_run(guest)
         if guest.power is PowerState.RUNNING:
             return
-        self._needs(guest, PowerState.PAUSED)
         guest.power = PowerState.RUNNING
+        guest.starting = False
         self._changed(guest)
         self._notice_button(guest)
 
     def _reset(self, guest: Guest) -> None:
-        if guest.power is PowerState.NONE:
+        if guest.starts == 0:
+            raise NotThere(f"Instance {guest.instance_id} was never started on this host.")
+        if guest.seen is PowerState.NONE:
             self.power_cycle(guest)
             return
-        if guest.power not in HELD:
-            self._refuse_if_in_use(guest, *guest.disks.values())
         guest.power = PowerState.RUNNING
         guest.resets += 1
         guest.button_pressed = False
         self._changed(guest)
 
     def _press_button(self, guest: Guest) -> None:
-        if guest.power in {PowerState.RUNNING, PowerState.PAUSED}:
+        if guest.power is PowerState.NONE:
+            raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
+        if guest.seen in RUNS:
             guest.button_pressed = True
             self.keep(guest)
             self._notice_button(guest)
 
     def _attach(self, guest: Guest, disk: Disk) -> None:
-        self._needs(guest, *HELD)
+        self._must_run(guest)
         if disk.id not in guest.disks:
             self._refuse_if_in_use(guest, disk)
             guest.disks[disk.id] = disk
             self._changed(guest)
 
     def _detach(self, guest: Guest, disk_id: str) -> None:
-        self._needs(guest, *HELD)
+        self._must_run(guest)
         if disk_id in guest.disks:
             del guest.disks[disk_id]
             self._changed(guest)
 
-    def _needs(self, guest: Guest, *powers: PowerState) -> None:
-        if guest.power in powers:
-            return
-        if guest.power in HELD:
-            raise Refused(f"The guest of instance {guest.instance_id} is {guest.power}.")
-        raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
+    def _must_run(self, guest: Guest) -> None:
+        if guest.seen not in RUNS:
+            raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
 
     def _refuse_if_in_use(self, guest: Guest, *disks: Disk) -> None:
         for disk in disks:
@@ -288,7 +290,7 @@ class SimulatedHost:
         guest = self.guests.get(instance_id)
         if guest is None or guest.power is PowerState.NONE:
             return False
-        if guest.power in HELD:
+        if guest.seen in RUNS:
             guest.untold.append(GuestEvent.VANISHED)
         self.pull_plug(guest)
         return True
