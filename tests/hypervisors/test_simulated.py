@@ -175,6 +175,19 @@ async def test_what_a_hung_guest_was_sent_takes_effect_when_it_thaws() -> None:
     assert (seen.power_state, seen.responsive) == (PowerState.PAUSED, True)
 
 
+async def test_whoever_waits_for_a_hung_guest_hears_at_once_when_the_plug_is_pulled() -> None:
+    clock = VirtualClock()
+    hypervisor, _ = await running(sleep=clock.sleep, answer_timeout_s=60)
+    hypervisor.host.freeze("one")
+    worker = asyncio.ensure_future(hypervisor.pause(PERMIT, "one"))
+    await clock.advance(1)
+    assert not worker.done()
+    await hypervisor.power_off(PERMIT, "one")
+    await settle()
+    assert isinstance(worker.exception(), NotThere)
+    assert hypervisor.host.guests["one"].unread == []
+
+
 async def test_a_fault_that_cannot_befall_a_call_is_an_error_of_the_script() -> None:
     host = SimulatedHost()
     with pytest.raises(ValueError, match="cannot meet"):
