@@ -186,7 +186,8 @@ async def test_a_frozen_machine_is_refused_with_a_time_and_then_taken_over(
     assert power(host, vm) is PowerState.NONE
     host.thaw(vm)
     assert power(host, vm) is PowerState.NONE
-    assert "request.fenced" in [event.kind for event in await fleet.events(vm)]
+    late = await fleet.until_event(vm, "request.fenced")
+    assert late.request_id == pause.id
 
 
 async def test_a_hard_reboot_of_a_frozen_machine_powers_it_off_and_on(fleet: Embedded, host: SimulatedHost) -> None:

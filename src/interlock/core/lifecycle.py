@@ -61,8 +61,11 @@ def progress(
     phase: str | None = None,
     fraction: float | None = None,
     detail: str | None = None,
+    spec: Spec | None = None,
 ) -> Change[Request | StaleFence]:
     """Note a sign of life of a request in flight: a new phase, how far it is, or only that it lives.
+
+    `spec` is what the instance is to be from now on, for an operation that changes that step by step.
 
     Raises:
         BrokenInvariant: the operation has no such phase.
@@ -83,6 +86,8 @@ def progress(
     )
     draft.put(changed)
     draft.alive()
+    if spec is not None:
+        draft.instance = replace(draft.instance, spec=spec)
     if (changed.phase, changed.progress, changed.detail) != (request.phase, request.progress, request.detail):
         draft.tell(
             "request.progress",
@@ -105,12 +110,11 @@ def finish(
     *,
     message: str | None = None,
     power_state: PowerState | None = None,
-    spec: Spec | None = None,
 ) -> Change[Request | StaleFence]:
     """Note how serving a request came out, and judge what waits again.
 
-    `power_state` and `spec` are what the hypervisor shows and holds now, where the worker knows. An unknown outcome is
-    not an end (law 10): the request keeps its place until it is finished with another.
+    `power_state` is what the hypervisor shows now, where the worker knows. An unknown outcome is not an end (law 10):
+    the request keeps its place until it is finished with another.
     """
     request = _held(instance, request_id, fence)
     if request is None:
@@ -124,8 +128,6 @@ def finish(
         draft.tell("request.unknown", request.id, operation=request.operation.value, message=message)
         return draft.change(kept)
     draft.alive()
-    if spec is not None:
-        draft.instance = replace(draft.instance, spec=spec)
     if request.lane is Lane.STATE:
         _settle(draft, request, outcome, message)
     draft.end(request, *_end(request, outcome, message))

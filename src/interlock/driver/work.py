@@ -20,12 +20,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     """What a performance that succeeded leaves behind."""
 
     power_state: PowerState | None = None
-    spec: Spec | None = None
-    """The instance's new spec, where the operation changed it."""
     message: str | None = None
     """What is worth telling people about how it went."""
-    on_record: bool = False
-    """Whether only the record was changed, because no guest ran: it is done again if a start has begun meanwhile."""
 
 
 class FencePermit:
@@ -109,6 +105,24 @@ class Work:
             raise Fenced(f"The request {request.id} was superseded.")
         self.request = answer
 
+    async def keep_spec(self, spec: Spec, *, guest_has_it: bool) -> bool:
+        """Keep what the instance is from now on, and say whether that could be.
+
+        It cannot if no guest had it when it was looked at and a start is in flight by now, which may have read the spec
+        before: the caller has to look again. Raises `Fenced`.
+        """
+        request = self.request
+
+        def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence | None]:
+            if not guest_has_it and starting(instance):
+                return Change(instance=instance, answer=None)
+            return lifecycle.progress(instance, request.id, request.fence, now_ms, spec=spec)
+
+        answer = await self.store.change(self.id, decide)
+        if isinstance(answer, StaleFence):
+            raise Fenced(f"The request {request.id} was superseded.")
+        return answer is not None
+
     async def while_alive(self, wait: Callable[[], Awaitable[None]], timeout_ms: int) -> bool:
         """Wait for something that takes its time, looking now and then whether the guest is still there.
 
@@ -133,12 +147,17 @@ class Work:
             task.cancel()
 
     async def until_start_has_ended(self) -> Instance:
-        """The instance as soon as no start or create of it is in flight."""
+        """The instance as soon as no start of it is in flight."""
         while True:
             self.news.clear()
             instance = await self.store.instance(self.id)
             assert instance is not None
-            serving = instance.served(Lane.STATE)
-            if serving is None or serving.operation not in {Operation.START, Operation.CREATE}:
+            if not starting(instance):
                 return instance
             await self.news.wait()
+
+
+def starting(instance: Instance) -> bool:
+    """Whether a start of the instance, its first or a later one, is in flight."""
+    serving = instance.served(Lane.STATE)
+    return serving is not None and serving.operation in {Operation.START, Operation.CREATE}

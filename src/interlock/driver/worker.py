@@ -14,11 +14,11 @@ import structlog
 
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, InterlockError, NotResponding, StoreError
-from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Outcome, Request, StaleFence
+from interlock.core.states import PowerState
 from interlock.driver.operations import PERFORMANCES
-from interlock.driver.work import Done, Work
+from interlock.driver.work import Work
 
 AnswerT = TypeVar("AnswerT")
 
@@ -118,8 +118,8 @@ class Worker:
                 await self._finish(Outcome.FAILED, _say(error))
                 return
             else:
-                if await self._finish(Outcome.SUCCEEDED, done.message, done):
-                    return
+                await self._finish(Outcome.SUCCEEDED, done.message, done.power_state)
+                return
 
     async def _until_answering(self) -> None:
         """Look until the machine answers again (law 10)."""
@@ -143,14 +143,10 @@ class Worker:
             return
         await self._finish(Outcome.INTERRUPTED, None)
 
-    async def _finish(self, outcome: Outcome, message: str | None, done: Done | None = None) -> bool:
-        """Report; False if the performance has to be done again because a start has begun meanwhile."""
-        done = done or Done()
+    async def _finish(self, outcome: Outcome, message: str | None, power_state: PowerState | None = None) -> None:
         self._reporting = outcome is not Outcome.UNKNOWN
 
-        def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence | None]:
-            if done.on_record and _starting(instance):
-                return Change(instance=instance, answer=None)
+        def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence]:
             return lifecycle.finish(
                 instance,
                 self.request_id,
@@ -159,15 +155,11 @@ class Worker:
                 self._policy,
                 now_ms,
                 message=message,
-                power_state=done.power_state,
-                spec=done.spec,
+                power_state=power_state,
             )
 
-        answer = await self._kept(decide)
-        if isinstance(answer, Request):
+        if isinstance(await self._kept(decide), Request):
             self._outcome = outcome
-        self._reporting = self._reporting and answer is not None
-        return answer is not None
 
     async def _kept(self, decide: Callable[[Instance, int], Change[AnswerT]]) -> AnswerT:
         """Have the store keep it, however long that takes: an end that is not kept leaves the VM in its task."""
@@ -177,11 +169,6 @@ class Worker:
             except StoreError as error:
                 _LOG.error("cannot keep the end of a request", request=self.request_id, why=error.message)
                 await asyncio.sleep(self.work.config.inspect_retry_ms / 1000)
-
-
-def _starting(instance: Instance) -> bool:
-    serving = instance.served(Lane.STATE)
-    return serving is not None and serving.operation in {Operation.START, Operation.CREATE}
 
 
 def _say(error: InterlockError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +329,22 @@ class Instances:
                 )
         return tuple(sorted(found, key=lambda one: one.silent_since_ms))
 
+    async def census(self) -> tuple[dict[str, int], int]:
+        """How many instances of all projects there are by vm_state, and how many requests are outstanding."""
+        states: dict[str, int] = {}
+        cursor: str | None = None
+        while True:
+            page = await self._store.instances(InstanceFilter(), EVENTS_PAGE, cursor)
+            for instance in page.items:
+                states[instance.vm_state.value] = states.get(instance.vm_state.value, 0) + 1
+            cursor = page.next_cursor
+            if cursor is None:
+                return states, sum(len(one.outstanding) for one in await self._store.unsettled())
+
+    def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
+        """Have `listener` hear of every event of this server, whatever its project."""
+        self._store.listen(listener)
+
     def console_path(self, instance: Instance) -> Path | None:
         """The file of the instance's serial console, or None if there is none."""
         return self._hypervisor.console_path(instance.id)
@@ -347,12 +363,15 @@ class Instances:
     async def follow(
         self, caller: Caller, after: int, idle_ms: int, instance_id: str | None = None
     ) -> AsyncIterator[tuple[Event, ...]]:
-        """The project's events after that sequence as they come, in order; an empty tuple after each idle time."""
+        """The project's events after that sequence as they come, in order; an empty tuple after each idle time.
+
+        Ends when the server does.
+        """
 
         async def more() -> tuple[Event, ...] | None:
             return await self._store.events(after, EVENTS_PAGE, instance_id=instance_id, project=caller.project) or None
 
-        while True:
+        while not self.watch.closed:
             events = await self.watch.until(instance_id or EVERYTHING, more, idle_ms) or ()
             yield events
             if events:

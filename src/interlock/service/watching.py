@@ -19,7 +19,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
-        self._closed = False
+        self.closed = False
+        """Whether everyone was let go: nobody waits here any more."""
 
     def ring(self, events: Sequence[Event]) -> None:
         """Wake everyone who waits for the instances of these events. A store's listener."""
@@ -29,7 +30,7 @@ class Watch:
 
     def close(self) -> None:
         """Let everyone go: they answer with what there is."""
-        self._closed = True
+        self.closed = True
         for instance_id in tuple(self._waiting):
             self._wake(instance_id)
 
@@ -54,7 +55,7 @@ class Watch:
             try:
                 value = await ready()
                 left = deadline - loop.time()
-                if value is not None or left <= 0 or self._closed:
+                if value is not None or left <= 0 or self.closed:
                     return value
                 await asyncio.wait((future,), timeout=left)
             finally:

@@ -89,6 +89,17 @@ class Embedded:
     async def events(self, instance_id: str) -> tuple[Event, ...]:
         return await self.server.store.events(0, 100_000, instance_id=instance_id)
 
+    async def until_event(self, instance_id: str, kind: str) -> Event:
+        """The first event of that kind, as soon as there is one. Raises `TimeoutError`."""
+
+        async def there() -> Event | None:
+            return next((event for event in await self.events(instance_id) if event.kind == kind), None)
+
+        event = await self.server.instances.watch.until(instance_id, there, WAIT_MS)
+        if event is None:
+            raise TimeoutError(f"no {kind} of {instance_id}")
+        return event
+
     async def make_volume(self, name: str) -> Volume:
         """Keep a volume in the record; a simulated guest needs no file of it."""
         volume = Volume(

@@ -10,7 +10,7 @@ import msgspec
 
 from interlock.core.errors import InUse, NotFound, NotThere, Refused
 from interlock.core.records import Disk
-from interlock.core.states import EXECUTING_STATES
+from interlock.core.states import PowerState
 from interlock.driver.work import Done, Work
 from interlock.ports import Volume
 
@@ -21,26 +21,30 @@ async def attach(work: Work) -> Done:
     if not await work.store.claim_volume(volume.id, work.id):
         raise InUse(f"The volume {volume.name} is attached to another instance.", remedy="Detach it there first.")
     disk = Disk(id=volume.id, path=volume.path)
+    disks = (*(one for one in work.spec.disks if one.id != disk.id), disk)
+    spec = msgspec.structs.replace(work.spec, disks=disks)
     try:
-        plugged = await _plug(work, disk)
+        while not await work.keep_spec(spec, guest_has_it=await _plug(work, disk)):
+            pass
     except Refused:
         # Only a certain failure gives the volume back; what may be plugged in stays claimed.
         if volume.id not in (await work.hypervisor.inspect(work.id)).disks:
             await work.store.release_volume(volume.id, work.id)
         raise
-    disks = (*(one for one in work.spec.disks if one.id != disk.id), disk)
-    return Done(spec=msgspec.structs.replace(work.spec, disks=disks), on_record=not plugged)
+    return Done()
 
 
 async def detach(work: Work) -> Done:
-    """Unplug the volume if a guest runs, then let it go."""
+    """Unplug the volume if a guest runs, forget it for the next start, and only then let it go."""
     volume = await _volume(work)
-    attached = volume.attached_to == work.id or any(disk.id == volume.id for disk in work.spec.disks)
-    if not attached:
+    if volume.attached_to != work.id and not any(disk.id == volume.id for disk in work.spec.disks):
         raise NotFound(f"The volume {volume.name} is not attached to {work.instance.name}.")
-    unplugged = await _unplug(work, volume.id)
     disks = tuple(one for one in work.spec.disks if one.id != volume.id)
-    return Done(spec=msgspec.structs.replace(work.spec, disks=disks), on_record=not unplugged)
+    spec = msgspec.structs.replace(work.spec, disks=disks)
+    while not await work.keep_spec(spec, guest_has_it=await _unplug(work, volume.id)):
+        pass
+    await work.store.release_volume(volume.id, work.id)
+    return Done()
 
 
 async def _plug(work: Work, disk: Disk) -> bool:
@@ -69,8 +73,8 @@ async def _unplug(work: Work, disk_id: str) -> bool:
 
 async def _runs_after_all(work: Work) -> bool:
     """Whether the guest that was not there a moment ago runs once the start that is in flight has ended."""
-    instance = await work.until_start_has_ended()
-    return instance.vm_state in EXECUTING_STATES and bool((await work.hypervisor.inspect(work.id)).disks)
+    await work.until_start_has_ended()
+    return (await work.hypervisor.inspect(work.id)).power_state in {PowerState.RUNNING, PowerState.PAUSED}
 
 
 async def _volume(work: Work) -> Volume:

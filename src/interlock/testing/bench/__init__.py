@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from interlock.testing.bench import decisions, durability, http, pausing, whole
 
 Measure = Callable[[Path], dict[str, float]]
@@ -60,15 +62,5 @@ def _repeat(measure: Measure, times: int, folder: Path | None) -> dict[str, Any]
 
 def run(coroutine: Any) -> Any:
     """Run a coroutine on the event loop that a server runs on."""
-    import uvloop
-
-    return (
-        asyncio.run(coroutine, loop_factory=uvloop.new_event_loop) if sys.version_info >= (3, 12) else _run(coroutine)
-    )
-
-
-def _run(coroutine: Any) -> Any:
-    import uvloop
-
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(coroutine)

@@ -1,0 +1,156 @@
+"""The ASGI application: every door with its caller, every error as a problem, and the pages about the server itself."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+import swagger_ui
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from interlock.api import events, instances, inventory, openapi, problems, requests, schemas
+from interlock.api.doors import ApiParts, Door, Endpoint, answer
+from interlock.api.metrics import CONTENT_TYPE
+from interlock.api.problems import HTTP_KINDS, Bad
+from interlock.core.errors import InterlockError
+from interlock.service.callers import Caller
+
+__all__ = ["DOORS", "ApiParts", "create_app"]
+
+DOORS: Final[tuple[Door, ...]] = (*instances.DOORS, *requests.DOORS, *events.DOORS, *inventory.DOORS)
+
+_LOG = structlog.get_logger(__name__)
+_Handler = Callable[[Request], Awaitable[Response]]
+
+_DOCS = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><title>Interlock: the HTTP interface</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="stylesheet" href="/docs/static/swagger-ui.css">
+</head>
+<body>
+<div id="ui"></div>
+<script src="/docs/static/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "/openapi.json", dom_id: "#ui", deepLinking: true, persistAuthorization: false});</script>
+</body>
+</html>
+"""
+
+
+def create_app(parts: ApiParts) -> Starlette:
+    """The application that serves these parts."""
+    document = msgspec.json.encode(openapi.document(DOORS, parts.version))
+    by_path: dict[str, dict[str, Door]] = {}
+    for door in DOORS:
+        by_path.setdefault(door.path, {})[door.method] = door
+    # A fixed path before one with a parameter in the same place.
+    paths = sorted(by_path, key=lambda path: [part.startswith("{") for part in path.split("/")])
+    hottest = "/v1/instances/{reference}/requests"
+    paths.sort(key=lambda path: path != hottest)
+    routes = [Route(path, _Path(parts, by_path[path])) for path in paths]
+    return Starlette(
+        routes=[*routes, *_about(parts, document)],
+        exception_handlers={HTTPException: _http_exception, Exception: _bug},
+    )
+
+
+class _Path:
+    """One path, as an ASGI application: finds the door for the method, and turns errors into problems."""
+
+    def __init__(self, parts: ApiParts, doors: dict[str, Door]) -> None:
+        self._parts = parts
+        self._endpoints = {method: door.endpoint for method, door in doors.items()}
+        self._allow = ", ".join(sorted(doors))
+
+    async def __call__(self, scope: object, receive: object, send: object) -> None:
+        request = Request(scope, receive)  # type: ignore[arg-type]
+        response = await self._answer(request)
+        await response(scope, receive, send)  # type: ignore[arg-type]
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            caller = _authenticate(self._parts, request)
+            return await self._endpoint(request)(self._parts, caller, request)
+        except InterlockError as error:
+            return problems.of_error(error, request.url.path)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a request
+            return await _bug(request, error)
+
+    def _endpoint(self, request: Request) -> Endpoint:
+        endpoint = self._endpoints.get(request.method)
+        if endpoint is None:
+            raise Bad("method-not-allowed", f"{request.method} is not known here.", Allow=self._allow)
+        return endpoint
+
+
+def _authenticate(parts: ApiParts, request: Request) -> Caller:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    caller = parts.callers.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
+    if caller is None:
+        raise Bad(
+            "unauthorized",
+            "There is no valid bearer token in the Authorization header.",
+            remedy="Send `Authorization: Bearer <secret>`; the first start wrote one into the file admin.token.",
+            WWW_Authenticate='Bearer realm="interlock"',
+        )
+    return caller
+
+
+def _about(parts: ApiParts, document: bytes) -> list[Route | Mount]:
+    async def health(_: Request) -> Response:
+        return answer(schemas.Health(status="alive", version=parts.version))
+
+    async def readiness(_: Request) -> Response:
+        ready = parts.ready()
+        reasons = () if ready else ("The server is starting or stopping.",)
+        return answer(schemas.Readiness(ready=ready, reasons=reasons), 200 if ready else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    async def described(_: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    async def docs(_: Request) -> Response:
+        return HTMLResponse(_DOCS)
+
+    pages: dict[str, _Handler] = {
+        "/healthz": health,
+        "/readyz": readiness,
+        "/metrics": metrics,
+        "/openapi.json": described,
+        "/docs": docs,
+    }
+    static = StaticFiles(directory=Path(swagger_ui.__file__).parent / "static")
+    return [*(Route(path, handler) for path, handler in pages.items()), Mount("/docs/static", static)]
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """What the router itself refuses, as a problem."""
+    assert isinstance(error, HTTPException)
+    kind = HTTP_KINDS["method-not-allowed" if error.status_code == 405 else "no-such-path"]  # noqa: PLR2004
+    what = f"{request.method} {request.url.path[:200]}"
+    headers = dict(error.headers or {})
+    return problems.response(kind, f"{what} is not known here.", request.url.path, remedy="See /docs.", headers=headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """An error that nobody meant: logged with an id, told without its insides."""
+    occurrence = str(uuid.uuid1())
+    _LOG.error("internal error", occurrence=occurrence, path=request.url.path, exc_info=error)
+    kind = HTTP_KINDS["internal"]
+    detail = "The server has met a defect of its own."
+    remedy = f"Report it, with what the server's log says of {occurrence}."
+    return problems.response(kind, detail, request.url.path, remedy=remedy, occurrence=occurrence)

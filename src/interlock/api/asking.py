@@ -1,0 +1,140 @@
+"""What a request says: its body, its query and its headers, checked before anything is done."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, Final, TypeVar, get_args
+
+import msgspec
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+
+from interlock.api.problems import Bad
+from interlock.core.errors import Invalid
+from interlock.policies.durations import parse_duration
+
+BodyT = TypeVar("BodyT")
+
+WAIT_MS_MAX: Final = 120_000
+"""The longest that a request is held open; a longer wish is cut to it."""
+KEY_LENGTH_MAX: Final = 255
+_PREFER_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?:$|[,;\s])", re.IGNORECASE)
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]*)`")
+_DECODERS: Final[dict[Any, msgspec.json.Decoder[Any]]] = {}
+
+
+async def body(request: Request, kind: type[BodyT], bytes_max: int) -> BodyT:
+    """The JSON body as a value of `kind`.
+
+    Raises:
+        Bad: it is of another media type, too large, or no JSON.
+        Invalid: it is JSON, and not what was expected; names where and what.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise Bad("media-type", f"The body is {media_type[:80]!r}.", remedy="Send application/json.")
+    text = await _read(request, bytes_max)
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+    try:
+        value: BodyT = decoder.decode(text)
+    except msgspec.ValidationError as error:
+        raise Invalid(f"The body is wrong: {error}.", remedy=_nearest(str(error), kind)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Bad("not-json", f"The body is not JSON: {error}.") from None
+    return value
+
+
+async def _read(request: Request, bytes_max: int) -> bytes:
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > bytes_max:
+        raise _too_large(bytes_max)
+    text = b""
+    async for chunk in request.stream():
+        text += chunk
+        if len(text) > bytes_max:
+            raise _too_large(bytes_max)
+    return text
+
+
+def _too_large(bytes_max: int) -> Bad:
+    return Bad("too-large", f"The body is larger than {bytes_max} bytes.", Connection="close")
+
+
+def _nearest(message: str, kind: Any) -> str | None:
+    """What to do about an unknown field: the name that was meant, or the names there are."""
+    found = _UNKNOWN_FIELD.search(message)
+    if found is None:
+        return None
+    names = sorted(set(_names(kind)))
+    near = difflib.get_close_matches(found.group(1), names, n=1)
+    return f"Did you mean `{near[0]}`?" if near else f"The fields are: {', '.join(names)}."
+
+
+def _names(kind: Any) -> Iterator[str]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in msgspec.structs.fields(kind):
+            yield field.encode_name
+            yield from _names(field.type)
+    for part in get_args(kind):
+        yield from _names(part)
+
+
+def only(query: QueryParams, *names: str) -> None:
+    """Raise `Invalid` for a query parameter that the path does not know."""
+    for name in query:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            known = f"Did you mean `{near[0]}`?" if near else f"It takes: {', '.join(names) or 'none'}."
+            raise Invalid(f"There is no query parameter {name[:80]!r} here.", remedy=known)
+
+
+def number(query: QueryParams, name: str, default: int, least: int, most: int) -> int:
+    """A whole number of the query. Raises `Invalid` if it is none, or out of its bounds."""
+    text = query.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 18 or not least <= int(text) <= most:  # noqa: PLR2004
+        raise Invalid(f"{name}: {text[:80]!r}; expected a whole number from {least} to {most}.")
+    return int(text)
+
+
+def wait_ms(query: QueryParams) -> int:
+    """The query's `wait`, such as `30s`, in milliseconds and no more than is granted; 0 if it is not there."""
+    text = query.get("wait")
+    if text is None:
+        return 0
+    length = parse_duration(text)
+    if length is None:
+        raise Invalid(f"wait: {text[:80]!r}; expected a length of time such as 30s or 500ms.")
+    return min(length, WAIT_MS_MAX)
+
+
+def preferred_wait_s(request: Request) -> int | None:
+    """The seconds of `Prefer: wait=N`, or None. A preference that makes no sense is passed over, as RFC 7240 has it."""
+    found = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+    return min(int(found.group(1)), WAIT_MS_MAX // 1000) if found else None
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The `Idempotency-Key`, or None. Raises `Bad` for one that is none."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= KEY_LENGTH_MAX or not key.isascii() or not key.isprintable():
+        raise Bad("bad-header", f"Idempotency-Key must be 1 to {KEY_LENGTH_MAX} printable ASCII characters.")
+    return key
+
+
+def if_generation(request: Request) -> int | None:
+    """The generation of `If-Match`, or None for `*` or none at all. Raises `Bad` for what is no ETag of ours."""
+    tag = request.headers.get("if-match")
+    if tag is None or tag.strip() == "*":
+        return None
+    text = tag.strip().removeprefix('"').removesuffix('"')
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:  # noqa: PLR2004
+        raise Bad("bad-header", f'If-Match: {tag[:80]!r}; expected the ETag of an instance, such as "7".')
+    return int(text)

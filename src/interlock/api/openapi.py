@@ -1,0 +1,102 @@
+"""The OpenAPI 3.1 document, drawn from the doors and their types; nothing of it is typed by hand twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from interlock.api import problems, schemas
+from interlock.api.doors import Door
+
+_TEMPLATE: Final = "#/components/schemas/{name}"
+_EVERYWHERE: Final = (401, 403, 422, 503)
+_WITH_BODY: Final = (400, 413, 415)
+_KEYED: Final = "Idempotency-Key"
+
+
+def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
+    """The whole document."""
+    doors = tuple(doors)
+    kinds = [schemas.Problem, schemas.Refusal]
+    for door in doors:
+        kinds += [
+            kind for kind in (door.body, *door.answers.values()) if kind is not None and not isinstance(kind, str)
+        ]
+    shapes, components = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
+    known = {repr(kind): shape for kind, shape in zip(kinds, shapes, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    for door in doors:
+        paths.setdefault(door.path, {})[door.method.lower()] = _operation(door, known)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Interlock",
+            "version": version,
+            "summary": "Keeps the state of virtual machines.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"bearer": []}],
+    }
+
+
+def _operation(door: Door, known: Mapping[str, Any]) -> dict[str, Any]:
+    responses: dict[str, Any] = {str(status): _answer(kind, known) for status, kind in door.answers.items()}
+    statuses = {*_EVERYWHERE, *door.problems, *(_WITH_BODY if door.body is not None else ())}
+    if any(parameter.where == "header" for parameter in door.parameters):
+        statuses.add(400)
+    for status in sorted(statuses):
+        responses[str(status)] = _problem(status, "Problem")
+    if door.refuses:
+        responses["409"] = _problem(409, "Refusal", "Problem")
+    operation: dict[str, Any] = {
+        "operationId": f"{door.method.lower()}_{re.sub(r'[^a-z]+', '_', door.path.lower()).strip('_')}",
+        "summary": door.summary,
+        "tags": [door.tag],
+        "parameters": [*_path_parameters(door), *(_parameter(one) for one in door.parameters)],
+        "responses": responses,
+    }
+    if door.body is not None:
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": known[repr(door.body)]}},
+        }
+    if door.form is not None:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": door.form}}}
+    return operation
+
+
+def _path_parameters(door: Door) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in re.findall(r"{(\w+)}", door.path)
+    ]
+
+
+def _parameter(parameter: Any) -> dict[str, Any]:
+    return {
+        "name": parameter.name,
+        "in": parameter.where,
+        "description": parameter.description,
+        "schema": dict(parameter.schema),
+    }
+
+
+def _answer(kind: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    if kind is None:
+        return {"description": "Done."}
+    if isinstance(kind, str):
+        return {"description": "As text.", "content": {kind: {"schema": {"type": "string"}}}}
+    return {"description": "Done.", "content": {"application/json": {"schema": known[repr(kind)]}}}
+
+
+def _problem(status: int, *names: str) -> dict[str, Any]:
+    kinds = [*problems.KINDS.values(), *problems.HTTP_KINDS.values()]
+    title = "; or ".join(dict.fromkeys(kind.title for kind in kinds if kind.status == status)) or "Refused"
+    shapes = [{"$ref": _TEMPLATE.format(name=name)} for name in names]
+    schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+    return {"description": title, "content": {problems.MEDIA_TYPE: {"schema": schema}}}
