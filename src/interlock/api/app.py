@@ -13,12 +13,12 @@ import swagger_ui
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from interlock.api import events, instances, inventory, openapi, problems, requests, schemas
-from interlock.api.doors import ApiParts, Door, Endpoint, answer
+from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.problems import HTTP_KINDS, Bad
 from interlock.core.errors import InterlockError
@@ -57,11 +57,14 @@ def create_app(parts: ApiParts) -> Starlette:
     paths = sorted(by_path, key=lambda path: [part.startswith("{") for part in path.split("/")])
     hottest = "/v1/instances/{reference}/requests"
     paths.sort(key=lambda path: path != hottest)
-    routes = [Route(path, _Path(parts, by_path[path])) for path in paths]
-    return Starlette(
+    routes = [Route(path, _Path(parts, by_path[path]), methods=list(by_path[path])) for path in paths]
+    app = Starlette(
         routes=[*routes, *_about(parts, document)],
         exception_handlers={HTTPException: _http_exception, Exception: _bug},
     )
+    # A path is known or it is not: a redirect would lose the body of what was asked for.
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Path:
@@ -70,7 +73,6 @@ class _Path:
     def __init__(self, parts: ApiParts, doors: dict[str, Door]) -> None:
         self._parts = parts
         self._endpoints = {method: door.endpoint for method, door in doors.items()}
-        self._allow = ", ".join(sorted(doors))
 
     async def __call__(self, scope: object, receive: object, send: object) -> None:
         request = Request(scope, receive)  # type: ignore[arg-type]
@@ -80,7 +82,7 @@ class _Path:
     async def _answer(self, request: Request) -> Response:
         try:
             caller = _authenticate(self._parts, request)
-            return await self._endpoint(request)(self._parts, caller, request)
+            return await self._serve(caller, request)
         except InterlockError as error:
             return problems.of_error(error, request.url.path)
         except ClientDisconnect:
@@ -88,11 +90,12 @@ class _Path:
         except Exception as error:  # noqa: BLE001 - the outermost frame of a request
             return await _bug(request, error)
 
-    def _endpoint(self, request: Request) -> Endpoint:
-        endpoint = self._endpoints.get(request.method)
-        if endpoint is None:
-            raise Bad("method-not-allowed", f"{request.method} is not known here.", Allow=self._allow)
-        return endpoint
+    async def _serve(self, caller: Caller, request: Request) -> Response:
+        if request.method != "HEAD":
+            return await self._endpoints[request.method](self._parts, caller, request)
+        response = await self._endpoints["GET"](self._parts, caller, request)
+        # What streams has no end to wait for.
+        return Response(headers=response.headers) if isinstance(response, StreamingResponse) else response
 
 
 def _authenticate(parts: ApiParts, request: Request) -> Caller:
@@ -118,6 +121,7 @@ def _about(parts: ApiParts, document: bytes) -> list[Route | Mount]:
         return answer(schemas.Readiness(ready=ready, reasons=reasons), 200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
+        parts.metrics.note_stuck(len(await parts.instances.stuck(None)))
         return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def described(_: Request) -> Response:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from interlock.api import asking, problems, schemas, views
 from interlock.api.doors import CURSOR, IF_MATCH, KEY, LIMIT, PREFER, WAIT, ApiParts, Door, Parameter, answer, etag
+from interlock.api.patience import while_connected
 from interlock.core import records
 from interlock.core.errors import Invalid, NotFound
 from interlock.core.records import ENDS, Admitted, Denied, Redundant
@@ -66,7 +67,7 @@ async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:
     wait_ms = asking.wait_ms(query)
     if "after_generation" in query:
         after = asking.number(query, "after_generation", 0, 0, 2**53)
-        instance = await parts.instances.wait(caller, reference, after, wait_ms)
+        instance = await while_connected(request, parts.instances.wait(caller, reference, after, wait_ms))
     else:
         instance = await parts.instances.describe(caller, reference)
     return answer(views.instance(instance), 200, etag(instance.generation))
@@ -108,7 +109,7 @@ async def _wait(
     seconds = asking.preferred_wait_s(request)
     if seconds is None:
         return asked, {}
-    waited = await parts.instances.request(caller, asked.id, seconds * 1000)
+    waited = await while_connected(request, parts.instances.request(caller, asked.id, seconds * 1000))
     return waited, {"Preference-Applied": f"wait={seconds}"}
 
 

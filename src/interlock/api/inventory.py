@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from interlock.api import asking, schemas, views
+from interlock.api import asking, schemas, uploading, views
 from interlock.api.doors import ApiParts, Door, answer
-from interlock.api.problems import Bad
 from interlock.core.errors import Invalid
 from interlock.core.records import Image
 from interlock.ports import Role
@@ -24,7 +21,6 @@ from interlock.service.wishes import NewVolume
 
 _FIELDS: Final = frozenset(field.name for field in msgspec.structs.fields(schemas.ImageUpload))
 _FILES: Final = frozenset({"disk", "kernel", "initrd"})
-_CHUNK: Final = 1024 * 1024
 
 # --------------------------------------------------------------------------------------------------------- images
 
@@ -37,35 +33,24 @@ async def images(parts: ApiParts, _caller: Caller, request: Request) -> Response
 async def add_image(parts: ApiParts, caller: Caller, request: Request) -> Response:
     """Take an upload to a folder that goes when this is over, and have the service bring in what is in it."""
     caller.require(Role.ADMIN, "add images")
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Bad("media-type", "An image is uploaded as multipart/form-data.")
-    told = request.headers.get("content-length", "")
-    if not told.isdecimal():
-        raise Bad("bad-header", "An upload must say how long it is.", remedy="Send a Content-Length.")
-    if int(told) > parts.config.upload_bytes_max:
-        raise Bad("too-large", f"The upload is larger than {parts.config.upload_bytes_max} bytes.", Connection="close")
-    try:
-        async with request.form(max_files=len(_FILES), max_fields=len(_FIELDS)) as form:
-            return await _bring(parts, caller, form)
-    except HTTPException as error:
-        raise Invalid(f"The form is wrong: {error.detail}.") from None
+    with tempfile.TemporaryDirectory(prefix="upload-", dir=parts.config.folder) as folder:
+        bytes_max = parts.config.upload_bytes_max
+        texts, files = await uploading.receive(request, Path(folder), _FIELDS, _FILES, bytes_max)
+        image = await _keep(parts, caller, _check(texts, files), files)
+    return answer(views.image(image), 201, {"Location": "/v1/images"})
 
 
-async def _bring(parts: ApiParts, caller: Caller, form: FormData) -> Response:
-    texts = {name: value for name, value in form.items() if isinstance(value, str)}
-    files = {name: value for name, value in form.items() if isinstance(value, UploadFile)}
+def _check(texts: dict[str, str], files: Collection[str]) -> schemas.ImageUpload:
+    """What the form says of the image, if the files are those of its kind."""
     try:
         upload = msgspec.convert(texts, schemas.ImageUpload)
     except msgspec.ValidationError as error:
         raise Invalid(f"The form is wrong: {error}.", remedy=f"The fields are: {', '.join(sorted(_FIELDS))}.") from None
-    wanted = {"disk"} if upload.kind == "disk" else {"kernel"}
-    if not wanted <= set(files) <= wanted | ({"initrd"} if upload.kind == "kernel" else set()):
+    needed, optional = ({"disk"}, set[str]()) if upload.kind == "disk" else ({"kernel"}, {"initrd"})
+    if not needed <= set(files) <= needed | optional:
         what = "the file `disk`" if upload.kind == "disk" else "the file `kernel`, and `initrd` if it has one"
         raise Invalid(f"An image of the kind {upload.kind} takes {what}; found {', '.join(sorted(files)) or 'none'}.")
-    with tempfile.TemporaryDirectory(prefix="upload-", dir=parts.config.folder) as folder:
-        paths = {name: await asyncio.to_thread(_save, one, Path(folder) / name) for name, one in files.items()}
-        image = await _keep(parts, caller, upload, paths)
-    return answer(views.image(image), 201, {"Location": "/v1/images"})
+    return upload
 
 
 async def _keep(parts: ApiParts, caller: Caller, upload: schemas.ImageUpload, paths: dict[str, Path]) -> Image:
@@ -74,13 +59,6 @@ async def _keep(parts: ApiParts, caller: Caller, upload: schemas.ImageUpload, pa
     return await parts.inventory.add_kernel_image(
         caller, upload.name, paths["kernel"], paths.get("initrd"), upload.cmdline
     )
-
-
-def _save(upload: UploadFile, path: Path) -> Path:
-    with path.open("wb") as file:
-        while chunk := upload.file.read(_CHUNK):
-            file.write(chunk)
-    return path
 
 
 async def build_small(parts: ApiParts, caller: Caller, request: Request) -> Response:

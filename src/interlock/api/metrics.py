@@ -36,6 +36,7 @@ class Metrics:
         self._outstanding = Gauge("requests_outstanding", "Requests that have not ended.", **made)
         self._fenced = Counter("fenced_reports", "Reports of workers that had lost the right to act.", **made)
         self._guest = Counter("guest_events", "What guests did of their own accord.", ["kind"], **made)
+        self._stuck = Gauge("instances_stuck", "Instances that something could take over now.", **made)
         self._begun_ms: dict[str, int] = {}
 
     def begin(self, states: dict[str, int], outstanding: int) -> None:
@@ -43,6 +44,10 @@ class Metrics:
         for state, count in states.items():
             self._instances.labels(state).set(count)
         self._outstanding.set(outstanding)
+
+    def note_stuck(self, count: int) -> None:
+        """Set how many instances are stuck: that comes about by waiting, so no event tells it."""
+        self._stuck.set(count)
 
     def hear(self, events: Sequence[Event]) -> None:
         """Count events. A store's listener."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
 
 from interlock.api import problems, schemas
 from interlock.api.doors import Door
+from interlock.service import wishes
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 _EVERYWHERE: Final = (401, 403, 422, 503)
@@ -26,6 +31,7 @@ def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
             kind for kind in (door.body, *door.answers.values()) if kind is not None and not isinstance(kind, str)
         ]
     shapes, components = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
+    _describe_fields(components)
     known = {repr(kind): shape for kind, shape in zip(kinds, shapes, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
     for door in doors:
@@ -42,6 +48,32 @@ def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
         "components": {"schemas": components, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
         "security": [{"bearer": []}],
     }
+
+
+def _describe_fields(components: dict[str, Any]) -> None:
+    """Give every field the sentence that stands under it in the source."""
+    for module in (schemas, wishes):
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name in components:
+                properties = components[name].get("properties", {})
+                for field, sentence in _sentences(kind).items():
+                    properties.get(field, {}).setdefault("description", sentence)
+
+
+def _sentences(kind: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for ancestor in reversed(kind.__mro__):
+        if not ancestor.__module__.startswith("interlock."):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, after in pairwise(body.body):
+            match field, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+                case _:
+                    pass
+    return found
 
 
 def _operation(door: Door, known: Mapping[str, Any]) -> dict[str, Any]:

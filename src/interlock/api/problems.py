@@ -50,6 +50,7 @@ HTTP_KINDS: Final[dict[str, Kind]] = {
     kind.name: kind
     for kind in (
         Kind(400, "not-json", "The body is not JSON"),
+        Kind(400, "not-a-form", "The body is not a form"),
         Kind(400, "bad-header", "A header makes no sense"),
         Kind(401, "unauthorized", "No valid token"),
         Kind(404, "no-such-path", "There is no such path"),

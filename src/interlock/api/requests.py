@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from interlock.api import asking, schemas, views
 from interlock.api.doors import WAIT, ApiParts, Door, answer
+from interlock.api.patience import while_connected
 from interlock.api.problems import Bad
 from interlock.core.records import ENDS, Cancellation
 from interlock.service.callers import Caller
@@ -17,7 +18,8 @@ from interlock.service.callers import Caller
 async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:
     asking.only(request.query_params, "wait")
     wait_ms = asking.wait_ms(request.query_params)
-    return answer(views.request(await parts.instances.request(caller, request.path_params["id"], wait_ms)))
+    waiting = parts.instances.request(caller, request.path_params["id"], wait_ms)
+    return answer(views.request(await (while_connected(request, waiting) if wait_ms else waiting)))
 
 
 async def cancel(parts: ApiParts, caller: Caller, request: Request) -> Response:

@@ -305,16 +305,20 @@ class Instances:
         answers = explaining.dispositions(instance, caller.role.value, caller.name, self.policy, self._store.now_ms())
         return instance, answers
 
-    async def stuck(self, caller: Caller) -> tuple[Stuck, ...]:
-        """The caller's instances that something could take over now, those silent longest first."""
+    async def stuck(self, caller: Caller | None) -> tuple[Stuck, ...]:
+        """The caller's instances that something could take over now, those silent longest first.
+
+        Without a caller (for the server's own figures): those of all projects.
+        """
+        by = "" if caller is None else caller.name
         found = []
         takeovers = {rule.id for rule in self.policy.rules if rule.verdict is Verdict.AFTER}
         for instance in await self._store.unsettled():
             serving = next((one for one in instance.outstanding if one.last_progress_at_ms is not None), None)
-            if instance.project != caller.project or serving is None:
+            if serving is None or (caller is not None and instance.project != caller.project):
                 continue
             now_ms = self._store.now_ms()
-            answers = explaining.dispositions(instance, Role.ADMIN.value, caller.name, self.policy, now_ms)
+            answers = explaining.dispositions(instance, Role.ADMIN.value, by, self.policy, now_ms)
             admitted = {op: one for op, one in answers.items() if isinstance(one, Admitted)}
             over = tuple(op for op, one in admitted.items() if one.rule in takeovers)
             if over:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
 from interlock.core.records import Image, Instance
 from interlock.ports import ImageFiles, InstanceFilter, Role, Store, Volume, VolumeFiles
@@ -57,6 +59,7 @@ class Inventory:
             raise NameTaken(f"There is an image named {name} already.", remedy="Choose another name.")
 
     async def _keep(self, image: Image) -> Image:
+        image = msgspec.structs.replace(image, created_at_ms=self._store.now_ms())
         try:
             await self._store.put_image(image)
         except BaseException:

@@ -1,0 +1,270 @@
+"""The composition root: the only place where adapters are chosen and put together.
+
+What a server is made of, in which order it opens, and what it leaves in its folder for the command line to find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+import uuid_utils
+import uvicorn
+from starlette.applications import Starlette
+
+from interlock import __version__
+from interlock.api.app import ApiParts, create_app
+from interlock.api.metrics import Metrics
+from interlock.config import Config
+from interlock.core.errors import StoreError, Unavailable
+from interlock.core.policy import CompiledPolicy
+from interlock.driver.agent import Agent
+from interlock.driver.operations import PERFORMS
+from interlock.hypervisors.images import ImageFolder
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
+from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
+from interlock.hypervisors.simulated.host import SimulatedHost
+from interlock.hypervisors.volumes import VolumeFolder
+from interlock.policies.reading import load
+from interlock.ports import Hypervisor
+from interlock.service.callers import Callers
+from interlock.service.instances import Instances
+from interlock.service.inventory import Inventory
+from interlock.stores.sqlite import SqliteStore
+
+DATABASE = "interlock.db"
+ADMIN_TOKEN = "admin.token"  # noqa: S105 - a file's name
+SERVER_FILE = "server.json"
+"""Where a server that listens says so: its URL and process id, for the command line."""
+
+_LOG = structlog.get_logger(__name__)
+
+
+def new_id() -> str:
+    """A new id: a UUID of version 7, so that ids sort by the time they were made."""
+    return str(uuid_utils.uuid7())
+
+
+def new_secret() -> str:
+    """A new token's secret: 256 random bits, with a prefix by which leaked ones can be found."""
+    return f"ilk_{secrets.token_urlsafe(32)}"
+
+
+def configure_logging(config: Config) -> None:
+    """Send what the server has to say to standard error, as lines for people or as JSON."""
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if config.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def upgrade_database(config: Config) -> None:
+    """Bring the database to this version's schema. Raises `StoreError`."""
+    from interlock.stores.schema import upgrade
+
+    upgrade(config.folder / DATABASE)
+
+
+class Server:
+    """Everything that runs in one server process: the store, the agent of this host, and the HTTP door."""
+
+    def __init__(self, config: Config, hypervisor: Hypervisor | None = None) -> None:
+        """Put the parts together; nothing is touched before `open`. A test may bring its own hypervisor."""
+        self.config = config
+        self.folder = config.folder
+        self.store = SqliteStore(self.folder / DATABASE)
+        self.hypervisor = hypervisor or _hypervisor(config)
+        self.policy = CompiledPolicy(load(config.policy), PERFORMS)
+        host = config.host or platform.node() or "localhost"
+        self.agent = Agent(host, self.store, self.hypervisor, self.policy, config.driver)
+        self.callers = Callers(self.store, new_id, new_secret)
+        image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
+        volume_files = VolumeFolder(self.folder / "volumes")
+        self.inventory = Inventory(self.store, image_files, volume_files, new_id, config.volume_gib_max)
+        self.instances = Instances(
+            self.store, self.policy, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
+        )
+        self.metrics = Metrics()
+        self.ready = False
+        self.url = ""
+        """Where it listens, once it does."""
+        self._http: uvicorn.Server | None = None
+
+    async def open(self) -> None:
+        """Open what it is made of, inspect before serving, and see that there is an admin token.
+
+        Raises:
+            StoreError, Unavailable: with what to do about it; nothing is left open.
+        """
+        _make_folder(self.folder)
+        await self.store.open()
+        try:
+            self.metrics.begin(*await self.instances.census())
+            self.instances.listen(self.metrics.hear)
+            await self.agent.open()
+            await self.callers.open()
+            await self._first_token()
+        except BaseException:
+            await self.store.close()
+            raise
+        self.ready = True
+
+    async def close(self) -> None:
+        """Stop serving and let go of everything; the VMs go on."""
+        self.ready = False
+        self.instances.close()
+        await self.agent.close()
+        await self.store.close()
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        parts = ApiParts(
+            instances=self.instances,
+            inventory=self.inventory,
+            callers=self.callers,
+            config=self.config,
+            ready=lambda: self.ready,
+            version=__version__,
+            metrics=self.metrics,
+        )
+        return create_app(parts)
+
+    async def serve(self, started: asyncio.Event | None = None) -> None:
+        """Open, listen, and serve until a signal or `stop`; sets `started` when it listens.
+
+        Raises:
+            StoreError, Unavailable: it cannot be opened, or the address cannot be listened on.
+        """
+        await self.open()
+        try:
+            with self._bind() as listening:
+                await self._listen(listening, started)
+        finally:
+            (self.folder / SERVER_FILE).unlink(missing_ok=True)
+            await self.close()
+
+    def stop(self) -> None:
+        """Have `serve` come to its end; those who wait for news are answered with what there is."""
+        self.instances.watch.close()
+        if self._http is not None:
+            self._http.should_exit = True
+
+    def _bind(self) -> socket.socket:
+        host, port = self.config.listen_host, self.config.listen_port
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, port), family=family, backlog=2048)
+        except OSError as error:
+            raise Unavailable(
+                f"Cannot listen on {host}:{port}: {error.strerror}.",
+                remedy="Stop what listens there, or choose another address with --listen or listen_port.",
+            ) from None
+
+    async def _listen(self, listening: socket.socket, started: asyncio.Event | None) -> None:
+        config = self.config
+        settings = uvicorn.Config(
+            self.app(),
+            ssl_certfile=config.tls_certificate or None,
+            ssl_keyfile=config.tls_key or None,
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, config.driver.drain_ms // 1000),
+        )
+        self._http = _Http(settings)
+        self.url = _url(listening, tls=bool(config.tls_certificate))
+        _write(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
+        _LOG.info("serving", url=self.url, folder=str(self.folder), policy=self.policy.policy.name)
+        if started is not None:
+            started.set()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            await self._http.serve(sockets=[listening])
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    async def _first_token(self) -> None:
+        """Make the admin token that the command line finds by itself, if nobody could ask for anything otherwise."""
+        path = self.folder / ADMIN_TOKEN
+        if self.callers.empty:
+            secret = new_secret()
+            _write(path, secret + "\n", mode=0o600)
+            await self.callers.make_first(secret)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn's server without its own handling of signals, which would end the process before the store is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _url(listening: socket.socket, *, tls: bool) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _hypervisor(config: Config) -> Hypervisor:
+    if config.hypervisor == "simulated":
+        return SimulatedHypervisor(SimulatedHost(folder=config.folder / "simulated"))
+    return QemuHypervisor(
+        QemuSettings(
+            folder=config.folder / "guests",
+            qemu_binary=config.qemu_binary,
+            accelerator=config.accelerator,
+            qmp_timeout_ms=config.qmp_timeout_ms,
+        )
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the server's folder. Others may pass through it (QEMU runs as another user), but not look around."""
+    try:
+        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"The data folder {folder} cannot be made: {error.strerror}.",
+            remedy="Choose another with INTERLOCK_DATA_DIR, or make it writable.",
+        ) from None
+
+
+def _write(path: Path, text: str, *, mode: int) -> None:
+    """Write a file so that it is there whole or not at all, and never readable by more than `mode` says."""
+    draft = path.with_name(path.name + ".new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
