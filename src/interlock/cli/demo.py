@@ -106,7 +106,7 @@ class Demonstration:
         run(self._serve(Server(self._config)))
         if self._failure is not None:
             raise self._failure
-        self._invocation.say(f"\nThe server has ended. VMs go on without it; `{sys.argv[0]} demo` finds them again.")
+        self._invocation.say(f"\nThe server has ended. VMs go on without it; `{_program()} demo` finds them again.")
 
     async def _serve(self, server: Server) -> None:
         import asyncio
@@ -238,20 +238,20 @@ def _step(invocation: Invocation, text: str) -> None:
 def _what_next(invocation: Invocation, instance: Instance) -> None:
     """Print commands worth trying."""
     program = _program()
-    freeze = "kill -STOP $(pgrep -f qemu-system.*" + instance.id + ")"
+    freeze = f"kill -STOP $(pgrep -f guest=interlock-{instance.id})"
     tries = [
         (f"{program} vm reboot {VM} --wait", "its phases as they happen"),
         (f"{program} why {VM} unpause", "what would be answered, and why"),
-        (f"{program} vm stop {VM} & {program} vm reboot {VM}", "refused: a stop goes first"),
-        (f"{freeze}; {program} vm pause {VM}; {program} stuck", "a frozen VM, and the way out"),
-        (f"{program} vm console {VM} --follow", "what the guest says"),
+        (f"{program} vm stop {VM}; {program} vm reboot {VM}", "refused: the stop goes first"),
+        (f"{freeze}; {program} vm pause {VM}; {program} why {VM} stop", "a frozen VM, and the way out"),
     ]
     if instance.forwards:
-        tries.insert(2, (f"curl http://127.0.0.1:{instance.forwards[0].host_port}/", "the guest's own web server"))
+        tries.append((f"curl http://127.0.0.1:{instance.forwards[0].host_port}/", "the guest's own web server"))
+    else:
+        tries.append((f"{program} vm console {VM} --follow", "what the guest says"))
     invocation.say(click.style("\nWorth trying:", bold=True))
-    width = max(len(command) for command, _ in tries)
     for command, meaning in tries:
-        invocation.say(f"  {command:<{width}}  # {meaning}")
+        invocation.say(f"  {click.style('# ' + meaning, dim=True)}\n  {command}")
 
 
 def _program() -> str:

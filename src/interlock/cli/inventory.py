@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -82,7 +83,7 @@ def add(
 def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Path]) -> None:
     try:
         form = Form(fields, files)
-        with LiveLine(progress_stream(json=True), silent=invocation.json) as line:
+        with LiveLine(sys.stderr, silent=invocation.json or not sys.stderr.isatty()) as line:
             pieces = form.pieces(lambda sent, total: line.tell(f"sent {sent * _PERCENT // max(total, 1)} %"))
             reply = invocation.client.upload(IMAGES, pieces, form.headers)
     except OSError as error:

@@ -18,7 +18,8 @@ from interlock.core.errors import PolicyError
 
 _BLOCK_BYTES: Final = 64 * 1024
 _COLOURS: Final = {"admit": "green", "preempt": "cyan", "redundant": "yellow", "after": "yellow", "deny": "red"}
-_NAMES_SHOWN: Final = 4
+_NAMES_SHOWN: Final = 3
+_WHEN_WIDTH: Final = 60
 
 
 @click.group("policy")
@@ -44,7 +45,7 @@ def show(invocation: Invocation) -> None:
                 rule.id,
                 Cell(rule.verdict, _COLOURS.get(rule.verdict)),
                 _some(rule.operations),
-                conditions(rule),
+                shorten(conditions(rule)),
                 printable(rule.because or rule.reason or ""),
             )
             for rule in policy.rules
@@ -75,6 +76,11 @@ def conditions(rule: PolicyRule) -> str:
     if rule.threshold_s is not None:
         parts.append(f"from {duration(rule.threshold_s)} on")
     return ", ".join(parts) or "always"
+
+
+def shorten(text: str) -> str:
+    """The text, cut where a table would become too wide to read; `--json` has all of it."""
+    return text if len(text) <= _WHEN_WIDTH else text[: _WHEN_WIDTH - 1] + "…"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -13,9 +13,10 @@ from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option
 from interlock.cli.naming import INSTANCES, path_of, suggesting
 from interlock.cli.refusals import explain_failure
-from interlock.cli.waiting import wait_for_end
+from interlock.cli.waiting import report, wait_for_end
 from interlock.cli.wording import clock, spoken
 from interlock.core.operations import Operation
+from interlock.core.records import Status
 
 Command = Callable[..., None]
 
@@ -65,17 +66,26 @@ def say_answer(
         return
     what = f"{spoken(operation)} of {vm}"
     if isinstance(answer, Redundant):
-        invocation.say(click.style("Nothing to do", fg="yellow", bold=True) + f": {what} ({answer.reason})")
-        if answer.because:
-            invocation.say(f"  {answer.because}")
-        if answer.request is not None:
-            invocation.say(f"  On its way: {spoken(answer.request.operation)} {answer.request.id}")
-        if answer.allowed_at is not None:
-            moment = clock(answer.allowed_at, invocation.client.now)
-            invocation.say(f"  Asking again from {moment} would take over, unless it shows life before.")
-        return
-    if not wait or answer.supersedes or answer.cancels:
-        invocation.say(click.style("Admitted", fg="green", bold=True) + f": {what}, request {answer.request.id}")
+        _say_redundant(invocation, answer, what)
+    elif answer.request.status is Status.SUCCEEDED and not wait:
+        report(invocation, answer.request, vm)
+    elif not wait or answer.supersedes or answer.cancels:
+        _say_admitted(invocation, answer, what)
+
+
+def _say_redundant(invocation: Invocation, answer: Redundant, what: str) -> None:
+    invocation.say(click.style("Nothing to do", fg="yellow", bold=True) + f": {what} ({answer.reason})")
+    if answer.because:
+        invocation.say(f"  {answer.because}")
+    if answer.request is not None:
+        invocation.say(f"  On its way: {spoken(answer.request.operation)} {answer.request.id}")
+    if answer.allowed_at is not None:
+        moment = clock(answer.allowed_at, invocation.client.now)
+        invocation.say(f"  Asking again from {moment} would take over, unless it shows life before.")
+
+
+def _say_admitted(invocation: Invocation, answer: Admitted, what: str) -> None:
+    invocation.say(click.style("Admitted", fg="green", bold=True) + f": {what}, request {answer.request.id}")
     if answer.supersedes:
         invocation.say(f"  Takes over from: {', '.join(answer.supersedes)}")
     if answer.cancels:

@@ -180,7 +180,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Host": one.host,
         "Project": one.project,
         "Image": one.image.name if one.image is not None else None,
-        "Size": f"{one.vcpus} vcpus, {one.memory_mib} MiB memory" + (f", {one.root_gib} GiB" if one.root_gib else ""),
+        "Size": _size_of(one),
         "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
         "Volumes": ", ".join(one.volumes),
         "Tags": printable(", ".join(one.tags)),
@@ -195,6 +195,12 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
             invocation.say(f"{title + ':':<16}{fact}")
     for request in one.outstanding:
         invocation.say(f"{'Outstanding:':<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
+
+
+def _size_of(one: Instance) -> str:
+    processors = f"{one.vcpus} vcpu" + ("" if one.vcpus == 1 else "s")
+    disk = f", root disk {one.root_gib} GiB" if one.root_gib else ""
+    return f"{processors}, {one.memory_mib} MiB memory{disk}"
 
 
 # ------------------------------------------------------------------------------------------------------- operations

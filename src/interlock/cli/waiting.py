@@ -49,9 +49,9 @@ def _follow(client: Client, request: Request, name: str, line: LiveLine) -> Repl
         try:
             reply = client.get(path_of(REQUESTS, request.id))
             latest = reply.decode(Request)
-            line.tell(describe(latest, name))
             if latest.status in ENDS:
                 return reply
+            line.tell(describe(latest, name))
             query: Query | None = {"after_generation": generation, "wait": f"{_WAIT_S}s"} if generation else None
             instance = client.get(path_of(INSTANCES, request.instance), query, wait_s=_WAIT_S).decode(Instance)
         except Failure as failure:

@@ -10,6 +10,7 @@ _HOUR_S: Final = 3600
 _DAY_S: Final = 86_400
 _KIBI: Final = 1024
 _SUBSECOND_S: Final = 10
+_TENTH_S: Final = 0.1
 
 STATE_COLOURS: Final = {
     "active": "green",
@@ -27,6 +28,8 @@ STATE_COLOURS: Final = {
 
 def duration(seconds: float) -> str:
     """A duration with its two greatest units: `2 min 41 s`."""
+    if 0 < seconds < _TENTH_S:
+        return f"{max(1, round(seconds * 1000))} ms"
     if seconds < _SUBSECOND_S:
         text = f"{seconds:.1f}"
         return f"{text.removesuffix('.0')} s"

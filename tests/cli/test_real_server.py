@@ -1,0 +1,166 @@
+"""The program against a real server with simulated guests, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAM = (sys.executable, "-m", "interlock")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Serving:
+    """A server process on a data folder, and command lines that find it by themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "INTERLOCK_DATA_DIR": str(folder),
+            "INTERLOCK_HYPERVISOR": "simulated",
+            "NO_COLOR": "1",
+            "INTERLOCK_LOG_FORMAT": "json",
+        }
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            (*PROGRAM, "serve", "--listen", "127.0.0.1:0"), env=self.environment, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if '"serving"' in line:
+                return
+        raise AssertionError("the server did not come up")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        self.process.communicate(timeout=20)
+        return self.process.returncode
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            (*PROGRAM, *arguments), env=self.environment, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    def json(self, *arguments: str) -> dict[str, object]:
+        ran = self.run(*arguments, "--json")
+        assert ran.returncode == 0, ran.stderr
+        document = json.loads(ran.stdout)
+        assert isinstance(document, dict)
+        return document
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    one = Serving(tmp_path / "data")
+    one.start()
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1024 * 1024))
+    one.json("image", "add", "empty", "--disk", str(disk))
+    yield one
+    if one.process.poll() is None:
+        one.stop()
+
+
+def test_a_vm_from_its_making_to_its_end(serving: Serving) -> None:
+    made = serving.run("vm", "create", "demo", "--image", "empty", "--forward", "8080:80", "--tag", "web", "--wait")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.splitlines()[-1].startswith("Done: create of demo in ")
+    shown = serving.json("vm", "show", "demo")
+    assert (shown["vm_state"], shown["tags"], shown["forwards"]) == (
+        "active",
+        ["web"],
+        [{"host_port": 8080, "guest_port": 80}],
+    )
+    assert serving.json("volume", "create", "data", "--size", "0.01")["size_bytes"] == 10 * 1024 * 1024
+    assert serving.run("vm", "attach", "demo", "data", "--wait").returncode == 0
+    assert serving.run("volume", "delete", "data").returncode == 3
+    assert serving.run("vm", "detach", "demo", "data", "--wait").returncode == 0
+    assert serving.run("vm", "pause", "demo", "--wait").returncode == 0
+    assert serving.json("vm", "list", "--state", "paused")["items"] != []
+    assert serving.run("vm", "delete", "demo", "--wait").returncode == 0
+    assert serving.run("vm", "show", "demo").returncode == 4
+
+
+def test_a_refusal_and_the_answer_to_why_agree(serving: Serving) -> None:
+    serving.run("vm", "create", "demo", "--image", "empty", "--no-start", "--protect", "delete")
+    refused = serving.run("vm", "delete", "demo")
+    assert refused.returncode == 3
+    assert refused.stderr.startswith("Refused: delete of demo (")
+    reason = refused.stderr.partition("(")[2].partition(")")[0]
+    why = serving.json("why", "demo", "delete")
+    assert (why["disposition"], why["reason"]) == ("denied", reason)
+    allowed = refused.stderr.partition("Allowed now: ")[2].strip().split(", ")
+    assert "start" in allowed
+    assert "delete" not in allowed
+
+
+def test_the_history_outlives_the_server(serving: Serving) -> None:
+    serving.run("vm", "create", "demo", "--image", "empty", "--wait")
+    before = serving.run("vm", "events", "demo").stdout
+    assert "building -> active" in before
+    assert serving.stop() == 0
+    gone = serving.run("vm", "list")
+    assert gone.returncode == 5
+    serving.start()
+    assert serving.run("vm", "events", "demo").stdout.startswith(before)
+
+
+def test_what_is_watched_is_told_while_it_happens(serving: Serving) -> None:
+    watching = subprocess.Popen(
+        (*PROGRAM, "watch"), env={**serving.environment, "PYTHONUNBUFFERED": "1"}, stdout=-1, stderr=-1, text=True
+    )
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    assert "watching" in watching.stderr.readline()
+    # It says so before it is connected; what is made after its first line is seen must be told.
+    names = iter(range(1000))
+    while True:
+        serving.run("vm", "create", f"vm{next(names)}", "--image", "empty", "--no-start")
+        if watching.poll() is not None or _readable(watching.stdout.fileno()):
+            break
+    line = watching.stdout.readline()
+    assert "instance.created" in line
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=10)
+    assert watching.returncode == 130
+
+
+def _readable(descriptor: int) -> bool:
+    import select
+
+    return bool(select.select([descriptor], [], [], 0.2)[0])
+
+
+def test_a_second_server_on_the_same_folder_says_what_is_wrong(serving: Serving) -> None:
+    second = serving.run("serve", "--listen", "127.0.0.1:0")
+    assert second.returncode == 8
+    assert "Traceback" not in second.stderr
+    assert serving.run("vm", "list").returncode == 0
+
+
+def test_a_configuration_that_is_wrong_starts_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("listen_prt = 1\n")
+    ran = Serving(tmp_path / "data").run("serve", "--config", str(config))
+    assert ran.returncode == 2
+    assert "listen_port" in ran.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_token_that_was_deleted_is_turned_away(serving: Serving) -> None:
+    secret = serving.run("token", "create", "bob", "--role", "reader").stdout.strip()
+    serving.environment["INTERLOCK_TOKEN"] = secret
+    assert serving.run("vm", "list").returncode == 0
+    assert serving.run("vm", "create", "x", "--image", "empty").returncode == 6
+    del serving.environment["INTERLOCK_TOKEN"]
+    assert serving.run("token", "delete", "bob").returncode == 0
+    serving.environment["INTERLOCK_TOKEN"] = secret
+    assert serving.run("vm", "list").returncode == 6
