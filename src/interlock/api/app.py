@@ -84,6 +84,8 @@ class _Path:
             caller = _authenticate(self._parts, request)
             return await self._serve(caller, request)
         except InterlockError as error:
+            if problems.kind_of(error) is HTTP_KINDS["internal"]:
+                return await _bug(request, error)
             return problems.of_error(error, request.url.path)
         except ClientDisconnect:
             return Response(status_code=400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ BodyT = TypeVar("BodyT")
 WAIT_MS_MAX: Final = 120_000
 """The longest that a request is held open; a longer wish is cut to it."""
 KEY_LENGTH_MAX: Final = 255
+_LINGER_S: Final = 2.0
+"""For how long, and how much, is read of a body that is too large before it is answered."""
+_LINGER_BYTES: Final = 1024 * 1024
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?:$|[,;\s])", re.IGNORECASE)
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]*)`")
 _DECODERS: Final[dict[Any, msgspec.json.Decoder[Any]]] = {}
@@ -51,16 +56,28 @@ async def body(request: Request, kind: type[BodyT], bytes_max: int) -> BodyT:
 async def _read(request: Request, bytes_max: int) -> bytes:
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > bytes_max:
-        raise _too_large(bytes_max)
+        raise await too_large(request, bytes_max)
     text = b""
     async for chunk in request.stream():
         text += chunk
         if len(text) > bytes_max:
-            raise _too_large(bytes_max)
+            raise await too_large(request, bytes_max)
     return text
 
 
-def _too_large(bytes_max: int) -> Bad:
+async def too_large(request: Request, bytes_max: int) -> Bad:
+    """The problem of a body that is too large.
+
+    A little more of it is read and thrown away: a connection that is closed on a client that is still sending is
+    reset, and the client would never see the answer.
+    """
+    thrown_away = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            async for chunk in request.stream():
+                thrown_away += len(chunk)
+                if thrown_away > _LINGER_BYTES:
+                    break
     return Bad("too-large", f"The body is larger than {bytes_max} bytes.", Connection="close")
 
 

@@ -17,6 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from interlock.api import asking
 from interlock.api.problems import Bad
 from interlock.core.errors import Invalid, StoreFull
 
@@ -71,18 +72,14 @@ async def _within(request: Request, bytes_max: int) -> AsyncIterator[bytes]:
     received = int(told) if told.isdecimal() else 0
     most = bytes_max + _ENVELOPE_BYTES
     if received > most:
-        raise _too_large(bytes_max)
+        raise await asking.too_large(request, bytes_max)
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
         if received > most:
-            raise _too_large(bytes_max)
+            raise await asking.too_large(request, bytes_max)
         if chunk:
             yield chunk
-
-
-def _too_large(bytes_max: int) -> Bad:
-    return Bad("too-large", f"The upload is larger than {bytes_max} bytes.", Connection="close")
 
 
 class _Form:

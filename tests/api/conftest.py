@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from interlock.config import Config
+from interlock.core.states import VmState
+from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.ports import Role
+from interlock.service.callers import Caller
+from interlock.testing.embedded import IMAGE, QUICK
+from interlock.wiring import Server
+
+BODY_BYTES_MAX = 4096
+UPLOAD_BYTES_MAX = 3 * 1024 * 1024
+
+POLICY = """
+[policy]
+name = "patient"
+extends = "standard"
+description = "standard, except that a pause is given up only after minutes and a reboot after seconds."
+
+[[rule]]
+id = "reboot-during-pause"
+operations = ["reboot"]
+task_state = ["@pause"]
+verdict = "after"
+threshold = "3m"
+reason = "in_progress"
+because = "The pause may still come to an end."
+"""
+
+OPERATOR = Caller(token_id="operator", name="operator", role=Role.ADMIN, project="default")
+
+
+class Door:
+    """A whole server behind its HTTP door, in this process, and clients of several tokens."""
+
+    def __init__(self, server: Server, host: SimulatedHost) -> None:
+        self.server = server
+        self.host = host
+        self.app = server.app()
+        self.clients: list[httpx.AsyncClient] = []
+
+    def client(self, secret: str | None) -> httpx.AsyncClient:
+        headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        made = httpx.AsyncClient(transport=transport, base_url="http://interlock.test", headers=headers)
+        self.clients.append(made)
+        return made
+
+    async def token(self, name: str, role: Role = Role.MEMBER, project: str = "default") -> httpx.AsyncClient:
+        """A client with a new token."""
+        _, secret = await self.server.callers.make(OPERATOR, name, role, project)
+        return self.client(secret)
+
+    async def close(self) -> None:
+        for client in self.clients:
+            await client.aclose()
+        await self.server.close()
+
+
+@pytest.fixture
+def host() -> SimulatedHost:
+    return SimulatedHost()
+
+
+@pytest.fixture
+async def door(tmp_path: Path, host: SimulatedHost) -> AsyncIterator[Door]:
+    policy = tmp_path / "patient.toml"
+    policy.write_text(POLICY)
+    config = Config(
+        data_dir=str(tmp_path / "data"),
+        hypervisor="simulated",
+        host="here",
+        policy=str(policy),
+        driver=QUICK,
+        request_body_bytes_max=BODY_BYTES_MAX,
+        upload_bytes_max=UPLOAD_BYTES_MAX,
+    )
+    server = Server(config, SimulatedHypervisor(host))
+    await server.open()
+    await server.store.put_image(IMAGE)
+    door = Door(server, host)
+    yield door
+    await door.close()
+
+
+@pytest.fixture
+async def admin(door: Door) -> httpx.AsyncClient:
+    return door.client((door.server.folder / "admin.token").read_text().strip())
+
+
+async def make(client: httpx.AsyncClient, name: str, **fields: object) -> dict[str, Any]:
+    """Create an instance, wait until it is up (unless it is not to be started), and give it as the wire has it."""
+    wish = {"name": name, "image": IMAGE.name, **fields}
+    answer = await client.post("/v1/instances", json=wish, headers={"Prefer": "wait=20"})
+    assert answer.status_code == 201, answer.text
+    instance: dict[str, Any] = answer.json()["instance"]
+    assert instance["vm_state"] == (VmState.ACTIVE if fields.get("start", True) else VmState.BUILDING)
+    return instance

@@ -1,0 +1,292 @@
+"""Whatever a caller gets wrong is the caller's, said plainly, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from api.conftest import BODY_BYTES_MAX, UPLOAD_BYTES_MAX, Door, make
+from interlock.core.errors import BrokenInvariant, InterlockError, StoreFull, Unavailable
+from interlock.ports import Role
+from interlock.testing.embedded import IMAGE
+
+JSON = {"Content-Type": "application/json"}
+REQUESTS = "/v1/instances/vm/requests"
+
+
+def problem(answer: httpx.Response, status: int, name: str) -> dict[str, object]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    said: dict[str, object] = answer.json()
+    assert (said["status"], said["type"]) == (status, f"urn:interlock:problem:{name}")
+    assert said["title"]
+    assert said["detail"]
+    return said
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "name", "part"),
+    [
+        (b"", 400, "not-json", "JSON"),
+        (b'{"operation": "stop"', 400, "not-json", "JSON"),
+        (b'{"operation": "stop"} x', 400, "not-json", "JSON"),
+        (b"\xff\xfe", 400, "not-json", "JSON"),
+        (b"[" * 3000, 422, "invalid", "object"),
+        (b'{"operation": "stop", "parameters": ' + b'{"a":' * 600, 400, "not-json", "JSON"),
+        (b"[]", 422, "invalid", "object"),
+        (b'{"operation": 7}', 422, "invalid", "$.operation"),
+        (b'{"operation": "explode"}', 422, "invalid", "explode"),
+        (b'{"operation": "stop", "parameters": []}', 422, "invalid", "$.parameters"),
+        (b'{"operation": "stop", "parameters": {"hard": 1}}', 422, "invalid", "hard"),
+        (b'{"operation": "stop", "parameters": {"soft": true}}', 422, "invalid", "soft"),
+        (b'{"operation": "attach_volume", "parameters": {"volume": "../../etc/passwd"}}', 404, "not-found", "volume"),
+    ],
+)
+async def test_a_wrong_body_is_told_where_it_is_wrong(
+    admin: httpx.AsyncClient, body: bytes, status: int, name: str, part: str
+) -> None:
+    await make(admin, "vm", start=False)
+    said = problem(await admin.post(REQUESTS, content=body, headers=JSON), status, name)
+    assert part in str(said["detail"])
+    assert (await admin.get("/v1/instances/vm")).json()["outstanding"] == []
+
+
+async def test_an_unknown_field_names_the_one_that_was_meant(admin: httpx.AsyncClient) -> None:
+    said = problem(await admin.post("/v1/instances", json={"name": "a", "image": "b", "vcpu": 2}), 422, "invalid")
+    assert "vcpu" in str(said["detail"])
+    assert said["remedy"] == "Did you mean `vcpus`?"
+    said = problem(await admin.get("/v1/instances", params={"vmstate": "active"}), 422, "invalid")
+    assert said["remedy"] == "Did you mean `vm_state`?"
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"name": "../up"},
+        {"name": "UPPER"},
+        {"name": ""},
+        {"name": "a\n"},
+        {"name": "x" * 64},
+        {"name": "0197b7a0-0000-7000-8000-000000000000"},
+        {"memory_mib": 10**30},
+        {"memory_mib": 1_000_000},
+        {"vcpus": 0},
+        {"vcpus": 1.5},
+        {"tags": ["t"] * 65},
+        {"tags": ["t" * 65]},
+        {"forwards": [{"host_port": 80, "guest_port": 80}]},
+        {"blocked_operations": ["explode"]},
+    ],
+)
+async def test_absurd_wishes_make_nothing(admin: httpx.AsyncClient, wish: dict[str, object]) -> None:
+    body = json.dumps({"name": "vm", "image": IMAGE.name, **wish})
+    problem(await admin.post("/v1/instances", content=body, headers=JSON), 422, "invalid")
+    assert (await admin.get("/v1/instances")).json()["items"] == []
+
+
+async def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(admin: httpx.AsyncClient) -> None:
+    large = b" " * (BODY_BYTES_MAX + 1)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield large[:100]
+
+    for content in (large, chunks()):
+        problem(await admin.post(REQUESTS, content=content, headers=JSON), 413, "too-large")
+
+
+async def test_a_body_of_another_type_is_refused(admin: httpx.AsyncClient) -> None:
+    answer = await admin.post(REQUESTS, content=b"operation=stop", headers={"Content-Type": "text/plain"})
+    problem(answer, 415, "media-type")
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer ilk_wrong", "Basic YTpi", "Bearer \xe9"])
+async def test_without_a_valid_token_nothing_is_answered(door: Door, authorization: str | None) -> None:
+    client = door.client(None)
+    headers = [] if authorization is None else [(b"Authorization", authorization.encode("latin-1"))]
+    answer = await client.get("/v1/instances", headers=headers)
+    problem(answer, 401, "unauthorized")
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_a_deleted_token_opens_nothing(door: Door, admin: httpx.AsyncClient) -> None:
+    other = await door.token("other", Role.READER)
+    assert (await other.get("/v1/instances")).status_code == 200
+    assert (await admin.delete("/v1/tokens/other")).status_code == 204
+    problem(await other.get("/v1/instances"), 401, "unauthorized")
+
+
+async def test_unknown_paths_and_methods(admin: httpx.AsyncClient) -> None:
+    for path in ("/v2/instances", "/v1/instance", "/v1/instances/", "/v1/instances/a/b/c"):
+        problem(await admin.get(path), 404, "no-such-path")
+    answer = await admin.delete("/v1/instances")
+    problem(answer, 405, "method-not-allowed")
+    assert {"GET", "POST"} <= set(answer.headers["allow"].split(", "))
+
+
+async def test_head_is_get_without_a_body(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm", start=False)
+    assert (await admin.head("/v1/instances/vm")).headers["etag"]
+    assert (await admin.head("/v1/events")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/instances?limit=0", "invalid"),
+        ("/v1/instances?limit=501", "invalid"),
+        ("/v1/instances?limit=ten", "invalid"),
+        ("/v1/instances?limit=" + "9" * 5000, "invalid"),
+        ("/v1/instances?cursor=%00%ff", "invalid"),
+        ("/v1/instances?cursor=eyJhIjoxfQ", "invalid"),
+        ("/v1/instances?vm_state=flying", "invalid"),
+        ("/v1/instances/vm?wait=soon", "invalid"),
+        ("/v1/instances/vm?after_generation=-1", "invalid"),
+        ("/v1/instances/vm/events?after=99999999999999999999", "invalid"),
+        ("/v1/instances/vm/requests?cursor=nonsense", "invalid"),
+        ("/v1/instances/vm/console?tail_bytes=999999999999", "invalid"),
+        ("/v1/events?after=x", "invalid"),
+    ],
+)
+async def test_a_wrong_query_is_told(admin: httpx.AsyncClient, path: str, name: str) -> None:
+    await make(admin, "vm", start=False)
+    problem(await admin.get(path), 422, name)
+
+
+@pytest.mark.parametrize("reference", ["%00", "%ff%fe", "..%2f..%2fetc", "a" * 5000, "%F0%9F%92%A3"])
+async def test_a_strange_reference_is_only_unknown(admin: httpx.AsyncClient, reference: str) -> None:
+    for path in (f"/v1/instances/{reference}", f"/v1/requests/{reference}", f"/v1/volumes/{reference}"):
+        assert (await admin.get(path)).status_code == 404
+    for path in (f"/v1/images/{reference}", f"/v1/tokens/{reference}"):
+        assert (await admin.delete(path)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("Idempotency-Key", ""),
+        ("Idempotency-Key", "k" * 256),
+        ("Idempotency-Key", "tab\there"),
+        ("If-Match", '"many"'),
+        ("If-Match", '"' + "9" * 40 + '"'),
+    ],
+)
+async def test_a_wrong_header_is_told_and_nothing_is_asked(admin: httpx.AsyncClient, header: str, value: str) -> None:
+    await make(admin, "vm", start=False)
+    answer = await admin.post(REQUESTS, json={"operation": "start"}, headers={header: value})
+    said = problem(answer, 400, "bad-header")
+    assert header in str(said["detail"])
+    assert (await admin.get(REQUESTS)).json()["items"] == []
+
+
+async def test_a_preference_that_makes_no_sense_is_passed_over(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm", start=False)
+    for preference in ("wait=-1", "wait=x", "wait"):
+        answer = await admin.post(REQUESTS, json={"operation": "lock"}, headers={"Prefer": preference})
+        assert "preference-applied" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "name"),
+    [
+        (StoreFull("The disk is full."), 507, "store-full"),
+        (Unavailable("There is no QEMU."), 503, "hypervisor"),
+        (BrokenInvariant("Two are served."), 500, "internal"),
+        (ZeroDivisionError("secret inside"), 500, "internal"),
+    ],
+)
+async def test_the_servers_own_trouble_is_told_without_its_insides(
+    admin: httpx.AsyncClient, door: Door, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, name: str
+) -> None:
+    async def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(door.server.instances, "stuck", fail)
+    said = problem(await admin.get("/v1/stuck"), status, name)
+    assert "secret inside" not in json.dumps(said)
+    if not isinstance(error, InterlockError) or status == 500:
+        assert said["occurrence"]
+
+
+class TestUploads:
+    async def test_an_image_arrives_and_can_be_deleted(self, admin: httpx.AsyncClient, door: Door) -> None:
+        answer = await admin.post(
+            "/v1/images", data={"name": "mine", "kind": "disk"}, files={"disk": ("d.img", b"\0" * 1024 * 1024)}
+        )
+        assert answer.status_code == 201, answer.text
+        assert (answer.json()["name"], answer.json()["size_bytes"]) == ("mine", 1024 * 1024)
+        assert "mine" in {one["name"] for one in (await admin.get("/v1/images")).json()["items"]}
+        assert (await admin.delete("/v1/images/mine")).status_code == 204
+        self.nothing_left(door)
+
+    @pytest.mark.parametrize(
+        ("data", "files", "status", "name"),
+        [
+            ({"name": "mine", "kind": "disk"}, {"disk": b"\0" * (UPLOAD_BYTES_MAX + 200_000)}, 413, "too-large"),
+            ({"name": "mine", "kind": "disk", "cmdline": "x" * 5000}, {"disk": b"\0" * 512}, 422, "invalid"),
+            ({"name": "mine", "kind": "disk"}, {"kernel": b"\0" * 512}, 422, "invalid"),
+            ({"name": "mine", "kind": "disk"}, {"dsik": b"\0" * 512}, 422, "invalid"),
+            ({"name": "../mine", "kind": "disk"}, {"disk": b"\0" * 512}, 422, "invalid"),
+            ({"name": "mine", "kind": "floppy"}, {"disk": b"\0" * 512}, 422, "invalid"),
+            ({"name": "mine", "kind": "disk", "sha256": "0" * 64}, {"disk": b"\0" * 512}, 422, "invalid"),
+            ({"name": "nothing", "kind": "disk"}, {"disk": b"\0" * 512}, 409, "name-taken"),
+        ],
+    )
+    async def test_a_wrong_upload_leaves_nothing(
+        self,
+        admin: httpx.AsyncClient,
+        door: Door,
+        data: dict[str, str],
+        files: dict[str, bytes],
+        status: int,
+        name: str,
+    ) -> None:
+        answer = await admin.post("/v1/images", data=data, files={key: (key, file) for key, file in files.items()})
+        problem(answer, status, name)
+        self.nothing_left(door)
+
+    @pytest.mark.parametrize(
+        ("content", "media_type", "status", "name"),
+        [
+            (b"{}", "application/json", 415, "media-type"),
+            (b"", "multipart/form-data", 400, "not-a-form"),
+            (b"nonsense", "multipart/form-data; boundary=b", 400, "not-a-form"),
+            (
+                b'--b\r\nContent-Disposition: form-data; name="disk"; filename="d"\r\n\r\ncut sh',
+                "multipart/form-data; boundary=b",
+                400,
+                "not-a-form",
+            ),
+            (b"--b--\r\n", "multipart/form-data; boundary=b", 422, "invalid"),
+        ],
+    )
+    async def test_what_is_no_form_is_told(
+        self, admin: httpx.AsyncClient, door: Door, content: bytes, media_type: str, status: int, name: str
+    ) -> None:
+        answer = await admin.post("/v1/images", content=content, headers={"Content-Type": media_type})
+        problem(answer, status, name)
+        self.nothing_left(door)
+
+    async def test_an_endless_upload_is_cut_off(self, admin: httpx.AsyncClient, door: Door) -> None:
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            yield b'--b\r\nContent-Disposition: form-data; name="disk"; filename="d"\r\n\r\n'
+            while sent < 20 * UPLOAD_BYTES_MAX:
+                sent += 65536
+                yield b"\0" * 65536
+
+        media_type = {"Content-Type": "multipart/form-data; boundary=b"}
+        problem(await admin.post("/v1/images", content=endless(), headers=media_type), 413, "too-large")
+        assert sent < 2 * UPLOAD_BYTES_MAX
+        self.nothing_left(door)
+
+    @staticmethod
+    def nothing_left(door: Door) -> None:
+        folder = door.server.folder
+        assert not list(folder.glob("upload-*"))
+        assert not [path for path in (folder / "images").glob("**/*") if path.is_file()]
