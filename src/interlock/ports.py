@@ -240,9 +240,7 @@ class Store(Protocol):
         """Call `listener` on the event loop with the events of each commit, in order; the answer ends that."""
         ...
 
-    async def create(
-        self, decide: Callable[[int], Change[AnswerT]], key: IdempotencyKey | None = None
-    ) -> AnswerT:
+    async def create(self, decide: Callable[[int], Change[AnswerT]], key: IdempotencyKey | None = None) -> AnswerT:
         """Keep a new instance. `decide` gets the time and may be called again.
 
         Raises:
@@ -349,9 +347,7 @@ class ImageFiles(Protocol):
         """
         ...
 
-    async def bring_kernel(
-        self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str
-    ) -> Image:
+    async def bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
         """Take a copy of a kernel and its initial file system. Raises as `bring_disk`."""
         ...
 

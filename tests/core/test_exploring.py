@@ -53,13 +53,7 @@ def test_the_laws_hold_for_power_changes_up_to_three_at_a_time(name: str) -> Non
     [
         "standard",
         "propolis",
-        pytest.param(
-            "take2",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a component change that is taken by lane before a waiting delete was judged on neither state",
-            ),
-        ),
+        "take2",
     ],
 )
 def test_the_laws_hold_for_component_changes_beside_state_changes(name: str) -> None:

@@ -32,9 +32,9 @@ EXTERNAL_PACKAGES = {
     "driver": {"msgspec", "structlog"},
     "stores": {"alembic", "apsw", "msgspec", "sqlalchemy", "structlog"},
     "hypervisors": {"lz4", "msgspec", "oslo_utils", "qemu", "structlog", "zstandard"},
-    "api": {"httptools", "msgspec", "prometheus_client", "structlog", "uvicorn"},
+    "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui"},
     "dashboard": {"msgspec"},
-    "wiring": {"msgspec", "structlog", "uuid_utils", "uvicorn", "uvloop"},
+    "wiring": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},
     "cli": {"click", "httpx", "msgspec", "rich", "uvloop"},
     "__main__": {"click"},
 }

@@ -203,8 +203,9 @@ def next_served(instance: Instance, lane: Lane | None) -> Request | None:
         now = waiting
     if change is not None and (component is not None or (state is not None and not _beside(change, state))):
         change = None
-    if waiting is not None and waiting.preempts:
-        # What were taken now has no deadline, and if it hung it would be in the way of what preempts for ever.
+    if waiting is not None and (state is None or waiting.preempts):
+        # State changes go first. And what were taken before one that preempts has no deadline: if it hung, it would be
+        # in the way for ever.
         change = None
     match lane:
         case Lane.STATE:
@@ -212,7 +213,6 @@ def next_served(instance: Instance, lane: Lane | None) -> Request | None:
         case Lane.COMPONENT:
             return change
         case _:
-            # State changes go first: a component change is not taken while one waits, unless its lane is asked for.
             return now if waiting is not None or state is not None else change
 
 

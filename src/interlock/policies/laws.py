@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from interlock.core import lifecycle
-from interlock.core.operations import CATALOGUE, Landing, Lane
+from interlock.core.operations import CATALOGUE, Landing, Lane, land
 from interlock.core.policy import CompiledPolicy, Verdict, View
 from interlock.core.records import (
     ENDS,
@@ -118,6 +118,13 @@ _END_KINDS = frozenset(f"request.{status.value}" for status in ENDS)
 _GOES_AS_FORESEEN = frozenset({Deed.TAKE, Deed.PROGRESS, Deed.ADOPT, Deed.ADVANCE})
 
 
+def _around(before: Instance) -> set[VmState]:
+    """Where a component change is served: in the present state, where all leads, or where what it is beside leads."""
+    serving = before.served(Lane.STATE)
+    beside = set() if serving is None else {land(serving.operation, before.vm_state, before.prior_vm_state)[0]}
+    return {before.vm_state, _foreseen(before), *beside}
+
+
 def kept_promise(before: Instance, change: Change[Any], step: Step, policy: CompiledPolicy) -> Iterator[Breach]:
     """Law 2: nothing is cancelled while all goes as foreseen, and what is taken is permitted when it is taken.
 
@@ -129,7 +136,7 @@ def kept_promise(before: Instance, change: Change[Any], step: Step, policy: Comp
             yield Breach(2, f"{request.operation.value} was cancelled although all went as foreseen")
     taken = change.answer if step.deed is Deed.TAKE else None
     if isinstance(taken, Request):
-        states = {before.vm_state} if taken.lane is Lane.STATE else {before.vm_state, _foreseen(before)}
+        states = {before.vm_state} if taken.lane is Lane.STATE else _around(before)
         # What preempts was admitted on what is being done, and stays wherever it can be performed.
         performable = taken.preempts and before.vm_state in CATALOGUE[taken.operation].sources
         if not performable and not any(_permitted(policy, taken, state, before.tags) for state in states):

@@ -1,0 +1,1 @@
+"""Where instances, requests and events are kept. A store decides nothing."""
