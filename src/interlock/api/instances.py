@@ -17,8 +17,8 @@ from interlock.core.errors import Invalid, NotFound
 from interlock.core.records import ENDS, Admitted, Denied, Redundant
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter
+from interlock.service.answers import Answer
 from interlock.service.callers import Caller
-from interlock.service.instances import Answer
 from interlock.service.wishes import Labels, NewInstance, NewRequest
 
 _REFERENCE: Final = "reference"

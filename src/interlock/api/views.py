@@ -12,7 +12,7 @@ from interlock.core import records
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Rule
 from interlock.ports import Page, Token, Volume
-from interlock.service.instances import Answer, Stuck
+from interlock.service.answers import Answer, Stuck
 from interlock.service.wishes import NewForward
 
 

@@ -30,33 +30,13 @@ from interlock.core.records import (
 )
 from interlock.policies import explaining
 from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store, Volume
+from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
 from interlock.service.watching import EVERYTHING, Watch
 from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, is_id
 
 EVENTS_PAGE = 500
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a submission, with what a caller needs to go on."""
-
-    disposition: Disposition
-    instance: Instance
-    allowed_instead: tuple[Operation, ...] = ()
-    """For a refusal: what would be admitted now."""
-
-
-class Stuck(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance whose operation has shown no life for longer than the policy waits for it."""
-
-    instance: Instance
-    request: Request
-    silent_since_ms: int
-    allowed: tuple[Operation, ...]
-    """What would be admitted now."""
-    takes_over: tuple[Operation, ...]
-    """Those among them that would take over from the stuck operation."""
 
 
 class _TurnedAway(Exception):

@@ -16,8 +16,8 @@ from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Event, Image, Instance, Request
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Role, Volume
+from interlock.service.answers import Answer
 from interlock.service.callers import Caller
-from interlock.service.instances import Answer
 from interlock.service.wishes import NewInstance, NewRequest
 from interlock.wiring import Server
 

@@ -9,8 +9,9 @@ from typing import Final
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Image, Status
 from interlock.ports import Role
+from interlock.service.answers import Answer
 from interlock.service.callers import Caller
-from interlock.service.instances import Answer, Instances
+from interlock.service.instances import Instances
 from interlock.service.wishes import NewInstance, NewRequest
 from interlock.wiring import Server
 
