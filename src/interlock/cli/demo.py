@@ -23,11 +23,13 @@ from interlock.cli.naming import IMAGES, INSTANCES, path_of
 from interlock.cli.server import read_config, run, told
 from interlock.cli.submitting import submit
 from interlock.cli.vm import create_vm, print_vm
-from interlock.cli.watching import console_text, event_line, read_history
+from interlock.cli.watching import console_text, event_line, read_history, since
 from interlock.core.operations import Operation
 from interlock.core.states import VmState
 
 if TYPE_CHECKING:
+    import asyncio
+
     from interlock.config import Config
     from interlock.wiring import Server
 
@@ -96,6 +98,7 @@ class Demonstration:
     def __init__(self, invocation: Invocation, config: Config) -> None:
         self._invocation = invocation
         self._config = config
+        invocation.patience_s = 0
         self._failure: Failure | None = None
         self._ending = threading.Event()
 
@@ -118,25 +121,34 @@ class Demonstration:
             await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
             if not serving.done():
-                story = asyncio.create_task(asyncio.to_thread(self._tell, server))
-                story.add_done_callback(lambda _: server.stop() if self._failure is not None else None)
+                await self._beside(serving, server)
             await serving
-            self._ending.set()
+
+    async def _beside(self, serving: asyncio.Task[None], server: Server) -> None:
+        """Tell the story while the server serves; a story that cannot go on ends the server."""
+        import asyncio
+
+        story = asyncio.create_task(asyncio.to_thread(self._tell, server))
+        story.add_done_callback(lambda told: server.stop() if self._failure or told.exception() else None)
+        await asyncio.wait((serving,))
+        self._ending.set()
+        await story
 
     def _tell(self, server: Server) -> None:
         try:
             self._story(server.url)
         except Failure as failure:
             # Ctrl-C in the middle of the story takes the server away from under it.
-            if server.ready:
+            if server.ready and failure.code is not ExitCode.NOT_REACHABLE:
                 self._failure = failure
 
     def _story(self, url: str) -> None:
         invocation = self._invocation
         _step(invocation, f"The server listens at {url} (API documentation: {url}/docs)")
         self._image()
-        instance = self._vm()
-        self._wait_until_up()
+        said_before = self._vm()
+        self._wait_until_up(said_before)
+        instance = invocation.client.get(path_of(INSTANCES, VM)).decode(Instance)
         invocation.say("")
         show_history(invocation, VM)
         _what_next(invocation, instance)
@@ -151,9 +163,10 @@ class Demonstration:
         _step(invocation, f"Building the image {IMAGE}: kernel and userland from the distribution's own packages")
         build_small_image(invocation, IMAGE)
 
-    def _vm(self) -> Instance:
-        """The VM, made or started if need be."""
+    def _vm(self) -> bytes:
+        """See that the VM runs. What its guest said in an earlier life, which must not be taken for news."""
         invocation = self._invocation
+        said_before = b""
         instance = _find(invocation)
         if instance is None:
             port = free_port()
@@ -167,14 +180,15 @@ class Demonstration:
             _step(invocation, f"The VM {VM} is {instance.vm_state.value}: it has outlived the server before")
         else:
             _step(invocation, f"The VM {VM} is {instance.vm_state.value}; starting it")
+            said_before = console_text(invocation, VM)
             submit(invocation, VM, Operation.START, wait=True)
-        return invocation.client.get(path_of(INSTANCES, VM)).decode(Instance)
+        return said_before
 
-    def _wait_until_up(self) -> None:
+    def _wait_until_up(self, said_before: bytes) -> None:
         invocation = self._invocation
         _step(invocation, "Waiting until the guest says on its console that it is up")
         with LiveLine(sys.stdout) as line:
-            while UP.encode() not in (said := console_text(invocation, VM)):
+            while UP.encode() not in (said := since(said_before, console_text(invocation, VM))):
                 line.tell("the guest boots")
                 if line.elapsed_s > _UP_WITHIN_S:
                     raise Failure(
@@ -242,7 +256,7 @@ def _what_next(invocation: Invocation, instance: Instance) -> None:
     tries = [
         (f"{program} vm reboot {VM} --wait", "its phases as they happen"),
         (f"{program} why {VM} unpause", "what would be answered, and why"),
-        (f"{program} vm stop {VM}; {program} vm reboot {VM}", "refused: the stop goes first"),
+        (f"{program} vm stop {VM}; {program} vm reboot {VM}", "refused, with the reason"),
         (f"{freeze}; {program} vm pause {VM}; {program} why {VM} stop", "a frozen VM, and the way out"),
     ]
     if instance.forwards:

@@ -38,6 +38,8 @@ class Invocation:
         self.json = False
         """Whether answers are for a program."""
         self.url: str | None = None
+        self.patience_s = 60.0
+        """How long a server may be gone while something is waited for."""
         self.plain = bool(environment.get("NO_COLOR")) or environment.get("TERM") == "dumb"
 
     @cached_property

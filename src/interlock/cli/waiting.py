@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from interlock.api.schemas import Instance, Request
-from interlock.cli.client import Client, Query, Reply
+from interlock.cli.client import Query, Reply
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation
@@ -19,8 +19,6 @@ from interlock.core.records import ENDS, Status
 
 REQUESTS: Final = "/v1/requests"
 _WAIT_S: Final = 20
-_PATIENCE_S: Final = 60.0
-"""How long a server may be gone while something is waited for."""
 _PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0)
 _PERCENT: Final = 100
 
@@ -32,7 +30,7 @@ def wait_for_end(invocation: Invocation, request: Request, name: str) -> None:
         Failure: it ended other than well, or the server stayed away.
     """
     with LiveLine(progress_stream(json=invocation.json), silent=invocation.json) as line:
-        reply = _follow(invocation.client, request, name, line)
+        reply = _follow(invocation, request, name, line)
     ended = reply.decode(Request)
     if not invocation.answer(reply):
         report(invocation, ended, name)
@@ -40,7 +38,8 @@ def wait_for_end(invocation: Invocation, request: Request, name: str) -> None:
         raise Failure(ExitCode.ENDED_OTHERWISE, "", text="")
 
 
-def _follow(client: Client, request: Request, name: str, line: LiveLine) -> Reply:
+def _follow(invocation: Invocation, request: Request, name: str, line: LiveLine) -> Reply:
+    client = invocation.client
     line.tell(describe(request, name))
     generation = 0
     away_since: float | None = None
@@ -56,7 +55,7 @@ def _follow(client: Client, request: Request, name: str, line: LiveLine) -> Repl
             instance = client.get(path_of(INSTANCES, request.instance), query, wait_s=_WAIT_S).decode(Instance)
         except Failure as failure:
             away_since = away_since if away_since is not None else time.monotonic()
-            if not _may_come_back(failure) or time.monotonic() - away_since > _PATIENCE_S:
+            if not _may_come_back(failure) or time.monotonic() - away_since > invocation.patience_s:
                 raise
             line.tell(f"{spoken(request.operation)} of {name}: the server is away; waiting for it to come back")
             client.forget()

@@ -1,0 +1,46 @@
+"""`interlock demo` as far as it goes without a guest: whether a server runs, ports, and what is left behind."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from cli.conftest import Interlock
+from cli.scripted_server import Given, ScriptedServer
+from cli.wire_samples import instance, problem
+from interlock.api.schemas import NewForward
+from interlock.cli import demo
+from interlock.cli.demo import free_port
+from interlock.cli.failures import Failure
+
+
+def test_a_second_demo_says_that_one_runs_and_shows_its_vm(interlock: Interlock, server: ScriptedServer) -> None:
+    server.on("GET", "/healthz", Given(value={"status": "alive"}))
+    forwards = (NewForward(host_port=8083, guest_port=80),)
+    server.on("GET", "/v1/instances/demo", Given(value=instance(forwards=forwards)))
+    ran = interlock("demo")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"A server runs already at {server.url}")
+    assert "curl http://127.0.0.1:8083/" in ran.out
+    assert {asked.method for asked in server.asked} == {"GET"}
+
+
+def test_a_second_demo_without_its_vm_changes_nothing_either(interlock: Interlock, server: ScriptedServer) -> None:
+    server.on("GET", "/healthz", Given(value={"status": "alive"}))
+    server.on("GET", "/v1/instances/demo", Given(404, problem(404, "There is no instance demo.")))
+    ran = interlock("demo")
+    assert ran.code == 0
+    assert "It has no VM demo" in ran.out
+
+
+def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(demo, "_FIRST_PORT", port)
+        assert free_port() > port
+        monkeypatch.setattr(demo, "_PORTS", 1)
+        with pytest.raises(Failure, match="taken"):
+            free_port()
