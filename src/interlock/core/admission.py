@@ -237,10 +237,10 @@ def _redundant(
     return _unchanged(draft, "request.redundant", _facts(view, submission, rule), answer)
 
 
-def _unchanged(draft: Draft, kind: str, facts: dict[str, Any], answer: Disposition) -> Change[Disposition]:
+def _unchanged(draft: Draft, kind: str, facts: dict[str, Any], answer: Denied | Redundant) -> Change[Disposition]:
     """A submission that changes nothing is still told, and leaves the generation as it was."""
     draft.generation = draft.instance.generation
-    draft.tell(kind, None, **facts)
+    draft.tell(kind, None, **facts, reason=answer.reason)
     return Change(instance=draft.instance, events=tuple(draft.events), answer=answer)
 
 
@@ -251,7 +251,6 @@ def _facts(view: View, submission: Submission, rule: Rule) -> dict[str, Any]:
         "parameters": submission.parameters,
         "by": submission.requested_by,
         "rule": rule.id,
-        "reason": rule.code,
         "view": msgspec.structs.asdict(view),
     }
 
