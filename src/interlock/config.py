@@ -42,18 +42,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     listen_host: str = "127.0.0.1"
     """The address to listen on. Anything but loopback needs TLS, or `allow_plain_http`."""
     listen_port: int = 7420
+    """The TCP port to listen on; 0 takes any free one, which `server.json` in the data folder then names."""
     tls_certificate: str = ""
     """A PEM file with the certificate and its chain; together with `tls_key` it turns TLS on."""
     tls_key: str = ""
+    """A PEM file with the certificate's private key."""
     allow_plain_http: bool = False
     """Allow an address that is not loopback without TLS."""
     host: str = ""
     """The name of this host. Default: what the system calls itself."""
     hypervisor: Literal["qemu", "simulated"] = "qemu"
+    """What holds the guests. `simulated` holds none for real, and is for trying things out."""
     policy: str = "standard"
     """A built-in policy's name, or a policy file."""
     qemu_binary: str = "qemu-system-x86_64"
+    """QEMU's program: a name on the PATH, or a path."""
     accelerator: Literal["tcg", "kvm"] = "tcg"
+    """`tcg` runs anywhere; `kvm` needs a /dev/kvm that works and that the guests' user may open."""
     qmp_timeout_ms: int = 5_000
     """How long a guest's monitor has to answer before its outcome counts as unknown, in ms."""
     request_body_bytes_max: int = 262_144
@@ -61,8 +66,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     upload_bytes_max: int = 64 * 1024**3
     """The largest image that may be uploaded, in bytes."""
     instance_memory_mib_max: int = 65_536
+    """The most memory that one instance may have, in MiB."""
     volume_gib_max: int = 16_384
+    """The largest volume, in GiB."""
     log_format: Literal["text", "json"] = "text"
+    """How the server writes its log, to standard error."""
     driver: DriverConfig = DriverConfig()
 
     @property
