@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from interlock.core.states import VmState
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Role
 from interlock.service.callers import Caller
+from interlock.stores.schema import upgrade
 from interlock.testing.embedded import IMAGE, QUICK
-from interlock.wiring import Server
+from interlock.wiring import DATABASE, Server
 
 BODY_BYTES_MAX = 4096
 UPLOAD_BYTES_MAX = 3 * 1024 * 1024
@@ -69,8 +71,18 @@ def host() -> SimulatedHost:
     return SimulatedHost()
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that is up to date, to copy: bringing one up to date takes longer than most tests here."""
+    path = tmp_path_factory.mktemp("empty") / DATABASE
+    upgrade(path)
+    return path
+
+
 @pytest.fixture
-async def door(tmp_path: Path, host: SimulatedHost) -> AsyncIterator[Door]:
+async def door(tmp_path: Path, host: SimulatedHost, empty_database: Path) -> AsyncIterator[Door]:
+    (tmp_path / "data").mkdir(mode=0o711)
+    shutil.copy(empty_database, tmp_path / "data" / DATABASE)
     policy = tmp_path / "patient.toml"
     policy.write_text(POLICY)
     config = Config(

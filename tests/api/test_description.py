@@ -1,0 +1,185 @@
+"""The OpenAPI document says what the server does, and a machine that believes it finds nothing to complain of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import SkipTest
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as fixed_seed
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.core.result import Err
+from starlette.routing import Route
+
+from api.conftest import Door, make
+from interlock.api import problems, schemas
+from interlock.api.app import DOORS
+from interlock.core import errors
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "http.md"
+EXAMPLES = 12
+"""How many requests are tried per method and path."""
+
+
+async def document(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer = await client.get("/openapi.json")
+    described: dict[str, Any] = answer.json()
+    return described
+
+
+async def test_every_door_is_described_and_every_field_has_its_sentence(door: Door) -> None:
+    described = await document(door.client(None))
+    assert described["openapi"].startswith("3.1")
+    routes = {route.path for route in door.app.routes if isinstance(route, Route) and route.path.startswith("/v1")}
+    assert set(described["paths"]) == routes
+    generation = described["components"]["schemas"]["Instance"]["properties"]["generation"]
+    assert generation["description"] == "Grows with every change; also the ETag."
+
+
+async def test_the_documentation_needs_no_network(door: Door) -> None:
+    client = door.client(None)
+    page = await client.get("/docs")
+    assert page.status_code == 200
+    addresses = re.findall(r'(?:src|href|url:)\s*[=:]?\s*"([^"]+)"', page.text)
+    assert len(addresses) >= 3
+    for address in addresses:
+        assert address.startswith("/")
+        assert (await client.get(address)).status_code == 200
+
+
+async def test_health_readiness_and_figures_need_no_token(door: Door, admin: httpx.AsyncClient) -> None:
+    client = door.client(None)
+    await make(admin, "vm")
+    await admin.post("/v1/instances/vm/requests", json={"operation": "start"})
+    assert (await client.get("/healthz")).json()["status"] == "alive"
+    assert (await client.get("/readyz")).json()["ready"] is True
+    figures = (await client.get("/metrics")).text
+    for line in (
+        'interlock_submissions_total{disposition="admitted",operation="create"} 1.0',
+        'interlock_submissions_total{disposition="redundant",operation="start"} 1.0',
+        'interlock_requests_ended_total{operation="create",status="succeeded"} 1.0',
+        'interlock_request_service_seconds_count{operation="create"} 1.0',
+        'interlock_instances{vm_state="active"} 1.0',
+        "interlock_requests_outstanding 0.0",
+        "interlock_instances_stuck 0.0",
+    ):
+        assert line in figures.splitlines()
+    door.server.ready = False
+    assert (await client.get("/readyz")).status_code == 503
+
+
+def test_every_error_has_its_kind_and_the_reference_names_it() -> None:
+    text = REFERENCE.read_text()
+    kinds = [*problems.KINDS.values(), *problems.HTTP_KINDS.values()]
+    assert [kind.name for kind in kinds if f"`{kind.name}` | {kind.status}" not in text] == []
+    raised = {errors.NotFound, errors.NameTaken, errors.KeyReused, errors.GenerationMismatch, errors.Invalid}
+    raised |= {errors.Forbidden, errors.InUse, errors.StoreError, errors.StoreFull, errors.Unavailable}
+    for error in raised:
+        assert problems.kind_of(error("x")).status != 500
+    assert problems.kind_of(errors.BrokenInvariant("x")).status == 500
+
+
+def test_every_door_is_in_the_reference() -> None:
+    text = REFERENCE.read_text()
+    assert [door.path for door in DOORS if f"`{door.method} {door.path}`" not in text] == []
+
+
+async def test_a_machine_that_believes_the_description_meets_no_surprise(door: Door, admin: httpx.AsyncClient) -> None:
+    """Every answer to made-up requests is one that is described, in the shape described, and none is a 5xx."""
+    await make(admin, "vm", start=False)
+    described = await document(admin)
+    schema = schemathesis.openapi.from_dict(described)
+    statuses = Counter[int]()
+    for result in schema.get_all_operations():
+        if isinstance(result, Err):
+            raise result.err()
+        operation = result.ok()
+        if operation.path in {"/v1/events", "/v1/images/small"}:
+            # A stream does not end; and the small image is built from packages.
+            continue
+        # A wrong form cannot be written by this client; those are in test_bad_input.
+        form = "multipart/form-data" in operation.definition.raw.get("requestBody", {}).get("content", {})
+        for mode in (GenerationMode.POSITIVE,) if form else tuple(GenerationMode):
+            for case in await asyncio.to_thread(_cases, operation, mode):
+                statuses[await _send(admin, case, operation)] += 1
+    assert {200, 202, 204, 404, 422} <= set(statuses)
+
+
+def _cases(operation: Any, mode: GenerationMode) -> list[Any]:
+    """Some requests that the description allows, or some that it does not."""
+    found: list[Any] = []
+
+    @fixed_seed(880)
+    @settings(
+        max_examples=EXAMPLES,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode), own=st.booleans())
+    def collect(case: Any, own: bool) -> None:
+        if own and "reference" in (case.path_parameters or {}):
+            case.path_parameters["reference"] = "vm"
+        if "wait" in (case.query or {}):
+            case.query["wait"] = "1ms"
+        found.append(case)
+
+    # Where everything is allowed there is nothing wrong to send.
+    with contextlib.suppress(SkipTest, Unsatisfiable):
+        collect()
+    return found
+
+
+async def _send(client: httpx.AsyncClient, case: Any, operation: Any) -> int:
+    arguments = case.as_transport_kwargs(base_url="http://interlock.test")
+    names = ("method", "url", "params", "json", "data", "files")
+    headers = {
+        name: value
+        for name, value in dict(arguments.get("headers") or {}).items()
+        if name.lower() not in {"authorization", "prefer"} and value.isascii()
+    }
+    given_arguments = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    body = given_arguments.pop("data", None)
+    if isinstance(body, str | bytes):
+        given_arguments["content"] = body
+    elif body is not None:
+        given_arguments["data"] = body
+    answer = await client.request(headers=headers, **given_arguments)
+    assert answer.status_code < 500, (answer.request, answer.text)
+    described = operation.definition.raw["responses"]
+    assert str(answer.status_code) in described, (answer.request, answer.text)
+    if answer.status_code != 204:
+        content = described[str(answer.status_code)]["content"]
+        assert answer.headers["content-type"].partition(";")[0] in content
+    if "json" in answer.headers.get("content-type", ""):
+        await answer.request.aread()
+        operation.validate_response(answer)
+    return answer.status_code
+
+
+def test_a_refusal_is_a_problem_with_more_to_say() -> None:
+    assert issubclass(schemas.Refusal, schemas.Problem)
+    assert {"reason", "rule", "blocked_by", "allowed_at", "allowed_instead"} <= set(schemas.Refusal.__struct_fields__)
+
+
+@pytest.mark.parametrize("policy", ["standard", "propolis", "take2"])
+async def test_the_policy_can_be_read(door: Door, admin: httpx.AsyncClient, policy: str) -> None:
+    from interlock.api import views
+    from interlock.core.policy import CompiledPolicy
+    from interlock.policies.reading import load
+
+    shown = views.policy(CompiledPolicy(load(policy)))
+    assert shown.name == policy
+    assert len(shown.rules) == len(load(policy).rules)
+    assert (await admin.get("/v1/policy")).json()["name"] == "patient"
