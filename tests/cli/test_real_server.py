@@ -102,6 +102,16 @@ def test_a_refusal_and_the_answer_to_why_agree(serving: Serving) -> None:
     assert "delete" not in allowed
 
 
+def test_protection_from_delete_can_be_given_and_taken_back(serving: Serving) -> None:
+    serving.json("vm", "create", "web", "--image", "empty", "--no-start")
+    assert serving.json("vm", "label", "web", "--protect", "delete", "--tag", "prod")["tags"] == ["prod"]
+    refused = serving.run("vm", "delete", "web", "--yes")
+    assert refused.returncode == 3
+    assert "operation_blocked" in refused.stderr
+    assert serving.json("vm", "label", "web", "--no-protect")["blocked_operations"] == []
+    assert serving.run("vm", "delete", "web", "--yes", "--wait").returncode == 0
+
+
 def test_the_history_outlives_the_server(serving: Serving) -> None:
     serving.run("vm", "create", "demo", "--image", "empty", "--wait")
     before = serving.run("vm", "events", "demo").stdout

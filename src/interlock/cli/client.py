@@ -92,6 +92,10 @@ class Client:
         sent = {"Content-Type": "application/json", **(headers or {})}
         return self._checked(self._exchange("POST", path, msgspec.json.encode(value), sent, wait_s))
 
+    def patch(self, path: str, value: Any) -> Reply:
+        sent = {"Content-Type": "application/json"}
+        return self._checked(self._exchange("PATCH", path, msgspec.json.encode(value), sent, 0))
+
     def delete(self, path: str) -> Reply:
         return self._checked(self._exchange("DELETE", path, None, {}, 0))
 

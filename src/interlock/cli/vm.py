@@ -167,6 +167,39 @@ def show(invocation: Invocation, *, vm: str) -> None:
         print_vm(invocation, reply.decode(Instance))
 
 
+@vm_commands.command()
+@vm_argument
+@click.option("--tag", "tags", multiple=True, help="Its tags from now on. May be repeated.")
+@click.option("--no-tags", is_flag=True, help="Take all tags away.")
+@click.option("--protect", multiple=True, type=OperationName(), help="Refuse these operations from now on.")
+@click.option("--no-protect", is_flag=True, help="Take all protection away.")
+@json_option
+@needs_invocation
+def label(
+    invocation: Invocation,
+    *,
+    vm: str,
+    tags: tuple[str, ...],
+    no_tags: bool,
+    protect: tuple[Operation, ...],
+    no_protect: bool,
+) -> None:
+    """Change a VM's tags, or the operations that it is protected from."""
+    if (tags and no_tags) or (protect and no_protect):
+        raise click.UsageError("An option and its --no- form do not go together.")
+    if not (tags or no_tags or protect or no_protect):
+        raise click.UsageError("Nothing to change: name --tag, --no-tags, --protect or --no-protect.")
+    wish: dict[str, Any] = {}
+    if tags or no_tags:
+        wish["tags"] = tags
+    if protect or no_protect:
+        wish["blocked_operations"] = protect
+    with suggesting(invocation.client, INSTANCES, vm):
+        reply = invocation.client.patch(path_of(INSTANCES, vm), wish)
+    if not invocation.answer(reply):
+        print_vm(invocation, reply.decode(Instance))
+
+
 def print_vm(invocation: Invocation, one: Instance) -> None:
     """Print a VM: one fact a line, then its outstanding requests in the order in which they are served."""
     now = invocation.client.now
