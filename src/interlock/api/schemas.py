@@ -8,15 +8,30 @@ records into these is not here: see `views`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
-from msgspec import Meta
-
+from interlock.api.inventory_schemas import (
+    Health,
+    Image,
+    ImageList,
+    ImageUpload,
+    MadeToken,
+    NewSmallImage,
+    NewToken,
+    Policy,
+    PolicyRule,
+    Readiness,
+    Seconds,
+    Timestamp,
+    Token,
+    TokenList,
+    Volume,
+    VolumeList,
+    Wire,
+)
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
 from interlock.core.states import PowerState, VmState
-from interlock.ports import Role
 from interlock.service.wishes import Name, NewForward, NewInstance, NewRequest, NewVolume
 
 __all__ = [
@@ -60,25 +75,17 @@ __all__ = [
     "VolumeList",
 ]
 
-Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
-Seconds = Annotated[float, Meta(ge=0)]
-
-
-class _Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all answers."""
-
-
 # ------------------------------------------------------------------------------------------------------ instances
 
 
-class ImageReference(_Wire, frozen=True, kw_only=True):
+class ImageReference(Wire, frozen=True, kw_only=True):
     """The image that an instance was made from."""
 
     id: str
     name: str
 
 
-class Request(_Wire, frozen=True, kw_only=True):
+class Request(Wire, frozen=True, kw_only=True):
     """One asked-for operation."""
 
     id: str
@@ -118,7 +125,7 @@ class Request(_Wire, frozen=True, kw_only=True):
     """The same for people."""
 
 
-class Instance(_Wire, frozen=True, kw_only=True):
+class Instance(Wire, frozen=True, kw_only=True):
     """One VM, with everything outstanding for it."""
 
     id: str
@@ -153,7 +160,7 @@ class Instance(_Wire, frozen=True, kw_only=True):
     """Requests that have not ended, in the order in which they will be served."""
 
 
-class InstancePage(_Wire, frozen=True, kw_only=True):
+class InstancePage(Wire, frozen=True, kw_only=True):
     """One page of instances, oldest first."""
 
     items: tuple[Instance, ...]
@@ -161,14 +168,14 @@ class InstancePage(_Wire, frozen=True, kw_only=True):
     """What to pass as `cursor` for the next page; null at the end."""
 
 
-class RequestPage(_Wire, frozen=True, kw_only=True):
+class RequestPage(Wire, frozen=True, kw_only=True):
     """One page of an instance's requests, newest first."""
 
     items: tuple[Request, ...]
     next_cursor: str | None
 
 
-class Created(_Wire, frozen=True, kw_only=True):
+class Created(Wire, frozen=True, kw_only=True):
     """A new instance, and the request that makes it unless it was only recorded."""
 
     instance: Instance
@@ -180,7 +187,7 @@ class Created(_Wire, frozen=True, kw_only=True):
 # --------------------------------------------------------------------------------------------------- dispositions
 
 
-class Admitted(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="admitted"):
+class Admitted(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="admitted"):
     """The request is kept, and will be permitted when its turn comes if everything before it succeeds."""
 
     rule: str
@@ -192,7 +199,7 @@ class Admitted(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="a
     """Ids of the waiting requests that no longer make sense after it."""
 
 
-class Redundant(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
+class Redundant(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
     """What was asked for holds already, or is already on its way."""
 
     rule: str
@@ -205,7 +212,7 @@ class Redundant(_Wire, frozen=True, kw_only=True, tag_field="disposition", tag="
     retry_after_s: Seconds | None
 
 
-class Blocker(_Wire, frozen=True, kw_only=True):
+class Blocker(Wire, frozen=True, kw_only=True):
     """The outstanding request that stands in the way."""
 
     request: str
@@ -219,7 +226,7 @@ class Blocker(_Wire, frozen=True, kw_only=True):
     """Who asked for it."""
 
 
-class AllowedOperation(_Wire, frozen=True, kw_only=True):
+class AllowedOperation(Wire, frozen=True, kw_only=True):
     """What the gate would answer to one operation now."""
 
     operation: Operation
@@ -241,7 +248,7 @@ class AllowedOperation(_Wire, frozen=True, kw_only=True):
     cancels: tuple[str, ...]
 
 
-class AllowedOperations(_Wire, frozen=True, kw_only=True):
+class AllowedOperations(Wire, frozen=True, kw_only=True):
     """What the gate would answer to every operation now, for this caller."""
 
     instance: str
@@ -254,7 +261,7 @@ class AllowedOperations(_Wire, frozen=True, kw_only=True):
     operations: tuple[AllowedOperation, ...]
 
 
-class Cancelled(_Wire, frozen=True, kw_only=True):
+class Cancelled(Wire, frozen=True, kw_only=True):
     """What became of the wish to cancel a request."""
 
     outcome: Cancellation
@@ -262,7 +269,7 @@ class Cancelled(_Wire, frozen=True, kw_only=True):
     request: Request
 
 
-class Stuck(_Wire, frozen=True, kw_only=True):
+class Stuck(Wire, frozen=True, kw_only=True):
     """An instance whose operation has shown no life for longer than the policy waits for it."""
 
     instance: str
@@ -280,7 +287,7 @@ class Stuck(_Wire, frozen=True, kw_only=True):
     """Those among them that would take over from the stuck operation."""
 
 
-class StuckList(_Wire, frozen=True, kw_only=True):
+class StuckList(Wire, frozen=True, kw_only=True):
     """Everything that is stuck, those silent longest first."""
 
     items: tuple[Stuck, ...]
@@ -289,7 +296,7 @@ class StuckList(_Wire, frozen=True, kw_only=True):
 # --------------------------------------------------------------------------------------------------------- events
 
 
-class Event(_Wire, frozen=True, kw_only=True):
+class Event(Wire, frozen=True, kw_only=True):
     """Something that happened."""
 
     sequence: int
@@ -305,7 +312,7 @@ class Event(_Wire, frozen=True, kw_only=True):
     """As recorded."""
 
 
-class EventList(_Wire, frozen=True, kw_only=True):
+class EventList(Wire, frozen=True, kw_only=True):
     """Events in order."""
 
     items: tuple[Event, ...]
@@ -313,153 +320,10 @@ class EventList(_Wire, frozen=True, kw_only=True):
     """What to pass as `after` to go on from here."""
 
 
-# ------------------------------------------------------------------------------------- images, volumes and tokens
-
-
-class Image(_Wire, frozen=True, kw_only=True):
-    """What an instance boots."""
-
-    id: str
-    name: str
-    kind: Literal["disk", "kernel"]
-    format: str
-    """Of a disk: `raw` or `qcow2`."""
-    cmdline: str | None
-    size_bytes: int
-    """The size that the guest sees, for a disk."""
-    sha256: str
-    created_at: Timestamp
-
-
-class ImageList(_Wire, frozen=True, kw_only=True):
-    """All images."""
-
-    items: tuple[Image, ...]
-
-
-class NewSmallImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A small guest image to build on the server from its distribution's packages."""
-
-    name: Name
-
-
-class ImageUpload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The text fields of an upload; the files are the parts `disk`, or `kernel` and `initrd`."""
-
-    name: Name
-    kind: Literal["disk", "kernel"]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")] | None = None
-    """Of a disk: what its SHA-256 must be."""
-    cmdline: Annotated[str, Meta(max_length=2048)] = ""
-    """Of a kernel: its command line."""
-
-
-class Volume(_Wire, frozen=True, kw_only=True):
-    """A disk that lives on its own and can be attached to one instance at a time."""
-
-    id: str
-    name: str
-    project: str
-    size_bytes: int
-    attached_to: str | None
-    """The id of the instance that has it."""
-    created_at: Timestamp
-
-
-class VolumeList(_Wire, frozen=True, kw_only=True):
-    """The project's volumes."""
-
-    items: tuple[Volume, ...]
-
-
-class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A bearer token to make."""
-
-    name: Name
-    role: Role
-    project: Name
-
-
-class Token(_Wire, frozen=True, kw_only=True):
-    """A bearer token, without its secret."""
-
-    id: str
-    name: str
-    role: Role
-    project: str
-    created_at: Timestamp
-
-
-class MadeToken(_Wire, frozen=True, kw_only=True):
-    """A new token with its secret, which is shown this once."""
-
-    token: Token
-    secret: str
-
-
-class TokenList(_Wire, frozen=True, kw_only=True):
-    """All tokens."""
-
-    items: tuple[Token, ...]
-
-
-# ---------------------------------------------------------------------------------------------- policy and health
-
-
-class PolicyRule(_Wire, frozen=True, kw_only=True, omit_defaults=True):
-    """One rule; a condition that is absent holds always."""
-
-    id: str
-    verdict: str
-    operations: tuple[str, ...]
-    vm_state: tuple[str, ...] | None = None
-    task_state: tuple[str, ...] | None = None
-    outstanding: tuple[str, ...] | None = None
-    """Any of these kinds is queued or in flight; empty: nothing is."""
-    roles: tuple[str, ...] | None = None
-    tags: tuple[str, ...] | None = None
-    locked: bool | None = None
-    blocked: bool | None = None
-    host_reachable: bool | None = None
-    hard: bool | None = None
-    silent_s_min: Seconds | None = None
-    threshold_s: Seconds | None = None
-    measured_from: str | None = None
-    in_turn: bool = True
-    reason: str | None = None
-    because: str | None = None
-    fixed: bool = False
-    source: str = ""
-    """Where it stands: file and line."""
-
-
-class Policy(_Wire, frozen=True, kw_only=True):
-    """The policy that this server decides by; of its rules the first that matches decides."""
-
-    name: str
-    outstanding_max: int
-    rules: tuple[PolicyRule, ...]
-
-
-class Health(_Wire, frozen=True, kw_only=True):
-    """The process answers."""
-
-    status: Literal["alive"]
-    version: str
-
-
-class Readiness(_Wire, frozen=True, kw_only=True):
-    """Whether the server can do its work."""
-
-    ready: bool
-    reasons: tuple[str, ...] = ()
-    """What is missing, one sentence each."""
-
-
 # ------------------------------------------------------------------------------------------------------- problems
 
 
-class Problem(_Wire, frozen=True, kw_only=True, omit_defaults=True):
+class Problem(Wire, frozen=True, kw_only=True, omit_defaults=True):
     """An error, as RFC 9457 has it (`application/problem+json`)."""
 
     type: str

@@ -1,0 +1,164 @@
+"""What goes over the wire of images, volumes, tokens, the policy and the server's health, as `schemas` has the rest.
+
+Clients import all of it from there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from interlock.ports import Role
+from interlock.service.wishes import Name
+
+Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all answers."""
+
+
+# ------------------------------------------------------------------------------------- images, volumes and tokens
+
+
+class Image(Wire, frozen=True, kw_only=True):
+    """What an instance boots."""
+
+    id: str
+    name: str
+    kind: Literal["disk", "kernel"]
+    format: str
+    """Of a disk: `raw` or `qcow2`."""
+    cmdline: str | None
+    size_bytes: int
+    """The size that the guest sees, for a disk."""
+    sha256: str
+    created_at: Timestamp
+
+
+class ImageList(Wire, frozen=True, kw_only=True):
+    """All images."""
+
+    items: tuple[Image, ...]
+
+
+class NewSmallImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A small guest image to build on the server from its distribution's packages."""
+
+    name: Name
+
+
+class ImageUpload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The text fields of an upload; the files are the parts `disk`, or `kernel` and `initrd`."""
+
+    name: Name
+    kind: Literal["disk", "kernel"]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")] | None = None
+    """Of a disk: what its SHA-256 must be."""
+    cmdline: Annotated[str, Meta(max_length=2048)] = ""
+    """Of a kernel: its command line."""
+
+
+class Volume(Wire, frozen=True, kw_only=True):
+    """A disk that lives on its own and can be attached to one instance at a time."""
+
+    id: str
+    name: str
+    project: str
+    size_bytes: int
+    attached_to: str | None
+    """The id of the instance that has it."""
+    created_at: Timestamp
+
+
+class VolumeList(Wire, frozen=True, kw_only=True):
+    """The project's volumes."""
+
+    items: tuple[Volume, ...]
+
+
+class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bearer token to make."""
+
+    name: Name
+    role: Role
+    project: Name
+
+
+class Token(Wire, frozen=True, kw_only=True):
+    """A bearer token, without its secret."""
+
+    id: str
+    name: str
+    role: Role
+    project: str
+    created_at: Timestamp
+
+
+class MadeToken(Wire, frozen=True, kw_only=True):
+    """A new token with its secret, which is shown this once."""
+
+    token: Token
+    secret: str
+
+
+class TokenList(Wire, frozen=True, kw_only=True):
+    """All tokens."""
+
+    items: tuple[Token, ...]
+
+
+# ---------------------------------------------------------------------------------------------- policy and health
+
+
+class PolicyRule(Wire, frozen=True, kw_only=True, omit_defaults=True):
+    """One rule; a condition that is absent holds always."""
+
+    id: str
+    verdict: str
+    operations: tuple[str, ...]
+    vm_state: tuple[str, ...] | None = None
+    task_state: tuple[str, ...] | None = None
+    outstanding: tuple[str, ...] | None = None
+    """Any of these kinds is queued or in flight; empty: nothing is."""
+    roles: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    locked: bool | None = None
+    blocked: bool | None = None
+    host_reachable: bool | None = None
+    hard: bool | None = None
+    silent_s_min: Seconds | None = None
+    threshold_s: Seconds | None = None
+    measured_from: str | None = None
+    in_turn: bool = True
+    reason: str | None = None
+    because: str | None = None
+    fixed: bool = False
+    source: str = ""
+    """Where it stands: file and line."""
+
+
+class Policy(Wire, frozen=True, kw_only=True):
+    """The policy that this server decides by; of its rules the first that matches decides."""
+
+    name: str
+    outstanding_max: int
+    rules: tuple[PolicyRule, ...]
+
+
+class Health(Wire, frozen=True, kw_only=True):
+    """The process answers."""
+
+    status: Literal["alive"]
+    version: str
+
+
+class Readiness(Wire, frozen=True, kw_only=True):
+    """Whether the server can do its work."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    """What is missing, one sentence each."""
