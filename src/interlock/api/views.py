@@ -18,8 +18,8 @@ from interlock.service.wishes import NewForward
 
 def timestamp(at_ms: int) -> str:
     """Whole milliseconds since the epoch as RFC 3339."""
-    text = datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{text}.{at_ms % 1000:03d}Z"
+    # Several times faster than strftime, and on the path that matters most for speed.
+    return f"{datetime.fromtimestamp(at_ms // 1000, UTC).isoformat()[:19]}.{at_ms % 1000:03d}Z"
 
 
 def maybe(at_ms: int | None) -> str | None:
