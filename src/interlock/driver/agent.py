@@ -9,7 +9,7 @@ import structlog
 
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
-from interlock.core.errors import HypervisorError
+from interlock.core.errors import Fenced, HypervisorError
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, Event, GuestEvent, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
@@ -144,5 +144,5 @@ class Agent:
                 seen = await self._hypervisor.inspect(instance_id)
                 if seen.power_state is PowerState.SHUTDOWN:
                     await self._hypervisor.power_off(permit, instance_id)
-        except HypervisorError as error:
+        except (HypervisorError, Fenced) as error:
             _LOG.warning("cannot tidy up", instance=instance_id, why=error.message)

@@ -14,7 +14,7 @@ import structlog
 
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
-from interlock.core.errors import HypervisorError, NotFound, StoreError
+from interlock.core.errors import Fenced, HypervisorError, NotFound, StoreError
 from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Request
@@ -174,7 +174,7 @@ class StateDriver:
         if event is GuestEvent.STOPPED:
             try:
                 await self._hypervisor.power_off(FencePermit(self._store, self._id, fence), self._id)
-            except HypervisorError as error:
+            except (HypervisorError, Fenced) as error:
                 _LOG.warning("cannot tidy up after a guest", instance=self._id, why=error.message)
 
 
