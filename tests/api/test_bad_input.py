@@ -62,6 +62,12 @@ async def test_an_unknown_field_names_the_one_that_was_meant(admin: httpx.AsyncC
     assert said["remedy"] == "Did you mean `vm_state`?"
 
 
+async def test_a_name_that_is_none_is_told_in_words(admin: httpx.AsyncClient) -> None:
+    said = problem(await admin.post("/v1/instances", json={"name": "Bad Name", "image": "nothing"}), 422, "invalid")
+    assert "lower-case letters, digits and hyphens" in str(said["detail"])
+    assert "regex" not in str(said)
+
+
 @pytest.mark.parametrize(
     "wish",
     [

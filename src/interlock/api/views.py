@@ -18,7 +18,6 @@ from interlock.service.wishes import NewForward
 
 def timestamp(at_ms: int) -> str:
     """Whole milliseconds since the epoch as RFC 3339."""
-    # Several times faster than strftime, and on the path that matters most for speed.
     return f"{datetime.fromtimestamp(at_ms // 1000, UTC).isoformat()[:19]}.{at_ms % 1000:03d}Z"
 
 
