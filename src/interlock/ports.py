@@ -258,8 +258,10 @@ class Store(Protocol):
         """Read, decide and keep, as one step that nothing comes between. `decide` is pure and may be called again.
 
         With a key that was kept before, `decide` is not called and the answer kept with the key is returned (built
-        again from its JSON as a `records.Disposition`). A change that leaves the instance the same object, with no
-        requests and no events, writes nothing.
+        again from its JSON as a `records.Disposition`). A refusal is not kept with its key: where a decision leaves the
+        instance the same object and has no requests, asking again with the same key is judged anew.
+
+        A change that leaves the instance the same object, with no requests and no events, writes nothing.
 
         Raises:
             NotFound: there is no such instance.

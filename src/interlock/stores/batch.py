@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from typing import Any
 
 import apsw
 
 from interlock.core.records import Event, Instance
-from interlock.stores import rows
+from interlock.stores import rows, statements
 from interlock.stores.rows import Row
 
 
@@ -19,12 +20,14 @@ class Kept:
     way to the disk.
     """
 
-    __slots__ = ("batches", "committed", "last_request", "latest", "seq")
+    __slots__ = ("batches", "committed", "filed", "last_request", "latest", "seq")
 
     def __init__(self, seq: int, instance: Instance, last_request: int | None, *, committed: bool) -> None:
         self.seq = seq
         self.latest = instance
         self.committed = instance if committed else None
+        self.filed = rows.filed(instance) if committed else ()
+        """The indexed columns of its row on the disk."""
         self.last_request = last_request
         self.batches = 0
         """How many batches on their way hold a change of it."""
@@ -35,17 +38,17 @@ class Batch:
 
     def __init__(self) -> None:
         self.decisions = 0
+        self.seen_ms = 0
         self.instances: dict[str, Kept] = {}
         self.new_instances: dict[str, Kept] = {}
-        self.results: dict[str, Instance] = {}
-        """Each changed instance as this batch leaves it."""
-        self.instance_rows: dict[str, Row] = {}
+        self.results: dict[str, tuple[Instance, str, int | None]] = {}
+        """Each changed instance as this batch leaves it, its JSON, and the number of its last request."""
         self.new_requests: dict[str, Row] = {}
         self.requests: dict[str, Row] = {}
         self.events: list[Event] = []
-        self.event_rows: list[Row] = []
+        self.event_values: list[Any] = []
         self.tags: dict[int, tuple[str, ...]] = {}
-        self.keys: list[Row] = []
+        self.key_values: list[Any] = []
         self.key_names: list[tuple[str, str]] = []
         self.names: list[tuple[str, str]] = []
         self.waiting: list[asyncio.Future[Any]] = []
@@ -54,25 +57,45 @@ class Batch:
     def empty(self) -> bool:
         return not self.decisions
 
-    def write(self, connection: apsw.Connection) -> None:
-        """Write everything, durably, or nothing. Runs in the writer's thread. Raises `apsw.Error`."""
-        known = [
-            (*row, self.instances[id_].seq) for id_, row in self.instance_rows.items() if id_ not in self.new_instances
-        ]
-        new = [
-            (*self.instance_rows[id_], kept.seq, id_, kept.latest.project) for id_, kept in self.new_instances.items()
-        ]
+    def write(self, connection: apsw.Connection) -> dict[str, Row]:
+        """Write everything, durably, or nothing; the indexed columns of each instance as they are then.
+
+        Runs in the writer's thread. Raises `apsw.Error`.
+        """
+        filed: dict[str, Row] = {}
+        new: list[Any] = []
+        changed: dict[tuple[str, ...], list[Any]] = {}
+        for id_, (instance, text, last_request) in self.results.items():
+            kept = self.instances[id_]
+            filed[id_] = columns = rows.filed(instance)
+            always = (kept.seq, instance.generation, instance.fence, instance.updated_at_ms, last_request, text)
+            if id_ in self.new_instances:
+                new += (*always, id_, instance.project, *columns)
+            else:
+                names, values = _differences(kept.filed, columns)
+                changed.setdefault(names, []).extend((*always, *values))
         with Transaction(connection):
             # Those that are deleted come first: they may make way for a new one of the same name.
-            connection.executemany(rows.UPDATE_INSTANCE, known)
-            connection.executemany(rows.INSERT_INSTANCE, new)
-            connection.executemany(rows.INSERT_REQUEST, self.new_requests.values())
-            connection.executemany(rows.UPDATE_REQUEST, self.requests.values())
-            connection.executemany(rows.INSERT_EVENT, self.event_rows)
-            connection.executemany(rows.INSERT_KEY, self.keys)
+            for names, bindings in changed.items():
+                statements.changed_instance(names).run(connection, bindings)
+            statements.NEW_INSTANCE.run(connection, new)
+            statements.NEW_REQUEST.run(connection, [*chain.from_iterable(self.new_requests.values())])
+            statements.CHANGED_REQUEST.run(connection, [*chain.from_iterable(self.requests.values())])
+            statements.EVENT.run(connection, self.event_values)
+            statements.KEY.run(connection, self.key_values)
             for seq, tags in self.tags.items():
-                connection.execute(rows.DELETE_TAGS, (seq,))
-                connection.executemany(rows.INSERT_TAG, [(tag, seq) for tag in tags])
+                connection.execute(statements.FORGET_TAGS, (seq,))
+                statements.TAG.run(connection, [value for tag in tags for value in (tag, seq)])
+            connection.execute(statements.SEEN, (self.seen_ms,))
+        return filed
+
+
+def _differences(before: Row, after: Row) -> tuple[tuple[str, ...], Row]:
+    """The names and new values of the indexed columns that changed."""
+    if before == after:
+        return (), ()
+    places = [place for place, value in enumerate(after) if value != before[place]]
+    return tuple(rows.FILED_COLUMNS[place] for place in places), tuple(after[place] for place in places)
 
 
 class Transaction:

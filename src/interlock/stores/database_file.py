@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from typing import Final
 
 import apsw
 
-from interlock.core.errors import StoreBusy, StoreCorrupt, StoreError
-from interlock.stores.schema import upgrade
+from interlock.core.errors import StoreCorrupt, StoreError
+from interlock.stores.file_lock import FileLock
+from interlock.stores.schema import bring_up
 from interlock.stores.sqlite_errors import RESTORE_REMEDY, store_error
 
 CHECKED_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -28,7 +27,7 @@ class DatabaseFile:
 
     def __init__(self, path: Path) -> None:
         self.path: Final = path
-        self._lock: int | None = None
+        self._lock: Final = FileLock(path)
 
     def take(self) -> None:
         """Lock the file for this process, make or upgrade the database, and see that it is whole.
@@ -36,10 +35,9 @@ class DatabaseFile:
         Raises:
             StoreBusy, StoreCorrupt, StoreNewer, StoreError: nothing was changed, and nothing is held.
         """
-        self._check_place()
-        self._lock = self._take_lock()
+        self._lock.take()
         try:
-            upgrade(self.path)
+            bring_up(self.path)
             self.path.chmod(0o600)
             self._check_whole()
         except OSError as error:
@@ -53,10 +51,7 @@ class DatabaseFile:
 
     def let_go(self) -> None:
         """Give the file up. Every connection must be closed by now. Does nothing a second time."""
-        if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
-            self._lock = None
+        self._lock.let_go()
 
     def writer(self) -> apsw.Connection:
         """A connection that may write. The caller sees that there is only one."""
@@ -86,38 +81,6 @@ class DatabaseFile:
         except apsw.Error as error:
             raise store_error(error, self.path) from error
         return connection
-
-    def _check_place(self) -> None:
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise StoreError(f"The folder {folder} does not exist.", remedy=f"Make it: mkdir -p {folder}")
-        if self.path.exists() and not self.path.is_file():
-            raise StoreError(f"{self.path} is not a file.", remedy="Name another file for the database.")
-        wanted = [folder, *([self.path] if self.path.exists() else [])]
-        for place in wanted:
-            if not os.access(place, os.W_OK | os.R_OK):
-                raise StoreError(f"{place} cannot be written.", remedy=f"Let the server's user read and write {place}.")
-
-    def _take_lock(self) -> int:
-        lock_path = self.path.with_name(f"{self.path.name}.lock")
-        try:
-            descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StoreError(
-                f"{lock_path} cannot be made: {error.strerror}.", remedy="Let the server's user write the folder."
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "of unknown id"
-            os.close(descriptor)
-            raise StoreBusy(
-                f"Process {holder} holds {self.path}.",
-                remedy=f"Stop that server (kill {holder}), or name another database file.",
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-        return descriptor
 
     def _check_whole(self) -> None:
         if self.path.stat().st_size > CHECKED_BYTES_MAX:

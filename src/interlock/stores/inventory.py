@@ -11,6 +11,7 @@ from interlock.core.records import Image
 from interlock.ports import Token, Volume
 from interlock.stores import rows
 from interlock.stores.reading import Reader
+from interlock.stores.statements import SEEN
 from interlock.stores.writer import Writer
 
 
@@ -20,12 +21,18 @@ class SqliteInventory:
     _read: Reader
     _writer: Writer
 
+    def now_ms(self) -> int:
+        raise NotImplementedError
+
     async def _write(self, statement: str, *values: Any) -> int:
         """Run one statement in a transaction of its own; how many rows it changed."""
+        now_ms = self.now_ms()
 
         def run(connection: apsw.Connection) -> int:
             connection.execute(statement, values)
-            return connection.changes()
+            changes = connection.changes()
+            connection.execute(SEEN, (now_ms,))
+            return changes
 
         return await self._writer.transaction(run)
 

@@ -104,9 +104,11 @@ class Reader:
             row = self._one("SELECT last_request FROM instances WHERE id = ?", instance_id)
         else:
             row = self._one(
-                "SELECT previous FROM requests WHERE seq = ? AND instance_seq = (SELECT seq FROM instances WHERE id = ?)",
-                _number(cursor, 0),
-                instance_id,
+                """
+                SELECT r.previous FROM requests r JOIN instances i ON i.seq = r.instance_seq
+                WHERE r.seq = ? AND i.id = ?
+                """,
+                *(_number(cursor, 0), instance_id),
             )
             if row is None:
                 raise _wrong_cursor(cursor)
@@ -142,17 +144,17 @@ class Reader:
 
     def newest_ms(self) -> int:
         """The latest time that the store has seen; 0 if it is empty."""
-        row = self._one("SELECT at_ms FROM events ORDER BY sequence DESC LIMIT 1")
-        seen = self._one(
-            "SELECT max(updated_at_ms) FROM (SELECT updated_at_ms FROM instances ORDER BY seq DESC LIMIT 1000)"
-        )
-        return max(int(row[0]) if row else 0, int((seen or (0,))[0] or 0))
+        row = self._one("SELECT seen_ms FROM clock")
+        return int(row[0]) if row else 0
 
     # ------------------------------------------------------------------------------------- keys, tokens and the rest
 
-    def key(self, scope: str, key: str) -> tuple[str, str] | None:
-        """The fingerprint and the answer's JSON kept with a key."""
-        row = self._one("SELECT fingerprint, answer FROM idempotency_keys WHERE scope = ? AND key = ?", scope, key)
+    def key(self, scope: str, key: str, since_ms: int) -> tuple[str, str] | None:
+        """The fingerprint and the answer's JSON kept with a key, if that was not before `since_ms`."""
+        row = self._one(
+            "SELECT fingerprint, answer FROM idempotency_keys WHERE scope = ? AND key = ? AND at_ms >= ?",
+            *(scope, key, since_ms),
+        )
         return None if row is None else (row[0], row[1])
 
     def tokens(self) -> tuple[Token, ...]:

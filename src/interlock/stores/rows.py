@@ -1,4 +1,4 @@
-"""How records become rows and rows records, and the statements that write them. No connection is here.
+"""How records become rows and rows records. No connection is here.
 
 A record is kept whole, as JSON, and beside it the columns that are searched; those are always derived from it.
 """
@@ -10,37 +10,12 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core.errors import KeyReused
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Token, Volume
 
 Row = tuple[Any, ...]
 """The values of one row, in the order of its statement's parameters."""
-
-UPDATE_INSTANCE: Final = """
-    UPDATE instances
-    SET name = ?, vm_state = ?, host = ?, task_state = ?, unsettled = ?, generation = ?, fence = ?, updated_at_ms = ?,
-        last_request = ?, body = ?
-    WHERE seq = ?
-"""
-INSERT_INSTANCE: Final = """
-    INSERT INTO instances (name, vm_state, host, task_state, unsettled, generation, fence, updated_at_ms, last_request,
-        body, seq, id, project)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
-INSERT_REQUEST: Final = """
-    INSERT INTO requests (status, body, seq, id, instance_seq, previous, operation, admitted_at_ms)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-"""
-UPDATE_REQUEST: Final = "UPDATE requests SET status = ?, body = ? WHERE id = ?"
-INSERT_EVENT: Final = """
-    INSERT INTO events (sequence, instance_seq, project, request_id, kind, at_ms, generation, data)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-"""
-INSERT_KEY: Final = """
-    INSERT OR REPLACE INTO idempotency_keys (scope, key, fingerprint, answer, at_ms) VALUES (?, ?, ?, ?, ?)
-"""
-DELETE_TAGS: Final = "DELETE FROM instance_tags WHERE instance_seq = ?"
-INSERT_TAG: Final = "INSERT OR IGNORE INTO instance_tags (tag, instance_seq) VALUES (?, ?)"
 
 EVENT_COLUMNS: Final = """
     e.sequence, i.id, e.request_id, e.kind, e.at_ms, e.generation, e.data
@@ -64,45 +39,31 @@ def body(record: object) -> str:
     return _encode(record).decode()
 
 
-def instance_row(instance: Instance, last_request: int | None) -> Row:
-    """For `UPDATE_INSTANCE`, but for the seq; and for `INSERT_INSTANCE`, but for seq, id and project."""
+FILED_COLUMNS: Final = ("name", "vm_state", "host", "task_state", "unsettled")
+"""The columns of an instance that are in an index, so that a change of one costs more than the row."""
+
+
+def filed(instance: Instance) -> Row:
+    """The values of `FILED_COLUMNS`."""
     return (
         instance.name,
         instance.vm_state.value,
         instance.host,
         instance.task_state,
         1 if instance.outstanding else 0,
-        instance.generation,
-        instance.fence,
-        instance.updated_at_ms,
-        last_request,
-        body(instance),
     )
 
 
-def request_row(request: Request, seq: int, instance_seq: int, previous: int | None) -> Row:
-    """For `INSERT_REQUEST`. `seq` stands at place 2 and `previous`, the instance's request before it, at place 5."""
-    return (
-        request.status.value,
-        body(request),
-        seq,
-        request.id,
-        instance_seq,
-        previous,
-        request.operation.value,
-        request.admitted_at_ms,
-    )
+class Texts:
+    """A decision as JSON. Made before anything else is done with it: what cannot be written down fails here."""
 
+    __slots__ = ("answer", "data", "instance", "requests")
 
-def event_row(event: Event, sequence: int, instance_seq: int, project: str) -> Row:
-    """For `INSERT_EVENT`."""
-    data = body(event.data) if event.data else "{}"
-    return (sequence, instance_seq, project, event.request_id, event.kind, event.at_ms, event.generation, data)
-
-
-def key_row(key: IdempotencyKey, answer: object, at_ms: int) -> Row:
-    """For `INSERT_KEY`."""
-    return (key.scope, key.key, key.fingerprint, body(answer), at_ms)
+    def __init__(self, change: Change[Any], before: Instance | None, key: IdempotencyKey | None) -> None:
+        self.instance = body(change.instance) if change.instance is not before else ""
+        self.requests = [body(request) for request in change.requests]
+        self.data = [body(event.data) if event.data else "{}" for event in change.events]
+        self.answer = body(change.answer) if key is not None and has_effect(change, before) else None
 
 
 def is_new(request: Request, before: Instance | None) -> bool:
@@ -113,6 +74,15 @@ def is_new(request: Request, before: Instance | None) -> bool:
 def has_effect(change: Change[Any], before: Instance | None) -> bool:
     """Whether a decision did more than tell: a refusal that is only recorded may be answered otherwise next time."""
     return change.instance is not before or bool(change.requests)
+
+
+def check_fingerprint(key: IdempotencyKey, fingerprint: str) -> None:
+    """Raise `KeyReused` if the key was kept with another fingerprint."""
+    if key.fingerprint != fingerprint:
+        raise KeyReused(
+            f"The idempotency key {key.key[:80]!r} was used for another request.",
+            remedy="Use a new key for a new request.",
+        )
 
 
 def event_of(row: Sequence[Any]) -> Event:

@@ -16,6 +16,7 @@ import apsw
 import msgspec
 
 from interlock.core.errors import StoreCorrupt, StoreError, StoreNewer
+from interlock.stores.file_lock import FileLock
 from interlock.stores.sqlite_errors import RESTORE_REMEDY, store_error
 
 HEAD: Final = "0001"
@@ -46,7 +47,17 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def upgrade(path: Path) -> Upgrade:
-    """Bring the database at `path` to this layout, or make it. Nobody else may have it open.
+    """Bring the database at `path` to this layout, or make it, if no server has it.
+
+    Raises:
+        StoreBusy, StoreCorrupt, StoreNewer, StoreError
+    """
+    with FileLock(path):
+        return bring_up(path)
+
+
+def bring_up(path: Path) -> Upgrade:
+    """What `upgrade` does, for whoever has the lock already. Nobody may have the database open.
 
     The layout changes in one transaction: a process that is killed in the middle leaves the old one. An older
     database is copied aside first, to `<name>.before-<this revision>`.
@@ -59,8 +70,7 @@ def upgrade(path: Path) -> Upgrade:
         case Age.CURRENT:
             return Upgrade(before=revision, after=HEAD)
         case Age.FRESH:
-            _make_empty(path)
-            _migrate(path)
+            _make(path)
             return Upgrade(before=None, after=HEAD)
         case Age.OLDER:
             copy = _copy_aside(path)
@@ -127,6 +137,17 @@ def _read_revision(path: Path) -> str:
     if row is None:
         raise StoreCorrupt(f"{path} does not say which layout it has.", remedy=RESTORE_REMEDY)
     return str(row[0])
+
+
+def _make(path: Path) -> None:
+    was_there = path.exists()
+    _make_empty(path)
+    try:
+        _migrate(path)
+    except BaseException:
+        if not was_there:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _make_empty(path: Path) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import msgspec
+from msgspec.structs import force_setattr
 
-from interlock.core.errors import KeyReused, NameTaken, NotFound, StoreError
+from interlock.core.errors import BrokenInvariant, NameTaken, NotFound, StoreError
 from interlock.core.records import Change, Event, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import Clock, IdempotencyKey, InstanceFilter, Page
@@ -25,6 +25,8 @@ from interlock.stores.clock import StoreClock, SystemClock
 from interlock.stores.database_file import DatabaseFile
 from interlock.stores.inventory import SqliteInventory
 from interlock.stores.reading import Reader
+from interlock.stores.rows import Row
+from interlock.stores.statements import FORGET_KEYS, SEEN
 from interlock.stores.writer import Writer
 
 AnswerT = TypeVar("AnswerT")
@@ -32,6 +34,8 @@ AnswerT = TypeVar("AnswerT")
 INSTANCES_IN_MEMORY: Final = 20_000
 KEY_KEPT_MS: Final = 24 * 3_600_000
 """For how long an idempotency key is remembered."""
+DECISIONS_PER_TRANSACTION: Final = 2_000
+"""How many decisions share one transaction at most; those beyond wait for the next."""
 _PRUNE_EVERY_MS: Final = 3_600_000
 
 
@@ -45,13 +49,14 @@ class SqliteStore(SqliteInventory):
         self._listeners: list[Callable[[Sequence[Event]], None]] = []
         self._kept: dict[str, Kept] = {}
         self._fences: dict[str, int] = {}
-        self._names: set[tuple[str, str]] = set()
-        self._keys: dict[tuple[str, str], tuple[str, Any, asyncio.Future[None]]] = {}
+        self._names: dict[tuple[str, str], Kept] = {}
+        """Names that are on their way to the disk."""
+        self._keys: dict[tuple[str, str], tuple[str, Any, Batch]] = {}
+        self._for_room: list[asyncio.Future[None]] = []
+        self._closing = False
         self._gathering = Batch()
         self._writing: Batch | None = None
         self._flush_due = False
-
-    # ------------------------------------------------------------------------------------------- opening and closing
 
     async def open(self) -> None:
         await asyncio.to_thread(self._file.take)
@@ -75,9 +80,12 @@ class SqliteStore(SqliteInventory):
         self._last_sequence = self._read.last("events", "sequence")
 
     async def close(self) -> None:
+        self._closing = True
         while not self._gathering.empty or self._writing is not None:
             self._flush()
             await self._settled()
+        seen_ms = self._clock.now_ms()
+        self._writer.submit(lambda connection: connection.execute(SEEN, (seen_ms,)).fetchall(), lambda *_: None)
         await self._writer.close()
         self._read.close()
         self._file.let_go()
@@ -102,28 +110,35 @@ class SqliteStore(SqliteInventory):
     async def create(self, decide: Callable[[int], Change[AnswerT]], key: IdempotencyKey | None = None) -> AnswerT:
         if key is not None and (kept := await self._answer_of(key)) is not None:
             return kept  # type: ignore[no-any-return]
+        await self._room()
         now_ms = self._clock.now_ms()
         change = decide(now_ms)
-        name = (change.instance.project, change.instance.name)
-        if name in self._names or self._lives(*name):
+        if self._find(change.instance.id) is not None:
+            raise BrokenInvariant(f"There is an instance {change.instance.id[:80]} already.")
+        self._check_name(change.instance)
+        created = Kept(self._last_instance + 1, change.instance, None, committed=False)
+        return await self._keep(created, None, change, key, now_ms)
+
+    def _check_name(self, instance: Instance) -> None:
+        """Raise `NameTaken` if another instance lives under the name, or is about to."""
+        name = (instance.project, instance.name)
+        kept = self._names.get(name)
+        if kept is not None and kept.latest.vm_state is not VmState.DELETED:
+            taken = kept.latest.id != instance.id
+        else:
+            taken = self._lives(*name)
+        if taken:
             raise NameTaken(
                 f"The project {name[0]} has an instance named {name[1]} already.",
                 remedy="Choose another name, or delete that one.",
             )
-        self._last_instance += 1
-        kept_instance = Kept(self._last_instance, change.instance, None, committed=False)
-        self._kept[change.instance.id] = kept_instance
-        self._names.add(name)
-        self._gathering.names.append(name)
-        self._gathering.new_instances[change.instance.id] = kept_instance
-        return await self._keep(kept_instance, None, change, key, now_ms)
 
     def _lives(self, project: str, name: str) -> bool:
         instance_id = self._read.id_named(project, name)
         if instance_id is None:
             return False
-        pending = self._kept.get(instance_id)
-        return pending is None or pending.latest.vm_state is not VmState.DELETED
+        latest = self._kept[instance_id].latest if instance_id in self._kept else None
+        return latest is None or (latest.vm_state is not VmState.DELETED and latest.name == name)
 
     async def change(
         self,
@@ -133,6 +148,7 @@ class SqliteStore(SqliteInventory):
     ) -> AnswerT:
         if key is not None and (answer := await self._answer_of(key)) is not None:
             return answer  # type: ignore[no-any-return]
+        await self._room()
         kept = self._find(instance_id)
         if kept is None:
             raise NotFound(f"There is no instance {instance_id[:80]}.")
@@ -172,40 +188,60 @@ class SqliteStore(SqliteInventory):
         now_ms: int,
     ) -> AnswerT:
         """Gather the rows of a decision, and answer when they are on the disk."""
+        instance = change.instance
+        texts = rows.Texts(change, before, key)
+        if before is not None and instance.name != before.name:
+            self._check_name(instance)
+        # From here on nothing can go wrong before the disk is asked.
         batch = self._gathering
         batch.decisions += 1
-        instance = change.instance
-        for request in change.requests:
-            self._gather_request(batch, kept, before, request)
+        batch.seen_ms = now_ms
         if instance.id not in batch.instances:
             batch.instances[instance.id] = kept
             kept.batches += 1
+        if before is None:
+            self._last_instance = kept.seq
+            self._kept[instance.id] = batch.new_instances[instance.id] = kept
+        for request, text in zip(change.requests, texts.requests, strict=True):
+            self._gather_request(batch, kept, before, request, text)
         if instance is not before:
-            kept.latest = instance
-            batch.results[instance.id] = instance
-            batch.instance_rows[instance.id] = rows.instance_row(instance, kept.last_request)
-            if instance.tags != (before.tags if before is not None else ()):
-                batch.tags[kept.seq] = instance.tags
-        for event in change.events:
-            self._last_sequence += 1
-            msgspec.structs.force_setattr(event, "sequence", self._last_sequence)
+            self._gather_instance(batch, kept, before, instance, texts.instance)
+        for event, data in zip(change.events, texts.data, strict=True):
+            self._last_sequence = sequence = self._last_sequence + 1
+            force_setattr(event, "sequence", sequence)
             batch.events.append(event)
-            batch.event_rows.append(rows.event_row(event, self._last_sequence, kept.seq, instance.project))
-        if key is not None and rows.has_effect(change, before):
-            self._gather_key(batch, key, change.answer, now_ms)
+            batch.event_values += (sequence, kept.seq, instance.project, event.request_id)
+            batch.event_values += (event.kind, event.at_ms, event.generation, data)
+        if key is not None and texts.answer is not None:
+            self._gather_key(batch, key, change.answer, texts.answer, now_ms)
         await self._wait(batch)
         return change.answer
 
-    def _gather_request(self, batch: Batch, kept: Kept, before: Instance | None, request: Request) -> None:
+    def _gather_instance(
+        self, batch: Batch, kept: Kept, before: Instance | None, instance: Instance, text: str
+    ) -> None:
+        kept.latest = instance
+        batch.results[instance.id] = (instance, text, kept.last_request)
+        if instance.tags != (before.tags if before is not None else ()):
+            batch.tags[kept.seq] = instance.tags
+        if before is None or instance.name != before.name:
+            name = (instance.project, instance.name)
+            self._names[name] = kept
+            batch.names.append(name)
+
+    def _gather_request(self, batch: Batch, kept: Kept, before: Instance | None, request: Request, text: str) -> None:
         known = batch.new_requests.get(request.id)
         if known is not None:
-            batch.new_requests[request.id] = rows.request_row(request, known[2], kept.seq, known[5])
+            batch.new_requests[request.id] = (*known[:5], request.status.value, known[6], text)
         elif rows.is_new(request, before):
-            self._last_request += 1
-            batch.new_requests[request.id] = rows.request_row(request, self._last_request, kept.seq, kept.last_request)
-            kept.last_request = self._last_request
+            self._last_request = seq = self._last_request + 1
+            batch.new_requests[request.id] = (
+                *(seq, request.id, kept.seq, kept.last_request, request.operation.value),
+                *(request.status.value, request.admitted_at_ms, text),
+            )
+            kept.last_request = seq
         else:
-            batch.requests[request.id] = (request.status.value, rows.body(request), request.id)
+            batch.requests[request.id] = (request.id, request.status.value, text)
 
     # ---------------------------------------------------------------------------------------------- idempotency keys
 
@@ -213,33 +249,37 @@ class SqliteStore(SqliteInventory):
         """The answer that was kept with a key, or None. Raises `KeyReused`."""
         pending = self._keys.get((key.scope, key.key))
         if pending is not None:
-            fingerprint, answer, written = pending
-            _check_fingerprint(key, fingerprint)
-            await asyncio.shield(written)
+            fingerprint, answer, batch = pending
+            rows.check_fingerprint(key, fingerprint)
+            await self._wait(batch)
             return answer
-        kept = self._read.key(key.scope, key.key)
+        kept = self._read.key(key.scope, key.key, self._clock.now_ms() - KEY_KEPT_MS)
         if kept is None:
             return None
-        _check_fingerprint(key, kept[0])
+        rows.check_fingerprint(key, kept[0])
         return rows.decode_answer(kept[1])
 
-    def _gather_key(self, batch: Batch, key: IdempotencyKey, answer: object, now_ms: int) -> None:
-        written: asyncio.Future[None] = self._loop.create_future()
-        batch.waiting.append(written)
-        batch.keys.append(rows.key_row(key, answer, now_ms))
+    def _gather_key(self, batch: Batch, key: IdempotencyKey, answer: object, text: str, now_ms: int) -> None:
+        batch.key_values += (key.scope, key.key, key.fingerprint, text, now_ms)
         batch.key_names.append((key.scope, key.key))
-        self._keys[(key.scope, key.key)] = (key.fingerprint, answer, written)
+        self._keys[(key.scope, key.key)] = (key.fingerprint, answer, batch)
         if now_ms - self._pruned_at_ms > _PRUNE_EVERY_MS:
             self._pruned_at_ms = now_ms
             oldest = now_ms - KEY_KEPT_MS
             self._writer.submit(
-                lambda connection: connection.execute(
-                    "DELETE FROM idempotency_keys WHERE at_ms < ?", (oldest,)
-                ).fetchall(),
-                lambda _answer, _error: None,
+                lambda connection: connection.execute(FORGET_KEYS, (oldest,)).fetchall(), lambda *_: None
             )
 
     # ---------------------------------------------------------------------------------------------------- committing
+
+    async def _room(self) -> None:
+        """Return when the next transaction can take one more decision. Raises `StoreError` once the store closes."""
+        while self._gathering.decisions >= DECISIONS_PER_TRANSACTION and not self._closing:
+            room: asyncio.Future[None] = self._loop.create_future()
+            self._for_room.append(room)
+            await room
+        if self._closing:
+            raise StoreError("The store is closed.", remedy="Ask again when the server is up.")
 
     async def _wait(self, batch: Batch | None) -> None:
         if batch is None:
@@ -259,11 +299,17 @@ class SqliteStore(SqliteInventory):
         if batch.empty or self._writing is not None:
             return
         self._writing, self._gathering = batch, Batch()
-        self._writer.submit(batch.write, lambda _answer, error: self._written(batch, error))
+        self._writer.submit(batch.write, lambda filed, error: self._written(batch, filed, error))
+        for room in self._for_room:
+            if not room.done():
+                room.set_result(None)
+        self._for_room.clear()
 
-    def _written(self, batch: Batch, error: StoreError | None) -> None:
+    def _written(self, batch: Batch, filed: dict[str, Row], error: StoreError | None) -> None:
         self._writing = None
         if error is None:
+            for instance_id, columns in filed.items():
+                batch.instances[instance_id].filed = columns
             self._commit(batch)
         else:
             self._undo(batch, error)
@@ -272,7 +318,7 @@ class SqliteStore(SqliteInventory):
 
     def _commit(self, batch: Batch) -> None:
         """What was on its way is there: readers see it, listeners hear of it, and those who wait go on."""
-        for instance_id, instance in batch.results.items():
+        for instance_id, (instance, _, _) in batch.results.items():
             batch.instances[instance_id].committed = instance
             self._fences[instance_id] = instance.fence
             if instance.vm_state is VmState.DELETED:
@@ -280,7 +326,11 @@ class SqliteStore(SqliteInventory):
         self._let_go(batch)
         if batch.events:
             for listener in tuple(self._listeners):
-                listener(batch.events)
+                try:
+                    listener(batch.events)
+                except Exception as error:  # noqa: BLE001 - whoever waits for the commit must not suffer from it
+                    context = {"message": "A listener of the store failed.", "exception": error}
+                    self._loop.call_exception_handler(context)
         for future in batch.waiting:
             if not future.done():
                 future.set_result(None)
@@ -298,10 +348,12 @@ class SqliteStore(SqliteInventory):
         self._find_ends()
 
     def _let_go(self, batch: Batch) -> None:
-        for kept in batch.instances.values():
-            kept.batches -= 1
+        for changed in batch.instances.values():
+            changed.batches -= 1
         for name in batch.names:
-            self._names.discard(name)
+            kept = self._names.get(name)
+            if kept is not None and not kept.batches:
+                del self._names[name]
         for key in batch.key_names:
             self._keys.pop(key, None)
 
@@ -344,11 +396,3 @@ class SqliteStore(SqliteInventory):
 
     async def last_event(self) -> int:
         return self._read.last("events", "sequence")
-
-
-def _check_fingerprint(key: IdempotencyKey, fingerprint: str) -> None:
-    if key.fingerprint != fingerprint:
-        raise KeyReused(
-            f"The idempotency key {key.key[:80]!r} was used for another request.",
-            remedy="Use a new key for a new request.",
-        )

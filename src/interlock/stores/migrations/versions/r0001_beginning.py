@@ -90,6 +90,8 @@ _STATEMENTS = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX idempotency_keys_by_age ON idempotency_keys (at_ms)",
+    "CREATE TABLE clock (seen_ms INTEGER NOT NULL)",
+    "INSERT INTO clock (seen_ms) VALUES (0)",
     "CREATE TABLE tokens (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, body TEXT NOT NULL)",
     """
     CREATE TABLE images (
