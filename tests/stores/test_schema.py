@@ -1,0 +1,66 @@
+"""How the database's layout is made and brought up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import apsw
+import pytest
+
+from interlock.core.errors import StoreBusy, StoreError
+from interlock.stores import schema
+from interlock.stores.sqlite import SqliteStore
+from interlock.testing.check_store.bench import creating
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+def test_a_fresh_database_has_the_newest_layout(path: Path) -> None:
+    made = schema.upgrade(path)
+    assert (made.before, made.after, made.copy) == (None, schema.HEAD, None)
+    assert schema.look(path) == (schema.Age.CURRENT, schema.HEAD)
+    assert schema.upgrade(path).before == schema.HEAD
+
+
+def test_the_newest_revision_is_the_one_that_is_named() -> None:
+    from alembic.script import ScriptDirectory
+
+    assert ScriptDirectory(str(schema._MIGRATIONS)).get_heads() == [schema.HEAD]
+
+
+async def test_a_layout_is_not_changed_beside_a_live_server(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    with pytest.raises(StoreBusy):
+        schema.upgrade(path)
+    assert (await store.create(creating("a"))).id == "a"
+    await store.close()
+    assert schema.upgrade(path).before == schema.HEAD
+
+
+def test_a_database_that_could_not_be_made_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: Path) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(schema, "_migrate", fail)
+    with pytest.raises(StoreError):
+        schema.upgrade(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_an_upgrade_that_fails_half_way_leaves_the_old_layout(path: Path) -> None:
+    """A database of an older layout, on which the first statement of the next revision runs and a later one cannot."""
+    with apsw.Connection(str(path)) as connection:
+        connection.execute("CREATE TABLE tokens (id TEXT)")
+        connection.execute("CREATE TABLE kept (id TEXT); INSERT INTO kept VALUES ('as it was')")
+    connection.close()
+    with pytest.raises(StoreError):
+        schema._migrate(path)
+    with apsw.Connection(str(path)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+        assert tables == {"tokens", "kept"}
+        assert connection.execute("SELECT id FROM kept").get == "as it was"
+    connection.close()
