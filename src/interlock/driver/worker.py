@@ -43,6 +43,7 @@ class Worker:
         self._superseded = False
         self._abandoned = False
         self._reporting = False
+        self._begun = False
         self._task = asyncio.create_task(self._run(), name=f"{work.request.operation.value} {work.id}")
         self._task.add_done_callback(lambda _: ended())
 
@@ -67,12 +68,17 @@ class Worker:
         """Ask it to stop half-way, undo, and say so. One that is about to report its end goes on with that."""
         if not self._interrupting and not self._reporting:
             self._interrupting = True
-            self._task.cancel()
+            self._stop()
 
     def supersede(self) -> None:
         """Stop it: its request was taken from it, and it can do nothing more."""
         if not self._superseded and not self._reporting:
             self._superseded = True
+            self._stop()
+
+    def _stop(self) -> None:
+        # A task that is cancelled before its first step never runs at all, and its request would have no end.
+        if self._begun:
             self._task.cancel()
 
     async def abandon(self) -> None:
@@ -85,7 +91,9 @@ class Worker:
         await asyncio.wait((self._task,), timeout=timeout_s)
 
     async def _run(self) -> None:
+        self._begun = True
         try:
+            await self._begin()
             await self._serve()
         except asyncio.CancelledError:
             if not self._abandoned:
@@ -98,6 +106,10 @@ class Worker:
             # A bug must not leave the VM stuck: the request fails, and says so.
             _LOG.exception("a performance broke", instance=self.work.id, request=self.request_id)
             await self._finish(Outcome.FAILED, f"Internal error: {type(error).__name__}: {error}")
+
+    async def _begin(self) -> None:
+        if self._interrupting or self._superseded:
+            raise asyncio.CancelledError
 
     async def _serve(self) -> None:
         looked = False

@@ -153,15 +153,22 @@ class Instances:
         """
         parameters = check_parameters(wish.operation, wish.parameters)
         instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
+        unusable: InUse | NotFound | None = None
         if "volume" in parameters:
-            volume = await self._usable_volume(caller, wish.operation, instance_id, parameters["volume"])
-            parameters = {**parameters, "volume": volume.id}
+            try:
+                volume = await self._usable_volume(caller, wish.operation, instance_id, parameters["volume"])
+                parameters = {**parameters, "volume": volume.id}
+            except (InUse, NotFound) as error:
+                # What a key was answered with stays its answer, whatever has become of the volume since.
+                unusable = error
         submission = self._submission(caller, wish.operation, parameters)
         judged: list[Instance] = []
 
         def decide(instance: Instance, now_ms: int) -> Change[Disposition]:
             if instance.project != caller.project:
                 raise _unknown(reference)
+            if unusable is not None:
+                raise unusable
             _check_generation(instance, if_generation)
             change = admission.admit(instance, submission, self.policy, now_ms)
             judged[:] = [change.instance]
