@@ -21,7 +21,7 @@ import uvloop
 
 from interlock.testing.bench import decisions, durability, http, pausing, whole
 
-Measure = Callable[[Path], dict[str, float]]
+Measure = Callable[[Path, float], dict[str, float]]
 
 MEASURES: dict[str, Measure] = {
     "decisions": decisions.measure,
@@ -30,7 +30,8 @@ MEASURES: dict[str, Measure] = {
     "whole_operations": whole.measure,
     "pause_over_qmp": pausing.measure,
 }
-"""What can be measured; each gets an empty folder, and answers figures with their units in their names."""
+"""What can be measured; each gets an empty folder and the share of its full size that is wanted, and answers figures
+with their units in their names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,23 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=sorted(MEASURES), help="measure only this; may be repeated")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="how often each is measured (default 3)")
     parser.add_argument("--folder", type=Path, help="where the files are made (default: the system's temporary folder)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of its full size (default 1)")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {}
     for name in options.only or MEASURES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         try:
-            report[name] = _repeat(MEASURES[name], max(1, options.repeat), options.folder)
+            report[name] = _repeat(MEASURES[name], max(1, options.repeat), options.folder, options.scale)
         except Exception as error:  # noqa: BLE001 - one that cannot be measured must not hide the others
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(report, indent=2))
     return 1 if any("error" in figures for figures in report.values()) else 0
 
 
-def _repeat(measure: Measure, times: int, folder: Path | None) -> dict[str, Any]:
+def _repeat(measure: Measure, times: int, folder: Path | None, scale: float) -> dict[str, Any]:
     runs: list[dict[str, float]] = []
     for _ in range(times):
         with tempfile.TemporaryDirectory(prefix="interlock-bench-", dir=folder) as scratch:
-            runs.append(measure(Path(scratch)))
+            runs.append(measure(Path(scratch), scale))
     medians = {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
     return {**medians, "runs": runs}
 

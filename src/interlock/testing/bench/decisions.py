@@ -13,20 +13,22 @@ from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Instance, Submission
 from interlock.core.states import VmState
 from interlock.policies.reading import load
+from interlock.testing.bench.fleet import scaled
 
 _NUMBER = 20_000
 
 
-def measure(_folder: Path) -> dict[str, float]:
+def measure(_folder: Path, scale: float = 1.0) -> dict[str, float]:
+    number = scaled(_NUMBER, scale)
     policy = CompiledPolicy(load("standard"))
     idle = Instance(id="i", name="n", project="p", host="h", vm_state=VmState.ACTIVE)
     reboot = Submission(request_id="r1", operation=Operation.REBOOT, requested_by="bench")
     busy = take(admit(idle, reboot, policy, 0).instance, None, 0).instance
     stop = Submission(request_id="r2", operation=Operation.STOP, requested_by="bench")
     view = look(busy, stop, 60_000)
-    looked_up = _microseconds(lambda: policy.decide(view))
-    admitted = _microseconds(lambda: admit(idle, reboot, policy, 0))
-    refused = _microseconds(lambda: admit(busy, stop, policy, 60_000))
+    looked_up = _microseconds(lambda: policy.decide(view), number)
+    admitted = _microseconds(lambda: admit(idle, reboot, policy, 0), number)
+    refused = _microseconds(lambda: admit(busy, stop, policy, 60_000), number)
     return {
         "decide_us": looked_up,
         "admit_us": admitted,
@@ -35,6 +37,6 @@ def measure(_folder: Path) -> dict[str, float]:
     }
 
 
-def _microseconds(call: object) -> float:
-    times = timeit.repeat(call, number=_NUMBER, repeat=5)  # type: ignore[arg-type]
-    return round(statistics.median(times) / _NUMBER * 1e6, 3)
+def _microseconds(call: object, number: int) -> float:
+    times = timeit.repeat(call, number=number, repeat=5)  # type: ignore[arg-type]
+    return round(statistics.median(times) / number * 1e6, 3)

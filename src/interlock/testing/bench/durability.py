@@ -14,25 +14,25 @@ from interlock.core.records import Change, Disposition, Instance, Submission
 from interlock.core.states import VmState
 from interlock.policies.reading import load
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.bench.fleet import fill
+from interlock.testing.bench.fleet import fill, scaled
 
 CALLERS = 64
 _ADMISSIONS = 20_000
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, scale: float = 1.0) -> dict[str, float]:
     from interlock.testing.bench import run
 
-    rate: float = run(_measure(folder))
+    rate: float = run(_measure(folder, scale))
     return {"callers": CALLERS, "admissions_per_s": round(rate)}
 
 
-async def _measure(folder: Path) -> float:
+async def _measure(folder: Path, scale: float) -> float:
     policy = CompiledPolicy(load("standard"))
     store = SqliteStore(folder / "bench.db")
     await store.open()
     try:
-        ids = await fill(store, _ADMISSIONS, VmState.ACTIVE)
+        ids = await fill(store, scaled(_ADMISSIONS, scale), VmState.ACTIVE)
         numbered = iter(enumerate(ids))
         started = time.perf_counter()
         await asyncio.gather(*(_call(store, policy, numbered) for _ in range(CALLERS)))

@@ -12,6 +12,11 @@ _IMAGE = Image(id="image", name="image", kind="kernel", path="/nowhere", size_by
 _AT_ONCE = 500
 
 
+def scaled(count: int, scale: float) -> int:
+    """A count of a measure for a run of another size; at least one."""
+    return max(1, round(count * scale))
+
+
 async def fill(store: Store, count: int, vm_state: VmState, host: str = "bench") -> list[str]:
     """Keep `count` instances of the project `default`; their ids."""
     ids = [f"00000000-0000-7000-8000-{number:012d}" for number in range(count)]

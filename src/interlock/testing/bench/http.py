@@ -16,18 +16,19 @@ from typing import Any
 
 from interlock.config import Config
 from interlock.core.states import VmState
-from interlock.testing.bench.fleet import fill
+from interlock.testing.bench.fleet import fill, scaled
 
 CONNECTIONS = 64
 _REQUESTS = 10_000
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, scale: float = 1.0) -> dict[str, float]:
     """Run the server in this process's child, and the load from here."""
     from interlock.testing.bench import run
 
+    starting = f"from interlock.testing.bench.http import main; main([{str(folder)!r}, '{scaled(_REQUESTS, scale)}'])"
     server = subprocess.Popen(  # noqa: S603 - our own module
-        [sys.executable, "-m", "interlock.testing.bench.http", str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", starting], stdout=subprocess.PIPE, text=True
     )
     try:
         assert server.stdout is not None
@@ -80,16 +81,18 @@ def _length(head: bytes) -> int:
     raise RuntimeError("The server's answer has no length.")
 
 
-async def _serve(folder: Path) -> None:
-    from interlock.wiring import ADMIN_TOKEN, Server
+async def _serve(folder: Path, count: int) -> None:
+    from interlock.wiring import ADMIN_TOKEN, Server, configure_logging
 
-    server = Server(Config(data_dir=str(folder), listen_port=0, hypervisor="simulated", host="bench"))
+    config = Config(data_dir=str(folder), listen_port=0, hypervisor="simulated", host="bench")
+    configure_logging(config)  # to standard error: standard output is for what the parent is told
+    server = Server(config)
     server.agent = _NoAgent()  # type: ignore[assignment]
     started = asyncio.Event()
     serving = asyncio.create_task(server.serve(started))
     waiting = asyncio.create_task(started.wait())
     await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
-    ids = await fill(server.store, _REQUESTS, VmState.ACTIVE)
+    ids = await fill(server.store, count, VmState.ACTIVE)
     secret = (folder / ADMIN_TOKEN).read_text().strip()
     print(json.dumps({"port": int(server.url.rsplit(":", 1)[1]), "secret": secret, "ids": ids}), flush=True)
     await serving
@@ -108,8 +111,4 @@ class _NoAgent:
 def main(arguments: list[str]) -> Any:
     from interlock.testing.bench import run
 
-    return run(_serve(Path(arguments[0])))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return run(_serve(Path(arguments[0]), int(arguments[1])))

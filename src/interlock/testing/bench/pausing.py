@@ -16,6 +16,7 @@ from qemu.qmp import QMPClient
 
 from interlock.config import Config
 from interlock.core.operations import Operation
+from interlock.testing.bench.fleet import scaled
 from interlock.testing.bench.guests import boot, carry_out
 from interlock.testing.nano_guest import nano_guest
 from interlock.wiring import Server
@@ -23,14 +24,14 @@ from interlock.wiring import Server
 _PAIRS = 50
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, scale: float = 1.0) -> dict[str, float]:
     from interlock.testing.bench import run
 
-    figures: dict[str, float] = run(_measure(folder))
+    figures: dict[str, float] = run(_measure(folder, scale))
     return figures
 
 
-async def _measure(folder: Path) -> dict[str, float]:
+async def _measure(folder: Path, scale: float) -> dict[str, float]:
     for parent in (folder, *folder.parents):
         if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o111)  # QEMU runs as another user, and must get to its files
@@ -40,14 +41,14 @@ async def _measure(folder: Path) -> dict[str, float]:
     instance_id = ""
     try:
         (instance_id,) = await boot(server, image, ["bench"])
-        return await _beside_raw(server, instance_id, folder / "raw.sock", image.path)
+        return await _beside_raw(server, instance_id, folder / "raw.sock", image.path, scaled(_PAIRS, scale))
     finally:
         if instance_id:
             await carry_out(server.instances, instance_id, Operation.DELETE)
         await server.close()
 
 
-async def _beside_raw(server: Server, instance_id: str, socket: Path, kernel: str) -> dict[str, float]:
+async def _beside_raw(server: Server, instance_id: str, socket: Path, kernel: str, pairs: int) -> dict[str, float]:
     """Run a second guest of the same kind, asked by nothing but its monitor."""
     qmp = QMPClient("raw")
     await qmp.start_server(str(socket))
@@ -57,15 +58,15 @@ async def _beside_raw(server: Server, instance_id: str, socket: Path, kernel: st
     )
     try:
         await qmp.accept()
-        return await _compare(server, instance_id, qmp)
+        return await _compare(server, instance_id, qmp, pairs)
     finally:
         raw.kill()
         await raw.wait()
 
 
-async def _compare(server: Server, instance_id: str, qmp: QMPClient) -> dict[str, float]:
+async def _compare(server: Server, instance_id: str, qmp: QMPClient, pairs: int) -> dict[str, float]:
     times: dict[str, list[float]] = {"raw_pause": [], "raw_unpause": [], "pause": [], "unpause": []}
-    for _ in range(_PAIRS):
+    for _ in range(pairs):
         await _timed(times["raw_pause"], qmp.execute("stop"))
         await _timed(times["raw_unpause"], qmp.execute("cont"))
         await _timed(times["pause"], carry_out(server.instances, instance_id, Operation.PAUSE))
@@ -73,7 +74,7 @@ async def _compare(server: Server, instance_id: str, qmp: QMPClient) -> dict[str
     await qmp.disconnect()
     median = {name: statistics.median(taken) * 1000 for name, taken in times.items()}
     return {
-        "pairs": _PAIRS,
+        "pairs": pairs,
         **{f"{name}_ms": round(value, 3) for name, value in median.items()},
         "extra_pause_ms": round(median["pause"] - median["raw_pause"], 3),
         "extra_unpause_ms": round(median["unpause"] - median["raw_unpause"], 3),

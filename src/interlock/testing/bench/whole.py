@@ -11,6 +11,7 @@ from interlock.core.operations import Operation
 from interlock.core.records import Image
 from interlock.hypervisors.simulated import SimulatedHypervisor
 from interlock.service.instances import Instances
+from interlock.testing.bench.fleet import scaled
 from interlock.testing.bench.guests import boot, carry_out
 from interlock.wiring import Server
 
@@ -18,27 +19,28 @@ CALLERS = 64
 _PAIRS_EACH = 40
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, scale: float = 1.0) -> dict[str, float]:
     from interlock.testing.bench import run
 
-    rate: float = run(_measure(folder))
+    rate: float = run(_measure(folder, scale))
     return {"callers": CALLERS, "operations_per_s": round(rate)}
 
 
-async def _measure(folder: Path) -> float:
+async def _measure(folder: Path, scale: float) -> float:
     server = Server(Config(data_dir=str(folder), hypervisor="simulated", host="bench"), SimulatedHypervisor())
     await server.open()
     try:
         image = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
         ids = await boot(server, image, [f"vm-{number}" for number in range(CALLERS)])
+        pairs = scaled(_PAIRS_EACH, scale)
         started = time.perf_counter()
-        await asyncio.gather(*(_call(server.instances, instance_id) for instance_id in ids))
-        return CALLERS * _PAIRS_EACH * 2 / (time.perf_counter() - started)
+        await asyncio.gather(*(_call(server.instances, instance_id, pairs) for instance_id in ids))
+        return CALLERS * pairs * 2 / (time.perf_counter() - started)
     finally:
         await server.close()
 
 
-async def _call(instances: Instances, instance_id: str) -> None:
-    for _ in range(_PAIRS_EACH):
+async def _call(instances: Instances, instance_id: str, pairs: int) -> None:
+    for _ in range(pairs):
         await carry_out(instances, instance_id, Operation.PAUSE)
         await carry_out(instances, instance_id, Operation.UNPAUSE)

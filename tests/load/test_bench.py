@@ -1,0 +1,30 @@
+"""`interlock bench` measures what it says, here in tiny sizes: that it runs is tested, and not how fast."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from interlock.testing import bench
+
+FIGURES = {
+    "decisions": {"decide_us", "admit_us", "refuse_us", "decisions_per_s"},
+    "durable_admissions": {"callers", "admissions_per_s"},
+    "http_admissions": {"connections", "admissions_per_s", "median_ms", "p99_ms"},
+    "whole_operations": {"callers", "operations_per_s"},
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_measure_prints_its_figures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = bench.main(["--only", name, "--repeat", "1", "--scale", "0.02"])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0, report
+    assert set(report) == {name}
+    assert set(report[name]) == FIGURES[name] | {"runs"}
+    assert all(value > 0 for figure, value in report[name].items() if figure != "runs")
+
+
+def test_every_measure_is_tested() -> None:
+    assert set(bench.MEASURES) == set(FIGURES) | {"pause_over_qmp"}
