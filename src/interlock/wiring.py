@@ -38,7 +38,7 @@ from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.reading import load
-from interlock.ports import Hypervisor
+from interlock.ports import Clock, Hypervisor
 from interlock.service.callers import Callers
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
@@ -93,11 +93,11 @@ def upgrade_database(config: Config) -> None:
 class Server:
     """Everything that runs in one server process: the store, the agent of this host, and the HTTP door."""
 
-    def __init__(self, config: Config, hypervisor: Hypervisor | None = None) -> None:
-        """Put the parts together; nothing is touched before `open`. A test may bring its own hypervisor."""
+    def __init__(self, config: Config, hypervisor: Hypervisor | None = None, clock: Clock | None = None) -> None:
+        """Put the parts together; nothing is touched before `open`. A test may bring its own hypervisor and clock."""
         self.config = config
         self.folder = config.folder
-        self.store = SqliteStore(self.folder / DATABASE)
+        self.store = SqliteStore(self.folder / DATABASE, clock)
         self.hypervisor = hypervisor or _hypervisor(config)
         self.policy = CompiledPolicy(load(config.policy), PERFORMS)
         host = config.host or platform.node() or "localhost"

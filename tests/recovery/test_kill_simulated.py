@@ -9,9 +9,12 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import pytest
 
 from recovery import simulated_server
 
@@ -19,10 +22,14 @@ ROUNDS = int(os.environ.get("INTERLOCK_KILL_ROUNDS_SIMULATED", "200"))
 _PATIENCE_S = 30
 
 
-def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(tmp_path: Path) -> None:
+def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Laws 3, 5 and 9, and that record and host agree after each restart."""
+    # The fork server gets its path from the environment only; one that cannot import has each child do it.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recovery.simulated_server"])
+    context.set_forkserver_preload(["pytest", "recovery.simulated_server"])
     chance = random.Random(20_26)
     waiting: list[str] = []
     ended: set[str] = set()
