@@ -85,7 +85,7 @@ async def _ask(fleet: Embedded, chance: random.Random, pipe: Connection) -> None
         answer = await fleet.server.instances.create(fleet.caller, NewInstance(name=name, image="nothing"))
     else:
         operation = chance.choice(ASKED)
-        parameters = {"volume": "data"} if "volume" in operation.value else {}
+        parameters: dict[str, object] = {"volume": "data"} if "volume" in operation.value else {}
         if operation in {Operation.STOP, Operation.REBOOT} and chance.random() < 0.5:
             parameters = {"hard": True}
         try:

@@ -13,6 +13,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(
     assert len(ended) > ROUNDS, "the rounds were too short to ask for anything"
 
 
-def _next(pipe: Connection, kind: str) -> list[tuple[str, str]]:
+def _next(pipe: Connection, kind: str) -> Any:
     assert pipe.poll(_PATIENCE_S), f"no {kind} within {_PATIENCE_S} s"
     told, what = pipe.recv()
     assert told == kind
