@@ -1,7 +1,5 @@
 """What a store promises of decisions: they are durable, one after the other, and told in order."""
 
-
-
 from __future__ import annotations
 
 import asyncio

@@ -1,7 +1,5 @@
 """What a store promises of idempotency keys, names and time."""
 
-
-
 from __future__ import annotations
 
 import asyncio

@@ -1,7 +1,5 @@
 """What a store promises of lists: pages, filters and order."""
 
-
-
 from __future__ import annotations
 
 import asyncio
