@@ -20,6 +20,7 @@ from interlock.hypervisors.simulated.faults import (
     Refuses,
     Slow,
 )
+from interlock.ports import Permit
 from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
@@ -263,3 +264,20 @@ async def test_delete_goes_through_while_a_machine_is_frozen(fleet: Embedded, ho
     assert (await fleet.carry_out(vm, O.DELETE)).status is Status.SUCCEEDED
     assert (await fleet.ended(reboot)).status is Status.SUPERSEDED
     assert vm not in host.guests
+
+
+async def test_a_guest_that_powers_itself_off_right_after_its_reboot_is_stopped(
+    fleet: Embedded, host: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reboot absorbs that its guest powers off, and must not take the wrong one for its own."""
+    vm = await fleet.create("web")
+    reset = fleet.server.hypervisor.reset
+
+    async def reset_and_off(permit: Permit, instance_id: str) -> None:
+        await reset(permit, instance_id)
+        assert host.guest_powers_off(instance_id)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(fleet.server.hypervisor, "reset", reset_and_off)
+    assert (await fleet.carry_out(vm, O.REBOOT)).status is Status.SUCCEEDED
+    await fleet.until(vm, vm_state=VmState.STOPPED, task_state="none")

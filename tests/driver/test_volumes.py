@@ -6,7 +6,7 @@ from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import VmState
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.hypervisors.simulated.faults import GuestIgnores, Method, Refuses, Slow
+from interlock.hypervisors.simulated.faults import GuestIgnores, Hangs, Method, Refuses, Slow
 from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
@@ -121,3 +121,36 @@ async def test_deleting_an_instance_gives_its_volumes_back(fleet: Embedded) -> N
     kept = await fleet.server.store.volume(volume.id)
     assert kept is not None
     assert kept.attached_to is None
+
+
+async def test_a_volume_is_not_let_go_while_a_crashed_machine_holds_it(fleet: Embedded, host: SimulatedHost) -> None:
+    """A hard reboot would bring the guest back with the disk, which another could have by then."""
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    host.faults.script(vm, Method.DETACH_DISK, Slow(200))
+    detach = admitted(await fleet.submit(vm, O.DETACH_VOLUME, volume="data"))
+    assert host.guest_panics(vm)
+    assert (await fleet.ended(detach)).status is Status.FAILED
+    assert volume.id in host.guests[vm].disks
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to == vm
+
+
+async def test_what_a_superseded_attach_had_claimed_is_let_go_when_the_machine_is_off(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    volume = await fleet.make_volume("data")
+    host.faults.script(vm, Method.ATTACH_DISK, Hangs())
+    attach = admitted(await fleet.submit(vm, O.ATTACH_VOLUME, volume="data"))
+    await fleet.until_event(vm, "request.unknown")
+    reset = await fleet.submit(vm, O.RESET_STATE, vm_state="active", reason="test")
+    assert attach.id in reset.disposition.supersedes  # type: ignore[union-attr]
+    assert (await fleet.carry_out(vm, O.STOP, hard=True)).status is Status.SUCCEEDED
+    kept = await fleet.server.store.volume(volume.id)
+    assert kept is not None
+    assert kept.attached_to is None
+    host.thaw(vm)
+    assert volume.id not in disks(host, vm)

@@ -11,20 +11,15 @@ from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Change, Event, GuestEvent, Instance
+from interlock.core.records import Change, Event, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
-from interlock.driver.state_driver import StateDriver
+from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.work import FencePermit
 from interlock.ports import Hypervisor, HypervisorEvent, InstanceFilter, Store
 
 _LOG = structlog.get_logger(__name__)
 _PAGE = 500
 _WAKING = frozenset({"request.admitted", "request.interrupting", "request.cancelled", "instance.fenced"})
-_ENDED = {
-    PowerState.NONE: GuestEvent.VANISHED,
-    PowerState.SHUTDOWN: GuestEvent.STOPPED,
-    PowerState.CRASHED: GuestEvent.CRASHED,
-}
 
 
 class Agent:
@@ -123,7 +118,7 @@ class Agent:
 
     async def _look(self, instance: Instance) -> None:
         seen = await self._hypervisor.inspect(instance.id)
-        ended = _ENDED.get(seen.power_state)
+        ended = ENDED.get(seen.power_state)
         if seen.responsive and ended is not None:
             self._early.append(HypervisorEvent(instance_id=instance.id, kind=ended, during_watch=False))
 

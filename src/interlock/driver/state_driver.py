@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -18,12 +19,20 @@ from interlock.core.errors import Fenced, HypervisorError, NotFound, StoreError
 from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Request
+from interlock.core.states import EXECUTING_STATES, PowerState
 from interlock.driver.work import FencePermit, Work
 from interlock.driver.worker import Worker
 from interlock.ports import Hypervisor, Store
 
 _LOG = structlog.get_logger(__name__)
 _Step = tuple[Instance, Request | None]
+
+ENDED: Final = {
+    PowerState.NONE: GuestEvent.VANISHED,
+    PowerState.SHUTDOWN: GuestEvent.STOPPED,
+    PowerState.CRASHED: GuestEvent.CRASHED,
+}
+"""What has happened to a guest that should run, by what is found of it."""
 
 
 class StateDriver:
@@ -47,6 +56,8 @@ class StateDriver:
         self._bell = asyncio.Event()
         self._workers: dict[Lane, Worker] = {}
         self._guest_events: deque[GuestEvent] = deque()
+        self._look_again = False
+        """Whether a guest did something while it was being worked on that may be more than part of that work."""
         self._task: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------------------------------------ from outside
@@ -121,6 +132,9 @@ class StateDriver:
     async def _step(self) -> Instance:
         """Do everything that can be done now; the instance as it then is."""
         self._reap()
+        if self._look_again and Lane.STATE not in self._workers:
+            self._look_again = False
+            await self._look()
         while self._guest_events and Lane.STATE not in self._workers:
             await self._observe(self._guest_events[0])
             self._guest_events.popleft()
@@ -150,6 +164,20 @@ class StateDriver:
             if worker.done:
                 del self._workers[lane]
                 self._guest_events.extendleft(reversed(worker.left_over))
+                self._look_again = self._look_again or worker.used_up
+
+    async def _look(self) -> None:
+        """See whether a guest that should run does.
+
+        A reboot absorbs that its guest powers off, and cannot tell whether that was before the reset or after it.
+        """
+        instance = await self._store.instance(self._id)
+        if instance is None or instance.vm_state not in EXECUTING_STATES:
+            return
+        seen = await self._hypervisor.inspect(self._id)
+        ended = ENDED.get(seen.power_state)
+        if seen.responsive and ended is not None and ended not in self._guest_events:
+            self._guest_events.append(ended)
 
     def _heed(self, instance: Instance) -> None:
         """Stop the workers that lost their request, and ask those to stop that are wanted to."""

@@ -123,6 +123,20 @@ class Work:
             raise Fenced(f"The request {request.id} was superseded.")
         return answer is not None
 
+    async def release_strays(self) -> None:
+        """Let go of volumes that an attach claimed which was superseded half-way.
+
+        To be called while no machine runs and no component change is served, so that nothing can have them.
+        """
+        await self.release_volumes(kept=frozenset(disk.id for disk in self.spec.disks))
+
+    async def release_volumes(self, kept: frozenset[str]) -> None:
+        """Let go of every volume that the instance has claimed, but those."""
+        for volume in await self.store.volumes(self.instance.project):
+            if volume.attached_to == self.id and volume.id not in kept:
+                self.permit.check()
+                await self.store.release_volume(volume.id, self.id)
+
     async def while_alive(self, wait: Callable[[], Awaitable[None]], timeout_ms: int) -> bool:
         """Wait for something that takes its time, looking now and then whether the guest is still there.
 

@@ -52,6 +52,11 @@ class Worker:
         return self._task.done()
 
     @property
+    def used_up(self) -> bool:
+        """Whether what it absorbed was part of its success."""
+        return self._outcome is Outcome.SUCCEEDED and bool(self.absorbed)
+
+    @property
     def left_over(self) -> list[GuestEvent]:
         """What it absorbed and did not use up."""
         return [] if self._outcome is Outcome.SUCCEEDED else self.absorbed
@@ -59,7 +64,7 @@ class Worker:
     def absorbs(self, event: GuestEvent) -> bool:
         """Take note of what the guest did if it is part of the operation; answers whether it is."""
         self.work.news.set()
-        if event not in self._performance.absorbs:
+        if event not in self._performance.absorbs or self._reporting:
             return False
         self.absorbed.append(event)
         return True

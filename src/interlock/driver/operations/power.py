@@ -23,6 +23,7 @@ async def stop(work: Work) -> Done:
     if not work.request.hard:
         message = await _ask_guest(work)
     await work.hypervisor.power_off(work.permit, work.id)
+    await work.release_strays()
     return Done(power_state=PowerState.NONE, message=message)
 
 
@@ -40,17 +41,22 @@ async def reboot(work: Work) -> Done:
 
 
 async def _reset(work: Work, message: str | None) -> Done:
-    """Reset a guest that is there; one that is not, or that gives no answer, is powered off and on."""
+    """Reset a guest that runs; any other machine is powered off and on, so that it has what the spec says.
+
+    So is one that the reboot took over: what its last worker had asked of it must not take effect any more.
+    """
     seen = await work.hypervisor.inspect(work.id)
-    if seen.responsive and seen.power_state is not PowerState.NONE:
+    runs = seen.responsive and seen.power_state in {PowerState.RUNNING, PowerState.PAUSED, PowerState.SHUTDOWN}
+    if runs and not work.request.preempts:
         try:
             await work.hypervisor.reset(work.permit, work.id)
         except (NotThere, NotResponding):
             pass
         else:
             return Done(power_state=PowerState.RUNNING, message=message)
-    await work.tell("the machine does not answer: powering it off and on")
+    await work.tell("powering the machine off and on")
     await work.hypervisor.power_off(work.permit, work.id)
+    await work.release_strays()
     await work.hypervisor.define(work.permit, work.id, work.spec)
     await work.hypervisor.power_on(work.permit, work.id, work.spec)
     return Done(power_state=PowerState.RUNNING, message=message or "Powered off and on.")

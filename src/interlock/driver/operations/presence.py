@@ -17,7 +17,5 @@ async def create(work: Work) -> Done:
 async def delete(work: Work) -> Done:
     """End the guest, remove everything of it, and let go of its volumes, which stay."""
     await work.hypervisor.undefine(work.permit, work.id)
-    for volume in await work.store.volumes(work.instance.project):
-        if volume.attached_to == work.id:
-            await work.store.release_volume(volume.id, work.id)
+    await work.release_volumes(kept=frozenset())
     return Done(power_state=PowerState.NONE)

@@ -28,7 +28,8 @@ async def attach(work: Work) -> Done:
             pass
     except Refused:
         # Only a certain failure gives the volume back; what may be plugged in stays claimed.
-        if volume.id not in (await work.hypervisor.inspect(work.id)).disks:
+        seen = await work.hypervisor.inspect(work.id)
+        if seen.responsive and volume.id not in seen.disks:
             await work.store.release_volume(volume.id, work.id)
         raise
     return Done()
@@ -72,9 +73,19 @@ async def _unplug(work: Work, disk_id: str) -> bool:
 
 
 async def _runs_after_all(work: Work) -> bool:
-    """Whether the guest that was not there a moment ago runs once the start that is in flight has ended."""
+    """Whether the guest that was not there a moment ago runs once the start that is in flight has ended.
+
+    Raises:
+        Refused: no guest runs, but what held it is still there and has its disks open.
+    """
     await work.until_start_has_ended()
-    return (await work.hypervisor.inspect(work.id)).power_state in {PowerState.RUNNING, PowerState.PAUSED}
+    state = (await work.hypervisor.inspect(work.id)).power_state
+    if state in {PowerState.CRASHED, PowerState.SHUTDOWN}:
+        raise Refused(
+            "The guest does not run, and its machine still holds its disks.",
+            remedy="Stop or reboot the instance first.",
+        )
+    return state is not PowerState.NONE
 
 
 async def _volume(work: Work) -> Volume:
