@@ -155,7 +155,11 @@ class Hypervisor(Protocol):
 
 
 class Role(StrEnum):
-    """What a caller may do. Each includes the one before."""
+    """What a caller may do. Each includes the one before.
+
+    An admin administers the server: its images, and the tokens of every project. Instances, volumes and events are
+    those of the token's own project, whatever its role.
+    """
 
     READER = "reader"
     MEMBER = "member"

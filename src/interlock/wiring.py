@@ -90,6 +90,27 @@ def upgrade_database(config: Config) -> None:
     upgrade(config.folder / DATABASE)
 
 
+async def recover_admin_token(config: Config) -> Path:
+    """Make another admin token and put it where the command line finds it; the file that it is in.
+
+    For whoever may write the data folder, while no server runs on it: the way back when no admin's token is left.
+
+    Raises:
+        StoreError: the database cannot be opened; `StoreBusy` if a server runs.
+    """
+    store = SqliteStore(config.folder / DATABASE)
+    await store.open()
+    try:
+        callers = Callers(store, new_id, new_secret)
+        await callers.open()
+        secret = new_secret()
+        _write(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
+        await callers.make_admin(f"admin-{new_id()[-12:]}", secret)
+    finally:
+        await store.close()
+    return config.folder / ADMIN_TOKEN
+
+
 class Server:
     """Everything that runs in one server process: the store, the agent of this host, and the HTTP door."""
 
@@ -219,7 +240,9 @@ class Server:
         if self.callers.empty:
             secret = new_secret()
             _write(path, secret + "\n", mode=0o600)
-            await self.callers.make_first(secret)
+            await self.callers.make_admin("admin", secret)
+        elif not path.exists():
+            _LOG.warning("there is no admin token file; `interlock token recover` makes one", file=str(path))
 
 
 class _Http(uvicorn.Server):

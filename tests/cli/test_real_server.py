@@ -112,6 +112,36 @@ def test_protection_from_delete_can_be_given_and_taken_back(serving: Serving) ->
     assert serving.run("vm", "delete", "web", "--yes", "--wait").returncode == 0
 
 
+def test_a_lost_admin_token_can_be_replaced_by_the_owner_of_the_folder(serving: Serving) -> None:
+    (serving.folder / "admin.token").unlink()
+    assert serving.run("vm", "list").returncode == 6
+    assert serving.run("token", "recover").returncode != 0  # a server runs
+    assert serving.stop() == 0
+    assert serving.run("token", "recover").returncode == 0
+    assert (serving.folder / "admin.token").stat().st_mode & 0o777 == 0o600
+    serving.start()
+    assert serving.run("vm", "list").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (("volume", "create", "v", "--size", "nan"), {}),
+        (("volume", "create", "v", "--size", "inf"), {}),
+        (("vm", "list"), {"INTERLOCK_TOKEN": "a\nb"}),
+        (("--url", "http://[::1", "vm", "list"), {"INTERLOCK_TOKEN": "x"}),
+        (("--url", "http://127.0.0.1:99999", "vm", "list"), {"INTERLOCK_TOKEN": "x"}),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error_and_shows_no_insides(
+    serving: Serving, arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    serving.environment |= environment
+    ran = serving.run(*arguments)
+    assert ran.returncode == 2, ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_the_history_outlives_the_server(serving: Serving) -> None:
     serving.run("vm", "create", "demo", "--image", "empty", "--wait")
     before = serving.run("vm", "events", "demo").stdout

@@ -281,3 +281,17 @@ async def test_a_guest_that_powers_itself_off_right_after_its_reboot_is_stopped(
     monkeypatch.setattr(fleet.server.hypervisor, "reset", reset_and_off)
     assert (await fleet.carry_out(vm, O.REBOOT)).status is Status.SUCCEEDED
     await fleet.until(vm, vm_state=VmState.STOPPED, task_state="none")
+
+
+async def test_nothing_of_a_closed_server_goes_on(fleet: Embedded, host: SimulatedHost) -> None:
+    """Neither a worker that waits for a frozen machine, nor one that lost its request and wants to say so."""
+    vm = await fleet.create("web")
+    host.faults.script(vm, Method.PAUSE, Hangs())
+    await fleet.submit(vm, O.PAUSE)
+    await fleet.until_event(vm, "request.unknown")
+    await fleet.submit(vm, O.RESET_STATE, vm_state="active", reason="test")
+    await fleet.submit(vm, O.REBOOT, hard=True)
+    await fleet.crash()
+    assert [task.get_name() for task in asyncio.all_tasks() if vm in task.get_name()] == []
+    host.thaw(vm)
+    await fleet.start()

@@ -49,6 +49,11 @@ def test_everything_ends_once_the_faults_are_over(history: History) -> None:
     assert history[0].stuck == []
 
 
+def test_the_record_and_the_host_agree_once_all_has_settled(history: History) -> None:
+    """What is active runs, what is stopped does not, and no guest has a volume that is not its own."""
+    assert history[0].differences == []
+
+
 def test_the_load_was_one(history: History) -> None:
     """Otherwise the laws hold for want of anything to break them."""
     report, events, _ = history

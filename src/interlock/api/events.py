@@ -37,7 +37,8 @@ async def _after(parts: ApiParts, request: Request) -> int:
     if seen is not None:
         if not seen.isascii() or not seen.isdecimal() or len(seen) > 18:  # noqa: PLR2004
             raise Bad("bad-header", f"Last-Event-ID: {seen[:80]!r}; expected the id of an event.")
-        return int(seen)
+        # What was seen may be of a history that was put back since: what comes from now on is told in any case.
+        return min(int(seen), await parts.instances.last_event())
     if "after" in request.query_params:
         return asking.number(request.query_params, "after", 0, 0, 2**53)
     return await parts.instances.last_event()

@@ -74,6 +74,7 @@ def build(*more: click.Command) -> click.Group:
 
     for command in (*COMMANDS, *more):
         interlock.add_command(command)
+    inventory.token_commands.add_command(server.recover_token)
     return interlock
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
@@ -47,8 +48,16 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
     """
     named = url or environment.get(URL_VARIABLE)
     token = environment.get(TOKEN_VARIABLE)
+    if token is not None and not (token.isascii() and token.strip().isprintable()):
+        raise Failure(
+            ExitCode.USAGE,
+            f"What {TOKEN_VARIABLE} holds is no token: it has characters that no token has.",
+            remedy="Set it to the secret alone, in one line.",
+        )
+    if named:
+        named = _checked(named)
     if named and token:
-        return Connection(_checked(named), token.strip())
+        return Connection(named, token.strip())
     folder = folder_of(environment)
     if named:
         here = _read_url(folder / SERVER_FILE)
@@ -58,7 +67,7 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
                 f"There is no token for {named}.",
                 remedy=f"Set {TOKEN_VARIABLE} to a token of that server.",
             )
-        return Connection(_checked(named), _read_token(folder / TOKEN_FILE))
+        return Connection(named, _read_token(folder / TOKEN_FILE))
     here = _read_url(folder / SERVER_FILE)
     if here is None:
         raise _not_running(folder)
@@ -66,7 +75,12 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
 
 
 def _checked(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
         raise Failure(
             ExitCode.USAGE,
             f"{url!r} is not the URL of a server.",
@@ -131,7 +145,10 @@ def _read_token(path: Path) -> str:
     raise Failure(
         ExitCode.NOT_AUTHORISED,
         f"{problem}.",
-        remedy=f"Set {TOKEN_VARIABLE}; an admin makes tokens with `interlock token create`.",
+        remedy=(
+            f"Set {TOKEN_VARIABLE}; an admin makes tokens with `interlock token create`. If no admin's token is left, "
+            "end the server and run `interlock token recover` as its user."
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from interlock.ports import Role
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MIB_PER_GIB = 1024
+_VOLUME_GIB_MAX = 65_536
+
 _PERCENT = 100
 BUILD_WAIT_S = 900
 """How long building the small image may take; its packages may have to be fetched first."""
@@ -154,11 +157,19 @@ def volume_commands() -> None:
 
 @volume_commands.command("create")
 @click.argument("name")
-@click.option("--size", "size_gib", type=click.FloatRange(min=0, min_open=True), required=True, help="Size in GiB.")
+@click.option(
+    "--size",
+    "size_gib",
+    type=click.FloatRange(min=0, max=_VOLUME_GIB_MAX, min_open=True),
+    required=True,
+    help="Size in GiB.",
+)
 @json_option
 @needs_invocation
 def create_volume(invocation: Invocation, *, name: str, size_gib: float) -> None:
     """Make an empty volume called NAME."""
+    if math.isnan(size_gib):
+        raise click.UsageError("--size is no number of GiB.")
     size_mib = round(size_gib * _MIB_PER_GIB)
     if size_mib < 1:
         raise click.UsageError("The smallest volume has 1 MiB (--size 0.001).")

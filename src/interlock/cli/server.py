@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,8 @@ from interlock.core.errors import InterlockError, Invalid, PolicyError
 
 if TYPE_CHECKING:
     from interlock.config import Config
+
+ValueT = TypeVar("ValueT")
 
 CONFIG_VARIABLE = "INTERLOCK_CONFIG"
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -73,14 +75,14 @@ class told:  # noqa: N801 - reads as a sentence where it is used
             raise Failure(code, error.message, remedy=error.remedy) from error
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a server's event loop to its end."""
+def run(main: Coroutine[Any, Any, ValueT]) -> ValueT:
+    """Run something of a server on an event loop like the server's, to its end."""
     import asyncio
 
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main)
+        return runner.run(main)
 
 
 @click.group("db")
@@ -134,3 +136,20 @@ def completion(context: click.Context, shell: str) -> None:
 
 COMPLETION_VARIABLE = "_INTERLOCK_COMPLETE"
 """The variable through which a shell asks for completions."""
+
+
+@click.command("recover")
+@_config_option
+@needs_invocation
+def recover_token(invocation: Invocation, *, path: Path | None) -> None:
+    """Make another admin token, when none is left. The server must not run.
+
+    The token is put into the file admin.token of the data folder, where this
+    program finds it; only the server's user can do this.
+    """
+    from interlock import wiring
+
+    config = read_config(path, invocation.environment)
+    with told():
+        file = run(wiring.recover_admin_token(config))
+    invocation.say(f"Made: an admin token, in {file}")

@@ -14,6 +14,7 @@
     │   ├── StoreCorrupt
     │   ├── StoreNewer       written by a newer Interlock
     │   ├── StoreBusy        another server holds it
+    │   ├── StoreClosed      this server has let go of it
     │   └── StoreFull        the disk is full; nothing was kept
     ├── HypervisorError      the hypervisor did not do what it was asked
     │   ├── Refused          it said no; nothing was changed
@@ -87,6 +88,10 @@ class StoreNewer(StoreError):
 
 class StoreBusy(StoreError):
     """Another server holds the database."""
+
+
+class StoreClosed(StoreError):
+    """This server has let go of the store, and keeps nothing any more."""
 
 
 class StoreFull(StoreError):

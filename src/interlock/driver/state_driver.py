@@ -55,6 +55,8 @@ class StateDriver:
         self._gone = gone
         self._bell = asyncio.Event()
         self._workers: dict[Lane, Worker] = {}
+        self._leaving: set[Worker] = set()
+        """Workers that lost their request, and have not ended yet."""
         self._guest_events: deque[GuestEvent] = deque()
         self._look_again = False
         """Whether a guest did something while it was being worked on that may be more than part of that work."""
@@ -90,7 +92,7 @@ class StateDriver:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
-        for worker in self._workers.values():
+        for worker in (*self._workers.values(), *self._leaving):
             await worker.wait(self._config.drain_ms / 1000)
             await worker.abandon()
 
@@ -112,7 +114,7 @@ class StateDriver:
                 _LOG.exception("a state driver broke", instance=self._id)
                 await asyncio.sleep(self._config.inspect_retry_ms / 1000)
                 continue
-            if not self._workers and not self._guest_events and not self._bell.is_set():
+            if not self._workers and not self._leaving and not self._guest_events and not self._bell.is_set():
                 break
             await self._rest(instance)
         self._task = None
@@ -155,11 +157,15 @@ class StateDriver:
         return _with_instance(change, change.answer)
 
     def _serve(self, instance: Instance, request: Request, *, recovering: bool) -> None:
+        before = self._workers.get(request.lane)
+        if before is not None:
+            self._leaving.add(before)
         work = Work(self._store, self._hypervisor, self._config, instance, request, recovering=recovering)
         self._workers[request.lane] = Worker(work, self._policy, self.wake)
 
     def _reap(self) -> None:
         """Forget the workers that are done; what they absorbed and did not use up is news after all."""
+        self._leaving = {worker for worker in self._leaving if not worker.done}
         for lane, worker in tuple(self._workers.items()):
             if worker.done:
                 del self._workers[lane]

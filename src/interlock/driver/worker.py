@@ -13,7 +13,7 @@ from typing import TypeVar
 import structlog
 
 from interlock.core import lifecycle
-from interlock.core.errors import Fenced, InterlockError, NotResponding, StoreError
+from interlock.core.errors import Fenced, InterlockError, NotResponding, StoreClosed, StoreError
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Outcome, Request, StaleFence
 from interlock.core.states import PowerState
@@ -183,6 +183,9 @@ class Worker:
         while True:
             try:
                 return await self.work.store.change(self.work.id, decide)
+            except StoreClosed:
+                # The server is gone from under it; the next one takes the request up.
+                raise asyncio.CancelledError from None
             except StoreError as error:
                 _LOG.error("cannot keep the end of a request", request=self.request_id, why=error.message)
                 await asyncio.sleep(self.work.config.inspect_retry_ms / 1000)

@@ -56,13 +56,13 @@ class Callers:
         """The caller that a secret stands for, or None."""
         return self._known.get(_hash(secret))
 
-    async def make_first(self, secret: str) -> None:
-        """Make the first token of a server, an admin's, of a secret that was put in its place already.
+    async def make_admin(self, name: str, secret: str) -> None:
+        """Make an admin's token, asked for by nobody, of a secret that was put in its place already.
 
         In this order a crash leaves at worst a file with a secret that stands for nothing, and the next start makes
         another.
         """
-        await self._keep("admin", Role.ADMIN, "default", secret)
+        await self._keep(name, Role.ADMIN, "default", secret)
 
     async def make(self, caller: Caller, name: str, role: Role, project: str) -> tuple[Token, str]:
         """Make a token; the answer's second part is its secret, which is kept nowhere.

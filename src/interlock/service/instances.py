@@ -151,6 +151,7 @@ class Instances:
         Raises:
             Invalid, NotFound (instance or volume), GenerationMismatch, KeyReused, InUse (volume).
         """
+        caller.require(Role.MEMBER, "change instances")
         parameters = check_parameters(wish.operation, wish.parameters)
         instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
         unusable: InUse | NotFound | None = None

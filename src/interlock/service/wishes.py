@@ -21,7 +21,10 @@ Name = Annotated[
     Meta(min_length=1, max_length=63, pattern=NAME_PATTERN, description="Lower-case letters, digits and hyphens."),
 ]
 Reference = Annotated[str, Meta(min_length=1, max_length=63, description="An id or a name.")]
-Tag = Annotated[str, Meta(min_length=1, max_length=64)]
+Tag = Annotated[
+    str,
+    Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", description="No control characters."),
+]
 
 
 class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import force_setattr
 
-from interlock.core.errors import BrokenInvariant, NameTaken, NotFound, StoreError
+from interlock.core.errors import BrokenInvariant, NameTaken, NotFound, StoreClosed, StoreError
 from interlock.core.records import Change, Event, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import Clock, IdempotencyKey, InstanceFilter, Page
@@ -279,7 +279,7 @@ class SqliteStore(SqliteInventory):
             self._for_room.append(room)
             await room
         if self._closing:
-            raise StoreError("The store is closed.", remedy="Ask again when the server is up.")
+            raise StoreClosed("The store is closed.", remedy="Ask again when the server is up.")
 
     async def _wait(self, batch: Batch | None) -> None:
         if batch is None:

@@ -21,7 +21,7 @@ import uvloop
 
 from interlock.config import Config, DriverConfig
 from interlock.core.records import Image, Instance
-from interlock.core.states import VmState
+from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import FaultRates, Method, SimulatedHost, SimulatedHypervisor
 from interlock.ports import InstanceFilter, Volume
 from interlock.wiring import ADMIN_TOKEN, Server, configure_logging
@@ -172,7 +172,7 @@ async def _differences(server: Server, host: SimulatedHost) -> list[str]:
         found += [
             f"{guest.instance_id} has the disk {disk}, which is claimed by {claims[disk]}"
             for disk in guest.disks
-            if disk in claims and claims[disk] != guest.instance_id
+            if guest.power is not PowerState.NONE and disk in claims and claims[disk] != guest.instance_id
         ]
     return found
 
