@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,8 @@ from interlock.stores.sqlite import SqliteStore
 
 DATABASE = "interlock.db"
 ADMIN_TOKEN = "admin.token"  # noqa: S105 - a file's name
+GC_ALLOCATIONS = 50_000
+"""After how many new containers the collector of cycles looks at the young ones; Python's own default is 700."""
 SERVER_FILE = "server.json"
 """Where a server that listens says so: its URL and process id, for the command line."""
 
@@ -223,6 +226,10 @@ class Server:
         self.url = _url(listening, tls=bool(config.tls_certificate))
         _write(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
         _LOG.info("serving", url=self.url, folder=str(self.folder), policy=self.policy.policy.name)
+        # What was made until now stays; looking through it again and again would hold up everyone who asks.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_ALLOCATIONS)
         if started is not None:
             started.set()
         loop = asyncio.get_running_loop()

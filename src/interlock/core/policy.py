@@ -136,7 +136,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How many requests may be outstanding per instance."""
 
 
-class View(msgspec.Struct, frozen=True):
+class View(msgspec.Struct, frozen=True, gc=False):
     """All that a rule can see of one submission: the instance, the caller, and what is in the way."""
 
     operation: Operation

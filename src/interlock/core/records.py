@@ -2,6 +2,9 @@
 
 Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`); they are
 compared only with other times of the same store. What a record means to a hypervisor (`Spec`) is data here.
+
+Records hold values and other records, never themselves; those that are made for every request are therefore kept from
+the collector of cycles (`gc=False`), which would look at each of them in vain.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class GuestEvent(StrEnum):
     """What held the guest is gone, and nobody asked for that."""
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One asked-for operation."""
 
     id: str
@@ -198,7 +201,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         return NO_TASK if serving is None else (serving.phase or NO_TASK)
 
 
-class Submission(msgspec.Struct, frozen=True, kw_only=True):
+class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An operation that somebody asks for, with the id it will have as a request if it is admitted."""
 
     request_id: str
@@ -209,7 +212,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     host_reachable: bool = True
 
 
-class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="admitted"):
+class Admitted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="admitted"):
     """The request is kept, and will be permitted when its turn comes if everything before it succeeds."""
 
     request: Request
@@ -221,7 +224,7 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition
     """Ids of the waiting requests that no longer make sense after it."""
 
 
-class Redundant(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
+class Redundant(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="redundant"):
     """What is asked for holds already, or is already on its way."""
 
     rule: str
@@ -233,7 +236,7 @@ class Redundant(msgspec.Struct, frozen=True, kw_only=True, tag_field="dispositio
     """When asking again would take over from that request, if it shows no life until then."""
 
 
-class Denied(msgspec.Struct, frozen=True, kw_only=True, tag_field="disposition", tag="denied"):
+class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="denied"):
     """Refused, with the rule that says so and, where there is one, the moment at which it would be admitted."""
 
     operation: Operation
@@ -271,7 +274,7 @@ class Cancellation(StrEnum):
     """It is being served and cannot be stopped half-way, or it has ended."""
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Something that happened, as it is audited and told."""
 
     kind: str
@@ -286,7 +289,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Its place in the store's history; given by the store when it is kept."""
 
 
-class Change(msgspec.Struct, Generic[_AnswerT_co], frozen=True, kw_only=True):
+class Change(msgspec.Struct, Generic[_AnswerT_co], frozen=True, kw_only=True, gc=False):
     """What a decision leads to. A store keeps all of it in one transaction, or none."""
 
     instance: Instance
