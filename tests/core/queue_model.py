@@ -213,7 +213,9 @@ class Model:
         change = next((asked for asked in self.front + self.line if not asked.plugs), None)
         plug = next((asked for asked in self.line if asked.plugs), None)
         change_now = change is not None and self.changing is None and self.goes_with(self.plugging, change)
-        plug_now = plug is not None and self.plugging is None and not self.front and self.goes_with(plug, self.changing)
+        # State changes go first: behind one that waits, a component change is served only beside one in flight.
+        its_turn = not self.front and (change is None or self.changing is not None)
+        plug_now = plug is not None and self.plugging is None and its_turn and self.goes_with(plug, self.changing)
         if lane == "any":
             lane = "state" if change is not None or self.changing is not None else "component"
         if lane == "state" and change is not None and change_now:
