@@ -10,6 +10,7 @@ import structlog
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
+from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, Event, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
@@ -50,8 +51,11 @@ class Agent:
         await self._reconcile(told)
         self._serving = True
         self._unlisten = self._store.listen(self._heed)
+        # What is performed again starts from what it finds; what the guest did before that is no news after it.
+        resumed = {instance.id for instance in adopted if instance.served(Lane.STATE) is not None}
         for event in self._early:
-            self._driver(event.instance_id).tell(event.kind)
+            if event.instance_id not in resumed:
+                self._driver(event.instance_id).tell(event.kind)
         self._early.clear()
         for instance in adopted:
             self._driver(instance.id).resume(instance)

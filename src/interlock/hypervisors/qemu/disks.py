@@ -35,6 +35,7 @@ from interlock.ports import Permit
 _GIB = 1024**3
 _ATTEMPTS = itertools.count()
 _READ_BY_OTHERS = 0o004
+_LOOK_AGAIN_S = 0.02
 _READ_BY_GROUP = 0o040
 
 
@@ -139,7 +140,22 @@ async def unplug(guest: Guest, permit: Permit, disk_id: str) -> None:
     if device in await guest.devices():
         await _ask_back(guest, permit, disk_id, device)
     if await _has_node(guest, disk_id):
-        await guest.tell(permit, "blockdev-del", {"node-name": node_name(disk_id)})
+        await _remove_node(guest, permit, disk_id)
+
+
+async def _remove_node(guest: Guest, permit: Permit, disk_id: str) -> None:
+    """Close the disk. QEMU goes on using it for a moment after the device is gone, and does not tell when it ends."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + guest.settings.detach_timeout_ms / 1000
+    while True:
+        try:
+            await guest.tell(permit, "blockdev-del", {"node-name": node_name(disk_id)})
+        except Refused as error:
+            if loop.time() >= deadline:
+                raise NotResponding(error.message, remedy=error.remedy) from error
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        else:
+            return
 
 
 async def _ask_back(guest: Guest, permit: Permit, disk_id: str, device: str) -> None:
