@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.operations import BIT, CATALOGUE, Lane, Operation, land
+from interlock.core.operations import CATALOGUE, Lane, Operation, land
 from interlock.core.policy import QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import (
     SERVED,
@@ -294,6 +294,6 @@ def _blocker(instance: Instance, rule: Rule) -> Request | None:
     """The outstanding request that a refusal names: the one the rule is about, or what is being served."""
     if rule.outstanding:
         for request in reversed(instance.outstanding):
-            if BIT[request.operation] and request.operation in rule.outstanding:
+            if request.operation in rule.outstanding:
                 return request
     return instance.served(Lane.STATE) or (instance.outstanding[0] if instance.outstanding else None)

@@ -84,7 +84,7 @@ class StateDriver:
         for lane in (Lane.STATE, Lane.COMPONENT):
             request = instance.served(lane)
             if request is not None:
-                self._serve(instance, request, recovering=True)
+                self._serve(instance, request)
         self.wake()
 
     async def close(self) -> None:
@@ -145,7 +145,7 @@ class StateDriver:
             self._heed(instance)
             if taken is None:
                 return instance
-            self._serve(instance, taken, recovering=False)
+            self._serve(instance, taken)
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
         """One decision: fence what is overdue, else take what can be served."""
@@ -156,11 +156,11 @@ class StateDriver:
         change = lifecycle.take(instance, lane, now_ms)
         return _with_instance(change, change.answer)
 
-    def _serve(self, instance: Instance, request: Request, *, recovering: bool) -> None:
+    def _serve(self, instance: Instance, request: Request) -> None:
         before = self._workers.get(request.lane)
         if before is not None:
             self._leaving.add(before)
-        work = Work(self._store, self._hypervisor, self._config, instance, request, recovering=recovering)
+        work = Work(self._store, self._hypervisor, self._config, instance, request)
         self._workers[request.lane] = Worker(work, self._policy, self.wake)
 
     def _reap(self) -> None:

@@ -43,10 +43,7 @@ class FencePermit:
 
 
 class Work:
-    """One request being served: what is asked, on what, and the ways to say how it goes.
-
-    `recovering` says that an earlier worker may have done any part of it already.
-    """
+    """One request being served: what is asked, on what, and the ways to say how it goes."""
 
     def __init__(
         self,
@@ -55,15 +52,12 @@ class Work:
         config: DriverConfig,
         instance: Instance,
         request: Request,
-        *,
-        recovering: bool,
     ) -> None:
         self.store = store
         self.hypervisor = hypervisor
         self.config = config
         self.instance = instance
         self.request = request
-        self.recovering = recovering
         self.permit = FencePermit(store, instance.id, request.fence)
         self.news = asyncio.Event()
         """Set by the state driver whenever something happened to the instance."""

@@ -128,7 +128,7 @@ class Worker:
                     return
                 await self._finish(Outcome.UNKNOWN, _say(error))
                 await self._until_answering()
-                looked = self.work.recovering = True
+                looked = True
             except Fenced:
                 raise
             except InterlockError as error:

@@ -1,7 +1,7 @@
 """How each operation is performed. One file a family; each step converges from whatever it finds.
 
-A performance is called with a `Work`, may be cancelled at any await, and is called again after a crash at any point
-with `work.recovering` set. It returns `Done`, or raises an `InterlockError` that says why it failed; `NotResponding`
+A performance is called with a `Work`, may be cancelled at any await, and is called again after a crash at any point.
+It returns `Done`, or raises an `InterlockError` that says why it failed; `NotResponding`
 stands for an outcome that cannot be known yet.
 """
 
