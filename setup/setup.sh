@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly OLDEST="3.11"
-readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils")
+readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "dot:graphviz")
 readonly STAMP=.venv/set-up
 
 say() { echo "setup: $*"; }

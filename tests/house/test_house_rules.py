@@ -27,7 +27,7 @@ EXTERNAL_PACKAGES = {
     "core": {"msgspec"},
     "ports": {"msgspec"},
     "config": {"msgspec"},
-    "policies": {"msgspec"},
+    "policies": {"matplotlib", "msgspec", "numpy"},
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"alembic", "apsw", "msgspec", "sqlalchemy", "structlog"},
