@@ -38,6 +38,7 @@ from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.volumes import VolumeFolder
+from interlock.policies.in_force import PolicyInForce
 from interlock.policies.reading import load
 from interlock.ports import Clock, Hypervisor
 from interlock.service.callers import Callers
@@ -123,21 +124,26 @@ class Server:
         self.folder = config.folder
         self.store = SqliteStore(self.folder / DATABASE, clock)
         self.hypervisor = hypervisor or _hypervisor(config)
-        self.policy = CompiledPolicy(load(config.policy), PERFORMS)
+        self.in_force = PolicyInForce(CompiledPolicy(load(config.policy), PERFORMS))
         host = config.host or platform.node() or "localhost"
-        self.agent = Agent(host, self.store, self.hypervisor, self.policy, config.driver)
+        self.agent = Agent(host, self.store, self.hypervisor, self.in_force, config.driver)
         self.callers = Callers(self.store, new_id, new_secret)
         image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
         volume_files = VolumeFolder(self.folder / "volumes")
         self.inventory = Inventory(self.store, image_files, volume_files, new_id, config.volume_gib_max)
         self.instances = Instances(
-            self.store, self.policy, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
+            self.store, self.in_force, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
         )
         self.metrics = Metrics()
         self.ready = False
         self.url = ""
         """Where it listens, once it does."""
         self._http: uvicorn.Server | None = None
+
+    @property
+    def policy(self) -> CompiledPolicy:
+        """The policy in force at this moment."""
+        return self.in_force.compiled
 
     async def open(self) -> None:
         """Open what it is made of, inspect before serving, and see that there is an admin token.

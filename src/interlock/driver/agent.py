@@ -11,11 +11,11 @@ from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
 from interlock.core.operations import Lane
-from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, Event, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.work import FencePermit
+from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, HypervisorEvent, InstanceFilter, Store
 
 _LOG = structlog.get_logger(__name__)
@@ -27,7 +27,7 @@ class Agent:
     """Serves the instances of one host, from the one store, on the one hypervisor."""
 
     def __init__(
-        self, host: str, store: Store, hypervisor: Hypervisor, policy: CompiledPolicy, config: DriverConfig
+        self, host: str, store: Store, hypervisor: Hypervisor, policy: PolicyInForce, config: DriverConfig
     ) -> None:
         self._host = host
         self._store = store

@@ -17,11 +17,11 @@ from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError, NotFound, StoreError
 from interlock.core.operations import CATALOGUE, Lane
-from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Request
 from interlock.core.states import EXECUTING_STATES, PowerState
 from interlock.driver.work import FencePermit, Work
 from interlock.driver.worker import Worker
+from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, Store
 
 _LOG = structlog.get_logger(__name__)
@@ -43,7 +43,7 @@ class StateDriver:
         instance_id: str,
         store: Store,
         hypervisor: Hypervisor,
-        policy: CompiledPolicy,
+        policy: PolicyInForce,
         config: DriverConfig,
         gone: Callable[[str], None],
     ) -> None:
@@ -149,7 +149,7 @@ class StateDriver:
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
         """One decision: fence what is overdue, else take what can be served."""
-        expired = lifecycle.expire(instance, self._policy, now_ms)
+        expired = lifecycle.expire(instance, self._policy.compiled, now_ms)
         if expired.answer:
             return _with_instance(expired, None)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
@@ -199,7 +199,7 @@ class StateDriver:
         """Keep what the guest did, and tidy up after one that has powered itself off."""
 
         def decide(instance: Instance, now_ms: int) -> Change[int]:
-            change = lifecycle.observe(instance, event, self._policy, now_ms)
+            change = lifecycle.observe(instance, event, self._policy.compiled, now_ms)
             return Change(
                 instance=change.instance, requests=change.requests, events=change.events, answer=instance.fence
             )

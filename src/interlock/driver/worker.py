@@ -14,11 +14,11 @@ import structlog
 
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, InterlockError, NotResponding, StoreClosed, StoreError
-from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, GuestEvent, Instance, Outcome, Request, StaleFence
 from interlock.core.states import PowerState
 from interlock.driver.operations import PERFORMANCES
 from interlock.driver.work import Work
+from interlock.policies.in_force import PolicyInForce
 
 AnswerT = TypeVar("AnswerT")
 
@@ -29,7 +29,7 @@ _BACKOFF_MAX = 16
 class Worker:
     """Serves one request in a task of its own."""
 
-    def __init__(self, work: Work, policy: CompiledPolicy, ended: Callable[[], None]) -> None:
+    def __init__(self, work: Work, policy: PolicyInForce, ended: Callable[[], None]) -> None:
         self.work = work
         self.request_id = work.request.id
         self.fence = work.request.fence
@@ -169,7 +169,7 @@ class Worker:
                 self.request_id,
                 self.fence,
                 outcome,
-                self._policy,
+                self._policy.compiled,
                 now_ms,
                 message=message,
                 power_state=power_state,

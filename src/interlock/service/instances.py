@@ -29,6 +29,7 @@ from interlock.core.records import (
     Submission,
 )
 from interlock.policies import explaining
+from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store, Volume
 from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
@@ -51,7 +52,7 @@ class Instances:
     def __init__(
         self,
         store: Store,
-        policy: CompiledPolicy,
+        in_force: PolicyInForce,
         hypervisor: Hypervisor,
         inventory: Inventory,
         new_id: Callable[[], str],
@@ -59,7 +60,7 @@ class Instances:
         memory_mib_max: int,
     ) -> None:
         self._store = store
-        self.policy = policy
+        self._in_force = in_force
         self._hypervisor = hypervisor
         self._inventory = inventory
         self._new_id = new_id
@@ -75,6 +76,11 @@ class Instances:
 
     def now_ms(self) -> int:
         return self._store.now_ms()
+
+    @property
+    def policy(self) -> CompiledPolicy:
+        """The policy in force at this moment."""
+        return self._in_force.compiled
 
     # ------------------------------------------------------------------------------------------------- submitting
 
@@ -177,10 +183,7 @@ class Instances:
 
         key_kept = _key(caller, key, instance_id, wish)
         disposition = await self._store.change(instance_id, decide, key_kept)
-        if judged:
-            instance = judged[0]
-        else:
-            instance = await self.describe(caller, instance_id)
+        instance = judged[0] if judged else await self.describe(caller, instance_id)
         return self.with_ways_out(caller, Answer(disposition=disposition, instance=instance))
 
     def with_ways_out(self, caller: Caller, answer: Answer) -> Answer:
