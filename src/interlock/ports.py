@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Disk, Event, GuestEvent, Image, Instance, Request, Spec
 from interlock.core.states import PowerState, VmState
 
@@ -218,7 +219,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Store(Protocol):
-    """Keeps instances, requests, events, tokens, images and volumes. It decides nothing.
+    """Keeps instances, requests, events, tokens, images, volumes and policies. It decides nothing.
 
     Writes are durable when they return (law 9). Whatever a `decide` raises is raised to the caller, and nothing of
     that decision is kept; other decisions that shared its transaction are not disturbed.
@@ -336,6 +337,22 @@ class Store(Protocol):
 
     async def volume(self, volume_id: str) -> Volume | None: ...
     async def volumes(self, project: str | None = None) -> tuple[Volume, ...]: ...
+
+    async def switch_policy(self, switch: PolicySwitch, bundle: PolicyBundle) -> int:
+        """Keep that a policy has come into force, with its text; the number of the switch."""
+        ...
+
+    async def settle_switch(self, number: int, cancelled: int) -> None:
+        """Keep that everything outstanding at a switch was judged again, and how many requests that cancelled."""
+        ...
+
+    async def policy_switches(self, limit: int, before: int | None = None) -> tuple[PolicySwitch, ...]:
+        """Switches, newest first, those with a smaller number than `before`."""
+        ...
+
+    async def policy_bundle(self, number: int) -> PolicyBundle | None:
+        """The text of the policy that came into force with that switch, exactly as it was given."""
+        ...
 
 
 # ---------------------------------------------------------------------------------------------------------- files

@@ -7,6 +7,7 @@ from typing import Any, Final
 import apsw
 
 from interlock.core.errors import Invalid
+from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter, Page, Token, Volume
@@ -171,6 +172,24 @@ class Reader:
     def volume(self, volume_id: str) -> Volume | None:
         row = self._one(f"SELECT {rows.VOLUME_COLUMNS} FROM volumes WHERE id = ?", volume_id)  # noqa: S608
         return None if row is None else rows.volume_of(row)
+
+    # --------------------------------------------------------------------------------------------------- policies
+
+    def policy_switches(self, limit: int, before: int | None) -> tuple[PolicySwitch, ...]:
+        where, values = ("", ()) if before is None else ("WHERE number < ?", (before,))
+        found = self._all(
+            f"SELECT {rows.SWITCH_COLUMNS} FROM policy_switches {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
+            *values,
+            limit,
+        )
+        return tuple(rows.switch_of(row) for row in found)
+
+    def policy_bundle(self, number: int) -> PolicyBundle | None:
+        row = self._one(
+            "SELECT p.main, p.files FROM policy_switches s JOIN policies p ON p.seq = s.policy_seq WHERE s.number = ?",
+            number,
+        )
+        return None if row is None else rows.bundle_of(*row)
 
 
 def _number(cursor: str | None, default: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core.errors import KeyReused
+from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Token, Volume
 
@@ -24,8 +25,11 @@ EVENT_COLUMNS: Final = """
 """What `event_of` reads, and where it stands."""
 VOLUME_COLUMNS: Final = "id, name, project, path, size_bytes, attached_to, created_at_ms"
 """What `volume_of` reads."""
+SWITCH_COLUMNS: Final = "number, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled"
+"""What `switch_of` reads."""
 
 _encode: Final = msgspec.json.Encoder().encode
+_decode_files: Final = msgspec.json.Decoder(dict[str, str]).decode
 _decode_data: Final = msgspec.json.Decoder(dict[str, Any]).decode
 decode_instance: Final = msgspec.json.Decoder(Instance).decode
 decode_request: Final = msgspec.json.Decoder(Request).decode
@@ -111,3 +115,24 @@ def volume_of(row: Sequence[Any]) -> Volume:
         attached_to=attached_to,
         created_at_ms=created_at_ms,
     )
+
+
+def switch_of(row: Sequence[Any]) -> PolicySwitch:
+    """A switch of the policy from `SWITCH_COLUMNS`."""
+    number, digest, name, at_ms, by, source, configured_digest, outstanding, cancelled = row
+    return PolicySwitch(
+        number=number,
+        digest=digest,
+        name=name,
+        at_ms=at_ms,
+        by=by,
+        source=SwitchSource(source),
+        configured_digest=configured_digest,
+        outstanding=Outstanding(outstanding),
+        cancelled=cancelled,
+    )
+
+
+def bundle_of(main: str, files: str) -> PolicyBundle:
+    """The text of a policy from its main file's name and the JSON of its files."""
+    return PolicyBundle(main=main, files=_decode_files(files))

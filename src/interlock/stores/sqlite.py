@@ -23,7 +23,7 @@ from interlock.stores import rows
 from interlock.stores.batch import Batch, Kept
 from interlock.stores.clock import StoreClock, SystemClock
 from interlock.stores.database_file import DatabaseFile
-from interlock.stores.inventory import SqliteInventory
+from interlock.stores.policies import SqlitePolicies
 from interlock.stores.reading import Reader
 from interlock.stores.rows import Row
 from interlock.stores.statements import FORGET_KEYS, SEEN
@@ -39,7 +39,7 @@ DECISIONS_PER_TRANSACTION: Final = 2_000
 _PRUNE_EVERY_MS: Final = 3_600_000
 
 
-class SqliteStore(SqliteInventory):
+class SqliteStore(SqlitePolicies):
     """Satisfies `ports.Store`. All of it is used from one event loop."""
 
     def __init__(self, path: Path, clock: Clock | None = None) -> None:

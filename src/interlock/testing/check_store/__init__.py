@@ -9,7 +9,7 @@ The author of an adapter writes a `StoreUnderTest` around it and runs every chec
 A check ends without an error if the promise is kept. Nothing here may know an adapter, and no check may sleep.
 """
 
-from interlock.testing.check_store import deciding, inventory, keys_and_names, looking
+from interlock.testing.check_store import deciding, inventory, keys_and_names, looking, policies
 from interlock.testing.check_store.bench import CHECKS, Bench, Check, GivenClock, StoreUnderTest, run
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "inventory",
     "keys_and_names",
     "looking",
+    "policies",
     "run",
 ]

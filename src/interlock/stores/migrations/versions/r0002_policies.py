@@ -1,0 +1,49 @@
+"""Policies that were in force, and the switches from one to the next.
+
+A text is kept once, however often it came into force; the last switch says which policy is in force. What a switch
+says of its policy (its name, its digest) was true then: a text that extends a built-in policy can mean something else
+to a later version.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+_STATEMENTS = (
+    """
+    CREATE TABLE policies (
+        seq INTEGER PRIMARY KEY,
+        sha256 TEXT NOT NULL UNIQUE,
+        main TEXT NOT NULL,
+        files TEXT NOT NULL
+    )
+    """,
+    """
+    CREATE TABLE policy_switches (
+        number INTEGER PRIMARY KEY,
+        policy_seq INTEGER NOT NULL REFERENCES policies (seq),
+        digest TEXT NOT NULL,
+        name TEXT NOT NULL,
+        at_ms INTEGER NOT NULL,
+        made_by TEXT NOT NULL,
+        source TEXT NOT NULL,
+        configured_digest TEXT NOT NULL,
+        outstanding TEXT NOT NULL,
+        cancelled INTEGER
+    )
+    """,
+)
+
+
+def upgrade() -> None:
+    for statement in _STATEMENTS:
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    raise NotImplementedError("An older layout is brought back from the copy that was taken before the upgrade.")
