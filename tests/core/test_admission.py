@@ -75,6 +75,8 @@ def test_what_is_admitted_is_kept_and_told() -> None:
         "hard": True,
         "silent_ms": 0,
         "running_ms": 0,
+        "launched": True,
+        "held": 0,
     }
 
 

@@ -113,6 +113,8 @@ RULES = st.builds(
     locked=maybe(st.booleans()),
     tags=maybe(subsets("a", "b")),
     hard=maybe(st.booleans()),
+    launched=maybe(st.booleans()),
+    held=maybe(st.frozensets(st.sampled_from(SOME_OPERATIONS))),
     silent_ms_min=maybe(st.sampled_from([1, 5])),
 )
 VIEWS = st.builds(
@@ -126,15 +128,18 @@ VIEWS = st.builds(
     tags=st.sampled_from([(), ("a",), ("a", "b")]),
     hard=st.booleans(),
     silent_ms=st.sampled_from([0, 1, 4, 5]),
+    launched=st.booleans(),
+    held=st.sampled_from([0, BIT[O.START]]),
 )
 
 
-def read_plainly(rules: list[Rule], view: View) -> str:
+def read_plainly(rules: list[Rule], view: View) -> str:  # noqa: C901 - one question after the other
     """What a person would answer who reads the rules from top to bottom."""
-    if view.vm_state is V.DELETED:
-        return GONE.id
     kinds = {operation for operation in Operation if view.outstanding & BIT[operation]}
+    held = {operation for operation in Operation if view.held & BIT[operation]}
     for each in rules:
+        if each.vm_states is None and view.vm_state is V.DELETED:
+            continue
         among = [
             (each.operations, view.operation),
             (each.vm_states, view.vm_state),
@@ -145,6 +150,10 @@ def read_plainly(rules: list[Rule], view: View) -> str:
             continue
         if each.outstanding is not None and not (kinds & each.outstanding if each.outstanding else not kinds):
             continue
+        if each.held is not None and not (held & each.held if each.held else not held):
+            continue
+        if each.launched is not None and each.launched != view.launched:
+            continue
         if each.tags is not None and not set(each.tags) & set(view.tags):
             continue
         if each.locked is not None and each.locked != view.locked:
@@ -154,7 +163,7 @@ def read_plainly(rules: list[Rule], view: View) -> str:
         if each.silent_ms_min is not None and view.silent_ms < each.silent_ms_min:
             continue
         return each.id
-    return NO_RULE.id
+    return (GONE if view.vm_state is V.DELETED else NO_RULE).id
 
 
 @settings(max_examples=300, deadline=None)

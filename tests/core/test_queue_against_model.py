@@ -162,7 +162,7 @@ class Lives(RuleBasedStateMachine):
         assert (instance.locked_by is not None) == model.locked
         assert instance.fence == model.fence
         assert {request.id for request in instance.outstanding} == {asked.name for asked in model.outstanding}
-        assert foresee(instance).value == model.foreseen()
+        assert foresee(instance).vm_state.value == model.foreseen()
         assert self.ended == model.ends
 
     @invariant()

@@ -93,20 +93,20 @@ def test_a_preempting_request_goes_before_everything_that_waits_and_behind_what_
 def test_the_foreseen_state_is_where_everything_outstanding_leads() -> None:
     """Section 2: foreseen state."""
     instance = queue(instance_in(), POLICY, O.STOP, O.START, O.RESCUE)
-    assert foresee(instance) is V.RESCUED
-    assert foresee(instance_in(V.PAUSED)) is V.PAUSED
+    assert foresee(instance).vm_state is V.RESCUED
+    assert foresee(instance_in(V.PAUSED)).vm_state is V.PAUSED
 
 
 def test_the_foreseen_state_remembers_what_an_operation_undoes() -> None:
     """A rescue from stopped, undone, leads back to stopped."""
     instance = queue(instance_in(V.STOPPED), POLICY, O.RESCUE, O.UNRESCUE)
-    assert foresee(instance) is V.STOPPED
+    assert foresee(instance).vm_state is V.STOPPED
 
 
 def test_the_foreseen_state_is_where_serving_gets() -> None:
     """What was foreseen holds when everything has succeeded."""
     instance = queue(instance_in(V.STOPPED), POLICY, O.RESCUE, O.UNRESCUE, O.START)
-    expected = foresee(instance)
+    expected = foresee(instance).vm_state
     while instance.outstanding:
         taken = take(instance, None, START_MS)
         assert taken.answer is not None

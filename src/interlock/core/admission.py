@@ -6,25 +6,36 @@ policy's, and what happens to a request afterwards is in `lifecycle`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Lane, Operation, land
-from interlock.core.policy import QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import GONE, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import (
     SERVED,
     Admitted,
     Change,
     Denied,
     Disposition,
+    Held,
     Instance,
     Redundant,
     Request,
     Status,
     Submission,
 )
-from interlock.core.request_queue import Draft, foresee, judge_again, judge_in, kinds, permits, replace
+from interlock.core.request_queue import (
+    Draft,
+    Foreseen,
+    at_present,
+    foresee,
+    judge_again,
+    judge_in,
+    kinds,
+    permits,
+    replace,
+)
 from interlock.core.states import NO_TASK, VmState
 
 
@@ -34,7 +45,7 @@ def look(instance: Instance, submission: Submission, now_ms: int) -> View:
     outstanding = 0
     if instance.outstanding:
         serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
-        task_state, outstanding = instance.task_state, kinds(instance)
+        task_state, outstanding = instance.task_state, kinds(instance.outstanding)
     if serving is None:
         silent_since = running_since = instance.updated_at_ms
     else:
@@ -53,6 +64,8 @@ def look(instance: Instance, submission: Submission, now_ms: int) -> View:
         submission.parameters.get("hard") is True,
         max(0, now_ms - silent_since),
         max(0, now_ms - running_since),
+        instance.launched,
+        kinds(instance.held) if instance.held else 0,
     )
 
 
@@ -62,68 +75,106 @@ def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, no
 
 
 def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Change[Disposition]:
-    """Judge a submission, and keep it if it is admitted.
+    """Judge a submission, and keep it if it is admitted, or held.
 
-    The answer is one of the three dispositions. Every submission is told as an event with what it was judged on, so
+    The answer is one of the four dispositions. Every submission is told as an event with what it was judged on, so
     that the history can be judged again by another policy.
     """
     view = look(instance, submission, now_ms)
-    rule = policy.decide(view)
-    draft = Draft(instance, now_ms)
+    asked = _Asked(Draft(instance, now_ms), view, submission, policy)
+    rule = GONE if view.vm_state is VmState.DELETED else policy.decide(view)
     verdict = rule.verdict
     if verdict is Verdict.AFTER and view.age_ms(rule.measured_from) < (rule.threshold_ms or 0):
-        return _too_early(draft, view, submission, rule)
+        return _too_early(asked, rule)
     if verdict is Verdict.DENY:
-        return _deny(draft, view, submission, rule)
+        return _deny(asked, rule)
     if verdict is Verdict.REDUNDANT:
-        return _redundant(draft, view, submission, rule, _latest(instance, submission.operation))
+        return _redundant(asked, rule, _latest(instance, submission.operation))
     if CATALOGUE[submission.operation].lane is Lane.RECORD:
-        return _record(draft, view, submission, rule, policy)
+        return _record(asked, rule)
     if verdict is Verdict.PREEMPT and (waiting := _preempting(instance, view)) is not None:
-        return _redundant(draft, view, submission, rule, waiting)
+        return _redundant(asked, rule, waiting)
     if verdict is Verdict.ADMIT:
         if len(instance.outstanding) >= policy.outstanding_max:
-            return _deny(draft, view, submission, QUEUE_FULL)
+            return _deny(asked, QUEUE_FULL)
         if rule.in_turn and instance.outstanding:
-            refused = _judge_foreseen(draft, view, submission, policy)
+            refused = _judge_foreseen(asked)
             if refused is not None:
                 return refused
-    return _keep(draft, view, submission, rule, policy)
+    return _keep(asked, rule)
 
 
-def _judge_foreseen(
-    draft: Draft, view: View, submission: Submission, policy: CompiledPolicy
-) -> Change[Disposition] | None:
+class _Asked(NamedTuple):
+    """One submission while it is judged."""
+
+    draft: Draft
+    view: View
+    submission: Submission
+    policy: CompiledPolicy
+
+    def request(self, rule: Rule) -> Request:
+        submission = self.submission
+        return Request(
+            id=submission.request_id,
+            instance_id=self.draft.instance.id,
+            operation=submission.operation,
+            parameters=submission.parameters,
+            requested_by=submission.requested_by,
+            role=submission.role,
+            rule=rule.id,
+            admitted_at_ms=self.draft.now_ms,
+            in_turn=rule.in_turn,
+        )
+
+    def facts(self, rule: Rule) -> dict[str, Any]:
+        """What it was judged on, complete enough to judge it again by another policy."""
+        instance = self.draft.instance
+        facts: dict[str, Any] = {
+            "operation": self.view.operation.value,
+            "parameters": self.submission.parameters,
+            "by": self.submission.requested_by,
+            "rule": rule.id,
+            "policy": self.policy.stamp,
+            "view": msgspec.structs.asdict(self.view),
+        }
+        if instance.outstanding:
+            there = foresee(instance)
+            facts["foreseen"] = {"vm_state": there.vm_state.value, "launched": there.launched}
+            facts["waiting"] = len(instance.outstanding)
+        return facts
+
+
+def _judge_foreseen(asked: _Asked) -> Change[Disposition] | None:
     """The refusal in the foreseen state, or None if it is permitted there too (law 2)."""
-    instance = draft.instance
+    instance = asked.draft.instance
     blocker = _last_state_change(instance)
     if blocker is None:
         return None
-    foreseen = foresee(instance)
-    rule = judge_in(policy, _request(submission, NOT_KEPT, draft.now_ms, instance.id), foreseen, instance.tags)
+    there = foresee(instance)
+    rule = judge_in(asked.policy, asked.request(NOT_KEPT), there, instance.tags)
     if permits(rule):
         return None
     if rule.verdict is Verdict.REDUNDANT:
-        return _redundant(draft, view, submission, rule, _brings_about(instance, foreseen) or blocker)
-    return _deny(draft, view, submission, rule, foreseen=foreseen, blocked_by=blocker)
+        return _redundant(asked, rule, _brings_about(instance, there) or blocker)
+    return _deny(asked, rule, foreseen=there.vm_state, blocked_by=blocker)
 
 
-def _brings_about(instance: Instance, foreseen: VmState) -> Request | None:
+def _brings_about(instance: Instance, foreseen: Foreseen) -> Request | None:
     """The last outstanding request that leads to the foreseen state from another; None if it holds already."""
-    state, prior = instance.vm_state, instance.prior_vm_state
+    there = at_present(instance)
     found = None
     for request in instance.outstanding:
         if request.lane is Lane.STATE:
-            before = state
-            state, prior = land(request.operation, state, prior)
-            if state is foreseen and before is not foreseen:
+            before, there = there.vm_state, there.after(request.operation)
+            if there.vm_state is foreseen.vm_state and before is not foreseen.vm_state:
                 found = request
     return found
 
 
-def _keep(draft: Draft, view: View, submission: Submission, rule: Rule, policy: CompiledPolicy) -> Change[Disposition]:
-    instance = draft.instance
-    request = _request(submission, rule, draft.now_ms, instance.id)
+def _keep(asked: _Asked, rule: Rule) -> Change[Disposition]:
+    draft = asked.draft
+    facts = asked.facts(rule)
+    request = asked.request(rule)
     supersedes: tuple[str, ...] = ()
     cancels: tuple[str, ...] = ()
     if rule.verdict is Verdict.AFTER:
@@ -134,8 +185,8 @@ def _keep(draft: Draft, view: View, submission: Submission, rule: Rule, policy: 
         supersedes = _ask_to_stop(draft, request.id, rule.grace_ms)
     draft.enqueue(request)
     if request.preempts:
-        cancels = judge_again(draft, policy)
-    draft.tell("request.admitted", request.id, **_facts(view, submission, rule), supersedes=supersedes, cancels=cancels)
+        cancels = judge_again(draft, asked.policy)
+    draft.tell("request.admitted", request.id, **facts, supersedes=supersedes, cancels=cancels)
     return draft.change(
         Admitted(request=request, rule=rule.id, because=rule.because, supersedes=supersedes, cancels=cancels)
     )
@@ -143,7 +194,7 @@ def _keep(draft: Draft, view: View, submission: Submission, rule: Rule, policy: 
 
 def _ask_to_stop(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
     """Ask every worker of the instance to stop half-way; the ids of what they serve."""
-    asked = []
+    stopping = []
     for request in draft.instance.outstanding:
         if request.status in SERVED:
             deadline = draft.now_ms + grace_ms
@@ -153,24 +204,27 @@ def _ask_to_stop(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
                 replace(request, interrupt_at_ms=draft.now_ms, interrupt_deadline_ms=deadline, interrupted_for=by)
             )
             draft.tell("request.interrupting", request.id, by=by, deadline_ms=deadline)
-            asked.append(request.id)
-    return tuple(asked)
+            stopping.append(request.id)
+    return tuple(stopping)
 
 
-def _record(
-    draft: Draft, view: View, submission: Submission, rule: Rule, policy: CompiledPolicy
-) -> Change[Disposition]:
+def _record(asked: _Asked, rule: Rule) -> Change[Disposition]:
     """Carry out an operation that changes only the record: it is done when it is admitted."""
+    draft, submission = asked.draft, asked.submission
     instance = draft.instance
-    request = _request(submission, rule, draft.now_ms, instance.id)
+    request = asked.request(rule)
     supersedes: tuple[str, ...] = ()
     cancels: tuple[str, ...] = ()
-    draft.tell("request.admitted", request.id, **_facts(view, submission, rule))
+    draft.tell("request.admitted", request.id, **asked.facts(rule))
     match submission.operation:
         case Operation.LOCK:
             draft.instance = replace(instance, locked_by=submission.requested_by)
         case Operation.UNLOCK:
             draft.instance = replace(instance, locked_by=None)
+        case Operation.SET_METADATA:
+            draft.instance = replace(instance, metadata=_noted(instance.metadata, submission.parameters))
+        case Operation.LIVE_MIGRATE_ABORT | Operation.LIVE_MIGRATE_FORCE_COMPLETE:
+            _tell_migration(draft, submission)
         case _:
             supersedes = draft.fence_off(request.id, f"The state was reset by {submission.requested_by}.")
             target = VmState(submission.parameters.get("vm_state", VmState.ERROR))
@@ -178,7 +232,7 @@ def _record(
             draft.instance = replace(draft.instance, vm_state=target, error=message)
             draft.alive()
             draft.tell("instance.state", request.id, vm_state=target.value, before=instance.vm_state.value)
-            cancels = judge_again(draft, policy)
+            cancels = judge_again(draft, asked.policy)
     draft.end(request, Status.SUCCEEDED)
     kept = draft.requests[request.id]
     return draft.change(
@@ -186,27 +240,43 @@ def _record(
     )
 
 
-def _too_early(draft: Draft, view: View, submission: Submission, rule: Rule) -> Change[Disposition]:
+def _tell_migration(draft: Draft, submission: Submission) -> None:
+    """Ask the live migration in flight to stop, or to end whatever that costs; without one, nothing happens."""
+    migration = draft.instance.served(Lane.STATE)
+    if migration is None or migration.operation is not Operation.LIVE_MIGRATE:
+        return
+    if submission.operation is Operation.LIVE_MIGRATE_ABORT:
+        draft.put(replace(migration, interrupt_at_ms=draft.now_ms))
+        draft.tell("request.interrupting", migration.id, by=submission.requested_by)
+    else:
+        draft.put(replace(migration, parameters={**migration.parameters, "force_complete": True}))
+
+
+def _noted(metadata: dict[str, str], parameters: dict[str, Any]) -> dict[str, str]:
+    removed = frozenset(parameters.get("remove", ()))
+    return {key: value for key, value in {**metadata, **parameters.get("set", {})}.items() if key not in removed}
+
+
+def _too_early(asked: _Asked, rule: Rule) -> Change[Disposition]:
+    draft, view = asked.draft, asked.view
     allowed_at_ms = draft.now_ms - view.age_ms(rule.measured_from) + (rule.threshold_ms or 0)
     if rule.before is Before.REDUNDANT:
-        earlier = _latest(draft.instance, submission.operation)
-        return _redundant(draft, view, submission, rule, earlier, allowed_at_ms)
-    return _deny(draft, view, submission, rule, allowed_at_ms=allowed_at_ms)
+        earlier = _latest(draft.instance, view.operation)
+        return _redundant(asked, rule, earlier, allowed_at_ms)
+    return _deny(asked, rule, allowed_at_ms=allowed_at_ms)
 
 
 def _deny(
-    draft: Draft,
-    view: View,
-    submission: Submission,
+    asked: _Asked,
     rule: Rule,
     *,
     foreseen: VmState | None = None,
     blocked_by: Request | None = None,
     allowed_at_ms: int | None = None,
 ) -> Change[Disposition]:
-    instance = draft.instance
+    instance = asked.draft.instance
     answer = Denied(
-        operation=submission.operation,
+        operation=asked.submission.operation,
         reason=rule.code,
         rule=rule.id,
         because=rule.because,
@@ -215,16 +285,24 @@ def _deny(
         blocked_by=blocked_by or _blocker(instance, rule),
         allowed_at_ms=allowed_at_ms,
     )
-    return _unchanged(draft, "request.denied", _facts(view, submission, rule), answer)
+    if asked.submission.hold_ms is not None and rule is not GONE and len(instance.held) < asked.policy.outstanding_max:
+        return _hold(asked, rule, answer, asked.submission.hold_ms)
+    return _unchanged(asked, "request.denied", rule, answer)
+
+
+def _hold(asked: _Asked, rule: Rule, denied: Denied, hold_ms: int) -> Change[Disposition]:
+    """Keep what was refused, until the policy admits it (see `lifecycle.expire`) or its time is over."""
+    draft = asked.draft
+    until_ms = draft.now_ms + hold_ms
+    request = replace(asked.request(rule), status=Status.HELD, held_until_ms=until_ms)
+    draft.requests[request.id] = request
+    draft.instance = replace(draft.instance, held=(*draft.instance.held, request))
+    draft.tell("request.held", request.id, **asked.facts(rule), reason=denied.reason, until_ms=until_ms)
+    return draft.change(Held(request=request, denied=denied))
 
 
 def _redundant(
-    draft: Draft,
-    view: View,
-    submission: Submission,
-    rule: Rule,
-    earlier: Request | None,
-    allowed_at_ms: int | None = None,
+    asked: _Asked, rule: Rule, earlier: Request | None, allowed_at_ms: int | None = None
 ) -> Change[Disposition]:
     answer = Redundant(
         rule=rule.id,
@@ -234,39 +312,15 @@ def _redundant(
         request=earlier,
         allowed_at_ms=allowed_at_ms,
     )
-    return _unchanged(draft, "request.redundant", _facts(view, submission, rule), answer)
+    return _unchanged(asked, "request.redundant", rule, answer)
 
 
-def _unchanged(draft: Draft, kind: str, facts: dict[str, Any], answer: Denied | Redundant) -> Change[Disposition]:
+def _unchanged(asked: _Asked, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:
     """A submission that changes nothing is still told, and leaves the generation as it was."""
+    draft = asked.draft
     draft.generation = draft.instance.generation
-    draft.tell(kind, None, **facts, reason=answer.reason)
+    draft.tell(kind, None, **asked.facts(rule), reason=answer.reason)
     return Change(instance=draft.instance, events=tuple(draft.events), answer=answer)
-
-
-def _facts(view: View, submission: Submission, rule: Rule) -> dict[str, Any]:
-    """What a submission was judged on, complete enough to judge it again."""
-    return {
-        "operation": view.operation.value,
-        "parameters": submission.parameters,
-        "by": submission.requested_by,
-        "rule": rule.id,
-        "view": msgspec.structs.asdict(view),
-    }
-
-
-def _request(submission: Submission, rule: Rule, now_ms: int, instance_id: str) -> Request:
-    return Request(
-        id=submission.request_id,
-        instance_id=instance_id,
-        operation=submission.operation,
-        parameters=submission.parameters,
-        requested_by=submission.requested_by,
-        role=submission.role,
-        rule=rule.id,
-        admitted_at_ms=now_ms,
-        in_turn=rule.in_turn,
-    )
 
 
 NOT_KEPT = QUEUE_FULL
@@ -274,7 +328,8 @@ NOT_KEPT = QUEUE_FULL
 
 
 def _latest(instance: Instance, operation: Operation) -> Request | None:
-    return next((request for request in reversed(instance.outstanding) if request.operation is operation), None)
+    known = (*instance.held, *instance.outstanding)
+    return next((request for request in reversed(known) if request.operation is operation), None)
 
 
 def _preempting(instance: Instance, view: View) -> Request | None:

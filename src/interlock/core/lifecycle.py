@@ -6,8 +6,11 @@ that reports under another fence than the instance's has lost the right to act, 
 
 from __future__ import annotations
 
+import msgspec
+
 from interlock.core.errors import BrokenInvariant
-from interlock.core.operations import CATALOGUE, Lane, land
+from interlock.core.holding import judge_held
+from interlock.core.operations import CATALOGUE, Lane, Operation, land
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     SERVED,
@@ -199,11 +202,12 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
 
 def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str, now_ms: int) -> Change[Cancellation]:
     """Withdraw a request: at once if it waits, by asking its worker if that can stop half-way, else not at all."""
-    request = next((other for other in instance.outstanding if other.id == request_id), None)
+    known = (*instance.outstanding, *instance.held)
+    request = next((other for other in known if other.id == request_id), None)
     if request is None:
         return Change(instance=instance, answer=Cancellation.TOO_LATE)
     draft = Draft(instance, now_ms)
-    if request.status is Status.QUEUED:
+    if request.status not in SERVED:
         draft.end(request, Status.CANCELLED, "cancelled", f"Cancelled by {by}.")
         judge_again(draft, policy)
         return draft.change(Cancellation.CANCELLED)
@@ -217,9 +221,15 @@ def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str,
 
 
 def expire(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
-    """Fence what was asked to stop and did not confirm in time; the answer is the ids of those."""
-    deadline = next_deadline_ms(instance)
+    """Do what time demands: fence what was asked to stop and did not confirm, and judge what is held.
+
+    The answer is the ids of the requests that ended or were admitted. Where there is nothing to do, the instance comes
+    back as it is; otherwise there may be more to do.
+    """
+    deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
+        if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
+            return judge_held(instance, policy, now_ms)
         return Change(instance=instance, answer=())
     draft = Draft(instance, now_ms)
     due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)
@@ -230,10 +240,46 @@ def expire(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tu
 
 def next_deadline_ms(instance: Instance) -> int | None:
     """When `expire` has something to do next, or None."""
+    moments = (_interrupt_deadline_ms(instance), instance.held_due_ms)
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
+def _interrupt_deadline_ms(instance: Instance) -> int | None:
     deadlines = [
         request.interrupt_deadline_ms for request in instance.outstanding if request.interrupt_deadline_ms is not None
     ]
     return min(deadlines, default=None)
+
+
+def rejudge(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
+    """Judge what waits again, by a policy that has just come into force; the answer is the ids of what is cancelled."""
+    draft = Draft(instance, now_ms)
+    cancelled = judge_again(draft, policy)
+    if not cancelled and not instance.held:
+        return Change(instance=instance, answer=())
+    return draft.change(cancelled)
+
+
+def relabel(
+    instance: Instance,
+    by: str,
+    now_ms: int,
+    *,
+    tags: tuple[str, ...] | None = None,
+    blocked_operations: tuple[Operation, ...] | None = None,
+) -> Change[Instance]:
+    """Change the tags of an instance, or the operations that are blocked for it; None leaves them as they are."""
+    named = {
+        name: value
+        for name, value in (("tags", tags), ("blocked_operations", blocked_operations))
+        if value is not None and value != getattr(instance, name)
+    }
+    if not named:
+        return Change(instance=instance, answer=instance)
+    draft = Draft(replace(instance, **named), now_ms)
+    draft.tell("instance.relabelled", None, by=by, **msgspec.to_builtins(named))
+    change = draft.change(None)
+    return Change(instance=change.instance, events=change.events, answer=change.instance)
 
 
 def adopt(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:

@@ -52,6 +52,7 @@ class Operation(StrEnum):
     LIVE_MIGRATE = "live_migrate"
     EVACUATE = "evacuate"
     CRASH_DUMP = "crash_dump"
+    SET_PASSWORD = "set_password"  # noqa: S105 - an operation's name
     DELETE = "delete"
     SOFT_DELETE = "soft_delete"
     RESTORE = "restore"
@@ -61,6 +62,9 @@ class Operation(StrEnum):
     SWAP_VOLUME = "swap_volume"
     ATTACH_INTERFACE = "attach_interface"
     DETACH_INTERFACE = "detach_interface"
+    LIVE_MIGRATE_ABORT = "live_migrate_abort"
+    LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
+    SET_METADATA = "set_metadata"
     LOCK = "lock"
     UNLOCK = "unlock"
     RESET_STATE = "reset_state"
@@ -104,6 +108,9 @@ _V = VmState
 _O = Operation
 _ANYWHERE = frozenset(VmState) - {VmState.DELETED}
 _SETTLED = frozenset({_V.ACTIVE, _V.STOPPED, _V.PAUSED, _V.SUSPENDED})
+_PLUGGABLE = frozenset({_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.STOPPED, _V.RESIZED})
+# Where no process holds the guest, a volume is attached and detached by what is recorded.
+_WITH_VOLUMES = _PLUGGABLE | {_V.SHELVED, _V.SHELVED_OFFLOADED, _V.SOFT_DELETED}
 
 
 def _state(
@@ -130,12 +137,14 @@ def _state(
     )
 
 
-def _component(operation: Operation, phase: str, *beside: Operation) -> Entry:
+def _component(
+    operation: Operation, phase: str, *beside: Operation, sources: frozenset[VmState] | set[VmState] | None = None
+) -> Entry:
     return Entry(
         operation=operation,
         lane=Lane.COMPONENT,
         phases=(phase,),
-        sources=frozenset({_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.STOPPED, _V.RESIZED}),
+        sources=_PLUGGABLE if sources is None else frozenset(sources),
         to=Landing.SAME,
         compatible_with=frozenset(beside),
     )
@@ -244,22 +253,27 @@ _ENTRIES = (
         {_V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.ERROR},
         Landing.SAME,
     ),
+    _state(_O.SET_PASSWORD, "updating_password", {_V.ACTIVE}, Landing.SAME),
     _state(_O.DELETE, "deleting", _ANYWHERE, _V.DELETED),
     _state(
         _O.SOFT_DELETE,
         "soft_deleting",
-        _ANYWHERE - {_V.SOFT_DELETED},
+        _ANYWHERE,
         _V.SOFT_DELETED,
         remembers=True,
     ),
     _state(_O.RESTORE, "restoring", {_V.SOFT_DELETED}, Landing.PRIOR),
     _state(_O.FORCE_DELETE, "force_deleting", _ANYWHERE, _V.DELETED),
-    _component(_O.ATTACH_VOLUME, "attaching_volume", _O.START),
-    _component(_O.DETACH_VOLUME, "detaching_volume", _O.START),
+    _component(_O.ATTACH_VOLUME, "attaching_volume", _O.START, sources=_WITH_VOLUMES),
+    _component(_O.DETACH_VOLUME, "detaching_volume", _O.START, sources=_WITH_VOLUMES),
     # A start, a stop or a migration may be unable to end until a volume's backing is replaced (change 880).
     _component(_O.SWAP_VOLUME, "swapping_volume", _O.START, _O.STOP, _O.REBOOT, _O.MIGRATE),
     _component(_O.ATTACH_INTERFACE, "attaching_interface", _O.START),
     _component(_O.DETACH_INTERFACE, "detaching_interface", _O.START),
+    # Told to the migration in flight: to stop, with the guest where it runs; or to end, whatever that costs the guest.
+    _record(_O.LIVE_MIGRATE_ABORT),
+    _record(_O.LIVE_MIGRATE_FORCE_COMPLETE),
+    _record(_O.SET_METADATA),
     _record(_O.LOCK),
     _record(_O.UNLOCK),
     _record(_O.RESET_STATE),
@@ -285,10 +299,11 @@ BIT: Final[dict[Operation, int]] = {operation: 1 << index for index, operation i
 def land(operation: Operation, vm_state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:
     """Where a successful operation leads from `vm_state`: the new vm_state and the new remembered one.
 
-    An operation that undoes another lands on what was remembered, or on active where nothing was.
+    An operation that undoes another lands on what was remembered, or on active where nothing was. What is there already
+    keeps what it remembers.
     """
     entry = CATALOGUE[operation]
-    kept = vm_state if entry.remembers else prior
+    kept = vm_state if entry.remembers and vm_state is not entry.to else prior
     match entry.to:
         case Landing.SAME:
             return vm_state, kept

@@ -53,7 +53,7 @@ DEFAULT_OUTSTANDING_MAX: Final = 16
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """One rule. A condition that is None holds always."""
+    """One rule. A condition that is None holds always; only `vm_states` None leaves out an instance that is deleted."""
 
     id: str
     operations: frozenset[Operation]
@@ -70,6 +70,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     tags: frozenset[str] | None = None
     """Holds if the instance has any of these tags."""
     host_reachable: bool | None = None
+    held: frozenset[Operation] | None = None
+    """Holds if a request of any of these kinds is held until the policy admits it; empty: if none is."""
+    launched: bool | None = None
+    """Whether a hypervisor has ever held the instance's guest."""
     hard: bool | None = None
     """Whether the request asks for the hard variant of its operation."""
     silent_ms_min: int | None = None
@@ -133,7 +137,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     rules: tuple[Rule, ...]
     outstanding_max: int = DEFAULT_OUTSTANDING_MAX
-    """How many requests may be outstanding per instance."""
+    """How many requests may be outstanding per instance, and how many may be held."""
+    digest: str = ""
+    """Which policy it is: SHA-256, in hexadecimal, of all of it that decides. Empty for one that was not read."""
+    names: dict[str, tuple[str, ...]] = {}
+    """What its own world calls an operation, the hard variant of one (`reboot_hard`) or a task state, for tables."""
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
@@ -154,12 +162,18 @@ class View(msgspec.Struct, frozen=True, gc=False):
     """Time since the last sign of life of what is in flight."""
     running_ms: int = 0
     """Time since what is in flight was taken."""
+    launched: bool = True
+    held: int = 0
+    """The kinds held, as the union of their bits."""
 
     def age_ms(self, measured_from: MeasuredFrom) -> int:
         return self.silent_ms if measured_from is MeasuredFrom.LAST_PROGRESS else self.running_ms
 
 
 _Cell = tuple[tuple[Rule, bool], ...]
+_ALIVE: Final = frozenset(VmState) - {VmState.DELETED}
+STAMP_LENGTH: Final = 16
+"""How much of a policy's digest is told with every decision, in hexadecimal digits."""
 
 
 class CompiledPolicy:
@@ -171,7 +185,9 @@ class CompiledPolicy:
         self.outstanding_max = policy.outstanding_max
         missing = frozenset() if performs is None else frozenset(Operation) - frozenset(performs)
         self._rules = ((_not_performed(missing),) if missing else ()) + policy.rules
-        self._masks = {rule.id: _mask(rule) for rule in self._rules}
+        self.stamp = {"name": policy.name, "digest": policy.digest[:STAMP_LENGTH]}
+        """The policy as every decision tells it."""
+        self._masks = {rule.id: (_mask(rule.outstanding), _mask(rule.held)) for rule in self._rules}
         self._cells: dict[tuple[Operation, VmState, str], _Cell] = {}
 
     @property
@@ -187,29 +203,47 @@ class CompiledPolicy:
         for rule, conditional in cell:
             if not conditional or self._holds(rule, view):
                 return rule
-        return NO_RULE
+        raise AssertionError("A cell ends with a rule that has no condition.")
+
+    def changes_in_ms(self, view: View) -> int | None:
+        """After how much more time a decision may come out otherwise; None if time alone changes nothing."""
+        waits = [
+            wait
+            for rule in self.cell(view.operation, view.vm_state, view.task_state)
+            for wait in (
+                (rule.silent_ms_min or 0) - view.silent_ms,
+                (rule.threshold_ms or 0) - view.age_ms(rule.measured_from),
+            )
+            if wait > 0
+        ]
+        return min(waits, default=None)
+
+    def cell(self, operation: Operation, vm_state: VmState, task_state: str) -> tuple[Rule, ...]:
+        """The rules that these three do not rule out, in the order asked, up to the first with no further condition."""
+        return tuple(rule for rule, _conditional in self._fill(operation, vm_state, task_state))
 
     def _fill(self, operation: Operation, vm_state: VmState, task_state: str) -> _Cell:
-        if vm_state is VmState.DELETED:
-            return ((GONE, False),)
         cell: list[tuple[Rule, bool]] = []
         for rule in self._rules:
             if operation not in rule.operations:
                 continue
-            if rule.vm_states is not None and vm_state not in rule.vm_states:
+            if vm_state not in (_ALIVE if rule.vm_states is None else rule.vm_states):
                 continue
             if rule.task_states is not None and task_state not in rule.task_states:
                 continue
             conditional = _is_conditional(rule)
             cell.append((rule, conditional))
             if not conditional:
-                break
+                return tuple(cell)
+        cell.append((GONE if vm_state is VmState.DELETED else NO_RULE, False))
         return tuple(cell)
 
     def _holds(self, rule: Rule, view: View) -> bool:
-        if rule.outstanding is not None:
-            mask = self._masks[rule.id]
-            if not (view.outstanding & mask if mask else view.outstanding == 0):
+        if rule.outstanding is not None or rule.held is not None:
+            outstanding, held = self._masks[rule.id]
+            if rule.outstanding is not None and not _any_of(view.outstanding, outstanding):
+                return False
+            if rule.held is not None and not _any_of(view.held, held):
                 return False
         return (
             (rule.roles is None or view.role in rule.roles)
@@ -218,6 +252,7 @@ class CompiledPolicy:
             and (rule.tags is None or not rule.tags.isdisjoint(view.tags))
             and (rule.host_reachable is None or view.host_reachable is rule.host_reachable)
             and (rule.hard is None or view.hard is rule.hard)
+            and (rule.launched is None or view.launched is rule.launched)
             and (rule.silent_ms_min is None or view.silent_ms >= rule.silent_ms_min)
         )
 
@@ -231,13 +266,20 @@ def _is_conditional(rule: Rule) -> bool:
         rule.tags,
         rule.host_reachable,
         rule.hard,
+        rule.held,
+        rule.launched,
         rule.silent_ms_min,
     )
     return any(condition is not None for condition in conditions)
 
 
-def _mask(rule: Rule) -> int:
-    return sum(BIT[operation] for operation in rule.outstanding or ())
+def _mask(operations: frozenset[Operation] | None) -> int:
+    return sum(BIT[operation] for operation in operations or ())
+
+
+def _any_of(there: int, wanted: int) -> bool:
+    """Whether any wanted kind is there; where none is wanted, whether nothing is."""
+    return there & wanted != 0 if wanted else there == 0
 
 
 def _not_performed(operations: frozenset[Operation]) -> Rule:

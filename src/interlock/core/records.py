@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.states import NO_TASK, PowerState, VmState
+from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 AnswerT = TypeVar("AnswerT")
 _AnswerT_co = TypeVar("_AnswerT_co", covariant=True)
@@ -24,6 +24,8 @@ _AnswerT_co = TypeVar("_AnswerT_co", covariant=True)
 class Status(StrEnum):
     """Where a request stands. The last four are ends, and a request reaches exactly one of them."""
 
+    HELD = "held"
+    """Refused for now, and kept until the policy admits it or its time is over. It has no place in the queue."""
     QUEUED = "queued"
     IN_FLIGHT = "in_flight"
     UNKNOWN = "unknown"
@@ -92,6 +94,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """When its worker was asked to stop half-way; None while it was not."""
     interrupt_deadline_ms: int | None = None
     """When it is fenced if its worker has not confirmed by then."""
+    held_until_ms: int | None = None
+    """For one that was submitted with a hold: when it was, or would have been, given up."""
     interrupted_for: str | None = None
     """The id of the request that preempts it; None when it is being cancelled by its owner."""
     ended_at_ms: int | None = None
@@ -182,10 +186,18 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     locked_by: str | None = None
     blocked_operations: tuple[Operation, ...] = ()
     tags: tuple[str, ...] = ()
+    metadata: dict[str, str] = {}
+    """What its owner noted of it. Nothing here is decided by it."""
     error: str | None = None
     """Why it is in error, for people; None in every other state."""
+    launched_at_ms: int | None = None
+    """When it first reached a state in which a hypervisor holds the guest; None while it never did."""
     spec: Spec | None = None
     outstanding: tuple[Request, ...] = ()
+    held: tuple[Request, ...] = ()
+    """What waits for the policy to admit it, in the order submitted."""
+    held_due_ms: int | None = None
+    """When what is held is judged next; None if only a change of the instance can make a difference."""
 
     def served(self, lane: Lane) -> Request | None:
         """The request that is being served in `lane`, or None."""
@@ -200,6 +212,11 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         serving = self.served(Lane.STATE)
         return NO_TASK if serving is None else (serving.phase or NO_TASK)
 
+    @property
+    def launched(self) -> bool:
+        """Whether a hypervisor has ever held its guest."""
+        return self.launched_at_ms is not None or self.vm_state in EXECUTING_STATES
+
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An operation that somebody asks for, with the id it will have as a request if it is admitted."""
@@ -210,6 +227,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     requested_by: str
     role: str = "member"
     host_reachable: bool = True
+    hold_ms: int | None = None
+    """How long to wait for the policy to admit it, if it does not at once; None: not at all."""
 
 
 class Admitted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="admitted"):
@@ -251,7 +270,15 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="dis
     allowed_at_ms: int | None = None
 
 
-Disposition = Admitted | Redundant | Denied
+class Held(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="held"):
+    """Refused for now, and kept until the policy admits it."""
+
+    request: Request
+    denied: Denied
+    """Why it is not admitted yet."""
+
+
+Disposition = Admitted | Redundant | Denied | Held
 
 
 class StaleFence(msgspec.Struct, frozen=True, kw_only=True):

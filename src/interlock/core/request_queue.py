@@ -6,14 +6,14 @@ whenever something did not go as foreseen; deciding whether a new request may en
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from interlock.core.operations import BIT, CATALOGUE, Lane, Operation, land
-from interlock.core.policy import CompiledPolicy, Rule, Verdict, View
+from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import SERVED, AnswerT, Change, Event, Instance, Request, Status
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 
 replace = msgspec.structs.replace
 
@@ -76,8 +76,11 @@ class Draft:
             interrupt_deadline_ms=None,
         )
         self.requests[request.id] = ended
-        outstanding = tuple(other for other in self.instance.outstanding if other.id != request.id)
-        self.instance = replace(self.instance, outstanding=outstanding)
+        self.instance = replace(
+            self.instance,
+            outstanding=tuple(other for other in self.instance.outstanding if other.id != request.id),
+            held=tuple(other for other in self.instance.held if other.id != request.id),
+        )
         self.tell(
             f"request.{status.value}", request.id, operation=request.operation.value, reason=reason, message=message
         )
@@ -100,6 +103,9 @@ class Draft:
         self.instance = replace(self.instance, updated_at_ms=self.now_ms)
 
     def change(self, answer: AnswerT) -> Change[AnswerT]:
+        self._note_launch()
+        if self.instance.held:
+            self._note_held()
         return Change(
             instance=replace(self.instance, generation=self.generation),
             requests=tuple(self.requests.values()),
@@ -107,31 +113,72 @@ class Draft:
             answer=answer,
         )
 
+    def _note_launch(self) -> None:
+        if self.instance.launched_at_ms is None and self.instance.vm_state in EXECUTING_STATES:
+            self.instance = replace(self.instance, launched_at_ms=self.now_ms)
 
-def kinds(instance: Instance) -> int:
-    """The kinds outstanding, as the union of their bits."""
+    def _note_held(self) -> None:
+        """Whatever has changed, what is held may be admitted now; and nothing will be of what is gone."""
+        if self.instance.vm_state is VmState.DELETED:
+            for request in self.instance.held:
+                self.end(request, Status.CANCELLED, GONE.code, GONE.because)
+        self.instance = replace(self.instance, held_due_ms=self.now_ms if self.instance.held else None)
+
+
+def kinds(requests: tuple[Request, ...]) -> int:
+    """The kinds of some requests, as the union of their bits."""
     mask = 0
-    for request in instance.outstanding:
+    for request in requests:
         mask |= BIT[request.operation]
     return mask
 
 
-def foresee(instance: Instance) -> VmState:
-    """The vm_state that will hold when everything outstanding has succeeded."""
-    state, prior = instance.vm_state, instance.prior_vm_state
+class Foreseen(NamedTuple):
+    """Where an instance will be when what comes before has succeeded."""
+
+    vm_state: VmState
+    prior: VmState | None
+    launched: bool
+
+    def after(self, operation: Operation) -> Foreseen:
+        """Where it will be when that state change has succeeded too."""
+        vm_state, prior = land(operation, self.vm_state, self.prior)
+        return Foreseen(vm_state, prior, self.launched or vm_state in EXECUTING_STATES)
+
+
+def at_present(instance: Instance) -> Foreseen:
+    """Where an instance is, before anything outstanding has succeeded."""
+    return Foreseen(instance.vm_state, instance.prior_vm_state, instance.launched)
+
+
+def foresee(instance: Instance) -> Foreseen:
+    """Where it will be when everything outstanding has succeeded."""
+    there = at_present(instance)
     for request in instance.outstanding:
         if request.operation in _STATE_OPERATIONS:
-            state, prior = land(request.operation, state, prior)
-    return state
+            there = there.after(request.operation)
+    return there
 
 
-def judge_in(policy: CompiledPolicy, request: Request, vm_state: VmState, tags: tuple[str, ...]) -> Rule:
-    """The rule for a request in a state in which nothing is being done.
+def judge_in(policy: CompiledPolicy, request: Request, there: Foreseen, tags: tuple[str, ...]) -> Rule:
+    """The rule for a request where nothing is being done.
 
     Only what serving it depends on counts. A lock or a blocked operation that came after it was admitted is about
     asking, and does not break the promise that was given.
     """
-    return policy.decide(View(request.operation, vm_state, NO_TASK, role=request.role, tags=tags, hard=request.hard))
+    if there.vm_state is VmState.DELETED:
+        return GONE
+    return policy.decide(
+        View(
+            request.operation,
+            there.vm_state,
+            NO_TASK,
+            role=request.role,
+            tags=tags,
+            hard=request.hard,
+            launched=there.launched,
+        )
+    )
 
 
 def permits(rule: Rule) -> bool:
@@ -146,8 +193,8 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     state if it was admitted on that alone.
     """
     instance = draft.instance
-    state, prior = instance.vm_state, instance.prior_vm_state
-    halfway = state
+    there = at_present(instance)
+    halfway = there.vm_state
     cancelled: list[str] = []
     components: list[Request] = []
     for request in instance.outstanding:
@@ -156,19 +203,19 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
                 components.append(request)
             continue
         if request.status is Status.QUEUED:
-            rule = judge_in(policy, request, state, instance.tags)
-            if not permits(rule) and not _holds_anyway(request, halfway, state):
-                cancelled.append(_cancel(draft, request, rule, state))
+            rule = judge_in(policy, request, there, instance.tags)
+            if not permits(rule) and not _holds_anyway(request, halfway, there.vm_state):
+                cancelled.append(_cancel(draft, request, rule, there.vm_state))
                 continue
-            state, prior = land(request.operation, state, prior)
-            halfway = state
+            there = there.after(request.operation)
+            halfway = there.vm_state
         else:
-            state, prior = land(request.operation, state, prior)
+            there = there.after(request.operation)
     for request in components:
-        there = state if request.in_turn else instance.vm_state
-        rule = judge_in(policy, request, there, instance.tags)
+        served_in = there if request.in_turn else at_present(instance)
+        rule = judge_in(policy, request, served_in, instance.tags)
         if not permits(rule):
-            cancelled.append(_cancel(draft, request, rule, there))
+            cancelled.append(_cancel(draft, request, rule, served_in.vm_state))
     return tuple(cancelled)
 
 

@@ -20,7 +20,12 @@ from interlock.ports import Hypervisor, HypervisorEvent, InstanceFilter, Store
 
 _LOG = structlog.get_logger(__name__)
 _PAGE = 500
-_WAKING = frozenset({"request.admitted", "request.interrupting", "request.cancelled", "instance.fenced"})
+_WAKING = frozenset(
+    {
+        *("request.admitted", "request.held", "request.interrupting", "request.cancelled"),
+        *("instance.fenced", "instance.relabelled"),
+    }
+)
 
 
 class Agent:

@@ -114,11 +114,16 @@ class StateDriver:
                 _LOG.exception("a state driver broke", instance=self._id)
                 await asyncio.sleep(self._config.inspect_retry_ms / 1000)
                 continue
-            if not self._workers and not self._leaving and not self._guest_events and not self._bell.is_set():
+            if self._is_idle(instance):
                 break
             await self._rest(instance)
         self._task = None
         self._gone(self._id)
+
+    def _is_idle(self, instance: Instance) -> bool:
+        """Whether nothing is being done, and nothing will be due by itself."""
+        busy = self._workers or self._leaving or self._guest_events or self._bell.is_set()
+        return not busy and lifecycle.next_deadline_ms(instance) is None
 
     async def _rest(self, instance: Instance) -> None:
         """Wait until something happens, or something is due."""
@@ -148,9 +153,9 @@ class StateDriver:
             self._serve(instance, taken)
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
-        """One decision: fence what is overdue, else take what can be served."""
+        """One decision: what is due, else take what can be served."""
         expired = lifecycle.expire(instance, self._policy.compiled, now_ms)
-        if expired.answer:
+        if expired.instance is not instance:
             return _with_instance(expired, None)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
         change = lifecycle.take(instance, lane, now_ms)

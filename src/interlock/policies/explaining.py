@@ -55,7 +55,7 @@ def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, 
     queued = any(request.lane is Lane.STATE for request in instance.outstanding)
     if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
         return Explanation(disposition=disposition, tried=tried)
-    there = foresee(instance)
+    there = foresee(instance).vm_state
     settled = View(view.operation, there, NO_TASK, role=submission.role, tags=instance.tags, hard=view.hard)
     return Explanation(disposition=disposition, tried=tried, foreseen=there, tried_foreseen=_ask(policy, settled)[0])
 

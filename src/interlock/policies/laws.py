@@ -182,7 +182,7 @@ def _foreseen(instance: Instance) -> VmState:
 
 def _landing(request: Request, state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:
     entry = CATALOGUE[request.operation]
-    kept = state if entry.remembers else prior
+    kept = state if entry.remembers and state is not entry.to else prior
     if isinstance(entry.to, VmState):
         return entry.to, kept
     if entry.to is Landing.PRIOR:

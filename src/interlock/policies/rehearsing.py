@@ -25,6 +25,7 @@ from interlock.core.records import (
     Denied,
     Disposition,
     GuestEvent,
+    Held,
     Redundant,
     Request,
     StaleFence,
@@ -137,6 +138,8 @@ class Rehearsal:
         return self._disposed(change.answer)
 
     def _disposed(self, answer: Disposition) -> Answer:
+        if isinstance(answer, Held):
+            return {**self._disposed(answer.denied), "disposition": "held", "request": answer.request.id}
         allowed_at_ms = None if isinstance(answer, Admitted) else answer.allowed_at_ms
         shown: Answer = {
             "disposition": "admitted",

@@ -54,7 +54,7 @@ def filed(instance: Instance) -> Row:
         instance.vm_state.value,
         instance.host,
         instance.task_state,
-        1 if instance.outstanding else 0,
+        1 if instance.outstanding or instance.held else 0,
     )
 
 
@@ -71,8 +71,8 @@ class Texts:
 
 
 def is_new(request: Request, before: Instance | None) -> bool:
-    """Whether the request was not outstanding before: what is changed of a request is changed before it has ended."""
-    return before is None or all(known.id != request.id for known in before.outstanding)
+    """Whether the request was not known before: what is changed of a request is changed before it has ended."""
+    return before is None or all(known.id != request.id for known in (*before.outstanding, *before.held))
 
 
 def has_effect(change: Change[Any], before: Instance | None) -> bool:
