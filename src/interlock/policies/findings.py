@@ -1,0 +1,136 @@
+"""What a check of a policy has to say: one record for each thing, and how rules and states are named in it.
+
+What is looked for is not here (see `checking`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from interlock.core.operations import TASK_OPERATION, TASK_STATES, Operation
+from interlock.core.policy import Rule
+from interlock.core.states import NO_TASK, VmState
+from interlock.policies.reaching import TASKS, can_be_together
+from interlock.policies.vocabulary import phases_of
+
+_PLACE: Final = re.compile(r"(.*?):\d+(?::\d+)?", re.DOTALL)
+_SHOWN_MAX: Final = 4
+"""How many things a sentence lists before it counts the rest."""
+
+
+class Severity(StrEnum):
+    """How bad it is."""
+
+    ERROR = "error"
+    """The policy does not do what it says, or an instance can get stuck."""
+    WARNING = "warning"
+    """It does something that its writer may not have meant."""
+    NOTE = "note"
+    """Worth knowing."""
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was found."""
+
+    severity: Severity
+    code: str
+    """Names the kind of finding, for programs: stable."""
+    rule: str | None
+    """The id of the rule it is about, as written; None where it is about the policy as a whole."""
+    place: str
+    """`file:line`, or `file:line:column`."""
+    message: str
+    remedy: str | None = None
+    detail: bool = False
+    """Whether it is one of many, to be shown only to somebody who asks for all."""
+
+
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """One `[[rule]]` as it is written, with the rules that it stands for."""
+
+    id: str
+    rule: Rule
+    """The first of them."""
+    numbers: tuple[int, ...]
+    """Their places in the policy."""
+
+    @property
+    def file(self) -> str:
+        return file_of(self.rule)
+
+
+def written(rules: Sequence[Rule]) -> tuple[Written, ...]:
+    """The rules of a policy as they are written: those that were made of one, `id.operation` each, taken together."""
+    together: dict[tuple[str, str], list[int]] = {}
+    for number, rule in enumerate(rules):
+        together.setdefault((rule.source, _base_id(rule)), []).append(number)
+    return tuple(
+        Written(id=base if len(numbers) > 1 else rules[numbers[0]].id, rule=rules[numbers[0]], numbers=tuple(numbers))
+        for (_, base), numbers in together.items()
+    )
+
+
+def _base_id(rule: Rule) -> str:
+    if len(rule.operations) == 1:
+        (operation,) = rule.operations
+        return rule.id.removesuffix(f".{operation.value}")
+    return rule.id
+
+
+def file_of(rule: Rule) -> str:
+    """The file in which a rule stands."""
+    found = _PLACE.fullmatch(rule.source)
+    return found.group(1) if found else rule.source
+
+
+def some(words: Iterable[str], most: int = _SHOWN_MAX) -> str:
+    """A list in a sentence: all of a few, or the first of many and how many there are besides."""
+    listed = list(words)
+    if len(listed) <= most:
+        return ", ".join(listed)
+    return f"{', '.join(listed[: most - 1])} and {len(listed) - most + 1} more"
+
+
+def operations_text(operations: Iterable[Operation]) -> str:
+    wanted = set(operations)
+    return some(operation.value for operation in Operation if operation in wanted)
+
+
+def states_text(cells: Iterable[tuple[VmState, str]]) -> str:
+    """Pairs of vm_state and task_state in few words: `stopped, error`; `active while @reboot`."""
+    tasks_of: dict[VmState, set[str]] = {}
+    for vm_state, task in cells:
+        tasks_of.setdefault(vm_state, set()).add(task)
+    alike: dict[frozenset[str], list[VmState]] = {}
+    for vm_state in VmState:
+        if vm_state in tasks_of:
+            alike.setdefault(frozenset(tasks_of[vm_state]), []).append(vm_state)
+    parts = []
+    for tasks, states in alike.items():
+        named = some((state.value for state in states), len(VmState))
+        if tasks == {NO_TASK}:
+            parts.append(named)
+        elif all(task in tasks for state in states for task in TASKS if can_be_together(state, task)):
+            parts.append(f"{named}, whatever is being done")
+        else:
+            parts.append(f"{named} while {tasks_text(tasks)}")
+    return "; ".join(parts[:_SHOWN_MAX]) + (f"; and {len(parts) - _SHOWN_MAX} more" if len(parts) > _SHOWN_MAX else "")
+
+
+def tasks_text(tasks: frozenset[str]) -> str:
+    """Task states in few words: `@reboot` for all of an operation's."""
+    if tasks >= set(TASK_STATES):
+        return "anything is being done"
+    words = ["nothing"] if NO_TASK in tasks else []
+    for operation in dict.fromkeys(TASK_OPERATION.values()):
+        phases = phases_of(operation)
+        if phases and phases <= tasks:
+            words.append(f"@{operation.value}")
+        else:
+            words.extend(phase for phase in TASK_STATES if phase in phases and phase in tasks)
+    return some(words)

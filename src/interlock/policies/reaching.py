@@ -1,0 +1,361 @@
+"""Which views a rule decides, found without trying them one by one.
+
+A cell is an (operation, vm_state, task_state). In it, the further conditions of a rule hold in a region: some of the
+roles, some of the flags, a stretch of silence, and what has to be among the outstanding kinds, the held ones and the
+tags. A rule decides in a cell if something is left of its region once those of the rules before it are taken away.
+What that means for a policy is not here (see `checking`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Final, NamedTuple
+
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
+from interlock.core.policy import Rule, View
+from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.policies.vocabulary import ROLES
+
+TASKS: Final = (NO_TASK, *TASK_STATES)
+STEPS_MAX: Final = 4_000
+"""How many pieces of regions are looked at for one answer. Past it a rule counts as one that can decide."""
+
+_FLAGS: Final = ("locked", "blocked", "host_reachable", "hard", "launched")
+_LIKELY: Final = frozenset({"host_reachable", "launched"})
+"""The flags that are set unless a rule says otherwise."""
+_FALSE, _TRUE = 1, 2
+_EVERY_KIND: Final = sum(BIT.values())
+_ROLE, _SILENT = 0, 1 + len(_FLAGS)
+_OUTSTANDING, _HELD, _TAGS = range(3)
+
+
+class Literal(NamedTuple):
+    """One condition of a rule."""
+
+    test: str
+    """`is` on a choice, with the values allowed; `any` and `none` on a set, with the members meant."""
+    place: int
+    """Of which choice, or of which set."""
+    mask: int
+
+
+class _Region(NamedTuple):
+    choices: tuple[int, ...]
+    wanted: tuple[frozenset[int], ...]
+    """For each set: masks, of each of which one member is there."""
+    shunned: tuple[int, ...]
+    """For each set: what is not in it."""
+
+
+class Cell(NamedTuple):
+    """One combination that the rules are looked up by."""
+
+    operation: Operation
+    vm_state: VmState
+    task_state: str
+
+    def __str__(self) -> str:
+        state = self.vm_state.value if self.task_state == NO_TASK else f"{self.vm_state.value}/{self.task_state}"
+        return f"{self.operation.value} in {state}"
+
+
+class Reaching:
+    """The rules of one policy, ready for being asked which views they decide."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
+        self._moments = _moments_ms(self.rules)
+        self._tags = sorted({tag for rule in self.rules for tag in rule.tags or ()})
+        bits = {tag: 1 << number for number, tag in enumerate(self._tags)}
+        sizes = [len(ROLES), *(2 for _ in _FLAGS), len(self._moments)]
+        self._sizes = tuple((1 << size) - 1 for size in sizes)
+        self._literals = [tuple(_literals(rule, bits, self._moments, self._sizes)) for rule in self.rules]
+        self._unconditional = _mask_of(number for number, literals in enumerate(self._literals) if not literals)
+        self._by_operation = _index(((rule.operations for rule in self.rules)), Operation)
+        self._by_state = _index((states_of(rule) for rule in self.rules), VmState)
+        self._by_task = _index((rule.task_states or TASKS for rule in self.rules), TASKS)
+        self._known: dict[tuple[int, int, int, tuple[Literal, ...]], _Region | None] = {}
+
+    @cached_property
+    def alike(self) -> tuple[tuple[Cell, ...], ...]:
+        """Every cell but those of a deleted instance, together with all that are decided in the same way."""
+        groups: dict[tuple[Operation, int, str], list[Cell]] = {}
+        for operation in Operation:
+            for state in sorted(_UNDELETED, key=tuple(VmState).index):
+                for task in TASKS:
+                    cell = Cell(operation, state, task)
+                    served = task if task == NO_TASK else TASK_OPERATION[task]
+                    groups.setdefault((operation, self.program(cell), served), []).append(cell)
+        return tuple(tuple(cells) for cells in groups.values())
+
+    def program(self, cell: Cell) -> int:
+        """The rules asked in a cell, as one bit a rule: up to the first that has no further condition."""
+        asked = self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
+        last = asked & self._unconditional
+        return asked if not last else asked & (((last & -last) << 1) - 1)
+
+    def asked(self, cell: Cell) -> tuple[int, ...]:
+        """The numbers of those rules, in order."""
+        return tuple(_places(self.program(cell)))
+
+    def matching(self, number: int) -> Iterator[Cell]:
+        """The cells that a rule is about, whether or not it gets to decide there."""
+        rule = self.rules[number]
+        for operation in Operation:
+            if operation in rule.operations:
+                for state in states_of(rule):
+                    for task in TASKS if rule.task_states is None else rule.task_states:
+                        yield Cell(operation, state, task)
+
+    def decides(self, number: int, cell: Cell, *more: Literal) -> View | None:
+        """A view in the cell that the rule decides, also holding `more`; None if there is none."""
+        region = self._region(number, cell, more)
+        return None if region is None else self._view(cell, region)
+
+    def can_hold(self, number: int, cell: Cell, *more: Literal) -> bool:
+        """Whether the rule's own conditions and `more` can hold together in the cell, whatever comes before it."""
+        return self._start(number, cell, more) is not None
+
+    def survives(self, number: int, cell: Cell, before: Iterable[int], *more: Literal) -> bool:
+        """Whether the rule would decide something in the cell if only the rules `before` were asked before it."""
+        start = self._start(number, cell, more)
+        about = self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
+        literals = [self._literals[earlier] for earlier in sorted(before) if about >> earlier & 1]
+        return start is not None and self._escape(start, literals, 0, [STEPS_MAX]) is not None
+
+    def overlapping(self, number: int, earlier: int, cell: Cell, *more: Literal) -> bool:
+        """Whether both rules hold for some view of the cell."""
+        region = self._start(number, cell, more)
+        for literal in self._literals[earlier]:
+            region = None if region is None else self._meet(region, literal)
+        return region is not None
+
+    def role(self, *roles: str) -> Literal:
+        return Literal(test="is", place=_ROLE, mask=_mask_of(ROLES.index(role) for role in roles))
+
+    def flag(self, name: str, value: object) -> Literal:
+        """A condition on one of the flags: locked, blocked, host_reachable, hard, launched."""
+        return Literal(test="is", place=1 + _FLAGS.index(name), mask=_TRUE if value else _FALSE)
+
+    def any_outstanding(self, kinds: int) -> Literal:
+        """That one of the kinds of this mask is outstanding."""
+        return Literal(test="any", place=_OUTSTANDING, mask=kinds)
+
+    def silent_for(self, at_least_ms: int) -> Literal:
+        """A condition on the silence; `at_least_ms` must be a moment that some rule names, or past all of them."""
+        return _silence(self._moments, self._sizes, at_least_ms)
+
+    def only_outstanding(self, kinds: int) -> Literal:
+        """That nothing but the kinds of this mask is outstanding."""
+        return Literal(test="none", place=_OUTSTANDING, mask=_EVERY_KIND & ~kinds)
+
+    def _start(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> _Region | None:
+        wanted = frozenset[int]()
+        if cell.task_state != NO_TASK:
+            # What is being served is outstanding.
+            wanted = frozenset({BIT[TASK_OPERATION[cell.task_state]]})
+        region: _Region | None = _Region(self._sizes, (wanted, frozenset(), frozenset()), (0, 0, 0))
+        for literal in (*more, *self._literals[number]):
+            region = None if region is None else self._meet(region, literal)
+        return region
+
+    def _region(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> _Region | None:
+        program = self.program(cell)
+        if not program >> number & 1:
+            return None
+        served = 0 if cell.task_state == NO_TASK else BIT[TASK_OPERATION[cell.task_state]]
+        key = (program & ((1 << number) - 1), number, served, more)
+        if key not in self._known:
+            start = self._start(number, cell, more)
+            before = [self._literals[earlier] for earlier in _places(key[0])]
+            self._known[key] = None if start is None else self._escape(start, before, 0, [STEPS_MAX])
+        return self._known[key]
+
+    def _escape(
+        self, region: _Region, before: list[tuple[Literal, ...]], index: int, steps: list[int]
+    ) -> _Region | None:
+        """What is left of a region, or a part of it, once the regions of the rules `before` are taken away."""
+        while index < len(before):
+            inside: _Region | None = region
+            outside = []
+            for literal in before[index]:
+                assert inside is not None
+                rest = self._miss(inside, literal)
+                if rest is not None:
+                    outside.append(rest)
+                inside = self._meet(inside, literal)
+                if inside is None:
+                    break
+            index += 1
+            if inside is None:
+                continue
+            for piece in outside:
+                steps[0] -= 1
+                left = piece if steps[0] < 0 else self._escape(piece, before, index, steps)
+                if left is not None:
+                    return left
+            return None
+        return region
+
+    @staticmethod
+    def _meet(region: _Region, literal: Literal) -> _Region | None:
+        """The part of a region in which a condition holds; None if there is none."""
+        if literal.test == "is":
+            return _choose(region, literal.place, literal.mask)
+        return (_want if literal.test == "any" else _shun)(region, literal.place, literal.mask)
+
+    @staticmethod
+    def _miss(region: _Region, literal: Literal) -> _Region | None:
+        """The part of a region in which a condition does not hold."""
+        if literal.test == "is":
+            return _choose(region, literal.place, ~literal.mask)
+        return (_shun if literal.test == "any" else _want)(region, literal.place, literal.mask)
+
+    def _view(self, cell: Cell, region: _Region) -> View:
+        role = next(role for number, role in enumerate(ROLES) if region.choices[_ROLE] >> number & 1)
+        for likely in ("admin", "member"):
+            if region.choices[_ROLE] >> ROLES.index(likely) & 1:
+                role = likely
+        flags = {
+            name: bool(left & _TRUE) if name in _LIKELY else not left & _FALSE
+            for name, left in zip(_FLAGS, region.choices[1:], strict=False)
+        }
+        silent_ms = self._moments[(region.choices[_SILENT] & -region.choices[_SILENT]).bit_length() - 1]
+        sets = [_members(wanted, shunned) for wanted, shunned in zip(region.wanted, region.shunned, strict=True)]
+        return View(
+            operation=cell.operation,
+            vm_state=cell.vm_state,
+            task_state=cell.task_state,
+            outstanding=sets[_OUTSTANDING],
+            role=role,
+            locked=flags["locked"],
+            blocked=flags["blocked"],
+            tags=tuple(tag for number, tag in enumerate(self._tags) if sets[_TAGS] >> number & 1),
+            host_reachable=flags["host_reachable"],
+            hard=flags["hard"],
+            silent_ms=silent_ms,
+            running_ms=silent_ms,
+            launched=flags["launched"],
+            held=sets[_HELD],
+        )
+
+
+def can_be_together(vm_state: VmState, task_state: str) -> bool:
+    """Whether a task can be served in a vm_state: where its operation can be performed, or what a guest does meanwhile.
+
+    A guest that powers itself off or crashes moves the vm_state under the operation that is being served.
+    """
+    if task_state == NO_TASK:
+        return True
+    sources = CATALOGUE[TASK_OPERATION[task_state]].sources
+    ended = {VmState.STOPPED, VmState.ERROR} if sources & EXECUTING_STATES else set()
+    return vm_state in sources | ended
+
+
+def states_of(rule: Rule) -> frozenset[VmState]:
+    """The vm_states that a rule is about. One that names none is about all but the deleted."""
+    return rule.vm_states if rule.vm_states is not None else _UNDELETED
+
+
+_UNDELETED: Final = frozenset(VmState) - {VmState.DELETED}
+
+
+def _places(mask: int) -> Iterator[int]:
+    """The places of the bits that are set, from the lowest."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+def _mask_of(places: Iterable[int]) -> int:
+    mask = 0
+    for place in places:
+        mask |= 1 << place
+    return mask
+
+
+def _index(names: Iterable[Iterable[str]], words: Iterable[str]) -> dict[str, int]:
+    """For each word, the rules that name it, one bit a rule."""
+    collected: dict[str, bytearray] = {}
+    listed = [tuple(each) for each in names]
+    for word in words:
+        collected[word] = bytearray(len(listed) // 8 + 1)
+    for number, each in enumerate(listed):
+        for word in each:
+            collected[word][number >> 3] |= 1 << (number & 7)
+    return {word: int.from_bytes(bits, "little") for word, bits in collected.items()}
+
+
+def _moments_ms(rules: Sequence[Rule]) -> list[int]:
+    """Every length of silence from which some rule answers otherwise, and none at all."""
+    named = {0}
+    for rule in rules:
+        named.update(moment for moment in (rule.silent_ms_min, rule.threshold_ms) if moment is not None)
+    return sorted(named)
+
+
+def _silence(moments: list[int], sizes: tuple[int, ...], at_least_ms: int) -> Literal:
+    first = min(bisect_left(moments, at_least_ms), len(moments) - 1)
+    return Literal(test="is", place=_SILENT, mask=sizes[_SILENT] & ~((1 << first) - 1))
+
+
+def _literals(rule: Rule, bits: dict[str, int], moments: list[int], sizes: tuple[int, ...]) -> Iterator[Literal]:
+    if rule.roles is not None:
+        roles = _mask_of(ROLES.index(role) for role in rule.roles if role in ROLES)
+        yield Literal(test="is", place=_ROLE, mask=roles)
+    for number, name in enumerate(_FLAGS):
+        flag = getattr(rule, name)
+        if flag is not None:
+            yield Literal(test="is", place=1 + number, mask=_TRUE if flag else _FALSE)
+    if rule.silent_ms_min is not None:
+        yield _silence(moments, sizes, rule.silent_ms_min)
+    if rule.outstanding is not None:
+        yield _kinds(_OUTSTANDING, rule.outstanding)
+    if rule.held is not None:
+        yield _kinds(_HELD, rule.held)
+    if rule.tags is not None:
+        yield Literal(test="any", place=_TAGS, mask=sum(bits[tag] for tag in rule.tags))
+
+
+def _kinds(index: int, kinds: frozenset[Operation]) -> Literal:
+    if not kinds:
+        return Literal(test="none", place=index, mask=_EVERY_KIND)
+    return Literal(test="any", place=index, mask=sum(BIT[kind] for kind in kinds))
+
+
+def _choose(region: _Region, index: int, mask: int) -> _Region | None:
+    left = region.choices[index] & mask
+    if not left:
+        return None
+    if left == region.choices[index]:
+        return region
+    choices = (*region.choices[:index], left, *region.choices[index + 1 :])
+    return _Region(choices, region.wanted, region.shunned)
+
+
+def _want(region: _Region, index: int, mask: int) -> _Region | None:
+    if not mask & ~region.shunned[index]:
+        return None
+    wanted = (*region.wanted[:index], region.wanted[index] | {mask}, *region.wanted[index + 1 :])
+    return _Region(region.choices, wanted, region.shunned)
+
+
+def _shun(region: _Region, index: int, mask: int) -> _Region | None:
+    left = region.shunned[index] | mask
+    if any(not wanted & ~left for wanted in region.wanted[index]):
+        return None
+    shunned = (*region.shunned[:index], left, *region.shunned[index + 1 :])
+    return _Region(region.choices, region.wanted, shunned)
+
+
+def _members(wanted: frozenset[int], shunned: int) -> int:
+    """A smallest-looking set that has one member of each mask and none of what is shunned."""
+    members = 0
+    for mask in sorted(wanted):
+        if not members & mask:
+            allowed = mask & ~shunned
+            members |= allowed & -allowed
+    return members

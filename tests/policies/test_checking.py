@@ -1,0 +1,332 @@
+"""A check finds what is wrong with a policy, and nothing that is not there.
+
+Soundness is tested against an independent model: the core's own look-up, asked for random views.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from policy_samples import instance
+
+from interlock.core.admission import judge
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
+from interlock.core.records import Denied, Submission
+from interlock.core.states import NO_TASK, VmState
+from interlock.policies.checking import check, check_file
+from interlock.policies.dead_rules import DeadRules
+from interlock.policies.findings import Finding, Severity, states_text, written
+from interlock.policies.reaching import TASKS, Cell, Reaching
+from interlock.policies.reading import builtin_names, read
+
+O = Operation  # noqa: E741
+V = VmState
+BROKEN = Path(__file__).parent / "broken"
+
+CAUGHT_BY_CHECK = {
+    "against-fixed": ("against-fixed", "owners-reset", Severity.ERROR),
+    "contradiction": ("contradiction", "start-during-stop", Severity.ERROR),
+    "covered-by-both": ("unreachable", "rebuild-of-builders", Severity.ERROR),
+    "dead-rule": ("unreachable", "members-may-stop", Severity.ERROR),
+    "no-exit-from-error": ("no-exit", "hands-off-errors", Severity.ERROR),
+    "no-promise": ("no-promise", "pause-at-once", Severity.WARNING),
+    "nobody-performs": ("not-performable", "unrescue-anything", Severity.ERROR),
+    "redundant-for-ever": ("redundant-for-ever", "rebuild-is-coming", Severity.WARNING),
+    "ring": ("preempt-ring", "start-interrupts-stop", Severity.WARNING),
+    "threshold-never-passes": ("threshold-never-passes", "suspend-again", Severity.ERROR),
+    "undeletable-reboot": ("delete-refused", "let-it-reboot", Severity.ERROR),
+    "unknown-name": ("unreadable", None, Severity.ERROR),
+    "waits-behind-the-dead": ("delete-waits", "delete-in-turn", Severity.WARNING),
+}
+"""Each broken policy, with the finding that names its mistake."""
+ONLY_BY_EXPLORING = {"hung-component"}
+"""Those whose mistake shows only when several requests meet in the queue."""
+
+
+def codes(findings: tuple[Finding, ...]) -> set[tuple[str, str | None, Severity]]:
+    return {(finding.code, finding.rule, finding.severity) for finding in findings}
+
+
+def of_file(findings: tuple[Finding, ...], path: Path) -> list[Finding]:
+    return [finding for finding in findings if finding.place.startswith(f"{path}:")]
+
+
+def test_every_broken_policy_has_its_place_in_one_of_the_tables() -> None:
+    assert {path.stem for path in BROKEN.glob("*.toml")} == {*CAUGHT_BY_CHECK, *ONLY_BY_EXPLORING}
+
+
+@pytest.mark.parametrize("name", sorted(CAUGHT_BY_CHECK))
+def test_a_seeded_mistake_is_found_and_named(name: str) -> None:
+    path = BROKEN / f"{name}.toml"
+    findings = check_file(path)
+    assert CAUGHT_BY_CHECK[name] in codes(findings)
+    found = next(one for one in findings if (one.code, one.rule, one.severity) == CAUGHT_BY_CHECK[name])
+    assert found.place.startswith(f"{path}:")
+    assert found.remedy
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_BY_EXPLORING))
+def test_a_mistake_of_the_queue_is_not_pretended_to_be_found(name: str) -> None:
+    assert not of_file(check_file(BROKEN / f"{name}.toml"), BROKEN / f"{name}.toml")
+
+
+def test_a_dead_rule_is_told_with_the_rules_that_shadow_it_and_no_others() -> None:
+    found = {one.rule: one for one in check_file(BROKEN / "covered-by-both.toml")}["rebuild-of-builders"]
+    assert "'unlocked-rebuilds'" in found.message
+    assert "'locked-rebuilds'" in found.message
+    assert "readers" not in found.message
+    single = {one.rule: one for one in check_file(BROKEN / "dead-rule.toml")}["members-may-stop"]
+    assert single.message.endswith(f"by 'no-stops' ({BROKEN / 'dead-rule.toml'}:5).")
+
+
+def test_what_a_site_overrules_is_a_note_and_no_error() -> None:
+    findings = check_file(BROKEN / "dead-rule.toml")
+    assert ("overruled", "stop-harder", Severity.NOTE) in codes(findings)
+
+
+def test_a_file_that_is_no_policy_is_told_with_its_position() -> None:
+    (finding,) = check_file(BROKEN / "unknown-name.toml")
+    assert finding.place.startswith(f"{BROKEN / 'unknown-name.toml'}:7")
+    assert "Did you mean 'pause'?" in f"{finding.remedy}"
+
+
+def test_a_file_that_is_not_there_is_told_too() -> None:
+    (finding,) = check_file("nowhere.toml")
+    assert (finding.code, finding.severity) == ("unreadable", Severity.ERROR)
+
+
+def policy_of(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "made.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_rule_that_names_what_is_fixed_is_warned_about_in_part(tmp_path: Path) -> None:
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "all-reset"\noperations = ["reset_state"]\nverdict = "admit"\n',
+    )
+    assert ("partly-against-fixed", "all-reset", Severity.WARNING) in codes(check_file(path))
+
+
+def test_a_rule_that_merely_does_not_exclude_readers_is_not_warned_about(tmp_path: Path) -> None:
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "no-pause"\noperations = ["pause"]\ntags = ["build"]\n'
+        'verdict = "deny"\nreason = "builder"\n',
+    )
+    assert not of_file(check_file(path), path)
+
+
+def test_silence_of_nothing_is_warned_about(tmp_path: Path) -> None:
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "cool-down"\noperations = ["pause"]\nvm_state = ["active"]\n'
+        'task_state = ["none"]\noutstanding = ["none"]\nverdict = "after"\nthreshold = "1m"\n',
+    )
+    assert ("nothing-in-flight", "cool-down", Severity.WARNING) in codes(check_file(path))
+
+
+def test_a_threshold_that_never_refuses_is_warned_about(tmp_path: Path) -> None:
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "late"\noperations = ["suspend"]\ntask_state = ["@suspend"]\n'
+        'silent_for = "5m"\nverdict = "after"\nthreshold = "1m"\n',
+    )
+    assert ("threshold-never-refuses", "late", Severity.WARNING) in codes(check_file(path))
+
+
+def test_where_only_deletion_leads_on_is_told() -> None:
+    found = codes(check_file("propolis"))
+    assert any(code == "dead-end" and severity is Severity.WARNING for code, _, severity in found)
+
+
+def test_operations_that_no_driver_performs_are_one_note() -> None:
+    findings = check(read("standard"), performs=set(O) - {O.LIVE_MIGRATE, O.BACKUP})
+    notes = [one for one in findings if one.code == "not-performed"]
+    assert len(notes) == 1
+    assert "backup" in notes[0].message
+    assert "live_migrate" in notes[0].message
+    assert not [one for one in check(read("standard"), performs=set(O)) if one.code == "not-performed"]
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_a_built_in_policy_has_no_dead_rule_and_never_keeps_anybody_from_deleting(name: str) -> None:
+    harmful = {"unreachable", "contradiction", "against-fixed", "no-exit", "delete-refused", "threshold-never-passes"}
+    assert not [one for one in check_file(name) if one.code in harmful]
+
+
+def test_a_check_takes_less_than_a_second() -> None:
+    text = read("standard")
+    began = time.perf_counter()
+    check(text)
+    # Five times what is promised, for machines that are busy.
+    assert time.perf_counter() - began < 5
+
+
+def test_a_check_of_the_compiled_policy_is_the_same_as_of_its_text() -> None:
+    text = read("standard")
+    assert check(text.policy) == check(text)
+
+
+def test_a_gap_is_a_submission_that_the_gate_admits_in_that_state() -> None:
+    """The finding is about the gate and not about words: the submission is admitted there."""
+    compiled = CompiledPolicy(read(BROKEN / "nobody-performs.toml").policy)
+    submission = Submission(request_id="r1", operation=O.UNRESCUE, requested_by="me", role="admin")
+    assert not isinstance(judge(instance(V.ACTIVE), submission, compiled, 0), Denied)
+    assert V.ACTIVE not in CATALOGUE[O.UNRESCUE].sources
+
+
+def test_states_are_told_in_few_words() -> None:
+    assert states_text([(V.ERROR, NO_TASK), (V.STOPPED, NO_TASK)]) == "stopped, error"
+    assert states_text([(V.ACTIVE, "pausing")]) == "active while @pause"
+    assert states_text([(V.DELETED, task) for task in TASKS]) == "deleted, whatever is being done"
+
+
+FEW_OPERATIONS = [O.STOP, O.START, O.DELETE, O.SNAPSHOT]
+FEW_STATES = [V.ACTIVE, V.STOPPED]
+FEW_TASKS = [NO_TASK, "powering_off", "powering_off_hard", "powering_on"]
+MOMENTS_MS = [15_000, 60_000, 180_000]
+
+
+def maybe(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    return st.none() | strategy
+
+
+def some_of(items: list[object]) -> st.SearchStrategy[frozenset[object]]:
+    return st.frozensets(st.sampled_from(items), min_size=1)
+
+
+@st.composite
+def small_rules(draw: st.DrawFn, number: int) -> Rule:
+    verdict = draw(st.sampled_from(list(Verdict)))
+    timed = verdict is Verdict.AFTER
+    return Rule(
+        id=f"rule-{number}",
+        source=f"small.toml:{number}",
+        operations=draw(some_of(FEW_OPERATIONS)),  # type: ignore[arg-type]
+        verdict=verdict,
+        vm_states=draw(maybe(some_of(FEW_STATES))),  # type: ignore[arg-type]
+        task_states=draw(maybe(some_of(FEW_TASKS))),  # type: ignore[arg-type]
+        outstanding=draw(maybe(st.just(frozenset()) | some_of([O.STOP, O.START, O.SWAP_VOLUME]))),  # type: ignore[arg-type]
+        roles=draw(maybe(some_of(["reader", "member", "admin"]))),  # type: ignore[arg-type]
+        locked=draw(maybe(st.booleans())),  # type: ignore[arg-type]
+        hard=draw(maybe(st.booleans())),  # type: ignore[arg-type]
+        launched=draw(maybe(st.booleans())),  # type: ignore[arg-type]
+        held=draw(maybe(st.just(frozenset()) | some_of([O.STOP]))),  # type: ignore[arg-type]
+        tags=draw(maybe(some_of(["gpu", "build"]))),  # type: ignore[arg-type]
+        silent_ms_min=draw(maybe(st.sampled_from(MOMENTS_MS))),  # type: ignore[arg-type]
+        threshold_ms=draw(st.sampled_from(MOMENTS_MS)) if timed else None,
+        measured_from=draw(st.sampled_from(list(MeasuredFrom))) if timed else MeasuredFrom.LAST_PROGRESS,
+    )
+
+
+@st.composite
+def small_policies(draw: st.DrawFn) -> Policy:
+    count = draw(st.integers(1, 6))
+    return Policy(name="small", rules=tuple(draw(small_rules(number)) for number in range(1, count + 1)))
+
+
+@st.composite
+def real_views(draw: st.DrawFn) -> View:
+    """A view as the gate makes one: what is being served is outstanding."""
+    task = draw(st.sampled_from(FEW_TASKS))
+    kinds = draw(st.sets(st.sampled_from([O.STOP, O.START, O.SWAP_VOLUME, O.REBOOT])))
+    if task != NO_TASK:
+        kinds = {*kinds, TASK_OPERATION[task]}
+    silent_ms = draw(st.sampled_from([0, *MOMENTS_MS, 10_000_000]))
+    return View(
+        operation=draw(st.sampled_from(FEW_OPERATIONS)),
+        vm_state=draw(st.sampled_from([*FEW_STATES, V.PAUSED])),
+        task_state=task,
+        outstanding=sum(BIT[kind] for kind in kinds),
+        role=draw(st.sampled_from(["reader", "member", "admin"])),
+        locked=draw(st.booleans()),
+        tags=tuple(draw(st.sets(st.sampled_from(["gpu", "build", "other"])))),
+        hard=draw(st.booleans()),
+        silent_ms=silent_ms,
+        running_ms=silent_ms,
+        launched=draw(st.booleans()),
+        held=draw(st.sampled_from([0, BIT[O.STOP], BIT[O.START]])),
+    )
+
+
+def dead_in(policy: Policy) -> set[str | None]:
+    never = {"unreachable", "contradiction", "overruled", "against-fixed"}
+    return {one.rule for one in DeadRules(Reaching(policy.rules), "small.toml").findings() if one.code in never}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(policy=small_policies(), views=st.lists(real_views(), min_size=40, max_size=80))
+def test_what_is_called_dead_never_decides_any_view(policy: Policy, views: list[View]) -> None:
+    dead = dead_in(policy)
+    compiled = CompiledPolicy(policy)
+    for view in views:
+        assert compiled.decide(view).id not in dead
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(policy=small_policies())
+def test_what_is_called_alive_decides_the_view_that_is_shown_for_it(policy: Policy) -> None:
+    """So the search is complete, too: for whatever it does not call dead, it has a proof."""
+    reaching = Reaching(policy.rules)
+    compiled = CompiledPolicy(policy)
+    dead = dead_in(policy)
+    for number, rule in enumerate(policy.rules):
+        shown = (reaching.decides(number, cell) for cell in reaching.matching(number))
+        view = next((view for view in shown if view is not None), None)
+        assert (view is None) == (rule.id in dead)
+        if view is not None:
+            assert compiled.decide(view).id == rule.id
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_every_rule_of_a_built_in_policy_has_a_view_that_it_decides(name: str) -> None:
+    text = read(name)
+    reaching, compiled = Reaching(text.policy.rules), CompiledPolicy(text.policy)
+    for one in written(text.policy.rules):
+        proofs = (
+            (reaching.decides(number, cell), number) for number in one.numbers for cell in reaching.matching(number)
+        )
+        view, number = next((view, number) for view, number in proofs if view is not None)
+        assert compiled.decide(view).id == text.policy.rules[number].id
+
+
+def test_a_region_too_intricate_to_take_apart_counts_as_reachable() -> None:
+    """The search gives up on the safe side, and soon: here are two to the thirtieth pieces."""
+    pairs = [frozenset({one, other}) for one, other in zip(O, list(O)[1:], strict=False)]
+    blocking = tuple(
+        Rule(id=f"b{number}", source=f"x.toml:{number + 1}", operations=frozenset({O.STOP}), verdict=Verdict.DENY,
+             outstanding=pair, tags=frozenset({f"t{number}"}), reason="b")
+        for number, pair in enumerate(pairs[:30])
+    )  # fmt: skip
+    last = Rule(
+        id="last", source="x.toml:99", operations=frozenset({O.STOP}), verdict=Verdict.ADMIT,
+        outstanding=frozenset(O), tags=frozenset(f"t{number}" for number in range(30)),
+    )  # fmt: skip
+    began = time.perf_counter()
+    reaching = Reaching((*blocking, last))
+    assert reaching.decides(30, Cell(O.STOP, V.ACTIVE, NO_TASK)) is not None
+    assert time.perf_counter() - began < 5
+
+
+def test_findings_become_json() -> None:
+    findings = check_file("propolis")
+    again = msgspec.json.decode(msgspec.json.encode(findings), type=tuple[Finding, ...])
+    assert again == findings
+
+
+def test_the_lanes_of_what_is_only_recorded_are_no_way_out(tmp_path: Path) -> None:
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "frozen"\noperations = ["@state", "@component", '
+        '"!delete", "!force_delete"]\nvm_state = ["stopped"]\ntask_state = ["none"]\nverdict = "deny"\nreason = "no"\n',
+    )
+    assert ("dead-end", "frozen", Severity.WARNING) in codes(check_file(path))
+    assert all(CATALOGUE[each].lane is Lane.RECORD for each in (O.LOCK, O.UNLOCK, O.SET_METADATA))
