@@ -55,6 +55,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What holds the guests. `simulated` holds none for real, and is for trying things out."""
     policy: str = "standard"
     """A built-in policy's name, or a policy file."""
+    policy_explore_ms: int = 5_000
+    """For how long the reachable states of a policy are walked before it is put in force, where nobody says, in ms."""
+    policy_explore_ms_max: int = 60_000
+    """The longest that somebody who loads a policy may have it walked, in ms."""
+    policy_check_ms_max: int = 30_000
+    """How long reading and checking a policy that is to be put in force may take, beside walking it, in ms."""
+    policy_memory_mib_max: int = 4_096
+    """How much memory (address space) the process may take that checks a policy, in MiB."""
+    policy_body_bytes_max: int = 4_194_304
+    """The largest body with which a policy is loaded, in bytes."""
     qemu_binary: str = "qemu-system-x86_64"
     """QEMU's program: a name on the PATH, or a path."""
     accelerator: Literal["tcg", "kvm"] = "tcg"

@@ -241,6 +241,10 @@ class Store(Protocol):
         """The store's clock, on which every age is measured (law 6)."""
         ...
 
+    async def settled(self) -> None:
+        """Return when whatever was decided before this call is durable, or was refused."""
+        ...
+
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> Callable[[], None]:
         """Call `listener` on the event loop with the events of each commit, in order; the answer ends that."""
         ...
@@ -342,17 +346,13 @@ class Store(Protocol):
         """Keep that a policy has come into force, with its text; the number of the switch."""
         ...
 
-    async def settle_switch(self, number: int, cancelled: int) -> None:
-        """Keep that everything outstanding at a switch was judged again, and how many requests that cancelled."""
-        ...
+    async def settle_switch(self, number: int, cancelled: int) -> None: ...
 
     async def policy_switches(self, limit: int, before: int | None = None) -> tuple[PolicySwitch, ...]:
         """Switches, newest first, those with a smaller number than `before`."""
         ...
 
-    async def policy_bundle(self, number: int) -> PolicyBundle | None:
-        """The text of the policy that came into force with that switch, exactly as it was given."""
-        ...
+    async def policy_bundle(self, number: int) -> PolicyBundle | None: ...
 
 
 # ---------------------------------------------------------------------------------------------------------- files

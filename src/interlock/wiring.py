@@ -39,11 +39,13 @@ from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
-from interlock.policies.reading import load
+from interlock.policies.sources import Source
 from interlock.ports import Clock, Hypervisor
 from interlock.service.callers import Callers
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
+from interlock.service.policies import Policies
+from interlock.service.proving import Prover
 from interlock.stores.sqlite import SqliteStore
 
 DATABASE = "interlock.db"
@@ -124,7 +126,8 @@ class Server:
         self.folder = config.folder
         self.store = SqliteStore(self.folder / DATABASE, clock)
         self.hypervisor = hypervisor or _hypervisor(config)
-        self.in_force = PolicyInForce(CompiledPolicy(load(config.policy), PERFORMS))
+        source = Source.read(config.policy)
+        self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
         host = config.host or platform.node() or "localhost"
         self.agent = Agent(host, self.store, self.hypervisor, self.in_force, config.driver)
         self.callers = Callers(self.store, new_id, new_secret)
@@ -134,11 +137,26 @@ class Server:
         self.instances = Instances(
             self.store, self.in_force, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
         )
+        self.policies = self._policies(source)
         self.metrics = Metrics()
         self.ready = False
         self.url = ""
         """Where it listens, once it does."""
         self._http: uvicorn.Server | None = None
+        self._reloading: set[asyncio.Task[None]] = set()
+
+    def _policies(self, source: Source) -> Policies:
+        config = self.config
+        return Policies(
+            self.store,
+            self.in_force,
+            source,
+            Prover(PERFORMS, config.policy_check_ms_max, config.policy_memory_mib_max),
+            performs=PERFORMS,
+            explore_ms=config.policy_explore_ms,
+            explore_ms_max=config.policy_explore_ms_max,
+            wake=self.agent.wake,
+        )
 
     @property
     def policy(self) -> CompiledPolicy:
@@ -154,6 +172,8 @@ class Server:
         _make_folder(self.folder)
         await self.store.open()
         try:
+            await self.policies.open()
+            self.policies.listen(self.metrics.note_policy)
             self.metrics.begin(*await self.instances.census())
             self.instances.listen(self.metrics.hear)
             await self.agent.open()
@@ -167,6 +187,8 @@ class Server:
     async def close(self) -> None:
         """Stop serving and let go of everything; the VMs go on."""
         self.ready = False
+        for reloading in self._reloading:
+            reloading.cancel()
         self.instances.close()
         await self.agent.close()
         await self.store.close()
@@ -176,6 +198,7 @@ class Server:
         parts = ApiParts(
             instances=self.instances,
             inventory=self.inventory,
+            policies=self.policies,
             callers=self.callers,
             config=self.config,
             ready=lambda: self.ready,
@@ -197,6 +220,12 @@ class Server:
         finally:
             (self.folder / SERVER_FILE).unlink(missing_ok=True)
             await self.close()
+
+    def reload(self) -> None:
+        """Have the policy read again that the configuration names; what becomes of it is logged."""
+        task = asyncio.create_task(self.policies.reload(), name="reload the policy")
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
 
     def stop(self) -> None:
         """Have `serve` come to its end; those who wait for news are answered with what there is."""
@@ -239,12 +268,13 @@ class Server:
         if started is not None:
             started.set()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
+        handlers = {signal.SIGINT: self.stop, signal.SIGTERM: self.stop, signal.SIGHUP: self.reload}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             await self._http.serve(sockets=[listening])
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in handlers:
                 loop.remove_signal_handler(number)
 
     async def _first_token(self) -> None:

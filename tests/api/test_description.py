@@ -175,11 +175,11 @@ def test_a_refusal_is_a_problem_with_more_to_say() -> None:
 
 @pytest.mark.parametrize("policy", ["standard", "propolis", "take2"])
 async def test_the_policy_can_be_read(door: Door, admin: httpx.AsyncClient, policy: str) -> None:
-    from interlock.api import views
+    from interlock.api.policy import described
     from interlock.core.policy import CompiledPolicy
     from interlock.policies.reading import load
 
-    shown = views.policy(CompiledPolicy(load(policy)))
+    shown = described(CompiledPolicy(load(policy)))
     assert shown.name == policy
     assert len(shown.rules) == len(load(policy).rules)
     assert (await admin.get("/v1/policy")).json()["name"] == "patient"

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from interlock.api import events, instances, inventory, openapi, problems, requests, schemas
+from interlock.api import events, instances, inventory, openapi, policy, problems, requests, schemas
 from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.problems import HTTP_KINDS, Bad
@@ -26,7 +26,7 @@ from interlock.service.callers import Caller
 
 __all__ = ["DOORS", "ApiParts", "create_app"]
 
-DOORS: Final[tuple[Door, ...]] = (*instances.DOORS, *requests.DOORS, *events.DOORS, *inventory.DOORS)
+DOORS: Final[tuple[Door, ...]] = (*instances.DOORS, *requests.DOORS, *events.DOORS, *inventory.DOORS, *policy.DOORS)
 
 _LOG = structlog.get_logger(__name__)
 _Handler = Callable[[Request], Awaitable[Response]]

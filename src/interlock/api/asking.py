@@ -38,20 +38,38 @@ async def body(request: Request, kind: type[BodyT], bytes_max: int) -> BodyT:
         Bad: it is of another media type, too large, or no JSON.
         Invalid: it is JSON, and not what was expected; names where and what.
     """
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise Bad("media-type", f"The body is {media_type[:80]!r}.", remedy="Send application/json.")
-    text = await _read(request, bytes_max)
+    sent_as = media_type(request)
+    if sent_as != "application/json" and not sent_as.endswith("+json"):
+        raise Bad("media-type", f"The body is {sent_as[:80]!r}.", remedy="Send application/json.")
+    content = await _read(request, bytes_max)
     decoder = _DECODERS.get(kind)
     if decoder is None:
         decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
     try:
-        value: BodyT = decoder.decode(text)
+        value: BodyT = decoder.decode(content)
     except msgspec.ValidationError as error:
         raise Invalid(f"The body is wrong: {_plainly(str(error))}.", remedy=_nearest(str(error), kind)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Bad("not-json", f"The body is not JSON: {error}.") from None
     return value
+
+
+async def text(request: Request, bytes_max: int) -> str:
+    """The body as text, whatever its media type.
+
+    Raises:
+        Bad: it is too large.
+        Invalid: it is not UTF-8.
+    """
+    try:
+        return (await _read(request, bytes_max)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Invalid(f"The body is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+
+
+def media_type(request: Request) -> str:
+    """The media type of the body, in small letters and without its parameters; JSON if none is named."""
+    return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
 async def _read(request: Request, bytes_max: int) -> bytes:

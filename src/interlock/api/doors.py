@@ -14,6 +14,7 @@ from interlock.config import Config
 from interlock.service.callers import Caller, Callers
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
+from interlock.service.policies import Policies
 
 
 class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +22,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
 
     instances: Instances
     inventory: Inventory
+    policies: Policies
     callers: Callers
     config: Config
     ready: Callable[[], bool]
@@ -51,6 +53,8 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     """What a success answers, by status: a wire type, a media type's name, or None for no body."""
     body: Any = None
     """What it takes as JSON, or None."""
+    text: str | None = None
+    """Another media type of the body: it is taken as text too, or None."""
     form: Mapping[str, Any] | None = None
     """The JSON Schema of a multipart form that it takes, or None."""
     parameters: tuple[Parameter, ...] = ()
@@ -58,6 +62,8 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     """Problems apart from those that any path can answer."""
     refuses: bool = False
     """Whether the gate can refuse it."""
+    wrong: Any = None
+    """What 422 answers beside a `Problem`: a wire type, or None."""
     tag: str
 
 

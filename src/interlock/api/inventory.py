@@ -1,4 +1,4 @@
-"""`/v1/images`, `/v1/volumes`, `/v1/tokens` and `/v1/policy`."""
+"""`/v1/images`, `/v1/volumes` and `/v1/tokens`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def delete_volume(parts: ApiParts, caller: Caller, request: Request) -> Re
     return Response(status_code=204)
 
 
-# --------------------------------------------------------------------------------------------- tokens and the policy
+# --------------------------------------------------------------------------------------------------------- tokens
 
 
 async def tokens(parts: ApiParts, caller: Caller, request: Request) -> Response:
@@ -113,11 +113,6 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
 async def delete_token(parts: ApiParts, caller: Caller, request: Request) -> Response:
     await parts.callers.delete(caller, request.path_params["reference"])
     return Response(status_code=204)
-
-
-async def policy(parts: ApiParts, _caller: Caller, request: Request) -> Response:
-    asking.only(request.query_params)
-    return answer(views.policy(parts.instances.policy))
 
 
 def _form() -> dict[str, Any]:
@@ -225,13 +220,5 @@ DOORS: Final = (
         answers={204: None},
         problems=(404, 422),
         tag="tokens",
-    ),
-    Door(
-        method="GET",
-        path="/v1/policy",
-        endpoint=policy,
-        summary="The policy that this server decides by",
-        answers={200: schemas.Policy},
-        tag="server",
     ),
 )

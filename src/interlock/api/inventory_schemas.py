@@ -124,6 +124,10 @@ class PolicyRule(Wire, frozen=True, kw_only=True, omit_defaults=True):
     task_state: tuple[str, ...] | None = None
     outstanding: tuple[str, ...] | None = None
     """Any of these kinds is queued or in flight; empty: nothing is."""
+    held: tuple[str, ...] | None = None
+    """Any of these kinds is held; empty: nothing is."""
+    launched: bool | None = None
+    """Whether the instance has ever run."""
     roles: tuple[str, ...] | None = None
     tags: tuple[str, ...] | None = None
     locked: bool | None = None
@@ -145,7 +149,20 @@ class Policy(Wire, frozen=True, kw_only=True):
     """The policy that this server decides by; of its rules the first that matches decides."""
 
     name: str
+    digest: str = ""
+    """Of what it decides, whatever it looks like; also the ETag."""
     outstanding_max: int
+    number: int = 0
+    """Of the switch that put it in force."""
+    source: str = ""
+    """How it came into force: `configured`, `reloaded`, `loaded` or `rolled_back`."""
+    loaded_at: Timestamp | None = None
+    loaded_by: str = ""
+    """The name of the token; `server` where nobody asked for it."""
+    main: str = ""
+    """The name of its own file among `files`."""
+    files: tuple[str, ...] = ()
+    """The files that it was read from; see `/v1/policy/text`."""
     rules: tuple[PolicyRule, ...]
 
 

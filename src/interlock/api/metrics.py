@@ -8,6 +8,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from interlock.core.policy_switches import PolicySwitch
 from interlock.core.records import ENDS, Event
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -37,6 +38,7 @@ class Metrics:
         self._fenced = Counter("fenced_reports", "Reports of workers that had lost the right to act.", **made)
         self._guest = Counter("guest_events", "What guests did of their own accord.", ["kind"], **made)
         self._stuck = Gauge("instances_stuck", "Instances that something could take over now.", **made)
+        self._policy = Gauge("policy_info", "The policy in force: always 1.", ["name", "digest"], **made)
         self._begun_ms: dict[str, int] = {}
 
     def begin(self, states: dict[str, int], outstanding: int) -> None:
@@ -44,6 +46,11 @@ class Metrics:
         for state, count in states.items():
             self._instances.labels(state).set(count)
         self._outstanding.set(outstanding)
+
+    def note_policy(self, switch: PolicySwitch) -> None:
+        """Set which policy is in force."""
+        self._policy.clear()
+        self._policy.labels(switch.name, switch.digest).set(1)
 
     def note_stuck(self, count: int) -> None:
         """Set how many instances are stuck: that comes about by waiting, so no event tells it."""

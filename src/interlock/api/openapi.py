@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.api import problems, schemas
+from interlock.api import policy_schemas, problems, schemas
 from interlock.api.doors import Door
-from interlock.service import wishes
+from interlock.service import policies, wishes
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 _EVERYWHERE: Final = (401, 403, 422, 503)
@@ -28,7 +28,9 @@ def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
     kinds = [schemas.Problem, schemas.Refusal]
     for door in doors:
         kinds += [
-            kind for kind in (door.body, *door.answers.values()) if kind is not None and not isinstance(kind, str)
+            kind
+            for kind in (door.body, door.wrong, *door.answers.values())
+            if kind is not None and not isinstance(kind, str)
         ]
     shapes, components = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     _describe_fields(components)
@@ -52,7 +54,7 @@ def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
 
 def _describe_fields(components: dict[str, Any]) -> None:
     """Give every field the sentence that stands under it in the source."""
-    for module in (schemas, wishes):
+    for module in (schemas, policy_schemas, wishes, policies):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name in components:
                 properties = components[name].get("properties", {})
@@ -85,6 +87,8 @@ def _operation(door: Door, known: Mapping[str, Any]) -> dict[str, Any]:
         responses[str(status)] = _problem(status, "Problem")
     if door.refuses:
         responses["409"] = _problem(409, "Refusal", "Problem")
+    if door.wrong is not None:
+        responses["422"] = _problem(422, door.wrong.__name__, "Problem")
     operation: dict[str, Any] = {
         "operationId": f"{door.method.lower()}_{re.sub(r'[^a-z]+', '_', door.path.lower()).strip('_')}",
         "summary": door.summary,
@@ -93,10 +97,10 @@ def _operation(door: Door, known: Mapping[str, Any]) -> dict[str, Any]:
         "responses": responses,
     }
     if door.body is not None:
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": known[repr(door.body)]}},
-        }
+        content = {"application/json": {"schema": known[repr(door.body)]}}
+        if door.text is not None:
+            content[door.text] = {"schema": {"type": "string"}}
+        operation["requestBody"] = {"required": True, "content": content}
     if door.form is not None:
         operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": door.form}}}
     return operation

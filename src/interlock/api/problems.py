@@ -38,6 +38,8 @@ KINDS: Final[dict[type[errors.InterlockError], Kind]] = {
     errors.InUse: Kind(409, "in-use", "Something else uses it"),
     errors.KeyReused: Kind(422, "key-reused", "The idempotency key was used for another request"),
     errors.GenerationMismatch: Kind(412, "generation-mismatch", "The instance has changed"),
+    errors.PolicyMismatch: Kind(412, "policy-mismatch", "Another policy is in force"),
+    errors.PolicyError: Kind(422, "policy", "The policy cannot be used"),
     errors.Forbidden: Kind(403, "forbidden", "The role does not allow this"),
     errors.Invalid: Kind(422, "invalid", "The request makes no sense"),
     errors.StoreFull: Kind(507, "store-full", "The server's disk is full"),
@@ -58,6 +60,7 @@ HTTP_KINDS: Final[dict[str, Kind]] = {
         Kind(409, "too-late", "It is too late to cancel"),
         Kind(413, "too-large", "The body is too large"),
         Kind(415, "media-type", "The body is of the wrong type"),
+        Kind(422, "policy-refused", "The policy is refused"),
         Kind(500, "internal", "Something is wrong with the server"),
     )
 }

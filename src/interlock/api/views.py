@@ -5,12 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
-
 from interlock.api import schemas
 from interlock.core import records
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, Rule
 from interlock.ports import Page, Token, Volume
 from interlock.service.answers import Answer, Stuck
 from interlock.service.wishes import NewForward
@@ -269,32 +266,3 @@ def token(one: Token) -> schemas.Token:
     return schemas.Token(
         id=one.id, name=one.name, role=one.role, project=one.project, created_at=timestamp(one.created_at_ms)
     )
-
-
-def policy(compiled: CompiledPolicy) -> schemas.Policy:
-    written = compiled.policy
-    rules = tuple(_rule(rule) for rule in compiled.rules)
-    return schemas.Policy(name=written.name, outstanding_max=written.outstanding_max, rules=rules)
-
-
-def _rule(rule: Rule) -> schemas.PolicyRule:
-    facts = msgspec.structs.asdict(rule)
-    return schemas.PolicyRule(
-        id=rule.id,
-        verdict=rule.verdict.value,
-        operations=_sorted(rule.operations) or (),
-        vm_state=_sorted(rule.vm_states),
-        task_state=_sorted(rule.task_states),
-        outstanding=_sorted(rule.outstanding),
-        roles=_sorted(rule.roles),
-        tags=_sorted(rule.tags),
-        silent_s_min=None if rule.silent_ms_min is None else rule.silent_ms_min / 1000,
-        threshold_s=None if rule.threshold_ms is None else rule.threshold_ms / 1000,
-        measured_from=rule.measured_from.value if rule.threshold_ms is not None else None,
-        **{name: facts[name] for name in ("locked", "blocked", "host_reachable", "hard", "in_turn", "reason")},
-        **{name: facts[name] for name in ("because", "fixed", "source")},
-    )
-
-
-def _sorted(values: frozenset[Any] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(sorted(str(value) for value in values))

@@ -7,6 +7,7 @@
     ├── NameTaken            the name is in use in the project
     ├── KeyReused            an idempotency key came back with a different body
     ├── GenerationMismatch   the caller's If-Match is not the instance's generation
+    ├── PolicyMismatch       the caller's If-Match is not the digest of the policy in force
     ├── Invalid              the caller's input is wrong: what, where, and what was expected
     ├── Forbidden            the caller's role may not do this at all
     ├── InUse                something else uses it, so it cannot be removed or taken
@@ -60,6 +61,10 @@ class KeyReused(InterlockError):
 
 class GenerationMismatch(InterlockError):
     """The instance has changed since the generation that the caller named."""
+
+
+class PolicyMismatch(InterlockError):
+    """Another policy is in force than the one that the caller named."""
 
 
 class Invalid(InterlockError):

@@ -76,6 +76,11 @@ class Agent:
 
     # ---------------------------------------------------------------------------------------------------- waking
 
+    def wake(self, instance_id: str) -> None:
+        """Have an instance looked at for which there may be something to do that no event tells."""
+        if self._serving:
+            self._driver(instance_id).wake()
+
     def _heed(self, events: Sequence[Event]) -> None:
         """Wake the drivers of the instances for which there may be something to do. The store's listener."""
         for event in events:

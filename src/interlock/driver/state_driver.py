@@ -154,7 +154,11 @@ class StateDriver:
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
         """One decision: what is due, else take what can be served."""
-        expired = lifecycle.expire(instance, self._policy.compiled, now_ms)
+        deadlines = (request.interrupt_deadline_ms for request in instance.outstanding)
+        overdue = any(deadline is not None and deadline <= now_ms for deadline in deadlines)
+        # What waits may have the promise of an earlier policy; what is held has none yet.
+        policy = self._policy.for_waiting(instance) if overdue else self._policy.compiled
+        expired = lifecycle.expire(instance, policy, now_ms)
         if expired.instance is not instance:
             return _with_instance(expired, None)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
@@ -204,7 +208,7 @@ class StateDriver:
         """Keep what the guest did, and tidy up after one that has powered itself off."""
 
         def decide(instance: Instance, now_ms: int) -> Change[int]:
-            change = lifecycle.observe(instance, event, self._policy.compiled, now_ms)
+            change = lifecycle.observe(instance, event, self._policy.for_waiting(instance), now_ms)
             return Change(
                 instance=change.instance, requests=change.requests, events=change.events, answer=instance.fence
             )

@@ -169,7 +169,7 @@ class Worker:
                 self.request_id,
                 self.fence,
                 outcome,
-                self._policy.compiled,
+                self._policy.for_waiting(instance),
                 now_ms,
                 message=message,
                 power_state=power_state,

@@ -238,7 +238,7 @@ class Instances:
         request = await self.request(caller, request_id)
 
         def decide(instance: Instance, now_ms: int) -> Change[Cancellation]:
-            return lifecycle.cancel(instance, request_id, self.policy, caller.name, now_ms)
+            return lifecycle.cancel(instance, request_id, self._in_force.for_waiting(instance), caller.name, now_ms)
 
         outcome = await self._store.change(request.instance_id, decide)
         return outcome, await self.request(caller, request_id)

@@ -9,6 +9,7 @@ back to what the disk holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -82,21 +83,17 @@ class SqliteStore(SqlitePolicies):
     async def close(self) -> None:
         self._closing = True
         while not self._gathering.empty or self._writing is not None:
-            self._flush()
-            await self._settled()
+            await self.settled()
         seen_ms = self._clock.now_ms()
         self._writer.submit(lambda connection: connection.execute(SEEN, (seen_ms,)).fetchall(), lambda *_: None)
         await self._writer.close()
         self._read.close()
         self._file.let_go()
 
-    async def _settled(self) -> None:
-        """Return when what was gathered so far has been written or refused."""
-        batch = self._writing or self._gathering
-        written: asyncio.Future[None] = self._loop.create_future()
-        batch.waiting.append(written)
-        await asyncio.wait((written,))
-        written.exception()
+    async def settled(self) -> None:
+        batch = self._writing if self._gathering.empty else self._gathering
+        with contextlib.suppress(StoreError):
+            await self._wait(batch)
 
     def now_ms(self) -> int:
         return self._clock.now_ms()
