@@ -91,7 +91,7 @@ def test_bash_completes_commands_options_and_the_names_of_vms(folder: Path, serv
     assert completed("interlock", "st") == ["stuck"]
     assert completed("interlock", "vm", "show", "d") == ["demo"]
     assert completed("interlock", "why", "demo", "reb") == ["reboot", "rebuild"]
-    assert completed("interlock", "vm", "stop", "--h") == ["--hard", "--help"]
+    assert completed("interlock", "vm", "stop", "--h") == ["--hard", "--hold", "--help"]
     (folder / "server.json").unlink()
     assert completed("interlock", "vm", "show", "d") == []
 

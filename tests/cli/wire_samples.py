@@ -48,7 +48,9 @@ def instance(**changes: Any) -> schemas.Instance:
         "locked_by": None,
         "blocked_operations": (),
         "tags": (),
+        "metadata": {},
         "error": None,
+        "launched_at": AT,
         "image": schemas.ImageReference(id="im-1", name="small"),
         "vcpus": 1,
         "memory_mib": 128,
@@ -56,6 +58,7 @@ def instance(**changes: Any) -> schemas.Instance:
         "forwards": (),
         "volumes": (),
         "outstanding": (),
+        "held": (),
     }
     return schemas.Instance(**{**fields, **changes})
 

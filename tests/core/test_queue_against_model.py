@@ -23,6 +23,7 @@ from interlock.core.records import (
     Denied,
     Event,
     GuestEvent,
+    Held,
     Outcome,
     Redundant,
     Request,
@@ -81,6 +82,8 @@ class Lives(RuleBasedStateMachine):
                 assert expected == "admitted"
             case Redundant():
                 assert expected == "redundant"
+            case Held():
+                raise AssertionError("nothing was to be held")
             case Denied():
                 assert expected == "denied"
                 assert answer.rule

@@ -15,6 +15,7 @@ from interlock.core.records import (
     Denied,
     Disposition,
     GuestEvent,
+    Held,
     Instance,
     Outcome,
     Redundant,
@@ -111,3 +112,5 @@ def said(answer: Disposition) -> tuple[str, str | None]:
             return "redundant", reason
         case Denied(reason=reason):
             return "denied", reason
+        case Held(denied=denied):
+            return "held", denied.reason

@@ -14,7 +14,7 @@ from interlock.api.doors import CURSOR, IF_MATCH, KEY, LIMIT, PREFER, WAIT, ApiP
 from interlock.api.patience import while_connected
 from interlock.core import records
 from interlock.core.errors import Invalid, NotFound
-from interlock.core.records import ENDS, Admitted, Denied, Redundant
+from interlock.core.records import ENDS, Admitted, Denied, Held, Redundant
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter
 from interlock.service.answers import Answer
@@ -32,6 +32,7 @@ async def create(parts: ApiParts, caller: Caller, request: Request) -> Response:
     made = await parts.instances.create(caller, wish, asking.idempotency_key(request))
     if isinstance(made.disposition, Denied):
         return _refuse(parts, request, parts.instances.with_ways_out(caller, made))
+    assert not isinstance(made.disposition, Held), "a creation is never held"
     headers = {"Location": f"/v1/instances/{made.instance.id}", **etag(made.instance.generation)}
     asked = made.disposition.request if isinstance(made.disposition, Admitted) else None
     if asked is not None:
@@ -98,6 +99,9 @@ async def submit(parts: ApiParts, caller: Caller, request: Request) -> Response:
             return answer(views.admitted(disposition, asked), 200 if asked.status in ENDS else 202, headers)
         case Redundant():
             return answer(views.redundant(disposition, parts.instances.now_ms()))
+        case Held():
+            held = views.held(said.instance, disposition, parts.instances.now_ms())
+            return answer(held, 202, {"Location": f"/v1/requests/{disposition.request.id}"})
         case Denied():
             return _refuse(parts, request, said)
 
@@ -175,7 +179,7 @@ DOORS: Final = (
         endpoint=submit,
         summary="Ask for an operation",
         body=NewRequest,
-        answers={200: schemas.Admitted | schemas.Redundant, 202: schemas.Admitted},
+        answers={200: schemas.Admitted | schemas.Redundant, 202: schemas.Admitted | schemas.Held},
         parameters=(KEY, PREFER, IF_MATCH),
         problems=(404, 412),
         refuses=True,

@@ -44,6 +44,7 @@ __all__ = [
     "Event",
     "EventList",
     "Health",
+    "Held",
     "Image",
     "ImageList",
     "ImageReference",
@@ -108,6 +109,9 @@ class Request(Wire, frozen=True, kw_only=True):
     detail: str | None
     """What the worker last said for people."""
     admitted_at: Timestamp
+    """When it was admitted; of one that is held, when it was asked for."""
+    held_until_at: Timestamp | None
+    """Of one that was submitted with a hold: when it is, or would have been, given up."""
     taken_at: Timestamp | None
     last_sign_of_life_at: Timestamp | None
     interrupt_at: Timestamp | None
@@ -147,8 +151,12 @@ class Instance(Wire, frozen=True, kw_only=True):
     blocked_operations: tuple[Operation, ...]
     """Operations refused whatever the policy says."""
     tags: tuple[str, ...]
+    metadata: dict[str, str]
+    """What its owner noted of it, by `set_metadata`."""
     error: str | None
     """Why it is in error, for people."""
+    launched_at: Timestamp | None
+    """When a hypervisor first held its guest."""
     image: ImageReference | None
     vcpus: int
     memory_mib: int
@@ -158,6 +166,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     """Ids of the attached volumes, in the order attached."""
     outstanding: tuple[Request, ...]
     """Requests that have not ended, in the order in which they will be served."""
+    held: tuple[Request, ...]
+    """Requests that wait for the policy to admit them, in the order asked."""
 
 
 class InstancePage(Wire, frozen=True, kw_only=True):
@@ -210,6 +220,22 @@ class Redundant(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="r
     allowed_at: Timestamp | None
     """When asking again would take over from that request, if it shows no life until then."""
     retry_after_s: Seconds | None
+
+
+class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held"):
+    """Refused for now, and kept until the policy admits it or its time is over."""
+
+    request: Request
+    rule: str
+    reason: str
+    because: str | None
+    detail: str
+    """Why it is not admitted yet, in one sentence for people."""
+    blocked_by: Blocker | None
+    allowed_at: Timestamp | None
+    retry_after_s: Seconds | None
+    until_at: Timestamp
+    """When it is given up."""
 
 
 class Blocker(Wire, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ def request(one: records.Request) -> schemas.Request:
         progress=one.progress,
         detail=one.detail,
         admitted_at=timestamp(one.admitted_at_ms),
+        held_until_at=maybe(one.held_until_ms),
         taken_at=maybe(one.taken_at_ms),
         last_sign_of_life_at=maybe(one.last_progress_at_ms),
         interrupt_at=maybe(one.interrupt_at_ms),
@@ -65,7 +66,9 @@ def instance(one: records.Instance) -> schemas.Instance:
         locked_by=one.locked_by,
         blocked_operations=one.blocked_operations,
         tags=one.tags,
+        metadata=one.metadata,
         error=one.error,
+        launched_at=maybe(one.launched_at_ms),
         image=None if spec is None else schemas.ImageReference(id=spec.image.id, name=spec.image.name),
         vcpus=0 if spec is None else spec.vcpus,
         memory_mib=0 if spec is None else spec.memory_mib,
@@ -76,6 +79,7 @@ def instance(one: records.Instance) -> schemas.Instance:
         ),
         volumes=tuple(disk.id for disk in (spec.disks if spec is not None else ())),
         outstanding=tuple(request(outstanding) for outstanding in one.outstanding),
+        held=tuple(request(held) for held in one.held),
     )
 
 
@@ -106,6 +110,21 @@ def redundant(answer: records.Redundant, now_ms: int) -> schemas.Redundant:
         request=None if answer.request is None else request(answer.request),
         allowed_at=maybe(answer.allowed_at_ms),
         retry_after_s=_until(answer.allowed_at_ms, now_ms),
+    )
+
+
+def held(of: records.Instance, answer: records.Held, now_ms: int) -> schemas.Held:
+    denied = answer.denied
+    return schemas.Held(
+        request=request(answer.request),
+        rule=denied.rule,
+        reason=denied.reason,
+        because=denied.because,
+        detail=sentence(of, denied, now_ms),
+        blocked_by=blocker(denied.blocked_by),
+        allowed_at=maybe(denied.allowed_at_ms),
+        retry_after_s=_until(denied.allowed_at_ms, now_ms),
+        until_at=timestamp(answer.request.held_until_ms or now_ms),
     )
 
 
@@ -193,6 +212,7 @@ def _allowed(
         "supersedes": (),
         "cancels": (),
     }
+    assert not isinstance(one, records.Held), "nothing is held that is only asked about"
     match one:
         case records.Admitted():
             facts |= {"disposition": "admitted", "supersedes": one.supersedes, "cancels": one.cancels}

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from interlock.cli import inquiries, inventory, policy, reference, server, watching
+from interlock.cli import inquiries, inventory, policy, protecting, reference, server, watching
 from interlock.cli.demo import demo
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
@@ -75,6 +75,8 @@ def build(*more: click.Command) -> click.Group:
     for command in (*COMMANDS, *more):
         interlock.add_command(command)
     inventory.token_commands.add_command(server.recover_token)
+    vm_commands.add_command(protecting.protect)
+    vm_commands.add_command(protecting.unprotect)
     return interlock
 
 

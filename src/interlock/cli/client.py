@@ -92,8 +92,8 @@ class Client:
         sent = {"Content-Type": "application/json", **(headers or {})}
         return self._checked(self._exchange("POST", path, msgspec.json.encode(value), sent, wait_s))
 
-    def patch(self, path: str, value: Any) -> Reply:
-        sent = {"Content-Type": "application/json"}
+    def patch(self, path: str, value: Any, headers: Mapping[str, str] | None = None) -> Reply:
+        sent = {"Content-Type": "application/json", **(headers or {})}
         return self._checked(self._exchange("PATCH", path, msgspec.json.encode(value), sent, 0))
 
     def delete(self, path: str) -> Reply:

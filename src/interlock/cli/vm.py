@@ -12,10 +12,11 @@ from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import IMAGES, INSTANCES, VOLUMES, OperationName, completer, path_of, suggesting, vm_argument
 from interlock.cli.refusals import explain_failure
-from interlock.cli.submitting import fresh_key, submit, wait_option
+from interlock.cli.submitting import asking_options, fresh_key, submit, wait_option
 from interlock.cli.waiting import describe, wait_for_end
-from interlock.cli.wording import STATE_COLOURS, age, clock, printable
+from interlock.cli.wording import STATE_COLOURS, age, clock, printable, spoken
 from interlock.core.operations import Operation
+from interlock.core.records import Status
 from interlock.core.states import NO_TASK
 
 _PAGE = 500
@@ -138,14 +139,15 @@ def list_(invocation: Invocation, /, **where: str | None) -> None:
 def _print_list(invocation: Invocation, rows: list[Instance]) -> None:
     now = invocation.client.now
     invocation.table(
-        ("NAME", "STATE", "TASK", "POWER", "WAITING", "LAST CHANGE", "IMAGE", "ID"),
+        ("NAME", "STATE", "TASK", "POWER", "WAITING", "PROTECTED FROM", "LAST CHANGE", "IMAGE", "ID"),
         (
             (
                 one.name,
                 Cell(one.vm_state.value, STATE_COLOURS.get(one.vm_state.value)),
                 "-" if one.task_state == NO_TASK else one.task_state,
                 one.power_state.value,
-                str(sum(request.status.value == "queued" for request in one.outstanding) or "-"),
+                str(len(one.held) + sum(request.status is Status.QUEUED for request in one.outstanding) or "-"),
+                ", ".join(spoken(operation) for operation in one.blocked_operations) or "-",
                 age(one.updated_at, now),
                 one.image.name if one.image is not None else "-",
                 one.id,
@@ -216,6 +218,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Size": _size_of(one),
         "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
         "Volumes": ", ".join(one.volumes),
+        "Metadata": printable(", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items()))),
         "Tags": printable(", ".join(one.tags)),
         "Locked by": one.locked_by,
         "Protected from": ", ".join(one.blocked_operations),
@@ -226,8 +229,9 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
     for title, fact in facts.items():
         if fact:
             invocation.say(f"{title + ':':<16}{fact}")
-    for request in one.outstanding:
-        invocation.say(f"{'Outstanding:':<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
+    for request in (*one.outstanding, *one.held):
+        title = "Held:" if request.status is Status.HELD else "Outstanding:"
+        invocation.say(f"{title:<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
 
 
 def _size_of(one: Instance) -> str:
@@ -244,10 +248,10 @@ def _simple(operation: Operation, help_text: str) -> None:
 
     @vm_commands.command(operation.value, help=help_text)
     @vm_argument
-    @wait_option
+    @asking_options
     @needs_invocation
-    def run(invocation: Invocation, *, vm: str, wait: bool) -> None:
-        submit(invocation, vm, operation, wait=wait)
+    def run(invocation: Invocation, *, vm: str, wait: bool, hold: str | None) -> None:
+        submit(invocation, vm, operation, wait=wait, hold=hold)
 
 
 _simple(Operation.START, "Boot a VM that is stopped.")
@@ -257,10 +261,10 @@ def _with_hard(operation: Operation, help_text: str, hard_help: str) -> None:
     @vm_commands.command(operation.value, help=help_text)
     @vm_argument
     @click.option("--hard", is_flag=True, help=hard_help)
-    @wait_option
+    @asking_options
     @needs_invocation
-    def run(invocation: Invocation, *, vm: str, hard: bool, wait: bool) -> None:
-        submit(invocation, vm, operation, wait=wait, parameters={"hard": True} if hard else None)
+    def run(invocation: Invocation, *, vm: str, hard: bool, wait: bool, hold: str | None) -> None:
+        submit(invocation, vm, operation, wait=wait, hold=hold, parameters={"hard": True} if hard else None)
 
 
 _with_hard(
@@ -276,24 +280,24 @@ _simple(Operation.UNLOCK, "Take the lock off again.")
 @vm_commands.command()
 @vm_argument
 @click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
-@wait_option
+@asking_options
 @needs_invocation
-def delete(invocation: Invocation, *, vm: str, yes: bool, wait: bool) -> None:
+def delete(invocation: Invocation, *, vm: str, yes: bool, wait: bool, hold: str | None) -> None:
     """Delete a VM and its root disk. Volumes are kept. On a terminal this asks first."""
     if not yes and sys.stdin.isatty():
         click.confirm(f"Delete {vm} and its root disk?", abort=True, err=True)
-    submit(invocation, vm, Operation.DELETE, wait=wait)
+    submit(invocation, vm, Operation.DELETE, wait=wait, hold=hold)
 
 
 def _with_volume(name: str, operation: Operation, help_text: str) -> None:
     @vm_commands.command(name, help=help_text)
     @vm_argument
     @click.argument("volume", shell_complete=completer(VOLUMES))
-    @wait_option
+    @asking_options
     @needs_invocation
-    def run(invocation: Invocation, *, vm: str, volume: str, wait: bool) -> None:
+    def run(invocation: Invocation, *, vm: str, volume: str, wait: bool, hold: str | None) -> None:
         with suggesting(invocation.client, VOLUMES, volume):
-            submit(invocation, vm, operation, wait=wait, parameters={"volume": volume})
+            submit(invocation, vm, operation, wait=wait, hold=hold, parameters={"volume": volume})
 
 
 _with_volume("attach", Operation.ATTACH_VOLUME, "Attach a volume to a VM, running or not.")
@@ -306,9 +310,9 @@ _with_volume("detach", Operation.DETACH_VOLUME, "Detach a volume from a VM.")
     "--to", "vm_state", type=click.Choice(["active", "stopped", "error"]), default="error", help="Default: error."
 )
 @click.option("--reason", required=True, help="Why, for the record.")
-@wait_option
+@asking_options
 @needs_invocation
-def reset_state(invocation: Invocation, *, vm: str, vm_state: str, reason: str, wait: bool) -> None:
+def reset_state(invocation: Invocation, *, vm: str, vm_state: str, reason: str, wait: bool, hold: str | None) -> None:
     """Correct the recorded state of a VM, ending whatever is outstanding. For admins."""
     parameters = {"vm_state": vm_state, "reason": reason}
-    submit(invocation, vm, Operation.RESET_STATE, wait=wait, parameters=parameters)
+    submit(invocation, vm, Operation.RESET_STATE, wait=wait, hold=hold, parameters=parameters)

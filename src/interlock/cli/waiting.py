@@ -14,7 +14,7 @@ from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation
 from interlock.cli.live_line import LiveLine, progress_stream
 from interlock.cli.naming import INSTANCES, path_of
-from interlock.cli.wording import duration, printable, spoken
+from interlock.cli.wording import clock, duration, printable, spoken
 from interlock.core.records import ENDS, Status
 
 REQUESTS: Final = "/v1/requests"
@@ -74,6 +74,9 @@ def describe(request: Request, name: str) -> str:
     """Where a request stands, in one line."""
     what = f"{spoken(request.operation)} of {name}: "
     match request.status:
+        case Status.HELD:
+            until = f" until {clock(request.held_until_at)}" if request.held_until_at is not None else ""
+            return what + f"held{until}; the policy does not admit it yet"
         case Status.QUEUED:
             return what + "queued"
         case Status.UNKNOWN:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import GONE, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
+from interlock.core.policy import GONE, NOT_PERFORMED, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import (
     SERVED,
     Admitted,
@@ -285,8 +285,10 @@ def _deny(
         blocked_by=blocked_by or _blocker(instance, rule),
         allowed_at_ms=allowed_at_ms,
     )
-    if asked.submission.hold_ms is not None and rule is not GONE and len(instance.held) < asked.policy.outstanding_max:
-        return _hold(asked, rule, answer, asked.submission.hold_ms)
+    hold_ms = asked.submission.hold_ms
+    hopeless = rule is GONE or rule.id == NOT_PERFORMED
+    if hold_ms is not None and not hopeless and len(instance.held) < asked.policy.outstanding_max:
+        return _hold(asked, rule, answer, hold_ms)
     return _unchanged(asked, "request.denied", rule, answer)
 
 

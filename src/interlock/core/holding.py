@@ -31,8 +31,9 @@ def judge_held(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Chang
         events.extend(change.events)
         settled.append(request.id)
     due_ms = [_next_judged_ms(instance, request, policy, now_ms) for request in instance.held]
+    generation = instance.generation if settled else before.generation + 1
     return Change(
-        instance=replace(instance, held_due_ms=min(due_ms, default=None), generation=before.generation + 1),
+        instance=replace(instance, held_due_ms=min(due_ms, default=None), generation=generation),
         requests=tuple(requests.values()),
         events=tuple(events),
         answer=tuple(settled),

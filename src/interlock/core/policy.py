@@ -115,6 +115,8 @@ NO_RULE: Final = Rule(
     reason="no_rule",
     because="No rule of the policy allows this operation in this state.",
 )
+NOT_PERFORMED: Final = "not-performed"
+"""The id of the rule for what the driver does not perform."""
 GONE: Final = Rule(
     id="gone",
     operations=frozenset(Operation),
@@ -284,7 +286,7 @@ def _any_of(there: int, wanted: int) -> bool:
 
 def _not_performed(operations: frozenset[Operation]) -> Rule:
     return Rule(
-        id="not-performed",
+        id=NOT_PERFORMED,
         operations=operations,
         verdict=Verdict.DENY,
         reason="not_performed",

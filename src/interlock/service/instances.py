@@ -35,7 +35,7 @@ from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
 from interlock.service.watching import EVERYTHING, Watch
-from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, is_id
+from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
 
 EVENTS_PAGE = 500
 
@@ -168,7 +168,9 @@ class Instances:
             except (InUse, NotFound) as error:
                 # What a key was answered with stays its answer, whatever has become of the volume since.
                 unusable = error
-        submission = self._submission(caller, wish.operation, parameters)
+        submission = msgspec.structs.replace(
+            self._submission(caller, wish.operation, parameters), hold_ms=hold_ms(wish.hold)
+        )
         judged: list[Instance] = []
 
         def decide(instance: Instance, now_ms: int) -> Change[Disposition]:
@@ -219,16 +221,12 @@ class Instances:
         """Change the instance's tags or blocked operations. Raises `NotFound`, `Forbidden`, `GenerationMismatch`."""
         caller.require(Role.MEMBER, "change instances")
         instance_id = (await self.describe(caller, reference)).id
-        named = {name: value for name, value in msgspec.structs.asdict(labels).items() if value is not None}
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:
             _check_generation(instance, if_generation)
-            if all(getattr(instance, name) == value for name, value in named.items()):
-                return Change(instance=instance, answer=instance)
-            changed = msgspec.structs.replace(instance, generation=instance.generation + 1, **named)
-            data = {"by": caller.name, **msgspec.to_builtins(named)}
-            event = _event("instance.relabelled", changed, now_ms, data)
-            return Change(instance=changed, events=(event,), answer=changed)
+            return lifecycle.relabel(
+                instance, caller.name, now_ms, tags=labels.tags, blocked_operations=labels.blocked_operations
+            )
 
         return await self._store.change(instance_id, decide)
 

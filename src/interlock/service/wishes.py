@@ -12,6 +12,7 @@ from msgspec import Meta
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.states import VmState
+from interlock.policies.durations import parse_duration
 
 NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
@@ -62,6 +63,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     operation: Operation
     parameters: dict[str, Any] = {}
+    hold: Annotated[str, Meta(min_length=2, max_length=64)] | None = None
+    """If it is refused now: for how long to wait for the policy to admit it, such as `10m`."""
 
 
 class NewVolume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,12 +99,20 @@ class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     """Why, for the audit."""
 
 
+class MetadataParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of set_metadata: what is noted, and which notes are taken away."""
+
+    set: Annotated[dict[Tag, Annotated[str, Meta(max_length=1000)]], Meta(max_length=64)] = {}
+    remove: Annotated[tuple[Tag, ...], Meta(max_length=64)] = ()
+
+
 PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.STOP: HardParameters,
     Operation.REBOOT: HardParameters,
     Operation.ATTACH_VOLUME: VolumeParameters,
     Operation.DETACH_VOLUME: VolumeParameters,
     Operation.RESET_STATE: ResetStateParameters,
+    Operation.SET_METADATA: MetadataParameters,
 }
 """What the parameters of an operation look like; those not named take none."""
 
@@ -125,6 +136,24 @@ def is_id(text: str) -> bool:
         return str(UUID(text)) == text.lower()
     except ValueError:
         return False
+
+
+HOLD_MAX_MS: Final = 7 * 24 * 3_600_000
+"""For how long a request may be held."""
+
+
+def hold_ms(text: str | None) -> int | None:
+    """How long a request is held, in milliseconds; None if it is not.
+
+    Raises:
+        Invalid: it is no length of time, or too long.
+    """
+    if text is None:
+        return None
+    length_ms = parse_duration(text)
+    if not length_ms or length_ms > HOLD_MAX_MS:
+        raise Invalid(f'hold: {text[:80]!r}; expected a length of time such as "30s" or "10m", at most seven days.')
+    return length_ms
 
 
 def check_parameters(operation: Operation, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from interlock.core.states import NO_TASK, VmState
 _BY_OWNER = frozenset({"cancelled", "interrupted"})
 """Why a request was cancelled that was not judged again."""
 _AS_FORESEEN = frozenset({"request.succeeded", "request.cancelled", "instance.state"})
+_OUTSTANDING = SERVED | {Status.QUEUED}
 _CHANGES_NOTHING = frozenset({"request.denied", "request.redundant", "request.fenced"})
 """What is told under the generation of an earlier change, and is no part of it."""
 
@@ -78,6 +79,8 @@ class _Entry(msgspec.Struct):
     phase: str | None = None
     fence: int = 0
     interrupted: bool = False
+    promised: bool = True
+    """False for one that ended while it was held: nothing was promised of it."""
 
     @property
     def lane(self) -> Lane:
@@ -99,6 +102,7 @@ class _Book:
         ends: dict[str, Callable[[Event], None]] = {f"request.{end.value}": self._ended for end in ENDS}
         self._read: dict[str, Callable[[Event], None]] = ends | {
             "request.admitted": self._admitted,
+            "request.held": self._held,
             "request.denied": self._refused,
             "request.redundant": self._refused,
             "request.taken": self._taken,
@@ -126,7 +130,7 @@ class _Book:
         """Hold the book against the instance as it is at the end."""
         self._close_change()
         left = {identity for identity, entry in self.requests.items() if entry.status not in ENDS}
-        outstanding = {request.id for request in instance.outstanding}
+        outstanding = {request.id for request in (*instance.outstanding, *instance.held)}
         for lost in sorted(left - outstanding):
             self._found(3, f"{self.requests[lost].operation.value} has no end and is not outstanding", None, lost)
         for extra in sorted(outstanding - left):
@@ -155,13 +159,21 @@ class _Book:
     # -------------------------------------------------------------------------------------------- asking
 
     def _admitted(self, event: Event) -> None:
-        if event.request_id is None or event.request_id in self.requests:
+        known = self.requests.get(event.request_id or "")
+        if event.request_id is None or (known is not None and known.status is not Status.HELD):
             self._found(3, "a request is admitted twice, or without an id", event)
             return
         if not event.data.get("supersedes") and not event.data.get("cancels"):
             # Otherwise what it was judged on is changed already by the events of the same change.
             self._judged_on(event)
         self.requests[event.request_id] = _Entry(Operation(event.data["operation"]))
+
+    def _held(self, event: Event) -> None:
+        if event.request_id is None or event.request_id in self.requests:
+            self._found(3, "a request is held twice, or without an id", event)
+            return
+        self._judged_on(event)
+        self.requests[event.request_id] = _Entry(Operation(event.data["operation"]), status=Status.HELD)
 
     def _refused(self, event: Event) -> None:
         self._judged_on(event)
@@ -178,7 +190,7 @@ class _Book:
             self._found(7, f"{name} was judged in {vm_state.value}, and the instance is {self._vm_state.value}", event)
         kinds = 0
         for entry in self.requests.values():
-            kinds |= 0 if entry.status in ENDS else BIT[entry.operation]
+            kinds |= BIT[entry.operation] if entry.status in _OUTSTANDING else 0
         ghosts = _names(view["outstanding"] & ~kinds)
         if ghosts:
             self._found(7, f"{name} was judged with {ghosts} outstanding, which has ended", event)
@@ -233,7 +245,8 @@ class _Book:
         if entry is None:
             return
         status = Status(event.kind.removeprefix("request."))
-        was_queued = entry.status is Status.QUEUED and entry.lane is not Lane.RECORD
+        entry.promised = entry.status is not Status.HELD
+        was_queued = entry.status in (Status.QUEUED, Status.HELD) and entry.lane is not Lane.RECORD
         if was_queued and status is not Status.CANCELLED:
             self._found(3, f"{entry.operation.value} ends as {status.value} and was not taken", event)
         entry.status = status
@@ -279,7 +292,7 @@ class _Book:
                 self._found(4, f"{name} is superseded and its worker is not fenced", event)
             judged_again = event.kind == "request.cancelled" and event.data.get("reason") not in _BY_OWNER
             foreseen = "request.succeeded" in kinds and kinds <= _AS_FORESEEN and entry.lane is Lane.STATE
-            if judged_again and foreseen:
+            if judged_again and foreseen and entry.promised:
                 self._found(2, f"{name} is cancelled although what came before it succeeded", event)
         self._change = []
 
