@@ -75,6 +75,7 @@ async def test_a_database_of_the_first_layout_keeps_everything_and_takes_policie
     instance = await store.instance("a")
     assert instance is not None
     assert [request.id for request in instance.outstanding] == ["r1"]
+    assert instance.launched_at_ms == START_MS
     assert await store.unsettled() == (instance,)
     assert [one.id for one in (await store.instances(InstanceFilter(), 10)).items] == ["a"]
     assert [one.id for one in (await store.requests("a", 10)).items] == ["r1"]

@@ -3,6 +3,9 @@
 A text is kept once, however often it came into force; the last switch says which policy is in force. What a switch
 says of its policy (its name, its digest) was true then: a text that extends a built-in policy can mean something else
 to a later version.
+
+And whether an instance was ever launched, which was not noted before: whatever is not building was, as far as anyone
+can tell now.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ _STATEMENTS = (
         outstanding TEXT NOT NULL,
         cancelled INTEGER
     )
+    """,
+    """
+    UPDATE instances SET body = json_set(body, '$.launched_at_ms', json_extract(body, '$.created_at_ms'))
+    WHERE vm_state <> 'building'
     """,
 )
 
