@@ -262,7 +262,7 @@ def dead_in(policy: Policy) -> set[str | None]:
     return {one.rule for one in DeadRules(Reaching(policy.rules), "small.toml").findings() if one.code in never}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policy=small_policies(), views=st.lists(real_views(), min_size=40, max_size=80))
 def test_what_is_called_dead_never_decides_any_view(policy: Policy, views: list[View]) -> None:
     dead = dead_in(policy)
@@ -271,7 +271,7 @@ def test_what_is_called_dead_never_decides_any_view(policy: Policy, views: list[
         assert compiled.decide(view).id not in dead
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policy=small_policies())
 def test_what_is_called_alive_decides_the_view_that_is_shown_for_it(policy: Policy) -> None:
     """So the search is complete, too: for whatever it does not call dead, it has a proof."""
