@@ -56,6 +56,12 @@ def test_kinds_have_bits_of_their_own() -> None:
     assert all(bit.bit_count() == 1 for bit in BIT.values())
 
 
+def test_a_bit_means_for_ever_what_it_meant_when_it_was_recorded() -> None:
+    """Events keep masks: a new operation goes to the end, and none is ever taken out."""
+    recorded = {O.CREATE: 0, O.CRASH_DUMP: 22, O.DELETE: 23, O.RESET_STATE: 34, O.LIVE_MIGRATE_FORCE_COMPLETE: 38}
+    assert {operation: BIT[operation].bit_length() - 1 for operation in recorded} == recorded
+
+
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize("vm_state", list(VmState))
 def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_state: VmState) -> None:

@@ -27,7 +27,7 @@ class Lane(StrEnum):
 
 
 class Operation(StrEnum):
-    """What can be asked."""
+    """What can be asked. A new one goes to the end: recorded history names kinds by their place here (`BIT`)."""
 
     CREATE = "create"
     START = "start"
@@ -52,7 +52,6 @@ class Operation(StrEnum):
     LIVE_MIGRATE = "live_migrate"
     EVACUATE = "evacuate"
     CRASH_DUMP = "crash_dump"
-    SET_PASSWORD = "set_password"  # noqa: S105 - an operation's name
     DELETE = "delete"
     SOFT_DELETE = "soft_delete"
     RESTORE = "restore"
@@ -62,12 +61,13 @@ class Operation(StrEnum):
     SWAP_VOLUME = "swap_volume"
     ATTACH_INTERFACE = "attach_interface"
     DETACH_INTERFACE = "detach_interface"
-    LIVE_MIGRATE_ABORT = "live_migrate_abort"
-    LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
-    SET_METADATA = "set_metadata"
     LOCK = "lock"
     UNLOCK = "unlock"
     RESET_STATE = "reset_state"
+    SET_PASSWORD = "set_password"  # noqa: S105 - an operation's name
+    SET_METADATA = "set_metadata"
+    LIVE_MIGRATE_ABORT = "live_migrate_abort"
+    LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
 
 
 class Landing(Enum):
