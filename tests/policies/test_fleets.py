@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_samples import START_MS
+from policy_samples import START_MS, instance, serving
 
 from interlock.core.admission import judge
-from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Disposition, Instance, Redundant, Request, Status, Submission
 from interlock.core.states import VmState
-from interlock.policies.fleet_gate import Answered, FleetAnswers, judge_fleet
-from interlock.policies.fleets import TASK_CODE, Fleet
+from interlock.policies import fleet_gate, fleet_situations
+from interlock.policies.fleet_gate import Answered, FleetAnswers, judge_fleet, which
+from interlock.policies.fleet_situations import marks, situations
+from interlock.policies.fleets import TASK_CODE, VM_STATE_CODE, Fleet
 from interlock.policies.reading import builtin_names, compile_named
 
 TAGS = ("build", "gold", "spare")
@@ -57,9 +61,8 @@ def instances(draw: st.DrawFn) -> Instance:
     served = st.sampled_from((Status.IN_FLIGHT, Status.UNKNOWN))
     outstanding: list[Request] = []
     if draw(st.booleans()):
-        for lane in (Lane.STATE, Lane.COMPONENT):
-            if draw(st.booleans()):
-                outstanding.append(draw(requests(draw(served), of_lane(lane))))
+        lanes = draw(st.sampled_from(((), (Lane.STATE,), (Lane.COMPONENT,), (Lane.STATE, Lane.COMPONENT))))
+        outstanding += [draw(requests(draw(served), of_lane(lane))) for lane in lanes]
         queueable = of_lane(draw(st.sampled_from((Lane.STATE, Lane.COMPONENT))))
         outstanding += draw(st.lists(requests(Status.QUEUED, queueable), max_size=3))
     return Instance(
@@ -79,34 +82,61 @@ def instances(draw: st.DrawFn) -> Instance:
     )
 
 
+CONDITIONS: dict[str, st.SearchStrategy[Any]] = {
+    "vm_states": st.frozensets(st.sampled_from(tuple(VmState)), min_size=1),
+    "task_states": st.frozensets(st.sampled_from(tuple(TASK_CODE)), min_size=1),
+    "outstanding": KINDS,
+    "held": KINDS,
+    "roles": st.sampled_from((frozenset({"admin"}), frozenset({"member", "reader"}))),
+    "locked": st.booleans(),
+    "blocked": st.booleans(),
+    "tags": st.frozensets(st.sampled_from(TAGS), min_size=1),
+    "host_reachable": st.booleans(),
+    "hard": st.booleans(),
+    "launched": st.booleans(),
+    "silent_ms_min": st.sampled_from(TIMES_MS),
+}
+
+
 @st.composite
 def rules(draw: st.DrawFn, number: int) -> Rule:
-    def maybe(strategy: st.SearchStrategy[Any]) -> Any:
-        return draw(strategy) if draw(st.integers(0, 3)) == 0 else None
-
     verdict = draw(st.sampled_from(tuple(Verdict)))
+    conditions = draw(st.frozensets(st.sampled_from(sorted(CONDITIONS)), max_size=3))
     return Rule(
         id=f"rule-{number}",
         operations=draw(st.sampled_from((frozenset(Operation), draw(st.frozensets(OPERATIONS, min_size=1))))),
         verdict=verdict,
-        vm_states=maybe(st.frozensets(st.sampled_from(tuple(VmState)), min_size=1)),
-        task_states=maybe(st.frozensets(st.sampled_from(tuple(TASK_CODE)), min_size=1)),
-        outstanding=maybe(KINDS),
-        held=maybe(KINDS),
-        roles=maybe(st.sampled_from((frozenset({"admin"}), frozenset({"member", "reader"})))),
-        locked=maybe(st.booleans()),
-        blocked=maybe(st.booleans()),
-        tags=maybe(st.frozensets(st.sampled_from(TAGS), min_size=1)),
-        host_reachable=maybe(st.booleans()),
-        hard=maybe(st.booleans()),
-        launched=maybe(st.booleans()),
-        silent_ms_min=maybe(st.sampled_from(TIMES_MS)),
         threshold_ms=draw(st.sampled_from(TIMES_MS)) if verdict is Verdict.AFTER else None,
         measured_from=draw(st.sampled_from(tuple(MeasuredFrom))),
         before=draw(st.sampled_from(tuple(Before))),
         in_turn=draw(st.booleans()),
         reason=draw(st.sampled_from((None, "a_reason"))),
+        **{name: draw(CONDITIONS[name]) for name in sorted(conditions)},
     )
+
+
+VARIED = (
+    *("vm_state", "updated_at_ms", "locked_by", "blocked_operations", "tags", "launched_at_ms", "held", "host"),
+    *("prior_vm_state", "outstanding"),
+)
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> list[Instance]:
+    """Instances that mostly differ from the first in one thing only, so that one taken for another is found out."""
+    first = draw(instances())
+    fleet = [first]
+    for varied in draw(st.lists(st.sampled_from(VARIED), max_size=5)):
+        other = draw(instances())
+        fleet.append(msgspec.structs.replace(first, **{varied: getattr(other, varied)}))
+    for request in first.outstanding[:1]:
+        earlier_ms = draw(AGES_MS)
+        aged = msgspec.structs.replace(
+            request, taken_at_ms=None if request.taken_at_ms is None else request.taken_at_ms - earlier_ms
+        )
+        fleet.append(msgspec.structs.replace(first, outstanding=(aged, *first.outstanding[1:])))
+        fleet.append(msgspec.structs.replace(first, outstanding=(*first.outstanding, first.outstanding[-1])))
+    return fleet
 
 
 @st.composite
@@ -153,7 +183,7 @@ def as_the_fleet_says(
 
 @settings(max_examples=300)
 @given(
-    st.lists(instances(), min_size=1, max_size=5),
+    st.one_of(fleets(), st.lists(instances(), min_size=1, max_size=5)),
     policies(),
     st.sampled_from(("reader", "member", "admin")),
     st.booleans(),
@@ -174,3 +204,165 @@ def test_a_fleet_is_answered_as_each_of_its_instances_is(
             )
             expected = as_the_gate_says(judge(one, submission, policy, START_MS))
             assert as_the_fleet_says(answers, operation, row) == expected, (operation, one)
+
+
+def made(*rules: Rule, outstanding_max: int = 16) -> CompiledPolicy:
+    return CompiledPolicy(Policy(name="made", rules=rules, outstanding_max=outstanding_max))
+
+
+def rule(verdict: Verdict, **more: Any) -> Rule:
+    return Rule(**{"id": verdict.value, "operations": frozenset(Operation), "verdict": verdict, **more})
+
+
+def queued(operation: Operation, **more: Any) -> Request:
+    return Request(
+        id="r0",
+        instance_id="i1",
+        operation=operation,
+        requested_by="somebody",
+        rule="made",
+        admitted_at_ms=START_MS,
+        **more,
+    )
+
+
+def answered(policy: CompiledPolicy, one: Instance, operation: Operation) -> tuple[Answered, str | None]:
+    answer = judge_fleet(Fleet.of([one], START_MS), policy).answer(operation, 0)
+    return answer.disposition, answer.reason
+
+
+def test_nothing_is_admitted_in_turn_behind_a_delete_even_if_the_policy_would_admit_it_of_what_is_deleted() -> None:
+    policy = made(rule(Verdict.ADMIT, vm_states=frozenset(VmState)))
+    deleting = serving(VmState.ACTIVE, "deleting")
+    assert answered(policy, deleting, Operation.STOP) == (Answered.DENIED, "deleted")
+    assert answered(policy, instance(VmState.DELETED), Operation.STOP) == (Answered.DENIED, "deleted")
+
+
+def test_what_is_not_admitted_in_turn_is_not_judged_where_the_queue_leads() -> None:
+    rules = (rule(Verdict.DENY, id="no", vm_states=frozenset({VmState.STOPPED})), rule(Verdict.ADMIT, in_turn=False))
+    stopping = serving(VmState.ACTIVE, "powering_off")
+    assert answered(made(*rules), stopping, Operation.REBOOT) == (Answered.ADMITTED, None)
+    in_turn = (rules[0], rule(Verdict.ADMIT))
+    assert answered(made(*in_turn), stopping, Operation.REBOOT) == (Answered.DENIED, "not_allowed")
+
+
+def test_what_a_create_will_launch_counts_as_launched_behind_it() -> None:
+    policy = made(
+        rule(Verdict.ADMIT, id="new", vm_states=frozenset({VmState.BUILDING})), rule(Verdict.ADMIT, launched=True)
+    )
+    creating = serving(VmState.BUILDING, "spawning")
+    then_stopped = msgspec.structs.replace(creating, outstanding=(*creating.outstanding, queued(Operation.STOP)))
+    never = msgspec.structs.replace(instance(VmState.BUILDING), outstanding=(queued(Operation.STOP),))
+    answers = judge_fleet(Fleet.of([then_stopped, never], START_MS), policy)
+    assert answers.dispositions(Operation.START).tolist() == [Answered.ADMITTED, Answered.DENIED]
+
+
+def test_ages_on_both_sides_of_a_time_are_two_situations() -> None:
+    policy = made(
+        rule(Verdict.DENY, silent_ms_min=1_000), rule(Verdict.AFTER, threshold_ms=500, before=Before.REDUNDANT)
+    )
+    fleet = Fleet.from_columns([VM_STATE_CODE[VmState.ACTIVE]] * 5, silent_ms=[0, 499, 500, 999, 1_000])
+    answers = judge_fleet(fleet, policy)
+    said = [Answered.REDUNDANT, Answered.REDUNDANT, Answered.ADMITTED, Answered.ADMITTED, Answered.DENIED]
+    assert answers.dispositions(Operation.STOP).tolist() == said
+    assert answers.allowed_in_ms(Operation.STOP).tolist() == [500, 1, -1, -1, -1]
+
+
+def test_a_rule_that_counts_from_the_start_is_told_by_that_age() -> None:
+    policy = made(rule(Verdict.AFTER, threshold_ms=500, measured_from=MeasuredFrom.TASK_STARTED))
+    fleet = Fleet.from_columns([VM_STATE_CODE[VmState.ACTIVE]] * 3, silent_ms=7, running_ms=[10, 499, 500])
+    assert judge_fleet(fleet, policy).allowed_in_ms(Operation.STOP).tolist() == [490, 1, -1]
+
+
+def test_a_full_queue_and_what_is_held_tell_instances_apart() -> None:
+    policy = made(
+        rule(Verdict.DENY, held=frozenset({Operation.PAUSE}), reason="held"), rule(Verdict.ADMIT), outstanding_max=2
+    )
+    bit = BIT[Operation.ATTACH_VOLUME]
+    active = [VM_STATE_CODE[VmState.ACTIVE]] * 4
+    held = [0, 0, BIT[Operation.PAUSE], BIT[Operation.STOP]]
+    fleet = Fleet.from_columns(active, outstanding=bit, outstanding_count=[1, 2, 1, 1], held=held)
+    answers = judge_fleet(fleet, policy)
+    assert [answers.answer(Operation.STOP, row).reason for row in range(4)] == [None, "queue_full", "held", None]
+
+
+def test_instances_that_no_rule_can_tell_apart_are_one_situation() -> None:
+    policy = compile_named("standard")
+    tagged = [instance(VmState.ACTIVE, tags=(f"only-{number}",)) for number in range(50)]
+    found = situations(Fleet.of(tagged, START_MS), marks(policy))
+    assert len(found.rows) == 1
+    assert found.of.tolist() == [0] * 50
+
+
+@settings(max_examples=10)
+@given(st.lists(instances(), min_size=3, max_size=12), policies())
+def test_a_fleet_is_answered_the_same_whatever_is_judged_at_a_time(
+    fleet: list[Instance], policy: CompiledPolicy
+) -> None:
+    columns = Fleet.of(fleet, START_MS)
+    at_once = judge_fleet(columns, policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet_gate, "SITUATIONS_AT_ONCE", 2)
+        patch.setattr(fleet_situations, "TABLE_SIZE_MAX", 8)
+        in_parts = judge_fleet(columns, policy)
+    for operation in Operation:
+        for row in range(len(fleet)):
+            assert in_parts.answer(operation, row) == at_once.answer(operation, row)
+
+
+def test_which_and_the_counts_say_the_same() -> None:
+    fleet = Fleet.of([instance(VmState.ACTIVE), instance(VmState.STOPPED), instance(VmState.STOPPED)], START_MS)
+    policy = compile_named("standard")
+    admitting = which(fleet, policy, "admin")
+    assert admitting[Operation.START].tolist() == [False, True, True]
+    answers = judge_fleet(fleet, policy, "admin")
+    assert answers.counts()[Operation.START] == {Answered.ADMITTED: 2, Answered.REDUNDANT: 1, Answered.DENIED: 0}
+    assert answers.reasons(Operation.START) == {(Answered.REDUNDANT, "already_active"): 1}
+    for operation in Operation:
+        assert answers.counts()[operation][Answered.ADMITTED] == int(np.sum(admitting[operation]))
+
+
+def test_only_the_operations_asked_for_are_answered() -> None:
+    answers = judge_fleet(
+        Fleet.of([instance(VmState.ACTIVE)], START_MS), compile_named("standard"), "admin", [Operation.STOP]
+    )
+    assert list(answers.counts()) == [Operation.STOP]
+
+
+def test_a_fleet_of_nothing_has_no_answers() -> None:
+    empty = Fleet.of([], START_MS)
+    assert len(empty) == 0
+    answers = judge_fleet(empty, compile_named("standard"))
+    assert answers.dispositions(Operation.STOP).tolist() == []
+    assert answers.allowed_in_ms(Operation.STOP).tolist() == []
+    assert answers.reasons(Operation.STOP) == {}
+
+
+def test_a_fleet_sees_every_condition_that_a_rule_may_have() -> None:
+    """A condition that the language gains must be looked at here too, or fleets would be answered wrongly."""
+    not_conditions = {
+        *("id", "operations", "verdict", "threshold_ms", "measured_from", "before", "grace_ms", "in_turn"),
+        *("reason", "because", "fixed", "source"),
+    }
+    assert {field.name for field in msgspec.structs.fields(Rule)} - not_conditions == set(CONDITIONS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"vm_state": [0, 99]}, "vm_state holds codes"),
+        ({"vm_state": [0, 0], "task_state": [0, 200]}, "task_state holds codes"),
+        ({"vm_state": [0], "foreseen_vm_state": [40]}, "foreseen_vm_state holds codes"),
+        ({"vm_state": [0], "tags": [1]}, "tags holds places"),
+        ({"vm_state": [0, 0], "locked": [True]}, "locked must be one row of 2 values"),
+        ({"vm_state": [0], "lokced": [True]}, "no column 'lokced'"),
+        ({"vm_state": [[0]]}, "vm_state must be one row"),
+        ({"vm_state": [0], "outstanding": ["x"]}, "outstanding"),
+        ({"vm_state": [-1]}, "vm_state"),
+        ({"vm_state": np.array([256])}, "vm_state holds a value that it cannot hold"),
+        ({"vm_state": [0], "silent_ms": [-1]}, "silent_ms holds a value that it cannot hold"),
+    ],
+)
+def test_columns_that_are_no_fleet_are_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fleet.from_columns(**columns)

@@ -116,9 +116,9 @@ class FleetAnswers(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     def counts(self) -> dict[Operation, dict[Answered, int]]:
         """For each operation, how many instances give which disposition."""
-        found = {}
+        found, instances = {}, self._instances()
         for operation, codes in zip(self.operations, self.by_disposition, strict=True):
-            numbers = np.bincount(codes, weights=self._instances(), minlength=len(Answered))
+            numbers = np.bincount(codes, weights=instances, minlength=len(Answered))
             found[operation] = {answered: round(numbers[answered]) for answered in Answered}
         return found
 

@@ -156,12 +156,17 @@ _ROW: Final = tuple(name for name in _TYPES if name != "host_reachable")
 
 
 def _array(name: str, value: Any, length: int | None) -> NDArray[Any]:
+    wanted = _TYPES[name]
     try:
-        array = np.ascontiguousarray(value, dtype=_TYPES[name])
-    except (OverflowError, TypeError) as error:
+        given = np.asarray(value)
+        array = np.ascontiguousarray(given, dtype=wanted)
+        fits = given.dtype == wanted or np.array_equal(array, given)
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot hold that: {error}.") from error
-    if length is not None and np.ndim(value) == 0:
-        array = np.full(length, array.reshape(()), dtype=_TYPES[name])
+    if not fits or (wanted is np.int64 and array.min(initial=0) < 0):
+        raise ValueError(f"{name} holds a value that it cannot hold.")
+    if length is not None and given.ndim == 0:
+        array = np.full(length, array.reshape(()), dtype=wanted)
     if array.ndim != 1 or (length is not None and len(array) != length):
         raise ValueError(f"{name} must be one row of {'values' if length is None else f'{length} values'}.")
     return array
