@@ -160,7 +160,7 @@ def _array(name: str, value: Any, length: int | None) -> NDArray[Any]:
     try:
         given = np.asarray(value)
         array = np.ascontiguousarray(given, dtype=wanted)
-        fits = given.dtype == wanted or np.array_equal(array, given)
+        fits = given.dtype == wanted or bool(np.all(array == given))
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot hold that: {error}.") from error
     if not fits or (wanted is np.int64 and array.min(initial=0) < 0):
