@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_samples import START_MS, Play, instance, said, serving
 
-from interlock.core.admission import look
-from interlock.core.operations import TASK_STATES, Operation
-from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Admitted, Denied, Submission
+from interlock.core.admission import judge, look
+from interlock.core.lifecycle import finish
+from interlock.core.operations import BIT, TASK_STATES, Operation
+from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
+from interlock.core.records import Admitted, Denied, Instance, Outcome, Submission
 from interlock.core.states import VmState
-from interlock.policies.explaining import allowed_now, dispositions, explain
-from interlock.policies.reading import builtin_names, compile_named
+from interlock.policies.counterfactuals import Turn, Way, ways
+from interlock.policies.explaining import allowed_now, dispositions, explain, imagined
+from interlock.policies.reading import builtin_names, compile_named, load
 
 O = Operation  # noqa: E741
 V = VmState
@@ -109,3 +114,194 @@ def test_every_operation_has_its_disposition_and_the_admitted_ones_are_allowed(s
     assert O.STOP not in allowed
     assert O.RESET_STATE not in allowed
     assert O.RESET_STATE in allowed_now(start, "admin", "me", standard, START_MS)
+
+
+def made(vm_state: VmState, task: str, **more: Any) -> Instance:
+    return imagined(vm_state, task, START_MS, **more)
+
+
+def turns(instance: Instance, submission: Submission, policy: CompiledPolicy) -> dict[Turn, Way]:
+    return {way.turn: way for way in ways(instance, submission, policy, START_MS)}
+
+
+def test_what_is_admitted_needs_no_way(standard: CompiledPolicy) -> None:
+    assert ways(made(V.ACTIVE, "none"), asking(O.STOP), standard, START_MS) == ()
+
+
+def test_a_takeover_names_its_exact_moment_first(standard: CompiledPolicy) -> None:
+    stuck = made(V.ACTIVE, "rebooting", silent_ms=20_000, running_ms=50_000)
+    found = ways(stuck, asking(O.STOP), standard, START_MS)
+    assert (found[0].turn, found[0].at_ms, found[0].rule) == (Turn.TIME, START_MS + 160_000, "silent-power.stop")
+    assert isinstance(explain(stuck, asking(O.STOP), standard, START_MS + 160_000).disposition, Admitted)
+    assert isinstance(explain(stuck, asking(O.STOP), standard, START_MS + 159_999).disposition, Denied)
+
+
+def test_a_locked_instance_is_unlocked_or_an_administrator_asks(standard: CompiledPolicy) -> None:
+    found = turns(made(V.ACTIVE, "none", locked=True), asking(O.STOP), standard)
+    assert found.keys() == {Turn.UNLOCKED, Turn.ROLE}
+    assert found[Turn.ROLE].value == "admin"
+
+
+def test_a_state_that_would_do_is_named_with_what_leads_there(standard: CompiledPolicy) -> None:
+    found = ways(made(V.ACTIVE, "none"), asking(O.UNRESCUE), standard, START_MS)
+    assert [(way.value, way.by) for way in found] == [("rescued", (O.RESCUE,))]
+    paused = ways(made(V.PAUSED, "none"), asking(O.REBOOT), standard, START_MS)
+    assert (paused[0].turn, paused[0].value) == (Turn.HARD, True)
+
+
+def test_what_waits_in_the_way_is_named(standard: CompiledPolicy) -> None:
+    found = turns(made(V.ACTIVE, "none", waiting=[O.STOP]), asking(O.REBOOT), standard)
+    assert Turn.NOTHING_OUTSTANDING in found
+    served = turns(made(V.ACTIVE, "pausing"), asking(O.PAUSE), standard)
+    assert served[Turn.TIME].rule == "again-seconds.pause"
+
+
+def test_a_task_that_ends_well_is_a_way(standard: CompiledPolicy) -> None:
+    found = turns(made(V.ACTIVE, "pausing", silent_ms=20_000), asking(O.START), standard)
+    assert Turn.TASK_OVER not in found
+    over = turns(made(V.ACTIVE, "rebuilding", silent_ms=20_000), asking(O.REBOOT), standard)
+    assert over[Turn.TASK_OVER].value == "r1"
+
+
+def test_an_instance_that_has_ended_has_no_way(standard: CompiledPolicy) -> None:
+    assert ways(made(V.DELETED, "none"), asking(O.START, role="admin"), standard, START_MS) == ()
+
+
+def changed(
+    way: Way, instance: Instance, submission: Submission, policy: CompiledPolicy
+) -> tuple[Instance, Submission, int]:
+    """The change that a way claims would do, made a second time from its words alone."""
+    replace = msgspec.structs.replace
+    text, flag = str(way.value), way.value is True
+    if way.turn is Turn.TIME:
+        assert way.at_ms is not None
+        return instance, submission, way.at_ms
+    asked: dict[Turn, dict[str, Any]] = {
+        Turn.HARD: {"parameters": {"hard": flag}},
+        Turn.ROLE: {"role": text},
+        Turn.HOST_REACHABLE: {"host_reachable": flag},
+    }
+    if way.turn in asked:
+        return instance, replace(submission, **asked[way.turn]), START_MS
+    if way.turn is Turn.TASK_OVER:
+        over = finish(instance, text, instance.fence, Outcome.SUCCEEDED, policy, START_MS)
+        return over.instance, submission, START_MS
+    launched_at_ms = START_MS if instance.launched else None
+    made_so: dict[Turn, dict[str, Any]] = {
+        Turn.NOTHING_WAITS: {"outstanding": instance.outstanding[:1]},
+        Turn.NOTHING_OUTSTANDING: {"outstanding": ()},
+        Turn.NOTHING_HELD: {"held": ()},
+        Turn.LOCKED: {"locked_by": "x"},
+        Turn.UNLOCKED: {"locked_by": None},
+        Turn.UNBLOCKED: {"blocked_operations": ()},
+        Turn.WITHOUT_TAG: {"tags": tuple(tag for tag in instance.tags if tag != text)},
+        Turn.WITH_TAG: {"tags": (*instance.tags, text)},
+        Turn.LAUNCHED: {"launched_at_ms": START_MS},
+    }
+    if way.turn is Turn.VM_STATE:
+        made_so[way.turn] = {"vm_state": VmState(text), "launched_at_ms": launched_at_ms}
+    return replace(instance, **made_so[way.turn]), submission, START_MS
+
+
+def ruled(rule_id: str, verdict: Verdict, operations: set[Operation], **more: Any) -> Rule:
+    return Rule(id=rule_id, verdict=verdict, operations=frozenset(operations), **more)
+
+
+def site() -> CompiledPolicy:
+    """Standard, with conditions that it does not have itself."""
+    rules = (
+        ruled("never-run", Verdict.DENY, {O.RESCUE, O.SNAPSHOT}, launched=False),
+        ruled("no-idle-gpu", Verdict.DENY, {O.PAUSE, O.SUSPEND}, tags=frozenset({"gpu"})),
+        ruled(
+            "maintained", Verdict.ADMIT, {O.REBUILD}, tags=frozenset({"maintained"}), vm_states=frozenset({V.PAUSED})
+        ),
+        ruled("one-held", Verdict.DENY, {O.START, O.STOP}, held=frozenset({O.START})),
+    )
+    standard = load("standard")
+    return CompiledPolicy(msgspec.structs.replace(standard, name="site", rules=(*rules, *standard.rules)))
+
+
+WITH_SITE = {**POLICIES, "site": site()}
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    name=st.sampled_from([*sorted(POLICIES), "site", "site"]),
+    vm_state=st.sampled_from(list(V)),
+    task=st.sampled_from(["none", "none", *TASK_STATES]),
+    operation=st.sampled_from(list(O)),
+    silent_ms=st.sampled_from([0, 20_000, 400_000]),
+    role=st.sampled_from(["reader", "member", "admin"]),
+    held=st.lists(st.sampled_from([O.START]), max_size=1),
+    waiting=st.lists(st.sampled_from([O.STOP, O.START, O.DELETE, O.SWAP_VOLUME]), max_size=2),
+    tags=st.lists(st.sampled_from(["gpu", "maintained"]), max_size=2, unique=True),
+    hard=st.booleans(),
+    locked=st.booleans(),
+    blocked=st.booleans(),
+    reachable=st.booleans(),
+    launched=st.booleans(),
+)
+def test_every_way_that_is_claimed_leads_to_an_admission(
+    name: str,
+    vm_state: VmState,
+    task: str,
+    operation: Operation,
+    silent_ms: int,
+    role: str,
+    held: list[Operation],
+    waiting: list[Operation],
+    tags: list[str],
+    *,
+    hard: bool,
+    locked: bool,
+    blocked: bool,
+    reachable: bool,
+    launched: bool,
+) -> None:
+    policy = WITH_SITE[name]
+    start = made(
+        vm_state,
+        task,
+        silent_ms=silent_ms,
+        held=held,
+        waiting=waiting,
+        tags=tags,
+        locked=locked,
+        blocked=[operation] if blocked else [],
+        launched=launched,
+    )
+    submission = asking(operation, role=role, host_reachable=reachable, parameters={"hard": hard})
+    found = ways(start, submission, policy, START_MS)
+    assert [*found] == sorted(found, key=lambda way: [*Turn].index(way.turn))
+    for way in found:
+        instance, asked, now_ms = changed(way, start, submission, policy)
+        answer = judge(instance, asked, policy, now_ms)
+        assert isinstance(answer, Admitted), way
+        assert answer.rule == way.rule
+
+
+def test_an_imagined_instance_looks_as_it_was_described() -> None:
+    start = made(
+        V.ACTIVE, "rebooting_hard", silent_ms=5_000, running_ms=9_000, waiting=[O.STOP], held=[O.START],
+        tags=["a"], locked=True, launched=False, blocked=[O.PAUSE],
+    )  # fmt: skip
+    view = look(start, asking(O.PAUSE), START_MS)
+    assert (view.task_state, view.silent_ms, view.running_ms) == ("rebooting_hard", 5_000, 9_000)
+    assert view.outstanding == BIT[O.REBOOT] | BIT[O.STOP]
+    assert (view.held, view.tags, view.locked, view.blocked) == (BIT[O.START], ("a",), True, True)
+    assert not look(made(V.STOPPED, "none", launched=False), asking(O.START), START_MS).launched
+
+
+def test_conditions_on_launched_and_held_are_explained() -> None:
+    rules = (
+        ruled("a", Verdict.DENY, {O.STOP}, launched=False),
+        ruled("b", Verdict.DENY, {O.STOP}, held=frozenset({O.START})),
+        ruled("c", Verdict.ADMIT, {O.STOP}),
+    )
+    policy = CompiledPolicy(Policy(name="made", rules=rules))
+    explanation = explain(made(V.ACTIVE, "none"), asking(O.STOP), policy, START_MS)
+    assert [(tried.key, tried.failed) for tried in explanation.tried] == [
+        ("launched", "launched: wants false, found true"),
+        ("held", "held: wants start, found nothing"),
+        (None, None),
+    ]

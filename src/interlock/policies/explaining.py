@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from interlock.core.admission import judge, look
-from interlock.core.operations import BIT, Lane, Operation
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Rule, Verdict, View
-from interlock.core.records import Admitted, Disposition, Instance, Submission
+from interlock.core.records import Admitted, Disposition, Instance, Request, Status, Submission
 from interlock.core.request_queue import foresee
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.durations import format_seconds
@@ -33,6 +33,8 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
     matched: bool
     failed: str | None = None
     """The first condition that does not hold: its key, what the rule wants, and what was found; None if it matched."""
+    key: str | None = None
+    """The key of that condition alone."""
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,9 +57,75 @@ def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, 
     queued = any(request.lane is Lane.STATE for request in instance.outstanding)
     if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
         return Explanation(disposition=disposition, tried=tried)
-    there = foresee(instance).vm_state
-    settled = View(view.operation, there, NO_TASK, role=submission.role, tags=instance.tags, hard=view.hard)
-    return Explanation(disposition=disposition, tried=tried, foreseen=there, tried_foreseen=_ask(policy, settled)[0])
+    there = foresee(instance)
+    settled = View(
+        view.operation,
+        there.vm_state,
+        NO_TASK,
+        role=submission.role,
+        tags=instance.tags,
+        hard=view.hard,
+        launched=there.launched,
+    )
+    tried_foreseen, _ = _ask(policy, settled)
+    return Explanation(disposition=disposition, tried=tried, foreseen=there.vm_state, tried_foreseen=tried_foreseen)
+
+
+def imagined(
+    vm_state: VmState,
+    task_state: str,
+    now_ms: int,
+    *,
+    silent_ms: int = 0,
+    running_ms: int = 0,
+    waiting: Iterable[Operation] = (),
+    held: Iterable[Operation] = (),
+    locked: bool = False,
+    blocked: Iterable[Operation] = (),
+    tags: Iterable[str] = (),
+    launched: bool = True,
+) -> Instance:
+    """An instance that there need not be, to ask about: in that task since `running_ms`, silent since `silent_ms`."""
+    running_ms = max(running_ms, silent_ms)
+    requests = []
+    if task_state != NO_TASK:
+        requests.append(_imagined_request(TASK_OPERATION[task_state], "r1", now_ms - running_ms))
+        taken = {"status": Status.IN_FLIGHT, "phase": task_state, "taken_at_ms": now_ms - running_ms}
+        if task_state in CATALOGUE[TASK_OPERATION[task_state]].hard_phases:
+            taken["parameters"] = {"hard": True}
+        requests[0] = msgspec.structs.replace(requests[0], **taken, last_progress_at_ms=now_ms - silent_ms)
+    for number, operation in enumerate(waiting, start=len(requests) + 1):
+        requests.append(_imagined_request(operation, f"r{number}", now_ms))
+    return Instance(
+        id="imagined",
+        name="imagined",
+        project="imagined",
+        host="imagined",
+        vm_state=vm_state,
+        created_at_ms=now_ms - running_ms,
+        updated_at_ms=now_ms - silent_ms,
+        launched_at_ms=now_ms - running_ms if launched else None,
+        locked_by="somebody" if locked else None,
+        blocked_operations=tuple(blocked),
+        tags=tuple(tags),
+        outstanding=tuple(requests),
+        held=tuple(
+            msgspec.structs.replace(_imagined_request(operation, f"h{number}", now_ms), status=Status.HELD)
+            for number, operation in enumerate(held, start=1)
+        ),
+    )
+
+
+def _imagined_request(operation: Operation, request_id: str, at_ms: int) -> Request:
+    return Request(
+        id=request_id,
+        instance_id="imagined",
+        operation=operation,
+        requested_by="somebody",
+        role="admin",
+        rule="imagined",
+        admitted_at_ms=at_ms,
+    )
 
 
 def dispositions(
@@ -103,7 +171,7 @@ def allowed_now(
 
 
 def _is_record(operation: Operation) -> bool:
-    return operation in (Operation.LOCK, Operation.UNLOCK, Operation.RESET_STATE)
+    return CATALOGUE[operation].lane is Lane.RECORD
 
 
 def _ask(policy: CompiledPolicy, view: View) -> tuple[tuple[Tried, ...], Rule]:
@@ -113,7 +181,7 @@ def _ask(policy: CompiledPolicy, view: View) -> tuple[tuple[Tried, ...], Rule]:
     for rule in policy.rules:
         if view.operation not in rule.operations:
             continue
-        failed = next((str(check) for check in _checks(rule, view) if not check.holds), None)
+        failed = next((check for check in _checks(rule, view) if not check.holds), None)
         tried.append(_tried(rule, failed))
         if failed is None:
             return tuple(tried), rule
@@ -121,8 +189,15 @@ def _ask(policy: CompiledPolicy, view: View) -> tuple[tuple[Tried, ...], Rule]:
     return tuple(tried), NO_RULE
 
 
-def _tried(rule: Rule, failed: str | None) -> Tried:
-    return Tried(rule=rule.id, source=rule.source, verdict=rule.verdict, matched=failed is None, failed=failed)
+def _tried(rule: Rule, failed: _Check | None) -> Tried:
+    return Tried(
+        rule=rule.id,
+        source=rule.source,
+        verdict=rule.verdict,
+        matched=failed is None,
+        failed=None if failed is None else str(failed),
+        key=None if failed is None else failed.key,
+    )
 
 
 class _Check(NamedTuple):
@@ -144,12 +219,9 @@ def _checks(rule: Rule, view: View) -> Iterator[_Check]:
         yield _Check("vm_state", view.vm_state in rule.vm_states, wanted, view.vm_state.value)
     if rule.task_states is not None:
         yield _Check("task_state", view.task_state in rule.task_states, _any_of(rule.task_states), view.task_state)
-    if rule.outstanding is not None:
-        there = [operation for operation in Operation if view.outstanding & BIT[operation]]
-        holds = not rule.outstanding.isdisjoint(there) if rule.outstanding else not there
-        wanted = _any_of(operation.value for operation in rule.outstanding) if rule.outstanding else "nothing"
-        found = ", ".join(operation.value for operation in there) or "nothing"
-        yield _Check("outstanding", holds, wanted, found)
+    for key, kinds, mask in (("outstanding", rule.outstanding, view.outstanding), ("held", rule.held, view.held)):
+        if kinds is not None:
+            yield _kinds(key, kinds, mask)
     if rule.roles is not None:
         yield _Check("roles", view.role in rule.roles, _any_of(rule.roles), view.role)
     for key, flag, found_flag in (
@@ -157,6 +229,7 @@ def _checks(rule: Rule, view: View) -> Iterator[_Check]:
         ("blocked", rule.blocked, view.blocked),
         ("host_reachable", rule.host_reachable, view.host_reachable),
         ("hard", rule.hard, view.hard),
+        ("launched", rule.launched, view.launched),
     ):
         if flag is not None:
             yield _Check(key, found_flag is flag, str(flag).lower(), str(found_flag).lower())
@@ -166,6 +239,13 @@ def _checks(rule: Rule, view: View) -> Iterator[_Check]:
     if rule.silent_ms_min is not None:
         found = format_seconds(view.silent_ms)
         yield _Check("silent_for", view.silent_ms >= rule.silent_ms_min, format_seconds(rule.silent_ms_min), found)
+
+
+def _kinds(key: str, kinds: frozenset[Operation], mask: int) -> _Check:
+    there = [operation for operation in Operation if mask & BIT[operation]]
+    holds = not kinds.isdisjoint(there) if kinds else not there
+    wanted = _any_of(operation.value for operation in kinds) if kinds else "nothing"
+    return _Check(key, holds, wanted, ", ".join(operation.value for operation in there) or "nothing")
 
 
 def _any_of(words: Iterable[str]) -> str:
