@@ -103,7 +103,7 @@ def _changes(
         yield (
             Turn.HARD,
             not hard,
-            "if the soft variant is asked for" if hard else "if the hard variant is",
+            f"if the {'soft' if hard else 'hard'} variant is asked for",
             instance,
             asked,
         )

@@ -263,7 +263,7 @@ def _products(found: dict[VmState, set[Operation]]) -> str:
     alike: dict[frozenset[Operation], list[VmState]] = {}
     for state, operations in sorted(found.items(), key=lambda item: tuple(VmState).index(item[0])):
         alike.setdefault(frozenset(operations), []).append(state)
-    return some(
+    return "; ".join(
         f"{operations_text(operations)} in {some((state.value for state in states), len(VmState))}"
         for operations, states in alike.items()
     )
