@@ -1,0 +1,221 @@
+"""What `interlock policy check`, `test` and `explain` print, and how they end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import pytest
+
+from cli.conftest import Ran
+from cli.scripted_server import Given, ScriptedServer
+from cli.wire_samples import NOW
+from interlock.api import views
+from interlock.api.policy import described
+from interlock.cli.application import run
+from interlock.cli.policy_checks import COMMANDS
+from interlock.core.operations import Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.states import VmState
+from interlock.policies.explaining import dispositions, imagined
+from interlock.policies.reading import compile_named
+
+BROKEN = Path(__file__).parents[1] / "policies" / "broken"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my-cloud.toml"
+NOW_MS = round(NOW * 1000)
+
+
+@pytest.fixture
+def policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run one of the commands, against the scripted server where there is one to ask."""
+    group = click.Group(commands=COMMANDS)
+
+    def call(*arguments: str) -> Ran:
+        code = run(group, arguments, {"INTERLOCK_DATA_DIR": str(folder)})
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return call
+
+
+def test_findings_are_lines_that_an_editor_understands(policy: Any) -> None:
+    path = BROKEN / "dead-rule.toml"
+    ran = policy("check", str(path))
+    assert ran.code == 1
+    assert ran.out.startswith(f"{path}:12: error: 'members-may-stop' never decides anything")
+    assert "[unreachable]\n    Move it before 'no-stops'" in ran.out
+    assert "of them with --verbose" in ran.out.splitlines()[-1]
+    assert "stop-harder" not in ran.out
+    assert "stop-harder" in policy("check", str(path), "--verbose").out
+
+
+def test_warnings_are_errors_only_when_strict(policy: Any) -> None:
+    assert "warning:" in policy("check", "propolis").out
+    assert policy("check", "propolis").code == 0
+    assert policy("check", "propolis", "--strict").code == 1
+
+
+def test_a_file_that_is_no_policy_is_a_finding_with_its_position(policy: Any) -> None:
+    ran = policy("check", str(BROKEN / "unknown-name.toml"))
+    assert ran.code == 1
+    assert f"{BROKEN / 'unknown-name.toml'}:7" in ran.out
+    assert "Did you mean 'pause'?" in ran.out
+
+
+@pytest.mark.parametrize(("name", "says"), [("standart", "Did you mean 'standard'?"), ("x.toml", "no file 'x.toml'")])
+def test_a_name_that_stands_for_nothing_is_a_slip_on_the_command_line(policy: Any, name: str, says: str) -> None:
+    ran = policy("check", name)
+    assert (ran.code, ran.out) == (2, "")
+    assert says in ran.err
+
+
+def test_with_json_all_findings_of_all_policies_are_one_document(policy: Any) -> None:
+    ran = policy("check", "propolis", str(BROKEN / "ring.toml"), "--json")
+    document = json.loads(ran.out)
+    assert [one["policy"] for one in document["policies"]] == ["propolis", str(BROKEN / "ring.toml")]
+    assert (ran.code, document["passed"], ran.err) == (1, False, "")
+    severities = [finding["severity"] for one in document["policies"] for finding in one["findings"]]
+    assert document["warnings"] == severities.count("warning") > 0
+
+
+def test_scenarios_that_pass_are_told_in_a_line_each(policy: Any) -> None:
+    ran = policy("test", str(EXAMPLE))
+    assert (ran.code, ran.err) == (0, "")
+    assert "  ok      a silent backup is given an hour\n" in ran.out
+    assert ran.out.splitlines()[-1].startswith("6 scenarios, 0 failed; 3 of 3 own rules touched")
+
+
+def test_a_scenario_that_fails_shows_what_differs_and_where(policy: Any) -> None:
+    scenarios = EXAMPLE.with_name("my-cloud.tests.jsonl")
+    ran = policy("test", "standard", "--scenarios", str(scenarios), "--coverage")
+    assert ran.code == 1
+    assert f'{scenarios}:6: {{"submit": "stop"' in ran.out
+    assert '- disposition  "denied"\n          + disposition  "admitted"\n' in ran.out
+    assert "no scenario touches 'pause-suspend'" not in ran.out
+    assert "no scenario touches 'unrescue'" in ran.out
+    document = json.loads(policy("test", "standard", "--scenarios", str(scenarios), "--json").out)
+    failed = [one for one in document["policies"][0]["scenarios"] if one["failed"]]
+    assert failed[0]["failed"]["differences"][0] == {"key": "disposition", "expected": "denied", "got": "admitted"}
+
+
+def test_no_scenarios_at_all_is_a_slip(policy: Any, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.toml"
+    alone.write_text('[policy]\nextends = "standard"\n')
+    for arguments in (("test", "standard"), ("test", str(alone))):
+        ran = policy(*arguments)
+        assert ran.code == 2
+        assert ".tests.jsonl, or name a file with --scenarios." in ran.err
+    assert policy("test", str(tmp_path / "none.toml")).code == 2
+
+
+def test_a_state_is_explained_without_a_server(policy: Any) -> None:
+    ran = policy("explain", "active/rebooting", "stop", "--silent", "20s")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("Refused: stop in active/rebooting, asked by a caller with the role member")
+    assert "roles: wants reader, found member" in ran.out
+    assert "→ silent-power.stop" in ran.out
+    assert "in 2 min 40 s, if nothing shows life until then  (rule silent-power.stop)" in ran.out
+
+
+def test_rules_that_fail_for_the_same_cause_are_folded(policy: Any) -> None:
+    folded, everything = (policy("explain", "active", "unrescue", *more).out for more in ((), ("--all",)))
+    assert len(everything) > len(folded)
+    assert "if it is rescued, to which rescue leads, allowed now  (rule unrescue)" in folded
+
+
+def test_the_options_describe_the_instance(policy: Any) -> None:
+    described = ("--locked", "--tag", "gpu", "--not-launched", "--unreachable", "--outstanding", "start,stop")
+    ran = policy("explain", "stopped", "reboot", "--hard", "--blocked", "--running", "1m", *described, "--json")
+    view = json.loads(ran.out)["view"]
+    assert (view["locked"], view["tags"], view["launched"], view["host_reachable"]) == (True, ["gpu"], False, False)
+    assert (view["hard"], view["blocked"], view["outstanding"]) == (True, True, 0b110)
+
+
+def test_what_is_admitted_in_turn_shows_both_looks(policy: Any) -> None:
+    ran = policy("explain", "stopped", "reboot", "--outstanding", "start")
+    assert ran.out.startswith("Allowed: ")
+    assert "Asked again of active, where all that is outstanding leads:" in ran.out
+    assert "It would be admitted" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("activ/rebooting", "stop"), "Did you mean 'active'?"),
+        (("active/reboot", "stop"), "The phases of reboot are rebooting"),
+        (("active", "stpo"), "Did you mean stop"),
+        (("active", "stop", "--silent", "-3m"), "is no length of time"),
+        (("active", "stop", "--outstanding", "lock"), "is never outstanding"),
+        (("active", "stop", "--outstanding", "strt"), "Did you mean start"),
+        (("active", "stop", "--policy", "nowhere.toml"), "There is no such file"),
+        (("demo", "stop", "--locked"), "--locked describes a state, and 'demo' is the name of a VM"),
+        (("demo", "stop", "--hard"), "With --policy NAME|FILE the VM is judged here"),
+    ],
+)
+def test_wrong_input_is_refused_in_words(
+    policy: Any, server: ScriptedServer, arguments: tuple[str, ...], says: str
+) -> None:
+    server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none")))
+    ran = policy("explain", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert says in ran.err
+
+
+def wire_instance(vm_state: VmState, task: str, **more: Any) -> Any:
+    return views.instance(named(vm_state, task, **more))
+
+
+def named(vm_state: VmState, task: str, **more: Any) -> Any:
+    return msgspec.structs.replace(imagined(vm_state, task, NOW_MS, **more), id="i-1", name="demo")
+
+
+def serve(server: ScriptedServer, by: CompiledPolicy, role: str, *, vm_state: VmState, task: str, **more: Any) -> None:
+    """A server that has one VM, and answers by that policy as a real one does."""
+    instance = named(vm_state, task, **more)
+    answers = dispositions(instance, role, "me", by, NOW_MS)
+    server.on("GET", "/v1/instances/demo", Given(200, views.instance(instance)))
+    server.on("GET", "/v1/instances/i-1/allowed", Given(200, views.allowed(instance, answers, NOW_MS)))
+    server.on("GET", "/v1/policy", Given(200, described(by)))
+
+
+@pytest.mark.parametrize("role", ["member", "admin"])
+def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: ScriptedServer, role: str) -> None:
+    serve(
+        server, compile_named("standard"), role, vm_state=VmState.ACTIVE, task="rebooting",
+        silent_ms=20_000, running_ms=50_000,
+    )  # fmt: skip
+    ran = policy("explain", "demo", "stop")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("Refused: stop of demo (no_sign_of_life)")
+    assert "→ silent-power.stop" in ran.out
+    assert "in 2 min 40 s, at 12:03:02" in ran.out.replace("2026-03-01 ", "")
+    document = json.loads(policy("explain", "demo", "stop", "--json").out)
+    assert document["ways"][0] == {
+        "turn": "time", "value": None, "at_ms": NOW_MS + 160_000, "rule": "silent-power.stop", "by": [],
+        "text": "in 160s, if nothing shows life until then", "in_s": 160,
+    }  # fmt: skip
+
+
+def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, server: ScriptedServer) -> None:
+    server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none", tags=["gpu"])))
+    ran = policy("explain", "demo", "pause", "--policy", str(EXAMPLE))
+    assert ran.out.startswith("Refused: pause of demo, asked by a caller with the role member (idle_gpu)")
+    assert "if it has no tag 'gpu'  (rule pause-suspend)" in ran.out
+
+
+def test_an_answer_that_its_rules_do_not_lead_to_is_not_explained_wrongly(policy: Any, server: ScriptedServer) -> None:
+    serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
+    server.on("GET", "/v1/policy", Given(200, described(compile_named("propolis"))))
+    ran = policy("explain", "demo", "pause")
+    assert ran.out.startswith("Allowed: pause of demo")
+    assert "Ask again." in ran.out
+    assert "The rules asked" not in ran.out
+
+
+def test_every_state_and_operation_can_be_explained(policy: Any) -> None:
+    for state in VmState:
+        ran = policy("explain", state.value, Operation.STOP.value)
+        assert (ran.code, ran.err) == (0, ""), state
