@@ -286,6 +286,31 @@ def test_a_full_queue_and_what_is_held_tell_instances_apart() -> None:
     assert [answers.answer(Operation.STOP, row).reason for row in range(4)] == [None, "queue_full", "held", None]
 
 
+def test_what_was_launched_and_what_will_be_tell_instances_apart() -> None:
+    policy = made(rule(Verdict.DENY, launched=False), rule(Verdict.ADMIT))
+    stopped = VM_STATE_CODE[VmState.STOPPED]
+    now = {"launched": [False, True, True, False], "foreseen_launched": [True, True, True, True]}
+    fleet = Fleet.from_columns([stopped] * 4, foreseen_vm_state=stopped, **now)
+    denied, admitted = Answered.DENIED, Answered.ADMITTED
+    assert judge_fleet(fleet, policy).dispositions(Operation.STOP).tolist() == [denied, admitted, admitted, denied]
+    new = made(rule(Verdict.ADMIT, outstanding=frozenset({Operation.CREATE})), rule(Verdict.ADMIT, launched=True))
+    later = {"launched": False, "foreseen_launched": [False, True], "outstanding": BIT[Operation.CREATE]}
+    fleet = Fleet.from_columns([stopped] * 2, foreseen_vm_state=stopped, **later)
+    assert judge_fleet(fleet, new).dispositions(Operation.STOP).tolist() == [denied, admitted]
+
+
+def test_a_soft_stop_that_waits_at_the_front_is_no_hard_one() -> None:
+    policy = made(rule(Verdict.PREEMPT))
+    soft = queued(Operation.STOP, preempts=True)
+    hard = queued(Operation.STOP, preempts=True, parameters={"hard": True})
+    fleet = Fleet.of(
+        [msgspec.structs.replace(instance(VmState.ACTIVE), outstanding=(one,)) for one in (soft, hard)], START_MS
+    )
+    again, admitted = Answered.REDUNDANT, Answered.ADMITTED
+    assert judge_fleet(fleet, policy).dispositions(Operation.STOP).tolist() == [again, admitted]
+    assert judge_fleet(fleet, policy, hard=True).dispositions(Operation.STOP).tolist() == [admitted, again]
+
+
 def test_instances_that_no_rule_can_tell_apart_are_one_situation() -> None:
     policy = compile_named("standard")
     tagged = [instance(VmState.ACTIVE, tags=(f"only-{number}",)) for number in range(50)]
