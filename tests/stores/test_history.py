@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import apsw
 import msgspec
@@ -42,9 +43,7 @@ def asking(operation: Operation, request_id: str) -> Callable[[Instance, int], C
     return decide
 
 
-def all_rows(
-    path: Path, sql: str = "SELECT sequence, at_ms, kind, project FROM events ORDER BY sequence"
-) -> list[tuple]:
+def all_rows(path: Path, sql: str = "SELECT sequence, at_ms, kind, project FROM events ORDER BY sequence") -> list[Any]:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         return connection.execute(sql).fetchall()
