@@ -18,6 +18,7 @@ import msgspec
 from interlock.core.errors import Invalid
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
+_MAY_BE_ZERO = frozenset({"policy_explore_ms"})
 
 
 class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,7 +57,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     policy: str = "standard"
     """A built-in policy's name, or a policy file."""
     policy_explore_ms: int = 5_000
-    """For how long the reachable states of a policy are walked before it is put in force, where nobody says, in ms."""
+    """For how long the reachable states of a policy are walked before it is put in force, where nobody says, in ms;
+    0: not at all."""
     policy_explore_ms_max: int = 60_000
     """The longest that somebody who loads a policy may have it walked, in ms."""
     policy_check_ms_max: int = 30_000
@@ -152,5 +154,7 @@ def _check(config: Config) -> None:
         raise Invalid(f"listen_port is {config.listen_port}; a TCP port is 0 to 65535 (0: any free one).")
     for struct, prefix in ((config, ""), (config.driver, "driver.")):
         for field in msgspec.structs.fields(type(struct)):
-            if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) <= 0:
-                raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be positive.")
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) < least:
+                what = "positive" if least else "0 or more"
+                raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be {what}.")

@@ -259,6 +259,12 @@ class Server:
         )
         self._http = _Http(settings)
         self.url = _url(listening, tls=bool(config.tls_certificate))
+        with self._heeding_signals():
+            self._announce(started)
+            await self._http.serve(sockets=[listening])
+
+    def _announce(self, started: asyncio.Event | None) -> None:
+        """Say where the server listens. From now on it gets requests, and signals."""
         _write(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
         _LOG.info("serving", url=self.url, folder=str(self.folder), policy=self.policy.policy.name)
         # What was made until now stays; looking through it again and again would hold up everyone who asks.
@@ -267,12 +273,15 @@ class Server:
         gc.set_threshold(GC_ALLOCATIONS)
         if started is not None:
             started.set()
+
+    @contextlib.contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         handlers = {signal.SIGINT: self.stop, signal.SIGTERM: self.stop, signal.SIGHUP: self.reload}
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
-            await self._http.serve(sockets=[listening])
+            yield
         finally:
             for number in handlers:
                 loop.remove_signal_handler(number)

@@ -92,6 +92,10 @@ class Client:
         sent = {"Content-Type": "application/json", **(headers or {})}
         return self._checked(self._exchange("POST", path, msgspec.json.encode(value), sent, wait_s))
 
+    def put(self, path: str, value: Any, headers: Mapping[str, str] | None = None, *, wait_s: float = 0) -> Reply:
+        sent = {"Content-Type": "application/json", **(headers or {})}
+        return self._checked(self._exchange("PUT", path, msgspec.json.encode(value), sent, wait_s))
+
     def patch(self, path: str, value: Any, headers: Mapping[str, str] | None = None) -> Reply:
         sent = {"Content-Type": "application/json", **(headers or {})}
         return self._checked(self._exchange("PATCH", path, msgspec.json.encode(value), sent, 0))

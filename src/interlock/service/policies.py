@@ -190,14 +190,15 @@ class Policies:
         async with self._loading:
             try:
                 source = await asyncio.to_thread(Source.read, self._source.name)
+                if source == self._source and source.bundle == self.bundle:
+                    _LOG.info("the policy was read again, and is the one in force", policy=self.now.name)
+                    return
                 loaded = await self._load(source.bundle, Terms(), SwitchSource.RELOADED, _SERVER, source)
             except (PolicyError, StoreError) as error:
                 _LOG.error("the policy was not reloaded", why=error.message, remedy=error.remedy, stays=self.now.name)
                 return
         if not loaded.proof.holds:
             _LOG.error("the policy was not reloaded", stays=self.now.name, **_against(loaded.proof))
-        elif loaded.after is loaded.before:
-            _LOG.info("the policy was read again, and is the one in force", policy=self.now.name)
 
     @asynccontextmanager
     async def _alone(self, if_digest: str | None) -> AsyncIterator[None]:
@@ -218,7 +219,7 @@ class Policies:
     ) -> Loaded:
         proof = await self._prover.prove(bundle, self._explore_for_ms(terms.explore_seconds))
         before = self.now
-        same = bundle == self.bundle and terms.outstanding is Outstanding.KEEP and configured in {None, self._source}
+        same = bundle == self.bundle and terms.outstanding is Outstanding.KEEP and configured is None
         if proof.policy is None or not proof.holds or terms.dry_run or same:
             return Loaded(proof=proof, before=before, after=before)
         where = configured or self._source
