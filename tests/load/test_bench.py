@@ -9,7 +9,15 @@ import pytest
 from interlock.testing import bench
 
 FIGURES = {
-    "decisions": {"decide_us", "admit_us", "refuse_us", "decisions_per_s"},
+    "decisions": {
+        *("decide_us", "admit_us", "refuse_us", "decisions_per_s"),
+        *("decide_short_policy_us", "decide_long_policy_us", "decide_piled_policy_us"),
+    },
+    "fleet_decisions": {
+        *("instances", "situations", "decisions_per_s", "unalike_decisions_per_s"),
+        *("short_policy_decisions_per_s", "long_policy_decisions_per_s"),
+    },
+    "replaying": {"submissions", "rows_per_s", "replay_s"},
     "durable_admissions": {"callers", "admissions_per_s"},
     "http_admissions": {"connections", "admissions_per_s", "median_ms", "p99_ms"},
     "whole_operations": {"callers", "operations_per_s"},

@@ -1,4 +1,4 @@
-"""How long the gate takes: one look-up in the policy, and one whole admission."""
+"""How long the gate takes: one look-up in the policy, in policies of other lengths too, and one whole admission."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from interlock.core.admission import admit, look
 from interlock.core.lifecycle import take
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy
+from interlock.core.policy import CompiledPolicy, View
 from interlock.core.records import Instance, Submission
-from interlock.core.states import VmState
+from interlock.core.states import NO_TASK, VmState
 from interlock.policies.reading import load
+from interlock.testing.bench import policy_lengths
 from interlock.testing.bench.fleet import scaled
 
 _NUMBER = 20_000
@@ -29,12 +30,32 @@ def measure(_folder: Path, scale: float = 1.0) -> dict[str, float]:
     looked_up = _microseconds(lambda: policy.decide(view), number)
     admitted = _microseconds(lambda: admit(idle, reboot, policy, 0), number)
     refused = _microseconds(lambda: admit(busy, stop, policy, 60_000), number)
+    lengths = {
+        "decide_short_policy_us": policy_lengths.spread(policy_lengths.SHORT),
+        "decide_long_policy_us": policy_lengths.spread(policy_lengths.LONG),
+        "decide_piled_policy_us": policy_lengths.piled(policy_lengths.LONG),
+    }
     return {
         "decide_us": looked_up,
         "admit_us": admitted,
         "refuse_us": refused,
         "decisions_per_s": round(1e6 / looked_up),
+        **{name: _across(other, number) for name, other in lengths.items()},
     }
+
+
+def _across(policy: CompiledPolicy, number: int) -> float:
+    """The mean of one decision of each operation in each of two states, so that no cell is a lucky one."""
+    views = [
+        View(operation, vm_state, NO_TASK) for operation in Operation for vm_state in (VmState.ACTIVE, VmState.STOPPED)
+    ]
+
+    def decide_all() -> None:
+        for view in views:
+            policy.decide(view)
+
+    decide_all()
+    return round(_microseconds(decide_all, max(1, number // (20 * len(views)))) / len(views), 3)
 
 
 def _microseconds(call: object, number: int) -> float:
