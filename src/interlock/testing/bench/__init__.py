@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only or MEASURES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         try:
-            report[name] = _repeat(MEASURES[name], max(1, options.repeat), options.folder, options.scale)
+            # A server that is measured may have something to tell, and standard output is the document's.
+            with contextlib.redirect_stdout(sys.stderr):
+                report[name] = _repeat(MEASURES[name], max(1, options.repeat), options.folder, options.scale)
         except Exception as error:  # noqa: BLE001 - one that cannot be measured must not hide the others
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(report, indent=2))

@@ -1,7 +1,8 @@
 """How many decisions a second the gate for fleets gives: every operation, for each of a million instances.
 
 One in twenty instances is busy, alone or with one request more that waits; the rest are left alone, and ages are
-anything up to a day. Measured is the whole answer: the disposition, the rule that decided, and from when time admits it.
+anything up to a day. Measured is the whole answer: the disposition, the rule that decided, and when it would be
+admitted.
 """
 
 from __future__ import annotations
