@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import Policy
 from interlock.policies.dead_rules import DeadRules
-from interlock.policies.findings import Finding, Severity, file_of
+from interlock.policies.findings import Finding, Severity, file_of, file_of_place
 from interlock.policies.reaching import Reaching
-from interlock.policies.reading import PolicyText, read
+from interlock.policies.reading import PolicyText, builtin_names, read
 from interlock.policies.strange_verdicts import StrangeVerdicts
 from interlock.policies.ways_out import WaysOut
 
@@ -31,16 +34,15 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     With `performs`, the operations of a driver, also what the policy admits and nobody would perform. Of a bare policy
     that extends another, the file of its first rule that is not fixed counts as its own.
     """
-    own = policy.source if isinstance(policy, PolicyText) else None
-    rules = (policy.policy if isinstance(policy, PolicyText) else policy).rules
     subject = policy.policy if isinstance(policy, PolicyText) else policy
-    if not rules:
+    if not subject.rules:
         return ()
-    reaching = Reaching(rules)
-    dead = DeadRules(reaching, _own_file(subject) if own is None else own)
+    own = policy.source if isinstance(policy, PolicyText) else _own_file(subject)
+    reaching = Reaching(subject.rules)
+    dead = DeadRules(reaching, own)
     ways_out = WaysOut(subject, reaching)
     strange = StrangeVerdicts(reaching, dead, ways_out)
-    found = [*dead.findings(), *ways_out.findings(), *strange.findings()]
+    found = [_inherited(one, own) for one in (*dead.findings(), *ways_out.findings(), *strange.findings())]
     if performs is not None:
         found += strange.unperformed(performs)
     positions = {one.id: number for number, one in enumerate(dead.written)}
@@ -64,6 +66,23 @@ def unreadable(error: PolicyError, name: str) -> Finding:
     return Finding(
         severity=Severity.ERROR, code="unreadable", rule=None, place=place, message=message, remedy=error.remedy
     )
+
+
+def _inherited(finding: Finding, own: str) -> Finding:
+    """What a policy has from a built-in one as it is, is no news to whoever extends that, and only a detail."""
+    file = file_of_place(finding.place)
+    if file == own or (finding.code, finding.rule, finding.message) not in _of_builtin(file):
+        return finding
+    return msgspec.structs.replace(finding, severity=Severity.NOTE, detail=True)
+
+
+@cache
+def _of_builtin(file: str) -> frozenset[tuple[str, str | None, str]]:
+    """What is found in a policy that comes with Interlock; nothing if that is not one's file."""
+    name = file.removesuffix(".toml")
+    if name not in builtin_names() or file == name:
+        return frozenset()
+    return frozenset((one.code, one.rule, one.message) for one in check(read(name)))
 
 
 def _own_file(policy: Policy) -> str:

@@ -84,8 +84,13 @@ def _base_id(rule: Rule) -> str:
 
 def file_of(rule: Rule) -> str:
     """The file in which a rule stands."""
-    found = _PLACE.fullmatch(rule.source)
-    return found.group(1) if found else rule.source
+    return file_of_place(rule.source)
+
+
+def file_of_place(place: str) -> str:
+    """The file of a `file:line`, or of a `file:line:column`."""
+    found = _PLACE.fullmatch(place)
+    return found.group(1) if found else place
 
 
 def some(words: Iterable[str], most: int = _SHOWN_MAX) -> str:

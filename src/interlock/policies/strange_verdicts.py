@@ -6,6 +6,7 @@ And the gap that makes a driver panic: an operation admitted in a state in which
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Final
 
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
@@ -15,6 +16,7 @@ from interlock.policies.dead_rules import DeadRules
 from interlock.policies.durations import format_seconds
 from interlock.policies.findings import Finding, Severity, Written, file_of, operations_text, some, states_text
 from interlock.policies.reaching import Cell, Literal, Reaching, can_be_together
+from interlock.policies.reading import builtin_names, load
 from interlock.policies.ways_out import DELETIONS, WaysOut, permits_somewhen
 
 Variant = tuple[Operation, bool]
@@ -160,12 +162,16 @@ class StrangeVerdicts:
                 if self._is_gap(rule, number, cell):
                     there = inside if cell.vm_state in self._ways_out.inhabited else outside
                     there.setdefault(cell.vm_state, set()).add(cell.operation)
-        for found, severity in ((inside, Severity.ERROR), (outside, Severity.NOTE)):
+        # What the policies that come with Interlock admit is known, and its drivers are tested with it.
+        shipped = one.rule in _shipped(one.file)
+        for found, severity, when in (
+            (inside, Severity.WARNING if shipped else Severity.ERROR, ""),
+            (outside, Severity.NOTE, " (only a reset puts an instance there)"),
+        ):
             if found:
-                unless = "" if severity is Severity.ERROR else " (only a reset puts an instance there)"
                 yield _finding(
                     one, severity, "not-performable",
-                    f"{one.id!r} admits {_products(found)}, where no driver performs it{unless}.",
+                    f"{one.id!r} admits {_products(found)}, where no driver performs it{when}.",
                     'Narrow vm_state; "@sources" is wherever the operation can be performed.',
                 )  # fmt: skip
 
@@ -257,6 +263,13 @@ def _cycles(edges: dict[Variant, dict[Variant, Rule]]) -> Iterator[tuple[Variant
             if one in edges.get(other, {}) and pair not in told:
                 told.add(pair)
                 yield (one,) if one == other else (one, other)
+
+
+@cache
+def _shipped(file: str) -> frozenset[Rule]:
+    """The rules of a policy that comes with Interlock; none if that file is not one's."""
+    name = file.removesuffix(".toml")
+    return frozenset(load(name).rules) if name in builtin_names() and file != name else frozenset()
 
 
 def _products(found: dict[VmState, set[Operation]]) -> str:
