@@ -1,4 +1,4 @@
-"""A bounded walk through every state that an instance can get into under a policy, which checks the laws in each.
+"""The walk with the core's own objects: slow, and the reference for the walk on packed states.
 
 From each starting state everything that can happen is tried, breadth first, so that the first violation found is told
 by the shortest story there is. States are told apart by what a decision can depend on: ids and absolute times are
@@ -11,6 +11,8 @@ these: from every state the instance must get deleted although no worker but tha
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -33,6 +35,7 @@ from interlock.core.records import (
     Submission,
 )
 from interlock.core.states import VmState
+from interlock.policies.exploring.explorations import Exploration, Violation
 from interlock.policies.laws import Breach, Deed, Step, check, explained, position
 from interlock.policies.likeness import Ages, phases_told_apart, told_apart
 
@@ -41,31 +44,6 @@ DEFAULT_STATES_MAX: Final = 200_000
 
 _encode = msgspec.json.Encoder().encode
 _Key = tuple[Any, ...]
-
-
-class Violation(msgspec.Struct, frozen=True, kw_only=True):
-    """A law that does not hold, and the shortest story that shows it."""
-
-    law: int
-    what: str
-    story: tuple[str, ...]
-    """Events of `interlock rehearse`, one JSON object a line; the last one breaks the law, or leads to where it
-    does not hold. `{"adopt": true}` stands for a worker that was lost and whose request was taken over by another."""
-
-
-class Exploration(msgspec.Struct, frozen=True, kw_only=True):
-    """What a walk found."""
-
-    states: int
-    transitions: int
-    """How many steps were tried, refused submissions included."""
-    complete: bool
-    """False if the walk ended at its bound of states; what lies behind was then not looked at."""
-    operations: tuple[Operation, ...]
-    """Those that were submitted, one for each group that nothing tells apart."""
-    outstanding_max: int
-    violations: tuple[Violation, ...]
-    """The first story of each way in which a law was broken, shortest first."""
 
 
 class _Node(msgspec.Struct, frozen=True):
@@ -85,6 +63,7 @@ def explore(
     starts: Iterable[VmState] = (VmState.BUILDING,),
     outstanding_max: int = 3,
     states_max: int = DEFAULT_STATES_MAX,
+    seconds_max: float | None = None,
     role: str = "member",
     goal: VmState = VmState.DELETED,
 ) -> Exploration:
@@ -92,9 +71,10 @@ def explore(
 
     Operations that lead to `goal` may stand on top of that bound, since they must always be able to come in.
     """
+    started = time.monotonic()
     walk = _Walk(policy, operations, outstanding_max, states_max, role, goal)
-    walk.run(starts)
-    return walk.result()
+    walk.run(starts, math.inf if seconds_max is None else started + seconds_max)
+    return walk.result(time.monotonic() - started)
 
 
 class _Walk:
@@ -135,16 +115,17 @@ class _Walk:
         distinguished = any(rule.hard is not None and operation in rule.operations for rule in self.policy.rules)
         return ({}, {"hard": True}) if distinguished or hard else ({},)
 
-    def run(self, starts: Iterable[VmState]) -> None:
+    def run(self, starts: Iterable[VmState], until_s: float) -> None:
         for vm_state in starts:
             instance = Instance(
                 id="i", name="i", project="p", host="h", vm_state=vm_state, updated_at_ms=START_MS, fence=1
             )
-            event = {"instance": {"vm_state": vm_state.value}}
+            event = {"instance": {"vm_state": vm_state.value, "role": self.role}}
             self._add(_Node(instance, START_MS, 0, -1, event))
-        while self.looked_at < len(self.nodes):
+        while self.looked_at < len(self.nodes) and time.monotonic() < until_s:
             self._look_at(self.looked_at)
             self.looked_at += 1
+        self.open_ends.update(range(self.looked_at, len(self.nodes)))
         self._check_never_stuck()
 
     def _look_at(self, index: int) -> None:
@@ -338,14 +319,16 @@ class _Walk:
         lines = tuple(_encode(event).decode() for event in reversed(story))
         self.violations[key] = Violation(law=breach.law, what=breach.what, story=lines)
 
-    def result(self) -> Exploration:
+    def result(self, seconds: float) -> Exploration:
         return Exploration(
             states=len(self.nodes),
+            compared=len(self.nodes),
             transitions=self.transitions,
             complete=not self.open_ends,
             operations=self.operations,
             outstanding_max=self.outstanding_max,
             violations=tuple(sorted(self.violations.values(), key=lambda violation: len(violation.story))),
+            seconds=seconds,
         )
 
 

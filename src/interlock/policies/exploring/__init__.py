@@ -1,0 +1,12 @@
+"""Walking through every state that an instance can get into under a policy, and checking the laws in each.
+
+`by_objects` walks with the core itself, and is the reference. The rest walks on packed states, a hundred times as fast:
+see docs/decisions/0006-the-packed-walk.md.
+"""
+
+from __future__ import annotations
+
+from interlock.policies.exploring.by_objects import DEFAULT_STATES_MAX, describe, explore
+from interlock.policies.exploring.explorations import Exploration, Violation
+
+__all__ = ["DEFAULT_STATES_MAX", "Exploration", "Violation", "describe", "explore"]
