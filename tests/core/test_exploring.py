@@ -105,7 +105,7 @@ def test_a_policy_that_keeps_delete_out_of_a_reboot_breaks_law_5() -> None:
     assert broken_laws(exploration) == {5}
     first = exploration.violations[0]
     assert [json.loads(line) for line in first.story[:3]] == [
-        {"instance": {"vm_state": "active"}},
+        {"instance": {"vm_state": "active", "role": "member"}},
         {"submit": "reboot"},
         {"take": "state"},
     ]

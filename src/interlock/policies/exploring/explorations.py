@@ -22,7 +22,7 @@ class Violation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
-    """What is possible in one vm_state and task_state if the worker there never reports again, however long one waits."""
+    """What is possible in one vm_state and task_state if the worker there never reports again."""
 
     vm_state: VmState
     task_state: str
