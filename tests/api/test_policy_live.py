@@ -574,3 +574,39 @@ async def test_a_reload_brings_the_configured_policy_back_after_another_was_load
     await house.server.policies.reload()
     assert house.server.policy.policy.name == "first"
     await house.server.close()
+
+
+# ---------------------------------------------------------------------------------------------------- under many askers
+
+
+async def test_each_of_many_decisions_is_made_wholly_by_one_policy(admin: httpx.AsyncClient) -> None:
+    vm = await make(admin, "vm", start=False)
+    switching = True
+
+    async def keep_asking() -> int:
+        asked = 0
+        while switching:
+            assert (await ask(admin, "pause")).status_code == 409
+            asked += 1
+        return asked
+
+    asking = [asyncio.create_task(keep_asking()) for _ in range(8)]
+    for place in range(3):
+        await put(admin, NO_PAUSE, outstanding=("keep", "rejudge")[place % 2])
+        await admin.post("/v1/policy/rollback", json={"explore_seconds": 0})
+    switching = False
+    asked = sum(await asyncio.gather(*asking))
+    events: list[dict[str, Any]] = []
+    while page := (await admin.get(f"/v1/instances/{vm['id']}/events", params=_after(events))).json()["items"]:
+        events += page
+    denied = [event["data"] for event in events if event["kind"] == "request.denied"]
+    assert len(denied) == asked
+    assert all((one["policy"]["name"] == "no-pause") == (one["rule"] == "no-pause") for one in denied)
+    names = [one["policy"]["name"] for one in denied]
+    turns = [name for place, name in enumerate(names) if place == 0 or names[place - 1] != name]
+    assert set(turns) == {"patient", "no-pause"}
+    assert len(turns) <= 7
+
+
+def _after(events: list[dict[str, Any]]) -> dict[str, int]:
+    return {"after": events[-1]["sequence"] if events else 0, "limit": 500}
