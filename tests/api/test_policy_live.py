@@ -156,6 +156,9 @@ async def test_a_text_may_be_sent_as_it_is_with_its_terms_in_the_query(admin: ht
     assert (await in_force(admin))["name"] == "patient"
     wrong = await admin.put("/v1/policy", content=NO_PAUSE.encode(), headers=headers, params={"dry_run": "perhaps"})
     assert (wrong.status_code, wrong.json()["type"]) == (422, "urn:interlock:problem:invalid")
+    for seconds in ("nan", "inf", "-1", "1e300"):
+        absurd = await admin.put("/v1/policy", json={"name": "take2"}, params={"explore_seconds": seconds})
+        assert absurd.status_code == 422, seconds
     binary = await admin.put("/v1/policy", content=b"\xff\xfe", headers=headers)
     assert binary.status_code == 422
 

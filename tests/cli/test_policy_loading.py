@@ -152,6 +152,12 @@ def test_a_file_that_is_not_there_is_a_usage_error_and_nothing_is_asked(
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+def test_an_absurd_time_to_explore_is_a_usage_error(server: ScriptedServer, interlock: Interlock, seconds: str) -> None:
+    ran = interlock("policy", "load", "take2", "--explore", seconds)
+    assert (ran.code, server.asked) == (2, [])
+
+
 def test_a_name_that_no_policy_has_is_a_usage_error(server: ScriptedServer, interlock: Interlock) -> None:
     problem = {"type": "urn:interlock:problem:policy", "title": "…", "status": 422, "detail": "There is no 'x'."}
     server.on("PUT", "/v1/policy", Given(422, problem, "application/problem+json"))

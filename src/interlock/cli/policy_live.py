@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -28,6 +29,13 @@ _COLOURS: Final = {"error": "red", "warning": "yellow", "note": None}
 _HOW: Final = {"configured": "configured", "reloaded": "reloaded", "loaded": "loaded", "rolled_back": "rolled back"}
 
 
+def _number(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """What may be anything that a float can, except not a number."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number of seconds.")
+    return value
+
+
 def _terms(command: CommandT) -> CommandT:
     """The options that say on which terms a policy is put in force."""
     for option in (
@@ -37,6 +45,7 @@ def _terms(command: CommandT) -> CommandT:
             "explore_seconds",
             type=click.FloatRange(0, 86_400),
             metavar="SECONDS",
+            callback=_number,
             help="How long the server walks the reachable states first; 0: not at all.",
         ),
         click.option(

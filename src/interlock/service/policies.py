@@ -256,9 +256,10 @@ class Policies:
     def _explore_for_ms(self, seconds: float | None) -> int:
         if seconds is None:
             return min(self._explore_ms, self._explore_ms_max)
-        if seconds * 1000 > self._explore_ms_max:
+        # Not a number is neither more nor less than anything.
+        if not 0 <= seconds * 1000 <= self._explore_ms_max:
             most = f"{self._explore_ms_max / 1000:g}"
-            raise Invalid(f"explore_seconds: {seconds:g} is more than this server allows ({most}).")
+            raise Invalid(f"explore_seconds: {seconds:g}; this server allows 0 to {most}.")
         return round(seconds * 1000)
 
     # ------------------------------------------------------------------------------------------ after a switch
