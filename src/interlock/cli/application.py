@@ -9,7 +9,18 @@ from typing import Any
 
 import click
 
-from interlock.cli import inquiries, inventory, policy, protecting, reference, server, watching
+from interlock.cli import (
+    inquiries,
+    inventory,
+    policy,
+    policy_checks,
+    policy_history,
+    policy_live,
+    protecting,
+    reference,
+    server,
+    watching,
+)
 from interlock.cli.demo import demo
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
@@ -35,6 +46,13 @@ COMMANDS: tuple[click.Command, ...] = (
     server.version,
     reference.reference,
 )
+
+POLICY_COMMANDS: tuple[click.Command, ...] = (
+    *policy_checks.COMMANDS,
+    *policy_history.COMMANDS,
+    *policy_live.COMMANDS,
+)
+"""What `interlock policy` has besides `show`, in the order in which a policy is written, tried and switched on."""
 
 
 class _ReaderGone(Exception):
@@ -75,6 +93,8 @@ def build(*more: click.Command) -> click.Group:
     for command in (*COMMANDS, *more):
         interlock.add_command(command)
     inventory.token_commands.add_command(server.recover_token)
+    for command in POLICY_COMMANDS:
+        policy.policy_commands.add_command(command)
     vm_commands.add_command(protecting.protect)
     vm_commands.add_command(protecting.unprotect)
     return interlock
