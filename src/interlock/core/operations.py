@@ -163,11 +163,12 @@ _ENTRIES = (
         on_failure=_V.ERROR,
         interruptible=True,
     ),
-    # A start from `building` is change 880's: its instances are made not started.
+    # A start from `building` is change 880's: its instances are made not started. One that was resized while it was
+    # stopped is started with its new size.
     _state(
         _O.START,
         "powering_on",
-        {_V.BUILDING, _V.STOPPED, _V.ERROR},
+        {_V.BUILDING, _V.STOPPED, _V.RESIZED, _V.ERROR},
         _V.ACTIVE,
         on_failure=_V.ERROR,
         interruptible=True,
