@@ -189,6 +189,7 @@ class Server:
         self.ready = False
         for reloading in self._reloading:
             reloading.cancel()
+        await asyncio.gather(*self._reloading, return_exceptions=True)
         self.instances.close()
         await self.agent.close()
         await self.store.close()

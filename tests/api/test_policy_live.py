@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from api.conftest import Door, make
 from api.test_gate_by_http import ask, freeze_in_pause
@@ -547,6 +548,23 @@ async def test_a_loaded_policy_that_cannot_be_read_any_more_makes_way_for_the_co
 
     monkeypatch.setattr(sources, "read", fail)
     assert await house.start() == "first"
+    await house.server.close()
+
+
+async def test_a_text_that_means_something_else_to_a_later_version_is_kept_with_its_new_digest(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interlock.policies import sources
+
+    await house.start()
+    await house.load(sent(NO_PAUSE))
+    await house.server.close()
+    read = sources.read
+    monkeypatch.setattr(sources, "read", lambda bundle: replace(read(bundle), digest="e" * 64))
+    assert await house.start() == "no-pause"
+    now, loaded, _ = await house.server.policies.history(10)
+    assert (now.digest, now.name, now.by, now.source) == ("e" * 64, "no-pause", "server", loaded.source)
+    assert await house.server.policies.text(now.number) == await house.server.policies.text(loaded.number)
     await house.server.close()
 
 

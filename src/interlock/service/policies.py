@@ -137,9 +137,7 @@ class Policies:
         except PolicyError as error:
             await self._begin(last, f"{last.name}, which was loaded live, cannot be read any more: {error.message}")
             return
-        if policy.digest != last.digest:
-            _LOG.warning("the policy in force does not mean what it did when it was loaded", policy=last.name)
-        self.now = msgspec.structs.replace(last, digest=policy.digest, name=policy.name)
+        self.now = last if policy.digest == last.digest else await self._with_its_meaning(last, policy)
         await self._bind(policy)
         what = "loaded live, stays in force" if live else "configured, is in force"
         _LOG.info(f"the policy that was {what}", policy=policy.name, digest=policy.digest, since_switch=last.number)
@@ -155,6 +153,13 @@ class Policies:
         _LOG.info("the configured policy comes into force", policy=policy.name, digest=policy.digest, why=why)
         if last is not None:
             await self._judge_again()
+
+    async def _with_its_meaning(self, last: PolicySwitch, policy: Policy) -> PolicySwitch:
+        """Keep that a text means something else to this version, so that every digest that decisions tell is known."""
+        _LOG.warning("the policy in force does not mean what it did when it was loaded", policy=last.name)
+        now_ms = self._store.now_ms()
+        switch = msgspec.structs.replace(last, digest=policy.digest, name=policy.name, at_ms=now_ms, by=_SERVER)
+        return msgspec.structs.replace(switch, number=await self._store.switch_policy(switch, self.bundle))
 
     async def _bind(self, policy: Policy) -> None:
         earlier = await promises.found(self._store, self._performs)
