@@ -17,6 +17,7 @@ from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, 
 from interlock.core.records import Admitted, Denied, Disposition, Instance, Redundant, Request, Status, Submission
 from interlock.core.states import VmState
 from interlock.policies import fleet_gate, fleet_situations
+from interlock.policies.fleet_comparisons import compare
 from interlock.policies.fleet_gate import Answered, FleetAnswers, judge_fleet, which
 from interlock.policies.fleet_situations import marks, situations
 from interlock.policies.fleets import TASK_CODE, VM_STATE_CODE, Fleet
@@ -391,3 +392,28 @@ def test_a_fleet_sees_every_condition_that_a_rule_may_have() -> None:
 def test_columns_that_are_no_fleet_are_refused(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fleet.from_columns(**columns)
+
+
+def test_two_policies_are_compared_by_the_rules_that_make_the_difference() -> None:
+    fleet = Fleet.of(
+        [instance(VmState.ACTIVE), instance(VmState.STOPPED), instance(VmState.ACTIVE), instance(VmState.PAUSED)],
+        START_MS,
+    )
+    active = frozenset({VmState.ACTIVE})
+    before = made(rule(Verdict.DENY, id="not-paused", vm_states=frozenset({VmState.PAUSED})), rule(Verdict.ADMIT))
+    after = made(rule(Verdict.DENY, id="not-active", vm_states=active, reason="busy"), rule(Verdict.ADMIT))
+    stop = [Operation.STOP]
+    refused, gained = compare(judge_fleet(fleet, before, operations=stop), judge_fleet(fleet, after, operations=stop))
+    assert (refused.instances, refused.examples, refused.rule_before, refused.rule_after) == (
+        *(2, (0, 2)),
+        *("admit", "not-active"),
+    )
+    assert (refused.before, refused.after, refused.reason_after) == (Answered.ADMITTED, Answered.DENIED, "busy")
+    assert (gained.instances, gained.examples, gained.reason_before) == (1, (3,), "not_allowed")
+    assert compare(judge_fleet(fleet, before), judge_fleet(fleet, before)) == ()
+
+
+def test_answers_of_two_fleets_are_not_compared() -> None:
+    answers = [judge_fleet(Fleet.of([instance(VmState.ACTIVE)], START_MS), compile_named("standard")) for _ in range(2)]
+    with pytest.raises(ValueError, match="Only answers of one fleet"):
+        compare(*answers)
