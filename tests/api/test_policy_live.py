@@ -481,7 +481,12 @@ class House:
         self.file = folder.parent / "site.toml"
         self.file.write_text('[policy]\nname = "first"\nextends = "standard"\n')
         self.config = Config(
-            data_dir=str(folder), hypervisor="simulated", host="here", policy=str(self.file), driver=QUICK
+            data_dir=str(folder),
+            hypervisor="simulated",
+            host="here",
+            policy=str(self.file),
+            policy_explore_ms=0,
+            driver=QUICK,
         )
         self.server: Server
 
