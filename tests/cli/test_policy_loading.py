@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
 import pytest
 
 from cli.conftest import Interlock, Ran
 from cli.scripted_server import Given, ScriptedServer
 from interlock.api.policy_schemas import PolicyLoaded, PolicyName, PolicyWalk
-from interlock.cli.application import run
-from interlock.cli.policy_live import COMMANDS
 from interlock.core.policy_switches import Outstanding
 from interlock.testing.real_server import RealServer
 
@@ -36,25 +33,6 @@ reason = "no_pause"
 ASKED_MAX = 5_000
 """How often the server is asked for something else while it reloads its policy."""
 DEAD_RULE = BASE + '\n[[rule]]\nid = "never"\noperations = ["pause"]\nverdict = "admit"\n'
-
-
-def tree() -> click.Group:
-    """The commands by themselves, as the program has them."""
-    root = click.Group("interlock")
-    root.add_command(click.Group("policy", commands=list(COMMANDS)))
-    return root
-
-
-@pytest.fixture
-def interlock(folder: Path, capsys: pytest.CaptureFixture[str]) -> Interlock:
-    """Run a command line in this process, against the scripted server."""
-
-    def call(*arguments: str, **environment: str) -> Ran:
-        code = run(tree(), arguments, {"INTERLOCK_DATA_DIR": str(folder), **environment})
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
-
-    return call
 
 
 def loaded(**changes: Any) -> PolicyLoaded:
