@@ -15,7 +15,7 @@ FIGURES = {
     },
     "fleet_decisions": {
         *("instances", "situations", "decisions_per_s", "unalike_decisions_per_s"),
-        *("short_policy_decisions_per_s", "long_policy_decisions_per_s"),
+        *("short_policy_decisions_per_s", "long_policy_decisions_per_s", "instances_read_per_s"),
     },
     "replaying": {"submissions", "rows_per_s", "replay_s"},
     "durable_admissions": {"callers", "admissions_per_s"},

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from interlock.core.admission import admit
 from interlock.core.lifecycle import take
@@ -29,6 +30,7 @@ from interlock.testing.bench.fleet import scaled
 
 _INSTANCES: Final = 1_000_000
 _UNALIKE: Final = 100_000
+_RECORDS: Final = 50_000
 _SEED: Final = 3
 _DAY_MS: Final = 86_400_000
 _LEFT_ALONE: Final = {
@@ -58,17 +60,15 @@ def measure(_folder: Path, scale: float = 1.0) -> dict[str, float]:
         "unalike_decisions_per_s": _rate(policy, unalike),
         "short_policy_decisions_per_s": _rate(short, fleet),
         "long_policy_decisions_per_s": _rate(long, fleet),
+        "instances_read_per_s": _reading_rate(policy, scaled(_RECORDS, scale)),
     }
 
 
 def mixture(policy: CompiledPolicy, count: int) -> Fleet:
     """A fleet of `count` instances, most of them left alone; always the same one."""
     random = np.random.default_rng(_SEED)
-    calm = [_idle(vm_state) for vm_state in _LEFT_ALONE]
-    busy = [one for vm_state in (VmState.BUILDING, *_LEFT_ALONE) for one in _busy(_idle(vm_state), policy)]
-    kinds = Fleet.of([*calm, *busy], 0)
-    shares = np.array([*_LEFT_ALONE.values(), *[_BUSY / len(busy)] * len(busy)])
-    rows = kinds.rows(random.choice(len(kinds), size=count, p=shares / shares.sum()))
+    kinds, shares = _kinds(policy)
+    rows = Fleet.of(kinds, 0).rows(random.choice(len(kinds), size=count, p=shares))
     silent_ms = random.integers(0, _DAY_MS, count)
     return msgspec.structs.replace(
         rows,
@@ -77,6 +77,24 @@ def mixture(policy: CompiledPolicy, count: int) -> Fleet:
         silent_ms=silent_ms,
         running_ms=silent_ms + random.integers(0, _DAY_MS, count),
     )
+
+
+def _kinds(policy: CompiledPolicy) -> tuple[list[Instance], NDArray[np.float64]]:
+    """What instances there are in the fleet, and the share of each."""
+    calm = [_idle(vm_state) for vm_state in _LEFT_ALONE]
+    busy = [one for vm_state in (VmState.BUILDING, *_LEFT_ALONE) for one in _busy(_idle(vm_state), policy)]
+    shares = np.array([*_LEFT_ALONE.values(), *[_BUSY / len(busy)] * len(busy)])
+    return [*calm, *busy], shares / shares.sum()
+
+
+def _reading_rate(policy: CompiledPolicy, count: int) -> int:
+    """How many records a second become rows."""
+    kinds, shares = _kinds(policy)
+    chosen = np.random.default_rng(_SEED).choice(len(kinds), size=count, p=shares)
+    instances = [kinds[number] for number in chosen]
+    started = time.perf_counter()
+    Fleet.of(instances, 0)
+    return round(count / (time.perf_counter() - started))
 
 
 def _rate(policy: CompiledPolicy, fleet: Fleet) -> int:
