@@ -43,6 +43,8 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     ways_out = WaysOut(subject, reaching)
     strange = StrangeVerdicts(reaching, dead, ways_out)
     found = [_inherited(one, own) for one in (*dead.findings(), *ways_out.findings(), *strange.findings())]
+    if reaching.exhausted:
+        found.append(_exhausted(own))
     if performs is not None:
         found += strange.unperformed(performs)
     positions = {one.id: number for number, one in enumerate(dead.written)}
@@ -65,6 +67,18 @@ def unreadable(error: PolicyError, name: str) -> Finding:
     place, message = (found.group(1), found.group(2)) if found else (f"{name}:1", error.message)
     return Finding(
         severity=Severity.ERROR, code="unreadable", rule=None, place=place, message=message, remedy=error.remedy
+    )
+
+
+def _exhausted(own: str) -> Finding:
+    return Finding(
+        severity=Severity.NOTE,
+        code="not-all-seen",
+        rule=None,
+        place=f"{own}:1",
+        message="The rules are too many and too intricate to be taken apart within bounds: some that never decide may "
+        "not have been found.",
+        remedy="Write fewer rules, with fewer conditions each.",
     )
 
 

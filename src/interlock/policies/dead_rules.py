@@ -7,14 +7,16 @@ asked before it take all that it is about. Where a region is too intricate to be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cached_property
 
-from interlock.core.operations import TASK_OPERATION, Operation
+from interlock.core.operations import Operation
 from interlock.core.policy import Rule
 from interlock.policies.findings import Finding, Severity, Written, file_of, operations_text, some, written
 from interlock.policies.reaching import Cell, Literal, Reaching, states_of
 
+_CAUSES_MAX = 40
+"""Of how many rules it is found out which are needed to keep another from deciding."""
 _CELLS_MAX = 200
 """In how many cells two rules are compared, at most: a pair that meets does so in the first few."""
 
@@ -101,34 +103,30 @@ class DeadRules:
     def _causes(self, one: Written, operations: Container[Operation] = frozenset(Operation)) -> list[int]:
         """The rules before it that take what it is about."""
         return self.takers(
-            (number, cell)
-            for number in one.numbers
-            for cell in self._reaching.matching(number)
-            if cell.operation in operations
+            {
+                number: [cell for cell in self._reaching.matching(number) if cell.operation in operations]
+                for number in one.numbers
+            }
         )
 
-    def takers(self, places: Iterable[tuple[int, Cell]], *more: Literal) -> list[int]:
-        """The rules that take from others what those are about, so far as `more` holds, in some cells.
+    def takers(self, cells: Mapping[int, Iterable[Cell]], *more: Literal) -> list[int]:
+        """The rules that take from others what those are about, so far as `more` holds, in some of their cells.
 
         No more of them than it needs, those that take most first.
         """
         taken: Counter[int] = Counter()
-        unlike: dict[tuple[int, frozenset[int], str], Cell] = {}
-        for number, cell in places:
-            if not self._reaching.can_hold(number, cell, *more):
-                continue
-            before = [
-                earlier
-                for earlier in self._reaching.asked(cell)
-                if earlier < number and self._reaching.overlapping(number, earlier, cell, *more)
-            ]
-            taken.update(before)
-            unlike.setdefault((number, frozenset(before), TASK_OPERATION.get(cell.task_state, "")), cell)
-        needed = dict.fromkeys(earlier for earlier, _ in sorted(taken.items(), key=lambda item: (-item[1], -item[0])))
-        for spare in sorted(needed, key=lambda earlier: (taken[earlier], -earlier)):
-            rest = [earlier for earlier in needed if earlier != spare]
-            if not any(self._reaching.survives(number, cell, rest, *more) for (number, _, _), cell in unlike.items()):
-                del needed[spare]
+        places = [(number, *kind) for number, each in cells.items() for kind in self._reaching.unlike(number, each)]
+        for number, cell, count in places:
+            if self._reaching.can_hold(number, cell, *more):
+                for earlier in self._reaching.asked(cell):
+                    if earlier < number and self._reaching.overlapping(number, earlier, cell, *more):
+                        taken[earlier] += count
+        needed = [earlier for earlier, _ in sorted(taken.items(), key=lambda item: (-item[1], -item[0]))]
+        if len(needed) <= _CAUSES_MAX:
+            for spare in sorted(needed, key=lambda earlier: (taken[earlier], -earlier)):
+                rest = [earlier for earlier in needed if earlier != spare]
+                if not any(self._reaching.survives(number, cell, rest, *more) for number, cell, _ in places):
+                    needed = rest
         firsts: dict[str, int] = {}
         for earlier in needed:
             firsts.setdefault(self._named[earlier].id, earlier)

@@ -19,8 +19,10 @@ from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 from interlock.policies.vocabulary import ROLES
 
 TASKS: Final = (NO_TASK, *TASK_STATES)
-STEPS_MAX: Final = 4_000
-"""How many pieces of regions are looked at for one answer. Past it a rule counts as one that can decide."""
+STEPS_MAX: Final = 20_000
+"""How many rules are held against pieces of regions for one answer. Past it a rule counts as one that can decide."""
+STEPS_MAX_IN_ALL: Final = 20_000_000
+"""The same for all answers about one policy."""
 
 _FLAGS: Final = ("locked", "blocked", "host_reachable", "hard", "launched")
 _LIKELY: Final = frozenset({"host_reachable", "launched"})
@@ -76,7 +78,13 @@ class Reaching:
         self._by_operation = _index(((rule.operations for rule in self.rules)), Operation)
         self._by_state = _index((states_of(rule) for rule in self.rules), VmState)
         self._by_task = _index((rule.task_states or TASKS for rule in self.rules), TASKS)
+        self._about_kinds = _mask_of(
+            number
+            for number, literals in enumerate(self._literals)
+            if any(literal.test != "is" and literal.place == _OUTSTANDING for literal in literals)
+        )
         self._known: dict[tuple[int, int, int, tuple[Literal, ...]], _Region | None] = {}
+        self._steps = STEPS_MAX_IN_ALL
 
     @cached_property
     def alike(self) -> tuple[tuple[Cell, ...], ...]:
@@ -95,6 +103,27 @@ class Reaching:
         asked = self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
         last = asked & self._unconditional
         return asked if not last else asked & (((last & -last) << 1) - 1)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the policy was too intricate for all of it to be taken apart."""
+        return self._steps <= 0
+
+    def unlike(self, number: int, cells: Iterable[Cell]) -> Iterator[tuple[Cell, int]]:
+        """One cell of each kind in which the rule is decided alike, and how many of the kind there are."""
+        found: dict[tuple[int, int], tuple[Cell, int]] = {}
+        for cell in cells:
+            before = self.program(cell) & ((1 << number) - 1)
+            key = (before, self._served(cell, before | 1 << number))
+            first, count = found.get(key, (cell, 0))
+            found[key] = (first, count + 1)
+        yield from found.values()
+
+    def _served(self, cell: Cell, rules: int) -> int:
+        """The kind that is being served, if any of the rules looks at what is outstanding."""
+        if cell.task_state == NO_TASK or not rules & self._about_kinds:
+            return 0
+        return BIT[TASK_OPERATION[cell.task_state]]
 
     def asked(self, cell: Cell) -> tuple[int, ...]:
         """The numbers of those rules, in order."""
@@ -122,8 +151,9 @@ class Reaching:
         """Whether the rule would decide something in the cell if only the rules `before` were asked before it."""
         start = self._start(number, cell, more)
         about = self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
-        literals = [self._literals[earlier] for earlier in sorted(before) if about >> earlier & 1]
-        return start is not None and self._escape(start, literals, 0, [STEPS_MAX]) is not None
+        return (
+            start is not None and self._left(start, (each for each in sorted(before) if about >> each & 1)) is not None
+        )
 
     def overlapping(self, number: int, earlier: int, cell: Cell, *more: Literal) -> bool:
         """Whether both rules hold for some view of the cell."""
@@ -165,19 +195,33 @@ class Reaching:
         program = self.program(cell)
         if not program >> number & 1:
             return None
-        served = 0 if cell.task_state == NO_TASK else BIT[TASK_OPERATION[cell.task_state]]
-        key = (program & ((1 << number) - 1), number, served, more)
+        before = program & ((1 << number) - 1)
+        looks = any(literal.test != "is" and literal.place == _OUTSTANDING for literal in more)
+        served = self._served(cell, self._about_kinds if looks else before | 1 << number)
+        key = (before, number, served, more)
         if key not in self._known:
             start = self._start(number, cell, more)
-            before = [self._literals[earlier] for earlier in _places(key[0])]
-            self._known[key] = None if start is None else self._escape(start, before, 0, [STEPS_MAX])
+            self._known[key] = None if start is None else self._left(start, _places(before))
         return self._known[key]
+
+    def _left(self, region: _Region, before: Iterable[int]) -> _Region | None:
+        """What is left of a region, or a part of it, once those of other rules are taken away."""
+        if self._steps <= 0:
+            return region
+        unlike = list(dict.fromkeys(self._literals[earlier] for earlier in before))
+        steps = [min(STEPS_MAX, self._steps)]
+        allowed = steps[0]
+        left = self._escape(region, unlike, 0, steps)
+        self._steps -= allowed - steps[0]
+        return left
 
     def _escape(
         self, region: _Region, before: list[tuple[Literal, ...]], index: int, steps: list[int]
     ) -> _Region | None:
-        """What is left of a region, or a part of it, once the regions of the rules `before` are taken away."""
         while index < len(before):
+            steps[0] -= 1
+            if steps[0] <= 0:
+                return region
             inside: _Region | None = region
             outside = []
             for literal in before[index]:
@@ -192,8 +236,7 @@ class Reaching:
             if inside is None:
                 continue
             for piece in outside:
-                steps[0] -= 1
-                left = piece if steps[0] < 0 else self._escape(piece, before, index, steps)
+                left = self._escape(piece, before, index, steps)
                 if left is not None:
                     return left
             return None

@@ -93,12 +93,12 @@ class StrangeVerdicts:
 
     def _takers(self, alive: list[int], threshold_ms: int) -> list[int]:
         """What decides instead of these rules once their threshold has passed."""
-        decided = (
-            (number, cell)
+        decided = {
+            number: [
+                cell for cell in self._reaching.matching(number) if self._reaching.decides(number, cell) is not None
+            ]
             for number in alive
-            for cell in self._reaching.matching(number)
-            if self._reaching.decides(number, cell) is not None
-        )
+        }
         return self._dead.takers(decided, self._reaching.silent_for(threshold_ms))
 
     def _passes(self, number: int) -> bool:
