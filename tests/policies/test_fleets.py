@@ -290,12 +290,16 @@ def test_a_full_queue_and_what_is_held_tell_instances_apart() -> None:
 def test_what_was_launched_and_what_will_be_tell_instances_apart() -> None:
     policy = made(rule(Verdict.DENY, launched=False), rule(Verdict.ADMIT))
     stopped = VM_STATE_CODE[VmState.STOPPED]
-    now = {"launched": [False, True, True, False], "foreseen_launched": [True, True, True, True]}
+    now: dict[str, Any] = {"launched": [False, True, True, False], "foreseen_launched": [True, True, True, True]}
     fleet = Fleet.from_columns([stopped] * 4, foreseen_vm_state=stopped, **now)
     denied, admitted = Answered.DENIED, Answered.ADMITTED
     assert judge_fleet(fleet, policy).dispositions(Operation.STOP).tolist() == [denied, admitted, admitted, denied]
     new = made(rule(Verdict.ADMIT, outstanding=frozenset({Operation.CREATE})), rule(Verdict.ADMIT, launched=True))
-    later = {"launched": False, "foreseen_launched": [False, True], "outstanding": BIT[Operation.CREATE]}
+    later: dict[str, Any] = {
+        "launched": False,
+        "foreseen_launched": [False, True],
+        "outstanding": BIT[Operation.CREATE],
+    }
     fleet = Fleet.from_columns([stopped] * 2, foreseen_vm_state=stopped, **later)
     assert judge_fleet(fleet, new).dispositions(Operation.STOP).tolist() == [denied, admitted]
 
