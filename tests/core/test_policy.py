@@ -187,3 +187,26 @@ def test_the_whole_table_is_as_a_plain_reading(written: list[Rule]) -> None:
             for task_state in (NO_TASK, *TASK_STATES[::5], "deleting", "powering_on"):
                 view = seen(operation, vm_state, task_state)
                 assert policy.decide(view).id == read_plainly(rules, view)
+
+
+@settings(max_examples=100, deadline=None)
+@given(written=st.lists(RULES, min_size=13, max_size=40), views=st.lists(VIEWS, min_size=1, max_size=20))
+def test_a_long_cell_answers_as_a_plain_reading_also_the_second_time(written: list[Rule], views: list[View]) -> None:
+    """What it remembers of one view is true of every view that it takes for the same."""
+    anywhere = {"operations": frozenset(SOME_OPERATIONS), "vm_states": None, "task_states": None}
+    rules = [replace(each, id=f"r{number}", **anywhere) for number, each in enumerate(written)]
+    policy = compiled(*rules)
+    for view in (*views, *views):
+        assert policy.decide(view).id == read_plainly(rules, view)
+
+
+def test_one_decision_costs_the_same_however_many_rules_only_a_tag_tells_apart() -> None:
+    """Two thousand rules about one cell are asked once, and not for every decision."""
+    rules = [rule(f"r{number}", {O.STOP}, Verdict.DENY, tags=frozenset({f"t{number}"})) for number in range(2_000)]
+    policy = compiled(*rules, rule("last", {O.STOP}, Verdict.ADMIT))
+    asked: list[str] = []
+    holds = policy._holds
+    policy._holds = lambda one, view: asked.append(one.id) or holds(one, view)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(3):
+        assert policy.decide(seen(tags=("t1999",))).id == "r1999"
+    assert len(asked) == 2_000

@@ -10,6 +10,7 @@ test at all.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
@@ -174,6 +175,8 @@ class View(msgspec.Struct, frozen=True, gc=False):
 
 _Cell = tuple[tuple[Rule, bool], ...]
 _ALIVE: Final = frozenset(VmState) - {VmState.DELETED}
+_LONG_CELL: Final = 12
+_RECALLED_MAX: Final = 10_000
 STAMP_LENGTH: Final = 16
 """How much of a policy's digest is told with every decision, in hexadecimal digits."""
 
@@ -191,6 +194,8 @@ class CompiledPolicy:
         """The policy as every decision tells it."""
         self._masks = {rule.id: (_mask(rule.outstanding), _mask(rule.held)) for rule in self._rules}
         self._cells: dict[tuple[Operation, VmState, str], _Cell] = {}
+        self._bounds: dict[int, list[int]] = {}
+        self._recalled: dict[tuple[object, ...], Rule] = {}
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -202,10 +207,35 @@ class CompiledPolicy:
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = self._fill(*key)
+        if len(cell) > _LONG_CELL:
+            return self._recall(cell, view)
+        return self._first(cell, view)
+
+    def _first(self, cell: _Cell, view: View) -> Rule:
         for rule, conditional in cell:
             if not conditional or self._holds(rule, view):
                 return rule
         raise AssertionError("A cell ends with a rule that has no condition.")
+
+    def _recall(self, cell: _Cell, view: View) -> Rule:
+        """What a long cell answers, found once for views that none of its rules tells apart.
+
+        Only conditions tell such rules apart, so that all of them would have to be asked. Ages are classed by the times
+        that the rules name.
+        """
+        bounds = self._bounds.get(id(cell))
+        if bounds is None:
+            bounds = sorted({rule.silent_ms_min for rule, _ in cell if rule.silent_ms_min is not None})
+            self._bounds[id(cell)] = bounds
+        age = bisect_right(bounds, view.silent_ms)
+        flags = (view.locked, view.blocked, view.host_reachable, view.hard, view.launched)
+        key = (id(cell), view.outstanding, view.held, view.role, view.tags, flags, age)
+        rule = self._recalled.get(key)
+        if rule is None:
+            if len(self._recalled) >= _RECALLED_MAX:
+                self._recalled.clear()
+            rule = self._recalled[key] = self._first(cell, view)
+        return rule
 
     def changes_in_ms(self, view: View) -> int | None:
         """After how much more time a decision may come out otherwise; None if time alone changes nothing."""
