@@ -14,6 +14,7 @@ from interlock.cli import (
     inventory,
     policy,
     policy_checks,
+    policy_fleet,
     policy_history,
     policy_live,
     protecting,
@@ -50,6 +51,7 @@ COMMANDS: tuple[click.Command, ...] = (
 POLICY_COMMANDS: tuple[click.Command, ...] = (
     *policy_checks.COMMANDS,
     *policy_history.COMMANDS,
+    *policy_fleet.COMMANDS,
     *policy_live.COMMANDS,
 )
 """What `interlock policy` has besides `show`, in the order in which a policy is written, tried and switched on."""
