@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import Rule, View
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.policies.regions import Literal, Region, meet, members, miss
 from interlock.policies.vocabulary import ROLES
 
 TASKS: Final = (NO_TASK, *TASK_STATES)
@@ -31,24 +32,6 @@ _FALSE, _TRUE = 1, 2
 _EVERY_KIND: Final = sum(BIT.values())
 _ROLE, _SILENT = 0, 1 + len(_FLAGS)
 _OUTSTANDING, _HELD, _TAGS = range(3)
-
-
-class Literal(NamedTuple):
-    """One condition of a rule."""
-
-    test: str
-    """`is` on a choice, with the values allowed; `any` and `none` on a set, with the members meant."""
-    place: int
-    """Of which choice, or of which set."""
-    mask: int
-
-
-class _Region(NamedTuple):
-    choices: tuple[int, ...]
-    wanted: tuple[frozenset[int], ...]
-    """For each set: masks, of each of which one member is there."""
-    shunned: tuple[int, ...]
-    """For each set: what is not in it."""
 
 
 class Cell(NamedTuple):
@@ -83,7 +66,7 @@ class Reaching:
             for number, literals in enumerate(self._literals)
             if any(literal.test != "is" and literal.place == _OUTSTANDING for literal in literals)
         )
-        self._known: dict[tuple[int, int, int, tuple[Literal, ...]], _Region | None] = {}
+        self._known: dict[tuple[int, int, int, tuple[Literal, ...]], Region | None] = {}
         self._steps = STEPS_MAX_IN_ALL
 
     @cached_property
@@ -159,7 +142,7 @@ class Reaching:
         """Whether both rules hold for some view of the cell."""
         region = self._start(number, cell, more)
         for literal in self._literals[earlier]:
-            region = None if region is None else self._meet(region, literal)
+            region = None if region is None else meet(region, literal)
         return region is not None
 
     def role(self, *roles: str) -> Literal:
@@ -181,17 +164,17 @@ class Reaching:
         """That nothing but the kinds of this mask is outstanding."""
         return Literal(test="none", place=_OUTSTANDING, mask=_EVERY_KIND & ~kinds)
 
-    def _start(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> _Region | None:
+    def _start(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> Region | None:
         wanted = frozenset[int]()
         if cell.task_state != NO_TASK:
             # What is being served is outstanding.
             wanted = frozenset({BIT[TASK_OPERATION[cell.task_state]]})
-        region: _Region | None = _Region(self._sizes, (wanted, frozenset(), frozenset()), (0, 0, 0))
+        region: Region | None = Region(self._sizes, (wanted, frozenset(), frozenset()), (0, 0, 0))
         for literal in (*more, *self._literals[number]):
-            region = None if region is None else self._meet(region, literal)
+            region = None if region is None else meet(region, literal)
         return region
 
-    def _region(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> _Region | None:
+    def _region(self, number: int, cell: Cell, more: tuple[Literal, ...]) -> Region | None:
         program = self.program(cell)
         if not program >> number & 1:
             return None
@@ -204,7 +187,7 @@ class Reaching:
             self._known[key] = None if start is None else self._left(start, _places(before))
         return self._known[key]
 
-    def _left(self, region: _Region, before: Iterable[int]) -> _Region | None:
+    def _left(self, region: Region, before: Iterable[int]) -> Region | None:
         """What is left of a region, or a part of it, once those of other rules are taken away."""
         if self._steps <= 0:
             return region
@@ -215,21 +198,19 @@ class Reaching:
         self._steps -= allowed - steps[0]
         return left
 
-    def _escape(
-        self, region: _Region, before: list[tuple[Literal, ...]], index: int, steps: list[int]
-    ) -> _Region | None:
+    def _escape(self, region: Region, before: list[tuple[Literal, ...]], index: int, steps: list[int]) -> Region | None:
         while index < len(before):
             steps[0] -= 1
             if steps[0] <= 0:
                 return region
-            inside: _Region | None = region
+            inside: Region | None = region
             outside = []
             for literal in before[index]:
                 assert inside is not None
-                rest = self._miss(inside, literal)
+                rest = miss(inside, literal)
                 if rest is not None:
                     outside.append(rest)
-                inside = self._meet(inside, literal)
+                inside = meet(inside, literal)
                 if inside is None:
                     break
             index += 1
@@ -242,21 +223,7 @@ class Reaching:
             return None
         return region
 
-    @staticmethod
-    def _meet(region: _Region, literal: Literal) -> _Region | None:
-        """The part of a region in which a condition holds; None if there is none."""
-        if literal.test == "is":
-            return _choose(region, literal.place, literal.mask)
-        return (_want if literal.test == "any" else _shun)(region, literal.place, literal.mask)
-
-    @staticmethod
-    def _miss(region: _Region, literal: Literal) -> _Region | None:
-        """The part of a region in which a condition does not hold."""
-        if literal.test == "is":
-            return _choose(region, literal.place, ~literal.mask)
-        return (_shun if literal.test == "any" else _want)(region, literal.place, literal.mask)
-
-    def _view(self, cell: Cell, region: _Region) -> View:
+    def _view(self, cell: Cell, region: Region) -> View:
         role = next(role for number, role in enumerate(ROLES) if region.choices[_ROLE] >> number & 1)
         for likely in ("admin", "member"):
             if region.choices[_ROLE] >> ROLES.index(likely) & 1:
@@ -266,7 +233,7 @@ class Reaching:
             for name, left in zip(_FLAGS, region.choices[1:], strict=False)
         }
         silent_ms = self._moments[(region.choices[_SILENT] & -region.choices[_SILENT]).bit_length() - 1]
-        sets = [_members(wanted, shunned) for wanted, shunned in zip(region.wanted, region.shunned, strict=True)]
+        sets = [members(wanted, shunned) for wanted, shunned in zip(region.wanted, region.shunned, strict=True)]
         return View(
             operation=cell.operation,
             vm_state=cell.vm_state,
@@ -367,38 +334,3 @@ def _kinds(index: int, kinds: frozenset[Operation]) -> Literal:
     if not kinds:
         return Literal(test="none", place=index, mask=_EVERY_KIND)
     return Literal(test="any", place=index, mask=sum(BIT[kind] for kind in kinds))
-
-
-def _choose(region: _Region, index: int, mask: int) -> _Region | None:
-    left = region.choices[index] & mask
-    if not left:
-        return None
-    if left == region.choices[index]:
-        return region
-    choices = (*region.choices[:index], left, *region.choices[index + 1 :])
-    return _Region(choices, region.wanted, region.shunned)
-
-
-def _want(region: _Region, index: int, mask: int) -> _Region | None:
-    if not mask & ~region.shunned[index]:
-        return None
-    wanted = (*region.wanted[:index], region.wanted[index] | {mask}, *region.wanted[index + 1 :])
-    return _Region(region.choices, wanted, region.shunned)
-
-
-def _shun(region: _Region, index: int, mask: int) -> _Region | None:
-    left = region.shunned[index] | mask
-    if any(not wanted & ~left for wanted in region.wanted[index]):
-        return None
-    shunned = (*region.shunned[:index], left, *region.shunned[index + 1 :])
-    return _Region(region.choices, region.wanted, shunned)
-
-
-def _members(wanted: frozenset[int], shunned: int) -> int:
-    """A smallest-looking set that has one member of each mask and none of what is shunned."""
-    members = 0
-    for mask in sorted(wanted):
-        if not members & mask:
-            allowed = mask & ~shunned
-            members |= allowed & -allowed
-    return members
