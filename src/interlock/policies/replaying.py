@@ -2,7 +2,9 @@
 
 One submission is judged in `recorded_submissions`; reading a database is not here (see `interlock.stores.history`).
 
-What is not replayed: what would have followed from another answer. Every submission meets the state that it really met.
+What is not replayed: what would have followed from another answer. Every submission meets the state that it really met;
+one that was held and admitted later is judged at both moments, as it was then. Whether what is refused would have been
+held is not known, unless it was.
 """
 
 from __future__ import annotations
