@@ -138,13 +138,13 @@ def _sent(name: str) -> dict[str, object]:
     """What is sent of a policy that was named: its name, or its text and that of the files that it extends."""
     if "/" not in name and not name.endswith(".toml"):
         return {"name": name}
-    from interlock.policies.bundles import bundle_of
+    from interlock.policies.sources import bundle_of
 
     try:
-        files, main = bundle_of(Path(name))
+        bundle = bundle_of(Path(name))
     except PolicyError as error:
         raise Failure(ExitCode.USAGE, error.message, remedy=error.remedy) from None
-    return {"main": main, "files": dict(files)}
+    return {"main": bundle.main, "files": bundle.files}
 
 
 def _wished(outstanding: str, explore_seconds: float | None, dry_run: bool) -> dict[str, object]:

@@ -81,11 +81,11 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 def prove(question: Question) -> Proof:
     """Read, check and walk, in this process."""
-    from interlock.policies.bundles import read_bundle
     from interlock.policies.checking import check
+    from interlock.policies.sources import read_text
 
     try:
-        text = read_bundle(question.bundle.files, question.bundle.main)
+        text = read_text(question.bundle)
     except PolicyError as error:
         return Proof(wrong=error.message, remedy=error.remedy)
     proof = Proof(policy=text.policy, findings=tuple(check(text, question.performs)))

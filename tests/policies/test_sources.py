@@ -1,0 +1,100 @@
+"""A policy's text can be sent elsewhere with what it extends, and says the same there; nothing else is ever opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from interlock.core.errors import PolicyError
+from interlock.core.policy import Policy
+from interlock.core.policy_switches import PolicyBundle
+from interlock.policies import sources
+from interlock.policies.reading import builtin_names, load
+from interlock.policies.sources import Source, bundle_of
+
+RULE = '[[rule]]\nid = "{id}"\noperations = ["stop"]\nverdict = "deny"\n'
+
+
+def says(policy: Policy) -> Policy:
+    """A policy without the places at which its rules stand."""
+    return replace(policy, rules=tuple(replace(rule, source="") for rule in policy.rules))
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_a_built_in_says_the_same_as_a_text(name: str) -> None:
+    source = Source.read(name)
+    assert says(sources.read(source.bundle)) == says(load(name))
+    assert source.bundle.main == f"{name}.toml"
+
+
+@pytest.mark.parametrize(
+    ("main", "extends", "base", "names"),
+    [
+        ("site.toml", "base.toml", "base.toml", ["site.toml", "base.toml"]),
+        ("site.toml", "./base.toml", "base.toml", ["site.toml", "base.toml"]),
+        ("sites/one.toml", "../base.toml", "base.toml", ["sites/one.toml", "base.toml"]),
+        ("site.toml", "more/base.toml", "more/base.toml", ["site.toml", "more/base.toml"]),
+    ],
+)
+def test_a_file_is_sent_with_what_it_extends(
+    tmp_path: Path, main: str, extends: str, base: str, names: list[str]
+) -> None:
+    for name, text in (
+        (main, f'[policy]\nextends = "{extends}"\n' + RULE.format(id="own")),
+        (base, '[policy]\nextends = "standard"\n# Größe\r\n' + RULE.format(id="lower")),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    bundle = bundle_of(tmp_path / main)
+    assert (bundle.main, list(bundle.files)) == (names[0], names)
+    assert bundle.files[names[1]].encode() == (tmp_path / base).read_bytes()
+    there = sources.read(bundle)
+    assert says(there) == says(load(tmp_path / main))
+    assert [rule.source.rpartition(":")[0] for rule in there.rules if rule.id in {"own", "lower"}] == names
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.toml": '[policy]\nextends = "/etc/passwd.toml"\n'}, "not among the files"),
+        ({"a.toml": '[policy]\nextends = "../b.toml"\n', "b.toml": RULE.format(id="b")}, "not among the files"),
+        ({"a.toml": '[policy]\nextends = "b.toml"\n'}, "not among the files"),
+        ({"a.toml": '[policy]\nextends = "./a.toml"\n'}, "extends itself"),
+        ({"a.toml": RULE.format(id="a"), "/etc/b.toml": ""}, "no name of a file"),
+        ({"a.toml": RULE.format(id="a"), "../b.toml": ""}, "no name of a file"),
+        ({"a.toml": RULE.format(id="a"), "x/../../b.toml": ""}, "no name of a file"),
+        ({"a.toml": RULE.format(id="a"), "a.toml/b.toml": ""}, "cannot be laid out"),
+        ({"a.toml": RULE.format(id="a"), "b" * 300: ""}, "cannot be laid out"),
+        ({"a.toml": RULE.format(id="a") + "x = ["}, "a.toml:5"),
+    ],
+)
+def test_a_bundle_that_is_wrong_or_reaches_outside_is_refused(files: dict[str, str], said: str) -> None:
+    with pytest.raises(PolicyError, match=said) as caught:
+        sources.read(PolicyBundle(main="a.toml", files=files))
+    assert "/tmp" not in caught.value.message
+
+
+def test_a_file_that_cannot_be_sent_is_refused_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    for content, said in (
+        (b'[policy]\nextends = "/etc/base.toml"\n', "a.toml:1: extends names the absolute path"),
+        (b'[policy]\nextends = "./none.toml"\n', "none.toml:1: There is no such file"),
+        (b"# \xff\n", "a.toml:1: The file is not UTF-8 text"),
+        (b"#" * (1024 * 1024 + 1), "a.toml:1: The file is larger"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(PolicyError, match=said):
+            bundle_of(file)
+    with pytest.raises(PolicyError, match="no such file"):
+        bundle_of(tmp_path)
+
+
+def test_files_that_extend_each_other_are_sent_and_refused_where_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[policy]\nextends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('[policy]\nextends = "./a.toml"\n')
+    bundle = bundle_of(tmp_path / "a.toml")
+    assert sorted(bundle.files) == ["a.toml", "b.toml"]
+    with pytest.raises(PolicyError, match="extends itself"):
+        sources.read(bundle)
