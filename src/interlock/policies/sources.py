@@ -150,7 +150,8 @@ def _read_in(folder: Path, bundle: PolicyBundle) -> PolicyText:
     except PolicyError as error:
         raise PolicyError(error.message.replace(prefix, ""), remedy=error.remedy) from None
     except (OSError, ValueError) as error:
-        raise PolicyError(f"{bundle.main}:1: The files cannot be laid out as they are named: {error}.") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(f"{bundle.main}:1: The files cannot be laid out as they are named: {why}.") from None
     rules = tuple(msgspec.structs.replace(rule, source=rule.source.replace(prefix, "")) for rule in found.policy.rules)
     policy = msgspec.structs.replace(found.policy, rules=rules)
     return msgspec.structs.replace(found, policy=policy, source=found.source.replace(prefix, ""))
