@@ -20,7 +20,7 @@ RULE = '[[rule]]\nid = "{id}"\noperations = ["stop"]\nverdict = "deny"\n'
 
 def says(policy: Policy) -> Policy:
     """A policy without the places at which its rules stand."""
-    return replace(policy, rules=tuple(replace(rule, source="") for rule in policy.rules))
+    return replace(sources.digested(policy), rules=tuple(replace(rule, source="") for rule in policy.rules))
 
 
 @pytest.mark.parametrize("name", builtin_names())
@@ -91,6 +91,18 @@ def test_a_file_that_cannot_be_sent_is_refused_with_its_place(tmp_path: Path) ->
             bundle_of(file)
     with pytest.raises(PolicyError, match="no such file"):
         bundle_of(tmp_path)
+
+
+def test_the_digest_is_of_what_decides() -> None:
+    def digest(text: str) -> str:
+        return sources.read(PolicyBundle(main="a.toml", files={"a.toml": text})).digest
+
+    text = '[policy]\nname = "a"\nextends = "standard"\n' + RULE.format(id="own")
+    assert len(digest(text)) == 64
+    assert digest(text) == digest(text.replace("\n", "\n# comment\n") + 'because = "Tapes."\n')
+    assert digest(text) != digest(text.replace('"stop"', '"start"'))
+    assert digest(text) != digest(text.replace("extends", "outstanding_max = 3\nextends"))
+    assert sources.read(sources.builtin("take2")).digest == Source.read("take2").policy.digest
 
 
 def test_files_that_extend_each_other_are_sent_and_refused_where_they_are_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ what it extends is among its own files, or built in.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import tempfile
@@ -34,9 +35,21 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     @staticmethod
     def read(name: str) -> Source:
         """Read a built-in or a file. Raises `PolicyError`, as `reading.load`."""
-        policy = reading.load(name)
+        policy = digested(reading.load(name))
         bundle = builtin(name) if name in builtin_names() else bundle_of(Path(name))
         return Source(name=name, policy=policy, bundle=bundle)
+
+
+def digested(policy: Policy) -> Policy:
+    """The policy with the digest of what decides in it, unless its reading has given it one.
+
+    Where its rules stand and what they say to people does not decide anything.
+    """
+    if policy.digest:
+        return policy
+    rules = [msgspec.structs.replace(rule, source="", because=None) for rule in policy.rules]
+    decides = msgspec.json.encode((policy.outstanding_max, rules), order="deterministic")
+    return msgspec.structs.replace(policy, digest=hashlib.sha256(decides).hexdigest())
 
 
 def builtin(name: str) -> PolicyBundle:
@@ -153,5 +166,5 @@ def _read_in(folder: Path, bundle: PolicyBundle) -> PolicyText:
         why = error.strerror if isinstance(error, OSError) else error
         raise PolicyError(f"{bundle.main}:1: The files cannot be laid out as they are named: {why}.") from None
     rules = tuple(msgspec.structs.replace(rule, source=rule.source.replace(prefix, "")) for rule in found.policy.rules)
-    policy = msgspec.structs.replace(found.policy, rules=rules)
+    policy = digested(msgspec.structs.replace(found.policy, rules=rules))
     return msgspec.structs.replace(found, policy=policy, source=found.source.replace(prefix, ""))
