@@ -40,7 +40,7 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One event: exactly one of the first nine, and what goes with it."""
+    """One event: exactly one of the first ten, and what goes with it."""
 
     submit: str | None = None
     take: str | None = None
@@ -50,6 +50,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     progress: str | None = None
     advance: str | int | float | None = None
     show: bool | None = None
+    adopt: bool | None = None
     instance: InstanceLine | None = None
     outcome: str | None = None
     phase: str | None = None
@@ -58,7 +59,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str | None = None
 
 
-VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "instance")
+VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "instance")
 _COMPANIONS: Final = {
     "outcome": "finish",
     "phase": "progress",

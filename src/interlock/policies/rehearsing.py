@@ -91,6 +91,7 @@ class Rehearsal:
             "progress": self._progress,
             "advance": self._advance,
             "show": self._show,
+            "adopt": self._adopt,
         }
         self._start(InstanceLine())
 
@@ -105,7 +106,8 @@ class Rehearsal:
     def _start(self, line: InstanceLine) -> None:
         role = named_role(line.role)
         self.instance = made_instance(line, BEGINNING_MS)
-        self._now_ms = BEGINNING_MS
+        self.now_ms = BEGINNING_MS
+        """What its clock shows."""
         self._role = role
         self._host_reachable = line.host_reachable
         self._admitted = len(self.instance.outstanding)
@@ -131,7 +133,7 @@ class Rehearsal:
             host_reachable=self._host_reachable,
         )
         _check_reset(submission)
-        change = admit(self.instance, submission, self._policy, self._now_ms)
+        change = admit(self.instance, submission, self._policy, self.now_ms)
         self._follow(change)
         if isinstance(change.answer, Admitted):
             self._admitted += 1
@@ -145,7 +147,7 @@ class Rehearsal:
             "disposition": "admitted",
             "reason": None,
             "rule": answer.rule,
-            "retry_after": None if allowed_at_ms is None else seconds(max(0, allowed_at_ms - self._now_ms)),
+            "retry_after": None if allowed_at_ms is None else seconds(max(0, allowed_at_ms - self.now_ms)),
             "supersedes": (),
             "cancels": (),
             "request": None,
@@ -165,7 +167,7 @@ class Rehearsal:
         assert event.take is not None
         if event.take not in _LANES:
             raise Invalid(f"{event.take!r} is no lane. {nearest(event.take, _LANES)}")
-        change = lifecycle.take(self.instance, _LANES[event.take], self._now_ms)
+        change = lifecycle.take(self.instance, _LANES[event.take], self.now_ms)
         self._follow(change)
         taken = change.answer
         return {"taken": taken and taken.operation.value, "request": taken and taken.id}
@@ -174,7 +176,7 @@ class Rehearsal:
         assert event.finish is not None
         outcome = named_outcome(event.outcome)
         request_id, fence = self._worker(event.finish)
-        change = lifecycle.finish(self.instance, request_id, fence, outcome, self._policy, self._now_ms)
+        change = lifecycle.finish(self.instance, request_id, fence, outcome, self._policy, self.now_ms)
         return self._reported(change, request_id)
 
     def _progress(self, event: Line) -> Answer:
@@ -187,7 +189,7 @@ class Rehearsal:
             if phase not in entry.phases + entry.hard_phases:
                 known = ", ".join(entry.phases + entry.hard_phases)
                 raise Invalid(f"{serving.operation.value} has no phase {phase!r}; expected one of {known}.")
-        change = lifecycle.progress(self.instance, request_id, fence, self._now_ms, phase=phase)
+        change = lifecycle.progress(self.instance, request_id, fence, self.now_ms, phase=phase)
         return self._reported(change, request_id)
 
     def _reported(self, change: Change[Request | StaleFence], request_id: str) -> Answer:
@@ -202,13 +204,13 @@ class Rehearsal:
         if event.observe not in _GUEST_EVENTS:
             raise Invalid(f"{event.observe!r} is nothing that a guest does. {nearest(event.observe, _GUEST_EVENTS)}")
         kind = _GUEST_EVENTS[event.observe]
-        return self._settled(self._follow(lifecycle.observe(self.instance, kind, self._policy, self._now_ms)))
+        return self._settled(self._follow(lifecycle.observe(self.instance, kind, self._policy, self.now_ms)))
 
     def _cancel(self, event: Line) -> Answer:
         assert event.cancel is not None
         if not self._was_admitted(event.cancel):
             raise Invalid(f"There is no request {event.cancel!r}.")
-        change = lifecycle.cancel(self.instance, event.cancel, self._policy, "rehearsal", self._now_ms)
+        change = lifecycle.cancel(self.instance, event.cancel, self._policy, "rehearsal", self.now_ms)
         answer: Answer = {"cancel": change.answer.value}
         answer.update(self._settled(self._follow(change)))
         return answer
@@ -219,13 +221,22 @@ class Rehearsal:
 
     def _advance(self, event: Line) -> Answer:
         assert event.advance is not None
-        self._now_ms += length_of_time_ms(event.advance)
+        self.now_ms += length_of_time_ms(event.advance)
         ended: dict[str, Request] = {}
         while True:
-            change = lifecycle.expire(self.instance, self._policy, self._now_ms)
+            change = lifecycle.expire(self.instance, self._policy, self.now_ms)
             if change.instance is self.instance:
                 return self._settled(ended)
             ended.update(self._follow(change))
+
+    def _adopt(self, event: Line) -> Answer:
+        """Workers were lost, and what they served is taken over by others: `adopted` tells what."""
+        if event.adopt is not True:
+            raise Invalid('The event is written {"adopt": true}.')
+        change = lifecycle.adopt(self.instance, self.now_ms)
+        answer = self._settled(self._follow(change))
+        answer["adopted"] = [request.id for request in change.answer]
+        return answer
 
     def _show(self, event: Line) -> Answer:
         if event.show is not True:
@@ -281,7 +292,7 @@ class Rehearsal:
             "vm_state": instance.vm_state.value,
             "task_state": None if task_state == NO_TASK else task_state,
             "in_flight": serving and serving.operation.value,
-            "age": format_seconds(self._now_ms - since_ms),
+            "age": format_seconds(self.now_ms - since_ms),
             "outstanding": [
                 {"request": request.id, "operation": request.operation.value, "status": request.status.value}
                 for request in instance.outstanding

@@ -6,7 +6,8 @@ see docs/decisions/0006-the-packed-walk.md.
 
 from __future__ import annotations
 
-from interlock.policies.exploring.by_objects import DEFAULT_STATES_MAX, describe, explore
-from interlock.policies.exploring.explorations import Exploration, Violation
+from interlock.policies.exploring.by_objects import describe
+from interlock.policies.exploring.exploration import DEFAULT_STATES_MAX, explore
+from interlock.policies.exploring.explorations import Advance, Exit, Exploration, Violation
 
-__all__ = ["DEFAULT_STATES_MAX", "Exploration", "Violation", "describe", "explore"]
+__all__ = ["DEFAULT_STATES_MAX", "Advance", "Exit", "Exploration", "Violation", "describe", "explore"]

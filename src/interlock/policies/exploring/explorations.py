@@ -50,7 +50,8 @@ class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 0
     """How many steps the farthest state is from the start."""
     exits: tuple[Exit, ...] = ()
-    """For every vm_state and task_state that was reached while a state change was being served."""
+    """For every vm_state and task_state that was reached while a state change was being served that does not lead to
+    the goal."""
     compared: int = 0
     """How many states were walked with the core's own objects too, to check the laws about its records."""
 

@@ -1,0 +1,174 @@
+"""The walk on packed states takes the core's own steps.
+
+Each of its steps is compared with the core: a word is made into an instance, everything that can happen to that is done
+by the core's own functions, and what comes of it is packed again. The two sets of states must be the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from interlock.core import admission, lifecycle
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import SERVED, Admitted, GuestEvent, Instance, Outcome, Request, Submission
+from interlock.core.states import VmState
+from interlock.policies.exploring.layout import Words
+from interlock.policies.exploring.model import Model
+from interlock.policies.exploring.packing import NOW_MS
+from interlock.policies.exploring.walking import Walk
+from interlock.policies.reading import compile_named
+
+O = Operation  # noqa: E741
+BUILT_IN = ("standard", "take2", "propolis")
+SAMPLES = 300
+
+
+def model_of(policy: CompiledPolicy, outstanding_max: int, **more: Any) -> Model:
+    return Model(policy, Operation, starts=[VmState.BUILDING], outstanding_max=outstanding_max, **more)
+
+
+def walked(model: Model, states_max: int = 1_000_000) -> Words:
+    walk = Walk(model)
+    walk.run(states_max=states_max)
+    return walk.visited.words
+
+
+def by_packed_steps(model: Model, words: Words) -> list[set[int]]:
+    """Where each state leads, itself left out."""
+    found: list[set[int]] = [set() for _ in words]
+    for moves in model.after(words, model.gate.answers(words)):
+        for row, word in zip(moves.rows.tolist(), moves.words.tolist(), strict=True):
+            found[row].add(word)
+    for own, there in zip(words.tolist(), found, strict=True):
+        there.discard(own)
+    return found
+
+
+def by_the_core(model: Model, word: int) -> set[int]:
+    """The same, by the core's own functions."""
+    packing = model.packing
+    instance = packing.unpack(word)
+    assert packing.pack(instance, NOW_MS) == word, "a word and its instance are not the same"
+    found = {packing.pack(after, NOW_MS) for after in happenings(model, instance)}
+    found.update(as_time_passes(model, word))
+    return found - {word}
+
+
+def happenings(model: Model, instance: Instance) -> Iterator[Instance]:
+    policy = model.alphabet.policy
+    for lane in (Lane.STATE, Lane.COMPONENT):
+        yield lifecycle.take(instance, lane, NOW_MS).instance
+    for request in instance.outstanding:
+        yield lifecycle.cancel(instance, request.id, policy, "someone", NOW_MS).instance
+        if request.status in SERVED:
+            for phase in next_phases(model, request):
+                yield lifecycle.progress(instance, request.id, request.fence, NOW_MS, phase=phase).instance
+            for outcome in Outcome:
+                yield lifecycle.finish(instance, request.id, request.fence, outcome, policy, NOW_MS).instance
+    for event in GuestEvent:
+        yield lifecycle.observe(instance, event, policy, NOW_MS).instance
+    yield lifecycle.adopt(instance, NOW_MS).instance
+    yield from admitted(model, instance)
+
+
+def next_phases(model: Model, request: Request) -> Iterable[str | None]:
+    yield None
+    if request.lane is Lane.STATE:
+        phases = model.alphabet.phases(request.operation, hard=request.hard)
+        yield from (after for before, after in pairwise(phases) if before == request.phase)
+
+
+def admitted(model: Model, instance: Instance) -> Iterator[Instance]:
+    for ask in model.alphabet.asks:
+        submission = Submission(
+            request_id="new",
+            operation=ask.operation,
+            parameters=ask.parameters,
+            requested_by="someone",
+            role=model.alphabet.role,
+        )
+        change = admission.admit(instance, submission, model.alphabet.policy, NOW_MS)
+        on_top = 1 if CATALOGUE[ask.operation].to is VmState.DELETED else 0
+        if isinstance(change.answer, Admitted):
+            room = CATALOGUE[ask.operation].lane is Lane.RECORD
+            if room or len(change.instance.outstanding) <= model.layout.slots - 1 + on_top:
+                yield change.instance
+
+
+def as_time_passes(model: Model, word: int) -> Iterator[int]:
+    """One age after the other comes into its next class, or a deadline is over, with everything else as it was."""
+    layout, alphabet = model.layout, model.alphabet
+    task, part = layout.task.one(word), layout.part.one(word)
+    ages = alphabet.task_ages[task - 1] if task else None
+    bounds = [
+        (layout.silent, len(ages.silent) if ages else 0),
+        (layout.running, len(ages.running) if ages else 0),
+        (layout.part_silent, len(alphabet.part_ages.silent) if part else 0),
+        (layout.part_running, len(alphabet.part_ages.running) if part else 0),
+        (layout.idle, len(alphabet.idle_ages)),
+    ]
+    ripe = [field for field, classes in bounds if field.one(word) < classes]
+    ripe += [field for field in (layout.deadline, layout.part_deadline) if field.one(word)]
+    deadlines = (layout.deadline, layout.part_deadline)
+    for field in ripe:
+        instance = model.packing.unpack(word, field)
+        if model.packing.pack(instance, NOW_MS) != word:
+            continue  # This age cannot be the first to change there.
+        change = lifecycle.expire(instance, alphabet.policy, NOW_MS + 1)
+        there = model.packing.pack(change.instance, NOW_MS + 1)
+        # Two ages that change at once are two steps of the packed walk.
+        if field in deadlines or (there ^ word) & ~field.mask == 0:
+            yield there
+
+
+def assert_same_steps(model: Model, words: Words) -> None:
+    for word, packed in zip(words.tolist(), by_packed_steps(model, words), strict=True):
+        core = by_the_core(model, word)
+        assert packed == core, describe(model, word, packed, core)
+
+
+def describe(model: Model, word: int, packed: set[int], core: set[int]) -> str:
+    def told(other: int) -> str:
+        instance = model.packing.unpack(other)
+        queue = ", ".join(f"{r.operation.value}:{r.status.value}" for r in instance.outstanding)
+        return f"{instance.vm_state.value} ({instance.prior_vm_state}) [{queue}] {other:#x}"
+
+    lines = [f"from {told(word)}", *(f"packed only: {told(one)}" for one in packed - core)]
+    return "\n".join([*lines, *(f"core only: {told(one)}" for one in core - packed)])
+
+
+def sampled(words: Words, count: int, seed: int) -> Words:
+    chosen = random.Random(seed).sample(range(len(words)), min(count, len(words)))
+    found: Words = words[np.array(sorted(chosen))]
+    return found
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_step_with_one_outstanding_request_is_the_core_s(name: str) -> None:
+    model = model_of(compile_named(name), 1)
+    words = walked(model)
+    assert len(words) > 50
+    assert_same_steps(model, words)
+
+
+@pytest.mark.parametrize("outstanding_max", [2, 3])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_steps_with_a_longer_queue_are_the_core_s(name: str, outstanding_max: int) -> None:
+    model = model_of(compile_named(name), outstanding_max)
+    words = walked(model, states_max=300_000)
+    assert_same_steps(model, sampled(words, SAMPLES, seed=outstanding_max))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_steps_under_an_administrator_are_the_core_s(name: str) -> None:
+    """Who may reset a state, and is bound by no lock."""
+    model = model_of(compile_named(name), 2, role="admin")
+    words = walked(model, states_max=100_000)
+    assert_same_steps(model, sampled(words, SAMPLES, seed=7))
