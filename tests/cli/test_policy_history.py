@@ -249,6 +249,16 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     assert (tmp_path / "there.toml").read_text() == "mine"
 
 
+def test_a_file_that_would_be_no_policy_is_not_left_behind(
+    policy: Policy, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.policies.suggested_policies.policy_text", lambda *_: "nonsense = 1\n")
+    ran = policy("suggest", "--policy", "standard", "--database", database, "--out", tmp_path / "new.toml")
+    assert ran.code == 2
+    assert "new.toml:1" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failures_are_json_for_programs(policy: Policy, tmp_path: Path) -> None:
     ran = policy("replay", "--json", "--policy", "standard", "--database", tmp_path / "none.db")
     assert ran.code == 2

@@ -17,6 +17,7 @@ from interlock.cli.invocation import Cell, Invocation, json_option, needs_invoca
 from interlock.cli.recorded_spans import FILE, Span, moment, opened, span_of, span_options
 from interlock.cli.server import read_config, told
 from interlock.cli.wording import printable, spoken
+from interlock.core.errors import PolicyError
 
 if TYPE_CHECKING:
     from interlock.policies.suggesting import Finding, Proposal, Suggestion
@@ -121,7 +122,11 @@ def _write_policy(out: Path, today: str, suggestion: Suggestion, span: Span) -> 
     begin, end = moment(span.since_ms or span.first_ms), moment(span.until_ms or span.last_ms)
     with told(), _writing(out):
         out.write_text(policy_text(suggestion, _extends(today, out), f"what was recorded from {begin} to {end}"))
-        load(out)
+        try:
+            load(out)
+        except PolicyError:
+            out.unlink()
+            raise
 
 
 def _extends(today: str, out: Path) -> str:
