@@ -40,6 +40,7 @@ def instance(**changes: Any) -> schemas.Instance:
         "project": "default",
         "host": "here",
         "vm_state": VmState.ACTIVE,
+        "prior_vm_state": None,
         "task_state": "none",
         "power_state": PowerState.RUNNING,
         "generation": 7,

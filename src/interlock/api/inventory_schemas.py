@@ -137,6 +137,10 @@ class PolicyRule(Wire, frozen=True, kw_only=True, omit_defaults=True):
     silent_s_min: Seconds | None = None
     threshold_s: Seconds | None = None
     measured_from: str | None = None
+    before: str | None = None
+    """What an `after` rule answers until its threshold has passed: `deny` or `redundant`."""
+    grace_s: Seconds | None = None
+    """How long what a `preempt` rule asks to stop has to confirm."""
     in_turn: bool = True
     reason: str | None = None
     because: str | None = None

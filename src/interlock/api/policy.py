@@ -26,7 +26,7 @@ from interlock.api.problems import HTTP_KINDS, KINDS
 from interlock.api.views import timestamp
 from interlock.core import policy_switches
 from interlock.core.errors import Invalid, NotFound, PolicyError
-from interlock.core.policy import CompiledPolicy, Rule
+from interlock.core.policy import CompiledPolicy, Rule, Verdict
 from interlock.policies.findings import Severity
 from interlock.policies.proving import Proof
 from interlock.ports import Role
@@ -84,6 +84,8 @@ def _rule(rule: Rule) -> schemas.PolicyRule:
         silent_s_min=None if rule.silent_ms_min is None else rule.silent_ms_min / 1000,
         threshold_s=None if rule.threshold_ms is None else rule.threshold_ms / 1000,
         measured_from=rule.measured_from.value if rule.threshold_ms is not None else None,
+        before=rule.before.value if rule.verdict is Verdict.AFTER else None,
+        grace_s=rule.grace_ms / 1000 if rule.verdict is Verdict.PREEMPT else None,
         **{name: facts[name] for name in ("locked", "blocked", "launched", "host_reachable", "hard", "in_turn")},
         **{name: facts[name] for name in ("reason", "because", "fixed", "source")},
     )

@@ -138,6 +138,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     host: str
     vm_state: VmState
     """The stable state that its owner would expect to find it in."""
+    prior_vm_state: VmState | None
+    """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
     task_state: str
     """The phase of the state change being served, or `none`."""
     power_state: PowerState

@@ -58,6 +58,7 @@ def instance(one: records.Instance) -> schemas.Instance:
         project=one.project,
         host=one.host,
         vm_state=one.vm_state,
+        prior_vm_state=one.prior_vm_state,
         task_state=one.task_state,
         power_state=one.power_state,
         generation=one.generation,

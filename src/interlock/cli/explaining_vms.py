@@ -16,7 +16,7 @@ from interlock.cli.policy_explanations import Question, compiled, submission_of,
 from interlock.cli.refusals import why_text
 from interlock.cli.wording import seconds_of, spoken
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Held, Instance, Request
 from interlock.core.states import VmState
 
@@ -107,13 +107,14 @@ def _agreeing(
 
 
 def instance_of(wire: schemas.Instance) -> Instance:
-    """The record of an instance, so far as it goes over the wire: what it was before a rescue or resize does not."""
+    """The record of an instance, so far as it goes over the wire."""
     return Instance(
         id=wire.id,
         name=wire.name,
         project=wire.project,
         host=wire.host,
         vm_state=wire.vm_state,
+        prior_vm_state=wire.prior_vm_state,
         power_state=wire.power_state,
         generation=wire.generation,
         created_at_ms=_ms(wire.created_at) or 0,
@@ -183,6 +184,8 @@ def _rule_of(wire: dict[str, Any]) -> Rule:
         silent_ms_min=_milliseconds(wire.get("silent_s_min")),
         threshold_ms=_milliseconds(wire.get("threshold_s")),
         measured_from=MeasuredFrom(wire.get("measured_from") or MeasuredFrom.LAST_PROGRESS),
+        before=Before(wire.get("before") or Before.DENY),
+        grace_ms=_milliseconds(wire.get("grace_s")) or 0,
         **facts,
     )
 

@@ -61,12 +61,14 @@ def conditions(rule: PolicyRule) -> str:
             ("state", rule.vm_state),
             ("task", rule.task_state),
             ("outstanding", rule.outstanding),
+            ("held", rule.held),
             ("role", rule.roles),
             ("tag", rule.tags),
         )
         if values is not None
     ]
-    for title, flag in (("locked", rule.locked), ("blocked", rule.blocked), ("hard", rule.hard)):
+    for title in ("locked", "blocked", "hard", "launched"):
+        flag = getattr(rule, title)
         if flag is not None:
             parts.append(title if flag else f"not {title}")
     if rule.host_reachable is not None:
@@ -96,7 +98,7 @@ def _some(names: Iterable[str]) -> str:
     "name",
     required=True,
     metavar="NAME|FILE",
-    help="A built-in policy (standard, take2, propolis) or a file.",
+    help="A built-in policy (standard, take2, propolis, nova) or a file.",
 )
 def rehearse(*, name: str) -> None:
     """Play a script against a policy, without a server.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import msgspec
 
 from interlock.api.schemas import InstancePage
 from interlock.cli.explaining_vms import instance_of, policy_of
@@ -45,10 +44,6 @@ def fleet(invocation: Invocation, *, name: str | None, role: str, hard: bool) ->
 
     Nothing is asked of any VM. With --policy, it is judged by that policy
     too, and where the two answer differently is listed.
-
-    Where something waits that undoes a rescue, resize or shelving, what is
-    asked behind it is judged as if it led to active: the server does not tell
-    what was there before.
     """
     from interlock.core.policy import CompiledPolicy
     from interlock.policies.fleet_comparisons import compare
@@ -58,7 +53,7 @@ def fleet(invocation: Invocation, *, name: str | None, role: str, hard: bool) ->
 
     with told():
         candidate = None if name is None else load(name)
-    present = _as_shown(invocation.client.get("/v1/policy").decode(dict[str, Any]))
+    present = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
     instances = _all(invocation)
     newest_s = max((one.updated_at_ms / 1000 for one in instances), default=0.0)
     columns = Fleet.of(instances, round((invocation.client.now or newest_s) * 1000))
@@ -76,16 +71,6 @@ def fleet(invocation: Invocation, *, name: str | None, role: str, hard: bool) ->
     _show(invocation, answers)
     if name is not None:
         _show_changes(invocation, changes, instances, name)
-
-
-def _as_shown(document: dict[str, Any]) -> CompiledPolicy:
-    """The server's policy, with what its `after` rules answer before their time where the server tells."""
-    from interlock.core.policy import Before, CompiledPolicy
-
-    policy = policy_of(document).policy
-    before = {rule["id"]: Before(rule["before"]) for rule in document.get("rules", ()) if rule.get("before")}
-    rules = tuple(msgspec.structs.replace(rule, before=before.get(rule.id, rule.before)) for rule in policy.rules)
-    return CompiledPolicy(msgspec.structs.replace(policy, rules=rules))
 
 
 def _performed(policy: CompiledPolicy) -> frozenset[Operation]:
