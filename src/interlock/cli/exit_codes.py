@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 MEANINGS: Final = {
     ExitCode.DONE: "Done; or admitted; or redundant, because it holds already or is on its way.",
-    ExitCode.ENDED_OTHERWISE: "It ended otherwise than well (`--wait`); or a check, a test or a walk found something, or two policies differ.",
+    ExitCode.ENDED_OTHERWISE: "It ended otherwise than well (`--wait`); a check or test found something; two differ.",
     ExitCode.USAGE: "The command line, the configuration or a policy file is wrong; nothing was asked.",
     ExitCode.REFUSED: "The server refused it in this state (HTTP 409 or 412); the reason is on standard error.",
     ExitCode.NOT_FOUND: "There is no such VM, request, image, volume or token.",
