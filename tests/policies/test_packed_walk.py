@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from interlock.core import admission, lifecycle
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import CompiledPolicy
+from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import SERVED, Admitted, GuestEvent, Instance, Outcome, Request, Submission
 from interlock.core.states import VmState
 from interlock.policies.exploring.layout import Words
@@ -172,3 +174,74 @@ def test_steps_under_an_administrator_are_the_core_s(name: str) -> None:
     model = model_of(compile_named(name), 2, role="admin")
     words = walked(model, states_max=100_000)
     assert_same_steps(model, sampled(words, SAMPLES, seed=7))
+
+
+# --------------------------------------------------------------------------------------------------- random policies
+
+FEW = (
+    O.CREATE,
+    O.START,
+    O.STOP,
+    O.REBOOT,
+    O.RESCUE,
+    O.UNRESCUE,
+    O.SWAP_VOLUME,
+    O.ATTACH_VOLUME,
+    O.DELETE,
+    O.LOCK,
+    O.UNLOCK,
+)
+PHASES = ("none", "scheduling", "spawning", "powering_on", "powering_off", "powering_off_hard", "rebooting", "deleting")
+MOMENTS = (15_000, 60_000, 180_000)
+
+
+def some_of(words: Iterable[Any], most: int = 4) -> st.SearchStrategy[frozenset[Any] | None]:
+    return st.none() | st.frozensets(st.sampled_from(list(words)), min_size=1, max_size=most)
+
+
+flags = st.none() | st.none() | st.booleans()
+
+
+@st.composite
+def rules(draw: st.DrawFn, number: int) -> Rule:
+    verdict = draw(st.sampled_from([Verdict.ADMIT, Verdict.ADMIT, *Verdict]))
+    return Rule(
+        id=f"r{number}",
+        operations=draw(st.frozensets(st.sampled_from(FEW), min_size=1, max_size=6)),
+        verdict=verdict,
+        vm_states=draw(some_of(VmState)),
+        task_states=draw(some_of(PHASES)),
+        outstanding=draw(st.none() | st.just(frozenset()) | st.frozensets(st.sampled_from(FEW), max_size=3)),
+        locked=draw(flags),
+        launched=draw(flags),
+        hard=draw(flags),
+        silent_ms_min=draw(st.none() | st.none() | st.sampled_from(MOMENTS)),
+        threshold_ms=draw(st.sampled_from(MOMENTS)) if verdict is Verdict.AFTER else None,
+        measured_from=draw(st.sampled_from(MeasuredFrom)),
+        before=draw(st.sampled_from(Before)),
+        grace_ms=draw(st.sampled_from([2_000, 10_000, 30_000])),
+        in_turn=draw(st.sampled_from([True, True, False])),
+        reason="why",
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> CompiledPolicy:
+    """A few random rules before one that lets something happen at all."""
+    count = draw(st.integers(min_value=1, max_value=8))
+    chosen = [draw(rules(number)) for number in range(count)]
+    open_rule = Rule(id="open", operations=frozenset(FEW), verdict=Verdict.ADMIT)
+    most = draw(st.sampled_from([2, 16]))
+    return CompiledPolicy(Policy(name="random", rules=(*chosen, open_rule), outstanding_max=most))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    policy=policies(), outstanding_max=st.integers(min_value=1, max_value=3), role=st.sampled_from(["member", "admin"])
+)
+def test_under_random_policies_too_every_step_is_the_core_s(
+    policy: CompiledPolicy, outstanding_max: int, role: str
+) -> None:
+    starts = [VmState.BUILDING, VmState.ACTIVE, VmState.RESCUED]
+    model = Model(policy, FEW, starts=starts, outstanding_max=outstanding_max, role=role)
+    assert_same_steps(model, sampled(walked(model, states_max=2_000), 40, seed=outstanding_max))

@@ -7,14 +7,14 @@ here: see `exploring`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 
 from interlock.core import lifecycle
-from interlock.core.operations import CATALOGUE, Landing, Lane, land
+from interlock.core.operations import CATALOGUE, Landing, Lane
 from interlock.core.policy import CompiledPolicy, Verdict, View
 from interlock.core.records import (
     ENDS,
@@ -29,7 +29,7 @@ from interlock.core.records import (
     StaleFence,
     Status,
 )
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 
 
 class Deed(StrEnum):
@@ -118,11 +118,23 @@ _END_KINDS = frozenset(f"request.{status.value}" for status in ENDS)
 _GOES_AS_FORESEEN = frozenset({Deed.TAKE, Deed.PROGRESS, Deed.ADOPT, Deed.ADVANCE})
 
 
-def _around(before: Instance) -> set[VmState]:
-    """Where a component change is served: in the present state, where all leads, or where what it is beside leads."""
+def _around(before: Instance) -> set[tuple[VmState, bool]]:
+    """Where a component change is served: in the present state, where all leads, or where what it is beside leads.
+
+    Each with whether the instance has been launched by then.
+    """
     serving = before.served(Lane.STATE)
-    beside = set() if serving is None else {land(serving.operation, before.vm_state, before.prior_vm_state)[0]}
-    return {before.vm_state, _foreseen(before), *beside}
+    all_of_it = [request for request in before.outstanding if request.lane is Lane.STATE]
+    return {_after(before, ()), _after(before, all_of_it), _after(before, () if serving is None else (serving,))}
+
+
+def _after(before: Instance, requests: Iterable[Request]) -> tuple[VmState, bool]:
+    """Where an instance is when some requests have succeeded, and whether it has been launched by then."""
+    state, prior, launched = before.vm_state, before.prior_vm_state, before.launched
+    for request in requests:
+        state, prior = _landing(request, state, prior)
+        launched = launched or state in EXECUTING_STATES
+    return state, launched
 
 
 def kept_promise(before: Instance, change: Change[Any], step: Step, policy: CompiledPolicy) -> Iterator[Breach]:
@@ -136,10 +148,10 @@ def kept_promise(before: Instance, change: Change[Any], step: Step, policy: Comp
             yield Breach(2, f"{request.operation.value} was cancelled although all went as foreseen")
     taken = change.answer if step.deed is Deed.TAKE else None
     if isinstance(taken, Request):
-        states = {before.vm_state} if taken.lane is Lane.STATE else _around(before)
+        states = {(before.vm_state, before.launched)} if taken.lane is Lane.STATE else _around(before)
         # What preempts was admitted on what is being done, and stays wherever it can be performed.
         performable = taken.preempts and before.vm_state in CATALOGUE[taken.operation].sources
-        if not performable and not any(_permitted(policy, taken, state, before.tags) for state in states):
+        if not performable and not any(_permitted(policy, taken, *there, before.tags) for there in states):
             yield Breach(2, f"{taken.operation.value} is served in {before.vm_state.value}, where it is not permitted")
 
 
@@ -167,17 +179,14 @@ def position(request: Request) -> int:
     return int(request.id.removeprefix("r") or 0)
 
 
-def _permitted(policy: CompiledPolicy, request: Request, state: VmState, tags: tuple[str, ...]) -> bool:
-    rule = policy.decide(View(request.operation, state, NO_TASK, role=request.role, tags=tags, hard=request.hard))
+def _permitted(policy: CompiledPolicy, request: Request, state: VmState, launched: bool, tags: tuple[str, ...]) -> bool:
+    view = View(request.operation, state, NO_TASK, role=request.role, tags=tags, hard=request.hard, launched=launched)
+    rule = policy.decide(view)
     return rule.verdict in {Verdict.ADMIT, Verdict.PREEMPT}
 
 
 def _foreseen(instance: Instance) -> VmState:
-    state, prior = instance.vm_state, instance.prior_vm_state
-    for request in instance.outstanding:
-        if request.lane is Lane.STATE:
-            state, prior = _landing(request, state, prior)
-    return state
+    return _after(instance, (request for request in instance.outstanding if request.lane is Lane.STATE))[0]
 
 
 def _landing(request: Request, state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:

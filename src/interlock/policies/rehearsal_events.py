@@ -142,6 +142,8 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         locked_by="owner" if line.locked else None,
         blocked_operations=tuple(named_operation(name) for name in line.blocked),
         tags=line.tags,
+        # Nothing is told of it, and what is not building has run, as far as anyone can tell.
+        launched_at_ms=None if vm_state is VmState.BUILDING else since_ms,
         error="It was so at the beginning." if vm_state is VmState.ERROR else None,
         outstanding=() if serving is None else (serving,),
     )

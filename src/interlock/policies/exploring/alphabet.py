@@ -97,8 +97,7 @@ class Alphabet:
         self.idle_ages = tuple(sorted({*self.part_ages.silent, *self.part_ages.running}))
         self._sees_launch = any(rule.launched is not None for rule in policy.rules)
         self._remembering = self._where_memory_counts()
-        beginnings = dict.fromkeys(self.canonical(Foreseen(state, None, launched=False)) for state in starts)
-        self.footings = tuple(self._reachable(list(beginnings)))
+        self.footings = tuple(self._reachable(list(dict.fromkeys(map(self._beginning, starts)))))
         self.footing_number = {footing: number for number, footing in enumerate(self.footings)}
 
     def _asks(self, operation: Operation) -> Iterator[Ask]:
@@ -120,7 +119,10 @@ class Alphabet:
 
     def start(self, vm_state: VmState) -> int:
         """The footing of an instance that begins in a vm_state."""
-        return self.footing_number[self.canonical(Foreseen(vm_state, None, launched=False))]
+        return self.footing_number[self._beginning(vm_state)]
+
+    def _beginning(self, vm_state: VmState) -> Foreseen:
+        return self.canonical(Foreseen(vm_state, None, launched=vm_state is not VmState.BUILDING))
 
     # ------------------------------------------------------------------------------------------------------- tasks
 

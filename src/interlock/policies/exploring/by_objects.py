@@ -118,7 +118,14 @@ class _Walk:
     def run(self, starts: Iterable[VmState], until_s: float) -> None:
         for vm_state in starts:
             instance = Instance(
-                id="i", name="i", project="p", host="h", vm_state=vm_state, updated_at_ms=START_MS, fence=1
+                id="i",
+                name="i",
+                project="p",
+                host="h",
+                vm_state=vm_state,
+                updated_at_ms=START_MS,
+                launched_at_ms=None if vm_state is VmState.BUILDING else START_MS,
+                fence=1,
             )
             event = {"instance": {"vm_state": vm_state.value, "role": self.role}}
             self._add(_Node(instance, START_MS, 0, -1, event))
@@ -274,6 +281,7 @@ class _Walk:
             instance.vm_state,
             instance.prior_vm_state,
             instance.locked_by is None,
+            instance.launched,
             self.ages.idle_class(instance, node.now_ms),
             tuple(self._request_key(instance, r, ranks[r.id], node.now_ms) for r in instance.outstanding),
         )
@@ -334,7 +342,8 @@ class _Walk:
 
 def describe(instance: Instance) -> str:
     """The state of an instance in a few words: what it is, and what is being served."""
-    served = [request.operation.value for request in instance.outstanding if request.status in SERVED]
+    serving = (instance.served(Lane.STATE), instance.served(Lane.COMPONENT))
+    served = [request.operation.value for request in serving if request is not None]
     return instance.vm_state.value + (f" while {' and '.join(served)} is served" if served else "")
 
 

@@ -147,14 +147,23 @@ class PackedLaws:
 
     def of_moves(self, numbers: Ints, words: Words, moves: Moves) -> None:
         """Law 2: what is taken is permitted when it is taken, and nothing is cancelled while all goes as foreseen."""
-        if not len(moves.rows) or not isinstance(moves.action, int):
+        if not len(moves.rows):
             return
-        if moves.action == Action.TAKE:
+        if not isinstance(moves.action, int):
+            self._dropped(numbers, moves.action, moves)
+        elif moves.action == Action.TAKE:
             self._taken(numbers, words, moves)
         elif moves.action == Action.TAKE_PART:
             self._part_taken(numbers, words, moves)
         elif moves.action == Action.SUCCEED:
             self._succeeded(numbers, words, moves)
+
+    def _dropped(self, numbers: Ints, actions: Ints, moves: Moves) -> None:
+        for at in [] if moves.dropped is None else moves.dropped[: 64 * _CANDIDATES_MAX].tolist():
+            action = int(actions[at])
+            name = self._model.alphabet.asks[action - Action.SUBMIT].operation.value
+            breach = Breach(2, f"{name} was cancelled although all went as foreseen")
+            self._breaches.add(breach, int(numbers[moves.rows[at]]), action)
 
     def _taken(self, numbers: Ints, words: Words, moves: Moves) -> None:
         layout, tables = self._model.layout, self._model.tables

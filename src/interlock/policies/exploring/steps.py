@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interlock.policies.exploring.alphabet import Alphabet
+from interlock.policies.exploring.alphabet import Ages, Alphabet
 from interlock.policies.exploring.gate_table import Bools, Ints
 from interlock.policies.exploring.layout import Field, Layout, Words
 from interlock.policies.exploring.queues import Queues
@@ -62,6 +62,8 @@ class Moves(NamedTuple):
     """Which states of the chunk."""
     words: Words
     """Where they lead."""
+    dropped: Ints | None = None
+    """Which of these are submissions that were admitted, and cancelled in the same breath."""
 
 
 FAULTS = frozenset({Action.FAIL, Action.GUEST_STOPPED, Action.GUEST_CRASHED})
@@ -231,56 +233,62 @@ class Steps:
 
 
 class _PossibleAges(NamedTuple):
-    """Which classes of ages there can be together: what was silent for so long has run for at least as long."""
+    """Which classes of ages there can be together.
 
-    table: Bools
-    """(task, silent, running), flat."""
-    part_table: Bools
-    idle_table: Bools
-    """(task, silent, idle): an instance has not been idle for longer than what it serves has been silent."""
-    part_idle_table: Bools
+    What was silent for so long has run for at least as long, and an instance has not been idle for longer than what it
+    serves has been silent. Each table is flat, over what is served and two of the classes.
+    """
+
+    tables: tuple[tuple[Field, Field, Bools], ...]
+    part_tables: tuple[tuple[Field, Field, Bools], ...]
     idle: int
 
     def are_possible(self, layout: Layout, words: Words) -> Ints:
-        task, part = layout.task.of(words), layout.part.of(words)
-        silent, part_silent, idle = layout.silent.of(words), layout.part_silent.of(words), layout.idle.of(words)
-        sizes = layout.silent.ones + 1, layout.running.ones + 1, layout.idle.ones + 1
-        at = task * sizes[0] + silent
-        there = self.table[at * sizes[1] + layout.running.of(words)]
-        part_at = np.where(part > 0, layout.part_silent.ones + 1 + part_silent, 0)
-        there &= self.part_table[part_at * (layout.part_running.ones + 1) + layout.part_running.of(words)]
-        if sizes[2] > 1:
-            there &= self.idle_table[at * sizes[2] + idle]
-            there &= self.part_idle_table[part_at * sizes[2] + idle]
+        there = np.ones(len(words), bool)
+        for tables, owner in (
+            (self.tables, layout.task.of(words)),
+            (self.part_tables, (layout.part.of(words) > 0).astype(np.int64)),
+        ):
+            for one, other, table in tables:
+                at = (owner * (one.ones + 1) + one.of(words)) * (other.ones + 1) + other.of(words)
+                there &= table[at]
         return np.flatnonzero(there)
 
 
 def _possible_ages(alphabet: Alphabet, layout: Layout) -> _PossibleAges:
-    tasks = [((), ()), *alphabet.task_ages]
-    parts = [((), ()), alphabet.part_ages if alphabet.parts else ((), ())]
-    idle = alphabet.idle_ages
+    nothing = Ages((), ())
+    tasks = [nothing, *alphabet.task_ages]
+    parts = [nothing, alphabet.part_ages] if alphabet.parts else [nothing]
     return _PossibleAges(
-        _younger([ages[0] for ages in tasks], [ages[1] for ages in tasks], layout.silent, layout.running),
-        _younger([ages[0] for ages in parts], [ages[1] for ages in parts], layout.part_silent, layout.part_running),
-        _younger([ages[0] for ages in tasks], [idle] * len(tasks), layout.silent, layout.idle, turned=True),
-        _younger([ages[0] for ages in parts], [idle] * len(parts), layout.part_silent, layout.idle, turned=True),
-        len(idle),
+        _together(tasks, alphabet.idle_ages, layout.silent, layout.running, layout.idle),
+        _together(parts, alphabet.idle_ages, layout.part_silent, layout.part_running, layout.idle),
+        len(alphabet.idle_ages),
     )
 
 
-def _younger(
-    first: list[tuple[int, ...]], second: list[tuple[int, ...]], one: Field, other: Field, *, turned: bool = False
-) -> Bools:
-    """Whether an age of class `i` of the first can be no more (`turned`: no less) than one of class `j` of the second.
+def _together(
+    owners: list[Ages], idle_ages: tuple[int, ...], silent: Field, running: Field, idle: Field
+) -> tuple[tuple[Field, Field, Bools], ...]:
+    silences, runnings = [ages.silent for ages in owners], [ages.running for ages in owners]
+    idles = [idle_ages] * len(owners)
+    found = (
+        (silent, running, _younger(silences, runnings, silent, running)),
+        (idle, silent, _younger(idles, silences, idle, silent)),
+        (idle, running, _younger(idles, runnings, idle, running)),
+    )
+    return tuple(each for each in found if each[0].bits and each[1].bits)
+
+
+def _younger(younger: list[tuple[int, ...]], older: list[tuple[int, ...]], one: Field, other: Field) -> Bools:
+    """Whether an age of class `i` of the first can be no more than one of class `j` of the second.
 
     (owner, i, j), flat. Owner 0 serves nothing, and everything goes with that.
     """
-    table = np.zeros((len(first), one.ones + 1, other.ones + 1), bool)
+    table = np.zeros((len(younger), one.ones + 1, other.ones + 1), bool)
     table[0] = True
-    for owner in range(1, len(first)):
-        for i in range(len(first[owner]) + 1):
-            for j in range(len(second[owner]) + 1):
-                low, high = (second[owner], first[owner]) if turned else (first[owner], second[owner])
-                a, b = (j, i) if turned else (i, j)
-                table[owner, i, j] = a == 0 or b == len(high) or low[a - 1] < high[b]
+    for owner in range(1, len(younger)):
+        for i in range(len(younger[owner]) + 1):
+            for j in range(len(older[owner]) + 1):
+                begins = younger[owner][i - 1] if i else 0
+                table[owner, i, j] = j == len(older[owner]) or begins < older[owner][j]
     return table.reshape(-1)

@@ -169,7 +169,10 @@ class Submitting:
         on_top = self._leads_to_goal[np.where(is_part, 0, answers.kind)]
         fits = np.flatnonzero(count <= self._outstanding_max + on_top)
         there = (own & ~layout.queues) | kept | part_kept << layout.part_queue.shift
-        return Moves(Action.SUBMIT + answers.ask[fits], answers.rows[fits], there[fits])
+        # It was put first in its queue.
+        first = np.where(is_part, part_kept & layout.part_queue_first, kept & layout.queue_first)
+        dropped = np.flatnonzero(first[fits] != answers.kind[fits])
+        return Moves(Action.SUBMIT + answers.ask[fits], answers.rows[fits], there[fits], dropped)
 
     def _noted(self, words: Words, answers: Answers, effect: Effect) -> Moves:
         layout, tables = self._layout, self._tables
