@@ -182,7 +182,7 @@ def test_a_built_in_can_be_extended_with_nothing_but_a_limit(tmp_path: Path) -> 
 def test_a_policy_that_extends_itself_is_refused(tmp_path: Path) -> None:
     write(tmp_path, '[policy]\nextends = "b.toml"\n', "a.toml")
     write(tmp_path, '[policy]\n\nextends = "./a.toml"\n', "b.toml")
-    with pytest.raises(PolicyError, match=r"b\.toml:3: The policy extends itself"):
+    with pytest.raises(PolicyError, match=r"b\.toml:3:11: The policy extends itself"):
         load(tmp_path / "a.toml")
 
 
@@ -195,62 +195,62 @@ def test_an_operation_that_no_driver_performs_is_denied_before_any_rule() -> Non
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 WRONG = [
-    ('[policy]\nnme = "x"\n' + RULE, 2, r"no key 'nme'", "name"),
-    ("[polcy]\n" + RULE, 1, r"no part 'polcy'", "policy"),
-    (RULE + 'thresold = "3m"\n', 5, r"no key 'thresold'", "threshold"),
-    (RULE.replace('"stop"', '"stpo"'), 3, r"'stpo' is no operation", "stop"),
-    (RULE + 'vm_state = ["activ"]\n', 5, r"'activ' is no vm_state", "active"),
-    (RULE + 'task_state = ["powering-of"]\n', 5, r"is no task_state", "powering_off"),
-    (RULE + 'roles = ["root"]\n', 5, r"'root' is no role", "reader"),
-    (RULE + 'outstanding = ["@stat"]\n', 5, r"no group @stat", "state"),
-    (RULE + 'outstanding = ["none", "stop"]\n', 5, r"cannot stand beside", ""),
-    (RULE + 'outstanding = ["none", "!stop"]\n', 5, r"cannot stand beside", ""),
-    (RULE + "vm_state = []\n", 5, r"empty list", "Leave"),
-    (RULE + 'vm_state = ["active", "!active"]\n', 5, r"names no vm_state at all", "Leave"),
-    (RULE + 'vm_state = "active"\n', 5, r"list of strings", ""),
-    (RULE + "vm_state = [1]\n", 5, r"list of strings", ""),
-    (RULE + 'locked = "yes"\n', 5, r"true or false", ""),
-    (RULE + "silent_for = 15\n", 5, r"silent_for is 15", "15s"),
-    (RULE + 'threshold = "3m"\n', 5, r"only with verdict = 'after'", "Remove"),
-    (RULE + 'grace = "3s"\n', 5, r"only with verdict = 'preempt'", "Remove"),
-    (RULE + 'reason = "Not A Code"\n', 5, r"small letters", ""),
-    (RULE + 'because = ""\n', 5, r"1 to 1000 characters", ""),
-    (RULE + "tags = [\n'',\n]\n", 5, r"tags must be", ""),
-    (RULE.replace("admit", "after"), 1, r"needs a threshold", "3m"),
-    (RULE.replace("admit", "after") + 'threshold = "0s"\n', 5, r"needs a threshold", "preempt"),
-    (RULE.replace("admit", "admitt"), 4, r"verdict is 'admitt'", "admit"),
-    (RULE.replace('verdict = "admit"\n', ""), 1, r"no verdict", "verdict"),
-    (RULE.replace('id = "r"\n', ""), 1, r"no id", "id"),
-    (RULE + RULE, 5, r"'r' is used already, at .*:1", "id of its own"),
-    ("# nothing\n", 1, r"no rule", r"\[\[rule\]\]"),
-    ('[rule]\nid = "x"\n', 1, r"two brackets", ""),
-    ("[sets]\n\nstate = ['stop']\n" + RULE, 3, r"@state is a group already", "another"),
-    ("[sets]\nBad = ['stop']\n" + RULE, 2, r"name of a set", ""),
-    ("[sets]\nmine = ['sotp']\n" + RULE, 2, r"'sotp' is no word", "stop"),
-    ("[sets]\na = ['@b']\nb = ['@a']\n" + RULE.replace('"stop"', '"@a"'), 2, r"contains itself", ""),
-    ("[sets]\nmine = ['!stop']\n" + RULE, 2, r"cannot leave things out", "used"),
-    ("[policy]\noutstanding_max = 0\n" + RULE, 2, r"whole number", ""),
-    ("[policy]\noutstanding_max = true\n" + RULE, 2, r"whole number", ""),
-    ("[policy]\nextends = 'standrad'\n", 2, r"no built-in policy 'standrad'", "standard"),
-    ("[policy]\nextends = 'none.toml'\n", 2, r"there is no file", ""),
-    (RULE + "\n\nlocked = = true\n", 7, r"not TOML", ""),
-    ('x = "\n', 1, r"not TOML", ""),
-    (RULE + RULE.replace('"r"', '"s"') + "fixed = true\n", 5, r"fixed rule 's' stands behind 'r'", "beginning"),
-    (b"# fine\n[policy]\nname = '\xff'\n", 3, r"not UTF-8", "UTF-8"),
-    (RULE + 'operations.x = ["stop"]', 5, r"not TOML", ""),
-    ("rule = [{id = 'r', operations = ['stop'], verdict = 'admit', blah = 1}]", 1, r"no key 'blah'", ""),
-    ("a = " + "[" * 5000 + "]" * 5000, 1, r"not TOML", ""),
+    ('[policy]\nnme = "x"\n' + RULE, "2:1", r"no key 'nme'", "name"),
+    ("[polcy]\n" + RULE, "1:1", r"no part 'polcy'", "policy"),
+    (RULE + 'thresold = "3m"\n', "5:1", r"no key 'thresold'", "threshold"),
+    (RULE.replace('"stop"', '"stpo"'), "3:15", r"'stpo' is no operation", "stop"),
+    (RULE + 'vm_state = ["activ"]\n', "5:13", r"'activ' is no vm_state", "active"),
+    (RULE + 'task_state = ["powering-of"]\n', "5:15", r"is no task_state", "powering_off"),
+    (RULE + 'roles = ["root"]\n', "5:10", r"'root' is no role", "reader"),
+    (RULE + 'outstanding = ["@stat"]\n', "5:16", r"no group @stat", "state"),
+    (RULE + 'outstanding = ["none", "stop"]\n', "5:16", r"cannot stand beside", ""),
+    (RULE + 'outstanding = ["none", "!stop"]\n', "5:16", r"cannot stand beside", ""),
+    (RULE + "vm_state = []\n", "5:12", r"empty list", "Leave"),
+    (RULE + 'vm_state = ["active", "!active"]\n', "5:12", r"names no vm_state at all", "Leave"),
+    (RULE + 'vm_state = "active"\n', "5:12", r"list of strings", ""),
+    (RULE + "vm_state = [1]\n", "5:13", r"list of strings", ""),
+    (RULE + 'locked = "yes"\n', "5:10", r"true or false", ""),
+    (RULE + "silent_for = 15\n", "5:14", r"silent_for is 15", "15s"),
+    (RULE + 'threshold = "3m"\n', "5:1", r"only with verdict = 'after'", "Remove"),
+    (RULE + 'grace = "3s"\n', "5:1", r"only with verdict = 'preempt'", "Remove"),
+    (RULE + 'reason = "Not A Code"\n', "5:10", r"small letters", ""),
+    (RULE + 'because = ""\n', "5:11", r"1 to 1000 characters", ""),
+    (RULE + "tags = [\n'',\n]\n", "6:1", r"tags must be", ""),
+    (RULE.replace("admit", "after"), "1:1", r"needs a threshold", "3m"),
+    (RULE.replace("admit", "after") + 'threshold = "0s"\n', "5:13", r"needs a threshold", "preempt"),
+    (RULE.replace("admit", "admitt"), "4:11", r"verdict is 'admitt'", "admit"),
+    (RULE.replace('verdict = "admit"\n', ""), "1:1", r"no verdict", "verdict"),
+    (RULE.replace('id = "r"\n', ""), "1:1", r"no id", "id"),
+    (RULE + RULE, "6:6", r"'r' is used already, at .*:1", "id of its own"),
+    ("# nothing\n", "1:1", r"no rule", r"\[\[rule\]\]"),
+    ('[rule]\nid = "x"\n', "1:1", r"two brackets", ""),
+    ("[sets]\n\nstate = ['stop']\n" + RULE, "3:1", r"@state is a group already", "another"),
+    ("[sets]\nBad = ['stop']\n" + RULE, "2:1", r"name of a set", ""),
+    ("[sets]\nmine = ['sotp']\n" + RULE, "2:9", r"'sotp' is no word", "stop"),
+    ("[sets]\na = ['@b']\nb = ['@a']\n" + RULE.replace('"stop"', '"@a"'), "2:1", r"contains itself", ""),
+    ("[sets]\nmine = ['!stop']\n" + RULE, "2:9", r"cannot leave things out", "used"),
+    ("[policy]\noutstanding_max = 0\n" + RULE, "2:19", r"whole number", ""),
+    ("[policy]\noutstanding_max = true\n" + RULE, "2:19", r"whole number", ""),
+    ("[policy]\nextends = 'standrad'\n", "2:11", r"no built-in policy 'standrad'", "standard"),
+    ("[policy]\nextends = 'none.toml'\n", "2:11", r"there is no file", ""),
+    (RULE + "\n\nlocked = = true\n", "7:10", r"not TOML", ""),
+    ('x = "\n', "1:6", r"not TOML", ""),
+    (RULE + RULE.replace('"r"', '"s"') + "fixed = true\n", "9:9", r"fixed rule 's' stands behind 'r'", "beginning"),
+    (b"# fine\n[policy]\nname = '\xff'\n", "3:9", r"not UTF-8", "UTF-8"),
+    (RULE + 'operations.x = ["stop"]', "5:24", r"not TOML", ""),
+    ("rule = [{id = 'r', operations = ['stop'], verdict = 'admit', blah = 1}]", "1:62", r"no key 'blah'", ""),
+    ("a = " + "[" * 5000 + "]" * 5000, "1:37", r"not TOML", ""),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "line", "message", "remedy"), WRONG)
-def test_what_is_wrong_is_said_with_its_line_and_what_was_expected(
-    tmp_path: Path, text: str | bytes, line: int, message: str, remedy: str
+@pytest.mark.parametrize(("text", "at", "message", "remedy"), WRONG)
+def test_what_is_wrong_is_said_with_its_place_and_what_was_expected(
+    tmp_path: Path, text: str | bytes, at: str, message: str, remedy: str
 ) -> None:
     path = write(tmp_path, text)
     with pytest.raises(PolicyError, match=message) as caught:
         load(path)
-    assert caught.value.message.startswith(f"{path}:{line}: "), caught.value.message
+    assert caught.value.message.startswith(f"{path}:{at}: "), caught.value.message
     if remedy:
         assert caught.value.remedy is not None
         assert re.search(remedy, caught.value.remedy)
@@ -258,7 +258,7 @@ def test_what_is_wrong_is_said_with_its_line_and_what_was_expected(
 
 def test_an_id_of_the_base_cannot_be_used_again(tmp_path: Path) -> None:
     text = '[policy]\nextends = "standard"\n\n' + RULE.replace('"r"', '"delete"')
-    with pytest.raises(PolicyError, match=r":4: The id 'delete' is used already, at standard\.toml:\d+"):
+    with pytest.raises(PolicyError, match=r":5:6: The id 'delete' is used already, at standard\.toml:\d+"):
         load(write(tmp_path, text))
 
 
@@ -306,19 +306,31 @@ tags = [
 "id" = 'a\\'
 [ [ rule ] ]
 '''.replace("[ [ rule ] ]", "[[ rule ]]")
-    positions = Positions(text + "  id = '''\n'''\r\n[rule.sub]\nx.y = {a = 1, b = ']'}\nz = 1")
-    assert positions.line(("policy", "description")) == 3
-    assert positions.line(("policy", "quoted.key")) == 7
-    assert positions.line(("rule", 0)) == 8
-    assert positions.line(("rule", 0, "tags")) == 9
-    assert positions.line(("rule", 0, "id")) == 13
-    assert positions.line(("rule", 1)) == 14
-    assert positions.line(("rule", 1, "id")) == 15
-    assert positions.line(("rule", 1, "sub")) == 17
-    assert positions.line(("rule", 1, "sub", "x", "y")) == 18
-    assert positions.line(("rule", 1, "sub", "z")) == 19
-    assert positions.line(("rule", 1, "absent")) == 14
-    assert positions.line(("nowhere",)) == 1
+    positions = Positions(
+        text + "  id = '''\n'''\r\n[rule.sub]\nx.y = {a = 1, b = [']', 1979-05-27 07:32:00,2]}\nz = 1"
+    )
+    for path, key, value in (
+        (("policy",), (2, 1), (2, 1)),
+        (("policy", "description"), (3, 1), (3, 15)),
+        (("policy", "quoted.key"), (7, 1), (7, 16)),
+        (("rule",), (8, 1), (8, 1)),
+        (("rule", 0), (8, 1), (8, 1)),
+        (("rule", 0, "tags"), (9, 1), (9, 8)),
+        (("rule", 0, "tags", 1), (9, 1), (11, 3)),
+        (("rule", 0, "id"), (13, 1), (13, 8)),
+        (("rule", 1), (14, 1), (14, 1)),
+        (("rule", 1, "id"), (15, 3), (15, 8)),
+        (("rule", 1, "sub"), (17, 1), (17, 1)),
+        (("rule", 1, "sub", "x"), (18, 1), (18, 1)),
+        (("rule", 1, "sub", "x", "y"), (18, 3), (18, 7)),
+        (("rule", 1, "sub", "x", "y", "b"), (18, 15), (18, 19)),
+        (("rule", 1, "sub", "x", "y", "b", 2), (18, 15), (18, 45)),
+        (("rule", 1, "sub", "z"), (19, 1), (19, 5)),
+        (("rule", 1, "absent"), (14, 1), (14, 1)),
+        (("nowhere",), (1, 1), (1, 1)),
+    ):
+        assert (positions.of_key(path), positions.of_value(path)) == (key, value), path
+    assert positions.lines_of_items("rule") == (8, 14)
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,127 +1,264 @@
-"""On which line of a TOML text each table and key stands.
+"""Where in a TOML text each table, key, value and item stands.
 
-The standard library's reader keeps no positions, so this walks the text a second time. It is only ever given text
-that the reader has accepted, and so need not notice errors; values are not read here.
+The standard library's reader keeps no positions, so this walks the text a second time, and only when somebody asks.
+What is not asked for is passed over and nothing is kept of it, so that a large file costs no memory. The same walk
+bounds what the reader is given at all, since deep nesting and long dotted keys cost it more than they are worth.
+
+Text that is not TOML is left to the reader to refuse: the walk ends where it loses its way.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 Path = tuple[str | int, ...]
 
-_QUOTES: Final = ('"""', "'''", '"', "'")
+NESTING_MAX: Final = 32
+"""How deep lists and tables may stand in one another."""
+KEY_PARTS_MAX: Final = 16
+"""How many parts a dotted key may have; the reader's time grows with their square."""
+
+_BLANK: Final = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
+_SEPARATORS: Final = re.compile(r"(?:[ \t\n,]++|#[^\n]*+)*+")
+_SPACE: Final = re.compile(r"[ \t]*+")
+_STRING: Final = re.compile(
+    r'"""(?:[^"\\]++|\\.|"{1,2}+(?!"))*+"{3,5}'
+    r"|'''(?:[^']++|'{1,2}+(?!'))*+'{3,5}"
+    r'|"(?:[^"\\\n]++|\\.)*+"'
+    r"|'[^'\n]*+'",
+    re.DOTALL,
+)
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]++")
+# A date and its time may have a space between them.
+_SCALAR: Final = re.compile(r"[^,\]}#\n\[{\"']++")
+_NO_STRUCTURE: Final = re.compile(r"[^\[\]{}\"'#]++")
+_COMMENT: Final = re.compile(r"#[^\n]*+")
+_CLOSING: Final = {"[": "]", "{": "}"}
+
+
+class Position(NamedTuple):
+    """A place in a text, both counted from 1, the column in characters."""
+
+    line: int
+    column: int
+
+
+class TooDeep(Exception):
+    """The text goes beyond what is read at all."""
+
+    def __init__(self, message: str, position: Position) -> None:
+        super().__init__(message)
+        self.message = message
+        self.position = position
+
+
+class _Lost(Exception):
+    """The text is not TOML here."""
 
 
 class Positions:
-    """Lines, counted from 1, by path, such as `("rule", 2, "threshold")`."""
+    """Positions by path, such as `("rule", 2, "operations", 0)`."""
 
     def __init__(self, text: str) -> None:
-        self._lines = _Walk(text).lines
+        self._text = text.replace("\r\n", "\n")
 
-    def line(self, path: Path) -> int:
-        """The line of `path`, or of the nearest thing around it that has one."""
-        while path not in self._lines and path:
+    def of_key(self, path: Path) -> Position:
+        """Where the key or the header of `path` stands, or the nearest thing around it that stands somewhere."""
+        return self._nearest(path, self._walk_to(path).keys)
+
+    def of_value(self, path: Path) -> Position:
+        """Where the value or the item at `path` stands, or the nearest thing around it that stands somewhere."""
+        walk = self._walk_to(path)
+        return self._nearest(path, {**walk.keys, **walk.values})
+
+    def lines_of_items(self, name: str) -> tuple[int, ...]:
+        """The lines on which the tables of the list `name` stand, in order."""
+        walk = _Walk(self._text, lambda path: path[0] == name and len(path) <= 2)  # noqa: PLR2004 - the list, an item
+        lines: list[int] = []
+        line, counted = 1, 0
+        offsets = {**walk.keys, **walk.values}
+        for _, offset in sorted((path[1], offset) for path, offset in offsets.items() if isinstance(path[-1], int)):
+            line += self._text.count("\n", counted, offset)
+            counted = offset
+            lines.append(line)
+        return tuple(lines)
+
+    def check_bounds(self) -> None:
+        """Raise `TooDeep` if the text nests deeper, or has longer keys, than is read."""
+        beyond = _Walk(self._text, lambda _path: False).beyond
+        if beyond is not None:
+            raise TooDeep(beyond.message, _position(self._text, beyond.offset))
+
+    def _walk_to(self, path: Path) -> _Walk:
+        return _Walk(self._text, lambda here: here == path[: len(here)])
+
+    def _nearest(self, path: Path, offsets: dict[Path, int]) -> Position:
+        while path and path not in offsets:
             path = path[:-1]
-        return self._lines.get(path, 1)
+        return _position(self._text, offsets.get(path, 0))
+
+
+def end_of(text: str) -> Position:
+    """The position behind the last character."""
+    return _position(text, len(text))
+
+
+def _position(text: str, offset: int) -> Position:
+    return Position(text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset))
+
+
+class _Beyond(Exception):
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.offset = offset
+
+
+class _Container:
+    """A list or an inline table that is open, with its path where it is of interest."""
+
+    __slots__ = ("closing", "index", "path")
+
+    def __init__(self, closing: str, path: Path) -> None:
+        self.closing = closing
+        self.path = path
+        self.index = -1
 
 
 class _Walk:
-    def __init__(self, text: str) -> None:
-        self._text = text.replace("\r\n", "\n")
+    """One pass through a text: keeps the offsets of what `follows` is true of, and of nothing inside anything else."""
+
+    def __init__(self, text: str, follows: Callable[[Path], bool]) -> None:
+        self._text = text
+        self._follows = follows
         self._at = 0
-        self._line = 1
         self._table: Path = ()
         self._arrays: dict[Path, int] = {}
-        self.lines: dict[Path, int] = {}
-        while self._skip_blank():
-            if self._text[self._at] == "[":
-                self._header()
-            else:
-                self._pair()
+        self.keys: dict[Path, int] = {}
+        self.values: dict[Path, int] = {}
+        self.beyond: _Beyond | None = None
+        try:
+            while self._skip(_BLANK) < len(text):
+                if text[self._at] == "[":
+                    self._header()
+                else:
+                    self._pair(self._table)
+        except (_Lost, IndexError):
+            pass
+        except _Beyond as beyond:
+            self.beyond = beyond
 
-    def _skip_blank(self) -> bool:
-        """Go to the next thing that is written; False at the end."""
-        while self._at < len(self._text):
-            character = self._text[self._at]
-            if character == "#":
-                self._skip_comment()
-            elif character.isspace():
-                self._step()
-            else:
-                return True
-        return False
-
-    def _step(self) -> None:
-        self._line += self._text[self._at] == "\n"
-        self._at += 1
-
-    def _skip_comment(self) -> None:
-        end = self._text.find("\n", self._at)
-        self._at = len(self._text) if end < 0 else end
+    def _skip(self, pattern: re.Pattern[str]) -> int:
+        """Pass over what the pattern matches, and tell where the walk is then."""
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            raise _Lost
+        self._at = found.end()
+        return self._at
 
     def _header(self) -> None:
-        double = self._text.startswith("[[", self._at)
-        self._at += 2 if double else 1
-        keys = self._keys("]")
-        self._at += 2 if double else 1
+        start = self._at
+        brackets = 2 if self._text.startswith("[[", start) else 1
+        self._at += brackets
+        keys = [key for key, _offset in self._keys("]")]
+        self._at += brackets
         path: Path = ()
         for key in keys[:-1]:
             path = (*path, key)
             if path in self._arrays:
                 path = (*path, self._arrays[path])
         path = (*path, keys[-1])
-        if double:
+        if brackets == len("[["):
+            self._keep(self.keys, path, start)
             self._arrays[path] = self._arrays.get(path, -1) + 1
             path = (*path, self._arrays[path])
         self._table = path
-        self.lines.setdefault(path, self._line)
+        self._keep(self.keys, path, start)
 
-    def _pair(self) -> None:
-        line = self._line
-        path = (*self._table, *self._keys("="))
+    def _pair(self, table: Path) -> None:
+        self._value(self._key(table))
+
+    def _key(self, table: Path) -> Path:
+        """Read a key and its `=`; the path of what stands behind."""
+        path = table
+        for key, offset in self._keys("="):
+            path = (*path, key)
+            self._keep(self.keys, path, offset)
         self._at += 1
-        self.lines.setdefault(path, line)
-        self._skip_value()
+        return path
 
-    def _keys(self, end: str) -> list[str]:
-        """The parts of a dotted key, up to `end`. Escapes stay as written: such a key is only found less exactly."""
-        parts = [""]
-        while (character := self._text[self._at]) != end:
-            if character in "\"'":
-                start = self._at + 1
-                self._skip_string()
-                parts[-1] += self._text[start : self._at - 1]
-                continue
-            if character == ".":
-                parts.append("")
-            elif not character.isspace():
-                parts[-1] += character
-            self._step()
-        return parts
+    def _keep(self, offsets: dict[Path, int], path: Path, offset: int) -> None:
+        if self._follows(path):
+            offsets.setdefault(path, offset)
 
-    def _skip_value(self) -> None:
-        depth = 0
-        while self._at < len(self._text):
-            character = self._text[self._at]
-            if character == "\n" and depth == 0:
-                return
-            if character == "#":
-                self._skip_comment()
-            elif character in "\"'":
-                self._skip_string()
-            else:
-                depth += (character in "[{") - (character in "]}")
-                self._step()
-
-    def _skip_string(self) -> None:
-        quote = next(quote for quote in _QUOTES if self._text.startswith(quote, self._at))
-        self._at += len(quote)
-        while not self._text.startswith(quote, self._at):
-            if quote[0] == '"' and self._text[self._at] == "\\":
-                self._step()
-            self._step()
-        self._at += len(quote)
-        # Up to two quotes may stand just before the three that end a string of several lines.
-        while len(quote) > 1 and self._text.startswith(quote[0], self._at):
+    def _keys(self, end: str) -> list[tuple[str, int]]:
+        """The parts of a dotted key, up to `end`, with their offsets. Escapes stay as written: found less exactly."""
+        parts: list[tuple[str, int]] = []
+        while True:
+            start = self._skip(_SPACE)
+            quoted = self._text[start] in "\"'"
+            self._skip(_STRING if quoted else _BARE_KEY)
+            parts.append((self._text[start + quoted : self._at - quoted], start))
+            if len(parts) > KEY_PARTS_MAX:
+                raise _Beyond(f"A key has more than {KEY_PARTS_MAX} parts.", parts[0][1])
+            self._skip(_SPACE)
+            if self._text[self._at] == end:
+                return parts
+            if self._text[self._at] != ".":
+                raise _Lost
             self._at += 1
+
+    def _value(self, path: Path) -> None:
+        """Pass over a value, and keep where it and what is in it stands."""
+        within: list[_Container] = []
+        while True:
+            self._skip(_SPACE)
+            self._keep(self.values, path, self._at)
+            opening = self._text[self._at]
+            if opening in _CLOSING and self._follows(path):
+                self._at += 1
+                within.append(_Container(_CLOSING[opening], path))
+                self._check_depth(len(within))
+            else:
+                self._pass_over()
+            while within and self._next_in() == within[-1].closing:
+                self._at += 1
+                within.pop()
+            if not within:
+                return
+            innermost = within[-1]
+            if innermost.closing == "]":
+                innermost.index += 1
+                path = (*innermost.path, innermost.index)
+            else:
+                path = self._key(innermost.path)
+
+    def _next_in(self) -> str:
+        return self._text[self._skip(_SEPARATORS)]
+
+    def _pass_over(self) -> None:
+        """Pass over a value of which nothing is of interest."""
+        depth = 0
+        while True:
+            character = self._text[self._at]
+            if character in "\"'":
+                self._skip(_STRING)
+            elif character in "[{":
+                depth += 1
+                self._check_depth(depth)
+                self._at += 1
+            elif depth == 0:
+                self._skip(_SCALAR)
+            elif character in "]}":
+                depth -= 1
+                self._at += 1
+            else:
+                self._skip(_COMMENT if character == "#" else _NO_STRUCTURE)
+            if depth == 0:
+                return
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > NESTING_MAX:
+            raise _Beyond(f"Lists or tables stand more than {NESTING_MAX} deep in one another.", self._at)

@@ -1,18 +1,17 @@
 """Policies by name or file: found, read, put together with what they extend, and compiled.
 
-The language is described in docs/reference/policies.md. One `[[rule]]` is read in `rules`, the words in its lists in
-`vocabulary`. Whatever is wrong is a `PolicyError` that opens with file and line.
+The language is defined in `language` and described in docs/reference/policy-language.md. One `[[rule]]` is read in
+`rules`, the other parts in `own_words` and `thresholds`, the words in lists in `vocabulary`. Whatever is wrong is a
+`PolicyError` that opens with file, line and column.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 
 import msgspec
@@ -20,19 +19,50 @@ import msgspec
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import DEFAULT_OUTSTANDING_MAX, CompiledPolicy, Policy, Rule
-from interlock.policies.positions import Positions
-from interlock.policies.rules import TEXT_LENGTH_MAX, read_rules
-from interlock.policies.vocabulary import KNOWN_WORDS, RESERVED_GROUPS, Place, UserSet, UserSets, listed, nearest
+from interlock.policies.digests import digest_of
+from interlock.policies.language import (
+    EXPANDED_RULES_MAX,
+    EXTENDS_DEPTH_MAX,
+    FILE_SIZE_MAX_BYTES,
+    HEADER_KEYS,
+    OUTSTANDING_MAX_LIMIT,
+    RULES_MAX,
+    SECTIONS,
+    TEXT_LENGTH_MAX,
+    Takes,
+)
+from interlock.policies.own_words import read_names, read_sets
+from interlock.policies.places import Place, is_text, nearest, shown
+from interlock.policies.policy_files import (
+    DiskShelf,
+    NoShelf,
+    PolicyFile,
+    SentShelf,
+    Shelf,
+    builtin_file,
+    builtin_names,
+    file_on_disk,
+    is_file_name,
+)
+from interlock.policies.positions import Position, Positions, TooDeep, end_of
+from interlock.policies.rules import read_rules
+from interlock.policies.thresholds import changed
+from interlock.policies.vocabulary import Dictionary, UserSet
 
-FILE_SIZE_MAX_BYTES: Final = 1024 * 1024
-RULES_MAX: Final = 2_000
-OUTSTANDING_MAX_LIMIT: Final = 10_000
-EXTENDS_DEPTH_MAX: Final = 16
+__all__ = [
+    "EXTENDS_DEPTH_MAX",
+    "FILE_SIZE_MAX_BYTES",
+    "PolicyText",
+    "builtin_names",
+    "compile_named",
+    "files_of",
+    "load",
+    "read",
+    "read_sent",
+]
 
-_SECTIONS: Final = ("policy", "sets", "rule")
-_POLICY_KEYS: Final = ("name", "extends", "outstanding_max", "description")
-_SET_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-_TOML_PLACE: Final = re.compile(r"^(.*) \(at line (\d+), column \d+\)$", re.DOTALL)
+_TOML_PLACE: Final = re.compile(r"^(.*) \(at line (\d+), column (\d+)\)$", re.DOTALL)
+_TOML_END: Final = " (at end of document)"
 
 
 class PolicyText(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,34 +74,60 @@ class PolicyText(msgspec.Struct, frozen=True, kw_only=True):
     """The groups that it and what it extends have named."""
     source: str
     """Its file, or `name.toml` for a built-in."""
+    files: dict[str, str] = {}
+    """The text of its file and of those that it extends, by their names in errors; of no built-in that it extends."""
+
+
+class ReadFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a policy, as it was read."""
+
+    name: str
+    """As errors name it."""
+    identity: str
+    text: str
+    extends: str | None
+    """The file that it extends, as written; None if it extends none, or a built-in."""
 
 
 class _Reading(msgspec.Struct, frozen=True):
     policy: Policy
     description: str
-    sets: UserSets
-    source: str
+    sets: Mapping[str, UserSet]
+    files: tuple[ReadFile, ...]
+    """This one, then those that it extends; without a built-in."""
+    families: Mapping[str, str]
+    """For each rule that was made of one that stands for several, the id that was written."""
 
 
-def builtin_names() -> tuple[str, ...]:
-    """The names of the policies that come with Interlock, sorted."""
-    return tuple(sorted(_builtins()))
+class _Written(msgspec.Struct, frozen=True):
+    """A rule of the file, with where it stands."""
+
+    rule: Rule
+    place: Place
 
 
 def load(name_or_path: str | Path) -> Policy:
     """A built-in policy by its name, or a policy file by its path.
 
     Raises:
-        PolicyError: there is none, or it is wrong; with file, line, what was expected and the nearest valid word.
+        PolicyError: there is none, or it is wrong; with the place, what was expected and the nearest valid word.
     """
     return read(name_or_path).policy
 
 
 def read(name_or_path: str | Path) -> PolicyText:
     """The same as `load`, with the policy's description and sets."""
-    reading = _read(name_or_path)
-    sets = {name: members.members for name, members in reading.sets.items()}
-    return PolicyText(policy=reading.policy, description=reading.description, sets=sets, source=reading.source)
+    return _told(_read(name_or_path))
+
+
+def files_of(path: Path) -> tuple[ReadFile, ...]:
+    """A policy file and those that it extends, in that order, after reading all of them. Raises `PolicyError`."""
+    return _read(path).files
+
+
+def read_sent(shelf: SentShelf, main: PolicyFile) -> PolicyText:
+    """A policy of which all files were sent together. Raises `PolicyError`."""
+    return _told(_Document(main, shelf, ()).read())
 
 
 def compile_named(name_or_path: str | Path, performs: Iterable[Operation] | None = None) -> CompiledPolicy:
@@ -83,205 +139,210 @@ def compile_named(name_or_path: str | Path, performs: Iterable[Operation] | None
     return CompiledPolicy(load(name_or_path), performs)
 
 
-def _builtins() -> dict[str, Traversable]:
-    folder = resources.files("interlock.policies") / "builtin"
-    return {entry.name.removesuffix(".toml"): entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
+def _told(reading: _Reading) -> PolicyText:
+    return PolicyText(
+        policy=reading.policy,
+        description=reading.description,
+        sets={name: members.members for name, members in reading.sets.items()},
+        source=reading.files[0].name,
+        files={file.name: file.text for file in reading.files},
+    )
 
 
 def _read(name_or_path: str | Path) -> _Reading:
     if isinstance(name_or_path, str):
-        if name_or_path in _builtins():
+        if name_or_path in builtin_names():
             return _read_builtin(name_or_path)
-        if "/" not in name_or_path and not name_or_path.endswith(".toml"):
+        if not is_file_name(name_or_path):
             raise PolicyError(
-                f"There is no built-in policy {name_or_path!r}.",
+                f"There is no built-in policy {shown(name_or_path)}.",
                 remedy=f"{nearest(name_or_path, builtin_names())} A file is named by its path, ending in .toml.",
             )
-    path = Path(name_or_path)
-    return _parse(_bytes_of(path, str(path)), str(path), path, ())
+    return _Document(file_on_disk(Path(name_or_path)), DiskShelf(), ()).read()
 
 
 @cache
 def _read_builtin(name: str) -> _Reading:
-    return _parse(_builtins()[name].read_bytes(), f"{name}.toml", None, ())
-
-
-def _bytes_of(path: Path, shown: str) -> bytes:
-    try:
-        if not path.is_file():
-            raise PolicyError(f"{shown}:1: There is no such file.", remedy="Name a policy file or a built-in policy.")
-        with path.open("rb") as file:
-            data = file.read(FILE_SIZE_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{shown}:1: The file cannot be read: {error}.") from error
-    if len(data) > FILE_SIZE_MAX_BYTES:
-        raise PolicyError(f"{shown}:1: The file is larger than {FILE_SIZE_MAX_BYTES} bytes; no policy is that long.")
-    return data
-
-
-def _parse(data: bytes, shown: str, path: Path | None, chain: tuple[Path, ...]) -> _Reading:
-    return _Document(data, shown, path, chain).read()
+    return _Document(builtin_file(name), NoShelf(), ()).read()
 
 
 class _Document:
     """One policy file while it is read."""
 
-    def __init__(self, data: bytes, shown: str, path: Path | None, chain: tuple[Path, ...]) -> None:
-        self._shown = shown
-        self._path = path
-        self._chain = chain if path is None else (*chain, path.resolve())
-        text = _decode(data, shown)
-        self._content = _toml(text, shown)
-        self._positions = Positions(text)
+    def __init__(self, file: PolicyFile, shelf: Shelf, extended_by: tuple[PolicyFile, ...]) -> None:
+        self._file = file
+        self._shelf = shelf
+        self._chain = (*extended_by, file)
+        self._text = _decode(file.data, file.name)
+        self._positions = Positions(self._text)
+        self._content = _toml(self._text, self._positions, file.name)
+        self._whole = Place(file.name, self._positions)
 
     def _at(self, *path: str | int) -> Place:
-        return Place(self._shown, self._positions.line(path))
+        return self._whole.at(*path)
 
     def read(self) -> _Reading:
         for key in self._content:
-            if key not in _SECTIONS:
-                raise self._at(key).error(f"A policy has no part {key!r}.", nearest(key, _SECTIONS))
+            if key not in SECTIONS:
+                raise self._at(key).key.error(f"A policy has no part {shown(key)}.", nearest(key, SECTIONS))
         header = self._header()
         base = self._base(header)
-        sets = {**(base.sets if base else {}), **self._sets()}
-        rules = self._rules(sets)
+        names = read_names(self._table("names"), self._at("names"), base.policy.names if base else {})
+        sets = read_sets(self._table("sets"), self._at("sets"), base.sets if base else {}, names)
+        rules, families = self._rules(Dictionary(sets, names))
         if not rules and base is None:
-            raise self._at().error("The policy has no rule, and so would deny everything.", "Write a [[rule]].")
+            raise self._whole.error("The policy has no rule, and so would deny everything.", "Write a [[rule]].")
         _check_order(rules)
         _check_ids(rules, base.policy.rules if base else ())
-        outstanding_max = header.get(
-            "outstanding_max", base.policy.outstanding_max if base else DEFAULT_OUTSTANDING_MAX
-        )
+        below = self._changed_base(base, rules, families)
+        extends = header.get("extends")
+        built_in = extends in builtin_names()
         policy = Policy(
-            name=header.get("name", Path(self._shown).stem),
-            rules=_joined(rules, base.policy.rules if base else ()),
-            outstanding_max=outstanding_max,
+            name=header.get("name", PurePath(self._file.name).stem),
+            rules=_joined(tuple(one.rule for one in rules), below),
+            outstanding_max=header.get(
+                "outstanding_max", base.policy.outstanding_max if base else DEFAULT_OUTSTANDING_MAX
+            ),
+            names=names,
         )
-        return _Reading(policy, header.get("description", ""), sets, self._shown)
+        return _Reading(
+            msgspec.structs.replace(policy, digest=digest_of(policy)),
+            header.get("description", ""),
+            sets,
+            (self._read_file(None if built_in else extends), *(base.files if base and not built_in else ())),
+            {**(base.families if base else {}), **families},
+        )
+
+    def _read_file(self, extends: str | None) -> ReadFile:
+        return ReadFile(name=self._file.name, identity=self._file.identity, text=self._text, extends=extends)
+
+    def _table(self, name: str) -> dict[str, Any]:
+        table = self._content.get(name, {})
+        if not isinstance(table, dict):
+            raise self._at(name).key.error(f"{name} must be a table, [{name}].")
+        return table
 
     def _header(self) -> dict[str, Any]:
-        header = self._content.get("policy", {})
-        if not isinstance(header, dict):
-            raise self._at("policy").error("policy must be a table, [policy].")
-        for key, value in header.items():
-            place = self._at("policy", key)
-            if key not in _POLICY_KEYS:
-                raise place.error(f"[policy] has no key {key!r}.", nearest(key, _POLICY_KEYS))
-            if key == "outstanding_max":
+        header = self._table("policy")
+        keys = {key.name: key for key in HEADER_KEYS}
+        for name, value in header.items():
+            place = self._at("policy", name)
+            if name not in keys:
+                raise place.key.error(f"[policy] has no key {shown(name)}.", nearest(name, keys))
+            if keys[name].takes is Takes.COUNT:
                 if type(value) is not int or not 1 <= value <= OUTSTANDING_MAX_LIMIT:
-                    raise place.error(f"outstanding_max must be a whole number from 1 to {OUTSTANDING_MAX_LIMIT}.")
-            elif not isinstance(value, str) or not 0 < len(value) <= TEXT_LENGTH_MAX:
-                raise place.error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
+                    raise place.error(f"{name} must be a whole number from 1 to {OUTSTANDING_MAX_LIMIT}.")
+            elif not is_text(value, TEXT_LENGTH_MAX):
+                raise place.error(f"{name} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
         return header
 
     def _base(self, header: dict[str, Any]) -> _Reading | None:
         extends = header.get("extends")
         if extends is None:
             return None
-        place = self._at("policy", "extends")
-        if extends in _builtins():
+        if extends in builtin_names():
             return _read_builtin(extends)
-        if self._path is None or ("/" not in extends and not extends.endswith(".toml")):
-            raise place.error(f"There is no built-in policy {extends!r}.", nearest(extends, builtin_names()))
-        path = self._path.parent / extends
-        try:
-            resolved = path.resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise place.error(f"extends names no file: {error}.") from error
-        if resolved in self._chain:
-            raise place.error(f"The policy extends itself, through {extends!r}.")
+        place = self._at("policy", "extends")
+        file = self._shelf.extended(self._file, extends, place)
+        if any(file.identity == one.identity for one in self._chain):
+            raise place.error(f"The policy extends itself, through {shown(extends)}.")
         if len(self._chain) > EXTENDS_DEPTH_MAX:
             raise place.error(f"More than {EXTENDS_DEPTH_MAX} policies extend one another.")
-        if not path.is_file():
-            raise place.error(f"extends names {extends!r}, and there is no file {str(path)!r}.")
-        return _parse(_bytes_of(path, str(path)), str(path), path, self._chain)
+        if sum(len(one.data) for one in (*self._chain, file)) > FILE_SIZE_MAX_BYTES:
+            raise place.error(
+                f"The policy and what it extends are larger than {FILE_SIZE_MAX_BYTES} bytes; none is that long."
+            )
+        return _Document(file, self._shelf, self._chain).read()
 
-    def _sets(self) -> dict[str, UserSet]:
-        raw = self._content.get("sets", {})
-        if not isinstance(raw, dict):
-            raise self._at("sets").error("sets must be a table, [sets].")
-        sets: dict[str, UserSet] = {}
-        for name, members in raw.items():
-            place = self._at("sets", name)
-            if _SET_NAME.fullmatch(name) is None:
-                raise place.error(f"The name of a set may hold only small letters, digits and '_', not {name!r}.")
-            if name in RESERVED_GROUPS:
-                raise place.error(f"@{name} is a group already.", "Choose another name for the set.")
-            sets[name] = UserSet(listed(members, f"The set {name}", place), place)
-        for members in sets.values():
-            _check_members(members)
-        return sets
-
-    def _rules(self, sets: UserSets) -> tuple[Rule, ...]:
+    def _rules(self, dictionary: Dictionary) -> tuple[tuple[_Written, ...], dict[str, str]]:
+        """The rules of the file, and for those that were made of one that stands for several, the id written."""
         tables = self._content.get("rule", [])
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise self._at("rule").error("A rule is written under [[rule]], with two brackets.")
+            raise self._at("rule").key.error("A rule is written under [[rule]], with two brackets.")
         if len(tables) > RULES_MAX:
-            raise self._at("rule", RULES_MAX).error(f"A policy may have at most {RULES_MAX} rules.")
-        rules: list[Rule] = []
-        for index, table in enumerate(tables):
+            raise self._at("rule", RULES_MAX).key.error(f"A policy may have at most {RULES_MAX} rules.")
+        lines = self._positions.lines_of_items("rule")
+        rules: list[_Written] = []
+        families: dict[str, str] = {}
+        for number, table in enumerate(tables):
+            place = self._at("rule", number)
+            line = lines[number] if number < len(lines) else 1
+            for rule in read_rules(table, place, line, dictionary):
+                rules.append(_Written(rule, place))
+                if rule.id != table["id"]:
+                    families[rule.id] = table["id"]
+            if len(rules) > EXPANDED_RULES_MAX:
+                raise place.key.error(
+                    f"The rules up to here stand for more than {EXPANDED_RULES_MAX}, one for each operation.",
+                    "Write fewer with @same or @sources.",
+                )
+        return tuple(rules), families
 
-            def place_of(key: str | None, index: int = index) -> Place:
-                return self._at("rule", index) if key is None else self._at("rule", index, key)
+    def _changed_base(
+        self, base: _Reading | None, rules: tuple[_Written, ...], families: Mapping[str, str]
+    ) -> tuple[Rule, ...]:
+        """The rules of what is extended, with the thresholds that this file gives them."""
+        table, place = self._table("thresholds"), self._at("thresholds")
+        if base is None:
+            if "thresholds" in self._content:
+                raise place.key.error(
+                    "[thresholds] changes what a policy extends, and this one extends nothing.",
+                    "Write the threshold in the rule.",
+                )
+            return ()
+        own = frozenset({*(one.rule.id for one in rules), *families.values()})
+        return changed(base.policy.rules, base.families, own, table, place)
 
-            rules.extend(read_rules(table, place_of, sets))
-        return tuple(rules)
 
-
-def _decode(data: bytes, shown: str) -> str:
+def _decode(data: bytes, shown_name: str) -> str:
     try:
-        return data.decode("utf-8")
+        # What some editors write before the first character is no part of the text.
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        before = error.object[: error.start]
+        line = before.count(b"\n") + 1
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
         raise PolicyError(
-            f"{shown}:{line}: The file is not UTF-8 text.", remedy="Save it with the encoding UTF-8."
+            f"{shown_name}:{line}:{column}: The file is not UTF-8 text.", remedy="Save it with the encoding UTF-8."
         ) from error
 
 
-def _toml(text: str, shown: str) -> dict[str, Any]:
+def _toml(text: str, positions: Positions, shown_name: str) -> dict[str, Any]:
     try:
+        positions.check_bounds()
         return tomllib.loads(text)
+    except TooDeep as deep:
+        at = deep.position
+        message = f"This is not TOML that a policy could be: {deep.message}"
+        raise PolicyError(f"{shown_name}:{at.line}:{at.column}: {message}") from None
     except tomllib.TOMLDecodeError as error:
         found = _TOML_PLACE.match(str(error))
-        line = int(found.group(2)) if found else text.count("\n") + 1
-        message = found.group(1) if found else str(error)
-        raise PolicyError(f"{shown}:{line}: This is not TOML: {message}.") from error
+        at = Position(int(found.group(2)), int(found.group(3))) if found else end_of(text.replace("\r\n", "\n"))
+        message = (found.group(1) if found else str(error).removesuffix(_TOML_END))[:TEXT_LENGTH_MAX]
+        raise PolicyError(f"{shown_name}:{at.line}:{at.column}: This is not TOML: {message}.") from error
     except (RecursionError, ValueError) as error:
-        raise PolicyError(f"{shown}:1: This is not TOML that a policy could be: {error}.") from error
+        raise PolicyError(f"{shown_name}:1:1: This is not TOML that a policy could be: {error}.") from error
 
 
-def _check_members(members: UserSet) -> None:
-    for member in members.members:
-        word = member.replace("-", "_")
-        if member.startswith("!"):
-            raise members.place.error("A set cannot leave things out.", "Write !… where the set is used.")
-        if not word.startswith("@") and word != "*" and word not in KNOWN_WORDS:
-            raise members.place.error(f"{member!r} is no word of the language.", nearest(word, sorted(KNOWN_WORDS)))
-
-
-def _place(rule: Rule) -> Place:
-    file, _, line = rule.source.rpartition(":")
-    return Place(file, int(line))
-
-
-def _check_order(rules: tuple[Rule, ...]) -> None:
+def _check_order(rules: tuple[_Written, ...]) -> None:
     """Fixed rules come first, so that asking them before everything that extends the policy changes nothing in it."""
     earlier: Rule | None = None
-    for rule in rules:
-        if not rule.fixed:
-            earlier = earlier or rule
+    for one in rules:
+        if not one.rule.fixed:
+            earlier = earlier or one.rule
         elif earlier is not None:
-            raise _place(rule).error(
-                f"The fixed rule {rule.id!r} stands behind {earlier.id!r}, which is not fixed.",
+            raise one.place.at("fixed").error(
+                f"The fixed rule {one.rule.id!r} stands behind {earlier.id!r}, which is not fixed.",
                 "Move the fixed rules to the beginning of the file.",
             )
 
 
-def _check_ids(rules: tuple[Rule, ...], base: tuple[Rule, ...]) -> None:
+def _check_ids(rules: tuple[_Written, ...], base: tuple[Rule, ...]) -> None:
     seen = {rule.id: rule for rule in base}
-    for rule in rules:
+    for one in rules:
+        rule = one.rule
         if rule.id in seen:
-            raise _place(rule).error(
+            raise one.place.at("id").error(
                 f"The id {rule.id!r} is used already, at {seen[rule.id].source}.", "Give every rule an id of its own."
             )
         seen[rule.id] = rule

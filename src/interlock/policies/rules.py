@@ -7,86 +7,56 @@ operation. Files, and how one policy extends another, are not here (see `reading
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.policy import DEFAULT_GRACE_MS, Before, MeasuredFrom, Rule, Verdict
 from interlock.policies.durations import EXPECTED, parse_duration
+from interlock.policies.language import CODE, ID, RULE_KEYS, TAGS_MAX, TEXT_LENGTH_MAX
+from interlock.policies.places import Place, foreign_letters, is_text, nearest, shown
 from interlock.policies.vocabulary import (
     CALLER_ROLES,
+    NOTHING,
     OPERATIONS,
     SAME,
     SOURCES,
     TASKS,
     VM_STATES,
-    Place,
-    UserSets,
+    Dictionary,
     listed,
-    nearest,
     phases_of,
 )
 
 ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
-TEXT_LENGTH_MAX: Final = 1_000
-TAGS_MAX: Final = 64
-_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-_CODE: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-
-KEYS: Final = (
-    "id",
-    "operations",
-    "vm_state",
-    "task_state",
-    "outstanding",
-    "roles",
-    "locked",
-    "blocked",
-    "tags",
-    "host_reachable",
-    "hard",
-    "silent_for",
-    "verdict",
-    "threshold",
-    "measured_from",
-    "before",
-    "grace",
-    "in_turn",
-    "reason",
-    "because",
-    "fixed",
-)
+KEYS: Final = tuple(key.name for key in RULE_KEYS)
 """Every key that a rule may have, in the order of the reference."""
-_ONLY_WITH: Final = {
-    "threshold": Verdict.AFTER,
-    "measured_from": Verdict.AFTER,
-    "before": Verdict.AFTER,
-    "grace": Verdict.PREEMPT,
-    "in_turn": Verdict.ADMIT,
-}
-"""Keys that mean something for one verdict only."""
 
 
 class _Table:
-    """One `[[rule]]`, with where its keys stand."""
+    """One `[[rule]]`, with where it stands."""
 
-    def __init__(self, table: Mapping[str, Any], place_of: Callable[[str | None], Place]) -> None:
+    def __init__(self, table: Mapping[str, Any], place: Place, line: int, dictionary: Dictionary) -> None:
         self.table = table
-        self.place_of = place_of
+        self.place = place
+        self.source = f"{place.file}:{line}"
+        self.dictionary = dictionary
 
     def __contains__(self, key: str) -> bool:
         return key in self.table
 
     def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
         value = self.table[key]
-        if not isinstance(value, str) or not 0 < len(value) <= TEXT_LENGTH_MAX:
-            raise self.place_of(key).error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
+        if not is_text(value, TEXT_LENGTH_MAX):
+            raise self.place.at(key).error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
         if pattern is not None and pattern.fullmatch(value) is None:
-            shape = "letters, digits, '.', '_' and '-'" if pattern is _ID else "small letters, digits and '_'"
-            raise self.place_of(key).error(f"{key} {value!r} may hold only {shape}, and not so many.")
-        return value
+            shape = "letters, digits, '.', '_' and '-'" if pattern is ID else "small letters, digits and '_'"
+            raise self.place.at(key).error(
+                f"{key} {shown(value)} may hold only {shape}, and not so many.", foreign_letters(value)
+            )
+        return str(value)
 
     def optional_text(self, key: str, pattern: re.Pattern[str] | None = None) -> str | None:
         return self.text(key, pattern) if key in self.table else None
@@ -96,50 +66,46 @@ class _Table:
             return None
         value = self.table[key]
         if not isinstance(value, bool):
-            raise self.place_of(key).error(f"{key} must be true or false.")
+            raise self.place.at(key).error(f"{key} must be true or false.")
         return value
 
     def choice(self, key: str, kind: type[ChoiceT]) -> ChoiceT:
         value = self.table[key]
         known = [member.value for member in kind]
         if not isinstance(value, str) or value not in known:
-            raise self.place_of(key).error(f"{key} is {value!r}.", nearest(str(value), known))
+            raise self.place.at(key).error(f"{key} is {shown(value)}.", nearest(shown(value), known))
         return kind(value)
 
     def duration_ms(self, key: str) -> int | None:
-        if key not in self.table:
-            return None
-        value = self.table[key]
-        parsed = parse_duration(value) if isinstance(value, str) else None
-        if parsed is None:
-            raise self.place_of(key).error(f"{key} is {value!r}.", f"Expected {EXPECTED}.")
-        return parsed
+        return read_duration(self.table[key], key, self.place.at(key)) if key in self.table else None
 
 
-def read_rules(table: Mapping[str, Any], place_of: Callable[[str | None], Place], sets: UserSets) -> tuple[Rule, ...]:
-    """The rules that one `[[rule]]` stands for, in the order of the catalogue.
+def read_duration(value: Any, key: str, place: Place) -> int:
+    """Milliseconds. Raises `PolicyError`."""
+    parsed = parse_duration(value) if isinstance(value, str) else None
+    if parsed is None:
+        raise place.error(f"{key} is {shown(value)}.", f"Expected {EXPECTED}.")
+    return parsed
 
-    `place_of` says where a key stands, and where the rule does for None.
+
+def read_rules(table: Mapping[str, Any], place: Place, line: int, dictionary: Dictionary) -> tuple[Rule, ...]:
+    """The rules that one `[[rule]]`, which begins on `line`, stands for, in the order of the catalogue.
 
     Raises:
         PolicyError: with the place and what was expected.
     """
-    source = _Table(table, place_of)
+    source = _Table(table, place, line, dictionary)
     _check_keys(source)
     verdict = source.choice("verdict", Verdict)
     _check_verdict(source, verdict)
-    operations = OPERATIONS.expand(table["operations"], "operations", place_of("operations"), sets)
+    operations = OPERATIONS.expand(table["operations"], "operations", place.at("operations"), dictionary)
+    rule_id = source.text("id", ID)
     if not _varies(table):
-        return (_rule(source, verdict, source.text("id", _ID), operations, sets, None),)
+        return (_rule(source, verdict, rule_id, operations, None),)
     several = len(operations) > 1
     return tuple(
         _rule(
-            source,
-            verdict,
-            f"{source.text('id', _ID)}.{operation.value}" if several else source.text("id", _ID),
-            frozenset({operation}),
-            sets,
-            operation,
+            source, verdict, f"{rule_id}.{operation.value}" if several else rule_id, frozenset({operation}), operation
         )
         for operation in Operation
         if operation in operations
@@ -149,21 +115,22 @@ def read_rules(table: Mapping[str, Any], place_of: Callable[[str | None], Place]
 def _check_keys(source: _Table) -> None:
     for key in source.table:
         if key not in KEYS:
-            raise source.place_of(key).error(f"A rule has no key {key!r}.", nearest(key, KEYS))
-    for key in ("id", "operations", "verdict"):
-        if key not in source:
-            raise source.place_of(None).error(f"This rule has no {key}.", f"Write {key} = ….")
+            raise source.place.at(key).key.error(f"A rule has no key {shown(key)}.", nearest(key, KEYS))
+    for one in RULE_KEYS:
+        if one.required and one.name not in source:
+            raise source.place.key.error(f"This rule has no {one.name}.", f"Write {one.name} = ….")
 
 
 def _check_verdict(source: _Table, verdict: Verdict) -> None:
-    for key, only in _ONLY_WITH.items():
-        if key in source and verdict is not only:
-            raise source.place_of(key).error(
-                f"{key} means something only with verdict = {only.value!r}; this rule's is {verdict.value!r}.",
+    for one in RULE_KEYS:
+        key = one.name
+        if key in source and one.verdict not in (None, verdict):
+            raise source.place.at(key).key.error(
+                f"{key} means something only with verdict = {one.verdict.value!r}; this rule's is {verdict.value!r}.",
                 f"Remove {key}, or change the verdict.",
             )
     if verdict is Verdict.AFTER and not source.duration_ms("threshold"):
-        place = source.place_of("threshold" if "threshold" in source else None)
+        place = source.place.at("threshold") if "threshold" in source else source.place.key
         raise place.error(
             'A rule with verdict = "after" needs a threshold of more than nothing.',
             'Write threshold = "3m", or verdict = "preempt" for one that does not wait.',
@@ -172,7 +139,7 @@ def _check_verdict(source: _Table, verdict: Verdict) -> None:
 
 def _varies(table: Mapping[str, Any]) -> bool:
     groups = {f"@{SAME}", f"@{SOURCES}"}
-    lists = (table.get(key) for key in ("vm_state", "task_state", "outstanding"))
+    lists = (table.get(key) for key in ("vm_state", "task_state", "outstanding", "held"))
     return any(
         isinstance(item, str) and item.removeprefix("!") in groups
         for items in lists
@@ -182,12 +149,7 @@ def _varies(table: Mapping[str, Any]) -> bool:
 
 
 def _rule(
-    source: _Table,
-    verdict: Verdict,
-    rule_id: str,
-    operations: frozenset[Operation],
-    sets: UserSets,
-    of: Operation | None,
+    source: _Table, verdict: Verdict, rule_id: str, operations: frozenset[Operation], of: Operation | None
 ) -> Rule:
     grace_ms = source.duration_ms("grace")
     in_turn = source.flag("in_turn")
@@ -195,16 +157,18 @@ def _rule(
         id=rule_id,
         operations=operations,
         verdict=verdict,
-        vm_states=_vm_states(source, sets, of),
-        task_states=_task_states(source, sets, of),
-        outstanding=_outstanding(source, sets, of),
-        roles=CALLER_ROLES.expand(source.table["roles"], "roles", source.place_of("roles"), sets)
+        vm_states=_vm_states(source, of),
+        task_states=_task_states(source, of),
+        outstanding=_kinds(source, "outstanding", of),
+        held=_kinds(source, "held", of),
+        roles=CALLER_ROLES.expand(source.table["roles"], "roles", source.place.at("roles"), source.dictionary)
         if "roles" in source
         else None,
         locked=source.flag("locked"),
         blocked=source.flag("blocked"),
         tags=_tags(source),
         host_reachable=source.flag("host_reachable"),
+        launched=source.flag("launched"),
         hard=source.flag("hard"),
         silent_ms_min=source.duration_ms("silent_for"),
         threshold_ms=source.duration_ms("threshold"),
@@ -214,10 +178,10 @@ def _rule(
         before=source.choice("before", Before) if "before" in source else Before.DENY,
         grace_ms=DEFAULT_GRACE_MS if grace_ms is None else grace_ms,
         in_turn=True if in_turn is None else in_turn,
-        reason=source.optional_text("reason", _CODE),
+        reason=source.optional_text("reason", CODE),
         because=source.optional_text("because"),
         fixed=source.flag("fixed") or False,
-        source=str(source.place_of(None)),
+        source=source.source,
     )
 
 
@@ -225,37 +189,48 @@ def _is_any(source: _Table, key: str) -> bool:
     return key not in source or source.table[key] in ("*", ["*"])
 
 
-def _vm_states(source: _Table, sets: UserSets, of: Operation | None) -> frozenset[Any] | None:
+def _vm_states(source: _Table, of: Operation | None) -> frozenset[Any] | None:
     if _is_any(source, "vm_state"):
         return None
-    words = VM_STATES if of is None else VM_STATES.with_group(SOURCES, CATALOGUE[of].sources)
-    return words.expand(source.table["vm_state"], "vm_state", source.place_of("vm_state"), sets)
+    groups = None if of is None else {SOURCES: CATALOGUE[of].sources}
+    return VM_STATES.expand(
+        source.table["vm_state"], "vm_state", source.place.at("vm_state"), source.dictionary, groups
+    )
 
 
-def _task_states(source: _Table, sets: UserSets, of: Operation | None) -> frozenset[str] | None:
+def _task_states(source: _Table, of: Operation | None) -> frozenset[str] | None:
     if _is_any(source, "task_state"):
         return None
-    words = TASKS if of is None else TASKS.with_group(SAME, phases_of(of))
-    return words.expand(source.table["task_state"], "task_state", source.place_of("task_state"), sets)
+    groups = None if of is None else {SAME: phases_of(of)}
+    return TASKS.expand(
+        source.table["task_state"], "task_state", source.place.at("task_state"), source.dictionary, groups
+    )
 
 
-def _outstanding(source: _Table, sets: UserSets, of: Operation | None) -> frozenset[Operation] | None:
-    if "outstanding" not in source:
+def _kinds(source: _Table, key: str, of: Operation | None) -> frozenset[Operation] | None:
+    if key not in source:
         return None
-    raw, place = source.table["outstanding"], source.place_of("outstanding")
-    if "none" in listed(raw, "outstanding", place):
-        if raw != ["none"]:
-            raise place.error('"none" means that nothing is outstanding, and cannot stand beside other kinds.')
+    raw, place = source.table[key], source.place.at(key)
+    items = listed(raw, key, place)
+    if NOTHING in items:
+        if raw != [NOTHING]:
+            raise place.at(items.index(NOTHING)).error(
+                f'"none" means that nothing is {key}, and cannot stand beside other kinds.'
+            )
         return frozenset()
-    words = OPERATIONS if of is None else OPERATIONS.with_group(SAME, frozenset({of}))
-    return words.expand(raw, "outstanding", place, sets)
+    groups = None if of is None else {SAME: frozenset({of})}
+    return OPERATIONS.expand(raw, key, place, source.dictionary, groups)
 
 
 def _tags(source: _Table) -> frozenset[str] | None:
     if "tags" not in source:
         return None
-    place = source.place_of("tags")
+    place = source.place.at("tags")
     tags = listed(source.table["tags"], "tags", place)
-    if len(tags) > TAGS_MAX or not all(0 < len(tag) <= TEXT_LENGTH_MAX for tag in tags):
-        raise place.error(f"tags must be a list of 1 to {TAGS_MAX} tags, none of them empty.")
+    message = f"tags must be a list of 1 to {TAGS_MAX} tags, none of them empty."
+    if len(tags) > TAGS_MAX:
+        raise place.at(TAGS_MAX).error(message)
+    for number, tag in enumerate(tags):
+        if not is_text(tag, TEXT_LENGTH_MAX):
+            raise place.at(number).error(message)
     return frozenset(tags)

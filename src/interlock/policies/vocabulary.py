@@ -1,21 +1,20 @@
 """The words of the policy language: what may stand in a list, and what a group stands for.
 
-Every list of a rule is read by `Vocabulary.expand`, so that `*`, `@group`, `!word` and Nova's hyphens mean the same
-everywhere. Which keys a rule has is not here (see `rules`).
+Every list of a rule is read by `Vocabulary.expand`, so that `*`, `@group`, `!word`, a policy's own names and Nova's
+hyphens mean the same everywhere. Which keys a rule has is not here (see `rules`).
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from interlock.core.errors import PolicyError
 from interlock.core.operations import CATALOGUE, TASK_STATES, Lane, Operation
 from interlock.core.states import NO_TASK, VmState
+from interlock.policies.places import Place, nearest, shown
 
-_SHOWN_MAX: Final = 12
-"""How many words an error lists; more would hide what it says."""
+__all__ = ["Place", "nearest"]
+
 WordT = TypeVar("WordT", bound=Hashable)
 
 ROLES: Final = ("reader", "member", "admin")
@@ -24,102 +23,155 @@ SAME: Final = "same"
 """The group that stands for the operation asked for, or for its phases."""
 SOURCES: Final = "sources"
 """The group that stands for the vm_states from which the catalogue lets the operation asked for be performed."""
-
-
-class Place(NamedTuple):
-    """Where something is written."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-    def error(self, message: str, remedy: str | None = None) -> PolicyError:
-        return PolicyError(f"{self}: {message}", remedy=remedy)
+NOTHING: Final = "none"
+"""Stands alone in a list of kinds, for none of them."""
 
 
 class UserSet(NamedTuple):
     """A group that a policy has named itself, in `[sets]`."""
 
     members: tuple[str, ...]
+    """Each once, in the order written."""
     place: Place
+    at: tuple[int, ...] = ()
+    """The places of the members in the list."""
+
+    def place_of(self, number: int) -> Place:
+        return self.place.at(self.at[number]) if self.at else self.place
 
 
-UserSets = Mapping[str, UserSet]
+class Dictionary:
+    """What a policy has named itself: groups of words, and other words for them."""
+
+    def __init__(self, sets: Mapping[str, UserSet], names: Mapping[str, tuple[str, ...]]) -> None:
+        self.sets = sets
+        self.meanings: dict[str, tuple[str, ...]] = {}
+        """What each name stands for: operations, task states, and hard variants such as `reboot_hard`."""
+        for word, called in names.items():
+            for name in called:
+                self.meanings[plain(name)] = (*self.meanings.get(plain(name), ()), word)
+        self.variants = frozenset(word for word in names if word in HARD_VARIANTS)
+        self._found: dict[tuple[str, str], frozenset[Any]] = {}
+
+    def members(self, vocabulary: Vocabulary[WordT], name: str, inside: tuple[str, ...]) -> frozenset[WordT]:
+        """What a set stands for, looked up once for every kind of list. Raises `PolicyError`."""
+        key = (vocabulary.noun, name)
+        if key not in self._found:
+            if name in inside:
+                raise self.sets[name].place.key.error(f"The set @{name} contains itself.")
+            own = self.sets[name]
+            self._found[key] = frozenset[WordT]().union(
+                *(
+                    vocabulary.item(member, own.place_of(number), self, {}, (*inside, name))
+                    for number, member in enumerate(own.members)
+                )
+            )
+        return self._found[key]
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A sentence that helps: the closest of `choices`, or all of them where they are few."""
-    known = list(choices)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    if len(known) <= _SHOWN_MAX:
-        return f"Expected one of: {', '.join(known)}."
-    return f"There are {len(known)} of them, from {known[0]!r} to {known[-1]!r}; see docs/reference/policies.md."
+def plain(word: str) -> str:
+    """A word in Interlock's spelling. Nova writes some of its own with hyphens."""
+    return word.replace("-", "_")
 
 
 class Vocabulary(Generic[WordT]):
     """The words that one kind of list may hold."""
 
     def __init__(
-        self, noun: str, words: Mapping[str, WordT], groups: Mapping[str, frozenset[WordT]] | None = None
+        self,
+        noun: str,
+        words: Mapping[str, WordT],
+        groups: Mapping[str, frozenset[WordT]] | None = None,
+        everything: frozenset[WordT] | None = None,
     ) -> None:
         self.noun = noun
         self.words = words
         self.groups = groups or {}
-        self.everything = frozenset(words.values())
+        self.everything = frozenset(words.values()) if everything is None else everything
+        """What `*` stands for."""
 
-    def with_group(self, name: str, members: frozenset[WordT]) -> Vocabulary[WordT]:
-        return Vocabulary(self.noun, self.words, {**self.groups, name: members})
-
-    def expand(self, raw: Any, key: str, place: Place, sets: UserSets) -> frozenset[WordT]:
-        """The words that a list stands for: never empty.
+    def expand(
+        self,
+        raw: Any,
+        key: str,
+        place: Place,
+        dictionary: Dictionary,
+        groups: Mapping[str, frozenset[WordT]] | None = None,
+    ) -> frozenset[WordT]:
+        """The words that a list stands for: never empty. `groups` are known besides the vocabulary's own.
 
         Raises:
             PolicyError: it is no list of words, a word is unknown, or nothing is left.
         """
         items = listed(raw, key, place)
-        found = frozenset[WordT]().union(
-            *(self._item(item, place, sets, ()) for item in items if not item.startswith("!"))
-        )
-        for item in items:
+        more = groups or {}
+        found: set[WordT] = set()
+        for number, item in enumerate(items):
+            if not item.startswith("!"):
+                found |= self.item(item, place.at(number), dictionary, more, ())
+        for number, item in enumerate(items):
             if item.startswith("!"):
-                found -= self._item(item[1:], place, sets, ())
+                found -= self.item(item[1:], place.at(number), dictionary, more, ())
         if not found:
             raise place.error(f"{key} names no {self.noun} at all.", "Leave the key out if any will do.")
-        return found
+        return frozenset(found)
 
-    def _item(self, item: str, place: Place, sets: UserSets, inside: tuple[str, ...]) -> frozenset[WordT]:
+    def item(
+        self,
+        item: str,
+        place: Place,
+        dictionary: Dictionary,
+        groups: Mapping[str, frozenset[WordT]],
+        inside: tuple[str, ...],
+    ) -> frozenset[WordT]:
+        """What one item of a list stands for. Raises `PolicyError`."""
         if item == "*":
             return self.everything
-        if item.startswith("@"):
-            return self._group(item[1:].replace("-", "_"), place, sets, inside)
-        word = item.replace("-", "_")
+        word = plain(item)
+        if word.startswith("@"):
+            name = word[1:]
+            if name in groups:
+                return groups[name]
+            if name in self.groups:
+                return self.groups[name]
+            if name in dictionary.sets:
+                return dictionary.members(self, name, inside)
+            known = (*groups, *self.groups, *dictionary.sets)
+            raise place.error(f"There is no group {shown(f'@{name}')[1:-1]} of {self.noun}s.", nearest(name, known))
         if word not in self.words:
-            raise place.error(f"{item!r} is no {self.noun}.", nearest(word, self.words))
+            word = self._meant(item, place, dictionary)
         return frozenset({self.words[word]})
 
-    def _group(self, name: str, place: Place, sets: UserSets, inside: tuple[str, ...]) -> frozenset[WordT]:
-        if name in self.groups:
-            return self.groups[name]
-        if name not in sets:
-            raise place.error(f"There is no group @{name} of {self.noun}s.", nearest(name, (*self.groups, *sets)))
-        if name in inside:
-            raise sets[name].place.error(f"The set @{name} contains itself.")
-        members = sets[name].members
-        return frozenset[WordT]().union(
-            *(self._item(member, sets[name].place, sets, (*inside, name)) for member in members)
-        )
+    def _meant(self, item: str, place: Place, dictionary: Dictionary) -> str:
+        """The word of the language for which the policy has another, which is `item`."""
+        meanings = dictionary.meanings.get(plain(item), ())
+        meant = [word for word in meanings if word in self.words]
+        if len(meant) > 1:
+            raise place.error(f"{shown(item)} may be {' or '.join(meant)}.", "Write the one that is meant.")
+        if self.noun == OPERATIONS.noun:
+            variants = [HARD_VARIANTS[word] for word in meanings if word in HARD_VARIANTS]
+            halves = [word for word in meant if f"{word}_hard" in dictionary.variants]
+            if variants or halves:
+                operation = (*variants, *halves)[0]
+                hard = "true" if variants else "false"
+                raise place.error(
+                    f"{shown(item)} is not all of {operation!r}.", f"Write {operation!r}, and hard = {hard}."
+                )
+        if not meant:
+            known = (*self.words, *(name for name, of in dictionary.meanings.items() if set(of) & set(self.words)))
+            raise place.error(f"{shown(item)} is no {self.noun}.", nearest(item, known))
+        return meant[0]
 
 
 def listed(raw: Any, key: str, place: Place) -> tuple[str, ...]:
     """A list of strings; `"*"` alone may stand without brackets."""
     if raw == "*":
         return ("*",)
-    if not isinstance(raw, list) or not all(isinstance(item, str) for item in raw):
+    if not isinstance(raw, list):
         raise place.error(f'{key} must be a list of strings, such as ["stop"], or "*".')
+    for number, item in enumerate(raw):
+        if not isinstance(item, str):
+            raise place.at(number).error(f'{key} must be a list of strings, such as ["stop"], or "*".')
     if not raw:
         raise place.error(f"{key} is an empty list, which nothing matches.", "Leave the key out if any will do.")
     return tuple(raw)
@@ -144,6 +196,7 @@ VM_STATES: Final = Vocabulary(
     "vm_state",
     # `soft-delete` is what Nova calls it.
     {**{state.value: state for state in VmState}, "soft_delete": VmState.SOFT_DELETED},
+    everything=frozenset(VmState) - {VmState.DELETED},
 )
 TASKS: Final = Vocabulary(
     "task_state",
@@ -152,6 +205,10 @@ TASKS: Final = Vocabulary(
 )
 CALLER_ROLES: Final = Vocabulary("role", {role: role for role in ROLES})
 
+HARD_VARIANTS: Final[Mapping[str, str]] = {
+    f"{operation.value}_hard": operation.value for operation in Operation if CATALOGUE[operation].hard_phases
+}
+"""What the hard variant of an operation is called in `[names]`."""
 RESERVED_GROUPS: Final = frozenset({SAME, SOURCES, *OPERATIONS.groups, *TASKS.groups})
 """Names that a policy's own sets may not take."""
 KNOWN_WORDS: Final = frozenset({*OPERATIONS.words, *VM_STATES.words, *TASKS.words, *ROLES})
