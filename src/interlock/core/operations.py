@@ -176,7 +176,7 @@ _ENTRIES = (
     _state(
         _O.STOP,
         "powering_off",
-        {_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.STOPPED, _V.ERROR},
+        {_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.STOPPED, _V.ERROR},
         _V.STOPPED,
         hard="powering_off_hard",
         interruptible=True,
