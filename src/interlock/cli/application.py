@@ -14,6 +14,7 @@ from interlock.cli import (
     inventory,
     policy,
     policy_checks,
+    policy_exploring,
     policy_fleet,
     policy_history,
     policy_live,
@@ -50,6 +51,7 @@ COMMANDS: tuple[click.Command, ...] = (
 
 POLICY_COMMANDS: tuple[click.Command, ...] = (
     *policy_checks.COMMANDS,
+    *policy_exploring.COMMANDS,
     *policy_history.COMMANDS,
     *policy_fleet.COMMANDS,
     *policy_live.COMMANDS,
