@@ -6,6 +6,7 @@ The rows that programs read are in `tables`; how a matrix looks is with whoever 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from interlock.core.operations import TASK_OPERATION
@@ -63,8 +64,14 @@ def matrix(
     selection: Selection = EVERYTHING,
     *,
     launched: bool = True,
+    alike: Callable[[Answer], object] | None = None,
 ) -> Matrix:
-    """The selected part of a policy's matrix, the sections in the order of their first task states."""
+    """The selected part of a policy's matrix, the sections in the order of their first task states.
+
+    Task states share a section if what `alike` makes of their answers is equal: all that a client can tell apart,
+    unless said otherwise.
+    """
+    of = alike or mark
     vm_states = tuple(state for state in VmState if selection.vm_states is None or state in selection.vm_states)
     asked = [each for each in variants(policy) if selection.variants is None or each in selection.variants]
     grouped: dict[tuple[object, ...], tuple[list[str], tuple[Line, ...]]] = {}
@@ -79,8 +86,8 @@ def matrix(
             )
             for variant in asked
         )
-        alike = (task == NO_TASK, *(mark(answer) for line in lines for answer in line.answers))
-        grouped.setdefault(alike, ([], lines))[0].append(task)
+        key = (task == NO_TASK, *(of(answer) for line in lines for answer in line.answers))
+        grouped.setdefault(key, ([], lines))[0].append(task)
     return Matrix(vm_states, tuple(Section(tuple(tasks), lines) for tasks, lines in grouped.values()))
 
 
