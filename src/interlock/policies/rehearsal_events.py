@@ -57,6 +57,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: dict[str, Any] | None = None
     hard: bool | None = None
     role: str | None = None
+    hold: str | int | float | None = None
 
 
 VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "instance")
@@ -66,6 +67,7 @@ _COMPANIONS: Final = {
     "parameters": "submit",
     "hard": "submit",
     "role": "submit",
+    "hold": "submit",
 }
 """What goes with an event, and with which."""
 _ROLES: Final = {role: role for role in ROLES}

@@ -101,7 +101,20 @@ class Rehearsal:
         Raises:
             Invalid: it does not fit what was said before; nothing has changed.
         """
-        return self._verbs[verb](event)
+        answer = self._verbs[verb](event)
+        if self.instance.held:
+            self._judge_held(answer)
+        return answer
+
+    def _judge_held(self, answer: Answer) -> None:
+        """Do what a driver does after every change: what may be admitted by now, or is no longer held, is told."""
+        change = lifecycle.expire(self.instance, self._policy, self.now_ms)
+        if change.instance is self.instance:
+            return
+        self._follow(change)
+        for request in change.requests:
+            key = "cancelled" if request.status is Status.CANCELLED else "admitted"
+            answer.setdefault(key, {})[request.id] = request.reason if key == "cancelled" else request.rule
 
     def _start(self, line: InstanceLine) -> None:
         role = named_role(line.role)
@@ -131,11 +144,12 @@ class Rehearsal:
             requested_by="rehearsal",
             role=self._role if event.role is None else named_role(event.role),
             host_reachable=self._host_reachable,
+            hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
         )
         _check_reset(submission)
         change = admit(self.instance, submission, self._policy, self.now_ms)
         self._follow(change)
-        if isinstance(change.answer, Admitted):
+        if isinstance(change.answer, Admitted | Held):
             self._admitted += 1
         return self._disposed(change.answer)
 
@@ -221,13 +235,20 @@ class Rehearsal:
 
     def _advance(self, event: Line) -> Answer:
         assert event.advance is not None
-        self.now_ms += length_of_time_ms(event.advance)
+        until_ms = self.now_ms + length_of_time_ms(event.advance)
         ended: dict[str, Request] = {}
-        while True:
+        admitted: dict[str, str] = {}
+        while (due_ms := lifecycle.next_deadline_ms(self.instance)) is not None and due_ms <= until_ms:
+            # Each thing happens at its own moment, also where time passes in one go.
+            self.now_ms = max(self.now_ms, due_ms)
             change = lifecycle.expire(self.instance, self._policy, self.now_ms)
-            if change.instance is self.instance:
-                return self._settled(ended)
             ended.update(self._follow(change))
+            admitted.update((one.id, one.rule) for one in change.requests if one.status is Status.QUEUED)
+        self.now_ms = until_ms
+        answer = self._settled(ended)
+        if admitted:
+            answer["admitted"] = admitted
+        return answer
 
     def _adopt(self, event: Line) -> Answer:
         """Workers were lost, and what they served is taken over by others: `adopted` tells what."""
@@ -288,7 +309,7 @@ class Rehearsal:
         serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
         since_ms = instance.updated_at_ms if serving is None else serving.last_progress_at_ms or instance.updated_at_ms
         task_state = instance.task_state
-        return {
+        shown: Answer = {
             "vm_state": instance.vm_state.value,
             "task_state": None if task_state == NO_TASK else task_state,
             "in_flight": serving and serving.operation.value,
@@ -306,6 +327,9 @@ class Rehearsal:
             "fence": instance.fence,
             "generation": instance.generation,
         }
+        if instance.held:
+            shown["held"] = [{"request": one.id, "operation": one.operation.value} for one in instance.held]
+        return shown
 
 
 def _check_reset(submission: Submission) -> None:
