@@ -91,7 +91,7 @@ class ScriptedServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - as the library calls them
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815 - as the library calls them
 
             def log_message(self, *args: Any) -> None:
                 pass

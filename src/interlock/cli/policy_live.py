@@ -25,6 +25,8 @@ _CHECK_S: Final = 60.0
 _WALK_S: Final = 60.0
 """How long it may walk where nobody says."""
 _DIGEST_SHOWN: Final = 16
+_STORIES_SHOWN: Final = 2
+"""How many ways in which laws can be broken are told to people; the rest says little that is new."""
 _COLOURS: Final = {"error": "red", "warning": "yellow", "note": None}
 _HOW: Final = {"configured": "configured", "reloaded": "reloaded", "loaded": "loaded", "rolled_back": "rolled back"}
 
@@ -224,7 +226,10 @@ def _problem_text(problem: PolicyProblem) -> str:
     if problem.remedy:
         lines.append(printable(problem.remedy))
     lines += [_finding_text(finding) for finding in problem.findings]
-    for violation in problem.violations:
+    for violation in problem.violations[:_STORIES_SHOWN]:
         lines.append(f"Law {violation.law} can be broken: {printable(violation.what)}. How, for `interlock rehearse`:")
         lines += [f"  {printable(line)}" for line in violation.story]
+    more = len(problem.violations) - _STORIES_SHOWN
+    if more > 0:
+        lines.append(f"And {more} more ways; `interlock policy explore` and --json tell them all.")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from interlock.core.operations import Operation
 
 _TRIES = 5
 _OTHERS_CHANGED_IT = 412
+_DELETIONS = (Operation.DELETE, Operation.SOFT_DELETE, Operation.FORCE_DELETE)
 
 
 class OperationNames(OperationName):
@@ -81,4 +82,7 @@ def _change(invocation: Invocation, vm: str, changed: Callable[[tuple[Operation,
             after = reply.decode(Instance)
             names = ", ".join(spoken(operation) for operation in after.blocked_operations)
             invocation.say(f"{after.name} is protected from: {names or 'nothing'}")
+            open_ends = [spoken(one) for one in _DELETIONS if one not in after.blocked_operations]
+            if 0 < len(open_ends) < len(_DELETIONS):
+                invocation.say(f"  Not from: {', '.join(open_ends)}, by which it can be deleted too.")
         return
