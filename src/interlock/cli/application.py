@@ -18,6 +18,7 @@ from interlock.cli import (
     policy_fleet,
     policy_history,
     policy_live,
+    policy_tables,
     protecting,
     reference,
     server,
@@ -51,6 +52,7 @@ COMMANDS: tuple[click.Command, ...] = (
 
 POLICY_COMMANDS: tuple[click.Command, ...] = (
     *policy_checks.COMMANDS,
+    *policy_tables.COMMANDS,
     *policy_exploring.COMMANDS,
     *policy_history.COMMANDS,
     *policy_fleet.COMMANDS,
