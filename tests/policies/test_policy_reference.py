@@ -6,12 +6,18 @@ import json
 import re
 from pathlib import Path
 
+from interlock.cli.policy_schema import schema_page
 from interlock.core import policy as core_policy
+from interlock.core.operations import Operation
 from interlock.core.policy import Rule, Verdict
+from interlock.core.states import VmState
+from interlock.policies.language import HEADER_KEYS, SECTIONS
+from interlock.policies.language_page import language_page
 from interlock.policies.reading import builtin_names, compile_named, load
 from interlock.policies.rehearsal_events import VERBS
 from interlock.policies.rehearsing import rehearse
 from interlock.policies.rules import KEYS
+from interlock.policies.vocabulary import KNOWN_WORDS
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "reference" / "policies.md").read_text()
 
@@ -22,8 +28,25 @@ def code_in_first_column(heading: str) -> list[str]:
     return [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
 
 
-def test_every_key_of_a_rule_is_described() -> None:
-    assert tuple(code_in_first_column("## The file")) == KEYS
+def test_the_pages_that_are_drawn_are_what_the_language_says() -> None:
+    """To draw them anew: `interlock reference policy-language`, and `interlock policy schema`."""
+    folder = Path(__file__).parents[2] / "docs" / "reference"
+    assert (folder / "policy-language.md").read_text() == language_page()
+    assert (folder / "policy.schema.json").read_text() == schema_page()
+
+
+def test_the_drawn_page_has_every_key_and_every_word() -> None:
+    page = language_page()
+    words = {*KEYS, *(key.name for key in HEADER_KEYS), *Verdict, *KNOWN_WORDS - {"soft_delete"}, *SECTIONS}
+    assert {word for word in words if f"`{word}`" not in page and f"`[{word}]`" not in page} == {"rule"}
+    assert "`[[rule]]`" in page
+    for state in VmState:
+        assert re.search(rf"^\| `{state.value}` \| [A-Z].*\.", page, re.MULTILINE), state
+    assert set(re.findall(r"^\| `(\w+)` \| (?:state|component|record) \|", page, re.MULTILINE)) == set(Operation)
+
+
+def test_no_key_of_a_rule_is_described_that_there_is_not() -> None:
+    assert set(code_in_first_column("## The file")) <= set(KEYS)
 
 
 def test_every_built_in_policy_is_described() -> None:

@@ -13,13 +13,22 @@ from interlock.cli.exit_codes import MEANINGS
 
 
 @click.command(hidden=True)
-@click.argument("page", type=click.Choice(["cli", "configuration"]))
+@click.argument("page", type=click.Choice(["cli", "configuration", "policy-language"]))
 @click.pass_context
 def reference(context: click.Context, page: str) -> None:
-    """Print a page of the reference: this is how docs/reference/cli.md and configuration.md are made."""
+    """Print a page of the reference: this is how docs/reference/PAGE.md is made."""
     root = context.find_root().command
     assert isinstance(root, click.Group)
-    click.echo(cli_page(root) if page == "cli" else configuration_page(), nl=False)
+    match page:
+        case "cli":
+            text = cli_page(root)
+        case "configuration":
+            text = configuration_page()
+        case _:
+            from interlock.policies.language_page import language_page
+
+            text = language_page()
+    click.echo(text, nl=False)
 
 
 # ----------------------------------------------------------------------------------------------------- command line

@@ -14,23 +14,25 @@ import msgspec
 from interlock.core.policy import DEFAULT_GRACE_MS, DEFAULT_OUTSTANDING_MAX, Before, MeasuredFrom, Verdict
 from interlock.policies.durations import EXPECTED
 
-FILE_SIZE_MAX_BYTES: Final = 1024 * 1024
+FILE_SIZE_MAX_BYTES: Final = 512 * 1024
 """How long a file may be, and all that it extends together with it."""
 RULES_MAX: Final = 2_000
 EXPANDED_RULES_MAX: Final = 10_000
-"""How many rules those of a file may stand for, where one is a rule for each operation."""
+"""How many rules those of a policy may stand for, where one is a rule for each operation; with what it extends."""
 SETS_MAX: Final = 200
 OUTSTANDING_MAX_LIMIT: Final = 10_000
 EXTENDS_DEPTH_MAX: Final = 16
 TEXT_LENGTH_MAX: Final = 1_000
+ID_LENGTH_MAX: Final = 100
+WORD_LENGTH_MAX: Final = 64
 TAGS_MAX: Final = 64
 NAMES_MAX: Final = 8
 """How many names one word may have."""
 
-ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-CODE: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-SET_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+ID: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{ID_LENGTH_MAX - 1}}}", re.ASCII)
+CODE: Final = re.compile(rf"[a-z][a-z0-9_]{{0,{WORD_LENGTH_MAX - 1}}}", re.ASCII)
+SET_NAME: Final = re.compile(rf"[a-z][a-z0-9_]{{0,{WORD_LENGTH_MAX - 1}}}", re.ASCII)
+NAME: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{WORD_LENGTH_MAX}}}", re.ASCII)
 
 
 class Takes(Enum):
@@ -268,13 +270,13 @@ TIMES: Final = f"{EXPECTED[0].upper()}{EXPECTED[1:]}."
 LIMITS: Final = (
     ("size of a file, with everything that it extends", f"{FILE_SIZE_MAX_BYTES // 1024} KiB"),
     ("rules in a file", f"{RULES_MAX:,}"),
-    ("rules that those of a file stand for, one an operation", f"{EXPANDED_RULES_MAX:,}"),
+    ("rules that those of a policy and of what it extends stand for, one an operation", f"{EXPANDED_RULES_MAX:,}"),
     ("policies that extend one another", str(EXTENDS_DEPTH_MAX)),
     ("sets in a file", str(SETS_MAX)),
     ("names for one word", str(NAMES_MAX)),
     ("tags in a rule", str(TAGS_MAX)),
     ("characters of a text", f"{TEXT_LENGTH_MAX:,}"),
-    ("characters of an id", "100"),
-    ("characters of a reason, the name of a set, or one of `[names]`", "64"),
+    ("characters of an id", str(ID_LENGTH_MAX)),
+    ("characters of a reason, the name of a set, or one of `[names]`", str(WORD_LENGTH_MAX)),
 )
 """What there may be at most, for the reference."""

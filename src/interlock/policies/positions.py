@@ -19,6 +19,10 @@ NESTING_MAX: Final = 32
 """How deep lists and tables may stand in one another."""
 KEY_PARTS_MAX: Final = 16
 """How many parts a dotted key may have; the reader's time grows with their square."""
+TABLES_MAX: Final = 60_000
+"""How many keys, lists and tables there may be: each costs the reader far more memory than its text."""
+SCALAR_LENGTH_MAX: Final = 100
+"""How long a number or a date may be."""
 
 _BLANK: Final = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
 _SEPARATORS: Final = re.compile(r"(?:[ \t\n,]++|#[^\n]*+)*+")
@@ -34,6 +38,7 @@ _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]++")
 # A date and its time may have a space between them.
 _SCALAR: Final = re.compile(r"[^,\]}#\n\[{\"']++")
 _NO_STRUCTURE: Final = re.compile(r"[^\[\]{}\"'#]++")
+_LONG_SCALAR: Final = re.compile(rf"[^\s,={{}}\[\]]{{{SCALAR_LENGTH_MAX}}}[^\s,={{}}\[\]]")
 _COMMENT: Final = re.compile(r"#[^\n]*+")
 _CLOSING: Final = {"[": "]", "{": "}"}
 
@@ -45,7 +50,7 @@ class Position(NamedTuple):
     column: int
 
 
-class TooDeep(Exception):
+class OutOfBounds(Exception):
     """The text goes beyond what is read at all."""
 
     def __init__(self, message: str, position: Position) -> None:
@@ -86,10 +91,10 @@ class Positions:
         return tuple(lines)
 
     def check_bounds(self) -> None:
-        """Raise `TooDeep` if the text nests deeper, or has longer keys, than is read."""
+        """Raise `OutOfBounds` if the text nests deeper, or has longer keys, than is read."""
         beyond = _Walk(self._text, lambda _path: False).beyond
         if beyond is not None:
-            raise TooDeep(beyond.message, _position(self._text, beyond.offset))
+            raise OutOfBounds(beyond.message, _position(self._text, beyond.offset))
 
     def _walk_to(self, path: Path) -> _Walk:
         return _Walk(self._text, lambda here: here == path[: len(here)])
@@ -135,6 +140,7 @@ class _Walk:
         self._follows = follows
         self._at = 0
         self._table: Path = ()
+        self._tables = 0
         self._arrays: dict[Path, int] = {}
         self.keys: dict[Path, int] = {}
         self.values: dict[Path, int] = {}
@@ -203,6 +209,7 @@ class _Walk:
             parts.append((self._text[start + quoted : self._at - quoted], start))
             if len(parts) > KEY_PARTS_MAX:
                 raise _Beyond(f"A key has more than {KEY_PARTS_MAX} parts.", parts[0][1])
+            self._count_table()
             self._skip(_SPACE)
             if self._text[self._at] == end:
                 return parts
@@ -248,16 +255,30 @@ class _Walk:
             elif character in "[{":
                 depth += 1
                 self._check_depth(depth)
+                self._count_table()
                 self._at += 1
             elif depth == 0:
-                self._skip(_SCALAR)
+                self._skip_scalars(_SCALAR)
             elif character in "]}":
                 depth -= 1
                 self._at += 1
+            elif character == "#":
+                self._skip(_COMMENT)
             else:
-                self._skip(_COMMENT if character == "#" else _NO_STRUCTURE)
+                self._skip_scalars(_NO_STRUCTURE)
             if depth == 0:
                 return
+
+    def _skip_scalars(self, pattern: re.Pattern[str]) -> None:
+        start = self._at
+        long = _LONG_SCALAR.search(self._text, start, self._skip(pattern))
+        if long is not None:
+            raise _Beyond(f"A number or date has more than {SCALAR_LENGTH_MAX} characters.", long.start())
+
+    def _count_table(self) -> None:
+        self._tables += 1
+        if self._tables > TABLES_MAX:
+            raise _Beyond(f"There are more than {TABLES_MAX} keys, lists and tables.", self._at)
 
     def _check_depth(self, depth: int) -> None:
         if depth > NESTING_MAX:

@@ -44,7 +44,7 @@ from interlock.policies.policy_files import (
     file_on_disk,
     is_file_name,
 )
-from interlock.policies.positions import Position, Positions, TooDeep, end_of
+from interlock.policies.positions import OutOfBounds, Position, Positions, end_of
 from interlock.policies.rules import read_rules
 from interlock.policies.thresholds import changed
 from interlock.policies.vocabulary import Dictionary, UserSet
@@ -189,7 +189,7 @@ class _Document:
         base = self._base(header)
         names = read_names(self._table("names"), self._at("names"), base.policy.names if base else {})
         sets = read_sets(self._table("sets"), self._at("sets"), base.sets if base else {}, names)
-        rules, families = self._rules(Dictionary(sets, names))
+        rules, families = self._rules(Dictionary(sets, names), len(base.policy.rules) if base else 0)
         if not rules and base is None:
             raise self._whole.error("The policy has no rule, and so would deny everything.", "Write a [[rule]].")
         _check_order(rules)
@@ -254,7 +254,7 @@ class _Document:
             )
         return _Document(file, self._shelf, self._chain).read()
 
-    def _rules(self, dictionary: Dictionary) -> tuple[tuple[_Written, ...], dict[str, str]]:
+    def _rules(self, dictionary: Dictionary, inherited: int) -> tuple[tuple[_Written, ...], dict[str, str]]:
         """The rules of the file, and for those that were made of one that stands for several, the id written."""
         tables = self._content.get("rule", [])
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -271,7 +271,7 @@ class _Document:
                 rules.append(_Written(rule, place))
                 if rule.id != table["id"]:
                     families[rule.id] = table["id"]
-            if len(rules) > EXPANDED_RULES_MAX:
+            if inherited + len(rules) > EXPANDED_RULES_MAX:
                 raise place.key.error(
                     f"The rules up to here stand for more than {EXPANDED_RULES_MAX}, one for each operation.",
                     "Write fewer with @same or @sources.",
@@ -311,9 +311,9 @@ def _toml(text: str, positions: Positions, shown_name: str) -> dict[str, Any]:
     try:
         positions.check_bounds()
         return tomllib.loads(text)
-    except TooDeep as deep:
-        at = deep.position
-        message = f"This is not TOML that a policy could be: {deep.message}"
+    except OutOfBounds as beyond:
+        at = beyond.position
+        message = f"This is not TOML that a policy could be: {beyond.message}"
         raise PolicyError(f"{shown_name}:{at.line}:{at.column}: {message}") from None
     except tomllib.TOMLDecodeError as error:
         found = _TOML_PLACE.match(str(error))

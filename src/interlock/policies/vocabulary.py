@@ -52,6 +52,11 @@ class Dictionary:
                 self.meanings[plain(name)] = (*self.meanings.get(plain(name), ()), word)
         self.variants = frozenset(word for word in names if word in HARD_VARIANTS)
         self._found: dict[tuple[str, str], frozenset[Any]] = {}
+        self._shared: dict[frozenset[Any], frozenset[Any]] = {}
+
+    def shared(self, words: frozenset[WordT]) -> frozenset[WordT]:
+        """The same words, kept once: the rules of a large policy say few different things."""
+        return self._shared.setdefault(words, words)
 
     def members(self, vocabulary: Vocabulary[WordT], name: str, inside: tuple[str, ...]) -> frozenset[WordT]:
         """What a set stands for, looked up once for every kind of list. Raises `PolicyError`."""
@@ -114,7 +119,7 @@ class Vocabulary(Generic[WordT]):
                 found -= self.item(item[1:], place.at(number), dictionary, more, ())
         if not found:
             raise place.error(f"{key} names no {self.noun} at all.", "Leave the key out if any will do.")
-        return frozenset(found)
+        return dictionary.shared(frozenset(found))
 
     def item(
         self,
