@@ -20,7 +20,7 @@ RULE = '[[rule]]\nid = "{id}"\noperations = ["stop"]\nverdict = "deny"\n'
 
 def says(policy: Policy) -> Policy:
     """A policy without the places at which its rules stand."""
-    return replace(sources.digested(policy), rules=tuple(replace(rule, source="") for rule in policy.rules))
+    return replace(policy, rules=tuple(replace(rule, source="") for rule in policy.rules))
 
 
 @pytest.mark.parametrize("name", builtin_names())
@@ -60,15 +60,10 @@ def test_a_file_is_sent_with_what_it_extends(
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"a.toml": '[policy]\nextends = "/etc/passwd.toml"\n'}, "not among the files"),
-        ({"a.toml": '[policy]\nextends = "../b.toml"\n', "b.toml": RULE.format(id="b")}, "not among the files"),
-        ({"a.toml": '[policy]\nextends = "b.toml"\n'}, "not among the files"),
+        ({"a.toml": '[policy]\nextends = "/etc/passwd.toml"\n'}, "no such file among those"),
+        ({"a.toml": '[policy]\nextends = "../b.toml"\n', "b.toml": RULE.format(id="b")}, "no such file among those"),
+        ({"a.toml": '[policy]\nextends = "b.toml"\n'}, "no such file among those"),
         ({"a.toml": '[policy]\nextends = "./a.toml"\n'}, "extends itself"),
-        ({"a.toml": RULE.format(id="a"), "/etc/b.toml": ""}, "no name of a file"),
-        ({"a.toml": RULE.format(id="a"), "../b.toml": ""}, "no name of a file"),
-        ({"a.toml": RULE.format(id="a"), "x/../../b.toml": ""}, "no name of a file"),
-        ({"a.toml": RULE.format(id="a"), "a.toml/b.toml": ""}, "cannot be laid out"),
-        ({"a.toml": RULE.format(id="a"), "b" * 300: ""}, "cannot be laid out"),
         ({"a.toml": RULE.format(id="a") + "x = ["}, "a.toml:5"),
     ],
 )
@@ -81,10 +76,10 @@ def test_a_bundle_that_is_wrong_or_reaches_outside_is_refused(files: dict[str, s
 def test_a_file_that_cannot_be_sent_is_refused_with_its_place(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     for content, said in (
-        (b'[policy]\nextends = "/etc/base.toml"\n', "a.toml:1: extends names the absolute path"),
-        (b'[policy]\nextends = "./none.toml"\n', "none.toml:1: There is no such file"),
-        (b"# \xff\n", "a.toml:1: The file is not UTF-8 text"),
-        (b"#" * (1024 * 1024 + 1), "a.toml:1: The file is larger"),
+        (b'[policy]\nextends = "/etc/base.toml"\n', "a.toml:2:11: extends names '/etc/base.toml'"),
+        (b'[policy]\nextends = "./none.toml"\n', "a.toml:2:11: extends names"),
+        (b"# \xff\n", "a.toml:1:3: The file is not UTF-8 text"),
+        (b"#" * (1024 * 1024 + 1), "a.toml:1:1: The file is larger"),
     ):
         file.write_bytes(content)
         with pytest.raises(PolicyError, match=said):
@@ -105,10 +100,8 @@ def test_the_digest_is_of_what_decides() -> None:
     assert sources.read(sources.builtin("take2")).digest == Source.read("take2").policy.digest
 
 
-def test_files_that_extend_each_other_are_sent_and_refused_where_they_are_read(tmp_path: Path) -> None:
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('[policy]\nextends = "b.toml"\n')
     (tmp_path / "b.toml").write_text('[policy]\nextends = "./a.toml"\n')
-    bundle = bundle_of(tmp_path / "a.toml")
-    assert sorted(bundle.files) == ["a.toml", "b.toml"]
     with pytest.raises(PolicyError, match="extends itself"):
-        sources.read(bundle)
+        bundle_of(tmp_path / "a.toml")
