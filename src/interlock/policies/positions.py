@@ -70,8 +70,9 @@ class Positions:
         self._text = text.replace("\r\n", "\n")
 
     def of_key(self, path: Path) -> Position:
-        """Where the key or the header of `path` stands, or the nearest thing around it that stands somewhere."""
-        return self._nearest(path, self._walk_to(path).keys)
+        """Where the key, header or item of `path` stands, or the nearest thing around it that stands somewhere."""
+        walk = self._walk_to(path)
+        return self._nearest(path, {**walk.values, **walk.keys})
 
     def of_value(self, path: Path) -> Position:
         """Where the value or the item at `path` stands, or the nearest thing around it that stands somewhere."""
