@@ -18,6 +18,7 @@ from interlock.cli import (
     policy_fleet,
     policy_history,
     policy_live,
+    policy_schema,
     policy_tables,
     protecting,
     reference,
@@ -57,6 +58,7 @@ POLICY_COMMANDS: tuple[click.Command, ...] = (
     *policy_history.COMMANDS,
     *policy_fleet.COMMANDS,
     *policy_live.COMMANDS,
+    *policy_schema.COMMANDS,
 )
 """What `interlock policy` has besides `show`, in the order in which a policy is written, tried and switched on."""
 
