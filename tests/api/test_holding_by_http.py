@@ -86,3 +86,18 @@ async def test_what_no_driver_performs_is_not_held(admin: httpx.AsyncClient) -> 
     await make(admin, "vm")
     answer = await hold(admin, "unrescue")
     assert (answer.status_code, answer.json()["reason"]) == (409, "not_performed")
+
+
+async def test_an_owner_notes_something_of_a_vm(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm")
+
+    async def note(**parameters: object) -> httpx.Response:
+        body = {"operation": "set_metadata", "parameters": parameters}
+        return await admin.post("/v1/instances/vm/requests", json=body)
+
+    answer = await note(set={"owner": "ada", "shelf": "3"})
+    assert (answer.status_code, answer.json()["request"]["status"]) == (200, "succeeded")
+    await note(set={"shelf": "4"}, remove=["owner"])
+    assert (await admin.get("/v1/instances/vm")).json()["metadata"] == {"shelf": "4"}
+    assert (await note(set={"": "no"})).status_code == 422
+    assert (await note(set={"key": 7})).status_code == 422

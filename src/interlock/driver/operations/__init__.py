@@ -43,4 +43,9 @@ PERFORMANCES: dict[Operation, Performance] = {
 }
 """What this driver performs, apart from the operations that change only the record."""
 
-PERFORMS: frozenset[Operation] = frozenset(PERFORMANCES) | {Operation.LOCK, Operation.UNLOCK, Operation.RESET_STATE}
+PERFORMS: frozenset[Operation] = frozenset(PERFORMANCES) | {
+    Operation.LOCK,
+    Operation.UNLOCK,
+    Operation.SET_METADATA,
+    Operation.RESET_STATE,
+}
