@@ -22,7 +22,7 @@ from interlock.policies.likeness import told_apart
 from interlock.policies.reading import compile_named
 from interlock.policies.rehearsing import rehearse
 
-BUILT_IN = ("standard", "take2", "propolis")
+BUILT_IN = ("standard", "take2", "propolis", "nova")
 STATE_CHANGES = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.STATE)
 POWER = (O.CREATE, O.START, O.STOP, O.DELETE)
 BESIDE = (O.REBOOT, O.DELETE, O.SWAP_VOLUME)

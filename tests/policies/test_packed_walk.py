@@ -28,7 +28,7 @@ from interlock.policies.exploring.walking import Walk
 from interlock.policies.reading import compile_named
 
 O = Operation  # noqa: E741
-BUILT_IN = ("standard", "take2", "propolis")
+BUILT_IN = ("standard", "take2", "propolis", "nova")
 SAMPLES = 300
 
 

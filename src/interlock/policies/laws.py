@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -30,6 +30,17 @@ from interlock.core.records import (
     Status,
 )
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+
+LAWS: Final = {
+    1: "one at a time",
+    2: "a promise",
+    3: "one end",
+    4: "the fence holds",
+    5: "never stuck",
+    7: "success is settled",
+    8: "every answer explains itself",
+}
+"""The names of the laws that are checked here."""
 
 
 class Deed(StrEnum):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from interlock.core.errors import BrokenInvariant
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
@@ -50,7 +49,7 @@ def explore(
 
     Raises:
         Invalid: the bound is too large for so many operations: states would not fit into a word.
-        BrokenInvariant: the core does not confirm a story, so that the walk and the core disagree.
+        BrokenInvariant: the core does not confirm a story: it and the walk disagree, which is a defect of the walk.
     """
     started_s = time.monotonic()
     limit_s = math.inf if seconds_max is None else seconds_max
@@ -82,13 +81,15 @@ def explore(
         role=role,
         goal=goal,
     )
+    violations, undecided = _violations(walk, compared.violations)
     return Exploration(
         states=min(walk.visited.count, states_max),
         transitions=walk.transitions,
-        complete=walk.complete and stuck is not None,
+        complete=walk.complete and stuck is not None and not undecided,
         operations=model.alphabet.operations,
         outstanding_max=outstanding_max,
-        violations=_violations(walk, compared.violations),
+        violations=violations,
+        undecided=undecided,
         seconds=seconds,
         depth=walk.depth,
         exits=tuple(_exits(model)),
@@ -96,7 +97,9 @@ def explore(
     )
 
 
-def _violations(walk: Walk, others: Iterable[Violation]) -> tuple[Violation, ...]:
+def _violations(walk: Walk, others: Iterable[Violation]) -> tuple[tuple[Violation, ...], tuple[str, ...]]:
+    """What is broken, and what could not be decided: ages are walked in classes, which may go together in no story."""
+    undecided: list[str] = []
     found = {(one.law, one.what): one for one in others}
     teller = Storyteller(walk.model, walk.visited)
     for breach, candidates in walk.breaches.found.items():
@@ -106,8 +109,8 @@ def _violations(walk: Walk, others: Iterable[Violation]) -> tuple[Violation, ...
         if story is not None:
             found[breach.law, breach.what] = Violation(law=breach.law, what=breach.what, story=story)
         elif known is None:
-            raise BrokenInvariant(f"The core does not confirm that law {breach.law} is broken: {breach.what}.")
-    return tuple(sorted(found.values(), key=lambda one: len(one.story)))
+            undecided.append(f"law {breach.law}: {breach.what}")
+    return tuple(sorted(found.values(), key=lambda one: len(one.story))), tuple(undecided)
 
 
 def _exits(model: Model) -> Iterator[Exit]:

@@ -45,6 +45,8 @@ class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     outstanding_max: int
     violations: tuple[Violation, ...]
     """The first story of each way in which a law was broken, shortest first."""
+    undecided: tuple[str, ...] = ()
+    """What may be broken, in states of which no story was found: the walk is then not complete."""
     seconds: float = 0.0
     """How long the walk took, with the search for a way out of every state."""
     depth: int = 0

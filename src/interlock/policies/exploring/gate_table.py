@@ -94,40 +94,56 @@ class GateTable:
         self._number = {rule.id: number for number, rule in enumerate(self._policy.rules)}
         self._alone: dict[int, CompiledPolicy] = {}
         self._holding: dict[tuple[int, bool, bool, bool, int], bool] = {}
-        self._masks: dict[int, int] = {}
-        self._first: list[int] = []
-        self._rows: list[tuple[int, list[int], list[int]]] = []
+        self._numbers: dict[Place, int] = {}
+        self._asks = {ask: number for number, ask in enumerate(alphabet.asks)}
+        self._first = [0]
+        self._new: list[tuple[int, list[int], list[int]]] = []
+        """Submission, masks and effects of each row that is not in the arrays yet."""
+        none = np.zeros(0, np.int64)
+        self._rows = Rows(none, none, none, np.zeros((0, 0), np.int64), np.zeros((0, 1), np.int64))
         self._answers: dict[tuple[int, Place], tuple[Answer, ...]] = {}
-        self.unexplained: set[int] = set()
-        """Which submissions were refused without a reason."""
 
     def add(self, place: Place) -> int:
         """Ask at one more place; its number."""
-        self._first.append(len(self._rows))
+        known = self._numbers.get(place)
+        if known is not None:
+            return known
+        self._first.append(self._first[-1])
         if place.vm_state is not VmState.DELETED:
             for number, ask in enumerate(self._alphabet.asks):
-                masks, effects = _merged(
-                    [(one.mask, self._effect(ask, place, one)) for one in self.answers(ask, place)]
-                )
+                answers = self.answers(ask, place)
+                masks, effects = _merged([(one.mask, self._effect(ask, place, one)) for one in answers])
                 if any(effects):
-                    self._rows.append((number, masks, effects))
-        return len(self._first) - 1
+                    self._new.append((number, masks, effects))
+                    self._first[-1] += 1
+        self._numbers[place] = len(self._first) - 2
+        return self._numbers[place]
 
     def rows(self) -> Rows:
-        levels = max((len(masks) for _, masks, _ in self._rows), default=0)
-        masks = np.zeros((len(self._rows), levels), np.int64)
-        effects = np.zeros((len(self._rows), levels + 1), np.int64)
-        for number, (_, own_masks, own_effects) in enumerate(self._rows):
+        """The rows of all places so far."""
+        levels = max((len(masks) for _, masks, _ in self._new), default=0)
+        self._rows = _widened(self._rows, levels)
+        levels = self._rows.masks.shape[1]
+        masks = np.zeros((len(self._new), levels), np.int64)
+        effects = np.zeros((len(self._new), levels + 1), np.int64)
+        for number, (_, own_masks, own_effects) in enumerate(self._new):
             masks[number, : len(own_masks)] = own_masks
             effects[number, : len(own_masks)] = own_effects[:-1]
             effects[number, levels] = own_effects[-1]
-        first = np.array([*self._first, len(self._rows)], np.int64)
-        ask = np.array([row[0] for row in self._rows], np.int64)
-        return Rows(first[:-1], np.diff(first), ask, masks, effects)
+        first = np.array(self._first, np.int64)
+        self._rows = Rows(
+            first[:-1],
+            np.diff(first),
+            np.concatenate([self._rows.ask, np.array([row[0] for row in self._new], np.int64)]),
+            np.concatenate([self._rows.masks, masks]),
+            np.concatenate([self._rows.effects, effects]),
+        )
+        self._new.clear()
+        return self._rows
 
     def answers(self, ask: Ask, place: Place) -> tuple[Answer, ...]:
         """The rules that may decide on a submission at a place, in order; the last one needs nothing outstanding."""
-        key = (self._alphabet.asks.index(ask), place)
+        key = (self._asks[ask], place)
         known = self._answers.get(key)
         if known is None:
             known = self._answers[key] = tuple(self._ask(ask, place))
@@ -187,7 +203,7 @@ class GateTable:
         entry = CATALOGUE[ask.operation]
         if entry.lane is Lane.RECORD:
             effect = _PLAIN_RECORDS.get(ask.operation, Effect.NOTE)
-            number = self._alphabet.asks.index(ask)
+            number = self._asks[ask]
             return effect | number << EFFECT_BITS
         effect = {Verdict.ADMIT: Effect.ADMIT, Verdict.AFTER: Effect.TAKE_OVER}.get(rule.verdict, Effect.PREEMPT)
         kind = Kind(ask.operation, ask.hard, rule.in_turn, effect is not Effect.ADMIT)
@@ -223,6 +239,16 @@ class GateTable:
             if moment is not None and place.silent_ms < moment <= at_ms
         }
         return sorted({place.silent_ms, *moments})
+
+
+def _widened(rows: Rows, levels: int) -> Rows:
+    """The rows with room for at least so many masks."""
+    more = levels - rows.masks.shape[1]
+    if more <= 0:
+        return rows
+    room = np.zeros((len(rows.masks), more), np.int64)
+    effects = np.concatenate([rows.effects[:, :-1], room, rows.effects[:, -1:]], axis=1)
+    return rows._replace(masks=np.concatenate([rows.masks, room], axis=1), effects=effects)
 
 
 def _until(answers: tuple[Answer, ...], rule: Rule) -> tuple[Answer, ...]:

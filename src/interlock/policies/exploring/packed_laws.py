@@ -12,7 +12,7 @@ import numpy as np
 
 from interlock.core import admission
 from interlock.core.records import Admitted, Denied, Redundant, Submission
-from interlock.policies.exploring.alphabet import VM_STATES
+from interlock.policies.exploring.alphabet import VM_STATES, Kind
 from interlock.policies.exploring.by_objects import describe
 from interlock.policies.exploring.gate_table import Bools, Effect, Ints
 from interlock.policies.exploring.layout import Words
@@ -155,7 +155,7 @@ class PackedLaws:
             self._taken(numbers, words, moves)
         elif moves.action == Action.TAKE_PART:
             self._part_taken(numbers, words, moves)
-        elif moves.action == Action.SUCCEED:
+        elif moves.action in (Action.SUCCEED, Action.FINISH_PART):
             self._succeeded(numbers, words, moves)
 
     def _dropped(self, numbers: Ints, actions: Ints, moves: Moves) -> None:
@@ -195,25 +195,41 @@ class PackedLaws:
             self._breaches.add(breach, int(numbers[moves.rows[at]]), int(moves.action))
 
     def _succeeded(self, numbers: Ints, words: Words, moves: Moves) -> None:
-        layout = self._model.layout
-        before, after = words[moves.rows] & layout.queue.mask, moves.words & layout.queue.mask
+        layout, alphabet = self._model.layout, self._model.alphabet
+        own = words[moves.rows]
+        before, after = own & layout.queue.mask, moves.words & layout.queue.mask
         for at in np.flatnonzero(before != after)[: 64 * _CANDIDATES_MAX].tolist():
-            left = self._kinds_of(int(after[at]))
-            for kind in self._kinds_of(int(before[at])):
-                if kind in left:
-                    left.remove(kind)
-                elif self._model.alphabet.kinds[kind - 1].in_turn:
-                    name = self._model.alphabet.kinds[kind - 1].operation.value
-                    breach = Breach(2, f"{name} was cancelled although all went as foreseen")
-                    self._breaches.add(breach, int(numbers[moves.rows[at]]), int(moves.action))
+            lost = _lost(int(before[at]), int(after[at]), layout.kind_bits)
+            self._cancelled(int(numbers[moves.rows[at]]), moves, [alphabet.kinds[kind - 1] for kind in lost])
+        # A state change that was admitted later is news for a component change, and a word does not tell which was:
+        # so this is about those without any.
+        alone = (own & (layout.queue.mask | layout.task.mask)) == 0
+        before, after = layout.part_queue.of(own), layout.part_queue.of(moves.words)
+        for at in np.flatnonzero((before != after) & alone)[: 64 * _CANDIDATES_MAX].tolist():
+            lost = _lost(int(before[at]), int(after[at]), layout.part_kind_bits)
+            self._cancelled(int(numbers[moves.rows[at]]), moves, [alphabet.part_kinds[kind - 1] for kind in lost])
 
-    def _kinds_of(self, queue: int) -> list[int]:
-        layout = self._model.layout
-        kinds = []
-        while queue:
-            kinds.append(queue & layout.queue_first)
-            queue >>= layout.kind_bits
-        return kinds
+    def _cancelled(self, number: int, moves: Moves, lost: list[Kind]) -> None:
+        for kind in lost:
+            if kind.in_turn:
+                breach = Breach(2, f"{kind.operation.value} was cancelled although all went as foreseen")
+                self._breaches.add(breach, number, int(moves.action))
+
+
+def _lost(before: int, after: int, bits: int) -> list[int]:
+    """The kinds that are in one queue and not in the other."""
+    lost = _kinds_of(before, bits)
+    for kind in _kinds_of(after, bits):
+        lost.remove(kind)
+    return lost
+
+
+def _kinds_of(queue: int, bits: int) -> list[int]:
+    kinds = []
+    while queue:
+        kinds.append(queue & ((1 << bits) - 1))
+        queue >>= bits
+    return kinds
 
 
 _NOT_THEN: Final = "is not admitted at"

@@ -63,7 +63,7 @@ class Moves(NamedTuple):
     words: Words
     """Where they lead."""
     dropped: Ints | None = None
-    """Which of these are submissions that were admitted, and cancelled in the same breath."""
+    """Which of these are submissions that were admitted in turn, and cancelled in the same breath."""
 
 
 FAULTS = frozenset({Action.FAIL, Action.GUEST_STOPPED, Action.GUEST_CRASHED})

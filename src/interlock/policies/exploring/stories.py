@@ -7,12 +7,13 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core.errors import BrokenInvariant
 from interlock.core.operations import Lane
 from interlock.core.policy import Verdict
 from interlock.core.records import SERVED, Instance, Request
 from interlock.policies.exploring.model import Model
 from interlock.policies.exploring.steps import Action
-from interlock.policies.exploring.timing import AGEING, Stage, moments
+from interlock.policies.exploring.timing import AGEING, Stage, moments, tellings
 from interlock.policies.exploring.visited import Visited
 from interlock.policies.rehearsal_events import read_line
 from interlock.policies.rehearsing import Rehearsal
@@ -31,10 +32,30 @@ class Storyteller:
         self._visited = visited
 
     def tell(self, state: int, action: int | None) -> tuple[str, ...] | None:
-        """The events that lead to a state, and the one that is then tried; None if the core does not go that way."""
+        """The events that lead to a state, and the one that is then tried; None if no clock can tell them.
+
+        Raises:
+            BrokenInvariant: the core does not come by the states that the walk came by.
+        """
         stages = self._stages(state)
-        times = moments(self._model, stages, lambda at: self._grace_ms(stages, at))
-        return None if times is None else self._played(stages, times, action)
+        for told in tellings(self._model, stages):
+            times = self._moments(told)
+            if times is not None:
+                return self._played(*self._shortened(told, times), action)
+        return None
+
+    def _moments(self, stages: list[Stage]) -> list[int] | None:
+        return moments(self._model, stages, lambda at: self._grace_ms(stages, at))
+
+    def _shortened(self, stages: list[Stage], times: list[int]) -> tuple[list[Stage], list[int]]:
+        """Without the signs of life that the story does as well without."""
+        for at in range(len(stages) - 1, 0, -1):
+            if stages[at].word == stages[at - 1].word:
+                shorter = stages[:at] + stages[at + 1 :]
+                found = self._moments(shorter)
+                if found is not None:
+                    stages, times = shorter, found
+        return stages, times
 
     def _stages(self, state: int) -> list[Stage]:
         stages = []
@@ -51,8 +72,8 @@ class Storyteller:
         rule = self._model.gate.rule(stages[at - 1].word, number)
         return rule.grace_ms if rule.verdict is Verdict.PREEMPT else None
 
-    def _played(self, stages: list[Stage], times: list[int], tried: int | None) -> tuple[str, ...] | None:
-        """The story, if the core comes by the same states."""
+    def _played(self, stages: list[Stage], times: list[int], tried: int | None) -> tuple[str, ...]:
+        """The story, as the core has played it by way of the same states."""
         model = self._model
         stage = Rehearsal(model.alphabet.policy)
         lines: list[str] = []
@@ -73,7 +94,7 @@ class Storyteller:
             if at + 1 < len(stages) and stages[at].action in AGEING and stages[at + 1].action in AGEING:
                 continue
             if model.packing.pack(stage.instance, stage.now_ms) != self._without_faults(stages[at].word):
-                return None
+                raise BrokenInvariant(f"The core comes to another state than the walk: {' '.join(lines)}")
         if tried is not None:
             for event in self._events(tried, stage.instance):
                 answer = play(event)

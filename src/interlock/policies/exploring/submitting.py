@@ -171,7 +171,9 @@ class Submitting:
         there = (own & ~layout.queues) | kept | part_kept << layout.part_queue.shift
         # It was put first in its queue.
         first = np.where(is_part, part_kept & layout.part_queue_first, kept & layout.queue_first)
-        dropped = np.flatnonzero(first[fits] != answers.kind[fits])
+        promised = self._tables.in_turn[np.where(is_part, 0, answers.kind)]
+        promised |= self._tables.part_in_turn[np.where(is_part, answers.kind, 0)]
+        dropped = np.flatnonzero((promised & (first != answers.kind))[fits])
         return Moves(Action.SUBMIT + answers.ask[fits], answers.rows[fits], there[fits], dropped)
 
     def _noted(self, words: Words, answers: Answers, effect: Effect) -> Moves:
@@ -202,17 +204,19 @@ class Submitting:
         return places
 
     def tasks_alone(self) -> Words:
-        """For every vm_state and task that was asked about: the states in which nothing else is outstanding."""
+        """For every footing and task that was asked about, and every age: the states with nothing else outstanding."""
         layout = self._layout
+        codes = np.flatnonzero(self._places >= 0) // self._ages.codes
+        tasks = len(self._alphabet.tasks) + 1
         words = []
-        for code in np.flatnonzero(self._places >= 0).tolist():
-            rest, age = divmod(code, self._ages.codes)
-            rest, task = divmod(rest, len(self._alphabet.tasks) + 1)
-            footing, locked = divmod(rest, 2)
-            if task and not locked:
-                silent, running = self._ages.classes(age)
-                word = footing << layout.footing.shift | task << layout.task.shift
-                words.append(word | silent << layout.silent.shift | running << layout.running.shift)
+        for footing, task in {(code // tasks // 2, code % tasks) for code in codes.tolist() if code % tasks}:
+            ages = self._alphabet.task_ages[task - 1]
+            word = footing << layout.footing.shift | task << layout.task.shift
+            words += [
+                word | silent << layout.silent.shift | running << layout.running.shift
+                for silent in range(len(ages.silent) + 1)
+                for running in range(len(ages.running) + 1)
+            ]
         return np.array(words, np.int64)
 
     def _codes(self, words: Words) -> Ints:
@@ -262,10 +266,6 @@ class _AgeCodes:
         part_served = layout.part_silent.of(words) * self._part_runnings + layout.part_running.of(words) + self._idles
         return np.where(task > 0, served, np.where(part > 0, part_served, layout.idle.of(words)))
 
-    def classes(self, code: int) -> tuple[int, int]:
-        """The classes of silence and of time running, where a state change is served."""
-        return divmod(code, self._runnings)
-
     def moments(self, task: int, code: int) -> tuple[int, int]:
         """The least silence, and the least time running, of an age."""
         alphabet = self._alphabet
@@ -274,7 +274,7 @@ class _AgeCodes:
             return idle, idle
         if task:
             ages = alphabet.task_ages[task - 1]
-            silent, running = self.classes(code)
+            silent, running = divmod(code, self._runnings)
         else:
             ages = alphabet.part_ages
             silent, running = divmod(code - self._idles, self._part_runnings)

@@ -43,6 +43,33 @@ class _Clock(NamedTuple):
     """Its class."""
 
 
+def tellings(model: Model, stages: list[Stage]) -> Iterator[list[Stage]]:
+    """The same story, and then with signs of life that change no word, so that ages may begin anew.
+
+    A walk does not follow what leads back to where it is, so that one age may be in its next class in a story, and
+    another that began with it is not. Then something lived in between.
+    """
+    yield stages
+    for every in (False, True):
+        told: list[Stage] = []
+        for stage in stages:
+            if stage.action in AGEING and (every or told[-1].action not in AGEING):
+                told += [Stage(action, told[-1].word) for action in _unseen(model, told[-1].word)]
+            told.append(stage)
+        yield told
+
+
+def _unseen(model: Model, word: int) -> Iterator[Action]:
+    layout = model.layout
+    if layout.idle.one(word):
+        return
+    if layout.task.one(word) and not layout.silent.one(word):
+        yield Action.LIFE
+    if layout.part.one(word) and not layout.part_silent.one(word):
+        yield Action.PART_LIFE
+    yield Action.GUEST_RESET
+
+
 def moments(model: Model, stages: list[Stage], grace_ms: Callable[[int], int | None]) -> list[int] | None:
     """When each step happens, in milliseconds after the first; None if there are no such moments.
 
