@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,8 +11,10 @@ import click
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
+from interlock.cli.policy_differences import diff
+from interlock.cli.policy_output import compiled, paragraph, write, write_bytes
 from interlock.cli.wording import printable
-from interlock.core.errors import Invalid, PolicyError
+from interlock.core.errors import Invalid
 
 if TYPE_CHECKING:
     from interlock.core.policy import CompiledPolicy
@@ -45,7 +46,6 @@ _HEADS: Final = {
     "error": "err",
 }
 """The vm_states over the columns of a terminal; the legend says which is which."""
-_WRITTEN: Final = 64 * 1024
 
 
 class SilenceText(click.ParamType[int]):
@@ -145,65 +145,10 @@ def _form(
             return (f"{line}\n" for line in _text(policy, circumstances, selection, launched=launched))
 
 
-def compiled(name: str) -> CompiledPolicy:
-    """A policy by name or file, as a command line names it."""
-    from interlock.policies.reading import compile_named
-
-    try:
-        return compile_named(name)
-    except PolicyError as error:
-        raise Failure(ExitCode.USAGE, error.message, remedy=error.remedy) from None
-
-
 def _document(policy: CompiledPolicy, circumstances: Circumstances, rows: list[Row]) -> bytes:
     import msgspec
 
     return msgspec.json.encode({"policy": policy.stamp, "circumstances": circumstances, "rows": rows}) + b"\n"
-
-
-def write(invocation: Invocation, out: Path | None, lines: Iterable[str]) -> None:
-    """Put text on standard output, or whole into a file; a file has no colours."""
-    if out is None:
-        for block in _blocks(lines):
-            click.echo(block, nl=False, color=False if invocation.plain else None)
-    else:
-        write_bytes(invocation, out, (click.unstyle(block).encode() for block in _blocks(lines)))
-
-
-def write_bytes(invocation: Invocation, out: Path | None, blocks: Iterable[bytes]) -> None:
-    """Put bytes on standard output, or whole into a file."""
-    if out is None:
-        for block in blocks:
-            click.echo(block, nl=False)
-        return
-    # What is no ordinary file, such as a pipe, is written to; everything else is there whole or not at all.
-    part = out if out.exists() and not out.is_file() else out.with_name(f".{out.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.writelines(blocks)
-        if part is not out:
-            part.replace(out)
-    except OSError as error:
-        if part is not out:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        raise Failure(ExitCode.USAGE, f"{out} cannot be written: {error.strerror}.") from None
-    if not invocation.json:
-        invocation.say(f"Written to {out}.", error=True)
-
-
-def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that are worth a call of the system."""
-    held: list[str] = []
-    length = 0
-    for line in lines:
-        held.append(line)
-        length += len(line)
-        if length >= _WRITTEN:
-            yield "".join(held)
-            held, length = [], 0
-    if held:
-        yield "".join(held)
 
 
 # ------------------------------------------------------------------------------------------------------------ text
@@ -222,7 +167,7 @@ def _text(
     )
     for section in there.sections:
         yield ""
-        yield from _paragraph("With ", title_of(section, names), bold=True)
+        yield from paragraph("With ", title_of(section, names), bold=True)
         yield from _section(there, section)
     yield ""
     yield from _legend(there)
@@ -248,7 +193,7 @@ def _more(policy: CompiledPolicy, circumstances: Circumstances, selection: Selec
     titles = "; ".join(title_of(section, policy.policy.names) for section in sections)
     yield ""
     yield "While something is being done, --task TASK (or --task all) shows the answers. What ';' parts differs:"
-    yield from _paragraph("  ", titles)
+    yield from paragraph("  ", titles)
 
 
 def _section(there: Matrix, section: Section) -> Iterator[str]:
@@ -272,9 +217,9 @@ def _section(there: Matrix, section: Section) -> Iterator[str]:
             yield f"{_cut(label, room):<{room}}  {_line(row, widths, colours)}"
     if kept and len(columns) < len(there.vm_states):
         left = [state.value for number, state in enumerate(there.vm_states) if number not in columns]
-        yield from _paragraph("Everything is refused in: ", ", ".join(left))
+        yield from paragraph("Everything is refused in: ", ", ".join(left))
     if refused:
-        yield from _paragraph("Always refused: ", ", ".join(printable(name) for line in refused for name in line.names))
+        yield from paragraph("Always refused: ", ", ".join(printable(name) for line in refused for name in line.names))
 
 
 def _line(texts: Sequence[str], widths: Sequence[int], colours: Sequence[str]) -> str:
@@ -294,17 +239,8 @@ def _legend(there: Matrix) -> Iterator[str]:
     for word, meaning, colour in (*signs, (*LATER, None)):
         yield f"  {click.style(word.ljust(5), fg=colour)} {meaning}"
     heads = [f"{_HEADS[state.value]} {state.value}" for state in there.vm_states]
-    yield from _paragraph("  ", ", ".join(heads))
+    yield from paragraph("  ", ", ".join(heads))
 
 
-def _paragraph(title: str, text: str, *, bold: bool = False) -> Sequence[str]:
-    import shutil
-    import textwrap
-
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    lines = textwrap.wrap(title + text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return [click.style(line, bold=True) for line in lines] if bold else lines
-
-
-COMMANDS: tuple[click.Command, ...] = (table,)
+COMMANDS: tuple[click.Command, ...] = (table, diff)
 """What `interlock policy` has for looking at a policy as a whole."""
