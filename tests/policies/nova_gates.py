@@ -12,9 +12,24 @@ VM_STATES: Final = (
     *("soft_deleted", "deleted", "error"),
 )
 TASK_STATES: Final = (
-    *("none", "scheduling", "block_device_mapping", "networking", "spawning", "image_snapshot", "image_snapshot_pending"),
-    *("image_pending_upload", "image_uploading", "image_backup", "updating_password", "resize_prep", "resize_migrating"),
-    *("resize_migrated", "resize_finish", "resize_reverting", "resize_confirming", "rebooting", "reboot_pending"),
+    *("none", "scheduling", "block_device_mapping", "networking", "spawning", "image_snapshot"),
+    *(
+        "image_snapshot_pending",
+        "image_pending_upload",
+        "image_uploading",
+        "image_backup",
+        "updating_password",
+        "resize_prep",
+    ),
+    *(
+        "resize_migrating",
+        "resize_migrated",
+        "resize_finish",
+        "resize_reverting",
+        "resize_confirming",
+        "rebooting",
+        "reboot_pending",
+    ),
     *("reboot_started", "rebooting_hard", "reboot_pending_hard", "reboot_started_hard", "pausing", "unpausing"),
     *("suspending", "resuming", "powering-off", "powering-on", "rescuing", "unrescuing", "rebuilding"),
     *("rebuild_block_device_mapping", "rebuild_spawning", "migrating", "deleting", "soft-deleting", "restoring"),

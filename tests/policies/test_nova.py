@@ -12,10 +12,14 @@ from policy_samples import Play, instance, said, serving
 
 from interlock.cli.application import build
 from interlock.cli.invocation import Invocation
-from interlock.core.operations import Operation as O  # noqa: N814
+from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Verdict
-from interlock.core.states import VmState as V  # noqa: N814
+from interlock.core.states import VmState
 from interlock.policies.reading import compile_named
+
+O = Operation  # noqa: E741
+V = VmState
+COLUMNS = ["operation", "vm_state", "task_state", "launched", "verdict", "threshold_s", "rule", "reason"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def table() -> dict[tuple[str, str, str, str], dict[str, str]]:
     shown = CliRunner().invoke(build(), ["policy", "table", "--policy", "nova", "--format", "csv"], obj=Invocation({}))
     assert shown.exit_code == 0, shown.output
     rows = csv.DictReader(io.StringIO(shown.stdout))
-    assert rows.fieldnames == "operation,vm_state,task_state,launched,verdict,threshold_s,rule,reason".split(",")
+    assert rows.fieldnames == COLUMNS
     return {(row["operation"], row["vm_state"], row["task_state"], row["launched"]): row for row in rows}
 
 

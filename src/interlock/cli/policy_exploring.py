@@ -74,7 +74,7 @@ def explore(
     role: str,
     story_path: Path | None,
 ) -> None:
-    """Walk through every state that an instance can get into under a policy, and check the laws in each.
+    """Walk through every state of an instance, and check the laws in each.
 
     Everything that can happen is tried, in every order: submissions, workers that report, fail, hang or get lost,
     guests that end by themselves, and time. A law that is broken is told with the shortest story of how it comes about,

@@ -53,8 +53,9 @@ def replay(
     project: str | None,
     reasons: bool,
 ) -> None:
-    """Judge every recorded submission by another policy, in the state that it met then.
+    """Judge every recorded submission by another policy.
 
+    Each in the state that it met then.
     Shows who would have been admitted or refused otherwise, by operation, rule
     and project. It only reads, and works beside a running server.
 

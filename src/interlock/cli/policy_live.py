@@ -77,7 +77,9 @@ def load(
     dry_run: bool,
     digest: str | None,
 ) -> None:
-    """Have the server put a policy in force: a built-in by its name, or a file with what it extends.
+    """Have the server put a policy in force.
+
+    NAME is a built-in's; a FILE is sent with what it extends.
 
     The server reads, checks and explores it first. If something is wrong with
     it, nothing is changed, and the exit code is 1.
@@ -109,7 +111,7 @@ def rollback(
 @json_option
 @needs_invocation
 def history(invocation: Invocation, *, limit: int) -> None:
-    """List the policies that were in force, newest first; the first of them is the one in force."""
+    """List the policies that were in force, newest first."""
     reply = invocation.client.get("/v1/policy/history", {"limit": limit})
     if invocation.answer(reply):
         return

@@ -91,7 +91,7 @@ class SilenceText(click.ParamType[int]):
 @json_option
 @needs_invocation
 def table(invocation: Invocation, /, *, name: str | None, named: str | None, out: Path | None, **asked: Any) -> None:
-    """Show what a policy answers for every operation in every state, without a server.
+    """Show what a policy answers for every operation in every state.
 
     The rows are those of one caller, with nothing else outstanding than the operation whose task is being served.
     CSV has the columns operation, vm_state, task_state, launched, verdict, threshold_s, rule and reason, one row a

@@ -13,7 +13,8 @@ from functools import cached_property
 from interlock.core.operations import Operation
 from interlock.core.policy import Rule
 from interlock.policies.findings import Finding, Severity, Written, file_of, operations_text, some, written
-from interlock.policies.reaching import Cell, Literal, Reaching, states_of
+from interlock.policies.reaching import Cell, Reaching, states_of
+from interlock.policies.regions import Literal
 
 _CAUSES_MAX = 40
 """Of how many rules it is found out which are needed to keep another from deciding."""

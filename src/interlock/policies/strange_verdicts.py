@@ -15,8 +15,9 @@ from interlock.core.states import NO_TASK, VmState
 from interlock.policies.dead_rules import DeadRules
 from interlock.policies.durations import format_seconds
 from interlock.policies.findings import Finding, Severity, Written, file_of, operations_text, some, states_text
-from interlock.policies.reaching import Cell, Literal, Reaching, can_be_together
+from interlock.policies.reaching import Cell, Reaching, can_be_together
 from interlock.policies.reading import builtin_names, load
+from interlock.policies.regions import Literal
 from interlock.policies.ways_out import DELETIONS, WaysOut, permits_somewhen
 
 Variant = tuple[Operation, bool]

@@ -15,7 +15,8 @@ from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Ve
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 from interlock.policies.durations import DURATION_MAX_MS
 from interlock.policies.findings import Finding, Severity, states_text
-from interlock.policies.reaching import TASKS, Cell, Literal, Reaching, can_be_together
+from interlock.policies.reaching import TASKS, Cell, Reaching, can_be_together
+from interlock.policies.regions import Literal
 
 Pair = tuple[VmState, str]
 
