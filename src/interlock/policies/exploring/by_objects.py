@@ -42,6 +42,11 @@ from interlock.policies.likeness import Ages, phases_told_apart, told_apart
 START_MS: Final = 1_000_000_000
 DEFAULT_STATES_MAX: Final = 200_000
 
+_HOPELESS: Final = frozenset({entry.operation for entry in CATALOGUE.values() if entry.lane is Lane.RECORD}) - {
+    Operation.UNLOCK,
+    Operation.RESET_STATE,
+}
+"""What may well be admitted for an instance that hangs, and does not help it."""
 _encode = msgspec.json.Encoder().encode
 _Key = tuple[Any, ...]
 
@@ -167,7 +172,7 @@ class _Walk:
                 self._report(index, step, breach)
             match change.answer:
                 case Admitted():
-                    hopeful = True
+                    hopeful = hopeful or operation not in _HOPELESS
                     if self._within_bound(change.instance, operation):
                         self._follow(index, node, step, change, node.now_ms)
                 case Denied(allowed_at_ms=int(at_ms)) | Redundant(allowed_at_ms=int(at_ms)):

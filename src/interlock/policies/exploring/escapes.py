@@ -12,11 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from interlock.policies.exploring.gate_table import Effect, Ints
+from interlock.policies.exploring.gate_table import Ints
 from interlock.policies.exploring.layout import Words
 from interlock.policies.exploring.model import Model
 from interlock.policies.exploring.steps import Moves
-from interlock.policies.exploring.submitting import Answers
 from interlock.policies.exploring.visited import Visited
 
 _CHUNK = 65_536
@@ -61,16 +60,6 @@ def _unaided(model: Model, words: Words, *, everything: bool) -> Iterator[Moves]
     yield steps.take(words, task, part)
     yield steps.take_part(words, task, part)
     yield steps.deadline(words)
-    answers = model.gate.answers(words)
-    if not everything:
-        answers = _leading_to_goal(model, answers)
-    yield from model.gate.moves(words, answers)
+    gate = model.gate
+    yield from gate.moves(words, gate.answers(words) if everything else gate.answers_to_deletions(words))
     yield from steps.time(words)
-
-
-def _leading_to_goal(model: Model, answers: Answers) -> Answers:
-    makes_one = (answers.effect >= Effect.ADMIT) & (answers.effect <= Effect.PREEMPT)
-    is_part = model.gate.is_part[answers.ask]
-    leads = model.tables.leads_to_goal[np.where(makes_one & ~is_part, answers.kind, 0)]
-    chosen = np.flatnonzero(leads)
-    return Answers(*(column[chosen] for column in answers))

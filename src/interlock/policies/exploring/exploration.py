@@ -76,7 +76,8 @@ def explore(
         operations=asked,
         starts=begins,
         outstanding_max=outstanding_max,
-        states_max=min(COMPARED_MAX, states_max),
+        # It knows no bound of faults, and would tell of what needs more of them.
+        states_max=min(COMPARED_MAX, states_max) if faults_max is None else 0,
         seconds_max=max(0.0, started_s + 0.95 * limit_s - time.monotonic()),
         role=role,
         goal=goal,

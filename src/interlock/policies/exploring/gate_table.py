@@ -83,6 +83,14 @@ class Rows(NamedTuple):
     effects: Ints
     """(rows, levels + 1); the last one where no mask meets."""
 
+    def chosen(self, asks: Bools) -> Rows:
+        """Those of some submissions only."""
+        kept = asks[self.ask]
+        before = np.concatenate([[0], np.cumsum(kept)])
+        first = before[self.first]
+        counts = before[self.first + self.counts] - first
+        return Rows(first, counts, self.ask[kept], self.masks[kept], self.effects[kept])
+
 
 class GateTable:
     """The answers at every place, found when first asked for."""

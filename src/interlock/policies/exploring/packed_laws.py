@@ -59,7 +59,9 @@ class PackedLaws:
     def of_answers(self, numbers: Ints, words: Words, answers: Answers) -> None:
         """Laws 5 and 8: something is admitted now or at a moment that is kept, and refusals have a reason."""
         hopeful = np.zeros(len(words), bool)
-        good = (answers.effect == Effect.LATER) | (answers.effect >= Effect.ADMIT)
+        # A lock or a note that is admitted is no hope for an instance that hangs.
+        idle = (answers.effect == Effect.NOTE) | (answers.effect == Effect.LOCK)
+        good = (answers.effect == Effect.LATER) | ((answers.effect >= Effect.ADMIT) & ~idle)
         hopeful[answers.rows[good]] = True
         doubtful = np.flatnonzero(answers.effect == Effect.DOUBTFUL)
         if len(doubtful):

@@ -66,8 +66,8 @@ class StepTables:
         self.variant = _variants(alphabet.kinds)
         self.part_variant = _variants(alphabet.part_kinds)
         self.part_of = np.array([0, *(alphabet.part_number[kind.operation] for kind in alphabet.part_kinds)], np.int64)
-        self.leads_to_goal = np.array([False, *(_leads_to(kind.operation, self.goal) for kind in alphabet.kinds)])
-        self.task_leads_to_goal = np.array([False, *(_leads_to(task.operation, self.goal) for task in alphabet.tasks)])
+        self.leads_to_goal = np.array([False, *(leads_to(kind.operation, self.goal) for kind in alphabet.kinds)])
+        self.task_leads_to_goal = np.array([False, *(leads_to(task.operation, self.goal) for task in alphabet.tasks)])
         self.silences = np.array([0, *(len(ages.silent) for ages in alphabet.task_ages)], np.int64)
         self.runnings = np.array([0, *(len(ages.running) for ages in alphabet.task_ages)], np.int64)
 
@@ -138,5 +138,6 @@ def _may_be_beside(part: Operation | None, other: Operation | None) -> bool:
     return part is None or other is None or other in CATALOGUE[part].compatible_with
 
 
-def _leads_to(operation: Operation, goal: VmState) -> bool:
+def leads_to(operation: Operation, goal: VmState) -> bool:
+    """Whether an operation leads to the goal from wherever it is served."""
     return CATALOGUE[operation].to is goal

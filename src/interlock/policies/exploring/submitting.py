@@ -26,7 +26,7 @@ from interlock.policies.exploring.gate_table import (
 )
 from interlock.policies.exploring.layout import Layout, Words
 from interlock.policies.exploring.queues import Queues
-from interlock.policies.exploring.step_tables import StepTables
+from interlock.policies.exploring.step_tables import StepTables, leads_to
 from interlock.policies.exploring.steps import Action, Moves
 
 
@@ -59,10 +59,19 @@ class Submitting:
         is_part = [ask.operation in alphabet.parts for ask in alphabet.asks]
         self.is_part = np.array(is_part, bool)
         self._leads_to_goal = tables.leads_to_goal
+        self._asks_for_goal = np.array([leads_to(ask.operation, tables.goal) for ask in alphabet.asks], bool)
 
     def answers(self, words: Words) -> Answers:
+        """The answers to every submission."""
         places = self.places(words)
-        rows = self._table()
+        return self._answers(words, places, self._table())
+
+    def answers_to_deletions(self, words: Words) -> Answers:
+        """The answers to the submissions that lead to the goal."""
+        places = self.places(words)
+        return self._answers(words, places, self._table().chosen(self._asks_for_goal))
+
+    def _answers(self, words: Words, places: Ints, rows: Rows) -> Answers:
         count = rows.counts[places]
         states = np.repeat(np.arange(len(words)), count)
         at = np.arange(len(states)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(rows.first[places], count)
