@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from interlock.cli import policy_diagrams
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
@@ -242,5 +243,5 @@ def _legend(there: Matrix) -> Iterator[str]:
     yield from paragraph("  ", ", ".join(heads))
 
 
-COMMANDS: tuple[click.Command, ...] = (table, diff)
+COMMANDS: tuple[click.Command, ...] = (table, diff, *policy_diagrams.COMMANDS)
 """What `interlock policy` has for looking at a policy as a whole."""

@@ -1,0 +1,78 @@
+"""The pages about the built-in policies, drawn from the policies: docs/policies/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from interlock.core.policy import CompiledPolicy, Rule, Verdict
+from interlock.policies.drawing import dot_source, svg_of
+from interlock.policies.grids import of_states, of_tasks, svg_grid
+from interlock.policies.matrices import short_time
+from interlock.policies.reading import builtin_names, read
+from interlock.policies.tables import Variant
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """Every file of the folder: its name, and what is in it. Raises `Invalid` without Graphviz."""
+    yield "README.md", _index()
+    for name in builtin_names():
+        policy = CompiledPolicy(read(name).policy)
+        yield f"{name}.md", page(name)
+        yield f"{name}-states.svg", svg_of(dot_source(policy))
+        yield f"{name}-table.svg", svg_grid(of_states(policy))
+        yield f"{name}-tasks.svg", svg_grid(of_tasks(policy))
+
+
+def _index() -> str:
+    lines = ["# The built-in policies, drawn", "", "<!-- Drawn by `interlock policy pages`; a test compares. -->", ""]
+    lines += [f"* [`{name}`]({name}.md): {read(name).description}" for name in builtin_names()]
+    return "\n".join([*lines, ""])
+
+
+def page(name: str) -> str:
+    """The page of one built-in policy."""
+    text = read(name)
+    policy = text.policy
+    lines = [
+        f"# `{name}`",
+        "",
+        "<!-- Drawn by `interlock policy pages`; a test compares. -->",
+        "",
+        text.description,
+        "",
+        f"The policy is [{name}.toml](../../src/interlock/policies/builtin/{name}.toml).",
+        f"`interlock policy table {name}` shows all of its answers, for other callers too; with `--format html` as one",
+        "page to browse.",
+        "",
+        "## Where operations lead",
+        "",
+        f"![The states of an instance, and which operations lead from one to another]({name}-states.svg)",
+        "",
+        "## With nothing in the way",
+        "",
+        f"![What a member is answered in each vm_state]({name}-table.svg)",
+        "",
+        "## While something is being done",
+        "",
+        "To an active instance, at once; where an answer changes after some silence, it has a `*`.",
+        "",
+        f"![What a member is answered by what is being done]({name}-tasks.svg)",
+        "",
+        "## The rules, in the order asked",
+        "",
+        "| rule | verdict | reason | why |",
+        "|---|---|---|---|",
+    ]
+    lines += dict.fromkeys(_rule_line(rule) for rule in policy.rules)
+    return "\n".join([*lines, ""])
+
+
+def _rule_line(rule: Rule) -> str:
+    words = {Variant(operation).word for operation in rule.operations}
+    start, dot, end = rule.id.rpartition(".")
+    identifier = start if dot and words == {end} else rule.id
+    verdict = rule.verdict.value
+    if rule.verdict is Verdict.AFTER:
+        verdict += f" {short_time(rule.threshold_ms or 0)}"
+    cells = (f"`{identifier}`", verdict, f"`{rule.reason}`" if rule.reason else "", rule.because or "")
+    return f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), ' ') for cell in cells)} |"
