@@ -6,21 +6,25 @@ by the core's own functions, and what comes of it is packed again. The two sets 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core import admission, lifecycle
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.operations import CATALOGUE, Landing, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import SERVED, Admitted, GuestEvent, Instance, Outcome, Request, Submission
+from interlock.core.request_queue import at_present
 from interlock.core.states import VmState
+from interlock.policies.exploring import by_objects
 from interlock.policies.exploring.layout import Words
 from interlock.policies.exploring.model import Model
 from interlock.policies.exploring.packing import NOW_MS
@@ -29,7 +33,7 @@ from interlock.policies.reading import compile_named
 
 O = Operation  # noqa: E741
 BUILT_IN = ("standard", "take2", "propolis", "nova")
-SAMPLES = 300
+SAMPLES = 150
 
 
 def model_of(policy: CompiledPolicy, outstanding_max: int, **more: Any) -> Model:
@@ -174,6 +178,39 @@ def test_steps_under_an_administrator_are_the_core_s(name: str) -> None:
     model = model_of(compile_named(name), 2, role="admin")
     words = walked(model, states_max=100_000)
     assert_same_steps(model, sampled(words, SAMPLES, seed=7))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_whatever_the_walk_by_objects_meets_the_packed_walk_has_seen(name: str) -> None:
+    """The words of all of its instances, ages apart: it tells fewer of those apart, and comes by them otherwise."""
+    objects = by_objects.Walk(compile_named(name), Operation, 2, 4_000, "member", VmState.DELETED)
+    objects.run([VmState.BUILDING], math.inf)
+    model = model_of(compile_named(name), 2)
+    layout = model.layout
+    seen = set((walked(model) & ~(layout.silent.mask | layout.running.mask | layout.idle.mask)).tolist())
+    ageless = ~(layout.silent.mask | layout.running.mask | layout.idle.mask)
+    met = {model.packing.pack(node.instance, node.now_ms) & ageless for node in objects.nodes}
+    assert len(met) > 100
+    assert met <= seen
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_an_instance_remembers_is_forgotten_only_where_nothing_depends_on_it(name: str) -> None:
+    """Instances that one word stands for lead to the same words, whatever they remember.
+
+    While something is being undone, the vm_state can have changed by the guest only, which forgets for good.
+    """
+    model = model_of(compile_named(name), 2)
+    for word in sampled(walked(model), 90, seed=3).tolist():
+        instance = model.packing.unpack(word)
+        serving = instance.served(Lane.STATE)
+        if serving is not None and CATALOGUE[serving.operation].to is Landing.PRIOR:
+            continue
+        expected = {model.packing.pack(after, NOW_MS) for after in happenings(model, instance)}
+        for prior in (VmState.STOPPED, VmState.PAUSED, VmState.SHELVED):
+            other = msgspec.structs.replace(instance, prior_vm_state=prior)
+            if model.alphabet.canonical(at_present(other)) == model.alphabet.canonical(at_present(instance)):
+                assert {model.packing.pack(after, NOW_MS) for after in happenings(model, other)} == expected
 
 
 # --------------------------------------------------------------------------------------------------- random policies

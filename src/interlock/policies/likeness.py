@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from interlock.core.operations import CATALOGUE, Entry, Lane, Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Rule
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Rule, Verdict
 from interlock.core.records import SERVED, Instance, Request
 from interlock.core.states import NO_TASK, VmState
 
@@ -27,11 +27,14 @@ def told_apart(policy: CompiledPolicy, operations: Iterable[Operation]) -> tuple
 def _mark(policy: CompiledPolicy, operation: Operation) -> Any:
     """Everything by which a decision could depend on the operation."""
     entry = CATALOGUE[operation]
-    if entry.lane is Lane.RECORD:
+    # The same preempting request waits once only, so that two kinds alike are not the same as one kind twice.
+    preempts = any(rule.verdict is Verdict.PREEMPT and operation in rule.operations for rule in policy.rules)
+    if entry.lane is Lane.RECORD or preempts:
         return operation
     soft, hard = phases_told_apart(policy, entry)
     return (
         (entry.lane, entry.to, entry.on_failure, entry.remembers, entry.interruptible, entry.compatible_with),
+        entry.sources if entry.lane is Lane.STATE else None,
         tuple(operation in other.compatible_with for other in CATALOGUE.values()),
         tuple((operation in rule.operations, operation in (rule.outstanding or ())) for rule in policy.rules),
         tuple(_phase_mark(policy, phase) for phase in soft),

@@ -226,7 +226,8 @@ class Alphabet:
     def _where_memory_counts(self) -> frozenset[VmState]:
         """The vm_states from which an operation that undoes another may come to be served on what is remembered there.
 
-        Everywhere else what is remembered is forgotten: whatever leads on from there overwrites it first.
+        Everywhere else what is remembered is forgotten: whatever leads on from there overwrites it first. And where the
+        guest changes the vm_state while something is being undone, the core has forgotten it itself.
         """
         served = {operation: self._served_in(operation) for operation in {kind.operation for kind in self.kinds}}
         found = {

@@ -77,12 +77,12 @@ def explore(
     Operations that lead to `goal` may stand on top of that bound, since they must always be able to come in.
     """
     started = time.monotonic()
-    walk = _Walk(policy, operations, outstanding_max, states_max, role, goal)
+    walk = Walk(policy, operations, outstanding_max, states_max, role, goal)
     walk.run(starts, math.inf if seconds_max is None else started + seconds_max)
     return walk.result(time.monotonic() - started)
 
 
-class _Walk:
+class Walk:
     """The states found so far, and the ways between them."""
 
     def __init__(

@@ -56,20 +56,11 @@ def explore(
     asked = tuple(Operation) if operations is None else tuple(operations)
     begins = tuple(starts)
     model = Model(
-        policy,
-        asked,
-        starts=begins,
-        outstanding_max=outstanding_max,
-        faults_max=faults_max,
-        role=role,
-        goal=goal,
+        policy, asked, starts=begins, outstanding_max=outstanding_max, faults_max=faults_max, role=role, goal=goal
     )
     walk = Walk(model, on_advance)
     walk.run(states_max=states_max, started_s=started_s, until_s=started_s + _SHARE_OF_WALK * limit_s)
-    stuck = without_escape(model, walk.visited, walk.looked_at, started_s + _SHARE_OF_ESCAPES * limit_s)
-    if stuck is not None and len(stuck):
-        what = f"{goal.value} cannot be reached from {{}} without its worker's help"
-        walk.laws.note_stuck(stuck, walk.visited.words[stuck], what)
+    searched = _search_ways_out(walk, started_s + _SHARE_OF_ESCAPES * limit_s)
     seconds = time.monotonic() - started_s
     compared = by_objects.explore(
         policy,
@@ -86,7 +77,7 @@ def explore(
     return Exploration(
         states=min(walk.visited.count, states_max),
         transitions=walk.transitions,
-        complete=walk.complete and stuck is not None and not undecided,
+        complete=walk.complete and searched and not undecided,
         operations=model.alphabet.operations,
         outstanding_max=outstanding_max,
         violations=violations,
@@ -96,6 +87,16 @@ def explore(
         exits=tuple(_exits(model)),
         compared=compared.states,
     )
+
+
+def _search_ways_out(walk: Walk, until_s: float) -> bool:
+    """Note every state from which the goal cannot be reached; False if the time was up before all were looked at."""
+    model = walk.model
+    stuck = without_escape(model, walk.visited, walk.looked_at, until_s)
+    if stuck is not None and len(stuck):
+        what = f"{model.goal.value} cannot be reached from {{}} without its worker's help"
+        walk.laws.note_stuck(stuck, walk.visited.words[stuck], what)
+    return stuck is not None
 
 
 def _violations(walk: Walk, others: Iterable[Violation]) -> tuple[tuple[Violation, ...], tuple[str, ...]]:
