@@ -56,10 +56,18 @@ def diagram(invocation: Invocation, /, *, name: str, subject: str, form: str, ou
 
 
 @click.command(hidden=True)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/policies"))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("docs/policies"),
+    help="The folder. Default: docs/policies.",
+)
 @needs_invocation
 def pages(invocation: Invocation, /, *, out: Path) -> None:
-    """Draw the pages of the built-in policies: this is how docs/policies is made."""
+    """Draw the pages of the built-in policies.
+
+    This is how docs/policies is made.
+    """
     from interlock.policies.policy_pages import files
 
     try:

@@ -81,7 +81,9 @@ class SilenceText(click.ParamType[int]):
     help="Only this task_state, none, or all phases of an operation; may be given again. In text and markdown, "
     "'all' shows every one; without it they show what is answered while nothing is being done.",
 )  # fmt: skip
-@click.option("--role", type=click.Choice(["reader", "member", "admin"]), default="member", show_default=True)
+@click.option(
+    "--role", type=click.Choice(["reader", "member", "admin"]), default="member", show_default=True, help="Who asks."
+)
 @click.option("--locked", is_flag=True, help="Let the instance be locked.")
 @click.option(
     "--silent", "silent_ms", type=SilenceText(), default=0, help="How long nothing has shown life, such as 5m."
