@@ -17,6 +17,7 @@ FIGURES = {
         *("instances", "situations", "decisions_per_s", "unalike_decisions_per_s"),
         *("short_policy_decisions_per_s", "long_policy_decisions_per_s", "instances_read_per_s"),
     },
+    "exploring": {"states", "transitions", "states_per_s", "explore_s"},
     "replaying": {"submissions", "rows_per_s", "replay_s"},
     "durable_admissions": {"callers", "admissions_per_s"},
     "http_admissions": {"connections", "admissions_per_s", "median_ms", "p99_ms"},

@@ -60,7 +60,7 @@ def explore(
     )
     walk = Walk(model, on_advance)
     walk.run(states_max=states_max, started_s=started_s, until_s=started_s + _SHARE_OF_WALK * limit_s)
-    searched = _search_ways_out(walk, started_s + _SHARE_OF_ESCAPES * limit_s)
+    searched = _search_ways_out(walk, goal, started_s + _SHARE_OF_ESCAPES * limit_s)
     seconds = time.monotonic() - started_s
     compared = by_objects.explore(
         policy,
@@ -89,12 +89,11 @@ def explore(
     )
 
 
-def _search_ways_out(walk: Walk, until_s: float) -> bool:
+def _search_ways_out(walk: Walk, goal: VmState, until_s: float) -> bool:
     """Note every state from which the goal cannot be reached; False if the time was up before all were looked at."""
-    model = walk.model
-    stuck = without_escape(model, walk.visited, walk.looked_at, until_s)
+    stuck = without_escape(walk.model, walk.visited, walk.looked_at, until_s)
     if stuck is not None and len(stuck):
-        what = f"{model.goal.value} cannot be reached from {{}} without its worker's help"
+        what = f"{goal.value} cannot be reached from {{}} without its worker's help"
         walk.laws.note_stuck(stuck, walk.visited.words[stuck], what)
     return stuck is not None
 

@@ -20,13 +20,14 @@ from typing import Any
 
 import uvloop
 
-from interlock.testing.bench import decisions, durability, fleet_decisions, http, pausing, replaying, whole
+from interlock.testing.bench import decisions, durability, exploring, fleet_decisions, http, pausing, replaying, whole
 
 Measure = Callable[[Path, float], dict[str, float]]
 
 MEASURES: dict[str, Measure] = {
     "decisions": decisions.measure,
     "fleet_decisions": fleet_decisions.measure,
+    "exploring": exploring.measure,
     "replaying": replaying.measure,
     "durable_admissions": durability.measure,
     "http_admissions": http.measure,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from interlock.policies.exploring import explore
 from interlock.policies.reading import compile_named
 
@@ -9,7 +11,7 @@ _STATES = 2_000_000
 _OUTSTANDING_MAX = 4
 
 
-def measure(scale: float = 1.0) -> dict[str, float]:
+def measure(_folder: Path, scale: float) -> dict[str, float]:
     """States a second on one core, of `standard` with all operations; tables are filled within the measured time."""
     found = explore(
         compile_named("standard"), outstanding_max=_OUTSTANDING_MAX, states_max=max(1, round(_STATES * scale))
