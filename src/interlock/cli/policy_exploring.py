@@ -183,7 +183,9 @@ def _show_exits(invocation: Invocation, exits: tuple[Exit, ...]) -> None:
     """Where a task that hangs is ended by nothing but a deletion."""
     closed: dict[str, list[str]] = {}
     for one in exits:
-        if all(operation == "soft_delete" for operation in one.takeovers):
+        # That only deletions follow a soft one is no finding.
+        deletions = all(operation == "soft_delete" for operation in one.takeovers)
+        if deletions and one.task_state != "soft_deleting":
             closed.setdefault(one.task_state, []).append(one.vm_state.value)
     if not closed:
         invocation.say("Whatever hangs, something other than a deletion can take over from it.")
