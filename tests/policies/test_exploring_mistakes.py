@@ -233,6 +233,22 @@ def test_states_that_do_not_fit_are_refused_in_words() -> None:
         explore(compile_named("standard"), outstanding_max=12)
 
 
+def test_a_walk_in_limited_time_makes_do_with_what_fits() -> None:
+    """A server that proves a policy before it switches to it would rather know something than nothing."""
+    found = explore(compile_named("standard"), outstanding_max=5, seconds_max=1.5)
+    assert found.outstanding_max == 4
+    assert not found.complete
+
+
+def test_rules_that_cannot_hold_cost_no_state() -> None:
+    """A thousand moments that only tagged instances know make no difference to one without tags."""
+    tagged = [
+        rule(f"t{n}", {O.STOP}, Verdict.DENY, tags=frozenset({"x"}), silent_ms_min=1000 * (n + 1)) for n in range(1000)
+    ]
+    few, many = walk(made(DELETE, ANYTHING)), walk(made(*tagged, DELETE, ANYTHING))
+    assert few.states == many.states
+
+
 def test_where_only_a_deletion_helps_is_told() -> None:
     """Standard has a way out of every task; under propolis, what hangs is ended by nothing else."""
     exits = {(one.vm_state, one.task_state): one for one in explore(compile_named("standard"), outstanding_max=1).exits}

@@ -13,10 +13,13 @@ Everything has a number here, and nothing is decided. Numbers of kinds, tasks an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
+import msgspec
+
 from interlock.core.operations import CATALOGUE, Landing, Lane, Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Rule, Verdict
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
 from interlock.core.records import Request
 from interlock.core.request_queue import Foreseen, judge_in, permits
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
@@ -74,8 +77,11 @@ class Alphabet:
     ) -> None:
         self.policy = policy
         self.role = role
-        self.operations = told_apart(policy, operations)
-        self._phases = {entry.operation: phases_told_apart(policy, entry) for entry in CATALOGUE.values()}
+        rules = tuple(rule for rule in policy.rules if can_hold(rule, role))
+        self._alive = CompiledPolicy(Policy(name="alive", rules=rules))
+        """The rules that may hold in this walk: what the others say makes no difference to it."""
+        self.operations = told_apart(self._alive, operations)
+        self._phases = {entry.operation: phases_told_apart(self._alive, entry) for entry in CATALOGUE.values()}
         self.asks = tuple(ask for operation in self.operations for ask in self._asks(operation))
         kinds = [kind for ask in self.asks for kind in self._kinds(ask)]
         self.kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is Lane.STATE)
@@ -95,7 +101,7 @@ class Alphabet:
         self.task_ages = tuple(self._ages_of_task(task) for task in self.tasks)
         self.part_ages = self._ages([NO_TASK], [NO_TASK])
         self.idle_ages = tuple(sorted({*self.part_ages.silent, *self.part_ages.running}))
-        self._sees_launch = any(rule.launched is not None for rule in policy.rules)
+        self._sees_launch = any(rule.launched is not None for rule in rules)
         self._remembering = self._where_memory_counts()
         self.footings = tuple(self._reachable(list(dict.fromkeys(map(self._beginning, starts)))))
         self.footing_number = {footing: number for number, footing in enumerate(self.footings)}
@@ -105,13 +111,13 @@ class Alphabet:
             yield from (Ask(operation, hard=False, target=target) for target in RESET_TARGETS)
             return
         yield Ask(operation, hard=False)
-        seen = any(rule.hard is not None and operation in rule.operations for rule in self.policy.rules)
+        seen = any(rule.hard is not None and operation in rule.operations for rule in self._alive.rules)
         if seen or self._phases[operation][1]:
             yield Ask(operation, hard=True)
 
     def _kinds(self, ask: Ask) -> Iterator[Kind]:
         """Every kind of request that the policy can make of a submission."""
-        rules = [rule for rule in self.policy.rules if ask.operation in rule.operations]
+        rules = [rule for rule in self._alive.rules if ask.operation in rule.operations]
         admitting = {Verdict.ADMIT: False, Verdict.AFTER: True, Verdict.PREEMPT: True}
         ways = {(rule.in_turn, admitting[rule.verdict]) for rule in rules if rule.verdict in admitting}
         for in_turn, preempts in sorted(ways):
@@ -151,7 +157,7 @@ class Alphabet:
         else:
             written, told = entry.hard_phases, hard
             if not hard:  # They are like the others, one for one.
-                alike = _starts_of_classes(self.policy, written)
+                alike = _starts_of_classes(self._alive, written)
                 return self.task_number[Task(operation, soft[sum(written.index(phase) >= one for one in alike) - 1])]
         known = [each for each in written[: written.index(phase) + 1] if each in told]
         return self.task_number[Task(operation, known[-1])]
@@ -166,12 +172,12 @@ class Alphabet:
         """Silence begins anew with a phase; how long it has run is counted through all of them."""
         silent: set[int] = set()
         running: set[int] = set()
-        for rule in self.policy.rules:
+        for rule in self._alive.rules:
             if rule.operations.isdisjoint(self.operations):
                 continue
-            if _can_hold(rule, silent_in):
+            if _names_phase(rule, silent_in):
                 silent.update(_silences(rule))
-            if _can_hold(rule, running_in) and rule.measured_from is MeasuredFrom.TASK_STARTED:
+            if _names_phase(rule, running_in) and rule.measured_from is MeasuredFrom.TASK_STARTED:
                 running.update([rule.threshold_ms or 0])
         return Ages(tuple(sorted(silent - {0})), tuple(sorted(running - {0})))
 
@@ -268,13 +274,40 @@ class Alphabet:
         }
         if any(kind.preempts for kind in kinds):
             found |= CATALOGUE[operation].sources
-            for rule in self.policy.rules:
+            for rule in self._alive.rules:
                 if operation in rule.operations and rule.verdict in (Verdict.AFTER, Verdict.PREEMPT):
                     found |= rule.vm_states or frozenset(VmState)
         return found
 
 
-def _can_hold(rule: Rule, phases: Iterable[str]) -> bool:
+def alone(rule: Rule) -> CompiledPolicy:
+    """A policy of one rule, without what a place or a queue says of it."""
+    open_rule = msgspec.structs.replace(
+        rule, operations=frozenset(Operation), vm_states=None, task_states=None, outstanding=None
+    )
+    return CompiledPolicy(Policy(name="alone", rules=(open_rule,)))
+
+
+def can_hold(rule: Rule, role: str) -> bool:
+    """Whether a rule can ever hold for a caller of that role, and an instance without tags whose host is alive."""
+    one = alone(rule)
+    views = (
+        View(
+            Operation.STOP,
+            VmState.ACTIVE,
+            NO_TASK,
+            role=role,
+            locked=locked,
+            hard=hard,
+            launched=launched,
+            silent_ms=rule.silent_ms_min or 0,
+        )
+        for locked, hard, launched in product((False, True), repeat=3)
+    )
+    return any(one.decide(view) is one.rules[0] for view in views)
+
+
+def _names_phase(rule: Rule, phases: Iterable[str]) -> bool:
     return rule.task_states is None or not rule.task_states.isdisjoint(phases)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
@@ -45,19 +46,21 @@ def explore(
     Operations that lead to `goal` may stand on top of that bound, since they must always be able to come in.
     `faults_max` limits how often in one story an operation fails or a guest ends by itself (None: any number of times);
     a worker may always hang. `seconds_max` ends the walk early; what it came by is then checked, and `complete` is
-    false.
+    false. A walk in limited time also makes do with fewer outstanding requests, where states would not fit into a word.
 
     Raises:
-        Invalid: the bound is too large for so many operations: states would not fit into a word.
+        Invalid: the bound is too large for so many operations and moments: states would not fit into a word.
         BrokenInvariant: the core does not confirm a story: it and the walk disagree, which is a defect of the walk.
     """
     started_s = time.monotonic()
     limit_s = math.inf if seconds_max is None else seconds_max
     asked = tuple(Operation) if operations is None else tuple(operations)
     begins = tuple(starts)
-    model = Model(
-        policy, asked, starts=begins, outstanding_max=outstanding_max, faults_max=faults_max, role=role, goal=goal
-    )
+
+    def modelled(most: int) -> Model:
+        return Model(policy, asked, starts=begins, outstanding_max=most, faults_max=faults_max, role=role, goal=goal)
+
+    model, walked_max = _fitting(modelled, outstanding_max, outstanding_max if seconds_max is None else 1)
     walk = Walk(model, on_advance)
     walk.run(states_max=states_max, started_s=started_s, until_s=started_s + _SHARE_OF_WALK * limit_s)
     searched = _search_ways_out(walk, goal, started_s + _SHARE_OF_ESCAPES * limit_s)
@@ -77,9 +80,9 @@ def explore(
     return Exploration(
         states=min(walk.visited.count, states_max),
         transitions=walk.transitions,
-        complete=walk.complete and searched and not undecided,
+        complete=walk.complete and searched and not undecided and walked_max == outstanding_max,
         operations=model.alphabet.operations,
-        outstanding_max=outstanding_max,
+        outstanding_max=walked_max,
         violations=violations,
         undecided=undecided,
         seconds=seconds,
@@ -87,6 +90,17 @@ def explore(
         exits=tuple(_exits(model)),
         compared=compared.states,
     )
+
+
+def _fitting(modelled: Callable[[int], Model], most: int, least: int) -> tuple[Model, int]:
+    """The model with the most outstanding requests of which states fit into a word, and how many those are."""
+    while True:
+        try:
+            return modelled(most), most
+        except Invalid:
+            if most == least:
+                raise
+            most -= 1
 
 
 def _search_ways_out(walk: Walk, goal: VmState, until_s: float) -> bool:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from interlock.core.operations import BIT, CATALOGUE, Lane, Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Rule, Verdict, View
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.exploring.alphabet import Alphabet, Ask, Kind
+from interlock.policies.exploring.alphabet import Alphabet, Ask, Kind, alone
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -182,12 +181,9 @@ class GateTable:
         key = (number, ask.hard, place.launched, place.locked, place.silent_ms)
         known = self._holding.get(key)
         if known is None:
-            alone = self._alone.get(number)
-            if alone is None:
-                open_rule = msgspec.structs.replace(
-                    rule, operations=frozenset(Operation), vm_states=None, task_states=None, outstanding=None
-                )
-                alone = self._alone[number] = CompiledPolicy(Policy(name="alone", rules=(open_rule,)))
+            policy = self._alone.get(number)
+            if policy is None:
+                policy = self._alone[number] = alone(rule)
             view = View(
                 ask.operation,
                 VmState.ACTIVE,
@@ -199,7 +195,7 @@ class GateTable:
                 running_ms=place.running_ms,
                 launched=place.launched,
             )
-            known = self._holding[key] = alone.decide(view).id == rule.id
+            known = self._holding[key] = policy.decide(view) is policy.rules[0]
         return known
 
     def _effect(self, ask: Ask, place: Place, answer: Answer) -> int:

@@ -69,7 +69,7 @@ class Layout:
             raise Invalid(
                 f"States of {outstanding_max} outstanding requests of {len(alphabet.operations)} operations do not fit "
                 f"into {WORD_BITS} bits: they need {self._used}.",
-                remedy="Walk with fewer outstanding requests, or fewer operations.",
+                remedy="Walk with fewer outstanding requests, or fewer different times in the rules.",
             )
         self.served = self.task.mask | self.silent.mask | self.running.mask | self.deadline.mask
         self.part_served = self.part.mask | self.part_silent.mask | self.part_running.mask | self.part_deadline.mask
