@@ -21,7 +21,7 @@ from interlock.policies.exploring.walking import Walk
 
 DEFAULT_STATES_MAX: Final = 20_000_000
 COMPARED_MAX: Final = 2_000
-"""How many states are walked by objects too."""
+"""How many states are walked by objects too; none if faults are bounded, which that walk does not know."""
 _SHARE_OF_WALK: Final = 0.55
 _SHARE_OF_ESCAPES: Final = 0.85
 """Until when of a limited time a walk may last, and the search for a way out behind it; the rest is for the objects."""
@@ -54,8 +54,7 @@ def explore(
     """
     started_s = time.monotonic()
     limit_s = math.inf if seconds_max is None else seconds_max
-    asked = tuple(Operation) if operations is None else tuple(operations)
-    begins = tuple(starts)
+    asked, begins = tuple(Operation if operations is None else operations), tuple(starts)
 
     def modelled(most: int) -> Model:
         return Model(policy, asked, starts=begins, outstanding_max=most, faults_max=faults_max, role=role, goal=goal)
@@ -70,7 +69,6 @@ def explore(
         operations=asked,
         starts=begins,
         outstanding_max=outstanding_max,
-        # It knows no bound of faults, and would tell of what needs more of them.
         states_max=min(COMPARED_MAX, states_max) if faults_max is None else 0,
         seconds_max=max(0.0, started_s + 0.95 * limit_s - time.monotonic()),
         role=role,
