@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.errors import PolicyError
+from interlock.core.errors import Invalid, PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
@@ -97,7 +97,11 @@ def prove(question: Question) -> Proof:
 def _walked(proof: Proof, policy: Policy, question: Question) -> Proof:
     from interlock.policies.exploring import explore
 
-    found = explore(CompiledPolicy(policy, question.performs), seconds_max=question.explore_ms / 1000)
+    try:
+        found = explore(CompiledPolicy(policy, question.performs), seconds_max=question.explore_ms / 1000)
+    except Invalid:
+        # Even one request at a time is too much, as with hundreds of thresholds: it speaks neither for nor against.
+        return msgspec.structs.replace(proof, walk=Walk(states=0, transitions=0, seconds=0.0, complete=False))
     return msgspec.structs.replace(
         proof,
         walk=msgspec.convert(found, Walk, from_attributes=True),

@@ -194,34 +194,26 @@ class Reaching:
         unlike = list(dict.fromkeys(self._literals[earlier] for earlier in before))
         steps = [min(STEPS_MAX, self._steps)]
         allowed = steps[0]
-        left = self._escape(region, unlike, 0, steps)
+        left = self._escape(region, unlike, steps)
         self._steps -= allowed - steps[0]
         return left
 
-    def _escape(self, region: Region, before: list[tuple[Literal, ...]], index: int, steps: list[int]) -> Region | None:
-        while index < len(before):
-            steps[0] -= 1
-            if steps[0] <= 0:
-                return region
-            inside: Region | None = region
-            outside = []
-            for literal in before[index]:
-                assert inside is not None
-                rest = miss(inside, literal)
-                if rest is not None:
-                    outside.append(rest)
-                inside = meet(inside, literal)
-                if inside is None:
-                    break
-            index += 1
-            if inside is None:
-                continue
-            for piece in outside:
-                left = self._escape(piece, before, index, steps)
-                if left is not None:
-                    return left
-            return None
-        return region
+    def _escape(self, region: Region, before: list[tuple[Literal, ...]], steps: list[int]) -> Region | None:
+        """A part of a region outside all of `before`, depth first; one that may be inside when the steps run out."""
+        pending = [(region, 0)]
+        while pending:
+            piece, index = pending.pop()
+            outside: list[Region] | None = None
+            while outside is None and index < len(before):
+                steps[0] -= 1
+                if steps[0] <= 0:
+                    return piece
+                outside = _outside(piece, before[index])
+                index += 1
+            if outside is None:
+                return piece
+            pending.extend((rest, index) for rest in reversed(outside))
+        return None
 
     def _view(self, cell: Cell, region: Region) -> View:
         role = next(role for number, role in enumerate(ROLES) if region.choices[_ROLE] >> number & 1)
@@ -250,6 +242,21 @@ class Reaching:
             launched=flags["launched"],
             held=sets[_HELD],
         )
+
+
+def _outside(region: Region, literals: tuple[Literal, ...]) -> list[Region] | None:
+    """What of a region is outside all of these conditions together, in parts; None if all of it is."""
+    inside: Region | None = region
+    outside = []
+    for literal in literals:
+        assert inside is not None
+        rest = miss(inside, literal)
+        if rest is not None:
+            outside.append(rest)
+        inside = meet(inside, literal)
+        if inside is None:
+            return None
+    return outside
 
 
 def can_be_together(vm_state: VmState, task_state: str) -> bool:

@@ -1,0 +1,33 @@
+"""What a server finds out of a policy before it puts it in force."""
+
+from __future__ import annotations
+
+from interlock.core.operations import Operation
+from interlock.core.policy_switches import PolicyBundle
+from interlock.policies.proving import Question, prove
+from interlock.policies.sources import builtin
+
+
+def asked(bundle: PolicyBundle, explore_ms: int = 3_000) -> Question:
+    return Question(bundle=bundle, performs=tuple(Operation), explore_ms=explore_ms, memory_mib_max=4_096)
+
+
+def test_a_built_in_policy_is_walked() -> None:
+    proof = prove(asked(builtin("propolis")))
+    assert proof.holds
+    assert proof.walk is not None
+    assert proof.walk.complete
+    assert proof.walk.states > 100
+
+
+def test_a_policy_with_more_thresholds_than_can_be_walked_is_not_refused_for_that() -> None:
+    rules = "".join(
+        f'[[rule]]\nid = "r{number}"\noperations = ["stop"]\ntask_state = ["@backup"]\ntags = ["t{number}"]\n'
+        f'silent_for = "{number}s"\nverdict = "deny"\n'
+        for number in range(1, 1_500)
+    )
+    text = '[policy]\nname = "many"\nextends = "standard"\n' + rules
+    proof = prove(asked(PolicyBundle(main="many.toml", files={"many.toml": text})))
+    assert proof.wrong is None
+    assert proof.walk is not None
+    assert proof.holds or proof.findings
