@@ -20,7 +20,7 @@ def test_a_built_in_policy_is_walked() -> None:
     assert proof.walk.states > 100
 
 
-def test_a_policy_with_more_thresholds_than_can_be_walked_is_not_refused_for_that() -> None:
+def test_a_policy_of_fifteen_hundred_rules_about_one_cell_is_proved() -> None:
     rules = "".join(
         f'[[rule]]\nid = "r{number}"\noperations = ["stop"]\ntask_state = ["@backup"]\ntags = ["t{number}"]\n'
         f'silent_for = "{number}s"\nverdict = "deny"\n'
@@ -28,6 +28,5 @@ def test_a_policy_with_more_thresholds_than_can_be_walked_is_not_refused_for_tha
     )
     text = '[policy]\nname = "many"\nextends = "standard"\n' + rules
     proof = prove(asked(PolicyBundle(main="many.toml", files={"many.toml": text})))
-    assert proof.wrong is None
+    assert proof.holds, (proof.wrong, proof.findings, proof.violations)
     assert proof.walk is not None
-    assert proof.holds or proof.findings
