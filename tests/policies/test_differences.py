@@ -18,7 +18,9 @@ from interlock.cli.policy_tables import COMMANDS
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.differences import Differences, Effect, Place, cover, differ, told
+from interlock.policies import differences
+from interlock.policies.differences import Differences, Effect, differ
+from interlock.policies.products import Place, cover, told
 from interlock.policies.reading import load
 from interlock.policies.tables import TASKS, Selection, Variant
 
@@ -274,6 +276,73 @@ def test_very_different_policies_are_told_in_seconds_and_in_groups() -> None:
     assert found.differing > 20_000
     assert len(found.groups) < found.differing / 20
     assert places(found)
+
+
+@pytest.mark.parametrize("other", ["take2", "propolis", "nova"])
+def test_the_built_in_policies_are_compared_completely(other: str) -> None:
+    assert differ(STANDARD, load(other)).complete
+
+
+def test_what_needs_many_circumstances_at_once_is_found() -> None:
+    conditions: dict[str, Any] = {
+        "locked": True,
+        "launched": False,
+        "host_reachable": False,
+        "roles": frozenset({"admin"}),
+        "tags": frozenset({"a"}),
+        "silent_ms_min": 1000,
+        "held": frozenset({Operation.STOP}),
+    }
+    # Each condition is named by a rule of its own that decides nothing otherwise, and all of them matter at once.
+    others = tuple(
+        rule(f"not-{name}", verdict=Verdict.ADMIT, **{name: value})
+        for name, value in (
+            ("locked", False),
+            ("launched", True),
+            ("host_reachable", True),
+            ("roles", frozenset({"member", "reader"})),
+        )
+    )
+    last = {name: conditions[name] for name in ("tags", "silent_ms_min", "held")}
+    found = differ(
+        policy(*others, rule("admitted", verdict=Verdict.ADMIT)),
+        policy(*others, rule("refused", verdict=Verdict.DENY, **last), rule("admitted", verdict=Verdict.ADMIT)),
+        PART,
+    )
+    assert found.complete
+    assert {group.after.rule for group in found.groups} == {"refused"}
+    [condition] = {group.condition for group in found.groups}
+    assert set(condition.split(", ")) == {
+        "an admin asks",
+        "the instance is locked",
+        "it has never run",
+        "the host is out of reach",
+        "tagged a",
+        "after 1s of silence",
+        "stop is held",
+    }
+
+
+def test_policies_of_many_rules_are_compared_within_bounds_and_what_is_left_out_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(differences, "WORK_MAX", 100_000)
+    many = tuple(
+        rule(
+            f"r{number}",
+            verdict=Verdict.DENY,
+            tags=frozenset({f"t{number}"}),
+            roles=frozenset({"admin"}),
+            silent_ms_min=1000 * (number + 1),
+            reason=f"r{number}",
+        )
+        for number in range(300)
+    )
+    found = differ(policy(rule("x")), policy(*many, rule("x")), PART)
+    assert not found.complete
+    assert found.any
+    assert found.differing == found.combinations
+    assert {group.after.rule for group in found.groups} <= {each.id for each in many}
 
 
 # ----------------------------------------------------------------------------------------------------- the command

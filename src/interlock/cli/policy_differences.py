@@ -65,6 +65,9 @@ def _differences(found: Differences, *, everything: bool) -> Iterator[str]:
     for group in shown:
         yield ""
         yield from _group(group, found.operations, everything=everything)
+    if not found.complete:
+        yield ""
+        yield "The policies are very intricate: not all circumstances were tried, and there may be more differences."
     left = count - len(shown)
     if left:
         follow = sum(one.follows for one in found.groups)
@@ -73,7 +76,7 @@ def _differences(found: Differences, *, everything: bool) -> Iterator[str]:
 
 
 def _group(group: Difference, operations: Sequence[str], *, everything: bool) -> Iterator[str]:
-    from interlock.policies.differences import told
+    from interlock.policies.products import told
 
     sign, colour = _SIGNS[group.effect.value]
     change = f"{_answer(group.before)} → {_answer(group.after)}{''.join(f', {each}' for each in group.details)}"

@@ -7,20 +7,27 @@ is told as a few products of sets. Differences in words that only people read (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from itertools import permutations, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import msgspec
 
 from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict, View
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import VmState
 from interlock.policies.durations import seconds
 from interlock.policies.meetings import Meetings
-from interlock.policies.probes import Probe, applied, probes, words
+from interlock.policies.probes import Probe, applied, probes, simplest, words
+from interlock.policies.products import Place, Product, cover
+from interlock.policies.reaching import Cell, Reaching
 from interlock.policies.tables import EVERYTHING, TASKS, Selection, Variant, compiled, variants, view_of
+
+WORK_MAX = 10_000_000
+"""How many rules are asked before the rest is looked at less closely."""
+SHARE_MIN = 12_000
+"""How many are asked in each kind of combination even then."""
 
 
 class Effect(StrEnum):
@@ -32,27 +39,6 @@ class Effect(StrEnum):
     """It is refused, or called redundant, where it was not, or longer."""
     OTHER = "other"
     """It is as before admitted or not, in another way or with another reason."""
-
-
-class Place(NamedTuple):
-    """One combination."""
-
-    operation: str
-    """`Variant.word`: an operation, or such as `reboot_hard`."""
-    vm_state: str
-    task_state: str
-
-
-class Product(msgspec.Struct, frozen=True, kw_only=True):
-    """Every combination of some operations, vm_states and task_states."""
-
-    operations: tuple[str, ...]
-    vm_states: tuple[str, ...]
-    task_states: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.operations) * len(self.vm_states) * len(self.task_states)
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +81,8 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
     """In how many of them something differs."""
     outstanding_max: tuple[int, int] | None
     """How many requests may be outstanding, where the two policies say otherwise."""
+    complete: bool
+    """False if the policies are so intricate that circumstances were left untried."""
     operations: tuple[str, ...]
     """The operations that were compared, hard variants among them."""
     groups: tuple[Difference, ...]
@@ -102,7 +90,8 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def any(self) -> bool:
-        return bool(self.groups) or self.outstanding_max is not None
+        """Whether they differ, or were too intricate for saying that they do not."""
+        return bool(self.groups) or self.outstanding_max is not None or not self.complete
 
 
 def differ(
@@ -110,36 +99,33 @@ def differ(
 ) -> Differences:
     """Compare what two policies answer, everywhere or in a part of the matrix."""
     comparison = _Comparison(compiled(before), compiled(after), selection)
-    compared = differing = 0
-    collected: dict[tuple[Any, ...], tuple[Rule, Rule, list[Place]]] = {}
+    alike: dict[Any, list[Place]] = {}
     for variant, vm_state, task_state in comparison.combinations():
-        compared += 1
-        found = comparison.parting(variant, vm_state, task_state)
-        differing += bool(found)
-        for probe, mine, yours, follows in found:
+        key = comparison.kind(variant, vm_state, task_state)
+        alike.setdefault(key, []).append(Place(variant.word, vm_state.value, task_state))
+    collected: dict[tuple[Any, ...], tuple[Rule, Rule, list[Any]]] = {}
+    differing = 0
+    for left, (kind, places) in zip(range(len(alike), 0, -1), alike.items(), strict=True):
+        partings = comparison.partings(places[0], left)
+        differing += len(places) if partings else 0
+        for probe, mine, yours, follows in partings:
             key = (_family(mine), _answer(mine), _family(yours), _answer(yours), words(probe), follows)
-            place = Place(variant.word, vm_state.value, task_state)
-            collected.setdefault(key, (mine, yours, []))[2].append(place)
-    groups = [
-        Difference(
-            before=_side(mine),
-            after=_side(yours),
-            condition=key[-2],
-            details=tuple(_details(mine, yours)),
-            effect=_effect(mine, yours),
-            follows=key[-1],
-            combinations=len(places),
-            products=cover(places),
-        )
-        for key, (mine, yours, places) in collected.items()
-    ]
+            collected.setdefault(key, (mine, yours, []))[2].append(kind)
+    covers: dict[tuple[Any, ...], tuple[Product, ...]] = {}
+    groups = []
+    for key, (mine, yours, kinds) in collected.items():
+        found = tuple(dict.fromkeys(kinds))
+        if found not in covers:
+            covers[found] = cover(place for kind in found for place in alike[kind])
+        groups.append(_difference(mine, yours, key[-2], follows=key[-1], products=covers[found]))
     maxima = (comparison.before.outstanding_max, comparison.after.outstanding_max)
     return Differences(
         before=comparison.before.stamp,
         after=comparison.after.stamp,
-        combinations=compared,
+        combinations=sum(map(len, alike.values())),
         differing=differing,
         outstanding_max=maxima if maxima[0] != maxima[1] else None,
+        complete=comparison.complete,
         operations=tuple(variant.word for variant in comparison.variants),
         groups=tuple(sorted(groups, key=lambda one: (one.follows, one.effect is Effect.OTHER, -one.combinations))),
     )
@@ -168,7 +154,9 @@ class _Comparison:
             if variant in there and (selection.variants is None or variant in selection.variants)
         ]
         self._selection = selection
-        self._known: dict[tuple[Any, ...], list[_Parting]] = {}
+        self._programs = [Reaching(policy.rules) for policy in (before, after)]
+        self.complete = True
+        self._work = WORK_MAX
 
     def combinations(self) -> Iterator[tuple[Variant, VmState, str]]:
         vm_states, task_states = self._selection.vm_states, self._selection.task_states
@@ -178,40 +166,83 @@ class _Comparison:
             (task for task in TASKS if task_states is None or task in task_states),
         )
 
-    def parting(self, variant: Variant, vm_state: VmState, task_state: str) -> list[_Parting]:
-        """The pairs of rules that answer otherwise in one combination, each with the simplest circumstances."""
-        mine, yours = (policy.cell(variant.operation, vm_state, task_state) for policy in (self.before, self.after))
-        asked = (*mine, *yours)
-        # Only rules that look at what is outstanding can tell one served operation from another.
-        served = TASK_OPERATION.get(task_state) if any(rule.outstanding is not None for rule in asked) else None
-        key = (variant.hard, served, tuple(map(id, mine)), tuple(map(id, yours)))
-        if key not in self._known:
-            self._known[key] = [] if _same(mine, yours) else self._part(variant, vm_state, task_state, (mine, yours))
-        return self._known[key]
+    def kind(self, variant: Variant, vm_state: VmState, task_state: str) -> tuple[Any, ...]:
+        """What two combinations have in common that are compared with the same result."""
+        cell = Cell(variant.operation, vm_state, task_state)
+        programs = (each.program(cell) for each in self._programs)
+        return (variant.hard, TASK_OPERATION.get(task_state), vm_state is VmState.DELETED, *programs)
 
-    def _part(
-        self, variant: Variant, vm_state: VmState, task_state: str, asked: tuple[tuple[Rule, ...], tuple[Rule, ...]]
-    ) -> list[_Parting]:
-        plain = view_of(variant, vm_state, task_state)
-        found: dict[tuple[str, str], _Parting] = {}
-        for probe in probes((*asked[0], *asked[1]), task_state):
-            self._judge(plain, probe, found)
-        # What no probe has found is looked for.
-        meetings = Meetings(asked[0], asked[1], task_state, hard=variant.hard)
-        for mine, yours, region, before in meetings.pairs():
-            if _answer(mine) != _answer(yours) and (mine.id, yours.id) not in found:
-                rest = meetings.circumstances(region, before)
-                if rest is not None:
-                    self._judge(plain, rest, found)
-        return list(found.values())
+    def partings(self, place: Place, left: int) -> list[_Parting]:
+        """The pairs of rules that answer otherwise in one combination, each with the simplest circumstances.
 
-    def _judge(self, plain: View, probe: Probe, found: dict[tuple[str, str], _Parting]) -> None:
-        view = applied(plain, probe)
-        mine, yours = self.before.decide(view), self.after.decide(view)
-        if _answer(mine) != _answer(yours) and (mine.id, yours.id) not in found:
-            simpler = (one for one in found.values() if set(one.probe) < set(probe))
-            follows = any(one.before is mine or one.after is yours for one in simpler)
-            found[mine.id, yours.id] = _Parting(probe, mine, yours, follows)
+        `left` is how many kinds of combinations are still to be compared, which share what work there is.
+        """
+        hard = place.operation not in _OPERATIONS
+        operation = Operation(place.operation.removesuffix("_hard") if hard else place.operation)
+        vm_state = VmState(place.vm_state)
+        mine, yours = (policy.cell(operation, vm_state, place.task_state) for policy in (self.before, self.after))
+        if _same(mine, yours):
+            return []
+        found = _Found(view_of(Variant(operation, hard), vm_state, place.task_state), self.before, self.after)
+        share = max(SHARE_MIN, self._work // left)
+        rest = self._look(found, mine, yours, place.task_state, share, hard=hard)
+        self._work = max(0, self._work - (share - max(0, rest)))
+        self.complete &= rest > 0
+        return found.partings
+
+    def _look(
+        self, found: _Found, mine: tuple[Rule, ...], yours: tuple[Rule, ...], task_state: str, work: int, *, hard: bool
+    ) -> int:
+        """Try the circumstances that the rules name; how much of the work is left when all is done."""
+        cost = len(mine) + len(yours)
+        if cost * cost > work:
+            # There are too many rules for trying what each of them names. What only one policy has shows most.
+            for probe in simplest(_unshared(mine, yours), task_state, work // cost):
+                found.judge(probe)
+            return 0
+        for probe in probes((*mine, *yours), task_state):
+            found.judge(probe)
+            work -= cost
+            if work <= 0:
+                return 0
+        # What no probe has shown of either rule is looked for.
+        meetings = Meetings(mine, yours, task_state, hard=hard)
+        for one, other in meetings.pairs():
+            work -= 1
+            if found.lacks(one, other) and _answer(one) != _answer(other):
+                work -= cost
+                if (probe_found := meetings.circumstances(one, other)) is not None:
+                    found.judge(probe_found)
+            if work <= 0:
+                return 0
+        return work
+
+
+class _Found:
+    """What was found in one combination."""
+
+    def __init__(self, plain: View, before: CompiledPolicy, after: CompiledPolicy) -> None:
+        self._plain = plain
+        self._policies = (before, after)
+        self._pairs: set[tuple[str, str]] = set()
+        self._by_rule: tuple[dict[str, list[Probe]], dict[str, list[Probe]]] = ({}, {})
+        self.partings: list[_Parting] = []
+
+    def lacks(self, mine: Rule, yours: Rule) -> bool:
+        """Whether neither rule is known to make a difference."""
+        return mine.id not in self._by_rule[0] and yours.id not in self._by_rule[1]
+
+    def judge(self, probe: Probe) -> None:
+        view = applied(self._plain, probe)
+        mine, yours = (policy.decide(view) for policy in self._policies)
+        if (mine.id, yours.id) in self._pairs or _answer(mine) == _answer(yours):
+            return
+        known = [by.setdefault(rule.id, []) for by, rule in zip(self._by_rule, (mine, yours), strict=True)]
+        follows = any(set(simpler) < set(probe) for each in known for simpler in each)
+        self._pairs.add((mine.id, yours.id))
+        self.partings.append(_Parting(probe, mine, yours, follows))
+        for each in known:
+            each.append(probe)
 
 
 def _same(mine: tuple[Rule, ...], yours: tuple[Rule, ...]) -> bool:
@@ -219,6 +250,12 @@ def _same(mine: tuple[Rule, ...], yours: tuple[Rule, ...]) -> bool:
     return len(mine) == len(yours) and all(
         one is other or _bare(one) == _bare(other) for one, other in zip(mine, yours, strict=True)
     )
+
+
+def _unshared(mine: tuple[Rule, ...], yours: tuple[Rule, ...]) -> list[Rule]:
+    """The rules that only one of the two has."""
+    bare = [{_bare(rule): rule for rule in rules} for rules in (mine, yours)]
+    return [rule for one, other in (bare, reversed(bare)) for key, rule in one.items() if key not in other]
 
 
 def _bare(rule: Rule) -> Rule:
@@ -248,6 +285,19 @@ def _effect(mine: Rule, yours: Rule) -> Effect:
 
 
 _SOONEST = {Verdict.DENY: 0, Verdict.REDUNDANT: 0, Verdict.AFTER: 1, Verdict.ADMIT: 2, Verdict.PREEMPT: 2}
+
+
+def _difference(mine: Rule, yours: Rule, condition: str, *, follows: bool, products: tuple[Product, ...]) -> Difference:
+    return Difference(
+        before=_side(mine),
+        after=_side(yours),
+        condition=condition,
+        details=tuple(_details(mine, yours)),
+        effect=_effect(mine, yours),
+        follows=follows,
+        combinations=sum(each.size for each in products),
+        products=products,
+    )
 
 
 def _details(mine: Rule, yours: Rule) -> Iterable[str]:
@@ -285,83 +335,3 @@ def _family(rule: Rule) -> str:
     """The id as it stands in the file: a rule that became one an operation has the operation behind a dot."""
     start, dot, end = rule.id.rpartition(".")
     return start if dot and end in _OPERATIONS else rule.id
-
-
-# ------------------------------------------------------------------------------------------------------- products
-
-
-def cover(places: Iterable[Place]) -> tuple[Product, ...]:
-    """Products that have every place, once each, and nothing else: the fewest of those that are easily found."""
-    wanted = list(places)
-    best = min((_products(wanted, order) for order in permutations(range(3))), key=len)
-    return tuple(sorted((_in_order(sets) for sets in best), key=lambda one: -one.size))
-
-
-def _products(places: list[Place], order: tuple[int, ...]) -> list[tuple[frozenset[str], ...]]:
-    """Gather the values of one axis, then those of the next that have the same ones, then those of the last."""
-    rest = [tuple(place[axis] for axis in order) for place in places]
-    # (second, third) -> values of the first axis; then (third, those) -> second; then those -> third.
-    by_first = _gather(((place[1], place[2]), place[0]) for place in rest)
-    by_second = _gather(((pair[1], firsts), pair[0]) for pair, firsts in by_first.items())
-    by_third = _gather(((firsts, seconds_), third) for (third, firsts), seconds_ in by_second.items())
-    found = []
-    for (firsts, seconds_), thirds in by_third.items():
-        sets = dict(zip(order, (firsts, seconds_, thirds), strict=True))
-        found.append(tuple(sets[axis] for axis in range(3)))
-    return found
-
-
-def _gather(pairs: Iterable[tuple[Any, str]]) -> dict[Any, frozenset[str]]:
-    values: dict[Any, set[str]] = {}
-    for key, value in pairs:
-        values.setdefault(key, set()).add(value)
-    return {key: frozenset(members) for key, members in values.items()}
-
-
-def _in_order(sets: tuple[frozenset[str], ...]) -> Product:
-    operations, vm_states, task_states = sets
-    return Product(
-        operations=tuple(word for word in _WORDS if word in operations),
-        vm_states=tuple(state.value for state in VmState if state.value in vm_states),
-        task_states=tuple(task for task in TASKS if task in task_states),
-    )
-
-
-_WORDS = tuple(Variant(operation, hard).word for operation in Operation for hard in (False, True))
-
-
-def told(one: Product, asked: Iterable[str] = _WORDS) -> str:
-    """A product as people say it: `stop, reboot | in active, paused | while @reboot`.
-
-    `asked` are the operations that were compared.
-    """
-    operations = _some(one.operations, asked, "every operation")
-    deleted = VmState.DELETED.value
-    states = [state.value for state in VmState if state is not VmState.DELETED or deleted in one.vm_states]
-    return f"{operations} | in {_some(one.vm_states, states, 'any state')} | {_while(one.task_states)}"
-
-
-def _some(there: Sequence[str], every: Iterable[str], whole: str) -> str:
-    """The words themselves, or what they leave out where that is shorter."""
-    missing = [word for word in every if word not in there]
-    if not missing:
-        return whole
-    return f"{whole} but {', '.join(missing)}" if len(missing) * 2 < len(there) else ", ".join(there)
-
-
-def _while(task_states: Sequence[str]) -> str:
-    tasks = [task for task in task_states if task != NO_TASK]
-    if not tasks:
-        return "with no task"
-    text = f"while {_some(_groups(tasks), _groups(TASKS[1:]), 'anything is being done')}"
-    return text if len(tasks) == len(task_states) else f"{text}, or with no task"
-
-
-def _groups(tasks: Sequence[str]) -> list[str]:
-    """Task states, those of an operation of which all are there by its name."""
-    found: dict[str, None] = {}
-    for task in tasks:
-        operation = TASK_OPERATION[task]
-        whole = all(phase in tasks for phase in TASKS[1:] if TASK_OPERATION[phase] is operation)
-        found[f"@{operation.value}" if whole else task] = None
-    return list(found)

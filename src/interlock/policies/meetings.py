@@ -15,8 +15,8 @@ from interlock.policies.probes import FLAGS, PLAIN_VALUES, Change, Probe, ordere
 from interlock.policies.regions import Literal, Region, meet, members, miss
 from interlock.policies.vocabulary import ROLES
 
-STEPS_MAX: Final = 5_000
-"""How many rules are held against pieces of regions for one answer. Past it two rules count as never meeting."""
+STEPS_MAX: Final = 2_000
+"""How many pieces of regions are held against a rule for one answer. Past it two rules count as never meeting."""
 
 _ROLE, _SILENT = 0, 1 + len(FLAGS)
 _SETS: Final = ("outstanding", "held", "tags")
@@ -29,7 +29,7 @@ class Meetings:
     def __init__(self, mine: Sequence[Rule], yours: Sequence[Rule], task_state: str, *, hard: bool) -> None:
         asked = [rule for rule in (*mine, *yours) if rule.hard is None or rule.hard is hard]
         self._moments = sorted({0, *(rule.silent_ms_min or 0 for rule in asked)})
-        self._tags = sorted({tag for rule in asked for tag in rule.tags or ()})
+        self._tags = {tag: 1 << number for number, tag in enumerate(sorted({t for r in asked for t in r.tags or ()}))}
         self._served = 0 if task_state == NO_TASK else BIT[TASK_OPERATION[task_state]]
         self._mine, self._yours = (
             [(rule, tuple(self._literals(rule))) for rule in rules if rule.hard is None or rule.hard is hard]
@@ -40,46 +40,37 @@ class Meetings:
         self._all = Region(
             tuple((1 << size) - 1 for size in sizes), (wanted, frozenset[int](), frozenset[int]()), (0, 0, 0)
         )
-        self._steps = 0
 
-    def pairs(self) -> Iterator[tuple[Rule, Rule, Region, list[tuple[Literal, ...]]]]:
-        """Rules that can hold together, where they do, and what those before them ask for."""
-        for place, (one, literals) in enumerate(self._mine):
-            region = _within(self._all, literals)
-            if region is None:
-                continue
-            for other_place, (other, more) in enumerate(self._yours):
-                both = _within(region, more)
-                if both is not None:
-                    before = [each for _, each in (*self._mine[:place], *self._yours[:other_place])]
-                    yield one, other, both, list(dict.fromkeys(before))
+    def pairs(self) -> Iterator[tuple[Rule, Rule]]:
+        """Every rule of the one policy beside every rule of the other, in the order asked."""
+        return ((one, other) for one, _ in self._mine for other, _ in self._yours)
 
-    def circumstances(self, region: Region, before: list[tuple[Literal, ...]]) -> Probe | None:
-        """A probe for a place in the region in which none of the rules before decides; None if there is none."""
-        self._steps = STEPS_MAX
-        left = self._escape(region, before, 0)
+    def circumstances(self, mine: Rule, yours: Rule) -> Probe | None:
+        """The circumstances in which both decide, one in each policy; None if there are none, or none are found."""
+        before: list[tuple[Literal, ...]] = []
+        region: Region | None = self._all
+        for wanted, asked in ((mine, self._mine), (yours, self._yours)):
+            for rule, literals in asked:
+                if rule is wanted:
+                    region = None if region is None else _within(region, literals)
+                    break
+                before.append(literals)
+        if region is None:
+            return None
+        left = self._escape(region, list(dict.fromkeys(before)))
         return None if left is None else self._probe(left)
 
-    def _escape(self, region: Region, before: list[tuple[Literal, ...]], index: int) -> Region | None:
-        for place in range(index, len(before)):
-            self._steps -= 1
-            if self._steps <= 0:
+    def _escape(self, region: Region, before: list[tuple[Literal, ...]]) -> Region | None:
+        """A part of the region in which none of the rules before holds."""
+        pieces = [(region, 0)]
+        for _ in range(STEPS_MAX):
+            if not pieces:
                 return None
-            inside: Region | None = region
-            pieces = []
-            for literal in before[place]:
-                assert inside is not None
-                rest = miss(inside, literal)
-                if rest is not None:
-                    pieces.append(rest)
-                inside = meet(inside, literal)
-                if inside is None:
-                    break
-            if inside is None:
-                continue
-            found = (self._escape(piece, before, place + 1) for piece in pieces)
-            return next((left for left in found if left is not None), None)
-        return region
+            piece, place = pieces.pop()
+            if place == len(before):
+                return piece
+            pieces += ((rest, place + 1) for rest in reversed(_without(piece, before[place])))
+        return None
 
     def _literals(self, rule: Rule) -> Iterator[Literal]:
         """The conditions of a rule that the combination leaves open."""
@@ -97,7 +88,7 @@ class Meetings:
                 mask = sum(BIT[kind] for kind in kinds)
                 yield Literal("any", place, mask) if kinds else Literal("none", place, _EVERY_KIND)
         if rule.tags is not None:
-            yield Literal("any", _SETS.index("tags"), sum(1 << self._tags.index(tag) for tag in rule.tags))
+            yield Literal("any", _SETS.index("tags"), sum(self._tags[tag] for tag in rule.tags))
 
     def _probe(self, region: Region) -> Probe:
         role, *flags, silent = region.choices
@@ -120,7 +111,7 @@ class Meetings:
 
     def _members(self, name: str, mask: int) -> list[Any]:
         if name == "tags":
-            return [tag for number, tag in enumerate(self._tags) if mask >> number & 1]
+            return [tag for tag, bit in self._tags.items() if mask & bit]
         return [kind for kind in Operation if mask & BIT[kind]]
 
 
@@ -129,3 +120,18 @@ def _within(region: Region, literals: tuple[Literal, ...]) -> Region | None:
     for literal in literals:
         left = None if left is None else meet(left, literal)
     return left
+
+
+def _without(region: Region, literals: tuple[Literal, ...]) -> list[Region]:
+    """What is left of a region outside of another, in pieces."""
+    inside: Region | None = region
+    pieces = []
+    for literal in literals:
+        assert inside is not None
+        rest = miss(inside, literal)
+        if rest is not None:
+            pieces.append(rest)
+        inside = meet(inside, literal)
+        if inside is None:
+            return [region]
+    return pieces

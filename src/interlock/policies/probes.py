@@ -8,7 +8,7 @@ found with probes is not here (see `differences`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -19,8 +19,8 @@ from interlock.core.states import NO_TASK
 from interlock.policies.matrices import short_time
 from interlock.policies.vocabulary import ROLES
 
-PROBES_MAX: Final = 300
-"""How many circumstances are tried where two policies meet. More are left to `meetings`."""
+PAIRED_MAX: Final = 30
+"""Up to so many circumstances, two of them are tried at once too. Where there are more, it is left to `meetings`."""
 
 PLAIN_VALUES: Final[dict[str, Any]] = {
     "role": "member",
@@ -102,10 +102,19 @@ def probes(rules: Sequence[Rule], task_state: str) -> list[Probe]:
         parts.update(dict.fromkeys(_wanted(rule, classes, served)))
     parts.pop((), None)
     found: dict[Probe, None] = {(): None, **dict.fromkeys(sorted(parts, key=len))}
-    pairs = (merged for one, other in combinations(parts, 2) if (merged := _merged(one, other)) is not None)
-    for _, pair in zip(range(PROBES_MAX), pairs, strict=False):
-        found.setdefault(pair)
+    if len(parts) <= PAIRED_MAX:
+        for one, other in combinations(parts, 2):
+            merged = _merged(one, other)
+            if merged is not None:
+                found.setdefault(merged)
     return sorted(found, key=len)
+
+
+def simplest(rules: Sequence[Rule], task_state: str, count: int) -> list[Probe]:
+    """The plain probe, and the fewest changes with which each rule holds; not more than so many."""
+    served = None if task_state == NO_TASK else TASK_OPERATION[task_state]
+    classes = {field: _classes(rules, field, served) for field in _MANY}
+    return [(), *islice((probe for rule in rules for probe in islice(_wanted(rule, classes, served), 1)), count)]
 
 
 def _single(rules: Sequence[Rule], classes: dict[str, list[Any]]) -> Iterator[Probe]:
@@ -135,7 +144,8 @@ def _wanted(rule: Rule, classes: dict[str, list[Any]], served: Operation | None)
         asked = getattr(rule, field)
         if not asked or (field == "outstanding" and served in asked):
             continue
-        choices.append([Change(field, member) for member in classes[field] if member in asked])
+        there = asked.intersection(classes[field])
+        choices.append([Change(field, member) for member in sorted(there, key=_order)])
     for chosen in product(*choices):
         yield ordered((*changes, *chosen))
 
@@ -143,10 +153,14 @@ def _wanted(rule: Rule, classes: dict[str, list[Any]], served: Operation | None)
 def _classes(rules: Sequence[Rule], field: str, served: Operation | None) -> list[Any]:
     """One member for each group that no rule tells apart."""
     asked = [each for rule in rules if (each := getattr(rule, field))]
+    named: dict[Any, list[int]] = {}
+    for number, each in enumerate(asked):
+        for member in each:
+            named.setdefault(member, []).append(number)
     first: dict[Hashable, Any] = {}
-    for member in sorted({member for each in asked for member in each}, key=_order):
+    for member in sorted(named, key=_order):
         if field != "outstanding" or member is not served:
-            first.setdefault(tuple(member in each for each in asked), member)
+            first.setdefault(tuple(named[member]), member)
     if field != "tags" and not asked and any(getattr(rule, field) is not None for rule in rules):
         return [Operation.STOP if served is not Operation.STOP else Operation.START]
     return list(first.values())
