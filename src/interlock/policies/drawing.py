@@ -17,7 +17,7 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, Landing, Lane, land
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.tables import Circumstances, Variant, answers, variants
+from interlock.policies.tables import Answers, Circumstances, Variant, variants
 
 EVERYWHERE_MIN: Final = 8
 """From so many vm_states on, an operation that leads to the same one is told in a line instead of drawn."""
@@ -100,13 +100,14 @@ def transitions(policy: CompiledPolicy) -> Transitions:
 
 def _admitted(policy: CompiledPolicy) -> list[tuple[Variant, list[VmState]]]:
     """The state changes that a driver can perform and the policy admits, and where; a hard one where no soft one is."""
+    answers = Answers(policy, _ADMIN)
     found: list[tuple[Variant, list[VmState]]] = []
     soft: set[VmState] = set()
     for variant in variants(policy):
         entry = CATALOGUE[variant.operation]
         if entry.lane is not Lane.STATE:
             continue
-        states = [state for state in VmState if state in entry.sources and _is_admitted(policy, variant, state)]
+        states = [state for state in VmState if state in entry.sources and _is_admitted(answers, variant, state)]
         if variant.hard:
             states = [state for state in states if state not in soft]
         soft = set(states)
@@ -114,9 +115,9 @@ def _admitted(policy: CompiledPolicy) -> list[tuple[Variant, list[VmState]]]:
     return found
 
 
-def _is_admitted(policy: CompiledPolicy, variant: Variant, state: VmState) -> bool:
+def _is_admitted(answers: Answers, variant: Variant, state: VmState) -> bool:
     # An instance that is being built has never run; everything else is asked for one that has.
-    launched, never = answers(policy, variant, state, NO_TASK, _ADMIN)
+    launched, never = answers.of(variant, state, NO_TASK)
     answer = never if state is VmState.BUILDING else launched
     return answer.rule.verdict in (Verdict.ADMIT, Verdict.PREEMPT)
 

@@ -10,7 +10,7 @@ from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.matrices import LATER, MEANINGS, sign
-from interlock.policies.tables import Answer, answers, variants
+from interlock.policies.tables import Answer, Answers, variants
 
 _COLOURS: Final = {
     Verdict.ADMIT: ("#d4efd8", "#12531f"),
@@ -33,11 +33,12 @@ class Grid(NamedTuple):
 
 def of_states(policy: CompiledPolicy) -> Grid:
     """What a member is answered in each vm_state, with no task."""
+    answers = Answers(policy)
     return Grid(
         f"Policy {policy.policy.name}, with no task",
         tuple(state.value for state in VmState),
         tuple(
-            (_name(policy, variant.word), tuple(answers(policy, variant, state, NO_TASK)[0] for state in VmState))
+            (_name(policy, variant.word), tuple(answers.of(variant, state, NO_TASK)[0] for state in VmState))
             for variant in variants(policy)
         ),
     )
@@ -45,6 +46,7 @@ def of_states(policy: CompiledPolicy) -> Grid:
 
 def of_tasks(policy: CompiledPolicy, vm_state: VmState = VmState.ACTIVE) -> Grid:
     """What a member is answered in one vm_state while the first phase of each state change is being served."""
+    answers = Answers(policy)
     tasks = {
         phases[0]: ", ".join(policy.policy.names.get(phases[0], (phases[0],)))
         for entry in CATALOGUE.values()
@@ -56,7 +58,7 @@ def of_tasks(policy: CompiledPolicy, vm_state: VmState = VmState.ACTIVE) -> Grid
         f"Policy {policy.policy.name}, {vm_state.value}, by what is being done",
         tuple(tasks.values()),
         tuple(
-            (_name(policy, variant.word), tuple(answers(policy, variant, vm_state, task)[0] for task in tasks))
+            (_name(policy, variant.word), tuple(answers.of(variant, vm_state, task)[0] for task in tasks))
             for variant in variants(policy)
         ),
     )

@@ -17,10 +17,10 @@ from interlock.policies.tables import (
     PLAIN,
     TASKS,
     Answer,
+    Answers,
     Circumstances,
     Selection,
     Variant,
-    answers,
     variants,
 )
 
@@ -72,6 +72,7 @@ def matrix(
     unless said otherwise.
     """
     of = alike or mark
+    answers = Answers(policy, circumstances)
     vm_states = tuple(state for state in VmState if selection.vm_states is None or state in selection.vm_states)
     asked = [each for each in variants(policy) if selection.variants is None or each in selection.variants]
     grouped: dict[tuple[object, ...], tuple[list[str], tuple[Line, ...]]] = {}
@@ -82,7 +83,7 @@ def matrix(
             Line(
                 variant,
                 policy.policy.names.get(variant.word, (variant.word,)),
-                tuple(answers(policy, variant, state, task, circumstances)[not launched] for state in vm_states),
+                tuple(answers.of(variant, state, task)[not launched] for state in vm_states),
             )
             for variant in asked
         )

@@ -22,6 +22,7 @@ from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATE
 from interlock.core.policy import Before, CompiledPolicy, Policy, Rule, Verdict, View
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.durations import seconds
+from interlock.policies.reaching import Cell, Reaching
 
 COLUMNS: Final = ("operation", "vm_state", "task_state", "launched", "verdict", "threshold_s", "rule", "reason")
 """The columns of the CSV form, in their order."""
@@ -126,8 +127,9 @@ def rows(
     """The same as `table`, one at a time."""
     ready = compiled(policy)
     names = ready.policy.names
+    answers = Answers(ready, circumstances)
     for variant, vm_state, task_state in combinations(ready, selection):
-        pair = answers(ready, variant, vm_state, task_state, circumstances)
+        pair = answers.of(variant, vm_state, task_state)
         called = (names.get(word, (word,)) for word in (variant.word, vm_state.value, task_state))
         for operation, state, task in product(*called):
             for launched, answer in zip((True, False), pair, strict=True):
@@ -160,15 +162,33 @@ def _row(operation: str, vm_state: str, task_state: str, answer: Answer, *, laun
     )
 
 
-def answers(
-    policy: CompiledPolicy, variant: Variant, vm_state: VmState, task_state: str, circumstances: Circumstances = PLAIN
-) -> tuple[Answer, Answer]:
-    """What is answered for an instance that was launched, and for one that never was."""
-    asked = policy.cell(variant.operation, vm_state, task_state)
-    launched = _answer(policy, asked, view_of(variant, vm_state, task_state, circumstances))
-    if all(rule.launched is None for rule in asked):
-        return launched, launched
-    return launched, _answer(policy, asked, view_of(variant, vm_state, task_state, circumstances, launched=False))
+class Answers:
+    """What a policy answers under some circumstances. Combinations that no rule tells apart are judged once."""
+
+    def __init__(self, policy: CompiledPolicy, circumstances: Circumstances = PLAIN) -> None:
+        self._policy = policy
+        self._circumstances = circumstances
+        self._reaching = Reaching(policy.rules)
+        self._known: dict[tuple[Any, ...], tuple[Answer, Answer]] = {}
+
+    def of(self, variant: Variant, vm_state: VmState, task_state: str) -> tuple[Answer, Answer]:
+        """What is answered for an instance that was launched, and for one that never was."""
+        program = self._reaching.program(Cell(variant.operation, vm_state, task_state))
+        key = (program, variant.hard, TASK_OPERATION.get(task_state), vm_state is VmState.DELETED)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._judge(variant, vm_state, task_state)
+        return known
+
+    def _judge(self, variant: Variant, vm_state: VmState, task_state: str) -> tuple[Answer, Answer]:
+        asked = self._policy.cell(variant.operation, vm_state, task_state)
+        launched, never = (
+            view_of(variant, vm_state, task_state, self._circumstances, launched=launched) for launched in (True, False)
+        )
+        answer = _answer(self._policy, asked, launched)
+        if all(rule.launched is None for rule in asked):
+            return answer, answer
+        return answer, _answer(self._policy, asked, never)
 
 
 def _answer(policy: CompiledPolicy, asked: tuple[Rule, ...], view: View) -> Answer:
