@@ -10,7 +10,7 @@ import click
 import msgspec
 import pytest
 
-from cli.conftest import Ran
+from cli.conftest import Interlock, Ran
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import NOW
 from interlock.api import views
@@ -219,3 +219,9 @@ def test_every_state_and_operation_can_be_explained(policy: Any) -> None:
     for state in VmState:
         ran = policy("explain", state.value, Operation.STOP.value)
         assert (ran.code, ran.err) == (0, ""), state
+
+
+def test_a_misspelt_state_is_helped_where_no_vm_has_that_name(interlock: Interlock) -> None:
+    ran = interlock("policy", "explain", "activ", "start")
+    assert ran.code == 4
+    assert "did you mean 'active'?" in ran.err

@@ -6,6 +6,7 @@ Asked of a state that need not exist, or of a VM of the server. What is said of 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -111,10 +112,22 @@ def explain(
     if state is None:
         from interlock.cli.explaining_vms import ask_of_vm
 
-        ask_of_vm(invocation, subject, operation, policy_name, described, everything=everything)
+        try:
+            ask_of_vm(invocation, subject, operation, policy_name, described, everything=everything)
+        except Failure as failure:
+            if failure.code in {ExitCode.NOT_REACHABLE, ExitCode.NOT_FOUND} and (state_meant := _close_state(subject)):
+                failure.remedy = f"If a state was meant: did you mean {state_meant!r}? {failure.remedy or ''}".strip()
+            raise
         return
     question = _imagined(state, operation, policy_name or "standard", described)
     tell(invocation, question, everything=everything)
+
+
+def _close_state(subject: str) -> str | None:
+    from interlock.core.states import VmState
+
+    close = difflib.get_close_matches(subject, [state.value for state in VmState], n=1, cutoff=0.75)
+    return close[0] if close else None
 
 
 def _state_of(subject: str) -> tuple[VmState, str] | None:
