@@ -101,3 +101,33 @@ async def test_an_owner_notes_something_of_a_vm(admin: httpx.AsyncClient) -> Non
     assert (await admin.get("/v1/instances/vm")).json()["metadata"] == {"shelf": "4"}
     assert (await note(set={"": "no"})).status_code == 422
     assert (await note(set={"key": 7})).status_code == 422
+
+
+async def test_what_is_admitted_is_served_while_something_is_held(admin: httpx.AsyncClient) -> None:
+    """What is held waits for the policy, and nothing waits for what is held."""
+    await make(admin, "vm")
+    await admin.patch("/v1/instances/vm", json={"blocked_operations": ["pause"]})
+    assert (await hold(admin, "pause", "1h")).json()["disposition"] == "held"
+    for body in ({"operation": "stop", "parameters": {"hard": True}}, {"operation": "start"}, {"operation": "delete"}):
+        asked = (await admin.post("/v1/instances/vm/requests", json=body)).json()["request"]
+        ended = (await admin.get(f"/v1/requests/{asked['id']}", params={"wait": "20s"})).json()
+        assert ended["status"] == "succeeded", body
+
+
+async def test_whoever_prefers_to_wait_gets_the_end_of_what_was_held(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm")
+    await admin.patch("/v1/instances/vm", json={"blocked_operations": ["pause"]})
+    body = {"operation": "pause", "hold": "200ms"}
+    answer = await admin.post("/v1/instances/vm/requests", json=body, headers={"Prefer": "wait=20"})
+    assert (answer.status_code, answer.headers["preference-applied"]) == (200, "wait=20")
+    assert answer.json()["request"]["reason"] == "hold_expired"
+
+
+async def test_what_a_policy_cancels_says_by_which_rule_of_which_policy(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm")
+    for operation in ("pause", "unpause"):
+        await admin.post("/v1/instances/vm/requests", json={"operation": operation})
+    await admin.post("/v1/instances/vm/requests", json={"operation": "delete"})
+    told = (await admin.get("/v1/instances/vm/events", params={"limit": 500})).json()["items"]
+    by_policy = [one["data"] for one in told if one["kind"] == "request.cancelled"]
+    assert all(one["policy"]["name"] == "patient" and one["rule"] for one in by_policy)

@@ -212,8 +212,8 @@ def test_a_request_that_is_dropped_breaks_law_3(monkeypatch: pytest.MonkeyPatch)
     """It would be gone without an end."""
     end = Draft.end
 
-    def forgetful(draft: Draft, request: Request, status: Status, *why: Any) -> None:
-        end(draft, request, status, *why)
+    def forgetful(draft: Draft, request: Request, status: Status, *why: Any, **more: Any) -> None:
+        end(draft, request, status, *why, **more)
         if request.status is Status.QUEUED:
             del draft.requests[request.id]
 

@@ -35,7 +35,7 @@ CAUGHT_BY_CHECK = {
     "covered-by-both": ("unreachable", "rebuild-of-builders", Severity.ERROR),
     "dead-rule": ("unreachable", "members-may-stop", Severity.ERROR),
     "no-exit-from-error": ("no-exit", "hands-off-errors", Severity.ERROR),
-    "no-promise": ("no-promise", "pause-at-once", Severity.WARNING),
+    "no-promise": ("no-promise", "pause-at-once", Severity.ERROR),
     "nobody-performs": ("not-performable", "unrescue-anything", Severity.ERROR),
     "redundant-for-ever": ("redundant-for-ever", "rebuild-is-coming", Severity.WARNING),
     "ring": ("preempt-ring", "start-interrupts-stop", Severity.WARNING),

@@ -100,8 +100,10 @@ async def submit(parts: ApiParts, caller: Caller, request: Request) -> Response:
         case Redundant():
             return answer(views.redundant(disposition, parts.instances.now_ms()))
         case Held():
-            held = views.held(said.instance, disposition, parts.instances.now_ms())
-            return answer(held, 202, {"Location": f"/v1/requests/{disposition.request.id}"})
+            asked, headers = await _wait(parts, caller, request, disposition.request)
+            headers["Location"] = f"/v1/requests/{asked.id}"
+            held = views.held(said.instance, disposition, asked, parts.instances.now_ms())
+            return answer(held, 200 if asked.status in ENDS else 202, headers)
         case Denied():
             return _refuse(parts, request, said)
 
@@ -179,7 +181,7 @@ DOORS: Final = (
         endpoint=submit,
         summary="Ask for an operation",
         body=NewRequest,
-        answers={200: schemas.Admitted | schemas.Redundant, 202: schemas.Admitted | schemas.Held},
+        answers={200: schemas.Admitted | schemas.Redundant | schemas.Held, 202: schemas.Admitted | schemas.Held},
         parameters=(KEY, PREFER, IF_MATCH),
         problems=(404, 412),
         refuses=True,

@@ -124,7 +124,9 @@ async def load(parts: ApiParts, caller: Caller, request: Request) -> Response:
 async def roll_back(parts: ApiParts, caller: Caller, request: Request) -> Response:
     caller.require(Role.ADMIN, "load a policy")
     asking.only(request.query_params, *_TERMS)
-    wish = await asking.body(request, OldPolicy, parts.config.request_body_bytes_max)
+    # Every term may be left out, and the body with them.
+    empty = request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers
+    wish = OldPolicy() if empty else await asking.body(request, OldPolicy, parts.config.request_body_bytes_max)
     wish = _on_terms(wish, request.query_params)
     return _told(request, wish, await parts.policies.roll_back(caller, wish, _if_match(request)))
 

@@ -114,10 +114,11 @@ def redundant(answer: records.Redundant, now_ms: int) -> schemas.Redundant:
     )
 
 
-def held(of: records.Instance, answer: records.Held, now_ms: int) -> schemas.Held:
+def held(of: records.Instance, answer: records.Held, now: records.Request, now_ms: int) -> schemas.Held:
+    """What is held, with its request as it is by now."""
     denied = answer.denied
     return schemas.Held(
-        request=request(answer.request),
+        request=request(now),
         rule=denied.rule,
         reason=denied.reason,
         because=denied.because,

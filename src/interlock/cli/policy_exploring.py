@@ -78,7 +78,8 @@ def explore(
 
     Everything that can happen is tried, in every order: submissions, workers that report, fail, hang or get lost,
     guests that end by themselves, and time. A law that is broken is told with the shortest story of how it comes about,
-    which `interlock rehearse --policy NAME|FILE` plays.
+    which `interlock rehearse --policy NAME|FILE` plays. Tags, blocked operations, a lost host and held requests are not
+    tried, and what is admitted with `in_turn = false` has no promise that could be broken.
 
     Ends with 1 if a law is broken, and with 2 if the policy cannot be read or the bound is too large.
     """

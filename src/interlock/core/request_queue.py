@@ -65,8 +65,10 @@ class Draft:
         queued = tuple(other for other in waiting if other.status not in SERVED)
         self.instance = replace(self.instance, outstanding=(*served, request, *queued))
 
-    def end(self, request: Request, status: Status, reason: str | None = None, message: str | None = None) -> None:
-        """The one way in which a request ends (law 3)."""
+    def end(
+        self, request: Request, status: Status, reason: str | None = None, message: str | None = None, /, **more: Any
+    ) -> None:
+        """The one way in which a request ends (law 3); `more` is told with it."""
         ended = replace(
             request,
             status=status,
@@ -82,7 +84,12 @@ class Draft:
             held=tuple(other for other in self.instance.held if other.id != request.id),
         )
         self.tell(
-            f"request.{status.value}", request.id, operation=request.operation.value, reason=reason, message=message
+            f"request.{status.value}",
+            request.id,
+            operation=request.operation.value,
+            reason=reason,
+            message=message,
+            **more,
         )
 
     def fence_off(self, by: str | None, message: str) -> tuple[str, ...]:
@@ -205,7 +212,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
         if request.status is Status.QUEUED:
             rule = judge_in(policy, request, there, instance.tags)
             if not permits(rule) and not _holds_anyway(request, halfway, there.vm_state):
-                cancelled.append(_cancel(draft, request, rule, there.vm_state))
+                cancelled.append(_cancel(draft, request, rule, there.vm_state, policy))
                 continue
             there = there.after(request.operation)
             halfway = there.vm_state
@@ -215,7 +222,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
         served_in = there if request.in_turn else at_present(instance)
         rule = judge_in(policy, request, served_in, instance.tags)
         if not permits(rule):
-            cancelled.append(_cancel(draft, request, rule, served_in.vm_state))
+            cancelled.append(_cancel(draft, request, rule, served_in.vm_state, policy))
     return tuple(cancelled)
 
 
@@ -230,9 +237,10 @@ def _holds_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool
     return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
 
 
-def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState) -> str:
+def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: CompiledPolicy) -> str:
     because = rule.because or f"{request.operation.value} is not allowed in {state.value}."
-    draft.end(request, Status.CANCELLED, rule.code, f"The instance is or will be {state.value}: {because}")
+    message = f"The instance is or will be {state.value}: {because}"
+    draft.end(request, Status.CANCELLED, rule.code, message, rule=rule.id, policy=policy.stamp)
     return request.id
 
 

@@ -25,7 +25,7 @@ from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, Store
 
 _LOG = structlog.get_logger(__name__)
-_Step = tuple[Instance, Request | None]
+_Step = tuple[Instance, Request | None, bool]
 
 ENDED: Final = {
     PowerState.NONE: GuestEvent.VANISHED,
@@ -146,21 +146,22 @@ class StateDriver:
             await self._observe(self._guest_events[0])
             self._guest_events.popleft()
         while True:
-            instance, taken = await self._store.change(self._id, self._next)
+            instance, taken, more = await self._store.change(self._id, self._next)
             self._heed(instance)
-            if taken is None:
+            if taken is not None:
+                self._serve(instance, taken)
+            elif not more:
                 return instance
-            self._serve(instance, taken)
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
-        """One decision: what is due, else take what can be served."""
+        """One decision: what is due, else take what can be served. After what was due there may be more to do."""
         deadlines = (request.interrupt_deadline_ms for request in instance.outstanding)
         overdue = any(deadline is not None and deadline <= now_ms for deadline in deadlines)
         # What waits may have the promise of an earlier policy; what is held has none yet.
         policy = self._policy.for_waiting(instance) if overdue else self._policy.compiled
         expired = lifecycle.expire(instance, policy, now_ms)
         if expired.instance is not instance:
-            return _with_instance(expired, None)
+            return _with_instance(expired, None, more=True)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
         change = lifecycle.take(instance, lane, now_ms)
         return _with_instance(change, change.answer)
@@ -221,10 +222,10 @@ class StateDriver:
                 _LOG.warning("cannot tidy up after a guest", instance=self._id, why=error.message)
 
 
-def _with_instance(change: Change[object], taken: Request | None) -> Change[_Step]:
+def _with_instance(change: Change[object], taken: Request | None, *, more: bool = False) -> Change[_Step]:
     return Change(
         instance=change.instance,
         requests=change.requests,
         events=change.events,
-        answer=(change.instance, taken),
+        answer=(change.instance, taken, more),
     )
