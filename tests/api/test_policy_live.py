@@ -636,3 +636,9 @@ async def test_each_of_many_decisions_is_made_wholly_by_one_policy(admin: httpx.
 
 def _after(events: list[dict[str, Any]]) -> dict[str, int]:
     return {"after": events[-1]["sequence"] if events else 0, "limit": 500}
+
+
+async def test_a_rollback_needs_no_body(admin: httpx.AsyncClient) -> None:
+    await admin.put("/v1/policy", json={"name": "take2", "explore_seconds": 0})
+    answer = await admin.post("/v1/policy/rollback")
+    assert (answer.status_code, answer.json()["name"]) == (200, "patient")
