@@ -30,6 +30,8 @@ class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How often a worker that waits for a guest looks whether it is still there, and says so, in ms."""
     inspect_retry_ms: int = 500
     """How long to wait before looking again at a guest that gives no answer, in ms; doubled up to 16 times this."""
+    progress_interval_ms: int = 1_000
+    """How often the progress of something long is kept and told, in ms; what takes less is told only when it ends."""
     drain_ms: int = 2_000
     """How long a server that is being stopped lets what is in flight finish, in ms; the rest is taken up again."""
 

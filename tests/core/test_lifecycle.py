@@ -23,7 +23,17 @@ from interlock.core.admission import admit
 from interlock.core.errors import BrokenInvariant
 from interlock.core.lifecycle import adopt, cancel, expire, finish, next_deadline_ms, observe, progress, take
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Cancellation, Change, GuestEvent, Instance, Outcome, Request, StaleFence, Status
+from interlock.core.records import (
+    Cancellation,
+    Change,
+    GuestEvent,
+    Instance,
+    Moved,
+    Outcome,
+    Request,
+    StaleFence,
+    Status,
+)
 from interlock.core.states import PowerState
 
 POLICY = CompiledPolicy(ORDINARY)
@@ -146,19 +156,24 @@ def test_progress_is_life_and_is_told_only_when_it_says_something() -> None:
     beat = progress(serving(O.REBOOT), "r0", 1, START_MS + 9)
     assert beat.instance.outstanding[0].last_progress_at_ms == beat.instance.updated_at_ms == START_MS + 9
     assert not beat.events
-    step = progress(beat.instance, "r0", 1, START_MS + 10, phase="reboot_started", fraction=0.5, detail="half")
+    step = progress(
+        beat.instance, "r0", 1, START_MS + 10, phase="reboot_started", moved=Moved(done=1, total=2), detail="half"
+    )
     assert step.instance.task_state == "reboot_started"
     assert step.events[0].data == {
         "operation": "reboot",
         "phase": "reboot_started",
         "progress": 0.5,
         "detail": "half",
+        "bytes_done": 1,
+        "bytes_total": 2,
+        "bytes_per_s": None,
     }
 
 
 def test_a_new_phase_starts_without_the_progress_of_the_old_one() -> None:
     """Progress is of the phase."""
-    half = progress(serving(O.REBOOT), "r0", 1, START_MS, fraction=0.5, detail="half").instance
+    half = progress(serving(O.REBOOT), "r0", 1, START_MS, moved=Moved(done=1, total=2), detail="half").instance
     assert progress(half, "r0", 1, START_MS).instance.outstanding[0].progress == 0.5
     moved = progress(half, "r0", 1, START_MS, phase="reboot_pending").instance.outstanding[0]
     assert (moved.progress, moved.detail) == (None, None)

@@ -31,11 +31,11 @@ EXTERNAL_PACKAGES = {
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"alembic", "apsw", "msgspec", "sqlalchemy", "structlog"},
-    "hypervisors": {"lz4", "msgspec", "oslo_utils", "qemu", "structlog", "zstandard"},
+    "hypervisors": {"lz4", "msgspec", "oslo_utils", "pycdlib", "qemu", "structlog", "zstandard"},
     "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui"},
     "dashboard": {"msgspec"},
     "wiring": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},
-    "cli": {"click", "httpx", "msgspec", "rich", "uvloop"},
+    "cli": {"click", "httpx", "msgspec", "rich", "uvloop", "websockets"},
     "__main__": {"click"},
 }
 """Which packages of others each layer may import. `testing` may import anything."""

@@ -6,6 +6,8 @@ that reports under another fence than the instance's has lost the right to act, 
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import msgspec
 
 from interlock.core.errors import BrokenInvariant
@@ -18,9 +20,10 @@ from interlock.core.records import (
     Change,
     GuestEvent,
     Instance,
+    Kept,
+    Moved,
     Outcome,
     Request,
-    Spec,
     StaleFence,
     Status,
 )
@@ -62,13 +65,13 @@ def progress(
     now_ms: int,
     *,
     phase: str | None = None,
-    fraction: float | None = None,
+    moved: Moved | None = None,
     detail: str | None = None,
-    spec: Spec | None = None,
+    kept: Kept | None = None,
 ) -> Change[Request | StaleFence]:
     """Note a sign of life of a request in flight: a new phase, how far it is, or only that it lives.
 
-    `spec` is what the instance is to be from now on, for an operation that changes that step by step.
+    `kept` is what the instance is known by from now on, for an operation that changes that step by step.
 
     Raises:
         BrokenInvariant: the operation has no such phase.
@@ -80,18 +83,24 @@ def progress(
     if phase is not None and phase not in entry.phases + entry.hard_phases:
         raise BrokenInvariant(f"{request.operation.value} has no phase {phase!r}.")
     draft = Draft(instance, now_ms)
-    changed = replace(
-        request,
-        phase=phase or request.phase,
-        progress=fraction if fraction is not None or phase else request.progress,
-        detail=detail if detail is not None or phase else request.detail,
-        last_progress_at_ms=now_ms,
-    )
+    changed = replace(request, last_progress_at_ms=now_ms)
+    if phase is not None:
+        changed = replace(changed, phase=phase, detail=None, **_NOTHING_MOVED)
+    if moved is not None:
+        changed = replace(
+            changed,
+            progress=moved.fraction,
+            bytes_done=moved.done,
+            bytes_total=moved.total,
+            bytes_per_s=moved.per_s,
+        )
+    if detail is not None:
+        changed = replace(changed, detail=detail)
     draft.put(changed)
     draft.alive()
-    if spec is not None:
-        draft.instance = replace(draft.instance, spec=spec)
-    if (changed.phase, changed.progress, changed.detail) != (request.phase, request.progress, request.detail):
+    if kept is not None:
+        draft.instance = known_by(draft.instance, kept)
+    if replace(changed, last_progress_at_ms=request.last_progress_at_ms) != request:
         draft.tell(
             "request.progress",
             request_id,
@@ -99,8 +108,27 @@ def progress(
             phase=changed.phase,
             progress=changed.progress,
             detail=changed.detail,
+            **({} if changed.bytes_done is None else _bytes(changed)),
         )
     return draft.change(changed)
+
+
+_NOTHING_MOVED: Final[dict[str, Any]] = {
+    "progress": None,
+    "bytes_done": None,
+    "bytes_total": None,
+    "bytes_per_s": None,
+}
+
+
+def _bytes(request: Request) -> dict[str, int | None]:
+    return {"bytes_done": request.bytes_done, "bytes_total": request.bytes_total, "bytes_per_s": request.bytes_per_s}
+
+
+def known_by(instance: Instance, kept: Kept) -> Instance:
+    """The instance with what is to be kept of it."""
+    values = ((name, getattr(kept, name)) for name in kept.__struct_fields__)
+    return replace(instance, **{name: value for name, value in values if value is not msgspec.UNSET})
 
 
 def finish(
@@ -168,6 +196,7 @@ def _move(
     kept_error = (error or before.error) if state is VmState.ERROR else None
     draft.instance = replace(before, vm_state=state, prior_vm_state=prior, error=kept_error)
     if state is not before.vm_state:
+        draft.instance = replace(draft.instance, state_since_ms=draft.now_ms)
         draft.tell("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
 
 

@@ -84,6 +84,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The task state while it is served; the last one after it has ended."""
     progress: float | None = None
     """How much of the phase is done, 0 to 1, where the operation can tell."""
+    bytes_done: int | None = None
+    """How many bytes the phase has moved so far, where it moves any."""
+    bytes_total: int | None = None
+    """How many it has to move, as far as is known now."""
+    bytes_per_s: int | None = None
+    """How fast it moved them lately."""
     detail: str | None = None
     """What the worker last said for people, such as `waiting for the guest to power off`."""
     fence: int = 0
@@ -149,17 +155,72 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
     guest_port: int
 
 
+class Interface(msgspec.Struct, frozen=True, kw_only=True):
+    """A network interface of an instance, beyond the first one that each has."""
+
+    id: str
+    mac: str
+    """Six pairs of hexadecimal digits with colons."""
+
+
+class Seed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guest is told of itself when it first starts, in the words of cloud-init's NoCloud."""
+
+    hostname: str
+    ssh_keys: tuple[str, ...] = ()
+    user_data: str | None = None
+    network_config: str | None = None
+
+
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """What a hypervisor needs to know to hold an instance."""
 
     image: Image
+    """What its root disk is built on, or the kernel that it boots."""
+    rescue_image: Image | None = None
+    """While it is rescued: what it boots instead, its root disk beside it as another disk."""
     vcpus: int = 1
     memory_mib: int = 128
     root_gib: int = 0
-    """Size of the root disk on top of the image, in GiB; 0 keeps the image's own size, and a kernel image has none."""
+    """Size of the root disk, in GiB; 0 keeps the image's own size. With a kernel image, 0 means that there is no root
+    disk, and any other size an empty one."""
+    root: int = 0
+    """Which root disk it has: each rebuild, resize or unshelving makes the next, so that two are never mistaken."""
+    root_is_whole: bool = False
+    """Whether the root disk stands by itself, instead of being a layer over the image."""
     disks: tuple[Disk, ...] = ()
     """The attached volumes, in the order attached."""
     forwards: tuple[Forward, ...] = ()
+    interfaces: tuple[Interface, ...] = ()
+    """Network interfaces beyond the first, in the order attached."""
+    seed: Seed | None = None
+
+    @property
+    def has_root(self) -> bool:
+        """Whether it has a disk of its own."""
+        return self.image.kind == "disk" or self.root_gib > 0
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a phase is that moves bytes."""
+
+    done: int
+    total: int | None = None
+    """None while it is not known."""
+    per_s: int | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of it is done, 0 to 1; None where the total is not known."""
+        return min(1.0, self.done / self.total) if self.total else None
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker found or made that the instance is to be known by from now on; what is not named stays."""
+
+    spec: Spec | msgspec.UnsetType = msgspec.UNSET
+    prior_spec: Spec | msgspec.UnsetType | None = msgspec.UNSET
+    shelved_image: Image | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +253,13 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is in error, for people; None in every other state."""
     launched_at_ms: int | None = None
     """When it first reached a state in which a hypervisor holds the guest; None while it never did."""
+    state_since_ms: int = 0
+    """When its vm_state last became what it is; 0 for what was kept before that was noted."""
     spec: Spec | None = None
+    prior_spec: Spec | None = None
+    """What it was before the resize that is neither confirmed nor reverted."""
+    shelved_image: Image | None = None
+    """The image of its root disk that shelving made; it is the instance's own, and in no list."""
     outstanding: tuple[Request, ...] = ()
     held: tuple[Request, ...] = ()
     """What waits for the policy to admit it, in the order submitted."""
@@ -211,6 +278,12 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         """The phase of the state change being served, or `none`."""
         serving = self.served(Lane.STATE)
         return NO_TASK if serving is None else (serving.phase or NO_TASK)
+
+    @property
+    def executing(self) -> bool:
+        """Whether a hypervisor should hold its guest. One that was resized while it was stopped is not started."""
+        resting = self.vm_state is VmState.RESIZED and self.power_state is PowerState.NONE
+        return self.vm_state in EXECUTING_STATES and not resting
 
     @property
     def launched(self) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
-from interlock.core.errors import Fenced
+from interlock.core.errors import Fenced, InterlockError
 from interlock.core.operations import Lane, Operation
-from interlock.core.records import Change, Instance, Request, Spec, StaleFence
+from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence
 from interlock.core.states import PowerState
-from interlock.ports import Hypervisor, Store
+from interlock.driver.meter import Meter
+from interlock.ports import Hypervisor, Report, Store
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,11 +90,42 @@ class Work:
         """Say that the operation lives. Raises `Fenced`."""
         await self._report()
 
-    async def _report(self, phase: str | None = None, detail: str | None = None) -> None:
+    async def keep(self, kept: Kept) -> None:
+        """Keep what the instance is known by from now on; durable when this returns. Raises `Fenced`."""
+        await self._report(kept=kept)
+        self.instance = lifecycle.known_by(self.instance, kept)
+
+    @contextlib.asynccontextmanager
+    async def moving(self) -> AsyncIterator[Report]:
+        """A report for something that moves bytes; what it says is kept as the request's progress now and then.
+
+        Only a report that says something new is a sign of life. Raises `Fenced` where the request was superseded.
+        """
+        meter = Meter(self._report_moved, self.config.progress_interval_ms)
+        try:
+            yield meter
+        except BaseException:
+            with contextlib.suppress(InterlockError):
+                await meter.close()
+            raise
+        await meter.close()
+
+    async def _report_moved(self, moved: Moved) -> None:
+        await self._report(moved=moved)
+
+    async def _report(
+        self,
+        phase: str | None = None,
+        detail: str | None = None,
+        moved: Moved | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         request = self.request
 
         def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence]:
-            return lifecycle.progress(instance, request.id, request.fence, now_ms, phase=phase, detail=detail)
+            return lifecycle.progress(
+                instance, request.id, request.fence, now_ms, phase=phase, detail=detail, moved=moved, kept=kept
+            )
 
         answer = await self.store.change(self.id, decide)
         if isinstance(answer, StaleFence):
@@ -110,7 +143,7 @@ class Work:
         def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence | None]:
             if not guest_has_it and starting(instance):
                 return Change(instance=instance, answer=None)
-            return lifecycle.progress(instance, request.id, request.fence, now_ms, spec=spec)
+            return lifecycle.progress(instance, request.id, request.fence, now_ms, kept=Kept(spec=spec))
 
         answer = await self.store.change(self.id, decide)
         if isinstance(answer, StaleFence):

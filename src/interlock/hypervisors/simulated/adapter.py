@@ -33,10 +33,11 @@ from interlock.hypervisors.simulated.faults import (
 )
 from interlock.hypervisors.simulated.guest import RUNS, Command, Guest
 from interlock.hypervisors.simulated.host import SimulatedHost
+from interlock.hypervisors.unmade import Unmade
 from interlock.ports import HypervisorEvent, Observation, Permit
 
 
-class SimulatedHypervisor:
+class SimulatedHypervisor(Unmade):
     """Drives a `SimulatedHost`, which may outlive it.
 
     Args:

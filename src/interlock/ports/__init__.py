@@ -1,0 +1,29 @@
+"""What the service and the state drivers need of the world: a store, a hypervisor, a clock, folders of files.
+
+Protocols only, and the values that they speak in. Each protocol has one conformance suite in `testing/`, which every
+adapter must pass, so that a sentence in a docstring here is a test there.
+"""
+
+from interlock.ports.clock import Clock
+from interlock.ports.files import ImageFiles, VolumeFiles
+from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume
+
+__all__ = [
+    "Clock",
+    "Hypervisor",
+    "HypervisorEvent",
+    "IdempotencyKey",
+    "ImageFiles",
+    "InstanceFilter",
+    "Observation",
+    "Page",
+    "Permit",
+    "Report",
+    "Role",
+    "Store",
+    "Stream",
+    "Token",
+    "Volume",
+    "VolumeFiles",
+]

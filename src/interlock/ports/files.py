@@ -1,0 +1,49 @@
+"""The folders of files beside the store: images and volumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from interlock.core.records import Image
+
+
+class ImageFiles(Protocol):
+    """The server's image folder. Nothing enters it that was not inspected."""
+
+    async def bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None = None) -> Image:
+        """Inspect the disk image at `source` and take a copy into the folder (durable when this returns).
+
+        Raises:
+            Invalid: it is not what it claims, names a backing or data file, or its SHA-256 is not the one given.
+            StoreFull: there is no room.
+        """
+        ...
+
+    async def bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
+        """Take a copy of a kernel and its initial file system. Raises as `bring_disk`."""
+        ...
+
+    async def build_small(self, image_id: str, name: str) -> Image:
+        """Build the small guest from the distribution's own packages.
+
+        Raises:
+            Unavailable: something that it is built from is not installed; the remedy names it.
+        """
+        ...
+
+    async def remove(self, image: Image) -> None:
+        """Remove the files of an image that no instance uses; does nothing where they are gone already."""
+        ...
+
+
+class VolumeFiles(Protocol):
+    """The server's volume folder."""
+
+    async def make(self, volume_id: str, size_bytes: int) -> Path:
+        """Make an empty disk, durable when this returns. Raises `StoreFull`, `Unavailable`."""
+        ...
+
+    async def remove(self, volume_id: str) -> None:
+        """Remove a volume's file; does nothing where it is gone already."""
+        ...
