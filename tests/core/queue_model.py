@@ -39,7 +39,7 @@ LEADS_TO = {
     "rescue": "rescued",
     "delete": "deleted",
 }
-FAILS_TO_ERROR = {"create", "start", "resume", "rescue", "unrescue"}
+FAILS_TO_ERROR = {"create", "start", "rescue", "unrescue"}
 CAN_BE_INTERRUPTED = {"create", "start", "stop", "reboot", "suspend"}
 BESIDE = {"attach_volume": {"start"}, "swap_volume": {"start", "stop", "reboot"}}
 PERFORMABLE = {

@@ -192,7 +192,8 @@ _ENTRIES = (
     _state(_O.PAUSE, "pausing", {_V.ACTIVE}, _V.PAUSED),
     _state(_O.UNPAUSE, "unpausing", {_V.PAUSED}, _V.ACTIVE),
     _state(_O.SUSPEND, "suspending", {_V.ACTIVE, _V.PAUSED}, _V.SUSPENDED, interruptible=True),
-    _state(_O.RESUME, "resuming", {_V.SUSPENDED}, _V.ACTIVE, on_failure=_V.ERROR),
+    # A memory that could not be read is still saved: it can be resumed again, or given up by a hard reboot.
+    _state(_O.RESUME, "resuming", {_V.SUSPENDED}, _V.ACTIVE),
     _state(
         _O.RESCUE,
         "rescuing",
