@@ -7,18 +7,22 @@ docs/reference/configuration.md is drawn from it. Reading it is here; acting on 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from interlock.core.errors import Invalid
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
-_MAY_BE_ZERO = frozenset({"policy_explore_ms"})
+_MAY_BE_ZERO = frozenset({"policy_explore_ms", "resize_confirm_window_ms", "reclaim_after_ms", "offload_after_ms"})
+_NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
+_ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN"})
+"""Variables that the command line reads."""
 
 
 class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +38,52 @@ class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How often the progress of something long is kept and told, in ms; what takes less is told only when it ends."""
     drain_ms: int = 2_000
     """How long a server that is being stopped lets what is in flight finish, in ms; the rest is taken up again."""
+
+
+class UpkeepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a server asks for by itself. `[upkeep]` in the file, `INTERLOCK_UPKEEP_*` in the environment."""
+
+    resize_confirm_window_ms: int = 24 * 3_600_000
+    """How long after a resize it is confirmed, unless somebody reverted or confirmed it, in ms; 0: never."""
+    reclaim_after_ms: int = 7 * 24 * 3_600_000
+    """How long after a soft delete what was deleted is deleted for good, in ms; 0: never."""
+    offload_after_ms: int = 0
+    """How long after it was shelved an instance is offloaded, in ms; 0: never."""
+    retry_ms: int = 10_000
+    """How long to wait before asking again what was refused or failed, in ms; doubled each time, up to an hour."""
+
+
+class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How guests are held by QEMU, and waited for. `[qemu]` in the file, `INTERLOCK_QEMU_*` in the environment."""
+
+    cpu_model: str = "kvm64"
+    """The processor that guests see. With the accelerator `kvm`, `host` is the usual choice."""
+    translation_cache_mib: int = 32
+    """How much translated guest code `tcg` keeps per VM, in MiB; counts on top of the guest's memory."""
+    processes_max: int = 500
+    """How many guests this host holds at most."""
+    open_files_max: int = 512
+    """How many files a VM's process may have open: its disks, and one for each forwarded connection."""
+    address_space_extra_mib: int = 2048
+    """Address space that a VM's process may have beyond its guest's memory and translation cache, in MiB."""
+    hotplug_ports: int = 8
+    """How many disks a guest can have, the root disk included."""
+    console_bytes_max: int = 4 * 1024 * 1024
+    """Where a serial console's log is cut, in bytes: what is older is moved to `console.log.1`, replacing what was
+    there."""
+    console_check_interval_ms: int = 5_000
+    """How often the size of the console logs is looked at while somebody is in charge of the guests, in ms."""
+    start_timeout_ms: int = 15_000
+    """How long a new process may take until it answers, in ms."""
+    detach_timeout_ms: int = 10_000
+    """How long a guest may take to let go of a disk, in ms."""
+    kill_timeout_ms: int = 10_000
+    """How long the kernel may take to end a killed process (it may wait for a disk), in ms."""
+    image_tool_timeout_ms: int = 60_000
+    """How long making a root disk may take, in ms."""
+    reset_settle_ms: int = 2_000
+    """Resets that follow one another within this time count as one, in ms: the firmware resets the machine itself as
+    it starts, and cannot be told from the guest."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +135,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The largest volume, in GiB."""
     log_format: Literal["text", "json"] = "text"
     """How the server writes its log, to standard error."""
+    host_memory_mib: int = 0
+    """How much memory instances may be promised on this host, in MiB. 0: what the host has without
+    `host_memory_reserved_mib`; `simulated` guests need none, and are then not limited."""
+    host_memory_reserved_mib: int = 512
+    """How much of the host's memory is kept for the host itself where `host_memory_mib` is 0, in MiB."""
+    host_vcpus_overcommit: float = 16.0
+    """How many virtual processors instances may be promised for each processor of this host."""
+    host_disk_overcommit: float = 4.0
+    """How much disk may be promised to root disks and volumes, as a multiple of the data folder's file system: they
+    take only what was written to them."""
+    host_disk_reserved_gib: int = 1
+    """How much of the data folder's file system must stay free when a disk is promised, in GiB."""
     driver: DriverConfig = DriverConfig()
+    upkeep: UpkeepConfig = UpkeepConfig()
+    qemu: QemuConfig = QemuConfig()
 
     @property
     def folder(self) -> Path:
@@ -112,7 +176,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     return config
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -121,23 +185,44 @@ def _read(path: Path) -> dict[str, object]:
         raise Invalid(f"The configuration file {path} is not TOML: {error}.") from None
 
 
-def _lay_over(values: dict[str, object], environment: Mapping[str, str]) -> None:
-    driver = values.setdefault("driver", {})
-    for field in msgspec.structs.fields(DriverConfig):
-        text = environment.get(f"{ENVIRONMENT_PREFIX}DRIVER_{field.name.upper()}")
-        if text is not None and isinstance(driver, dict):
-            driver[field.name] = text
-    for field in msgspec.structs.fields(Config):
-        text = environment.get(f"{ENVIRONMENT_PREFIX}{field.name.upper()}")
-        if text is not None and field.name != "driver":
-            values[field.name] = text
+def _tables() -> dict[str, type[msgspec.Struct]]:
+    """The tables of the file, and what each holds."""
+    fields = msgspec.structs.fields(Config)
+    return {field.name: type(field.default) for field in fields if isinstance(field.default, msgspec.Struct)}
+
+
+def _keys() -> dict[str, tuple[str, str]]:
+    """Every variable of the environment that stands for a key: its table (empty at the top level) and the key."""
+    keys = {}
+    structs: dict[str, type[msgspec.Struct]] = {"": Config, **_tables()}
+    for table, struct in structs.items():
+        for field in msgspec.structs.fields(struct):
+            if not isinstance(field.default, msgspec.Struct):
+                keys[ENVIRONMENT_PREFIX + "_".join(filter(None, (table, field.name))).upper()] = (table, field.name)
+    return keys
+
+
+def _lay_over(values: dict[str, Any], environment: Mapping[str, str]) -> None:
+    for variable, (table, key) in _keys().items():
+        text = environment.get(variable)
+        if text is not None:
+            place = values.setdefault(table, {}) if table else values
+            if isinstance(place, dict):
+                place[key] = text
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """The variables that look like Interlock's and are not, each with the nearest that is; None where none is near."""
+    known = {*_keys(), *_ELSEWHERE}
+    unknown = [name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known]
+    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in sorted(unknown)}
 
 
 def _explain(message: str) -> str:
     """The validator's message, with the nearest key where one is unknown."""
     if "unknown field" not in message:
         return message
-    names = [field.name for struct in (Config, DriverConfig) for field in msgspec.structs.fields(struct)]
+    names = [*_tables(), *(key for _, key in _keys().values())]
     unknown = message.split("`")[1] if "`" in message else ""
     near = difflib.get_close_matches(unknown, names, n=1)
     return f"{message}; did you mean `{near[0]}`?" if near else message
@@ -154,9 +239,19 @@ def _check(config: Config) -> None:
         )
     if not 0 <= config.listen_port <= 65_535:  # noqa: PLR2004 - the last TCP port
         raise Invalid(f"listen_port is {config.listen_port}; a TCP port is 0 to 65535 (0: any free one).")
-    for struct, prefix in ((config, ""), (config.driver, "driver.")):
-        for field in msgspec.structs.fields(type(struct)):
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) < least:
-                what = "positive" if least else "0 or more"
-                raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be {what}.")
+    for share in ("host_vcpus_overcommit", "host_disk_overcommit"):
+        if not 0 < getattr(config, share) < math.inf:
+            raise Invalid(f"{share} is {getattr(config, share)}; it must be more than 0.")
+    for name in _NOT_NEGATIVE:
+        if getattr(config, name) < 0:
+            raise Invalid(f"{name} is {getattr(config, name)}; it must be 0 or more.")
+    for table in ("", *_tables()):
+        _check_numbers(getattr(config, table) if table else config, f"{table}." if table else "")
+
+
+def _check_numbers(struct: msgspec.Struct, prefix: str) -> None:
+    for field in msgspec.structs.fields(type(struct)):
+        least = 0 if field.name in _MAY_BE_ZERO else 1
+        if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) < least:
+            what = "positive" if least else "0 or more"
+            raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be {what}.")

@@ -16,9 +16,10 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import structlog
 import uuid_utils
 import uvicorn
@@ -27,7 +28,7 @@ from starlette.applications import Starlette
 from interlock import __version__
 from interlock.api.app import ApiParts, create_app
 from interlock.api.metrics import Metrics
-from interlock.config import Config
+from interlock.config import Config, unknown_variables
 from interlock.core.errors import StoreError, Unavailable
 from interlock.core.policy import CompiledPolicy
 from interlock.driver.agent import Agent
@@ -87,6 +88,12 @@ def configure_logging(config: Config) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def warn_of_variables(environment: Mapping[str, str]) -> None:
+    """Log which variables look like Interlock's and mean nothing."""
+    for name, near in unknown_variables(environment).items():
+        _LOG.warning("an unknown variable is ignored", variable=name, did_you_mean=near)
 
 
 def upgrade_database(config: Config) -> None:
@@ -320,6 +327,7 @@ def _hypervisor(config: Config) -> Hypervisor:
             qemu_binary=config.qemu_binary,
             accelerator=config.accelerator,
             qmp_timeout_ms=config.qmp_timeout_ms,
+            **msgspec.structs.asdict(config.qemu),
         )
     )
 

@@ -109,7 +109,7 @@ def _cell(text: str) -> str:
 
 def configuration_page() -> str:
     """docs/reference/configuration.md."""
-    from interlock.config import ENVIRONMENT_PREFIX, Config, DriverConfig
+    from interlock.config import ENVIRONMENT_PREFIX, Config, DriverConfig, QemuConfig, UpkeepConfig
 
     lines = [
         "# Configuration",
@@ -117,18 +117,16 @@ def configuration_page() -> str:
         "<!-- Drawn by `interlock reference configuration`; a test compares the two. -->",
         "",
         "A TOML file, named with `interlock serve --config FILE` or `INTERLOCK_CONFIG`, and the environment, which",
-        "goes before it. Nothing has to be set. An unknown key or a wrong value is refused, with the nearest key.",
+        "goes before it. Nothing has to be set. An unknown key or a wrong value is refused, with the nearest key; an",
+        "unknown variable that begins with `INTERLOCK_` is warned of in the server's log.",
         "",
         "## Top level",
         "",
         *_table(Config, ENVIRONMENT_PREFIX),
         "",
-        "## `[driver]`",
-        "",
-        "How the state drivers serve requests.",
-        "",
-        *_table(DriverConfig, f"{ENVIRONMENT_PREFIX}DRIVER_"),
-        "",
+        *_table_of("driver", DriverConfig, "How the state drivers serve requests."),
+        *_table_of("upkeep", UpkeepConfig, "What the server asks for by itself, of the gate, as everybody does."),
+        *_table_of("qemu", QemuConfig, "How guests are held by QEMU, and waited for."),
         "## For the command line only",
         "",
         "| variable | meaning |",
@@ -141,6 +139,14 @@ def configuration_page() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _table_of(name: str, struct: type[msgspec.Struct], about: str) -> Iterator[str]:
+    from interlock.config import ENVIRONMENT_PREFIX
+
+    yield from (f"## `[{name}]`", "", about, "")
+    yield from _table(struct, f"{ENVIRONMENT_PREFIX}{name.upper()}_")
+    yield ""
 
 
 def _table(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:

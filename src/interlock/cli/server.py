@@ -48,6 +48,7 @@ def serve(invocation: Invocation, *, path: Path | None, listen: tuple[str, str] 
     config = read_config(path, invocation.environment, listen)
     with told():
         wiring.configure_logging(config)
+        wiring.warn_of_variables(invocation.environment)
         run(wiring.Server(config).serve())
 
 

@@ -1,0 +1,73 @@
+"""What an operator may set, where it is written, and what is said of a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from interlock.cli.reference import configuration_page
+from interlock.config import Config, QemuConfig, load, unknown_variables
+from interlock.core.errors import Invalid
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
+from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.wiring import Server
+
+_NUMBERS = ("_timeout_ms", "_max", "_interval_ms", "_ms", "_mib")
+
+
+def test_every_number_of_the_qemu_adapter_is_in_the_reference() -> None:
+    page = configuration_page()
+    numbers = [field.name for field in msgspec.structs.fields(QemuSettings) if field.name.endswith(_NUMBERS)]
+    assert numbers
+    missing = [name for name in numbers if f"| `{name}` | `INTERLOCK_" not in page]
+    assert not missing, f"these belong in config.QemuConfig, which QemuSettings extends: {missing}"
+
+
+def test_every_number_of_the_qemu_table_names_its_unit() -> None:
+    page = configuration_page()
+    for field in msgspec.structs.fields(QemuConfig):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{field.name}` | `INTERLOCK_QEMU_"))
+        if field.name.endswith(("_ms", "_mib")):
+            assert f"in {'ms' if field.name.endswith('_ms') else 'MiB'}" in row, row
+
+
+def test_what_is_set_of_qemu_reaches_the_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "interlock.toml"
+    file.write_text('qemu_binary = "my-qemu"\n[qemu]\nstart_timeout_ms = 1234\n')
+    environment = {"INTERLOCK_QEMU_KILL_TIMEOUT_MS": "77", "INTERLOCK_DATA_DIR": str(tmp_path)}
+    server = Server(load(file, environment))
+    assert isinstance(server.hypervisor, QemuHypervisor)
+    settings = server.hypervisor._settings
+    assert (settings.start_timeout_ms, settings.kill_timeout_ms, settings.qemu_binary) == (1234, 77, "my-qemu")
+    assert settings.qmp_timeout_ms == Config().qmp_timeout_ms
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[qemu]\nstart_timout_ms = 5\n", "did you mean `start_timeout_ms`"),
+        ("[qemu]\nstart_timeout_ms = 0\n", "qemu.start_timeout_ms is 0"),
+        ("[upkeep]\nreclaim_after_ms = -1\n", "upkeep.reclaim_after_ms is -1; it must be 0 or more"),
+        ("host_vcpus_overcommit = 0\n", "host_vcpus_overcommit is 0"),
+        ("host_disk_overcommit = nan\n", "host_disk_overcommit is nan"),
+        ("host_memory_mib = -5\n", "host_memory_mib is -5"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "interlock.toml"
+    file.write_text(text)
+    with pytest.raises(Invalid) as refusal:
+        load(file, {})
+    assert complaint in refusal.value.message
+
+
+def test_an_unknown_variable_is_named_with_the_nearest() -> None:
+    environment = {
+        "INTERLOCK_QEMU_START_TIMOUT_MS": "1",
+        "INTERLOCK_DATA_DIR": "/nowhere",
+        "INTERLOCK_TOKEN": "x",
+        "PATH": "/bin",
+    }
+    assert unknown_variables(environment) == {"INTERLOCK_QEMU_START_TIMOUT_MS": "INTERLOCK_QEMU_START_TIMEOUT_MS"}
