@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from interlock.core import admission, lifecycle
-from interlock.core.errors import GenerationMismatch, InUse, Invalid, NotFound
+from interlock.core.errors import GenerationMismatch, InUse, NotFound
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, Verdict
+from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     ENDS,
     Admitted,
@@ -21,19 +21,19 @@ from interlock.core.records import (
     Denied,
     Disposition,
     Event,
-    Forward,
     Instance,
     Redundant,
     Request,
-    Spec,
     Submission,
 )
 from interlock.policies import explaining
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store, Volume
+from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store
+from interlock.service import oversight
 from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
+from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
 from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
 
@@ -62,10 +62,9 @@ class Instances:
         self._store = store
         self._in_force = in_force
         self._hypervisor = hypervisor
-        self._inventory = inventory
+        self._resolving = Resolving(inventory, memory_mib_max)
         self._new_id = new_id
         self._host = host
-        self._memory_mib_max = memory_mib_max
         self.watch = Watch()
         self._unlisten = store.listen(self.watch.ring)
 
@@ -94,16 +93,7 @@ class Instances:
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
-        if wish.memory_mib > self._memory_mib_max:
-            raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
-        image = await self._inventory.find_image(wish.image)
-        spec = Spec(
-            image=image,
-            vcpus=wish.vcpus,
-            memory_mib=wish.memory_mib,
-            root_gib=wish.root_gib,
-            forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in wish.forwards),
-        )
+        spec = await self._resolving.new_spec(wish)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
 
@@ -161,13 +151,11 @@ class Instances:
         parameters = check_parameters(wish.operation, wish.parameters)
         instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
         unusable: InUse | NotFound | None = None
-        if "volume" in parameters:
-            try:
-                volume = await self._usable_volume(caller, wish.operation, instance_id, parameters["volume"])
-                parameters = {**parameters, "volume": volume.id}
-            except (InUse, NotFound) as error:
-                # What a key was answered with stays its answer, whatever has become of the volume since.
-                unusable = error
+        try:
+            parameters = await self._resolving.parameters(caller, wish.operation, instance_id, parameters)
+        except (InUse, NotFound) as error:
+            # What a key was answered with stays its answer, whatever has become since of what it named.
+            unusable = error
         submission = msgspec.structs.replace(
             self._submission(caller, wish.operation, parameters), hold_ms=hold_ms(wish.hold)
         )
@@ -196,15 +184,6 @@ class Instances:
             answer.instance, caller.role.value, caller.name, self.policy, self._store.now_ms()
         )
         return msgspec.structs.replace(answer, allowed_instead=allowed)
-
-    async def _usable_volume(self, caller: Caller, operation: Operation, instance_id: str, reference: str) -> Volume:
-        volume = await self._inventory.find_volume(caller, reference)
-        if operation is Operation.ATTACH_VOLUME and volume.attached_to not in {None, instance_id}:
-            raise InUse(
-                f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
-                remedy="Detach it there first.",
-            )
-        return volume
 
     def _submission(self, caller: Caller, operation: Operation, parameters: dict[str, Any]) -> Submission:
         return Submission(
@@ -299,40 +278,11 @@ class Instances:
 
         Without a caller (for the server's own figures): those of all projects.
         """
-        by = "" if caller is None else caller.name
-        found = []
-        takeovers = {rule.id for rule in self.policy.rules if rule.verdict is Verdict.AFTER}
-        for instance in await self._store.unsettled():
-            serving = next((one for one in instance.outstanding if one.last_progress_at_ms is not None), None)
-            if serving is None or (caller is not None and instance.project != caller.project):
-                continue
-            now_ms = self._store.now_ms()
-            answers = explaining.dispositions(instance, Role.ADMIN.value, by, self.policy, now_ms)
-            admitted = {op: one for op, one in answers.items() if isinstance(one, Admitted)}
-            over = tuple(op for op, one in admitted.items() if one.rule in takeovers)
-            if over:
-                found.append(
-                    Stuck(
-                        instance=instance,
-                        request=serving,
-                        silent_since_ms=serving.last_progress_at_ms or 0,
-                        allowed=tuple(admitted),
-                        takes_over=over,
-                    )
-                )
-        return tuple(sorted(found, key=lambda one: one.silent_since_ms))
+        return await oversight.stuck(self._store, self.policy, caller)
 
     async def census(self) -> tuple[dict[str, int], int]:
         """How many instances of all projects there are by vm_state, and how many requests are outstanding."""
-        states: dict[str, int] = {}
-        cursor: str | None = None
-        while True:
-            page = await self._store.instances(InstanceFilter(), EVENTS_PAGE, cursor)
-            for instance in page.items:
-                states[instance.vm_state.value] = states.get(instance.vm_state.value, 0) + 1
-            cursor = page.next_cursor
-            if cursor is None:
-                return states, sum(len(one.outstanding) for one in await self._store.unsettled())
+        return await oversight.census(self._store)
 
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
         """Have `listener` hear of every event of this server, whatever its project."""

@@ -1,0 +1,60 @@
+"""What the names in a wish stand for: images and volumes are found here, once, before anything is asked of the gate.
+
+Nothing here looks at the state of an instance, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from interlock.core.errors import InUse, Invalid
+from interlock.core.operations import Operation
+from interlock.core.records import Forward, Spec
+from interlock.service.callers import Caller
+from interlock.service.inventory import Inventory
+from interlock.service.wishes import NewInstance
+
+
+class Resolving:
+    """Finds what wishes name among what the server keeps."""
+
+    def __init__(self, inventory: Inventory, memory_mib_max: int) -> None:
+        self._inventory = inventory
+        self._memory_mib_max = memory_mib_max
+
+    async def new_spec(self, wish: NewInstance) -> Spec:
+        """What a hypervisor is to know of the new instance. Raises `Invalid`, `NotFound` (image)."""
+        if wish.memory_mib > self._memory_mib_max:
+            raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
+        return Spec(
+            image=await self._inventory.find_image(wish.image),
+            vcpus=wish.vcpus,
+            memory_mib=wish.memory_mib,
+            root_gib=wish.root_gib,
+            forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in wish.forwards),
+        )
+
+    async def parameters(
+        self, caller: Caller, operation: Operation, instance_id: str, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The parameters of a request with ids for the names of what they refer to.
+
+        Raises:
+            NotFound: there is no such image or volume for this caller.
+            InUse: another instance has the volume.
+        """
+        found = dict(parameters)
+        if "volume" in found:
+            found["volume"] = await self._volume(caller, operation, instance_id, found["volume"])
+        if "image" in found:
+            found["image"] = (await self._inventory.find_image(found["image"])).id
+        return found
+
+    async def _volume(self, caller: Caller, operation: Operation, instance_id: str, reference: str) -> str:
+        volume = await self._inventory.find_volume(caller, reference)
+        if operation is Operation.ATTACH_VOLUME and volume.attached_to not in {None, instance_id}:
+            raise InUse(
+                f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
+                remedy="Detach it there first.",
+            )
+        return volume.id
