@@ -112,7 +112,7 @@ async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, hos
     await start(hypervisor, spec)
     seen = await hypervisor.inspect("one")
     assert (seen.power_state, seen.disks) == (PowerState.RUNNING, ("root", "v1"))
-    root = host.instance_folder("one").root_disk
+    root = host.instance_folder("one").root_disk(0)
     info = msgspec.json.decode(image_tool("info", "-U", "--output=json", str(root)))
     assert (info["virtual-size"], info["backing-filename"]) == (1 << 30, image.path)
     assert info["backing-filename-format"] == "raw"
@@ -270,7 +270,10 @@ async def test_missing_qemu_is_unavailable_with_the_package_to_install(host: Qem
 async def test_what_is_not_there_to_boot_is_refused(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     image = msgspec.structs.replace(host.spec().image, path=str(host.folder / "absent.elf"))
     spec = msgspec.structs.replace(host.spec(), image=image)
-    await hypervisor.define(PERMIT, "one", spec)
+    with pytest.raises(Refused, match=r"absent\.elf is missing"):
+        await hypervisor.define(PERMIT, "one", spec)
+    assert await hypervisor.known() == frozenset(), "nothing was changed"
+    await hypervisor.define(PERMIT, "one", host.spec())
     with pytest.raises(Refused, match=r"absent\.elf cannot be opened"):
         await hypervisor.power_on(PERMIT, "one", spec)
     await hypervisor.power_on(PERMIT, "one", host.spec())

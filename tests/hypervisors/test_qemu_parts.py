@@ -38,7 +38,7 @@ def values(words: list[str], option: str) -> list[str]:
 
 def test_a_disk_image_is_the_backing_of_the_root_disk() -> None:
     spec = Spec(image=DISK_IMAGE, disks=(Disk(id=VOLUME, path="/volumes/v", read_only=True),))
-    at = Descriptors(monitor=3, console=4, backing=5, disks={"root": 6, VOLUME: 7})
+    at = Descriptors(monitor=3, console=4, backings={"root": 5}, disks={"root": 6, VOLUME: 7})
     words = arguments("one", spec, SETTINGS, at)
     backing, root, volume = (msgspec.json.decode(value) for value in values(words, "-blockdev"))
     assert (backing["driver"], backing["read-only"], backing["file"]["filename"]) == ("raw", True, "/dev/fdset/5")
@@ -66,7 +66,9 @@ def test_forwards_listen_on_loopback_only() -> None:
 
 def test_more_disks_than_places_are_refused() -> None:
     spec = Spec(image=DISK_IMAGE, disks=tuple(Disk(id=f"v{number}", path="/v") for number in range(8)))
-    at = Descriptors(monitor=3, console=4, backing=5, disks={disk.id: 6 for disk in spec.disks} | {"root": 7})
+    at = Descriptors(
+        monitor=3, console=4, backings={"root": 5}, disks={disk.id: 6 for disk in spec.disks} | {"root": 7}
+    )
     with pytest.raises(Refused, match="9 disks"):
         arguments("one", spec, SETTINGS, at)
 

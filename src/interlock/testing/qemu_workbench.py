@@ -23,6 +23,7 @@ from interlock.testing.nano_guest import HERE, MEMORY_MIB, nano_guest
 _KEYS = {"power_off": "o", "reset": "r", "panic": "p", "ignore": "i", "cooperate": "c", "here": "h"}
 _NEWS = {"power_off": "SHUTDOWN", "reset": "RESET", "panic": "GUEST_PANICKED"}
 _ASK_AGAIN_S = 0.05
+_LOOK_AGAIN_S = 0.01
 
 
 class QemuWorkbench:
@@ -80,6 +81,15 @@ class QemuWorkbench:
             while console.read_text().count(HERE) == before:
                 await self.press(instance_id, "here")
                 await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def until_said(self, instance_id: str, text: str, times: int = 1) -> None:
+        """Return when the guest has written a text on its serial console so many times."""
+        console = self.instance_folder(instance_id).console
+        async with asyncio.timeout(self.patience_s):
+            while True:
+                if console.read_text(errors="replace").count(text) >= times:
+                    return
+                await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def incarnation(self, instance_id: str) -> object:
         record = self.instance_folder(instance_id).process_record()

@@ -15,7 +15,7 @@ import msgspec
 from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.core.records import Disk, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import disks
+from interlock.hypervisors.qemu import plugging, root_disks
 from interlock.hypervisors.qemu.charge import SAFE_ID, Charge
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase
@@ -67,8 +67,11 @@ class QemuHypervisor(Charge, Unmade):
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
         folder = self._folder_of(instance_id)
         with refused(folder):
+            root_disks.require_images(spec)
             folder.make(permit)
-            await disks.make_root_disk(permit, folder, spec, self._settings)
+            root_disks.drop_half_made(permit, folder)
+            await root_disks.make_root_disk(permit, folder, spec, self._settings)
+            await root_disks.make_rescue_disk(permit, folder, spec, self._settings)
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
         await self.power_off(permit, instance_id)
@@ -179,12 +182,12 @@ class QemuHypervisor(Charge, Unmade):
 
     async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
         guest = self._guest(instance_id)
-        await disks.plug(guest, permit, disk)
+        await plugging.plug(guest, permit, disk)
         self._remember_disk(permit, guest.folder, disk.id, disk)
 
     async def detach_disk(self, permit: Permit, instance_id: str, disk_id: str) -> None:
         guest = self._guest(instance_id)
-        await disks.unplug(guest, permit, disk_id)
+        await plugging.unplug(guest, permit, disk_id)
         self._remember_disk(permit, guest.folder, disk_id, None)
 
     def _remember_disk(self, permit: Permit, folder: InstanceFolder, disk_id: str, disk: Disk | None) -> None:

@@ -15,11 +15,13 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core.errors import Refused
-from interlock.core.records import Disk, Spec
+from interlock.core.records import Disk, Image, Spec
 from interlock.hypervisors.qemu.settings import QemuSettings
 
 ROOT: Final = "root"
 """The id of the disk that is made for the instance, on top of its image."""
+RESCUE: Final = "rescue"
+"""The id of the disk that a rescued guest boots, on top of its rescue image."""
 JOURNAL: Final = "journal"
 """The pair of pipes `journal.in` and `journal.out`, in the folder in which QEMU is started."""
 MACHINE_TYPE: Final = "q35"
@@ -39,7 +41,8 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     console: int
     disks: dict[str, int]
     """By disk id."""
-    backing: int | None = None
+    backings: dict[str, int] = {}
+    """By the id of the disk that is a layer over it."""
     kernel: int | None = None
     initrd: int | None = None
 
@@ -105,16 +108,13 @@ def node_arguments(disk: Disk, descriptor_set: int, *, backing: str | None = Non
 
 def device_arguments(disk: Disk, port: str) -> dict[str, Any]:
     """How a disk is plugged into a port: the arguments of `device_add`."""
-    arguments: dict[str, Any] = {
+    return {
         "driver": "virtio-blk-pci",
         "id": device_name(disk.id),
         "drive": node_name(disk.id),
         "bus": port,
         "serial": disk_serial(disk.id),
     }
-    if disk.id == ROOT:
-        arguments["bootindex"] = 0
-    return arguments
 
 
 def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
@@ -157,11 +157,32 @@ def _network(spec: Spec) -> list[str]:
     return ["-netdev", f"user,id=network{forwards}", "-device", "virtio-net-pci,netdev=network,romfile="]
 
 
+def booted_image(spec: Spec) -> Image:
+    """What the guest boots: its rescue image while it has one."""
+    return spec.image if spec.rescue_image is None else spec.rescue_image
+
+
 def all_disks(spec: Spec) -> tuple[Disk, ...]:
-    """The disks with which a guest is started: its root disk, unless it boots a kernel, and its volumes."""
-    if spec.image.kind == "disk":
-        return (Disk(id=ROOT, path="", format="qcow2"), *spec.disks)
-    return spec.disks
+    """The disks with which a guest is started, in the order in which it finds them.
+
+    That is what it is rescued from, where that is a disk; its root disk, if it has one; and its volumes.
+    """
+    own = []
+    if spec.rescue_image is not None and spec.rescue_image.kind == "disk":
+        own.append(Disk(id=RESCUE, path=""))
+    if spec.has_root:
+        own.append(Disk(id=ROOT, path=""))
+    return (*own, *spec.disks)
+
+
+def backing_images(spec: Spec) -> dict[str, Image]:
+    """The images over which disks of the guest are layers, by the id of the disk."""
+    found = {}
+    if spec.rescue_image is not None and spec.rescue_image.kind == "disk":
+        found[RESCUE] = spec.rescue_image
+    if spec.image.kind == "disk" and not spec.root_is_whole:
+        found[ROOT] = spec.image
+    return found
 
 
 def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
@@ -174,21 +195,23 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
     words: list[str] = []
     for number in range(settings.hotplug_ports):
         words += ["-device", f"pcie-root-port,id={port_name(number)},chassis={number + 1}"]
-    backing = None
-    if at.backing is not None:
-        backing = "backing"
-        node = node_arguments(
-            Disk(id=backing, path="", format=spec.image.format, read_only=True), at.backing, backing=None
-        )
-        words += _descriptor_set(at.backing)
-        words += ["-blockdev", _json({**node, "node-name": backing})]
+    backings = backing_images(spec)
+    for disk_id, image in backings.items():
+        base = Disk(id=disk_id, path="", format=image.format, read_only=True)
+        node = {**node_arguments(base, at.backings[disk_id]), "node-name": _backing_name(disk_id)}
+        words += [*_descriptor_set(at.backings[disk_id]), "-blockdev", _json(node)]
     for number, disk in enumerate(disks):
-        descriptor = at.disks[disk.id]
-        node = node_arguments(disk, descriptor, backing=backing if disk.id == ROOT else None)
-        words += _descriptor_set(descriptor)
-        words += ["-blockdev", _json(node)]
-        words += ["-device", _json(device_arguments(disk, port_name(number)))]
+        backing = _backing_name(disk.id) if disk.id in backings else None
+        node = node_arguments(disk, at.disks[disk.id], backing=backing)
+        device = device_arguments(disk, port_name(number))
+        if number == 0 and booted_image(spec).kind == "disk":
+            device["bootindex"] = 0
+        words += [*_descriptor_set(at.disks[disk.id]), "-blockdev", _json(node), "-device", _json(device)]
     return words
+
+
+def _backing_name(disk_id: str) -> str:
+    return f"backing-{disk_id}"
 
 
 def _descriptor_set(descriptor: int) -> list[str]:
@@ -198,7 +221,7 @@ def _descriptor_set(descriptor: int) -> list[str]:
 def _kernel(spec: Spec, at: Descriptors) -> list[str]:
     if at.kernel is None:
         return []
-    words = ["-kernel", f"/proc/self/fd/{at.kernel}", "-append", spec.image.cmdline or ""]
+    words = ["-kernel", f"/proc/self/fd/{at.kernel}", "-append", booted_image(spec).cmdline or ""]
     if at.initrd is not None:
         words += ["-initrd", f"/proc/self/fd/{at.initrd}"]
     return words

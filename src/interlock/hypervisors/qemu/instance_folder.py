@@ -5,7 +5,10 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     process.json        who holds the guest; absent when nobody is meant to
     lock                locked (flock) by the process that holds the guest, for exactly as long as it lives
     monitor             the socket of the command monitor
-    root.qcow2          the root disk, an overlay of the image
+    root.qcow2          the root disk number 0, an overlay of the image or whole
+    root-N.qcow2        the root disk number N, which a rebuild, a resize or an unshelving made
+    rescue.qcow2        while it is rescued: an overlay of the rescue image
+    *.new               files that are being made
     console.log         what the guest wrote on its serial console
     errors.log          what QEMU wrote on its standard error
     inside/             0711: the folder in which QEMU is started, which also tells its process from all others
@@ -17,12 +20,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -32,6 +36,8 @@ from interlock.hypervisors.qemu.command_line import JOURNAL
 from interlock.ports import Permit
 
 RecordT = TypeVar("RecordT")
+
+_ROOT_DISK: Final = re.compile(r"root(?:-([1-9][0-9]*))?\.qcow2")
 
 
 class Phase(StrEnum):
@@ -63,12 +69,21 @@ class InstanceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.inside = path / "inside"
-        self.root_disk = path / "root.qcow2"
+        self.rescue_disk = path / "rescue.qcow2"
         self.console = path / "console.log"
         self.errors = path / "errors.log"
 
     def exists(self) -> bool:
         return self.path.is_dir()
+
+    def root_disk(self, number: int) -> Path:
+        """Where the root disk with that number is, or would be."""
+        return self.path / (f"root-{number}.qcow2" if number else "root.qcow2")
+
+    def root_disks(self) -> dict[int, Path]:
+        """The root disks that are there, by number."""
+        found = ((_ROOT_DISK.fullmatch(path.name), path) for path in self.path.glob("root*.qcow2"))
+        return {int(match[1] or 0): path for match, path in found if match is not None}
 
     def make(self, permit: Permit) -> None:
         permit.check()

@@ -13,10 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from interlock.core.errors import NotResponding, Refused
-from interlock.core.records import Spec
-from interlock.hypervisors.qemu.command_line import ROOT, Descriptors, all_disks, arguments
-from interlock.hypervisors.qemu.disks import open_disk, open_kernel
+from interlock.core.records import Disk, Spec
+from interlock.hypervisors.qemu.command_line import (
+    RESCUE,
+    ROOT,
+    Descriptors,
+    all_disks,
+    arguments,
+    backing_images,
+    booted_image,
+)
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
+from interlock.hypervisors.qemu.opening import open_disk, open_kernel
 from interlock.hypervisors.qemu.process import FIRST_DESCRIPTOR, Account, confined, spawn
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Permit
@@ -72,22 +80,28 @@ def _open_all(
 
     monitor = hand_over(folder.listen().detach())
     console = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    image = Path(spec.image.path)
-    kernel = spec.image.kind == "kernel"
+    image = booted_image(spec)
+    kernel = image.kind == "kernel"
     at = Descriptors(
         monitor=monitor,
         console=hand_over(console),
-        kernel=hand_over(open_kernel(image, account)) if kernel else None,
-        initrd=hand_over(open_kernel(Path(spec.image.initrd), account)) if kernel and spec.image.initrd else None,
-        backing=None if kernel else hand_over(open_disk(image, read_only=True)),
+        kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
+        initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
+        backings={
+            disk_id: hand_over(open_disk(Path(backing.path), read_only=True))
+            for disk_id, backing in backing_images(spec).items()
+        },
         disks={
-            disk.id: hand_over(
-                open_disk(folder.root_disk if disk.id == ROOT else Path(disk.path), read_only=disk.read_only)
-            )
+            disk.id: hand_over(open_disk(_path_of(disk, spec, folder), read_only=disk.read_only))
             for disk in all_disks(spec)
         },
     )
     return handed_over, at
+
+
+def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:
+    own = {ROOT: folder.root_disk(spec.root), RESCUE: folder.rescue_disk}
+    return own.get(disk.id) or Path(disk.path)
 
 
 def _limits(spec: Spec, settings: QemuSettings) -> list[str]:

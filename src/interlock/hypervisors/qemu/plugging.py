@@ -1,24 +1,22 @@
-"""The disks of a guest: made, opened for QEMU, plugged into a running guest and unplugged from it.
+"""Disks plugged into a running guest and unplugged from it.
 
 Each step looks at what is there first, so that a plugging that was cut short anywhere is completed by the next one.
-Volumes' files are made and removed elsewhere.
+The disks' files are made and removed elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 from interlock.core.errors import NotResponding, NotThere, Refused
-from interlock.core.records import Disk, Spec
+from interlock.core.records import Disk
 from interlock.core.states import PowerState
-from interlock.hypervisors.commands import run
 from interlock.hypervisors.qemu.command_line import (
+    RESCUE,
     ROOT,
     device_arguments,
     device_name,
@@ -27,76 +25,10 @@ from interlock.hypervisors.qemu.command_line import (
     node_name,
 )
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
-from interlock.hypervisors.qemu.process import Account
-from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.hypervisors.qemu.opening import open_disk
 from interlock.ports import Permit
 
-_GIB = 1024**3
-_ATTEMPTS = itertools.count()
-_READ_BY_OTHERS = 0o004
 _LOOK_AGAIN_S = 0.02
-_READ_BY_GROUP = 0o040
-
-
-async def make_root_disk(permit: Permit, folder: InstanceFolder, spec: Spec, settings: QemuSettings) -> None:
-    """Make the instance's root disk, an empty layer over its image; does nothing where it is there.
-
-    Raises:
-        Refused: it could not be made; the message is the image tool's.
-        NotResponding: the image tool took too long.
-    """
-    if spec.image.kind != "disk" or folder.root_disk.exists():
-        return
-    # A worker that was cancelled may have left its image tool at work: no two of them share a name.
-    fresh = folder.root_disk.with_suffix(f".{os.getpid()}-{next(_ATTEMPTS)}.new")
-    size_bytes = spec.root_gib * _GIB or spec.image.size_bytes
-    # -u: the image is not opened here, so that nothing in it is believed.
-    command = [settings.image_tool_binary, "create", "-q", "-u", "-f", "qcow2"]
-    command += ["-b", spec.image.path, "-F", spec.image.format, str(fresh), str(size_bytes)]
-    permit.check()
-    ended = await asyncio.to_thread(run, command, timeout_s=settings.image_tool_timeout_ms / 1000)
-    if ended.status != 0:
-        fresh.unlink(missing_ok=True)
-        raise Refused(
-            f"The root disk of {folder.path.name} could not be made: {ended.complaint}",
-            remedy=f"Check the room and the permissions in {folder.path}.",
-        )
-    await asyncio.to_thread(_make_durable, fresh)
-    permit.check()
-    fresh.replace(folder.root_disk)
-    await asyncio.to_thread(_make_durable, folder.path)
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def open_disk(path: Path, *, read_only: bool) -> int:
-    """Open a disk for QEMU. Raises `Refused` with what is wrong with it."""
-    return _open(path, os.O_RDONLY if read_only else os.O_RDWR)
-
-
-def open_kernel(path: Path, account: Account | None) -> int:
-    """Open a kernel or initial file system so that QEMU's user, who opens it once more, may read it too."""
-    descriptor = _open(path, os.O_RDONLY)
-    mode = os.fstat(descriptor).st_mode
-    if account is not None and not mode & _READ_BY_OTHERS:
-        os.fchown(descriptor, -1, account.group_id)
-        os.fchmod(descriptor, mode | _READ_BY_GROUP)
-    return descriptor
-
-
-def _open(path: Path, access: int) -> int:
-    try:
-        return os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        remedy = "Free some descriptors." if error.errno in {errno.EMFILE, errno.ENFILE} else "Put the file back."
-        raise Refused(f"{path} cannot be opened: {error.strerror}.", remedy=remedy) from error
 
 
 async def plug(guest: Guest, permit: Permit, disk: Disk) -> None:
@@ -133,7 +65,7 @@ async def _add_node(guest: Guest, permit: Permit, disk: Disk) -> None:
 
 async def unplug(guest: Guest, permit: Permit, disk_id: str) -> None:
     """Unplug a disk from a running guest. Raises as `Hypervisor.detach_disk`."""
-    if disk_id == ROOT:
+    if disk_id in {ROOT, RESCUE}:
         raise Refused("The root disk cannot be detached.", remedy="Delete the instance instead.")
     device = device_name(disk_id)
     await _require_guest(guest)

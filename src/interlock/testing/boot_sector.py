@@ -1,0 +1,40 @@
+"""A disk that boots: 512 bytes of real-mode code that say on the serial console which disk they came from.
+
+For tests of what a guest boots; it then halts. Nothing here knows a hypervisor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from interlock.core.records import Image
+
+SECTOR_BYTES: Final = 512
+
+_LOADED_AT: Final = 0x7C00
+_SAY = bytes.fromhex(
+    "31c08ed8"  # xor ax, ax; mov ds, ax
+    "be157c"  # mov si, text
+    "ac84c07406"  # next: lodsb; test al, al; jz end
+    "baf803ee"  # mov dx, 0x3f8; out dx, al
+    "ebf5"  # jmp next
+    "f4ebfd"  # end: hlt; jmp end
+)
+_SIGNATURE: Final = b"\x55\xaa"
+
+
+def boot_sector(text: str) -> bytes:
+    """The first sector of a disk that says `text`, at most 400 characters of ASCII, and halts."""
+    code = _SAY + text.encode("ascii") + b"\r\n\0"
+    return code.ljust(SECTOR_BYTES - len(_SIGNATURE), b"\0") + _SIGNATURE
+
+
+def bootable_image(folder: Path, name: str, size_bytes: int = 1 << 20) -> Image:
+    """Write a raw disk that boots and says `booted NAME`, and return it as an image of kind `disk`."""
+    path = folder / f"{name}.raw"
+    with path.open("wb") as disk:
+        disk.write(boot_sector(f"booted {name}"))
+        disk.truncate(size_bytes)
+    path.chmod(0o644)
+    return Image(id=name, name=name, kind="disk", format="raw", path=str(path), size_bytes=size_bytes, sha256="")
