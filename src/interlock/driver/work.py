@@ -32,14 +32,14 @@ class FencePermit:
     def __init__(self, store: Store, instance_id: str, fence: int) -> None:
         self._store = store
         self._instance_id = instance_id
-        self._fence = fence
+        self.fence = fence
 
     def check(self) -> None:
         """Return if the worker may still act, else raise `Fenced`."""
         current = self._store.fence(self._instance_id)
-        if current != self._fence:
+        if current != self.fence:
             raise Fenced(
-                f"A worker of the instance {self._instance_id} was fenced: it holds {self._fence}, "
+                f"A worker of the instance {self._instance_id} was fenced: it holds {self.fence}, "
                 f"and the instance is at {current}."
             )
 

@@ -18,6 +18,11 @@ from interlock.core.states import PowerState
 class Permit(Protocol):
     """A worker's right to act on one instance, which can be lost at any moment."""
 
+    @property
+    def fence(self) -> int:
+        """Which right it is: it is lost when one with a greater number is given."""
+        ...
+
     def check(self) -> None:
         """Return if the worker may still act.
 

@@ -84,6 +84,8 @@ class HypervisorUnderTest(Protocol):
 class GivenPermit:
     """A permit that lasts until it is revoked."""
 
+    fence = 0
+
     def __init__(self) -> None:
         self._revoked = False
 

@@ -1,0 +1,71 @@
+"""Which workers a host has to refuse: the highest fence that it has seen of each instance, also before it restarted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from interlock.core.errors import Fenced
+
+
+class Fences:
+    """The highest fence seen of each instance, kept in a folder of small files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._highest: dict[str, int] = {}
+
+    def open(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in self._folder.iterdir():
+            with contextlib.suppress(ValueError):
+                self._highest[file.name] = int(file.read_text())
+
+    def see(self, instance_id: str, fence: int) -> None:
+        """Take note of a fence; from now on smaller ones are refused."""
+        if fence <= self._highest.get(instance_id, -1):
+            return
+        self._highest[instance_id] = fence
+        draft = self._folder.parent / "fence.new"
+        draft.write_text(str(fence))
+        draft.replace(self._folder / instance_id)
+
+    def highest(self, instance_id: str) -> int:
+        return self._highest.get(instance_id, -1)
+
+    def forget(self, instance_id: str) -> None:
+        """Forget it on disk, for an instance of which nothing is here any more."""
+        (self._folder / instance_id).unlink(missing_ok=True)
+
+
+class HeldPermit:
+    """A worker's right to act, as the host sees it; satisfies `ports.Permit`.
+
+    Args:
+        fences: of this host.
+        instance_id: on which it may act.
+        fence: under which it acts.
+        may_hold: raises if the host may hold no guests now.
+    """
+
+    def __init__(self, fences: Fences, instance_id: str, fence: int, may_hold: Callable[[], None]) -> None:
+        self._fences = fences
+        self._instance_id = instance_id
+        self.fence = fence
+        self._may_hold = may_hold
+        self._revoked = False
+
+    def revoke(self) -> None:
+        """End it: whoever held it waits no more."""
+        self._revoked = True
+
+    def check(self) -> None:
+        """Raises `Fenced`, or `NotResponding` where the host may hold no guests."""
+        highest = self._fences.highest(self._instance_id)
+        if self._revoked or highest > self.fence:
+            raise Fenced(
+                f"A worker of the instance {self._instance_id} was fenced: it holds {self.fence}, "
+                f"and the host has seen {highest}."
+            )
+        self._may_hold()
