@@ -31,7 +31,7 @@ EXTERNAL_PACKAGES = {
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"alembic", "apsw", "msgspec", "sqlalchemy", "structlog"},
-    "hypervisors": {"lz4", "msgspec", "oslo_utils", "pycdlib", "qemu", "structlog", "zstandard"},
+    "hypervisors": {"lz4", "msgspec", "oslo_utils", "pycdlib", "qemu", "structlog", "websockets", "zstandard"},
     "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui"},
     "dashboard": {"msgspec"},
     "wiring": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},
