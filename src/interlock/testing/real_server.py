@@ -35,19 +35,24 @@ class RealServer:
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")},
             "INTERLOCK_DATA_DIR": str(folder),
+            "INTERLOCK_LISTEN_PORT": "0",
             "INTERLOCK_LOG_FORMAT": "json",
             **(settings or {}),
         }
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
+    def start(self, dying_in: str | None = None) -> None:
         """Start a server and return when it listens.
+
+        Args:
+            dying_in: a phase and moment (`dying_server`) in which it is to kill itself.
 
         Raises:
             RuntimeError: it ended instead; says what it wrote.
         """
-        self._process = subprocess.Popen(
-            (sys.executable, "-m", "interlock", "serve", "--listen", "127.0.0.1:0"),
+        program = ("interlock", "serve") if dying_in is None else ("interlock.testing.dying_server", dying_in)
+        self._process = subprocess.Popen(  # noqa: S603 - our own command
+            (sys.executable, "-m", *program),
             env=self._environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,6 +86,10 @@ class RealServer:
     def kill(self) -> None:
         """End the server as `kill -9` does; it is gone when this returns. Does nothing if it is gone already."""
         self._end(subprocess.Popen.kill)
+
+    def until_dead(self) -> None:
+        """Wait until the server has killed itself. Raises `subprocess.TimeoutExpired` if it does not in a minute."""
+        self._end(lambda process: process)
 
     def stop(self) -> None:
         """Ask the server to end, and wait until it has."""
