@@ -33,6 +33,7 @@ from interlock.core.errors import StoreError, Unavailable
 from interlock.core.policy import CompiledPolicy
 from interlock.driver.agent import Agent
 from interlock.driver.operations import PERFORMS
+from interlock.driver.upkeep import Upkeep
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -136,7 +137,8 @@ class Server:
         source = Source.read(config.policy)
         self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
         host = config.host or platform.node() or "localhost"
-        self.agent = Agent(host, self.store, self.hypervisor, self.in_force, config.driver)
+        upkeep = Upkeep(host, self.store, self.in_force, config.upkeep, new_id)
+        self.agent = Agent(host, self.store, self.hypervisor, self.in_force, config.driver, upkeep)
         self.callers = Callers(self.store, new_id, new_secret)
         image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
         volume_files = VolumeFolder(self.folder / "volumes")

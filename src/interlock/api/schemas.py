@@ -31,6 +31,7 @@ from interlock.api.inventory_schemas import (
 )
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
+from interlock.core.restart_policy import RestartPolicy
 from interlock.core.states import PowerState, VmState
 from interlock.service.wishes import Name, NewForward, NewInstance, NewRequest, NewVolume
 
@@ -159,6 +160,11 @@ class Instance(Wire, frozen=True, kw_only=True):
     """Why it is in error, for people."""
     launched_at: Timestamp | None
     """When a hypervisor first held its guest."""
+    restart: RestartPolicy | None
+    """What is done when its guest ends by itself."""
+    restarts: int
+    """How often that was done lately, within the policy's window."""
+    restart_due_at: Timestamp | None
     image: ImageReference | None
     vcpus: int
     memory_mib: int

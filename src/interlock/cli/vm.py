@@ -12,6 +12,7 @@ from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import IMAGES, INSTANCES, VOLUMES, OperationName, completer, path_of, suggesting, vm_argument
 from interlock.cli.refusals import explain_failure
+from interlock.cli.restart_option import WORDS, restart_option, spoken_policy
 from interlock.cli.submitting import asking_options, fresh_key, submit, wait_option
 from interlock.cli.waiting import describe, wait_for_end
 from interlock.cli.wording import STATE_COLOURS, age, clock, printable, spoken
@@ -50,6 +51,7 @@ class ForwardPair(click.ParamType[Any]):
 )
 @click.option("--tag", "tags", multiple=True, help="A label. May be repeated.")
 @click.option("--protect", multiple=True, type=OperationName(), help="Refuse this operation whatever the policy says.")
+@restart_option
 @click.option("--no-start", is_flag=True, help="Only record it; `vm start` makes and boots it.")
 @wait_option
 @needs_invocation
@@ -64,6 +66,7 @@ def create(
     forwards: tuple[NewForward, ...],
     tags: tuple[str, ...],
     protect: tuple[Operation, ...],
+    restart: str | None,
     no_start: bool,
     wait: bool,
 ) -> None:
@@ -77,6 +80,7 @@ def create(
         forwards=forwards,
         tags=tags,
         blocked_operations=protect,
+        restart=None if restart is None else WORDS[restart],
         start=not no_start,
     )
     create_vm(invocation, wish, wait=wait)
@@ -175,6 +179,7 @@ def show(invocation: Invocation, *, vm: str) -> None:
 @click.option("--no-tags", is_flag=True, help="Take all tags away.")
 @click.option("--protect", multiple=True, type=OperationName(), help="Refuse these operations from now on.")
 @click.option("--no-protect", is_flag=True, help="Take all protection away.")
+@restart_option
 @json_option
 @needs_invocation
 def label(
@@ -185,17 +190,20 @@ def label(
     no_tags: bool,
     protect: tuple[Operation, ...],
     no_protect: bool,
+    restart: str | None,
 ) -> None:
-    """Change a VM's tags, or the operations that it is protected from."""
+    """Change a VM's tags, what it is protected from, or whether it is restarted."""
     if (tags and no_tags) or (protect and no_protect):
         raise click.UsageError("An option and its --no- form do not go together.")
-    if not (tags or no_tags or protect or no_protect):
-        raise click.UsageError("Nothing to change: name --tag, --no-tags, --protect or --no-protect.")
+    if not (tags or no_tags or protect or no_protect or restart):
+        raise click.UsageError("Nothing to change: name --tag, --no-tags, --protect, --no-protect or --restart.")
     wish: dict[str, Any] = {}
     if tags or no_tags:
         wish["tags"] = tags
     if protect or no_protect:
         wish["blocked_operations"] = protect
+    if restart:
+        wish["restart"] = WORDS[restart]
     with suggesting(invocation.client, INSTANCES, vm):
         reply = invocation.client.patch(path_of(INSTANCES, vm), wish)
     if not invocation.answer(reply):
@@ -221,6 +229,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Metadata": printable(", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items()))),
         "Tags": printable(", ".join(one.tags)),
         "Locked by": one.locked_by,
+        "Restart": spoken_policy(one.restart, one.restarts),
         "Protected from": ", ".join(one.blocked_operations),
         "Created": clock(one.created_at, now),
         "Last change": f"{clock(one.updated_at, now)} ({age(one.updated_at, now)} ago)",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from interlock.core import restarting
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, NOT_PERFORMED, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import (
@@ -89,7 +90,8 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
     if verdict is Verdict.DENY:
         return _deny(asked, rule)
     if verdict is Verdict.REDUNDANT:
-        return _redundant(asked, rule, _latest(instance, submission.operation))
+        change = _redundant(asked, rule, _latest(instance, submission.operation))
+        return _stay_down(asked, change) if submission.operation is Operation.STOP else change
     if CATALOGUE[submission.operation].lane is Lane.RECORD:
         return _record(asked, rule)
     if verdict is Verdict.PREEMPT and (waiting := _preempting(instance, view)) is not None:
@@ -229,7 +231,7 @@ def _record(asked: _Asked, rule: Rule) -> Change[Disposition]:
             supersedes = draft.fence_off(request.id, f"The state was reset by {submission.requested_by}.")
             target = VmState(submission.parameters.get("vm_state", VmState.ERROR))
             message = str(submission.parameters.get("reason", "reset")) if target is VmState.ERROR else None
-            draft.instance = replace(draft.instance, vm_state=target, error=message)
+            draft.instance = replace(restarting.called_off(draft.instance), vm_state=target, error=message)
             draft.alive()
             draft.tell("instance.state", request.id, vm_state=target.value, before=instance.vm_state.value)
             cancels = judge_again(draft, asked.policy)
@@ -315,6 +317,17 @@ def _redundant(
         allowed_at_ms=allowed_at_ms,
     )
     return _unchanged(asked, "request.redundant", rule, answer)
+
+
+def _stay_down(asked: _Asked, change: Change[Disposition]) -> Change[Disposition]:
+    """A stop of what is stopped changes nothing, except that it is not restarted any more if that was due."""
+    instance = change.instance
+    staying = restarting.called_off(instance)
+    if staying is instance or asked.submission.requested_by == restarting.UPKEEP:
+        return change
+    after = instance.generation + 1
+    events = tuple(replace(event, generation=after) for event in change.events)
+    return replace(change, instance=replace(staying, generation=after), events=events)
 
 
 def _unchanged(asked: _Asked, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core import restarting
 from interlock.core.errors import BrokenInvariant
 from interlock.core.holding import judge_held
 from interlock.core.operations import CATALOGUE, Lane, Operation, land
@@ -28,6 +29,7 @@ from interlock.core.records import (
     Status,
 )
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
+from interlock.core.restart_policy import RestartPolicy
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 
 
@@ -161,6 +163,7 @@ def finish(
     draft.alive()
     if request.lane is Lane.STATE:
         _settle(draft, request, outcome, message)
+        restarting.heed_request(draft, request, outcome)
     draft.end(request, *_end(request, outcome, message))
     judge_again(draft, policy)
     return draft.change(draft.requests[request.id])
@@ -204,7 +207,8 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
     """Note what the hypervisor told of its own accord, and judge what waits again.
 
     A guest that powers itself off is stopped; one that panicked, or whose process is gone, is in error, since only its
-    owner can say what it should be. What is in flight goes on: its worker finds what is there.
+    owner can say what it should be: what they said beforehand (`restart`) is planned here. What is in flight goes on:
+    its worker finds what is there.
     """
     draft = Draft(instance, now_ms)
     state, power, error = instance.vm_state, instance.power_state, None
@@ -224,6 +228,7 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
     draft.instance = replace(draft.instance, power_state=power)
     prior = instance.prior_vm_state if state is instance.vm_state else None
     _move(draft, state, prior, error)
+    restarting.heed_end(draft, instance, event)
     if event is not GuestEvent.RESET:
         judge_again(draft, policy)
     return draft.change(None)
@@ -296,11 +301,12 @@ def relabel(
     *,
     tags: tuple[str, ...] | None = None,
     blocked_operations: tuple[Operation, ...] | None = None,
+    restart: RestartPolicy | None = None,
 ) -> Change[Instance]:
-    """Change the tags of an instance, or the operations that are blocked for it; None leaves them as they are."""
+    """Change the tags of an instance, what is blocked for it, or its restart policy; None leaves them as they are."""
     named = {
         name: value
-        for name, value in (("tags", tags), ("blocked_operations", blocked_operations))
+        for name, value in (("tags", tags), ("blocked_operations", blocked_operations), ("restart", restart))
         if value is not None and value != getattr(instance, name)
     }
     if not named:

@@ -1,10 +1,8 @@
 """What is kept of an instance and of what was asked of it, and the shapes in which the core answers.
 
 Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`); they are
-compared only with other times of the same store. What a record means to a hypervisor (`Spec`) is data here.
-
-Records hold values and other records, never themselves; those that are made for every request are therefore kept from
-the collector of cycles (`gc=False`), which would look at each of them in vain.
+compared only with other times of the same store. What a record means to a hypervisor (`Spec`) is data here. No record
+holds itself; those made for every request are therefore kept from the collector of cycles (`gc=False`).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.restart_policy import RestartPolicy, Restarts
 from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 AnswerT = TypeVar("AnswerT")
@@ -125,7 +124,6 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     kind: str
-    """`disk` or `kernel`."""
     format: str = "raw"
     """Of a `disk` image: `raw` or `qcow2`."""
     path: str
@@ -255,6 +253,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """When it first reached a state in which a hypervisor holds the guest; None while it never did."""
     state_since_ms: int = 0
     """When its vm_state last became what it is; 0 for what was kept before that was noted."""
+    restart: RestartPolicy | None = None
+    """What is done when its guest ends by itself; None: nothing."""
+    restarts: Restarts | None = None
+    """What was done of that lately; None: nothing."""
     spec: Spec | None = None
     prior_spec: Spec | None = None
     """What it was before the resize that is neither confirmed nor reverted."""
@@ -359,7 +361,6 @@ class StaleFence(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     fence: int
-    """The fence it reported under."""
     current_fence: int
 
 

@@ -14,6 +14,7 @@ from interlock.core.operations import Lane
 from interlock.core.records import Change, Event, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 from interlock.driver.state_driver import ENDED, StateDriver
+from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit
 from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, HypervisorEvent, InstanceFilter, Store
@@ -32,13 +33,20 @@ class Agent:
     """Serves the instances of one host, from the one store, on the one hypervisor."""
 
     def __init__(
-        self, host: str, store: Store, hypervisor: Hypervisor, policy: PolicyInForce, config: DriverConfig
+        self,
+        host: str,
+        store: Store,
+        hypervisor: Hypervisor,
+        policy: PolicyInForce,
+        config: DriverConfig,
+        upkeep: Upkeep,
     ) -> None:
         self._host = host
         self._store = store
         self._hypervisor = hypervisor
         self._policy = policy
         self._config = config
+        self._upkeep = upkeep
         self._drivers: dict[str, StateDriver] = {}
         self._early: list[HypervisorEvent] = []
         self._serving = False
@@ -64,9 +72,11 @@ class Agent:
         self._early.clear()
         for instance in adopted:
             self._driver(instance.id).resume(instance)
+        await self._upkeep.open()
 
     async def close(self) -> None:
         """Stop serving. What is in flight and does not finish soon is adopted by the next agent."""
+        await self._upkeep.close()
         self._serving = False
         if self._unlisten is not None:
             self._unlisten()

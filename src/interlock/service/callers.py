@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from interlock.core.errors import Forbidden, Invalid, NotFound
+from interlock.core.restarting import UPKEEP
 from interlock.ports import Role, Store, Token
 from interlock.service.wishes import check_name
 
@@ -74,6 +75,8 @@ class Callers:
         caller.require(Role.ADMIN, "make tokens")
         check_name(name, "name")
         check_name(project, "project")
+        if name == UPKEEP:
+            raise Invalid(f"{UPKEEP} is the name under which the server asks by itself.", remedy="Choose another name.")
         if any(known.name == name for known in self._known.values()):
             raise Invalid(f"There is a token named {name} already.", remedy="Choose another name, or delete that one.")
         secret = self._new_secret()

@@ -107,6 +107,7 @@ class Instances:
                 updated_at_ms=now_ms,
                 tags=wish.tags,
                 blocked_operations=wish.blocked_operations,
+                restart=wish.restart,
                 spec=spec,
             )
             facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
@@ -197,15 +198,13 @@ class Instances:
     async def relabel(
         self, caller: Caller, reference: str, labels: Labels, if_generation: int | None = None
     ) -> Instance:
-        """Change the instance's tags or blocked operations. Raises `NotFound`, `Forbidden`, `GenerationMismatch`."""
+        """Change what an owner may at any time. Raises `NotFound`, `Forbidden`, `GenerationMismatch`."""
         caller.require(Role.MEMBER, "change instances")
         instance_id = (await self.describe(caller, reference)).id
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:
             _check_generation(instance, if_generation)
-            return lifecycle.relabel(
-                instance, caller.name, now_ms, tags=labels.tags, blocked_operations=labels.blocked_operations
-            )
+            return lifecycle.relabel(instance, caller.name, now_ms, **msgspec.structs.asdict(labels))
 
         return await self._store.change(instance_id, decide)
 

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
+from interlock.core.restart_policy import RestartPolicy
 from interlock.core.states import VmState
 from interlock.policies.durations import parse_duration
 
@@ -47,6 +48,8 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tags: Annotated[tuple[Tag, ...], Meta(max_length=64)] = ()
     blocked_operations: Annotated[tuple[Operation, ...], Meta(max_length=64)] = ()
     """Operations refused whatever the policy says, such as `delete` for protection."""
+    restart: RestartPolicy | None = None
+    """What is done when its guest ends by itself; by default it is left as it is."""
     start: bool = True
     """False only records it, in `building`; a `start` makes and boots it later."""
 
@@ -56,6 +59,7 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tags: Annotated[tuple[Tag, ...], Meta(max_length=64)] | None = None
     blocked_operations: Annotated[tuple[Operation, ...], Meta(max_length=64)] | None = None
+    restart: RestartPolicy | None = None
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
