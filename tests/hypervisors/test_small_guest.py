@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,12 +14,14 @@ import subprocess
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient
 
 from interlock.core.errors import Unavailable
-from interlock.hypervisors import initramfs, kernel_payload, packages, small_guest
+from interlock.core.records import Seed
+from interlock.hypervisors import initramfs, kernel_payload, packages, seed_iso, small_guest
 
 QEMU = shutil.which("qemu-system-x86_64")
 BUILT_FROM = ("apt-get", "apt-cache", "dpkg-deb")
@@ -168,28 +173,97 @@ class Console:
         raise AssertionError(f"the guest ended without saying {expected}")
 
 
-@pytest.fixture
-async def booted(guest: small_guest.SmallGuest, tmp_path: Path) -> AsyncIterator[tuple[Console, QMPClient]]:
+class Booted:
+    """A guest that runs: what it writes, the ways to it, and its disk."""
+
+    def __init__(self, folder: Path, output: asyncio.StreamReader) -> None:
+        self.folder = folder
+        self.console = Console(output)
+        self.monitor = QMPClient()
+
+    async def agent(self) -> GuestAgent:
+        """The guest's agent, once it listens."""
+        return GuestAgent(*await asyncio.open_unix_connection(self.folder / "agent"))
+
+    async def get(self, path: str) -> str:
+        """What the guest's web server answers, through the port that is forwarded to it."""
+        answer = await self.monitor.execute("human-monitor-command", {"command-line": "info usernet"})
+        found = re.search(r"TCP\[HOST_FORWARD\]\s+\S+\s+127\.0\.0\.1\s+(\d+)", str(answer))
+        assert found is not None
+        async with asyncio.timeout(30):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(found.group(1)))
+            writer.write(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
+            text = (await reader.read()).decode()
+            writer.close()
+        return text.partition("\r\n\r\n")[2].strip()
+
+    async def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(await self.get("cgi-bin/status"))
+        return found
+
+
+class GuestAgent:
+    """One who speaks with the guest's agent, as QEMU's documentation says."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, command: str, mark: bytes = b"", **arguments: Any) -> None:
+        self._writer.write(mark + json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+
+    async def line(self) -> bytes:
+        async with asyncio.timeout(30):
+            return await self._reader.readline()
+
+    async def ask(self, command: str, **arguments: Any) -> Any:
+        """What it returns; of an error, its class."""
+        self.send(command, **arguments)
+        answer = json.loads(await self.line())
+        return answer["return"] if "return" in answer else answer["error"]["class"]
+
+
+MACHINE = (
+    "-M q35 -cpu kvm64 -accel tcg -m 128 -nodefaults -no-user-config -display none -serial stdio "
+    "-device pcie-root-port,id=slot1,slot=1 -device pcie-root-port,id=slot2,slot=2 "
+    "-netdev user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:80 -device virtio-net-pci,netdev=net,romfile= "
+    "-chardev socket,id=agent,path=agent,server=on,wait=off -device virtio-serial-pci "
+    "-device virtserialport,chardev=agent,name=org.qemu.guest_agent.0 "
+    "-drive file=disk,format=raw,if=virtio -drive file=seed.iso,format=raw,if=virtio,readonly=on"
+)
+
+
+@contextlib.asynccontextmanager
+async def booting(guest: small_guest.SmallGuest, folder: Path, seed: Seed) -> AsyncIterator[Booted]:
     assert QEMU is not None
-    machine = "-M q35 -cpu kvm64 -accel tcg -m 128 -nodefaults -no-user-config -display none -serial stdio"
-    devices = "-device pcie-root-port,id=slot1,slot=1 -netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net"
+    with (folder / "disk").open("wb") as disk:
+        disk.truncate(8 << 20)
+    seed_iso.write(folder / "seed.iso", seed, "tested")
     process = await asyncio.create_subprocess_exec(
-        *(QEMU, *machine.split(), *devices.split(), "-kernel", str(guest.kernel), "-initrd", str(guest.initrd)),
-        *("-append", f"{guest.cmdline} interlock.hostname=tested", "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"),
+        *(QEMU, *MACHINE.split(), "-kernel", str(guest.kernel), "-initrd", str(guest.initrd)),
+        *("-append", f"{guest.cmdline} interlock.hostname=tested", "-qmp", "unix:qmp,server=on,wait=off"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
+        cwd=folder,
     )
     assert process.stdout is not None
-    monitor = QMPClient()
+    booted = Booted(folder, process.stdout)
     try:
-        console = Console(process.stdout)
-        await console.until("interlock-guest: up tested")
-        await monitor.connect(f"{tmp_path}/qmp")
-        yield console, monitor
+        await booted.console.until("interlock-guest: up tested")
+        await booted.monitor.connect(f"{folder}/qmp")
+        yield booted
     finally:
         if process.returncode is None:
             process.kill()
         await process.wait()
+        with contextlib.suppress(Exception):
+            await booted.monitor.disconnect()
+
+
+@pytest.fixture
+async def booted(guest: small_guest.SmallGuest, tmp_path: Path) -> AsyncIterator[Booted]:
+    async with booting(guest, tmp_path, Seed(hostname="seeded")) as running:
+        yield running
 
 
 class TestBuilt:
@@ -226,18 +300,124 @@ class TestBooted:
 
     pytestmark = MARKS
 
-    async def test_it_has_an_address_tells_of_a_plugged_disk_and_heeds_the_power_button(
-        self, booted: tuple[Console, QMPClient], tmp_path: Path
-    ) -> None:
-        console, monitor = booted
+    async def test_it_has_an_address_tells_of_a_plugged_disk_and_heeds_the_power_button(self, booted: Booted) -> None:
+        console, monitor = booted.console, booted.monitor
         await console.until("interlock-guest: address 10.0.2.15")
-        subprocess.run(["truncate", "--size=8M", tmp_path / "disk"], check=True)  # noqa: ASYNC221
-        file = {"driver": "file", "filename": str(tmp_path / "disk")}
+        subprocess.run(["truncate", "--size=8M", booted.folder / "plugged"], check=True)  # noqa: ASYNC221
+        file = {"driver": "file", "filename": "plugged"}
         await monitor.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": file})
         await monitor.execute("device_add", {"driver": "virtio-blk-pci", "drive": "disk", "id": "d", "bus": "slot1"})
-        await console.until("interlock-guest: disk vda 16384 sectors")
+        await console.until("interlock-guest: disk vdc 16384 sectors")
         await monitor.execute("device_del", {"id": "d"})
-        await console.until("interlock-guest: disk vda gone")
+        await console.until("interlock-guest: disk vdc gone")
         await monitor.execute("system_powerdown")
         await console.until("interlock-guest: power button")
-        await monitor.disconnect()
+
+    async def test_it_tells_of_an_interface_that_is_plugged_in_and_out(self, booted: Booted) -> None:
+        console, monitor = booted.console, booted.monitor
+        await console.until("interlock-guest: address")
+        await monitor.execute("netdev_add", {"type": "user", "id": "second", "restrict": True})
+        device = {"driver": "virtio-net-pci", "netdev": "second", "id": "n", "bus": "slot2", "romfile": ""}
+        await monitor.execute("device_add", {**device, "mac": "52:54:00:00:00:77"})
+        await console.until("interlock-guest: interface eth1 52:54:00:00:00:77")
+        await monitor.execute("device_del", {"id": "n"})
+        await console.until("interlock-guest: interface eth1 gone")
+
+    async def test_what_was_written_to_its_disk_is_there_for_others_and_after_a_reset(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: address")
+        before = await booted.status()
+        assert await booted.get("cgi-bin/write?first%20words") == "first words"
+        disk = (booted.folder / "disk").read_bytes()
+        assert disk[1 << 20 :].startswith(b"first words\n\0")
+        assert not any(disk[: 1 << 20])
+        assert "no such disk" in await booted.get("cgi-bin/read/vdx")
+        assert before["boot_id"] == (await booted.status())["boot_id"]
+        await booted.monitor.execute("system_reset")
+        await booted.console.until("interlock-guest: address")
+        assert await booted.get("cgi-bin/read") == "first words"
+        assert before["boot_id"] != (await booted.status())["boot_id"]
+
+    async def test_a_guest_that_is_paused_goes_on_counting_where_it_was(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: address")
+        before = await booted.status()
+        await booted.monitor.execute("stop")
+        await booted.monitor.execute("cont")
+        after = await booted.status()
+        while after["counter"] == before["counter"]:
+            after = await booted.status()
+        assert after["counter"] > before["counter"]
+        assert after["uptime_s"] > before["uptime_s"]
+        assert after["boot_id"] == before["boot_id"]
+
+    async def test_its_agent_speaks_qemus_protocol(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: agent listens")
+        agent = await booted.agent()
+        agent.send("guest-sync-delimited", mark=b'{"execute": "gue\xff', id=981_264)
+        assert await agent.line() == b'\xff{"return": 981264}\n'
+        assert await agent.ask("guest-sync", id=17) == 17
+        assert await agent.ask("guest-ping") == {}
+        told = await agent.ask("guest-info")
+        assert {"guest-ping", "guest-shutdown"} < {each["name"] for each in told["supported_commands"]}
+        assert (await agent.ask("guest-get-osinfo"))["id"] == "interlock"
+        assert await agent.ask("guest-exec", path="/bin/sh") == "CommandNotFound"
+        assert await agent.ask("guest-sync") == "GenericError"
+
+    async def test_its_agent_sets_a_password_that_is_kept_as_a_hash(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: agent listens")
+        agent = await booted.agent()
+        secret = base64.b64encode(b"a secret").decode()
+        assert await agent.ask("guest-set-user-password", username="nobody", password=secret) == "GenericError"
+        assert await agent.ask("guest-set-user-password", username="root", password=secret, crypted=False) == {}
+        kept = (await booted.status())["passwords"]["root"]
+        made = subprocess.run(  # noqa: ASYNC221
+            ["openssl", "passwd", "-5", "-salt", kept.split("$")[2], "a secret"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert made.stdout.strip() == kept
+
+    async def test_who_writes_waits_while_it_is_frozen(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: agent listens")
+        agent = await booted.agent()
+        assert await agent.ask("guest-fsfreeze-status") == "thawed"
+        assert await agent.ask("guest-fsfreeze-freeze") == 1
+        assert await agent.ask("guest-fsfreeze-freeze") == "GenericError"
+        assert await agent.ask("guest-get-osinfo") == "GenericError"
+        writing = asyncio.create_task(booted.get("cgi-bin/write?late"))
+        # A second conversation after the writer's has begun: the guest has had its chance to answer the first.
+        assert (await booted.status())["frozen"] is True
+        assert not writing.done()
+        assert not any((booted.folder / "disk").read_bytes())
+        assert await agent.ask("guest-fsfreeze-thaw") == 1
+        assert await writing == "late"
+        assert await agent.ask("guest-fsfreeze-thaw") == 0
+        assert (await booted.status())["freezes"] == 1
+
+    async def test_its_agent_powers_it_off_and_can_be_told_to_be_silent(self, booted: Booted) -> None:
+        await booted.console.until("interlock-guest: agent listens")
+        agent = await booted.agent()
+        assert await booted.get("cgi-bin/silence-agent") == "silence-agent"
+        agent.send("guest-sync", id=1)
+        assert await booted.get("cgi-bin/wake-agent") == "wake-agent"
+        assert await agent.ask("guest-sync", id=2) == 2
+        agent.send("guest-shutdown", mode="powerdown")
+        await booted.console.until("interlock-guest: agent powerdown")
+        assert await agent.line() == b""
+
+    async def test_it_takes_a_seed_to_heart(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+        script = "#!/bin/sh\necho ran as $(hostname)\ncat /root/.ssh/authorized_keys\n"
+        keys = ("ssh-ed25519 AAAAC3Nza me@there", "ecdsa-sha2-nistp256 AAAAE2V= you")
+        async with booting(guest, tmp_path, Seed(hostname="web-1", ssh_keys=keys, user_data=script)) as booted:
+            await booted.console.until("interlock-guest: seed web-1")
+            await booted.console.until("ran as web-1")
+            for key in keys:
+                assert await booted.console.until("ssh-|ecdsa") == key
+            assert (await booted.status())["hostname"] == "web-1"
+
+    async def test_it_does_what_a_simple_cloud_config_says(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+        config = "#cloud-config\nhostname: db-1\nruncmd:\n  - echo one $((1 + 1))\n  - echo three\nother: 1\n"
+        async with booting(guest, tmp_path, Seed(hostname="web-1", user_data=config)) as booted:
+            await booted.console.until("interlock-guest: seed db-1")
+            assert await booted.console.until("one") == "one 2"
+            await booted.console.until("three")

@@ -38,28 +38,49 @@ _BUSYBOX_PATH = re.compile(r"(usr/)?bin/busybox")
 
 _MODULES = ("evdev", "button", "virtio_pci", "virtio_blk", "virtio_net", "pvpanic_mmio", "pvpanic_pci")
 """The power button, PCI devices, disks, network, and telling of a panic. A kernel has some of them built in."""
+_LATER_MODULES = ("virtio_console", "isofs")
+"""The guest agent's port and the seed's file system: loaded when the guest is up already."""
 _LIKELY_NEEDED = (
     *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "failover", "net_failover", "pvpanic"),
+    "cdrom",
 )
 """What those need in the kernels of today; anything else is found by reading what the modules say and looking again."""
 _APPLETS = (
-    *("acpid", "cat", "dmesg", "echo", "free", "hostname", "httpd", "insmod", "ip", "ls", "mkdir", "mount", "nc"),
-    *("poweroff", "ps", "reboot", "rm", "rmdir", "sh", "sleep", "udhcpc", "uevent", "uptime"),
+    *("acpid", "base64", "cat", "chmod", "cp", "dd", "dmesg", "echo", "free", "grep", "halt", "head", "hostname"),
+    *("httpd", "insmod", "ip", "kill", "ls", "mkdir", "mkfifo", "mkpasswd", "mount", "nc", "nproc", "poweroff", "ps"),
+    *("reboot", "rm", "rmdir", "sed", "setsid", "sh", "sleep", "sync", "tr", "udhcpc", "uevent", "umount", "uptime"),
+    *("vi", "yes"),
 )
 _SCRIPTS = {
     "init": "init",
     "bin/plugged": "plugged",
     "bin/leased": "leased",
+    "bin/agent": "agent",
+    "bin/console_shell": "console_shell",
+    "bin/count": "count",
+    "bin/seed": "seed",
     "etc/acpi/PWRF/00000080": "power_button",
     **{
         f"www/cgi-bin/{name}": "misbehave"
-        for name in ("poweroff", "reboot", "panic", "ignore-power-button", "heed-power-button")
+        for name in (
+            *("poweroff", "reboot", "panic", "ignore-power-button", "heed-power-button", "silence-agent"),
+            *("wake-agent", "flood-console", "dirty-memory", "rest"),
+        )
     },
+    "www/cgi-bin/status": "status",
+    "www/cgi-bin/write": "disk_content",
+    "www/cgi-bin/read": "disk_content",
 }
 _FOLDERS = (
-    *("bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "modules", "proc", "run", "run/disks", "sys", "tmp"),
-    *("www", "www/cgi-bin"),
+    *("bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "etc/seed", "modules", "proc", "root", "root/.ssh", "run"),
+    *("run/disks", "run/interfaces", "sys", "tmp", "www", "www/cgi-bin"),
 )
+_TEXTS = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+    "etc/shadow": "root:*:::::::\n",
+    "run/busy": "",
+    "run/freezes": "0\n",
+}
 
 
 class SmallGuest(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +153,7 @@ def _build(
 
 
 def _read_kernel(files: list[Path]) -> _KernelFiles:
-    wanted = {*_MODULES, *_LIKELY_NEEDED}
+    wanted = {*_MODULES, *_LATER_MODULES, *_LIKELY_NEEDED}
     while True:
         members = _members(files, wanted)
         builtin = _builtin(members)
@@ -182,13 +203,14 @@ def _in_loading_order(modules: dict[str, bytes]) -> dict[str, bytes]:
             add(needed)
         ordered[name] = modules[name]
 
-    for name in _MODULES:
+    for name in (*_MODULES, *_LATER_MODULES):
         add(name)
     return ordered
 
 
 def _entries(busybox: bytes, modules: dict[str, bytes]) -> list[initramfs.Entry]:
-    order = "".join(f"{name}\n" for name in modules).encode()
+    names = list(modules)
+    first = 1 + max((names.index(name) for name in _MODULES if name in modules), default=-1)
     return [
         *(initramfs.folder(path) for path in _FOLDERS),
         # The kernel opens this one for process 1, before that has mounted anything.
@@ -196,9 +218,15 @@ def _entries(busybox: bytes, modules: dict[str, bytes]) -> list[initramfs.Entry]
         initramfs.file("bin/busybox", busybox, permissions=0o755),
         *(initramfs.link(f"bin/{applet}", "busybox") for applet in _APPLETS),
         *(initramfs.file(path, _script(name), permissions=0o755) for path, name in _SCRIPTS.items()),
+        *(initramfs.file(path, text.encode()) for path, text in _TEXTS.items()),
         *(initramfs.file(f"modules/{name}.ko", data) for name, data in modules.items()),
-        initramfs.file("modules/order", order),
+        initramfs.file("modules/order", _lines(names[:first])),
+        initramfs.file("modules/later", _lines(names[first:])),
     ]
+
+
+def _lines(names: list[str]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
 
 
 def _script(name: str) -> bytes:
