@@ -73,6 +73,10 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     there."""
     console_check_interval_ms: int = 5_000
     """How often the size of the console logs is looked at while somebody is in charge of the guests, in ms."""
+    agent_timeout_ms: int = 2_000
+    """How long a guest agent may take to answer before it counts as not there, in ms."""
+    freeze_timeout_ms: int = 10_000
+    """How long a guest agent may take to hold its file systems still for a copy, or to let them go on, in ms."""
     start_timeout_ms: int = 15_000
     """How long a new process may take until it answers, in ms."""
     detach_timeout_ms: int = 10_000

@@ -15,7 +15,7 @@ import msgspec
 from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.core.records import Disk, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import plugging, root_disks
+from interlock.hypervisors.qemu import guest_agent, plugging, root_disks
 from interlock.hypervisors.qemu.charge import SAFE_ID, Charge
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase
@@ -177,6 +177,18 @@ class QemuHypervisor(Charge, Unmade):
             raise NotThere(f"No guest of instance {instance_id} runs.")
         if state is not PowerState.RUNNING:
             await guest.tell(permit, "cont")
+
+    # --------------------------------------------------------------------------------------------- guest agent
+
+    async def agent_answers(self, instance_id: str) -> bool:
+        guest = self._guests.get(instance_id)
+        return guest is not None and await guest_agent.answers(guest)
+
+    async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
+        await guest_agent.ask_shutdown(self._guest(instance_id), permit)
+
+    async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
+        await guest_agent.set_password(self._guest(instance_id), permit, user, password)
 
     # --------------------------------------------------------------------------------------------- disks
 

@@ -11,12 +11,12 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from interlock.core.errors import NotThere, Refused, Unavailable
 from interlock.core.records import GuestEvent
-from interlock.hypervisors.qemu import console_log
+from interlock.hypervisors.qemu import console_log, guest_agent
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase
 from interlock.hypervisors.qemu.process import Account, account, find_in, runs_in, started_ticks
@@ -102,6 +102,8 @@ class Charge:
                     guest = self._hold(instance_id, folder, process_id)
         if guest is not None:
             await guest.catch_up()
+            if folder.is_noted_frozen():
+                self._later(guest_agent.thaw_forgotten(guest))
         elif record is not None:
             if record.phase is Phase.RUNNING:
                 self._listener(HypervisorEvent(instance_id=instance_id, kind=GuestEvent.VANISHED, during_watch=False))
@@ -142,9 +144,13 @@ class Charge:
     def _forget(self, guest: Guest) -> None:
         if self._guests.get(guest.instance_id) is guest:
             del self._guests[guest.instance_id]
-        closing = asyncio.get_running_loop().create_task(guest.monitor.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._later(guest.monitor.close())
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that nobody waits for before `close`."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         self._listener = _nobody

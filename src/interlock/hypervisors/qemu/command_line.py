@@ -25,6 +25,9 @@ RESCUE: Final = "rescue"
 JOURNAL: Final = "journal"
 """The pair of pipes `journal.in` and `journal.out`, in the folder in which QEMU is started."""
 MACHINE_TYPE: Final = "q35"
+MONITOR: Final = "monitor"
+AGENT: Final = "agent"
+"""The character devices of the command monitor and of the guest agent's port, and the sockets that stand for them."""
 
 _DEVICE_PREFIX: Final = "disk-"
 _PORT_PREFIX: Final = "port-"
@@ -38,6 +41,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers under which QEMU finds what was opened for it."""
 
     monitor: int
+    agent: int
     console: int
     disks: dict[str, int]
     """By disk id."""
@@ -129,6 +133,7 @@ def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descript
         *_monitors(at),
         *("-add-fd", f"fd={at.console},set={at.console}"),
         *("-chardev", f"file,id=console,path=/dev/fdset/{at.console},append=on", "-serial", "chardev:console"),
+        *_agent(at),
         *("-device", "pvpanic"),
         *_network(spec),
         *_disks(spec, settings, at),
@@ -147,9 +152,19 @@ def _processor(spec: Spec, settings: QemuSettings) -> list[str]:
 def _monitors(at: Descriptors) -> list[str]:
     """One monitor for commands, and one whose events wait in a pipe while nobody reads them."""
     return [
-        *("-chardev", f"socket,id=monitor,fd={at.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
+        *("-chardev", _socket(MONITOR, at.monitor), "-mon", f"chardev={MONITOR},mode=control"),
         *("-chardev", f"pipe,id=journal,path={JOURNAL}", "-mon", "chardev=journal,mode=control"),
     ]
+
+
+def _agent(at: Descriptors) -> list[str]:
+    """The port on which a guest agent finds us, by the name that it looks for."""
+    port = f"virtserialport,chardev={AGENT},name=org.qemu.guest_agent.0"
+    return ["-chardev", _socket(AGENT, at.agent), "-device", "virtio-serial-pci", "-device", port]
+
+
+def _socket(name: str, descriptor: int) -> str:
+    return f"socket,id={name},fd={descriptor},server=on,wait=off"
 
 
 def _network(spec: Spec) -> list[str]:

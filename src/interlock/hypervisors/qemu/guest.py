@@ -57,6 +57,8 @@ class Guest:
         """Whether what is read now happens now; False while what was kept is read."""
         self.rests = asyncio.Event()
         """Set while no guest runs in the process: it powered itself off, crashed, or the process has ended."""
+        self.agent_turn = asyncio.Lock()
+        """Held by who talks with the guest's agent."""
         self.last_seen = PowerState.NONE
         self.last_disks: tuple[str, ...] = ()
         self._tell = tell

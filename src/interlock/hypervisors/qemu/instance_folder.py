@@ -5,6 +5,8 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     process.json        who holds the guest; absent when nobody is meant to
     lock                locked (flock) by the process that holds the guest, for exactly as long as it lives
     monitor             the socket of the command monitor
+    agent               the socket of the guest agent's port
+    frozen              there while the guest's file systems may be held still
     root.qcow2          the root disk number 0, an overlay of the image or whole
     root-N.qcow2        the root disk number N, which a rebuild, a resize or an unshelving made
     rescue.qcow2        while it is rescued: an overlay of the rescue image
@@ -32,7 +34,7 @@ import msgspec
 
 from interlock.core.errors import Refused
 from interlock.core.records import Spec
-from interlock.hypervisors.qemu.command_line import JOURNAL
+from interlock.hypervisors.qemu.command_line import JOURNAL, MONITOR
 from interlock.ports import Permit
 
 RecordT = TypeVar("RecordT")
@@ -119,6 +121,16 @@ class InstanceFolder:
     def keep_spec(self, spec: Spec) -> None:
         _write(self.path / "spec.json", spec)
 
+    def note_frozen(self) -> None:
+        """Keep that the guest's file systems may be held still from now on, for whoever comes after us."""
+        (self.path / "frozen").touch()
+
+    def is_noted_frozen(self) -> bool:
+        return (self.path / "frozen").exists()
+
+    def forget_frozen(self) -> None:
+        (self.path / "frozen").unlink(missing_ok=True)
+
     # ------------------------------------------------------------------------------------- what a process needs
 
     def lock(self) -> int | None:
@@ -144,13 +156,13 @@ class InstanceFolder:
         os.close(descriptor)
         return False
 
-    def listen(self) -> socket.socket:
-        """A fresh socket for the command monitor, listening."""
-        (self.path / "monitor").unlink(missing_ok=True)
+    def listen(self, name: str) -> socket.socket:
+        """A fresh socket of that name for QEMU to answer on, listening."""
+        (self.path / name).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with self._short_path() as short:
-                listener.bind(f"{short}/monitor")
+                listener.bind(f"{short}/{name}")
             # A frozen QEMU accepts nobody; each server that comes while it is frozen waits here.
             listener.listen(128)
         except BaseException:
@@ -160,11 +172,15 @@ class InstanceFolder:
 
     def call_monitor(self) -> socket.socket:
         """A socket connected to the command monitor. Raises OSError if nobody listens."""
+        return self.call(MONITOR)
+
+    def call(self, name: str) -> socket.socket:
+        """A socket connected to the one of that name. Raises OSError if nobody listens."""
         caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         caller.setblocking(False)
         try:
             with self._short_path() as short:
-                caller.connect(f"{short}/monitor")
+                caller.connect(f"{short}/{name}")
         except BaseException:
             caller.close()
             raise

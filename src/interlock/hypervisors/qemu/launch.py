@@ -15,6 +15,8 @@ from pathlib import Path
 from interlock.core.errors import NotResponding, Refused
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu.command_line import (
+    AGENT,
+    MONITOR,
     RESCUE,
     ROOT,
     Descriptors,
@@ -78,12 +80,14 @@ def _open_all(
         handed_over.append(descriptor)
         return FIRST_DESCRIPTOR + len(handed_over) - 1
 
-    monitor = hand_over(folder.listen().detach())
+    monitor = hand_over(folder.listen(MONITOR).detach())
+    agent = hand_over(folder.listen(AGENT).detach())
     console = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     image = booted_image(spec)
     kernel = image.kind == "kernel"
     at = Descriptors(
         monitor=monitor,
+        agent=agent,
         console=hand_over(console),
         kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
         initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
