@@ -138,11 +138,11 @@ class Server:
         self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
         host = config.host or platform.node() or "localhost"
         upkeep = Upkeep(host, self.store, self.in_force, config.upkeep, new_id)
-        self.agent = Agent(host, self.store, self.hypervisor, self.in_force, config.driver, upkeep)
         self.callers = Callers(self.store, new_id, new_secret)
-        image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
+        self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
         volume_files = VolumeFolder(self.folder / "volumes")
-        self.inventory = Inventory(self.store, image_files, volume_files, new_id, config.volume_gib_max)
+        self.agent = Agent(host, self.store, self.hypervisor, self.image_files, self.in_force, config.driver, upkeep)
+        self.inventory = Inventory(self.store, self.image_files, volume_files, new_id, config.volume_gib_max)
         self.instances = Instances(
             self.store, self.in_force, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
         )
@@ -185,6 +185,7 @@ class Server:
             self.policies.listen(self.metrics.note_policy)
             self.metrics.begin(*await self.instances.census())
             self.instances.listen(self.metrics.hear)
+            await self.inventory.sweep()
             await self.agent.open()
             await self.callers.open()
             await self._first_token()

@@ -25,9 +25,9 @@ _FILES: Final = frozenset({"disk", "kernel", "initrd"})
 # --------------------------------------------------------------------------------------------------------- images
 
 
-async def images(parts: ApiParts, _caller: Caller, request: Request) -> Response:
+async def images(parts: ApiParts, caller: Caller, request: Request) -> Response:
     asking.only(request.query_params)
-    return answer(schemas.ImageList(items=tuple(views.image(one) for one in await parts.inventory.images())))
+    return answer(schemas.ImageList(items=tuple(views.image(one) for one in await parts.inventory.images(caller))))
 
 
 async def add_image(parts: ApiParts, caller: Caller, request: Request) -> Response:

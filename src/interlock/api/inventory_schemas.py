@@ -37,6 +37,12 @@ class Image(Wire, frozen=True, kw_only=True):
     """The size that the guest sees, for a disk."""
     sha256: str
     created_at: Timestamp
+    project: str | None = None
+    """Whose it is; null: every project may use it."""
+    source_instance: str | None = None
+    """The id of the instance of which it is a snapshot."""
+    backup_type: str | None = None
+    """Of a backup: with which others of the instance it rotates."""
 
 
 class ImageList(Wire, frozen=True, kw_only=True):

@@ -273,6 +273,9 @@ def image(one: records.Image) -> schemas.Image:
         size_bytes=one.size_bytes,
         sha256=one.sha256,
         created_at=timestamp(one.created_at_ms),
+        project=one.project,
+        source_instance=one.source_instance,
+        backup_type=one.backup_type,
     )
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: PLC0414 - a record is made of them, and they are found here with it
 """What is kept of an instance and of what was asked of it, and the shapes in which the core answers.
 
 Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`); they are
@@ -14,6 +15,12 @@ import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.restart_policy import RestartPolicy, Restarts
+from interlock.core.specs import Disk as Disk
+from interlock.core.specs import Forward as Forward
+from interlock.core.specs import Image as Image
+from interlock.core.specs import Interface as Interface
+from interlock.core.specs import Seed as Seed
+from interlock.core.specs import Spec as Spec
 from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 AnswerT = TypeVar("AnswerT")
@@ -117,86 +124,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def hard(self) -> bool:
         return self.parameters.get("hard") is True
 
-
-class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """What an instance boots. A `disk` image is the base of its root disk; a `kernel` image is booted directly."""
-
-    id: str
-    name: str
-    kind: str
-    format: str = "raw"
-    """Of a `disk` image: `raw` or `qcow2`."""
-    path: str
-    """The disk, or the kernel, inside the server's image folder."""
-    initrd: str | None = None
-    cmdline: str | None = None
-    size_bytes: int
-    """The size that the guest sees, for a disk."""
-    sha256: str
-    created_at_ms: int = 0
-
-
-class Disk(msgspec.Struct, frozen=True, kw_only=True):
-    """One disk of an instance: its root disk, or an attached volume."""
-
-    id: str
-    """`root`, or the volume's id."""
-    path: str
-    format: str = "qcow2"
-    read_only: bool = False
-
-
-class Forward(msgspec.Struct, frozen=True, kw_only=True):
-    """A TCP port of the guest, reachable on the host's loopback address."""
-
-    host_port: int
-    guest_port: int
-
-
-class Interface(msgspec.Struct, frozen=True, kw_only=True):
-    """A network interface of an instance, beyond the first one that each has."""
-
-    id: str
-    mac: str
-    """Six pairs of hexadecimal digits with colons."""
-
-
-class Seed(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guest is told of itself when it first starts, in the words of cloud-init's NoCloud."""
-
-    hostname: str
-    ssh_keys: tuple[str, ...] = ()
-    user_data: str | None = None
-    network_config: str | None = None
-
-
-class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a hypervisor needs to know to hold an instance."""
-
-    image: Image
-    """What its root disk is built on, or the kernel that it boots."""
-    rescue_image: Image | None = None
-    """While it is rescued: what it boots instead, its root disk beside it as another disk."""
-    vcpus: int = 1
-    memory_mib: int = 128
-    root_gib: int = 0
-    """Size of the root disk, in GiB; 0 keeps the image's own size. With a kernel image, 0 means that there is no root
-    disk, and any other size an empty one."""
-    root: int = 0
-    """Which root disk it has: each rebuild, resize or unshelving makes the next, so that two are never mistaken."""
-    root_is_whole: bool = False
-    """Whether the root disk stands by itself, instead of being a layer over the image."""
-    disks: tuple[Disk, ...] = ()
-    """The attached volumes, in the order attached."""
-    forwards: tuple[Forward, ...] = ()
-    interfaces: tuple[Interface, ...] = ()
-    """Network interfaces beyond the first, in the order attached."""
-    seed: Seed | None = None
-
     @property
-    def has_root(self) -> bool:
-        """Whether it has a disk of its own."""
-        return self.image.kind == "disk" or self.root_gib > 0
+    def image_name(self) -> str | None:
+        """The name of the image that it makes, if it makes one that was given a name."""
+        name = self.parameters.get("name")
+        return name if self.operation is Operation.SNAPSHOT and isinstance(name, str) else None
 
 
 class Moved(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +151,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     spec: Spec | msgspec.UnsetType = msgspec.UNSET
     prior_spec: Spec | msgspec.UnsetType | None = msgspec.UNSET
     shelved_image: Image | msgspec.UnsetType | None = msgspec.UNSET
+    prior_vm_state: VmState | msgspec.UnsetType = msgspec.UNSET
+    """For what can no more be brought back as it was."""
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -286,6 +220,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a hypervisor should hold its guest. One that was resized while it was stopped is not started."""
         resting = self.vm_state is VmState.RESIZED and self.power_state is PowerState.NONE
         return self.vm_state in EXECUTING_STATES and not resting
+
+    @property
+    def image_ids(self) -> frozenset[str]:
+        """The images that must not go while it is there: what its disks are built on, or it boots, or soon will."""
+        specs = (spec for spec in (self.spec, self.prior_spec) if spec is not None)
+        images = [image for spec in specs for image in (spec.image, spec.rescue_image) if image is not None]
+        named = (request.parameters.get("image") for request in (*self.outstanding, *self.held))
+        return frozenset(image.id for image in images) | frozenset(name for name in named if isinstance(name, str))
 
     @property
     def launched(self) -> bool:

@@ -17,7 +17,7 @@ from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, HypervisorEvent, InstanceFilter, Store
+from interlock.ports import Hypervisor, HypervisorEvent, ImageFiles, InstanceFilter, Store
 
 _LOG = structlog.get_logger(__name__)
 _PAGE = 500
@@ -37,6 +37,7 @@ class Agent:
         host: str,
         store: Store,
         hypervisor: Hypervisor,
+        images: ImageFiles,
         policy: PolicyInForce,
         config: DriverConfig,
         upkeep: Upkeep,
@@ -44,6 +45,7 @@ class Agent:
         self._host = host
         self._store = store
         self._hypervisor = hypervisor
+        self._images = images
         self._policy = policy
         self._config = config
         self._upkeep = upkeep
@@ -107,7 +109,9 @@ class Agent:
     def _driver(self, instance_id: str) -> StateDriver:
         driver = self._drivers.get(instance_id)
         if driver is None:
-            driver = StateDriver(instance_id, self._store, self._hypervisor, self._policy, self._config, self._forget)
+            driver = StateDriver(
+                instance_id, self._store, self._hypervisor, self._images, self._policy, self._config, self._forget
+            )
             self._drivers[instance_id] = driver
         return driver
 

@@ -22,7 +22,7 @@ from interlock.core.states import EXECUTING_STATES, PowerState
 from interlock.driver.work import FencePermit, Work
 from interlock.driver.worker import Worker
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, Store
+from interlock.ports import Hypervisor, ImageFiles, Store
 
 _LOG = structlog.get_logger(__name__)
 _Step = tuple[Instance, Request | None, bool]
@@ -43,6 +43,7 @@ class StateDriver:
         instance_id: str,
         store: Store,
         hypervisor: Hypervisor,
+        images: ImageFiles,
         policy: PolicyInForce,
         config: DriverConfig,
         gone: Callable[[str], None],
@@ -50,6 +51,7 @@ class StateDriver:
         self._id = instance_id
         self._store = store
         self._hypervisor = hypervisor
+        self._images = images
         self._policy = policy
         self._config = config
         self._gone = gone
@@ -170,7 +172,7 @@ class StateDriver:
         before = self._workers.get(request.lane)
         if before is not None:
             self._leaving.add(before)
-        work = Work(self._store, self._hypervisor, self._config, instance, request)
+        work = Work(self._store, self._hypervisor, self._images, self._config, instance, request)
         self._workers[request.lane] = Worker(work, self._policy, self.wake)
 
     def _reap(self) -> None:

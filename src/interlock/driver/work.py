@@ -15,7 +15,7 @@ from interlock.core.operations import Lane, Operation
 from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence
 from interlock.core.states import PowerState
 from interlock.driver.meter import Meter
-from interlock.ports import Hypervisor, Report, Store
+from interlock.ports import Hypervisor, ImageFiles, Report, Store
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,12 +51,14 @@ class Work:
         self,
         store: Store,
         hypervisor: Hypervisor,
+        images: ImageFiles,
         config: DriverConfig,
         instance: Instance,
         request: Request,
     ) -> None:
         self.store = store
         self.hypervisor = hypervisor
+        self.images = images
         self.config = config
         self.instance = instance
         self.request = request
@@ -90,9 +92,12 @@ class Work:
         """Say that the operation lives. Raises `Fenced`."""
         await self._report()
 
-    async def keep(self, kept: Kept) -> None:
-        """Keep what the instance is known by from now on; durable when this returns. Raises `Fenced`."""
-        await self._report(kept=kept)
+    async def keep(self, kept: Kept, phase: str | None = None) -> None:
+        """Keep what the instance is known by from now on, and the phase that begins with it, if one does.
+
+        Both are durable when this returns, or neither. Raises `Fenced`.
+        """
+        await self._report(kept=kept, phase=phase)
         self.instance = lifecycle.known_by(self.instance, kept)
 
     @contextlib.asynccontextmanager

@@ -22,6 +22,7 @@ from interlock.hypervisors.durable_files import (
     opened_source,
     remove_half_made,
     remove_unknown,
+    sync_file,
     sync_folder,
     telling_of_full_disk,
 )
@@ -33,7 +34,8 @@ KERNEL_BYTES_MAX = 256 << 20
 INITRD_BYTES_MAX = 1 << 30
 
 _MODE = 0o644
-_SUFFIXES = frozenset({".raw", ".qcow2", ".kernel", ".initrd"})
+_DRAFT = ".export"
+_SUFFIXES = frozenset({".raw", ".qcow2", ".kernel", ".initrd", _DRAFT})
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH_MAX - 1}}}")
 _CMDLINE = re.compile(rf"[\x20-\x7e]{{0,{CMDLINE_LENGTH_MAX}}}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -94,8 +96,29 @@ class ImageFolder:
             guest = await asyncio.to_thread(small_guest.build, self._cache)
         return await self.bring_kernel(image_id, name, guest.kernel, guest.initrd, guest.cmdline)
 
+    def draft_path(self, image_id: str) -> Path:
+        self.prepare()
+        return self._folder / f"{checked_id(image_id)}{_DRAFT}"
+
+    async def adopt_export(self, image_id: str, name: str) -> Image:
+        _check_names(image_id, name)
+        self.prepare()
+        return await asyncio.to_thread(self._adopt_export, image_id, name)
+
+    async def discard(self, image_id: str) -> None:
+        await asyncio.to_thread(self._remove, checked_id(image_id))
+
+    async def ids(self) -> frozenset[str]:
+        self.prepare()
+        found = await asyncio.to_thread(lambda: list(self._folder.iterdir()))
+        return frozenset(path.stem for path in found if path.suffix in _SUFFIXES)
+
+    async def holds(self, image: Image) -> bool:
+        paths = [Path(path) for path in (image.path, image.initrd) if path is not None]
+        return await asyncio.to_thread(lambda: all(path.is_file() for path in paths))
+
     async def remove(self, image: Image) -> None:
-        await asyncio.to_thread(self._remove, checked_id(image.id))
+        await self.discard(image.id)
 
     def _bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None) -> Image:
         inspection = disk_inspection.Inspection(source)
@@ -118,6 +141,36 @@ class ImageFolder:
             name=name,
             kind="disk",
             format=verdict.format,
+            path=str(kept),
+            size_bytes=verdict.size_bytes,
+            sha256=digest.hexdigest(),
+        )
+
+    def _adopt_export(self, image_id: str, name: str) -> Image:
+        """Judge the export as if it were a stranger's: what wrote it had a guest inside."""
+        draft, kept = self.draft_path(image_id), self._folder / f"{image_id}.qcow2"
+        source = draft if draft.exists() else kept
+        inspection = disk_inspection.Inspection(source)
+        digest = hashlib.sha256()
+        with opened_source(source) as (content, size):
+            for chunk in chunks(content, size, source):
+                inspection.feed(chunk)
+                digest.update(chunk)
+        verdict = inspection.verdict()
+        if verdict.format != "qcow2":
+            raise Invalid(f"{source}: the export is no qcow2 image.")
+        disk_inspection.second_opinion(source, source, verdict)
+        if source is draft:
+            with telling_of_full_disk(self._folder):
+                draft.chmod(_MODE)
+                sync_file(draft)
+                draft.rename(kept)
+                sync_folder(self._folder)
+        return Image(
+            id=image_id,
+            name=name,
+            kind="disk",
+            format="qcow2",
             path=str(kept),
             size_bytes=verdict.size_bytes,
             sha256=digest.hexdigest(),

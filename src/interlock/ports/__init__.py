@@ -7,7 +7,7 @@ adapter must pass, so that a sentence in a docstring here is a test there.
 from interlock.ports.clock import Clock
 from interlock.ports.files import ImageFiles, VolumeFiles
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
-from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume
+from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume, every_instance
 
 __all__ = [
     "Clock",
@@ -26,4 +26,5 @@ __all__ = [
     "Token",
     "Volume",
     "VolumeFiles",
+    "every_instance",
 ]

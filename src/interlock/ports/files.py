@@ -32,6 +32,33 @@ class ImageFiles(Protocol):
         """
         ...
 
+    def draft_path(self, image_id: str) -> Path:
+        """Where an export of a disk is to be written that `adopt_export` takes; the folder is there."""
+        ...
+
+    async def adopt_export(self, image_id: str, name: str) -> Image:
+        """Inspect what was written to the image's `draft_path`, and make it an image, durable when this returns.
+
+        Called again it gives the same image, whether or not the draft is still there.
+
+        Raises:
+            Invalid: it is no disk image that may be used, or nothing was written.
+            StoreFull, StoreError: it could not be kept.
+        """
+        ...
+
+    async def discard(self, image_id: str) -> None:
+        """Remove a draft, and what was adopted of it; does nothing where there is neither."""
+        ...
+
+    async def holds(self, image: Image) -> bool:
+        """Whether the files of the image are there."""
+        ...
+
+    async def ids(self) -> frozenset[str]:
+        """The ids of all images and drafts of which a file is there."""
+        ...
+
     async def remove(self, image: Image) -> None:
         """Remove the files of an image that no instance uses; does nothing where they are gone already."""
         ...

@@ -5,7 +5,7 @@ Its conformance suite is `testing/check_store/`: a sentence in a docstring here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -180,7 +180,7 @@ class Store(Protocol):
     async def tokens(self) -> tuple[Token, ...]: ...
 
     async def put_image(self, image: Image) -> None:
-        """Keep an image. Raises `NameTaken`."""
+        """Keep an image. Raises `NameTaken` (per project; those of all projects are one more)."""
         ...
 
     async def delete_image(self, image_id: str) -> bool: ...
@@ -216,3 +216,18 @@ class Store(Protocol):
         ...
 
     async def policy_bundle(self, number: int) -> PolicyBundle | None: ...
+
+
+_PAGE = 500
+
+
+async def every_instance(store: Store, where: InstanceFilter | None = None) -> AsyncIterator[Instance]:
+    """All instances that `where` shows, of every project where it names none; read page by page."""
+    cursor: str | None = None
+    while True:
+        page = await store.instances(where or InstanceFilter(), _PAGE, cursor)
+        for instance in page.items:
+            yield instance
+        cursor = page.next_cursor
+        if cursor is None:
+            return

@@ -93,7 +93,7 @@ class Instances:
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
-        spec = await self._resolving.new_spec(wish)
+        spec = await self._resolving.new_spec(caller, wish)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
 

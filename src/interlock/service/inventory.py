@@ -9,7 +9,7 @@ import msgspec
 
 from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
 from interlock.core.records import Image, Instance
-from interlock.ports import ImageFiles, InstanceFilter, Role, Store, Volume, VolumeFiles
+from interlock.ports import ImageFiles, Role, Store, Volume, VolumeFiles, every_instance
 from interlock.service.callers import Caller
 from interlock.service.wishes import NewVolume, check_name
 
@@ -17,7 +17,10 @@ MIB = 1024 * 1024
 
 
 class Inventory:
-    """The verbs on images, which all projects share, and on volumes, which belong to one."""
+    """The verbs on images and volumes.
+
+    A volume belongs to a project; so does an image that was made of an instance. What an admin brings in is for all.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,23 @@ class Inventory:
         self._volume_gib_max = volume_gib_max
 
     # ----------------------------------------------------------------------------------------------------- images
+
+    async def sweep(self) -> None:
+        """Remove what is left of images that were being made for requests that have ended without keeping one.
+
+        Called at the start, before anything is served. Files that nothing here knows of are left alone: they may be
+        younger than a database that was put back.
+        """
+        found = await self._image_files.ids() - {image.id for image in await self._store.images()}
+        if not found:
+            return
+        async for instance in every_instance(self._store):
+            found -= {request.id for request in (*instance.outstanding, *instance.held)}
+            if instance.shelved_image is not None:
+                found -= {instance.shelved_image.id}
+        for image_id in sorted(found):
+            if await self._store.request(image_id) is not None:
+                await self._image_files.discard(image_id)
 
     async def add_disk_image(self, caller: Caller, name: str, disk: Path, sha256: str | None = None) -> Image:
         """Inspect a disk image and bring it in. Raises `Invalid`, `NameTaken`, `Forbidden`, `StoreFull`."""
@@ -55,8 +75,19 @@ class Inventory:
     async def _check_new_image(self, caller: Caller, name: str) -> None:
         caller.require(Role.ADMIN, "add images")
         check_name(name, "name")
-        if any(image.name == name for image in await self._store.images()):
+        await self.check_image_name(caller, name)
+
+    async def check_image_name(self, caller: Caller, name: str) -> None:
+        """Raise `NameTaken` if an image of the project, or of all, has that name or is being made under it."""
+        if any(image.name == name for image in await self._store.images() if _of(image, caller.project)):
             raise NameTaken(f"There is an image named {name} already.", remedy="Choose another name.")
+        for instance in await self._store.unsettled():
+            for request in (*instance.outstanding, *instance.held):
+                if instance.project == caller.project and request.image_name == name:
+                    raise NameTaken(
+                        f"A {request.operation.value} of {instance.name} named {name} is being made.",
+                        remedy="Choose another name.",
+                    )
 
     async def _keep(self, image: Image) -> Image:
         image = msgspec.structs.replace(image, created_at_ms=self._store.now_ms())
@@ -67,36 +98,30 @@ class Inventory:
             raise
         return image
 
-    async def images(self) -> tuple[Image, ...]:
-        return await self._store.images()
+    async def images(self, caller: Caller) -> tuple[Image, ...]:
+        """The images that the caller may use: those of its project and of all; an admin's are those of everybody."""
+        found = await self._store.images()
+        return tuple(image for image in found if caller.role is Role.ADMIN or _of(image, caller.project))
 
-    async def find_image(self, reference: str) -> Image:
-        """The image of that id or name. Raises `NotFound`."""
-        for image in await self._store.images():
-            if reference in {image.id, image.name}:
-                return image
-        raise NotFound(f"There is no image {reference[:80]}.", remedy="List them with `interlock image list`.")
+    async def find_image(self, caller: Caller, reference: str) -> Image:
+        """The caller's image of that id or name; its project's own comes before that of all. Raises `NotFound`."""
+        found = [image for image in await self.images(caller) if reference in {image.id, image.name}]
+        found = [image for image in found if image.id == reference or _of(image, caller.project)]
+        if not found:
+            raise NotFound(f"There is no image {reference[:80]}.", remedy="List them with `interlock image list`.")
+        return min(found, key=lambda image: image.project is None)
 
     async def delete_image(self, caller: Caller, reference: str) -> None:
         """Remove an image that no instance uses. Raises `NotFound`, `InUse`, `Forbidden`."""
-        caller.require(Role.ADMIN, "delete images")
-        image = await self.find_image(reference)
-        user = await self._user_of(image)
-        if user is not None:
-            raise InUse(f"The image {image.name} is used by the instance {user.name}.", remedy="Delete that first.")
+        caller.require(Role.MEMBER, "delete images")
+        image = await self.find_image(caller, reference)
+        if image.project is None:
+            caller.require(Role.ADMIN, "delete images that every project may use")
+        async for user in every_instance(self._store):
+            if image.id in user.image_ids:
+                raise InUse(f"The image {image.name} is used by {_named(user, caller)}.", remedy="Delete that first.")
         await self._store.delete_image(image.id)
         await self._image_files.remove(image)
-
-    async def _user_of(self, image: Image) -> Instance | None:
-        cursor: str | None = None
-        while True:
-            page = await self._store.instances(InstanceFilter(), 500, cursor)
-            for instance in page.items:
-                if isinstance(instance, Instance) and instance.spec and instance.spec.image.id == image.id:
-                    return instance
-            if page.next_cursor is None:
-                return None
-            cursor = page.next_cursor
 
     # ---------------------------------------------------------------------------------------------------- volumes
 
@@ -142,3 +167,13 @@ class Inventory:
         if not await self._store.delete_volume(volume.id):
             raise InUse(f"The volume {volume.name} is attached to an instance.", remedy="Detach it first.")
         await self._volume_files.remove(volume.id)
+
+
+def _of(image: Image, project: str) -> bool:
+    """Whether the image is the project's own, or of all."""
+    return image.project is None or image.project == project
+
+
+def _named(instance: Instance, caller: Caller) -> str:
+    """The instance by its name, for whom it exists."""
+    return f"the instance {instance.name}" if instance.project == caller.project else "an instance of another project"

@@ -22,12 +22,12 @@ class Resolving:
         self._inventory = inventory
         self._memory_mib_max = memory_mib_max
 
-    async def new_spec(self, wish: NewInstance) -> Spec:
+    async def new_spec(self, caller: Caller, wish: NewInstance) -> Spec:
         """What a hypervisor is to know of the new instance. Raises `Invalid`, `NotFound` (image)."""
         if wish.memory_mib > self._memory_mib_max:
             raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
         return Spec(
-            image=await self._inventory.find_image(wish.image),
+            image=await self._inventory.find_image(caller, wish.image),
             vcpus=wish.vcpus,
             memory_mib=wish.memory_mib,
             root_gib=wish.root_gib,
@@ -47,7 +47,7 @@ class Resolving:
         if "volume" in found:
             found["volume"] = await self._volume(caller, operation, instance_id, found["volume"])
         if "image" in found:
-            found["image"] = (await self._inventory.find_image(found["image"])).id
+            found["image"] = (await self._inventory.find_image(caller, found["image"])).id
         return found
 
     async def _volume(self, caller: Caller, operation: Operation, instance_id: str, reference: str) -> str:

@@ -57,7 +57,7 @@ class SqliteInventory:
         await self._insert(
             f"There is an image named {image.name} already.",
             "INSERT INTO images (id, name, body) VALUES (?, ?, ?)",
-            *(image.id, image.name, rows.body(image)),
+            *(image.id, rows.image_key(image), rows.body(image)),
         )
 
     async def delete_image(self, image_id: str) -> bool:

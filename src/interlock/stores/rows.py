@@ -43,6 +43,11 @@ def body(record: object) -> str:
     return _encode(record).decode()
 
 
+def image_key(image: Image) -> str:
+    """What is unique of an image: its name, behind its project where it has one. No name has a slash."""
+    return image.name if image.project is None else f"{image.project}/{image.name}"
+
+
 FILED_COLUMNS: Final = ("name", "vm_state", "host", "task_state", "unsettled")
 """The columns of an instance that are in an index, so that a change of one costs more than the row."""
 

@@ -44,11 +44,19 @@ class Embedded:
         self.server = Server(self._config, SimulatedHypervisor(self.host, **self._simulated))
         await self.server.open()
         if not await self.server.store.images():
-            await self.server.store.put_image(IMAGE)
+            await self.put_image(IMAGE)
 
     async def crash(self) -> None:
         """End the server between two awaits of whatever it is doing. Nothing in flight is reported."""
         await self.server.close()
+
+    async def put_image(self, image: Image) -> Image:
+        """Keep an image in the record, with a file where its files are looked for; the image as it is kept."""
+        path = self.server.folder / "images" / f"{image.id}.{image.kind}"
+        path.touch()
+        kept = msgspec.structs.replace(image, path=str(path))
+        await self.server.store.put_image(kept)
+        return kept
 
     async def create(self, name: str, *, start: bool = True) -> str:
         """Create an instance, wait until it has come up, and give its id."""

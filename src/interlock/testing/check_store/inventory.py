@@ -43,6 +43,19 @@ async def images_have_names_of_their_own(bench: Bench) -> None:
 
 
 @check
+async def images_of_a_project_have_names_of_their_own_in_it(bench: Bench) -> None:
+    await bench.store.put_image(IMAGE)
+    of_one = replace(IMAGE, id="one", project="one", source_instance="vm", backup_type="daily")
+    await bench.store.put_image(of_one)
+    await bench.store.put_image(replace(IMAGE, id="two", project="two"))
+    async with raises(NameTaken):
+        await bench.store.put_image(replace(IMAGE, id="another", project="one"))
+    await bench.reopen()
+    assert [image.id for image in await bench.store.images()] == [IMAGE.id, "one", "two"]
+    assert of_one in await bench.store.images()
+
+
+@check
 async def volumes_have_names_of_their_own_in_their_project(bench: Bench) -> None:
     await bench.store.put_volume(VOLUME)
     async with raises(NameTaken):
