@@ -1,8 +1,9 @@
 """A hypervisor whose guests are records: the test double, and what load tests run against.
 
-Only names are gathered here. `guest` is what is kept of
-one, `host` what can happen to them, `faults` what can go wrong and
-when, `adapter` the port. Nothing here may know what a request or a policy is.
+Only names are gathered here. `guest` is what is kept of one, `contents` what is on a disk, `storage` who has which,
+`keeping` and `host` what can happen to them, `faults` what can go wrong and when; `calls` is how a call of the port
+passes, and `adapter` the port, with `memory`, `root_disks` and `senses`. Nothing here may know what a request or a
+policy is.
 """
 
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor

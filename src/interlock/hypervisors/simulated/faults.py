@@ -34,6 +34,19 @@ class Method(StrEnum):
     UNPAUSE = "unpause"
     ATTACH_DISK = "attach_disk"
     DETACH_DISK = "detach_disk"
+    SWAP_DISK = "swap_disk"
+    ATTACH_INTERFACE = "attach_interface"
+    DETACH_INTERFACE = "detach_interface"
+    SAVE_MEMORY = "save_memory"
+    RESTORE_MEMORY = "restore_memory"
+    FORGET_MEMORY = "forget_memory"
+    DUMP_MEMORY = "dump_memory"
+    COPY_ROOT_DISK = "copy_root_disk"
+    ROOT_DISK_FROM = "root_disk_from"
+    DROP_ROOT_DISKS = "drop_root_disks"
+    EXPORT_ROOT_DISK = "export_root_disk"
+    ASK_SHUTDOWN = "ask_shutdown"
+    SET_PASSWORD = "set_password"  # noqa: S105 - a call's name
 
 
 class Slow(msgspec.Struct, frozen=True):
@@ -68,7 +81,7 @@ class GuestVanishes(msgspec.Struct, frozen=True):
 
 
 class GuestIgnores(msgspec.Struct, frozen=True):
-    """The guest does not do its part: it ignores the power button, or does not let go of the disk."""
+    """The guest does not do its part: it ignores being asked to power off, or does not let go of the device."""
 
 
 Fault = Slow | Hangs | AnswerLost | Refuses | GuestPanics | GuestVanishes | GuestIgnores
@@ -82,17 +95,36 @@ _TO_A_GUEST: Final = frozenset(
         Method.ATTACH_DISK,
         Method.DETACH_DISK,
         Method.POWER_ON,
+        Method.SWAP_DISK,
+        Method.ATTACH_INTERFACE,
+        Method.DETACH_INTERFACE,
+        Method.ASK_SHUTDOWN,
+        Method.SET_PASSWORD,
+        Method.RESTORE_MEMORY,
+    }
+)
+_OF_ITS_MEMORY: Final = frozenset({Method.SAVE_MEMORY, Method.DUMP_MEMORY})
+"""A guest that stands still does not panic, and one whose memory is saved is none any more."""
+_OF_FILES: Final = frozenset(
+    {
+        Method.DEFINE,
+        Method.COPY_ROOT_DISK,
+        Method.ROOT_DISK_FROM,
+        Method.DROP_ROOT_DISKS,
+        Method.EXPORT_ROOT_DISK,
     }
 )
 
 BEFALLS: Final[Mapping[type[Fault], frozenset[Method]]] = {
     Slow: frozenset(Method),
-    Hangs: _TO_A_GUEST | {Method.INSPECT},
-    AnswerLost: _TO_A_GUEST | {Method.DEFINE},
-    Refuses: _TO_A_GUEST | {Method.DEFINE},
+    Hangs: _TO_A_GUEST | _OF_ITS_MEMORY | {Method.INSPECT},
+    AnswerLost: _TO_A_GUEST | _OF_ITS_MEMORY | _OF_FILES,
+    Refuses: _TO_A_GUEST | _OF_ITS_MEMORY | _OF_FILES,
     GuestPanics: _TO_A_GUEST,
-    GuestVanishes: _TO_A_GUEST,
-    GuestIgnores: frozenset({Method.PRESS_POWER_BUTTON, Method.DETACH_DISK}),
+    GuestVanishes: _TO_A_GUEST | _OF_ITS_MEMORY,
+    GuestIgnores: frozenset(
+        {Method.PRESS_POWER_BUTTON, Method.ASK_SHUTDOWN, Method.DETACH_DISK, Method.DETACH_INTERFACE}
+    ),
 }
 """Which calls a fault can befall."""
 

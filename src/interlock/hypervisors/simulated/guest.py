@@ -6,12 +6,16 @@ from typing import Final
 
 import msgspec
 
-from interlock.core.records import Disk, GuestEvent, Image, Spec
+from interlock.core.records import Disk, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
+from interlock.hypervisors.simulated.contents import Content
 from interlock.hypervisors.simulated.faults import Method
 
 ROOT: Final = "root"
 """The id of an instance's own disk."""
+
+RESCUE: Final = "rescue"
+"""The id of the disk that a rescued instance boots."""
 
 RUNS: Final = frozenset({PowerState.RUNNING, PowerState.PAUSED})
 """The power states in which a guest runs, or would if it were let."""
@@ -25,6 +29,10 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """The disk to attach."""
     disk_id: str | None = None
     """The disk to detach."""
+    interface: Interface | None = None
+    """The interface to attach."""
+    interface_id: str | None = None
+    """The interface to detach."""
 
 
 class Guest(msgspec.Struct, kw_only=True):
@@ -36,6 +44,19 @@ class Guest(msgspec.Struct, kw_only=True):
     power: PowerState = PowerState.NONE
     disks: dict[str, Disk] = msgspec.field(default_factory=dict)
     """What is plugged in, in the order plugged in; kept when the guest ends, for a power cycle."""
+    interfaces: dict[str, Interface] = msgspec.field(default_factory=dict)
+    """The same for interfaces beyond the first."""
+    roots: dict[int, Content] = msgspec.field(default_factory=dict)
+    """What is on its root disks, by number."""
+    rescue: Content | None = None
+    """What is on the disk that it boots while it is rescued."""
+    memory_saved: bool = False
+    """Whether it can go on from where it was, without a start."""
+    standing_still: bool = False
+    """Whether it is paused only for something long that is done with its memory, and runs on afterwards."""
+    has_agent: bool = True
+    passwords: dict[str, str] = msgspec.field(default_factory=dict)
+    """What each user's password was made into, as in a system's own file of them."""
     starting: bool = False
     """Whether it is held with its processors halted since its start, until they are let go."""
     frozen: bool = False
@@ -60,10 +81,3 @@ class Guest(msgspec.Struct, kw_only=True):
         return self.power is not PowerState.NONE and any(
             used.path == disk.path and not (used.read_only and disk.read_only) for used in self.disks.values()
         )
-
-
-def root_disk(instance_id: str, image: Image) -> tuple[Disk, ...]:
-    """The root disk that an instance has of an image: none of one that is booted directly."""
-    if image.kind != "disk":
-        return ()
-    return (Disk(id=ROOT, path=f"simulated:{instance_id}/root", format="qcow2"),)

@@ -1,49 +1,26 @@
 """The simulated host: its guests, and everything that can happen to them. No waiting happens here.
 
-The rules of this file:
+A frozen guest reads nothing. What is sent to it waits, and takes effect when it thaws, whoever sent it and whatever has
+become of the sender, unless the plug was pulled first.
 
-* The host outlives whoever drives it, as processes outlive a server. With a folder, it outlives the Python process
-  too: each change is in the guest's file before the call that made it returns, so that a `kill -9` loses nothing.
-* What a guest does by itself is kept as untold until the watcher has told it, so it is told once however the
-  watcher dies.
-* A frozen guest reads nothing. What is sent to it waits, and takes effect when it thaws, whoever sent it and whatever
-  has become of the sender, unless the plug was pulled first.
-
-Who waits for an answer, for how long, and with which right to act is not here: see `adapter`.
+How guests are kept, and who is told of them, is in `keeping`. Who waits for an answer, for how long, and with which
+right to act is in `calls`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, assert_never
-from urllib.parse import quote
 
-import msgspec
-
-from interlock.core.errors import HypervisorError, NotThere, Refused, Unavailable
-from interlock.core.records import Disk, GuestEvent, Spec
+from interlock.core.errors import HypervisorError, NotThere, Refused
+from interlock.core.records import Disk, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.faults import FaultPlan, FaultRates, Method
-from interlock.hypervisors.simulated.guest import ROOT, RUNS, Command, Guest, root_disk
+from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Command, Guest
+from interlock.hypervisors.simulated.keeping import KeptGuests
+from interlock.hypervisors.simulated.storage import Storage
 
 
-class Watcher(Protocol):
-    """Who drives the host now."""
-
-    def replaced(self) -> None:
-        """Somebody else drives it from now on."""
-
-    def stirred(self, guest: Guest) -> None:
-        """The guest changed; it may have something untold."""
-
-    def button_pressed(self, guest: Guest) -> None:
-        """The guest will react to its power button, in its own time, by `SimulatedHost.answer_button`."""
-
-    def answered(self, command: Command, error: HypervisorError | None) -> None:
-        """A command that had waited was carried out, refused, or lost with the guest."""
-
-
-class SimulatedHost:
+class SimulatedHost(KeptGuests):
     """Guests that are records, and the hooks by which a test lets them act by themselves.
 
     The hooks (`guest_powers_off` and so on) return whether the guest could do that: a guest that does not run,
@@ -51,63 +28,30 @@ class SimulatedHost:
     """
 
     def __init__(self, *, seed: int = 0, rates: FaultRates | None = None, folder: Path | None = None) -> None:
+        super().__init__(folder)
         self.faults = FaultPlan(seed, rates)
-        self.guests: dict[str, Guest] = {}
-        self._folder = folder
-        self._watcher: Watcher | None = None
-
-    # ------------------------------------------------------------------------------------------------------ keeping
-
-    def load(self) -> None:
-        """Read the folder again, where there is one.
-
-        Raises:
-            Unavailable: the folder cannot be used, or a file in it is not one of a guest.
-        """
-        if self._folder is None:
-            return
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            kept = [msgspec.json.decode(path.read_bytes(), type=Guest) for path in sorted(self._folder.glob("*.json"))]
-        except (OSError, msgspec.DecodeError) as error:
-            raise Unavailable(
-                f"The simulated host cannot read its guests in {self._folder}: {error}",
-                remedy="Make the folder writable for this user; if a file in it is damaged, remove that file.",
-            ) from error
-        self.guests = {guest.instance_id: guest for guest in kept}
-
-    def _file(self, guest: Guest) -> Path | None:
-        return None if self._folder is None else self._folder / f"{quote(guest.instance_id, safe='')}.json"
-
-    def keep(self, guest: Guest) -> None:
-        """Write the guest's file, whole or not at all. Does nothing without a folder."""
-        path = self._file(guest)
-        if path is not None and self.guests.get(guest.instance_id) is guest:
-            draft = path.with_suffix(".draft")
-            draft.write_bytes(msgspec.json.encode(guest))
-            draft.replace(path)
-
-    def watch(self, watcher: Watcher) -> None:
-        """Tell `watcher` from now on, and nobody else."""
-        before, self._watcher = self._watcher, watcher
-        if before is not None and before is not watcher:
-            before.replaced()
-
-    def unwatch(self, watcher: Watcher) -> None:
-        """Tell nobody, if `watcher` is who was told."""
-        if self._watcher is watcher:
-            self._watcher = None
-
-    def _changed(self, guest: Guest) -> None:
-        self.keep(guest)
-        if self._watcher is not None:
-            self._watcher.stirred(guest)
+        self.storage = Storage(folder)
 
     # ------------------------------------------------------------------------------------------- what a driver does
 
-    def define(self, instance_id: str, spec: Spec) -> None:
-        guest = self.guests[instance_id] = Guest(instance_id=instance_id, spec=spec)
-        self.keep(guest)
+    def lacks(self, instance_id: str, spec: Spec) -> bool:
+        """Whether something is to be made or removed for this spec."""
+        guest = self.guests.get(instance_id)
+        if guest is None or (guest.rescue is None) is not (spec.rescue_image is None):
+            return True
+        return spec.has_root and spec.root not in guest.roots
+
+    def define(self, instance_id: str, spec: Spec) -> Guest:
+        """Make what the spec needs and is missing. Raises `Refused` where that cannot be made."""
+        guest = self.guests.get(instance_id) or Guest(instance_id=instance_id, spec=spec)
+        if self.storage.prepare(guest, spec) or instance_id not in self.guests:
+            self.guests[instance_id] = guest
+            self.changed(guest)
+        return guest
+
+    def folder_of(self, instance_id: str, spec: Spec) -> Guest:
+        """The instance's guest; one without any disk where there is none."""
+        return self.guests.setdefault(instance_id, Guest(instance_id=instance_id, spec=spec))
 
     def undefine(self, guest: Guest) -> None:
         guest.untold.clear()
@@ -124,23 +68,27 @@ class SimulatedHost:
         Raises:
             Refused: another guest uses one of the disks.
         """
-        disks = {disk.id: disk for disk in (*root_disk(guest.instance_id, spec.image), *spec.disks)}
-        self._refuse_if_in_use(guest, *disks.values())
+        self._plug(guest, spec)
+        self._boot(guest, power)
+
+    def _plug(self, guest: Guest, spec: Spec) -> None:
+        disks = self.storage.plugged(guest, spec)
+        self.refuse_if_in_use(guest, *disks.values())
         guest.spec = spec
         guest.disks = disks
-        self._boot(guest, power)
+        guest.interfaces = {interface.id: interface for interface in spec.interfaces}
 
     def pull_plug(self, guest: Guest) -> None:
         """End what holds the guest, and with it everything that was sent to it and not read."""
         self._drop_unread(guest)
         guest.power = PowerState.NONE
-        guest.starting = guest.frozen = guest.button_pressed = False
+        guest.starting = guest.frozen = guest.button_pressed = guest.standing_still = False
         guest.thaw_after_ms = None
-        self._changed(guest)
+        self.changed(guest)
 
     def power_cycle(self, guest: Guest) -> None:
         """Pull the plug and start the guest again with the disks that it has. Raises as `start`."""
-        self._refuse_if_in_use(guest, *guest.disks.values())
+        self.refuse_if_in_use(guest, *guest.disks.values())
         self._boot(guest, PowerState.RUNNING)
 
     def _boot(self, guest: Guest, power: PowerState) -> None:
@@ -148,9 +96,42 @@ class SimulatedHost:
         guest.power = power
         guest.starting = power is PowerState.PAUSED
         guest.starts += 1
-        guest.frozen = guest.button_pressed = False
+        guest.frozen = guest.button_pressed = guest.standing_still = guest.memory_saved = False
         guest.thaw_after_ms = None
-        self._changed(guest)
+        self.changed(guest)
+
+    def stand_still(self, guest: Guest) -> None:
+        """Halt a guest that runs for something long that is done with its memory."""
+        if guest.power is PowerState.RUNNING:
+            guest.power = PowerState.PAUSED
+            guest.standing_still = True
+            self.changed(guest)
+
+    def run_on(self, guest: Guest) -> None:
+        """Let a guest go on that stood still; nothing where it is something else by now."""
+        if guest.standing_still and guest.power is PowerState.PAUSED:
+            self._go_on(guest)
+
+    def save_memory(self, guest: Guest) -> None:
+        """Keep the guest's memory, and end what holds it."""
+        guest.memory_saved = True
+        self.pull_plug(guest)
+
+    def restore_memory(self, guest: Guest, spec: Spec) -> None:
+        """Let the guest go on from its saved memory, which is none any more. Raises `Refused` as `start`."""
+        self._plug(guest, spec)
+        guest.memory_saved = False
+        guest.power = PowerState.RUNNING
+        self.changed(guest)
+
+    def swap_disk(self, guest: Guest, old: Disk, new: Disk) -> None:
+        """Put the content of one volume on another, and that in its place."""
+        self.storage.copy_volume(old, new)
+        guest.disks = {
+            (new.id if disk_id == old.id else disk_id): (new if disk_id == old.id else disk)
+            for disk_id, disk in guest.disks.items()
+        }
+        self.changed(guest)
 
     def send(self, guest: Guest, command: Command) -> None:
         """Leave a command for a frozen guest."""
@@ -171,7 +152,7 @@ class SimulatedHost:
                 self._go_on(guest)
             case Method.RESET:
                 self._reset(guest)
-            case Method.PRESS_POWER_BUTTON:
+            case Method.PRESS_POWER_BUTTON | Method.ASK_SHUTDOWN:
                 self._press_button(guest)
             case Method.ATTACH_DISK:
                 assert command.disk is not None
@@ -179,17 +160,22 @@ class SimulatedHost:
             case Method.DETACH_DISK:
                 assert command.disk_id is not None
                 self._detach(guest, command.disk_id)
-            case Method.INSPECT | Method.DEFINE | Method.UNDEFINE | Method.POWER_ON | Method.POWER_OFF:
-                raise AssertionError(f"{command.method} is not sent to a guest.")
+            case Method.ATTACH_INTERFACE:
+                assert command.interface is not None
+                self._attach_interface(guest, command.interface)
+            case Method.DETACH_INTERFACE:
+                assert command.interface_id is not None
+                self._detach_interface(guest, command.interface_id)
             case _:
-                assert_never(command.method)
+                raise AssertionError(f"{command.method} is not sent to a guest.")
 
     def _halt(self, guest: Guest) -> None:
         self._must_run(guest)
-        if guest.power is PowerState.PAUSED:
+        if guest.power is PowerState.PAUSED and not guest.standing_still:
             return
         guest.power = PowerState.PAUSED
-        self._changed(guest)
+        guest.standing_still = False
+        self.changed(guest)
 
     def _go_on(self, guest: Guest) -> None:
         if not guest.starting:
@@ -197,8 +183,8 @@ class SimulatedHost:
         if guest.power is PowerState.RUNNING:
             return
         guest.power = PowerState.RUNNING
-        guest.starting = False
-        self._changed(guest)
+        guest.starting = guest.standing_still = False
+        self.changed(guest)
         self._notice_button(guest)
 
     def _reset(self, guest: Guest) -> None:
@@ -209,8 +195,8 @@ class SimulatedHost:
             return
         guest.power = PowerState.RUNNING
         guest.resets += 1
-        guest.button_pressed = False
-        self._changed(guest)
+        guest.button_pressed = guest.standing_still = False
+        self.changed(guest)
 
     def _press_button(self, guest: Guest) -> None:
         if guest.power is PowerState.NONE:
@@ -223,23 +209,35 @@ class SimulatedHost:
     def _attach(self, guest: Guest, disk: Disk) -> None:
         self._must_run(guest)
         if disk.id not in guest.disks:
-            self._refuse_if_in_use(guest, disk)
+            self.refuse_if_in_use(guest, disk)
             guest.disks[disk.id] = disk
-            self._changed(guest)
+            self.changed(guest)
 
     def _detach(self, guest: Guest, disk_id: str) -> None:
         self._must_run(guest)
         if disk_id in guest.disks:
             del guest.disks[disk_id]
-            self._changed(guest)
+            self.changed(guest)
+
+    def _attach_interface(self, guest: Guest, interface: Interface) -> None:
+        self._must_run(guest)
+        if interface.id not in guest.interfaces:
+            guest.interfaces[interface.id] = interface
+            self.changed(guest)
+
+    def _detach_interface(self, guest: Guest, interface_id: str) -> None:
+        self._must_run(guest)
+        if guest.interfaces.pop(interface_id, None) is not None:
+            self.changed(guest)
 
     def _must_run(self, guest: Guest) -> None:
         if guest.seen not in RUNS:
             raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
 
-    def _refuse_if_in_use(self, guest: Guest, *disks: Disk) -> None:
+    def refuse_if_in_use(self, guest: Guest, *disks: Disk) -> None:
+        """Raise `Refused` if another guest has one of the disks."""
         for disk in disks:
-            if disk.id == ROOT:
+            if disk.id in {ROOT, RESCUE}:
                 continue  # an instance's own, and looking at every guest takes time
             for other in self.guests.values():
                 if other is not guest and other.uses(disk):
@@ -272,8 +270,17 @@ class SimulatedHost:
                 self._answer(command, error)
             else:
                 self._answer(command, None)
-        self._changed(guest)
+        self.changed(guest)
         self._notice_button(guest)
+        return True
+
+    def guest_writes(self, instance_id: str, word: str, disk_id: str = ROOT) -> bool:
+        """Let the guest write to one of its disks."""
+        guest = self.guests.get(instance_id)
+        if guest is None or guest.power is not PowerState.RUNNING or guest.frozen or disk_id not in guest.disks:
+            return False
+        self.storage.write(guest, disk_id, word)
+        self.changed(guest)
         return True
 
     def guest_powers_off(self, instance_id: str) -> bool:
@@ -315,7 +322,7 @@ class SimulatedHost:
         guest.resets += event is GuestEvent.RESET
         guest.button_pressed = False
         guest.untold.append(event)
-        self._changed(guest)
+        self.changed(guest)
         return True
 
     def _notice_button(self, guest: Guest) -> None:
