@@ -19,7 +19,9 @@ import msgspec
 from interlock.core.errors import Invalid
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
-_MAY_BE_ZERO = frozenset({"policy_explore_ms", "resize_confirm_window_ms", "reclaim_after_ms", "offload_after_ms"})
+_MAY_BE_ZERO = frozenset(
+    {"policy_explore_ms", "resize_confirm_window_ms", "reclaim_after_ms", "offload_after_ms", "lease_ms"}
+)
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN"})
 """Variables that the command line reads."""
@@ -90,6 +92,18 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     it starts, and cannot be told from the guest."""
 
 
+class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The hosts beside the server's own. `[hosts]` in the file, `INTERLOCK_HOSTS_*` in the environment."""
+
+    lease_ms: int = 15_000
+    """For how long an agent may hold its guests after it last reached the server, in ms; then it ends them, so that
+    they can be evacuated. 0: it holds them without end, and only an admin can say that a host is fenced."""
+    lease_margin_ms: int = 5_000
+    """How long after the end of its lease a host counts as fenced, in ms: for what it takes to end its guests."""
+    silence_ms: int = 15_000
+    """How long an agent may say nothing before its connection counts as broken, in ms."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a server is told. Top level of the file, `INTERLOCK_*` in the environment."""
 
@@ -154,6 +168,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     driver: DriverConfig = DriverConfig()
     upkeep: UpkeepConfig = UpkeepConfig()
     qemu: QemuConfig = QemuConfig()
+    hosts: HostsConfig = HostsConfig()
 
     @property
     def folder(self) -> Path:

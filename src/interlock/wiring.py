@@ -32,17 +32,20 @@ from interlock.config import Config, unknown_variables
 from interlock.core.errors import StoreError, Unavailable
 from interlock.core.policy import CompiledPolicy
 from interlock.driver.agent import Agent
+from interlock.driver.hosts import Hosts
+from interlock.driver.leases import Leases
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
-from interlock.ports import Clock, Hypervisor
+from interlock.ports import Clock, Hypervisor, RemoteHost
 from interlock.service.callers import Callers
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
@@ -137,11 +140,19 @@ class Server:
         source = Source.read(config.policy)
         self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
         host = config.host or platform.node() or "localhost"
-        upkeep = Upkeep(host, self.store, self.in_force, config.upkeep, new_id)
+        upkeep = Upkeep(self.store, self.in_force, config.upkeep, new_id)
+        self.hosts = Hosts(host, self.hypervisor, self._remote)
+        self.leases = Leases(
+            self.store,
+            self.hosts,
+            lease_ms=config.hosts.lease_ms,
+            margin_ms=config.hosts.lease_margin_ms,
+            silence_ms=config.hosts.silence_ms,
+        )
         self.callers = Callers(self.store, new_id, new_secret)
         self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
         volume_files = VolumeFolder(self.folder / "volumes")
-        self.agent = Agent(host, self.store, self.hypervisor, self.image_files, self.in_force, config.driver, upkeep)
+        self.agent = Agent(self.hosts, self.store, self.image_files, self.in_force, config.driver, upkeep)
         self.inventory = Inventory(self.store, self.image_files, volume_files, new_id, config.volume_gib_max)
         self.instances = Instances(
             self.store, self.in_force, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
@@ -153,6 +164,16 @@ class Server:
         """Where it listens, once it does."""
         self._http: uvicorn.Server | None = None
         self._reloading: set[asyncio.Task[None]] = set()
+
+    def _remote(self, name: str) -> RemoteHost:
+        config = self.config.hosts
+        return RemoteHypervisor(
+            name,
+            lease_ms=config.lease_ms,
+            silence_ms=config.silence_ms,
+            now_ms=self.store.now_ms,
+            renewed=self.leases.renewed,
+        )
 
     def _policies(self, source: Source) -> Policies:
         config = self.config
@@ -187,6 +208,7 @@ class Server:
             self.instances.listen(self.metrics.hear)
             await self.inventory.sweep()
             await self.agent.open()
+            await self.leases.open()
             await self.callers.open()
             await self._first_token()
         except BaseException:
@@ -201,6 +223,7 @@ class Server:
             reloading.cancel()
         await asyncio.gather(*self._reloading, return_exceptions=True)
         self.instances.close()
+        await self.leases.close()
         await self.agent.close()
         await self.store.close()
 

@@ -35,7 +35,7 @@ async def test_a_worker_that_is_stopped_before_its_first_step_still_ends_its_req
     vm = await fleet.create("early", start=False)
     instance, taken = await _taken(fleet, vm)
     server = fleet.server
-    work = Work(server.store, server.hypervisor, server.image_files, QUICK, instance, taken)
+    work = Work(server.store, server.hosts, server.image_files, QUICK, instance, taken)
     worker = Worker(work, server.in_force, lambda: None)
     getattr(worker, how)()
     await worker.wait(5)

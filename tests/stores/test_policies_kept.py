@@ -71,7 +71,7 @@ async def test_a_database_of_the_first_layout_keeps_everything_and_takes_policie
     assert schema.look(path) == (schema.Age.OLDER, "0001")
     store = SqliteStore(path)
     await store.open()
-    assert schema.HEAD == "0002"
+    assert schema.HEAD == "0003"
     instance = await store.instance("a")
     assert instance is not None
     assert [request.id for request in instance.outstanding] == ["r1"]
@@ -97,7 +97,7 @@ async def test_a_database_of_the_first_layout_keeps_everything_and_takes_policie
 
 def test_the_database_as_it_was_is_put_aside_before_its_layout_changes(path: Path) -> None:
     done = schema.upgrade(path)
-    assert (done.before, done.after) == ("0001", "0002")
+    assert (done.before, done.after) == ("0001", "0003")
     assert done.copy is not None
     assert schema.look(done.copy) == (schema.Age.OLDER, "0001")
     with apsw.Connection(str(done.copy)) as database:

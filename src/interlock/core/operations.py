@@ -298,6 +298,10 @@ BIT: Final[dict[Operation, int]] = {operation: 1 << index for index, operation i
 """One bit an operation, so that a set of kinds is one number."""
 
 
+TRAVELS: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE, Operation.LIVE_MIGRATE, Operation.EVACUATE})
+"""The operations during which an instance is on two hosts."""
+
+
 def land(operation: Operation, vm_state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:
     """Where a successful operation leads from `vm_state`: the new vm_state and the new remembered one.
 

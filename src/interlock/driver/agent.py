@@ -1,23 +1,25 @@
-"""The agent of one host: runs the state drivers, and puts record and host in step when it starts."""
+"""The state drivers of all instances, put together: woken by what happens, and brought into step with their hosts."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
-from interlock.core.operations import Lane
+from interlock.core.operations import TRAVELS, Lane
 from interlock.core.records import Change, Event, Instance
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
+from interlock.driver.hosts import Hosts
 from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, HypervisorEvent, ImageFiles, InstanceFilter, Store
+from interlock.ports import HypervisorEvent, ImageFiles, InstanceFilter, Store
 
 _LOG = structlog.get_logger(__name__)
 _PAGE = 500
@@ -28,29 +30,30 @@ _WAKING = frozenset(
     }
 )
 
+_FENCING = frozenset({"instance.fenced", "instance.adopted"})
+"""Events after which an older worker may not act any more."""
+
 
 class Agent:
-    """Serves the instances of one host, from the one store, on the one hypervisor."""
+    """Serves the instances of one store, on its hosts."""
 
     def __init__(
         self,
-        host: str,
+        hosts: Hosts,
         store: Store,
-        hypervisor: Hypervisor,
         images: ImageFiles,
         policy: PolicyInForce,
         config: DriverConfig,
         upkeep: Upkeep,
     ) -> None:
-        self._host = host
+        self._hosts = hosts
         self._store = store
-        self._hypervisor = hypervisor
         self._images = images
         self._policy = policy
         self._config = config
         self._upkeep = upkeep
         self._drivers: dict[str, StateDriver] = {}
-        self._early: list[HypervisorEvent] = []
+        self._early: list[tuple[str, HypervisorEvent]] = []
         self._serving = False
         self._unlisten: Callable[[], None] | None = None
 
@@ -60,17 +63,20 @@ class Agent:
         Raises:
             Unavailable: guests cannot be held here.
         """
-        await self._hypervisor.open(self._hear)
-        adopted = [await self._adopt(instance) for instance in await self._store.unsettled(self._host)]
-        told = {event.instance_id for event in self._early}
-        await self._reconcile(told)
+        own = self._hosts.own
+        await self._hosts.of(own).open(partial(self._hear, own))
+        for other in await self._store.hosts():
+            await self._welcome(other.name)
+        adopted = [await self._adopt(instance) for instance in await self._store.unsettled()]
+        told = {event.instance_id for _, event in self._early}
+        await self._reconcile(own, told)
         self._serving = True
         self._unlisten = self._store.listen(self._heed)
         # What is performed again starts from what it finds; what the guest did before that is no news after it.
         resumed = {instance.id for instance in adopted if instance.served(Lane.STATE) is not None}
-        for event in self._early:
+        for host, event in self._early:
             if event.instance_id not in resumed:
-                self._driver(event.instance_id).tell(event.kind)
+                self._driver(event.instance_id).tell(host, event.kind)
         self._early.clear()
         for instance in adopted:
             self._driver(instance.id).resume(instance)
@@ -84,7 +90,26 @@ class Agent:
             self._unlisten()
         await asyncio.gather(*(driver.close() for driver in tuple(self._drivers.values())))
         self._drivers.clear()
-        await self._hypervisor.close()
+        await self._hosts.close()
+
+    async def _welcome(self, host: str) -> None:
+        """Hear what the guests of another host do, from now on."""
+        await self._hosts.remote(host).open(partial(self._hear, host))
+
+    async def join(self, host: str) -> None:
+        """Have to do with another host, whose agent speaks to this server for the first time."""
+        if host not in self._hosts:
+            await self._welcome(host)
+
+    async def catch_up(self, host: str) -> None:
+        """Bring the records and a host into step whose agent has come back; it has told what it kept.
+
+        Raises:
+            NotResponding: it has gone again.
+        """
+        await self._reconcile(host, set())
+        for instance in await self._store.unsettled(host):
+            self.wake(instance.id)
 
     # ---------------------------------------------------------------------------------------------------- waking
 
@@ -96,21 +121,23 @@ class Agent:
     def _heed(self, events: Sequence[Event]) -> None:
         """Wake the drivers of the instances for which there may be something to do. The store's listener."""
         for event in events:
+            if event.kind in _FENCING:
+                self._hosts.superseded(event.instance_id, int(event.data["fence"]))
             if event.kind in _WAKING:
                 self._driver(event.instance_id).wake()
 
-    def _hear(self, event: HypervisorEvent) -> None:
-        """Hand on what a guest did. The hypervisor's listener."""
+    def _hear(self, host: str, event: HypervisorEvent) -> None:
+        """Hand on what a guest did. The hypervisors' listener."""
         if self._serving:
-            self._driver(event.instance_id).tell(event.kind)
+            self._driver(event.instance_id).tell(host, event.kind)
         else:
-            self._early.append(event)
+            self._early.append((host, event))
 
     def _driver(self, instance_id: str) -> StateDriver:
         driver = self._drivers.get(instance_id)
         if driver is None:
             driver = StateDriver(
-                instance_id, self._store, self._hypervisor, self._images, self._policy, self._config, self._forget
+                instance_id, self._store, self._hosts, self._images, self._policy, self._config, self._forget
             )
             self._drivers[instance_id] = driver
         return driver
@@ -129,14 +156,14 @@ class Agent:
 
         return await self._store.change(instance.id, decide)
 
-    async def _reconcile(self, told: set[str]) -> None:
-        """Note the ends that nobody told, and remove what is left of deleted instances."""
-        known = await self._hypervisor.known()
+    async def _reconcile(self, host: str, told: set[str]) -> None:
+        """Note the ends that nobody told, and remove what is left of instances that are deleted or elsewhere."""
+        known = await self._hosts.of(host).known()
         for instance_id in known:
-            await self._tidy(instance_id)
+            await self._tidy(host, instance_id)
         cursor: str | None = None
         while True:
-            page = await self._store.instances(InstanceFilter(host=self._host), _PAGE, cursor)
+            page = await self._store.instances(InstanceFilter(host=host), _PAGE, cursor)
             for instance in page.items:
                 if instance.id not in told and not instance.outstanding and instance.vm_state in EXECUTING_STATES:
                     await self._look(instance)
@@ -145,13 +172,15 @@ class Agent:
             cursor = page.next_cursor
 
     async def _look(self, instance: Instance) -> None:
-        seen = await self._hypervisor.inspect(instance.id)
+        seen = await self._hosts.of(instance.host).inspect(instance.id)
         ended = ENDED.get(seen.power_state)
         if seen.responsive and ended is not None:
-            self._early.append(HypervisorEvent(instance_id=instance.id, kind=ended, during_watch=False))
+            self._hear(instance.host, HypervisorEvent(instance_id=instance.id, kind=ended, during_watch=False))
 
-    async def _tidy(self, instance_id: str) -> None:
-        """Remove what is left of a deleted instance, and end the empty machine of one that powered itself off.
+    async def _tidy(self, host: str, instance_id: str) -> None:
+        """Remove what is left of an instance that is deleted or went to another host.
+
+        The empty machine of one that powered itself off is ended. What is on its way is left to who sends it.
 
         What the store has never heard of is left alone: it may be younger than a database that was put back.
         """
@@ -160,12 +189,16 @@ class Agent:
             _LOG.warning("the host holds an instance that the store does not know", instance=instance_id)
             return
         permit = FencePermit(self._store, instance_id, instance.fence)
+        hypervisor = self._hosts.of(host)
+        serving = instance.served(Lane.STATE)
+        travels = serving is not None and serving.operation in TRAVELS
+        elsewhere = self._hosts.of(instance.host) is not hypervisor
         try:
-            if instance.vm_state is VmState.DELETED:
-                await self._hypervisor.undefine(permit, instance_id)
+            if instance.vm_state is VmState.DELETED or (elsewhere and not travels):
+                await hypervisor.undefine(permit, instance_id)
             elif instance.vm_state is VmState.STOPPED and not instance.outstanding:
-                seen = await self._hypervisor.inspect(instance_id)
+                seen = await hypervisor.inspect(instance_id)
                 if seen.power_state is PowerState.SHUTDOWN:
-                    await self._hypervisor.power_off(permit, instance_id)
+                    await hypervisor.power_off(permit, instance_id)
         except (HypervisorError, Fenced) as error:
             _LOG.warning("cannot tidy up", instance=instance_id, why=error.message)

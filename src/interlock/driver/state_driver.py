@@ -19,10 +19,11 @@ from interlock.core.errors import Fenced, HypervisorError, NotFound, StoreError
 from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.records import Change, GuestEvent, Instance, Request
 from interlock.core.states import EXECUTING_STATES, PowerState
+from interlock.driver.hosts import Hosts
 from interlock.driver.work import FencePermit, Work
 from interlock.driver.worker import Worker
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, ImageFiles, Store
+from interlock.ports import ImageFiles, Store
 
 _LOG = structlog.get_logger(__name__)
 _Step = tuple[Instance, Request | None, bool]
@@ -42,7 +43,7 @@ class StateDriver:
         self,
         instance_id: str,
         store: Store,
-        hypervisor: Hypervisor,
+        hosts: Hosts,
         images: ImageFiles,
         policy: PolicyInForce,
         config: DriverConfig,
@@ -50,7 +51,7 @@ class StateDriver:
     ) -> None:
         self._id = instance_id
         self._store = store
-        self._hypervisor = hypervisor
+        self._hosts = hosts
         self._images = images
         self._policy = policy
         self._config = config
@@ -59,7 +60,8 @@ class StateDriver:
         self._workers: dict[Lane, Worker] = {}
         self._leaving: set[Worker] = set()
         """Workers that lost their request, and have not ended yet."""
-        self._guest_events: deque[GuestEvent] = deque()
+        self._guest_events: deque[tuple[str | None, GuestEvent]] = deque()
+        """What the guest did, and on which host; None for the one where it is."""
         self._look_again = False
         """Whether a guest did something while it was being worked on that may be more than part of that work."""
         self._task: asyncio.Task[None] | None = None
@@ -74,11 +76,11 @@ class StateDriver:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"driver {self._id}")
 
-    def tell(self, event: GuestEvent) -> None:
-        """Have it deal with what the guest did, before anything else."""
+    def tell(self, host: str, event: GuestEvent) -> None:
+        """Have it deal with what the guest did on that host, before anything else."""
         worker = self._workers.get(Lane.STATE)
         if worker is None or not worker.absorbs(event):
-            self._guest_events.append(event)
+            self._guest_events.append((host, event))
         self.wake()
 
     def resume(self, instance: Instance) -> None:
@@ -145,7 +147,7 @@ class StateDriver:
             self._look_again = False
             await self._look()
         while self._guest_events and Lane.STATE not in self._workers:
-            await self._observe(self._guest_events[0])
+            await self._observe(*self._guest_events[0])
             self._guest_events.popleft()
         while True:
             instance, taken, more = await self._store.change(self._id, self._next)
@@ -172,7 +174,7 @@ class StateDriver:
         before = self._workers.get(request.lane)
         if before is not None:
             self._leaving.add(before)
-        work = Work(self._store, self._hypervisor, self._images, self._config, instance, request)
+        work = Work(self._store, self._hosts, self._images, self._config, instance, request)
         self._workers[request.lane] = Worker(work, self._policy, self.wake)
 
     def _reap(self) -> None:
@@ -181,7 +183,7 @@ class StateDriver:
         for lane, worker in tuple(self._workers.items()):
             if worker.done:
                 del self._workers[lane]
-                self._guest_events.extendleft(reversed(worker.left_over))
+                self._guest_events.extendleft((None, event) for event in reversed(worker.left_over))
                 self._look_again = self._look_again or worker.used_up
 
     async def _look(self) -> None:
@@ -192,10 +194,10 @@ class StateDriver:
         instance = await self._store.instance(self._id)
         if instance is None or instance.vm_state not in EXECUTING_STATES:
             return
-        seen = await self._hypervisor.inspect(self._id)
+        seen = await self._hosts.of(instance.host).inspect(self._id)
         ended = ENDED.get(seen.power_state)
-        if seen.responsive and ended is not None and ended not in self._guest_events:
-            self._guest_events.append(ended)
+        if seen.responsive and ended is not None and all(ended is not event for _, event in self._guest_events):
+            self._guest_events.append((instance.host, ended))
 
     def _heed(self, instance: Instance) -> None:
         """Stop the workers that lost their request, and ask those to stop that are wanted to."""
@@ -207,19 +209,23 @@ class StateDriver:
             elif request.interrupt_at_ms is not None and CATALOGUE[request.operation].interruptible:
                 worker.interrupt()
 
-    async def _observe(self, event: GuestEvent) -> None:
-        """Keep what the guest did, and tidy up after one that has powered itself off."""
+    async def _observe(self, host: str | None, event: GuestEvent) -> None:
+        """Keep what the guest did, and tidy up after one that has powered itself off.
 
-        def decide(instance: Instance, now_ms: int) -> Change[int]:
+        What is told of a host that it has left is no news of it.
+        """
+
+        def decide(instance: Instance, now_ms: int) -> Change[Instance | None]:
+            if host is not None and self._hosts.of(host) is not self._hosts.of(instance.host):
+                return Change(instance=instance, answer=None)
             change = lifecycle.observe(instance, event, self._policy.for_waiting(instance), now_ms)
-            return Change(
-                instance=change.instance, requests=change.requests, events=change.events, answer=instance.fence
-            )
+            return Change(instance=change.instance, requests=change.requests, events=change.events, answer=instance)
 
-        fence = await self._store.change(self._id, decide)
-        if event is GuestEvent.STOPPED:
+        observed = await self._store.change(self._id, decide)
+        if event is GuestEvent.STOPPED and observed is not None:
+            permit = FencePermit(self._store, self._id, observed.fence)
             try:
-                await self._hypervisor.power_off(FencePermit(self._store, self._id, fence), self._id)
+                await self._hosts.of(observed.host).power_off(permit, self._id)
             except (HypervisorError, Fenced) as error:
                 _LOG.warning("cannot tidy up after a guest", instance=self._id, why=error.message)
 

@@ -44,12 +44,9 @@ class _Tried(msgspec.Struct, frozen=True):
 
 
 class Upkeep:
-    """The housekeeping of one host's instances."""
+    """The housekeeping of all instances, on whichever host."""
 
-    def __init__(
-        self, host: str, store: Store, policy: PolicyInForce, config: UpkeepConfig, new_id: Callable[[], str]
-    ) -> None:
-        self._host = host
+    def __init__(self, store: Store, policy: PolicyInForce, config: UpkeepConfig, new_id: Callable[[], str]) -> None:
         self._store = store
         self._policy = policy
         self._retry_ms = config.retry_ms
@@ -77,7 +74,7 @@ class Upkeep:
         self._unlisten = self._store.listen(self._hear)
         cursor: str | None = None
         while True:
-            page = await self._store.instances(InstanceFilter(host=self._host), _PAGE, cursor)
+            page = await self._store.instances(InstanceFilter(), _PAGE, cursor)
             for instance in page.items:
                 if instance.vm_state in upkeep.STATES:
                     self._changed[instance.id] = None
@@ -138,7 +135,7 @@ class Upkeep:
             instance_id = next(iter(self._changed))
             del self._changed[instance_id]
             instance = await self._store.instance(instance_id)
-            if instance is None or instance.host != self._host:
+            if instance is None:
                 self._moments.pop(instance_id, None)
             else:
                 self._plan(instance)

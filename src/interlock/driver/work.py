@@ -14,6 +14,7 @@ from interlock.core.errors import Fenced, InterlockError
 from interlock.core.operations import Lane, Operation
 from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence
 from interlock.core.states import PowerState
+from interlock.driver.hosts import Hosts
 from interlock.driver.meter import Meter
 from interlock.ports import Hypervisor, ImageFiles, Report, Store
 
@@ -50,14 +51,14 @@ class Work:
     def __init__(
         self,
         store: Store,
-        hypervisor: Hypervisor,
+        hosts: Hosts,
         images: ImageFiles,
         config: DriverConfig,
         instance: Instance,
         request: Request,
     ) -> None:
         self.store = store
-        self.hypervisor = hypervisor
+        self.hosts = hosts
         self.images = images
         self.config = config
         self.instance = instance
@@ -69,6 +70,11 @@ class Work:
     @property
     def id(self) -> str:
         return self.instance.id
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """That of the host where the instance is."""
+        return self.hosts.of(self.instance.host)
 
     @property
     def spec(self) -> Spec:

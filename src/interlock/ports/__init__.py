@@ -6,19 +6,24 @@ adapter must pass, so that a sentence in a docstring here is a test there.
 
 from interlock.ports.clock import Clock
 from interlock.ports.files import ImageFiles, VolumeFiles
+from interlock.ports.hosts import Host, HostState, Link, RemoteHost
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume, every_instance
 
 __all__ = [
     "Clock",
+    "Host",
+    "HostState",
     "Hypervisor",
     "HypervisorEvent",
     "IdempotencyKey",
     "ImageFiles",
     "InstanceFilter",
+    "Link",
     "Observation",
     "Page",
     "Permit",
+    "RemoteHost",
     "Report",
     "Role",
     "Store",

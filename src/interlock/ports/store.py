@@ -1,4 +1,4 @@
-"""What keeps instances, requests, events, tokens, images, volumes and policies, and what callers of it name.
+"""What keeps instances, requests, events, tokens, images, volumes, policies and hosts, and what callers of it name.
 
 Its conformance suite is `testing/check_store/`: a sentence in a docstring here is a test there.
 """
@@ -14,6 +14,7 @@ import msgspec
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
 from interlock.core.states import VmState
+from interlock.ports.hosts import Host
 
 AnswerT = TypeVar("AnswerT")
 
@@ -82,7 +83,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Store(Protocol):
-    """Keeps instances, requests, events, tokens, images, volumes and policies. It decides nothing.
+    """Keeps instances, requests, events, tokens, images, volumes, policies and hosts. It decides nothing.
 
     Writes are durable when they return (law 9). Whatever a `decide` raises is raised to the caller, and nothing of
     that decision is kept; other decisions that shared its transaction are not disturbed.
@@ -216,6 +217,15 @@ class Store(Protocol):
         ...
 
     async def policy_bundle(self, number: int) -> PolicyBundle | None: ...
+
+    async def put_host(self, host: Host) -> None:
+        """Keep a host, in the place of what was kept of one with that name."""
+        ...
+
+    async def delete_host(self, name: str) -> bool: ...
+    async def hosts(self) -> tuple[Host, ...]:
+        """Hosts in the order of their names."""
+        ...
 
 
 _PAGE = 500

@@ -11,6 +11,7 @@ from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter, Page, Token, Volume
+from interlock.ports.hosts import Host
 from interlock.stores import rows
 
 _FILTERS: Final = (
@@ -190,6 +191,9 @@ class Reader:
             number,
         )
         return None if row is None else rows.bundle_of(*row)
+
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple(rows.decode_host(text) for (text,) in self._all("SELECT body FROM hosts ORDER BY name"))
 
 
 def _number(cursor: str | None, default: int) -> int:

@@ -14,6 +14,7 @@ from interlock.core.errors import KeyReused
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Token, Volume
+from interlock.ports.hosts import Host
 
 Row = tuple[Any, ...]
 """The values of one row, in the order of its statement's parameters."""
@@ -34,6 +35,7 @@ _decode_data: Final = msgspec.json.Decoder(dict[str, Any]).decode
 decode_instance: Final = msgspec.json.Decoder(Instance).decode
 decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
+decode_host: Final = msgspec.json.Decoder(Host).decode
 decode_token: Final = msgspec.json.Decoder(Token).decode
 decode_answer: Final = msgspec.json.Decoder(Disposition).decode
 

@@ -19,7 +19,7 @@ from interlock.core.errors import StoreCorrupt, StoreError, StoreNewer
 from interlock.stores.file_lock import FileLock
 from interlock.stores.sqlite_errors import RESTORE_REMEDY, store_error
 
-HEAD: Final = "0002"
+HEAD: Final = "0003"
 """The newest revision in `migrations/versions`, so that a database that has it is opened without Alembic."""
 
 _NONE: Final = "none"

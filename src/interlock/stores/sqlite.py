@@ -24,7 +24,7 @@ from interlock.stores import rows
 from interlock.stores.batch import Batch, Kept
 from interlock.stores.clock import StoreClock, SystemClock
 from interlock.stores.database_file import DatabaseFile
-from interlock.stores.policies import SqlitePolicies
+from interlock.stores.hosts import SqliteHosts
 from interlock.stores.reading import Reader
 from interlock.stores.rows import Row
 from interlock.stores.statements import FORGET_KEYS, SEEN
@@ -40,7 +40,7 @@ DECISIONS_PER_TRANSACTION: Final = 2_000
 _PRUNE_EVERY_MS: Final = 3_600_000
 
 
-class SqliteStore(SqlitePolicies):
+class SqliteStore(SqliteHosts):
     """Satisfies `ports.Store`. All of it is used from one event loop."""
 
     def __init__(self, path: Path, clock: Clock | None = None) -> None:

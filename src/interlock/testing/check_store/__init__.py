@@ -9,7 +9,7 @@ The author of an adapter writes a `StoreUnderTest` around it and runs every chec
 A check ends without an error if the promise is kept. Nothing here may know an adapter, and no check may sleep.
 """
 
-from interlock.testing.check_store import deciding, inventory, keys_and_names, looking, policies
+from interlock.testing.check_store import deciding, hosts, inventory, keys_and_names, looking, policies
 from interlock.testing.check_store.bench import CHECKS, Bench, Check, GivenClock, StoreUnderTest, run
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "GivenClock",
     "StoreUnderTest",
     "deciding",
+    "hosts",
     "inventory",
     "keys_and_names",
     "looking",
