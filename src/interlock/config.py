@@ -69,7 +69,7 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     address_space_extra_mib: int = 2048
     """Address space that a VM's process may have beyond its guest's memory and translation cache, in MiB."""
     hotplug_ports: int = 8
-    """How many disks a guest can have, the root disk included."""
+    """How many disks and further network interfaces a guest can have together, the root disk included."""
     console_bytes_max: int = 4 * 1024 * 1024
     """Where a serial console's log is cut, in bytes: what is older is moved to `console.log.1`, replacing what was
     there."""
@@ -82,11 +82,20 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     start_timeout_ms: int = 15_000
     """How long a new process may take until it answers, in ms."""
     detach_timeout_ms: int = 10_000
-    """How long a guest may take to let go of a disk, in ms."""
+    """How long a guest may take to let go of a disk or a network interface, in ms."""
     kill_timeout_ms: int = 10_000
     """How long the kernel may take to end a killed process (it may wait for a disk), in ms."""
     image_tool_timeout_ms: int = 60_000
-    """How long making a root disk may take, in ms."""
+    """How long making an empty disk may take, in ms."""
+    copy_silence_timeout_ms: int = 60_000
+    """How long copying a disk may make no progress at all before it is given up, in ms; it may take any time else."""
+    copy_look_interval_ms: int = 250
+    """How often the progress of copying a disk is looked at, in ms."""
+    copy_bytes_per_s: int = 0
+    """How fast a disk of a running guest is copied, in bytes per second; 0: as fast as it can be."""
+    export_write_timeout_ms: int = 10_000
+    """How long a guest that writes may have to wait, in ms, until what it overwrites is kept for the export of its
+    disk that is under way; after that the export fails, and not the guest."""
     reset_settle_ms: int = 2_000
     """Resets that follow one another within this time count as one, in ms: the firmware resets the machine itself as
     it starts, and cannot be told from the guest."""

@@ -6,21 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from interlock.core.errors import Refused
-from interlock.core.records import Disk, Interface, Spec
+from interlock.core.records import Spec
 from interlock.ports import Permit, Report, Stream
 
 
 class Unmade:
     """Refuses what is not made yet."""
-
-    async def swap_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
-        raise _unmade()
-
-    async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
-        raise _unmade()
-
-    async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
-        raise _unmade()
 
     async def save_memory(self, permit: Permit, instance_id: str, report: Report) -> None:
         raise _unmade()
@@ -32,20 +23,6 @@ class Unmade:
         raise _unmade()
 
     async def dump_memory(self, permit: Permit, instance_id: str, target: Path, report: Report) -> None:
-        raise _unmade()
-
-    async def copy_root_disk(self, permit: Permit, instance_id: str, old: Spec, new: Spec, report: Report) -> None:
-        raise _unmade()
-
-    async def root_disk_from(self, permit: Permit, instance_id: str, spec: Spec, source: Path, report: Report) -> None:
-        raise _unmade()
-
-    async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
-        raise _unmade()
-
-    async def export_root_disk(
-        self, permit: Permit, instance_id: str, spec: Spec, target: Path, report: Report
-    ) -> None:
         raise _unmade()
 
     async def agent_answers(self, instance_id: str) -> bool:

@@ -10,15 +10,14 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from interlock.core.errors import NotResponding, NotThere, Refused
-from interlock.core.records import Disk, Spec
+from interlock.core.records import Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import guest_agent, plugging, root_disks
-from interlock.hypervisors.qemu.charge import SAFE_ID, Charge
+from interlock.hypervisors.qemu import guest_agent, root_disks
+from interlock.hypervisors.qemu.charge import SAFE_ID
+from interlock.hypervisors.qemu.components import Components
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase
+from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
 from interlock.hypervisors.unmade import Unmade
 from interlock.ports import Observation, Permit
@@ -26,7 +25,7 @@ from interlock.ports import Observation, Permit
 _UNKNOWN: Final = Observation(defined=False, power_state=PowerState.NONE)
 
 
-class QemuHypervisor(Charge, Unmade):
+class QemuHypervisor(Components, Unmade):
     """Holds guests as QEMU processes that outlive it. See `ports.Hypervisor` for what each method promises."""
 
     # --------------------------------------------------------------------------------------------- looking
@@ -38,16 +37,15 @@ class QemuHypervisor(Charge, Unmade):
         if guest is not None:
             try:
                 state = await guest.look()
-                plugged = () if state in ENDED_STATES else await guest.disks()
+                if state not in ENDED_STATES:
+                    await guest.disks()
+                    await guest.interfaces()
             except NotResponding:
-                seen, plugged = guest.last_seen, guest.last_disks
-                return Observation(
-                    defined=True, power_state=seen, disks=() if seen in ENDED_STATES else plugged, responsive=False
-                )
+                return _seen(guest, guest.last_seen, responsive=False)
             except NotThere:
                 pass
             else:
-                return Observation(defined=True, power_state=state, disks=plugged)
+                return _seen(guest, state, responsive=True)
         defined = self._folder_of(instance_id).exists()
         return Observation(defined=defined, power_state=PowerState.NONE)
 
@@ -67,7 +65,7 @@ class QemuHypervisor(Charge, Unmade):
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
         folder = self._folder_of(instance_id)
         with refused(folder):
-            root_disks.require_images(spec)
+            root_disks.require_files(folder, spec)
             folder.make(permit)
             root_disks.drop_half_made(permit, folder)
             await root_disks.make_root_disk(permit, folder, spec, self._settings)
@@ -190,26 +188,13 @@ class QemuHypervisor(Charge, Unmade):
     async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
         await guest_agent.set_password(self._guest(instance_id), permit, user, password)
 
-    # --------------------------------------------------------------------------------------------- disks
 
-    async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
-        guest = self._guest(instance_id)
-        await plugging.plug(guest, permit, disk)
-        self._remember_disk(permit, guest.folder, disk.id, disk)
-
-    async def detach_disk(self, permit: Permit, instance_id: str, disk_id: str) -> None:
-        guest = self._guest(instance_id)
-        await plugging.unplug(guest, permit, disk_id)
-        self._remember_disk(permit, guest.folder, disk_id, None)
-
-    def _remember_disk(self, permit: Permit, folder: InstanceFolder, disk_id: str, disk: Disk | None) -> None:
-        """Keep what is plugged in for a reset that has to start another process."""
-        spec = folder.spec()
-        if spec is None:
-            return
-        others = tuple(one for one in spec.disks if one.id != disk_id)
-        wanted = others if disk is None else (*others, disk)
-        if wanted != spec.disks:
-            permit.check()
-            with refused(folder):
-                folder.keep_spec(msgspec.structs.replace(spec, disks=wanted))
+def _seen(guest: Guest, state: PowerState, *, responsive: bool) -> Observation:
+    ended = state in ENDED_STATES
+    return Observation(
+        defined=True,
+        power_state=state,
+        disks=() if ended else guest.last_disks,
+        interfaces=() if ended else guest.last_interfaces,
+        responsive=responsive,
+    )

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core.errors import Refused
-from interlock.core.records import Disk, Image, Spec
+from interlock.core.records import Disk, Image, Interface, Spec
 from interlock.hypervisors.qemu.settings import QemuSettings
 
 ROOT: Final = "root"
@@ -30,8 +30,11 @@ AGENT: Final = "agent"
 """The character devices of the command monitor and of the guest agent's port, and the sockets that stand for them."""
 
 _DEVICE_PREFIX: Final = "disk-"
+_INTERFACE_PREFIX: Final = "interface-"
 _PORT_PREFIX: Final = "port-"
 _SERIAL_LENGTH_MAX: Final = 20
+_MAC_PREFIX: Final = "52:54:00"
+_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAMESPACE: Final = uuid.UUID("5f0c7a1e-6a57-5c8e-9d6c-3d0f5b8f7c11")
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -61,17 +64,31 @@ def machine_uuid(instance_id: str) -> str:
 
 def device_name(disk_id: str) -> str:
     """What QEMU calls the device of a disk. Raises `Refused` for an id that QEMU could misread."""
-    if _SAFE_ID.fullmatch(disk_id) is None:
-        raise Refused(
-            f"The disk id {disk_id!r} cannot be used.",
-            remedy="Use up to 64 letters, digits, dots, dashes and underscores.",
-        )
-    return _DEVICE_PREFIX + disk_id
+    return _DEVICE_PREFIX + _checked(disk_id, "disk")
 
 
 def disk_of_device(name: str) -> str | None:
     """The disk id behind a device's name, or None if it is no disk of ours."""
     return name.removeprefix(_DEVICE_PREFIX) if name.startswith(_DEVICE_PREFIX) else None
+
+
+def interface_device(interface_id: str) -> str:
+    """What QEMU calls the device of an interface. Raises as `device_name`."""
+    return _INTERFACE_PREFIX + _checked(interface_id, "interface")
+
+
+def interface_of_device(name: str) -> str | None:
+    """The interface id behind a device's name, or None if it is no interface of ours."""
+    return name.removeprefix(_INTERFACE_PREFIX) if name.startswith(_INTERFACE_PREFIX) else None
+
+
+def _checked(identity: str, what: str) -> str:
+    if _SAFE_ID.fullmatch(identity) is None:
+        raise Refused(
+            f"The {what} id {identity!r} cannot be used.",
+            remedy="Use up to 64 letters, digits, dots, dashes and underscores.",
+        )
+    return identity
 
 
 def node_name(disk_id: str) -> str:
@@ -135,8 +152,9 @@ def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descript
         *("-chardev", f"file,id=console,path=/dev/fdset/{at.console},append=on", "-serial", "chardev:console"),
         *_agent(at),
         *("-device", "pvpanic"),
-        *_network(spec),
+        *_network(instance_id, spec),
         *_disks(spec, settings, at),
+        *_interfaces(spec),
         *_kernel(spec, at),
     ]
 
@@ -167,9 +185,49 @@ def _socket(name: str, descriptor: int) -> str:
     return f"socket,id={name},fd={descriptor},server=on,wait=off"
 
 
-def _network(spec: Spec) -> list[str]:
+def first_mac(instance_id: str) -> str:
+    """The hardware address of the first interface, which follows from the instance's id."""
+    return ":".join((_MAC_PREFIX, *(f"{byte:02x}" for byte in hashlib.sha256(instance_id.encode()).digest()[:3])))
+
+
+def network_arguments(interface_id: str) -> dict[str, Any]:
+    """The network behind an interface beyond the first: the arguments of `netdev_add`.
+
+    Each has addresses of its own, which follow from its id, so that the guest can tell its networks apart.
+    """
+    high, low = hashlib.sha256(interface_id.encode()).digest()[:2]
+    return {"type": "user", "id": f"network-{interface_id}", "net": f"10.{64 + high % 64}.{low}.0/24"}
+
+
+def interface_arguments(interface: Interface, port: str) -> dict[str, Any]:
+    """How an interface is plugged into a port: the arguments of `device_add`. Raises `Refused`."""
+    if _MAC.fullmatch(interface.mac) is None:
+        raise Refused(
+            f"The hardware address {interface.mac!r} cannot be used.",
+            remedy="Use six pairs of hexadecimal digits with colons.",
+        )
+    return {
+        "driver": "virtio-net-pci",
+        "id": interface_device(interface.id),
+        "netdev": f"network-{interface.id}",
+        "mac": interface.mac,
+        "bus": port,
+        "romfile": "",
+    }
+
+
+def _network(instance_id: str, spec: Spec) -> list[str]:
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{forward.host_port}-:{forward.guest_port}" for forward in spec.forwards)
-    return ["-netdev", f"user,id=network{forwards}", "-device", "virtio-net-pci,netdev=network,romfile="]
+    device = f"virtio-net-pci,netdev=network,mac={first_mac(instance_id)},romfile="
+    return ["-netdev", f"user,id=network{forwards}", "-device", device]
+
+
+def _interfaces(spec: Spec) -> list[str]:
+    words: list[str] = []
+    for number, interface in enumerate(spec.interfaces, len(all_disks(spec))):
+        device = interface_arguments(interface, port_name(number))
+        words += ["-netdev", _json(network_arguments(interface.id)), "-device", _json(device)]
+    return words
 
 
 def booted_image(spec: Spec) -> Image:
@@ -202,10 +260,11 @@ def backing_images(spec: Spec) -> dict[str, Image]:
 
 def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
     disks = all_disks(spec)
-    if len(disks) > settings.hotplug_ports:
+    if len(disks) + len(spec.interfaces) > settings.hotplug_ports:
         raise Refused(
-            f"The instance has {len(disks)} disks; a guest can have {settings.hotplug_ports}.",
-            remedy="Detach a volume, or raise hotplug_ports.",
+            f"The instance has {len(disks)} disks and {len(spec.interfaces)} interfaces beyond its first; a guest can "
+            f"have {settings.hotplug_ports} together.",
+            remedy="Detach one, or raise hotplug_ports.",
         )
     words: list[str] = []
     for number in range(settings.hotplug_ports):

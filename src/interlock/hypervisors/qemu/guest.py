@@ -13,7 +13,7 @@ from typing import Any, Final
 from interlock.core.errors import InterlockError, NotResponding, NotThere
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu.command_line import disk_of_device
+from interlock.hypervisors.qemu.command_line import disk_of_device, interface_of_device
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
 from interlock.hypervisors.qemu.monitor import Monitor
@@ -61,6 +61,9 @@ class Guest:
         """Held by who talks with the guest's agent."""
         self.last_seen = PowerState.NONE
         self.last_disks: tuple[str, ...] = ()
+        self.last_interfaces: tuple[str, ...] = ()
+        self.job_news = asyncio.Event()
+        """Set whenever a job in the process has gone on to its next state, or the process has ended."""
         self._tell = tell
         self._on_end = on_end
         self._let_go_waiters: dict[str, set[asyncio.Future[bool]]] = {}
@@ -114,6 +117,8 @@ class Guest:
             self._answer_let_go(event.data["device"], let_go=True)
         if event.event == "DEVICE_UNPLUG_GUEST_ERROR" and "device" in event.data:
             self._answer_let_go(event.data["device"], let_go=False)
+        if event.event == "JOB_STATUS_CHANGE":
+            self.job_news.set()
         news = self._meaning.of(event)
         if news is None:
             return
@@ -133,6 +138,7 @@ class Guest:
     def _process_ended(self) -> None:
         self.journal.drain()
         self.rests.set()
+        self.job_news.set()
         for device in tuple(self._let_go_waiters):
             self._answer_let_go(device, let_go=False)
         self._say(GuestEvent.VANISHED)
@@ -147,6 +153,7 @@ class Guest:
         try:
             state = await self.look()
             await self.disks()
+            await self.interfaces()
         except (NotResponding, NotThere):
             # What it holds is not known before it answers; until then it counts as what was last heard.
             if self.last_seen is PowerState.NONE and self.phase is Phase.RUNNING:
@@ -182,10 +189,37 @@ class Guest:
 
     async def disks(self) -> tuple[str, ...]:
         """Ids of the disks that are plugged in. Raises as `look`."""
-        names = await self.devices()
-        found = (disk_of_device(name) for name in names)
-        self.last_disks = tuple(sorted(disk for disk in found if disk is not None))
+        self.last_disks = tuple(sorted(await self.plugged()))
         return self.last_disks
+
+    async def plugged(self) -> dict[str, str]:
+        """The name of the device of each disk that is plugged in, by the disk's id. Raises as `look`."""
+        names = await self.devices()
+        devices = {name: disk for name in names if (disk := disk_of_device(name)) is not None}
+        aliases = self.folder.node_names()
+        if aliases:
+            # Another disk was swapped in where one was: what a device is called tells no more which disk it has.
+            devices |= {
+                name: aliases[node]
+                for name, node in (await self.drives()).items()
+                if name in devices and node in aliases
+            }
+        return {disk: name for name, disk in devices.items()}
+
+    async def drives(self) -> dict[str, str]:
+        """The name of the node that each of our disks' devices uses, by the device's name. Raises as `look`."""
+        found = {}
+        for block in await self.ask("query-block"):
+            _, _, device = block.get("qdev", "").partition("/machine/peripheral/")
+            if device and "inserted" in block:
+                found[device.partition("/")[0]] = str(block["inserted"]["node-name"])
+        return found
+
+    async def interfaces(self) -> tuple[str, ...]:
+        """Ids of the interfaces that are plugged in, beyond the first. Raises as `look`."""
+        found = (interface_of_device(name) for name in await self.devices())
+        self.last_interfaces = tuple(sorted(interface for interface in found if interface is not None))
+        return self.last_interfaces
 
     async def devices(self) -> frozenset[str]:
         """Names of the devices that were plugged in by us. Raises as `look`."""

@@ -2,6 +2,7 @@
 
 vms/ID/                 0700, ours: QEMU gets everything in it as open descriptors
     spec.json           what the guest was last started with, and the disks plugged in since
+    node-names.json     which disk a block node of the running QEMU is, where its device's name does not tell
     process.json        who holds the guest; absent when nobody is meant to
     lock                locked (flock) by the process that holds the guest, for exactly as long as it lives
     monitor             the socket of the command monitor
@@ -131,6 +132,17 @@ class InstanceFolder:
     def forget_frozen(self) -> None:
         (self.path / "frozen").unlink(missing_ok=True)
 
+    def node_names(self) -> dict[str, str]:
+        """Which disk a node is, by the node's name, where the name of its device does not tell."""
+        return _read(self.path / "node-names.json", dict[str, str]) or {}
+
+    def keep_node_names(self, more: dict[str, str]) -> None:
+        """Remember of more nodes which disk they are."""
+        _write(self.path / "node-names.json", {**self.node_names(), **more})
+
+    def forget_node_names(self) -> None:
+        (self.path / "node-names.json").unlink(missing_ok=True)
+
     # ------------------------------------------------------------------------------------- what a process needs
 
     def lock(self) -> int | None:
@@ -229,7 +241,7 @@ def _read(path: Path, kind: type[RecordT]) -> RecordT | None:
         return None
 
 
-def _write(path: Path, record: msgspec.Struct) -> None:
+def _write(path: Path, record: msgspec.Struct | dict[str, str]) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_bytes(msgspec.json.encode(record))
     fresh.replace(path)

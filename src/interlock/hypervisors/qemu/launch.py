@@ -63,6 +63,7 @@ def launch(
         command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at)]
         words = confined(command, folder.inside, _limits(spec, settings), account)
         folder.make_journal(None if account is None else (account.user_id, account.group_id))
+        folder.forget_node_names()
         folder.keep_spec(spec)
         folder.keep_process_record(ProcessRecord(phase=Phase.STARTING))
         permit.check()
@@ -114,20 +115,24 @@ def _limits(spec: Spec, settings: QemuSettings) -> list[str]:
 
 
 @contextlib.contextmanager
-def refused(folder: InstanceFolder) -> Iterator[None]:
-    """Tell people what a failure of the operating system means for the instance."""
+def refused(folder: InstanceFolder, place: Path | None = None) -> Iterator[None]:
+    """Tell people what a failure of the operating system means for the instance.
+
+    `place` is the folder that is written to, where that is another than the instance's.
+    """
+    place = place or folder.path
     try:
         yield
     except OSError as error:
         remedy: str | None
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
-                remedy = f"Make room on the file system of {folder.path}."
+                remedy = f"Make room on the file system of {place}."
             case errno.EACCES | errno.EPERM | errno.EROFS:
-                remedy = f"Give the server's user write access to {folder.path}."
+                remedy = f"Give the server's user write access to {place}."
             case errno.EMFILE | errno.ENFILE | errno.EAGAIN | errno.ENOMEM:
                 remedy = "The host is out of descriptors, processes or memory; hold fewer guests or raise its limits."
             case _:
                 remedy = None
-        where = error.filename or folder.path
+        where = error.filename or place
         raise Refused(f"Instance {folder.path.name}: {where}: {error.strerror}.", remedy=remedy) from error

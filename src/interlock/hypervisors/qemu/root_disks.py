@@ -19,19 +19,23 @@ from interlock.core.records import Image, Spec
 from interlock.hypervisors.commands import run
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 from interlock.hypervisors.qemu import qcow2
+from interlock.hypervisors.qemu.copying import copy_sparse
+from interlock.hypervisors.qemu.image_tool import use_image_tool
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.ports import Permit
+from interlock.ports import Permit, Report
 
 GIB: Final = 1024**3
 _ATTEMPTS = itertools.count()
 
 
-def require_images(spec: Spec) -> None:
-    """Raise `Refused` if something that the guest boots, or that a disk of it is a layer over, is not there any more.
+def require_files(folder: InstanceFolder, spec: Spec) -> None:
+    """Raise `Refused` if something is not there that the guest needs and that nobody makes for it.
 
-    The image of a guest whose root disk is whole is needed only if it is booted directly.
+    That is what it boots, what its disks are layers over, and a root disk that stands by itself.
     """
+    if spec.has_root and spec.root_is_whole:
+        _require_file(folder.root_disk(spec.root))
     images = [] if spec.root_is_whole and spec.image.kind == "disk" else [spec.image]
     if spec.rescue_image is not None:
         images.append(spec.rescue_image)
@@ -47,14 +51,12 @@ def require_images(spec: Spec) -> None:
 async def make_root_disk(permit: Permit, folder: InstanceFolder, spec: Spec, settings: QemuSettings) -> None:
     """Make the instance's root disk, an empty layer over its image or an empty disk; does nothing where it is there.
 
-    One that is whole is not made here: its content comes from elsewhere.
-
     Raises:
         Refused: it could not be made; the message is the image tool's.
         NotResponding: the image tool took too long.
     """
     root = folder.root_disk(spec.root)
-    if not spec.has_root or spec.root_is_whole or root.exists():
+    if not spec.has_root or root.exists():
         return
     base = spec.image if spec.image.kind == "disk" else None
     size_bytes = spec.root_gib * GIB or spec.image.size_bytes
@@ -74,10 +76,7 @@ async def make_rescue_disk(permit: Permit, folder: InstanceFolder, spec: Spec, s
         return
     if disk.exists() and qcow2.read_header(disk).backing == image.path:
         return
-    if folder.held():
-        raise NotResponding(
-            f"A process still holds instance {folder.path.name}, which is to be rescued.", remedy="Stop it hard first."
-        )
+    _require_ended(folder)
     await _make_layer(permit, disk, image, image.size_bytes, settings)
 
 
@@ -99,8 +98,74 @@ async def _make_layer(permit: Permit, disk: Path, base: Image | None, size_bytes
         await keep(permit, fresh, disk)
 
 
+async def copy_root_disk(
+    permit: Permit, folder: InstanceFolder, old: Spec, new: Spec, settings: QemuSettings, report: Report
+) -> None:
+    """See `ports.Hypervisor.copy_root_disk`. A layer stays one, over the same image."""
+    target, source = folder.root_disk(new.root), folder.root_disk(old.root)
+    if target.exists() or not (old.has_root or new.has_root):
+        return
+    if not old.has_root:
+        await make_root_disk(permit, folder, new, settings)
+        return
+    _require_ended(folder)
+    _require_file(source)
+    held = qcow2.read_header(source).size_bytes
+    wanted = (new.root_gib * GIB or held) if new.has_root else 0
+    if wanted < held:
+        raise Refused(
+            f"The root disk would have {wanted} bytes, and what it is copied from has {held}.",
+            remedy="A disk can only become larger.",
+        )
+    await _copy(permit, source, target, wanted, settings, report)
+
+
+async def root_disk_from(
+    permit: Permit, folder: InstanceFolder, spec: Spec, source: Path, settings: QemuSettings, report: Report
+) -> None:
+    """See `ports.Hypervisor.root_disk_from`."""
+    target = folder.root_disk(spec.root)
+    if target.exists():
+        return
+    _require_ended(folder)
+    _require_file(source)
+    header = qcow2.read_header(source)
+    if not header.stands_alone:
+        raise Refused(f"The image {source} needs another file.", remedy="Use one that stands by itself.")
+    await _copy(permit, source, target, max(header.size_bytes, spec.root_gib * GIB), settings, report)
+
+
+async def _copy(  # noqa: PLR0913 - as above
+    permit: Permit, source: Path, target: Path, wanted: int, settings: QemuSettings, report: Report
+) -> None:
+    held = qcow2.read_header(source).size_bytes
+    with half_made(target) as fresh:
+        await copy_sparse(permit, source, fresh, report)
+        if wanted != held:
+            permit.check()
+            words = ["resize", "-q", "-f", "qcow2", str(fresh), str(wanted)]
+            await use_image_tool(words, f"Enlarging the copy of {source}", settings, lambda _done: None)
+        await keep(permit, fresh, target)
+
+
+def _require_file(source: Path) -> None:
+    if not source.is_file():
+        raise Refused(f"{source} is not there any more.", remedy="Put the file back, or rebuild the instance.")
+
+
+def _require_ended(folder: InstanceFolder) -> None:
+    if folder.held():
+        raise NotResponding(
+            f"A process still holds instance {folder.path.name}, whose disks are to change.",
+            remedy="Stop it hard first.",
+        )
+
+
 async def drop_root_disks(permit: Permit, folder: InstanceFolder, kept: frozenset[int]) -> None:
-    """Remove the root disks with other numbers, and what a crash left half-made."""
+    """Remove the root disks with other numbers, and what a crash left half-made. Raises `Refused` if a guest has one."""
+    spec = folder.spec()
+    if spec is not None and spec.has_root and spec.root not in kept and folder.held():
+        raise Refused(f"The guest of instance {folder.path.name} has the root disk {spec.root}.", remedy="Stop it.")
     for number, path in sorted(folder.root_disks().items()):
         if number not in kept:
             permit.check()
