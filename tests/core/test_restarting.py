@@ -19,7 +19,8 @@ from interlock.core.upkeep import UpkeepTimes
 from interlock.driver.operations import PERFORMS
 from interlock.policies.sources import Source
 
-O, V = Operation, VmState
+O = Operation  # noqa: E741
+V = VmState
 STANDARD = CompiledPolicy(Source.read("standard").policy, PERFORMS)
 NEVER = UpkeepTimes(resize_confirm_window_ms=0, reclaim_after_ms=0, offload_after_ms=0)
 ALWAYS = RestartPolicy(on_crash=OnCrash.RESTART, on_power_off=OnPowerOff.RESTART)
@@ -218,7 +219,7 @@ class BootLoop(RuleBasedStateMachine):
     @rule(operation=st.sampled_from([O.START, O.STOP]), hard=st.booleans())
     def owner(self, operation: Operation, hard: bool) -> None:
         self.now_ms += 1
-        parameters = {"hard": True} if hard and operation is O.STOP else {}
+        parameters: dict[str, Any] = {"hard": True} if hard and operation is O.STOP else {}
         after = asked(self.instance, operation, self.now_ms, **parameters)
         if after.outstanding:
             self.instance = served(after, Outcome.SUCCEEDED, self.now_ms)
