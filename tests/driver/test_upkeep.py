@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,12 +19,14 @@ from interlock.core.records import Admitted, Change, Disposition, Event, Image, 
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy
 from interlock.core.states import VmState
 from interlock.driver.agent import Agent
+from interlock.driver.hosts import Hosts
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
+from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
-from interlock.ports import Permit, Store
+from interlock.ports import Permit, RemoteHost, Store
 from interlock.service.wishes import Labels, NewInstance
 from interlock.testing.embedded import IMAGE, Embedded
 from interlock.testing.memory_store import MemoryStore
@@ -34,6 +37,10 @@ DAY_MS = 24 * 3_600_000
 DAY_S = 24 * 3_600
 ALWAYS = RestartPolicy(on_crash=OnCrash.RESTART, on_power_off=OnPowerOff.RESTART)
 NOTHING = Image(id="i", name="i", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
+
+
+def _no_other(name: str) -> RemoteHost:
+    raise AssertionError(f"asked for the host {name}")
 
 
 class House:
@@ -51,9 +58,11 @@ class House:
 
     async def start(self) -> None:
         store = cast("Store", self.store)
-        upkeep = Upkeep("here", store, self.policy, self.config, lambda: f"upkeep-{next(self.ids)}")
+        upkeep = Upkeep(store, self.policy, self.config, lambda: f"upkeep-{next(self.ids)}")
         self.hypervisor = SimulatedHypervisor(self.host)
-        self.agent = Agent("here", store, self.hypervisor, self.policy, DriverConfig(drain_ms=1), upkeep)
+        hosts = Hosts("here", self.hypervisor, _no_other)
+        images = ImageFolder(Path("/nowhere"), cache=Path("/nowhere"))
+        self.agent = Agent(hosts, store, images, self.policy, DriverConfig(drain_ms=1), upkeep)
         await self.agent.open()
 
     async def restart(self) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from interlock.core.errors import NotFound
 from interlock.core.records import Change, Event, Instance, Request
 from interlock.core.states import VmState
-from interlock.ports import Clock, IdempotencyKey, InstanceFilter, Page, Volume
+from interlock.ports import Clock, Host, IdempotencyKey, InstanceFilter, Page, Volume
 
 AnswerT = TypeVar("AnswerT")
 
@@ -74,6 +74,9 @@ class MemoryStore:
         return tuple(one for one in there if one.outstanding or one.held)
 
     async def volumes(self, project: str | None = None) -> tuple[Volume, ...]:
+        return ()
+
+    async def hosts(self) -> tuple[Host, ...]:
         return ()
 
     def __getattr__(self, name: str) -> Any:
