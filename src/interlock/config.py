@@ -75,6 +75,8 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     there."""
     console_check_interval_ms: int = 5_000
     """How often the size of the console logs is looked at while somebody is in charge of the guests, in ms."""
+    console_reader_bytes_max: int = 262_144
+    """How much of a live console is kept for one who looks on and does not keep up, in bytes; the middle is lost."""
     agent_timeout_ms: int = 2_000
     """How long a guest agent may take to answer before it counts as not there, in ms."""
     freeze_timeout_ms: int = 10_000

@@ -38,7 +38,7 @@ def values(words: list[str], option: str) -> list[str]:
 
 def test_a_disk_image_is_the_backing_of_the_root_disk() -> None:
     spec = Spec(image=DISK_IMAGE, disks=(Disk(id=VOLUME, path="/volumes/v", read_only=True),))
-    at = Descriptors(monitor=3, agent=8, console=4, backings={"root": 5}, disks={"root": 6, VOLUME: 7})
+    at = Descriptors(monitor=3, agent=8, console=9, console_log=4, backings={"root": 5}, disks={"root": 6, VOLUME: 7})
     words = arguments("one", spec, SETTINGS, at)
     backing, root, volume = (msgspec.json.decode(value) for value in values(words, "-blockdev"))
     assert (backing["driver"], backing["read-only"], backing["file"]["filename"]) == ("raw", True, "/dev/fdset/5")
@@ -53,7 +53,7 @@ def test_a_kernel_image_is_booted_directly() -> None:
         "one",
         Spec(image=KERNEL_IMAGE),
         SETTINGS,
-        Descriptors(monitor=3, agent=8, console=4, disks={}, kernel=5, initrd=6),
+        Descriptors(monitor=3, agent=8, console=9, console_log=4, disks={}, kernel=5, initrd=6),
     )
     assert values(words, "-kernel") == ["/proc/self/fd/5"]
     assert values(words, "-initrd") == ["/proc/self/fd/6"]
@@ -63,14 +63,21 @@ def test_a_kernel_image_is_booted_directly() -> None:
 
 def test_forwards_listen_on_loopback_only() -> None:
     spec = Spec(image=KERNEL_IMAGE, forwards=(Forward(host_port=2222, guest_port=22),))
-    words = arguments("one", spec, SETTINGS, Descriptors(monitor=3, agent=8, console=4, disks={}, kernel=5))
+    words = arguments(
+        "one", spec, SETTINGS, Descriptors(monitor=3, agent=8, console=9, console_log=4, disks={}, kernel=5)
+    )
     assert values(words, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:2222-:22"]
 
 
 def test_more_disks_than_places_are_refused() -> None:
     spec = Spec(image=DISK_IMAGE, disks=tuple(Disk(id=f"v{number}", path="/v") for number in range(8)))
     at = Descriptors(
-        monitor=3, agent=8, console=4, backings={"root": 5}, disks={disk.id: 6 for disk in spec.disks} | {"root": 7}
+        monitor=3,
+        agent=8,
+        console=9,
+        console_log=4,
+        backings={"root": 5},
+        disks={disk.id: 6 for disk in spec.disks} | {"root": 7},
     )
     with pytest.raises(Refused, match="9 disks"):
         arguments("one", spec, SETTINGS, at)

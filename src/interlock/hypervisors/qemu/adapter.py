@@ -7,10 +7,11 @@ a step does is in the modules beside this one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Final
 
-from interlock.core.errors import NotResponding, NotThere, Refused
+from interlock.core.errors import HypervisorError, NotResponding, NotThere, Refused
 from interlock.core.records import Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import guest_agent, root_disks
@@ -20,7 +21,7 @@ from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
 from interlock.hypervisors.unmade import Unmade
-from interlock.ports import Observation, Permit
+from interlock.ports import Observation, Permit, Stream
 
 _UNKNOWN: Final = Observation(defined=False, power_state=PowerState.NONE)
 
@@ -175,6 +176,20 @@ class QemuHypervisor(Components, Unmade):
             raise NotThere(f"No guest of instance {instance_id} runs.")
         if state is not PowerState.RUNNING:
             await guest.tell(permit, "cont")
+
+    # -------------------------------------------------------------------------------- seeing and being seen
+
+    async def open_console(self, instance_id: str) -> Stream:
+        guest = self._guest(instance_id)
+        stream = await guest.console.open()
+        # A question behind the call: when it is answered, QEMU has taken the call, and tells us what comes.
+        try:
+            with contextlib.suppress(HypervisorError):
+                await guest.ask("query-chardev")
+        except BaseException:
+            await stream.close()
+            raise
+        return stream
 
     # --------------------------------------------------------------------------------------------- guest agent
 

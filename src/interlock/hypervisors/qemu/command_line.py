@@ -27,7 +27,9 @@ JOURNAL: Final = "journal"
 MACHINE_TYPE: Final = "q35"
 MONITOR: Final = "monitor"
 AGENT: Final = "agent"
-"""The character devices of the command monitor and of the guest agent's port, and the sockets that stand for them."""
+CONSOLE: Final = "console"
+"""The character devices of the command monitor, the guest agent's port and the serial console, and the sockets that
+stand for them."""
 
 _DEVICE_PREFIX: Final = "disk-"
 _INTERFACE_PREFIX: Final = "interface-"
@@ -46,6 +48,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     monitor: int
     agent: int
     console: int
+    console_log: int
     disks: dict[str, int]
     """By disk id."""
     backings: dict[str, int] = {}
@@ -148,8 +151,7 @@ def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descript
         *("-S", "-no-shutdown", "-action", "panic=pause"),
         *_processor(spec, settings),
         *_monitors(at),
-        *("-add-fd", f"fd={at.console},set={at.console}"),
-        *("-chardev", f"file,id=console,path=/dev/fdset/{at.console},append=on", "-serial", "chardev:console"),
+        *_console(at),
         *_agent(at),
         *("-device", "pvpanic"),
         *_network(instance_id, spec),
@@ -173,6 +175,13 @@ def _monitors(at: Descriptors) -> list[str]:
         *("-chardev", _socket(MONITOR, at.monitor), "-mon", f"chardev={MONITOR},mode=control"),
         *("-chardev", f"pipe,id=journal,path={JOURNAL}", "-mon", "chardev=journal,mode=control"),
     ]
+
+
+def _console(at: Descriptors) -> list[str]:
+    """The serial console: all that is written there goes to its log, and to whoever is connected."""
+    log = f"logfile=/dev/fdset/{at.console_log},logappend=on"
+    words = _descriptor_set(at.console_log)
+    return [*words, "-chardev", f"{_socket(CONSOLE, at.console)},{log}", "-serial", f"chardev:{CONSOLE}"]
 
 
 def _agent(at: Descriptors) -> list[str]:

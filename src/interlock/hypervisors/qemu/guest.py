@@ -13,7 +13,8 @@ from typing import Any, Final
 from interlock.core.errors import InterlockError, NotResponding, NotThere
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu.command_line import disk_of_device, interface_of_device
+from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device, interface_of_device
+from interlock.hypervisors.qemu.console import Console
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
 from interlock.hypervisors.qemu.monitor import Monitor
@@ -59,6 +60,7 @@ class Guest:
         """Set while no guest runs in the process: it powered itself off, crashed, or the process has ended."""
         self.agent_turn = asyncio.Lock()
         """Held by who talks with the guest's agent."""
+        self.console = Console(instance_id, lambda: folder.call(CONSOLE), settings.console_reader_bytes_max)
         self.last_seen = PowerState.NONE
         self.last_disks: tuple[str, ...] = ()
         self.last_interfaces: tuple[str, ...] = ()
@@ -281,6 +283,7 @@ class Guest:
 
     async def close(self) -> None:
         """Let go of the process without disturbing it."""
+        self.console.close()
         self.journal.close()
         self.process.let_go()
         with contextlib.suppress(InterlockError):

@@ -6,6 +6,7 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     process.json        who holds the guest; absent when nobody is meant to
     lock                locked (flock) by the process that holds the guest, for exactly as long as it lives
     monitor             the socket of the command monitor
+    console             the socket of the serial console
     agent               the socket of the guest agent's port
     frozen              there while the guest's file systems may be held still
     root.qcow2          the root disk number 0, an overlay of the image or whole

@@ -16,6 +16,7 @@ from interlock.core.errors import NotResponding, Refused
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu.command_line import (
     AGENT,
+    CONSOLE,
     MONITOR,
     RESCUE,
     ROOT,
@@ -83,13 +84,15 @@ def _open_all(
 
     monitor = hand_over(folder.listen(MONITOR).detach())
     agent = hand_over(folder.listen(AGENT).detach())
-    console = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    console = hand_over(folder.listen(CONSOLE).detach())
+    console_log = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     image = booted_image(spec)
     kernel = image.kind == "kernel"
     at = Descriptors(
         monitor=monitor,
         agent=agent,
-        console=hand_over(console),
+        console=console,
+        console_log=hand_over(console_log),
         kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
         initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
         backings={
