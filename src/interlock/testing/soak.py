@@ -1,8 +1,8 @@
 """A soak: many real VMs, random admitted operations, and a server that is killed again and again.
 
 `python -m interlock.testing.soak --vms 20 --minutes 10` prints what it did as JSON, and ends with 1 if anything was
-wrong: an acknowledged request that never ended, a VM that can neither be reached nor deleted, a damaged disk, or anything
-left over once all of it was deleted.
+wrong: an acknowledged request that never ended, a VM that can neither be reached nor deleted, a damaged disk, or
+anything left over once all of it was deleted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _QUICK: Final = {
     "INTERLOCK_DRIVER_INSPECT_RETRY_MS": "100",
     "INTERLOCK_DRIVER_HEARTBEAT_MS": "1000",
 }
-_WAYS_TO_ACTIVE: Final = {
+_WAYS_TO_ACTIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "building": ("start", {}),
     "stopped": ("start", {}),
     "error": ("start", {}),
