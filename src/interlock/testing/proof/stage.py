@@ -29,12 +29,14 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         """`folder` must let QEMU's user pass through."""
         self.server = RealServer(folder / "data", _QUICK)
+        self.remembered: dict[str, Any] = {}
+        """What a scenario saw earlier and wants to compare."""
         self._ports: dict[str, int] = {}
 
     def open(self) -> None:
         """Start the server and make what the scenarios need."""
         self.server.start()
-        self.server.client.post("/v1/images", json={"name": SMALL, "build": "small"}).raise_for_status()
+        self.server.client.post("/v1/images/small", json={"name": SMALL}).raise_for_status()
         for name in ("data", "other"):
             self.server.client.post("/v1/volumes", json={"name": name, "size_mib": 8}).raise_for_status()
 

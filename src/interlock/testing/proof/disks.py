@@ -1,0 +1,253 @@
+"""Proofs of what changes disks, images, volumes and interfaces."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from interlock.core.operations import Operation
+from interlock.testing.proof.power import anew, off, running, same_disk, state, undisturbed
+from interlock.testing.proof.scenario import VM, WRITTEN, Before, Scenario
+from interlock.testing.proof.stage import MEMORY_MIB, SMALL, Stage
+
+_AFTERWARDS: Final = "written afterwards"
+_LARGER_MIB: Final = MEMORY_MIB + 64
+_CHANGE: Final = {"memory_mib": _LARGER_MIB, "root_gib": 2}
+
+
+def _rescued(stage: Stage, before: Before) -> None:
+    state(stage, "rescued")
+    before.booted_anew(stage.status(VM))
+    assert stage.instance(VM)["prior_vm_state"] == "active"
+    same_disk(stage)
+
+
+def _rescue(stage: Stage) -> None:
+    running(stage)
+    stage.carry_out(VM, "rescue", image=SMALL)
+    stage.status(VM)
+
+
+def _rebuilt(stage: Stage, before: Before) -> None:
+    state(stage, "active")
+    before.booted_anew(stage.status(VM))
+    assert stage.read(VM) == "", "the disk is the old one"
+    now = stage.instance(VM)
+    assert [now[name] for name in ("id", "name", "forwards")] == [
+        before.instance[name] for name in ("id", "name", "forwards")
+    ]
+    _one_root_disk(stage)
+
+
+def _one_root_disk(stage: Stage) -> None:
+    disks = sorted(path.name for path in stage.files(VM).glob("root*.qcow2"))
+    assert len(disks) == 1, f"there are {disks}"
+
+
+def _resized(stage: Stage, before: Before) -> None:
+    state(stage, "resized")
+    now = stage.status(VM)
+    before.booted_anew(now)
+    assert before.status is not None
+    assert now["memory_kib"] > before.status["memory_kib"], "it has no more memory"
+    same_disk(stage)
+
+
+def _resize(stage: Stage) -> None:
+    running(stage)
+    stage.carry_out(VM, "resize", **_CHANGE)
+    stage.write(VM, _AFTERWARDS)
+
+
+def _confirmed(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    assert stage.read(VM) == _AFTERWARDS
+    assert stage.instance(VM)["memory_mib"] == _LARGER_MIB
+    _one_root_disk(stage)
+
+
+def _reverted(stage: Stage, before: Before) -> None:
+    anew(stage, before)
+    assert stage.instance(VM)["memory_mib"] == MEMORY_MIB
+    _one_root_disk(stage)
+
+
+def _shelved(stage: Stage, _before: Before) -> None:
+    off(stage, "shelved")
+
+
+def _shelve(stage: Stage) -> None:
+    running(stage)
+    stage.carry_out(VM, "shelve")
+
+
+def _offload(stage: Stage) -> None:
+    _shelve(stage)
+    stage.carry_out(VM, "shelve_offload")
+
+
+def _offloaded(stage: Stage, before: Before) -> None:
+    state(stage, "shelved_offloaded")
+    folder = stage.server.folder / "guests" / "vms" / str(before.instance["id"])
+    assert not folder.exists(), f"{folder} is left over"
+
+
+def _copied(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    (copy,) = _copies(stage)
+    assert copy["source_instance"] == before.instance["id"]
+
+
+def _copies(stage: Stage) -> list[dict[str, Any]]:
+    return [image for image in stage.server.get("/v1/images")["items"] if image["name"] != SMALL]
+
+
+def _attached(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    stage.until_console(VM, "disk vdb 16384 sectors")
+
+
+def _attach(stage: Stage) -> None:
+    running(stage)
+    stage.carry_out(VM, "attach_volume", volume="data")
+    stage.until_console(VM, "disk vdb 16384 sectors")
+    stage.write(VM, WRITTEN, "vdb")
+
+
+def _detached(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    stage.until_console(VM, "disk vdb gone")
+
+
+def _swapped(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    assert stage.read(VM, "vdb") == WRITTEN, "what was written onto the volume is not on the other one"
+    attached = {one["name"]: one["attached_to"] for one in stage.server.get("/v1/volumes")["items"]}
+    assert attached == {"data": None, "other": before.instance["id"]}, attached
+
+
+def _plugged(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    stage.until_console(VM, "interface eth1")
+
+
+def _plug(stage: Stage) -> None:
+    running(stage)
+    stage.carry_out(VM, "attach_interface")
+    stage.until_console(VM, "interface eth1")
+
+
+def _unplugged(stage: Stage, before: Before) -> None:
+    undisturbed(stage, before)
+    stage.until_console(VM, "interface eth1 gone")
+    assert stage.instance(VM)["interfaces"] == []
+
+
+_O = Operation
+
+SCENARIOS: Final = (
+    Scenario(
+        operation=_O.RESCUE,
+        parameters={"image": SMALL},
+        proof="Another boot answers, which has the guest's own disk beside it.",
+        prepare=running,
+        verify=_rescued,
+    ),
+    Scenario(
+        operation=_O.UNRESCUE,
+        proof="The guest answers under another boot id, with its own disk.",
+        prepare=_rescue,
+        verify=anew,
+    ),
+    Scenario(
+        operation=_O.REBUILD,
+        proof="The guest answers with the same id, name and ports, and its disk is empty.",
+        prepare=running,
+        verify=_rebuilt,
+    ),
+    Scenario(
+        operation=_O.RESIZE,
+        parameters=dict(_CHANGE),
+        proof="The guest says that it has more memory; its disk has what was written before.",
+        prepare=running,
+        verify=_resized,
+    ),
+    Scenario(
+        operation=_O.CONFIRM_RESIZE,
+        proof="The guest went on with what it has written since, and one root disk is left.",
+        prepare=_resize,
+        verify=_confirmed,
+    ),
+    Scenario(
+        operation=_O.REVERT_RESIZE,
+        proof="The guest has its old memory, and its disk what was written before the resize.",
+        prepare=_resize,
+        verify=_reverted,
+    ),
+    Scenario(
+        operation=_O.SHELVE,
+        proof="No process has the guest.",
+        prepare=running,
+        verify=_shelved,
+    ),
+    Scenario(
+        operation=_O.SHELVE_OFFLOAD,
+        proof="Nothing is left of it on the host.",
+        prepare=_shelve,
+        verify=_offloaded,
+        answers=False,
+    ),
+    Scenario(
+        operation=_O.UNSHELVE,
+        proof="The guest answers again, and its disk, made from the image, has what was written before.",
+        prepare=_offload,
+        verify=anew,
+        answers=False,
+    ),
+    Scenario(
+        operation=_O.SNAPSHOT,
+        parameters={"name": "copy"},
+        proof="There is an image of it, and the guest went on in the same process.",
+        prepare=running,
+        verify=_copied,
+    ),
+    Scenario(
+        operation=_O.BACKUP,
+        parameters={"backup_type": "daily", "rotation": 2},
+        proof="There is an image of it, and the guest went on in the same process.",
+        prepare=running,
+        verify=_copied,
+    ),
+    Scenario(
+        operation=_O.ATTACH_VOLUME,
+        parameters={"volume": "data"},
+        proof="The guest said on its console that it has another disk.",
+        prepare=running,
+        verify=_attached,
+    ),
+    Scenario(
+        operation=_O.DETACH_VOLUME,
+        parameters={"volume": "data"},
+        proof="The guest said on its console that the disk is gone.",
+        prepare=_attach,
+        verify=_detached,
+    ),
+    Scenario(
+        operation=_O.SWAP_VOLUME,
+        parameters={"old": "data", "new": "other"},
+        proof="The guest reads from the other volume what it has written onto the first.",
+        prepare=_attach,
+        verify=_swapped,
+    ),
+    Scenario(
+        operation=_O.ATTACH_INTERFACE,
+        proof="The guest said on its console that it has another interface.",
+        prepare=running,
+        verify=_plugged,
+    ),
+    Scenario(
+        operation=_O.DETACH_INTERFACE,
+        proof="The guest said on its console that the interface is gone.",
+        prepare=_plug,
+        verify=_unplugged,
+    ),
+)
