@@ -39,6 +39,8 @@ async def detach(work: Work) -> Done:
     """Unplug the volume if a guest runs, forget it for the next start, and only then let it go."""
     volume = await _volume(work)
     if volume.attached_to != work.id and not any(disk.id == volume.id for disk in work.spec.disks):
+        if work.taken_up:
+            return Done()
         raise NotFound(f"The volume {volume.name} is not attached to {work.instance.name}.")
     disks = tuple(one for one in work.spec.disks if one.id != volume.id)
     spec = msgspec.structs.replace(work.spec, disks=disks)

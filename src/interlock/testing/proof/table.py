@@ -18,7 +18,7 @@ _HEAD: Final = """# Every operation, on a real guest
 
 <!-- Drawn by `python -m interlock.testing.proof`; a test compares its rows with the catalogue. -->
 
-Each operation was carried out on a real guest (the small guest, on QEMU), and then again with a server that killed itself
+Each operation was carried out on a real guest (the small guest, on QEMU), and again with a server that killed itself
 (`kill -9`) in each of its phases: once before anything of the phase was done, once between two of its effects where it
 has more than one, and once when all of it was done and nothing of that was kept. Each time the next server took the
 request up and the same proof was held to. The time is from admission to the end, as the server measured it, without a
