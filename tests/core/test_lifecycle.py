@@ -21,19 +21,25 @@ from core_samples import (
 
 from interlock.core.admission import admit
 from interlock.core.errors import BrokenInvariant
-from interlock.core.lifecycle import adopt, cancel, expire, finish, next_deadline_ms, observe, progress, take
+from interlock.core.lifecycle import adopt, cancel, expire, finish, known_by, next_deadline_ms, observe, progress, take
+from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     Cancellation,
     Change,
+    Disk,
     GuestEvent,
+    Image,
     Instance,
+    Kept,
     Moved,
     Outcome,
     Request,
+    Spec,
     StaleFence,
     Status,
 )
+from interlock.core.request_queue import replace
 from interlock.core.states import PowerState
 
 POLICY = CompiledPolicy(ORDINARY)
@@ -307,3 +313,16 @@ def test_adopting_an_instance_of_which_nothing_is_served_changes_nothing() -> No
     change = adopt(instance, START_MS)
     assert change.answer == ()
     assert change.instance is instance
+
+
+def test_what_is_plugged_in_beside_a_state_change_is_not_undone_by_it() -> None:
+    """Both keep a spec that they made from the one they had read when they began."""
+    read = Spec(image=Image(id="i", name="i", kind="disk", path="/i", size_bytes=512, sha256="0"))
+    plugged = replace(read, disks=(Disk(id="v", path="/v"),))
+    grown = replace(read, memory_mib=256)
+    instance = replace(instance_in(V.ACTIVE), spec=read)
+    instance = known_by(instance, Kept(spec=plugged), Lane.COMPONENT)
+    instance = known_by(instance, Kept(spec=grown), Lane.STATE)
+    assert instance.spec == replace(grown, disks=plugged.disks)
+    instance = known_by(instance, Kept(spec=read), Lane.COMPONENT)
+    assert instance.spec == grown

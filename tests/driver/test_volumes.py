@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import VmState
+from interlock.driver.worker import Worker
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import GuestIgnores, Hangs, Method, Refuses, Slow
 from interlock.testing.embedded import Embedded, admitted
@@ -154,3 +159,24 @@ async def test_what_a_superseded_attach_had_claimed_is_let_go_when_the_machine_i
     assert kept.attached_to is None
     host.thaw(vm)
     assert volume.id not in disks(host, vm)
+
+
+async def test_a_detach_that_was_done_and_not_reported_is_no_failure_for_the_next_server(
+    fleet: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await fleet.create("web")
+    await fleet.make_volume("data")
+    await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    reached = asyncio.Event()
+
+    async def never_reports(self: Worker, *arguments: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Worker, "_finish", never_reports)
+        detach = admitted(await fleet.submit(vm, O.DETACH_VOLUME, volume="data"))
+        await asyncio.wait_for(reached.wait(), 10)
+        await fleet.crash()
+    await fleet.start()
+    assert (await fleet.ended(detach)).status is Status.SUCCEEDED

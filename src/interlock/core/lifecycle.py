@@ -25,6 +25,7 @@ from interlock.core.records import (
     Moved,
     Outcome,
     Request,
+    Spec,
     StaleFence,
     Status,
 )
@@ -101,7 +102,7 @@ def progress(
     draft.put(changed)
     draft.alive()
     if kept is not None:
-        draft.instance = known_by(draft.instance, kept)
+        draft.instance = known_by(draft.instance, kept, request.lane)
     if replace(changed, last_progress_at_ms=request.last_progress_at_ms) != request:
         draft.tell(
             "request.progress",
@@ -127,10 +128,18 @@ def _bytes(request: Request) -> dict[str, int | None]:
     return {"bytes_done": request.bytes_done, "bytes_total": request.bytes_total, "bytes_per_s": request.bytes_per_s}
 
 
-def known_by(instance: Instance, kept: Kept) -> Instance:
-    """The instance with what is to be kept of it."""
+def known_by(instance: Instance, kept: Kept, lane: Lane) -> Instance:
+    """The instance with what is to be kept of it by a request of that lane.
+
+    What is plugged in is the component changes' to say, and all the rest of the spec the state changes': the two may be
+    served beside each other, and neither must undo what the other has kept since it read the spec.
+    """
     values = ((name, getattr(kept, name)) for name in kept.__struct_fields__)
-    return replace(instance, **{name: value for name, value in values if value is not msgspec.UNSET})
+    named = {name: value for name, value in values if value is not msgspec.UNSET}
+    if isinstance(kept.spec, Spec) and instance.spec is not None:
+        mine, theirs = (instance.spec, kept.spec) if lane is Lane.COMPONENT else (kept.spec, instance.spec)
+        named["spec"] = replace(mine, disks=theirs.disks, interfaces=theirs.interfaces)
+    return replace(instance, **named)
 
 
 def finish(

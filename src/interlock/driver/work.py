@@ -12,7 +12,7 @@ from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, InterlockError
 from interlock.core.operations import Lane, Operation
-from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence
+from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence, Status
 from interlock.core.states import PowerState
 from interlock.driver.hosts import Hosts
 from interlock.driver.meter import Meter
@@ -63,6 +63,8 @@ class Work:
         self.config = config
         self.instance = instance
         self.request = request
+        self.taken_up = request.status is Status.UNKNOWN
+        """Whether an earlier worker began it, so that what it leads to may hold already."""
         self.permit = FencePermit(store, instance.id, request.fence)
         self.news = asyncio.Event()
         """Set by the state driver whenever something happened to the instance."""
@@ -104,7 +106,6 @@ class Work:
         Both are durable when this returns, or neither. Raises `Fenced`.
         """
         await self._report(kept=kept, phase=phase)
-        self.instance = lifecycle.known_by(self.instance, kept)
 
     @contextlib.asynccontextmanager
     async def moving(self) -> AsyncIterator[Report]:
@@ -133,15 +134,21 @@ class Work:
     ) -> None:
         request = self.request
 
-        def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence]:
-            return lifecycle.progress(
+        def decide(instance: Instance, now_ms: int) -> Change[tuple[Instance, Request | StaleFence]]:
+            change = lifecycle.progress(
                 instance, request.id, request.fence, now_ms, phase=phase, detail=detail, moved=moved, kept=kept
             )
+            return Change(
+                instance=change.instance,
+                requests=change.requests,
+                events=change.events,
+                answer=(change.instance, change.answer),
+            )
 
-        answer = await self.store.change(self.id, decide)
+        instance, answer = await self.store.change(self.id, decide)
         if isinstance(answer, StaleFence):
             raise Fenced(f"The request {request.id} was superseded.")
-        self.request = answer
+        self.instance, self.request = instance, answer
 
     async def keep_spec(self, spec: Spec, *, guest_has_it: bool) -> bool:
         """Keep what the instance is from now on, and say whether that could be.

@@ -135,7 +135,7 @@ async def root_disk_from(
     await _copy(permit, source, target, max(header.size_bytes, spec.root_gib * GIB), settings, report)
 
 
-async def _copy(  # noqa: PLR0913 - as above
+async def _copy(
     permit: Permit, source: Path, target: Path, wanted: int, settings: QemuSettings, report: Report
 ) -> None:
     held = qcow2.read_header(source).size_bytes
