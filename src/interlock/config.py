@@ -58,8 +58,8 @@ class UpkeepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How guests are held by QEMU, and waited for. `[qemu]` in the file, `INTERLOCK_QEMU_*` in the environment."""
 
-    cpu_model: str = "kvm64"
-    """The processor that guests see. With the accelerator `kvm`, `host` is the usual choice."""
+    cpu_model: str = "auto"
+    """The processor that guests see, by QEMU's name for it. `auto`: `host` with KVM, `kvm64` without."""
     translation_cache_mib: int = 32
     """How much translated guest code `tcg` keeps per VM, in MiB; counts on top of the guest's memory."""
     processes_max: int = 500
@@ -70,6 +70,12 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Address space that a VM's process may have beyond its guest's memory and translation cache, in MiB."""
     hotplug_ports: int = 8
     """How many disks and further network interfaces a guest can have together, the root disk included."""
+    display: bool = True
+    """Whether guests have a screen, for screenshots and VNC; for those started from then on."""
+    memory_stall_timeout_ms: int = 60_000
+    """The longest that writing or reading a guest's memory (suspend, resume, crash dump) may stand still, in ms."""
+    memory_look_interval_ms: int = 200
+    """How often is looked how far writing or reading a guest's memory has come, in ms."""
     console_bytes_max: int = 4 * 1024 * 1024
     """Where a serial console's log is cut, in bytes: what is older is moved to `console.log.1`, replacing what was
     there."""
@@ -150,8 +156,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The largest body with which a policy is loaded, in bytes."""
     qemu_binary: str = "qemu-system-x86_64"
     """QEMU's program: a name on the PATH, or a path."""
-    accelerator: Literal["tcg", "kvm"] = "tcg"
-    """`tcg` runs anywhere; `kvm` needs a /dev/kvm that works and that the guests' user may open."""
+    accelerator: Literal["auto", "tcg", "kvm"] = "auto"
+    """What executes guests' code. `auto`: KVM where /dev/kvm works and the guests' user may open it, else `tcg`, QEMU's
+    own translation, which runs anywhere. With `kvm` the server does not start where it cannot be used."""
     qmp_timeout_ms: int = 5_000
     """How long a guest's monitor has to answer before its outcome counts as unknown, in ms."""
     request_body_bytes_max: int = 262_144

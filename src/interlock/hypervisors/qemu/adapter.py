@@ -11,22 +11,23 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from interlock.core.errors import HypervisorError, NotResponding, NotThere, Refused
+from interlock.core.errors import Fenced, HypervisorError, NotResponding, NotThere, Refused
 from interlock.core.records import Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import guest_agent, root_disks
+from interlock.hypervisors.qemu import dump, guest_agent, memory, root_disks, screen
 from interlock.hypervisors.qemu.charge import SAFE_ID
+from interlock.hypervisors.qemu.command_line import Machine
 from interlock.hypervisors.qemu.components import Components
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
-from interlock.hypervisors.unmade import Unmade
-from interlock.ports import Observation, Permit, Stream
+from interlock.hypervisors.qemu.saved_memory import SavedMemory
+from interlock.ports import Observation, Permit, Report, Stream
 
 _UNKNOWN: Final = Observation(defined=False, power_state=PowerState.NONE)
 
 
-class QemuHypervisor(Components, Unmade):
+class QemuHypervisor(Components):
     """Holds guests as QEMU processes that outlive it. See `ports.Hypervisor` for what each method promises."""
 
     # --------------------------------------------------------------------------------------------- looking
@@ -35,6 +36,8 @@ class QemuHypervisor(Components, Unmade):
         if SAFE_ID.fullmatch(instance_id) is None:
             return _UNKNOWN
         guest = self._guests.get(instance_id)
+        folder = self._folder_of(instance_id)
+        saved = SavedMemory(folder).can_be_gone_on_from(guest)
         if guest is not None:
             try:
                 state = await guest.look()
@@ -42,13 +45,12 @@ class QemuHypervisor(Components, Unmade):
                     await guest.disks()
                     await guest.interfaces()
             except NotResponding:
-                return _seen(guest, guest.last_seen, responsive=False)
+                return _seen(guest, guest.last_seen, saved=saved, responsive=False)
             except NotThere:
                 pass
             else:
-                return _seen(guest, state, responsive=True)
-        defined = self._folder_of(instance_id).exists()
-        return Observation(defined=defined, power_state=PowerState.NONE)
+                return _seen(guest, state, saved=saved, responsive=True)
+        return Observation(defined=folder.exists(), power_state=PowerState.NONE, memory_saved=saved)
 
     async def wait_powered_off(self, instance_id: str) -> None:
         guest = self._guests.get(instance_id)
@@ -86,12 +88,21 @@ class QemuHypervisor(Components, Unmade):
             state = await self._look_unless_gone(guest)
             if state is PowerState.RUNNING:
                 return
-            stale = guest.phase is Phase.STARTING and guest.folder.spec() != spec
+            waits_for_memory = SavedMemory(guest.folder).any()
+            stale = guest.phase is Phase.STARTING and (guest.folder.spec() != spec or waits_for_memory)
             if stale or (state in ENDED_STATES and guest.phase is not Phase.STARTING):
                 await guest.kill(permit)
                 guest = None
         if guest is None:
+            files = SavedMemory(self._folder_of(instance_id))
+            with refused(files.folder):
+                await files.drop(permit)
             guest = await self._start(permit, instance_id, spec)
+        await self._let_run(permit, guest)
+
+    async def _let_run(self, permit: Permit, guest: Guest) -> None:
+        with refused(guest.folder):
+            await memory.make_way(permit, guest, SavedMemory(guest.folder))
         await guest.tell(permit, "cont")
 
     async def _look_unless_gone(self, guest: Guest) -> PowerState:
@@ -104,7 +115,7 @@ class QemuHypervisor(Components, Unmade):
             guest.keep(Phase.ENDED)
             return PowerState.NONE
 
-    async def _start(self, permit: Permit, instance_id: str, spec: Spec) -> Guest:
+    async def _start(self, permit: Permit, instance_id: str, spec: Spec, machine: Machine | None = None) -> Guest:
         """Start a process whose guest stands still, and wait until it answers."""
         folder = self._folder_of(instance_id)
         if not folder.inside.is_dir():
@@ -114,7 +125,7 @@ class QemuHypervisor(Components, Unmade):
                 f"This host holds {len(self._guests)} guests, as many as it may.",
                 remedy="Stop one, or raise processes_max.",
             )
-        process_id = launch(permit, instance_id, folder, spec, self._settings, self._account)
+        process_id = launch(permit, instance_id, folder, spec, self._settings, self._account, machine)
         guest = self._hold(instance_id, folder, process_id)
         guest.journal.negotiate()
         guest.watch()
@@ -141,7 +152,13 @@ class QemuHypervisor(Components, Unmade):
     async def power_off(self, permit: Permit, instance_id: str) -> None:
         guest = self._guests.get(instance_id)
         if guest is not None:
-            await guest.kill(permit)
+            await self._end(permit, guest)
+
+    async def _end(self, permit: Permit, guest: Guest) -> None:
+        """End its process; a memory from which it was about to run, and did not, is saved still."""
+        await guest.kill(permit)
+        with refused(guest.folder):
+            await SavedMemory(guest.folder).take_back(permit, guest)
 
     async def press_power_button(self, permit: Permit, instance_id: str) -> None:
         await self._guest(instance_id).tell(permit, "system_powerdown")
@@ -150,6 +167,8 @@ class QemuHypervisor(Components, Unmade):
         guest = self._guests.get(instance_id)
         try:
             if guest is not None and guest.phase is not Phase.STARTING:
+                with refused(guest.folder):
+                    await memory.make_way(permit, guest, SavedMemory(guest.folder))
                 await guest.tell(permit, "system_reset")
                 await guest.tell(permit, "cont")
                 return
@@ -175,9 +194,53 @@ class QemuHypervisor(Components, Unmade):
         if state in ENDED_STATES:
             raise NotThere(f"No guest of instance {instance_id} runs.")
         if state is not PowerState.RUNNING:
-            await guest.tell(permit, "cont")
+            await self._let_run(permit, guest)
+
+    # -------------------------------------------------------------------------------------------- memory
+
+    async def save_memory(self, permit: Permit, instance_id: str, report: Report) -> None:
+        files = SavedMemory(self._folder_of(instance_id))
+        if instance_id in self._guests:
+            await memory.save(permit, self._guests[instance_id], files, report)
+        elif not files.saved.exists():
+            raise NotThere(f"No guest of instance {instance_id} runs.")
+
+    async def restore_memory(self, permit: Permit, instance_id: str, spec: Spec, report: Report) -> None:
+        files = SavedMemory(self._folder_of(instance_id))
+        guest = self._guests.get(instance_id)
+        if guest is not None and memory.of_no_use(guest, files):
+            await guest.kill(permit)
+            guest = None
+        if guest is not None:
+            return await memory.run(permit, guest, files)
+        machine = files.machine_for(instance_id, spec)
+        try:
+            guest = await self._start(permit, instance_id, spec, machine)
+            await memory.read(permit, guest, files, report)
+            await memory.run(permit, guest, files)
+        except BaseException:
+            with contextlib.suppress(HypervisorError, Fenced):
+                await self.power_off(permit, instance_id)
+            raise
+
+    async def forget_memory(self, permit: Permit, instance_id: str) -> None:
+        guest = self._guests.get(instance_id)
+        files = SavedMemory(self._folder_of(instance_id))
+        if guest is not None and guest.phase is Phase.STARTING and files.any():
+            await guest.kill(permit)
+        with refused(self._folder_of(instance_id)):
+            await files.drop(permit)
+
+    async def dump_memory(self, permit: Permit, instance_id: str, target: Path, report: Report) -> None:
+        await dump.dump(permit, self._guest(instance_id), target, report)
 
     # -------------------------------------------------------------------------------- seeing and being seen
+
+    async def screenshot(self, instance_id: str) -> bytes:
+        return await screen.screenshot(self._guest_that_runs(instance_id))
+
+    async def open_display(self, instance_id: str) -> Stream:
+        return await screen.open_display(self._guest_that_runs(instance_id))
 
     async def open_console(self, instance_id: str) -> Stream:
         guest = self._guest(instance_id)
@@ -204,12 +267,13 @@ class QemuHypervisor(Components, Unmade):
         await guest_agent.set_password(self._guest(instance_id), permit, user, password)
 
 
-def _seen(guest: Guest, state: PowerState, *, responsive: bool) -> Observation:
+def _seen(guest: Guest, state: PowerState, *, saved: bool, responsive: bool) -> Observation:
     ended = state in ENDED_STATES
     return Observation(
         defined=True,
         power_state=state,
         disks=() if ended else guest.last_disks,
         interfaces=() if ended else guest.last_interfaces,
+        memory_saved=saved,
         responsive=responsive,
     )

@@ -14,15 +14,19 @@ import shutil
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+import structlog
+
 from interlock.core.errors import NotThere, Refused, Unavailable
 from interlock.core.records import GuestEvent
 from interlock.hypervisors.qemu import console_log, guest_agent
+from interlock.hypervisors.qemu.accelerator import choose
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase
 from interlock.hypervisors.qemu.process import Account, account, find_in, runs_in, started_ticks
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent
 
+_LOG = structlog.get_logger(__name__)
 SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LOOK_FOR_PROCESS_S: Final = 2.0
 """How long a process that was being started as we were killed may take to become recognisable."""
@@ -44,7 +48,7 @@ class Charge:
     # ----------------------------------------------------------------------------------------- taking charge
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
-        self._account = account(self._settings)
+        self._settle_accelerator()
         for program, package in self._needed().items():
             if shutil.which(program) is None:
                 raise Unavailable(f"{program} is not installed.", remedy=f"Run: apt-get install {package}")
@@ -58,6 +62,18 @@ class Charge:
             await self.close()
             raise failures.exceptions[0] from failures
         self._cut_console_logs()
+
+    def _settle_accelerator(self) -> None:
+        chosen = choose(self._settings, account(self._settings))
+        self._settings, self._account = chosen.settings, chosen.account
+        _LOG.info(
+            "guests run", accelerator=self.accelerator, cpu_model=self._settings.cpu_model, because=chosen.because
+        )
+
+    @property
+    def accelerator(self) -> str:
+        """What executes guests' code: `kvm` or `tcg`; `auto` until it is open."""
+        return self._settings.accelerator
 
     def _needed(self) -> dict[str, str]:
         return {
@@ -181,6 +197,12 @@ class Charge:
     def _guest(self, instance_id: str) -> Guest:
         guest = self._guests.get(instance_id)
         if guest is None:
+            raise NotThere(f"No guest of instance {instance_id} runs.")
+        return guest
+
+    def _guest_that_runs(self, instance_id: str) -> Guest:
+        guest = self._guest(instance_id)
+        if guest.phase is Phase.STARTING:
             raise NotThere(f"No guest of instance {instance_id} runs.")
         return guest
 

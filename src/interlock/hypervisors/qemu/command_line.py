@@ -57,6 +57,41 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     initrd: int | None = None
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine that a guest's memory belongs to, and without which it means nothing."""
+
+    kind: str
+    """QEMU's name for it, version included: what `q35` means changes with QEMU."""
+    accelerator: str
+    cpu_model: str
+    hotplug_ports: int
+    display: bool
+    ports: dict[str, str] = {}
+    """In which port each device is, by their names."""
+
+
+def machine_of(settings: QemuSettings) -> Machine:
+    """The machine that is made where nothing says otherwise."""
+    return Machine(
+        kind=MACHINE_TYPE,
+        accelerator=settings.accelerator,
+        cpu_model=settings.cpu_model,
+        hotplug_ports=settings.hotplug_ports,
+        display=settings.display,
+    )
+
+
+def settings_of(machine: Machine, settings: QemuSettings) -> QemuSettings:
+    """The settings with which such a machine is made."""
+    return msgspec.structs.replace(
+        settings,
+        accelerator=machine.accelerator,
+        cpu_model=machine.cpu_model,
+        hotplug_ports=machine.hotplug_ports,
+        display=machine.display,
+    )
+
+
 def machine_uuid(instance_id: str) -> str:
     """The UUID that the guest sees: the instance's id where that is one, else one that follows from it."""
     try:
@@ -141,30 +176,45 @@ def device_arguments(disk: Disk, port: str) -> dict[str, Any]:
     }
 
 
-def arguments(instance_id: str, spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
-    """QEMU's arguments, its own name not included. The guest's processors stand still until `cont`."""
+def arguments(
+    instance_id: str, spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine | None = None
+) -> list[str]:
+    """QEMU's arguments, its own name not included. The guest's processors stand still until `cont`.
+
+    With a `machine` it is made just so, and waits for the guest's memory.
+    """
+    if machine is not None:
+        settings = settings_of(machine, settings)
     return [
         *("-name", f"guest=interlock-{instance_id}"),
         *("-uuid", machine_uuid(instance_id)),
         *("-no-user-config", "-nodefaults", "-display", "none"),
         *("-sandbox", _SANDBOX),
         *("-S", "-no-shutdown", "-action", "panic=pause"),
-        *_processor(spec, settings),
+        *_processor(spec, settings, machine),
         *_monitors(at),
         *_console(at),
         *_agent(at),
         *("-device", "pvpanic"),
         *_network(instance_id, spec),
-        *_disks(spec, settings, at),
-        *_interfaces(spec),
+        *_disks(spec, settings, at, machine),
+        *_interfaces(spec, machine),
         *_kernel(spec, at),
+        *_screen(settings),
+        *(("-incoming", "defer") if machine is not None else ()),
     ]
 
 
-def _processor(spec: Spec, settings: QemuSettings) -> list[str]:
+def _screen(settings: QemuSettings) -> list[str]:
+    """The cheapest screen there is. Whoever looks at it is handed over by the monitor: nothing listens."""
+    return ["-device", "VGA", "-vnc", "none"] if settings.display else []
+
+
+def _processor(spec: Spec, settings: QemuSettings, machine: Machine | None) -> list[str]:
     cache = f",tb-size={settings.translation_cache_mib}" if settings.accelerator == "tcg" else ""
     return [
-        *("-machine", MACHINE_TYPE, "-accel", settings.accelerator + cache, "-cpu", settings.cpu_model),
+        *("-machine", MACHINE_TYPE if machine is None else machine.kind),
+        *("-accel", settings.accelerator + cache, "-cpu", settings.cpu_model),
         *("-m", f"{spec.memory_mib}M", "-smp", str(spec.vcpus)),
     ]
 
@@ -231,10 +281,10 @@ def _network(instance_id: str, spec: Spec) -> list[str]:
     return ["-netdev", f"user,id=network{forwards}", "-device", device]
 
 
-def _interfaces(spec: Spec) -> list[str]:
+def _interfaces(spec: Spec, machine: Machine | None) -> list[str]:
     words: list[str] = []
     for number, interface in enumerate(spec.interfaces, len(all_disks(spec))):
-        device = interface_arguments(interface, port_name(number))
+        device = interface_arguments(interface, _port_of(interface_device(interface.id), number, machine))
         words += ["-netdev", _json(network_arguments(interface.id)), "-device", _json(device)]
     return words
 
@@ -267,7 +317,7 @@ def backing_images(spec: Spec) -> dict[str, Image]:
     return found
 
 
-def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
+def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine | None) -> list[str]:
     disks = all_disks(spec)
     if len(disks) + len(spec.interfaces) > settings.hotplug_ports:
         raise Refused(
@@ -286,11 +336,16 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
     for number, disk in enumerate(disks):
         backing = _backing_name(disk.id) if disk.id in backings else None
         node = node_arguments(disk, at.disks[disk.id], backing=backing)
-        device = device_arguments(disk, port_name(number))
+        device = device_arguments(disk, _port_of(device_name(disk.id), number, machine))
         if number == 0 and booted_image(spec).kind == "disk":
             device["bootindex"] = 0
         words += [*_descriptor_set(at.disks[disk.id]), "-blockdev", _json(node), "-device", _json(device)]
     return words
+
+
+def _port_of(device: str, number: int, machine: Machine | None) -> str:
+    """Where a device is: where it was, if the machine was there before."""
+    return port_name(number) if machine is None else machine.ports.get(device, port_name(number))
 
 
 def _backing_name(disk_id: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 from interlock.core.errors import InterlockError, NotResponding, NotThere
@@ -15,7 +15,7 @@ from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device, interface_of_device
 from interlock.hypervisors.qemu.console import Console
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
+from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord, Saving
 from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
 from interlock.hypervisors.qemu.monitor import Monitor
 from interlock.hypervisors.qemu.process import Process
@@ -69,7 +69,10 @@ class Guest:
         self._tell = tell
         self._on_end = on_end
         self._let_go_waiters: dict[str, set[asyncio.Future[bool]]] = {}
+        self._queues: dict[str, set[asyncio.Queue[QemuEvent | None]]] = {}
         self._record = folder.process_record() or ProcessRecord(phase=Phase.STARTING)
+        self.has_run = self.phase is not Phase.STARTING
+        """False only if its processors are known never to have run in this process."""
         self._meaning = Meaning(settings.reset_settle_ms)
         self.monitor = Monitor(instance_id, folder.call_monitor, settings.qmp_timeout_ms)
         self.process = Process(process_id, self._process_ended)
@@ -88,10 +91,24 @@ class Guest:
     def phase(self) -> Phase:
         return self._record.phase
 
+    @property
+    def saving(self) -> Saving | None:
+        return self._record.saving
+
+    def keep_saving(self, saving: Saving | None) -> None:
+        """Keep what the guest was when writing its memory began, or that this is over."""
+        self._keep(self.phase, saving)
+
     def keep(self, phase: Phase) -> None:
         """Keep how far the process has come, for whoever finds it after us."""
+        self._keep(phase, self.saving)
+
+    def _keep(self, phase: Phase, saving: Saving | None) -> None:
         record = ProcessRecord(
-            phase=phase, process_id=self.process.process_id, started_ticks=self.process.started_ticks
+            phase=phase,
+            process_id=self.process.process_id,
+            started_ticks=self.process.started_ticks,
+            saving=saving,
         )
         if record != self._record:
             self._record = record
@@ -107,14 +124,29 @@ class Guest:
         self.watching = True
         self.journal.watch()
 
+    @contextlib.contextmanager
+    def events(self, kind: str) -> Iterator[asyncio.Queue[QemuEvent | None]]:
+        """What QEMU tells of this kind within the block; None at the end of the process."""
+        queue: asyncio.Queue[QemuEvent | None] = asyncio.Queue()
+        self._queues.setdefault(kind, set()).add(queue)
+        if self.process.ended.is_set():
+            queue.put_nowait(None)
+        try:
+            yield queue
+        finally:
+            self._queues[kind].discard(queue)
+
     def _hear(self, event: QemuEvent) -> None:
+        for queue in self._queues.get(event.event, ()):
+            queue.put_nowait(event)
         if event.event == "STOP" and not self.rests.is_set():
             self.last_seen = PowerState.PAUSED
         if event.event == "RESUME":
             self.last_seen = PowerState.RUNNING
+            self.has_run = True
             self.rests.clear()
-            if self.phase is not Phase.ENDING:
-                self.keep(Phase.RUNNING)
+            if self.phase is not Phase.ENDING or self.saving is not None:
+                self._keep(Phase.RUNNING, None)
         if event.event == "DEVICE_DELETED" and "device" in event.data:
             self._answer_let_go(event.data["device"], let_go=True)
         if event.event == "DEVICE_UNPLUG_GUEST_ERROR" and "device" in event.data:
@@ -143,6 +175,9 @@ class Guest:
         self.job_news.set()
         for device in tuple(self._let_go_waiters):
             self._answer_let_go(device, let_go=False)
+        for queues in self._queues.values():
+            for queue in queues:
+                queue.put_nowait(None)
         self._say(GuestEvent.VANISHED)
         self.journal.close()
         self.folder.forget_process_record()
@@ -167,6 +202,7 @@ class Guest:
 
     def _see(self, state: PowerState) -> None:
         if state is PowerState.RUNNING and self.phase is Phase.STARTING:
+            self.has_run = True
             self.keep(Phase.RUNNING)
             self.rests.clear()
         elif state is PowerState.SHUTDOWN:
@@ -182,6 +218,7 @@ class Guest:
         """What state the guest is in. Raises `NotResponding`, `NotThere`."""
         answer = await self._unless_ended(self.monitor.ask())
         self.last_seen = self._state(answer["status"])
+        self.has_run = self.has_run or self.last_seen is PowerState.RUNNING
         return self.last_seen
 
     def _state(self, status: str) -> PowerState:

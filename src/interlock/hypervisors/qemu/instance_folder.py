@@ -12,6 +12,11 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     root.qcow2          the root disk number 0, an overlay of the image or whole
     root-N.qcow2        the root disk number N, which a rebuild, a resize or an unshelving made
     rescue.qcow2        while it is rescued: an overlay of the rescue image
+    memory.saved        the guest's memory: no processor has run since it was written
+    memory.used         the same, from the moment on at which they may have run from it
+    memory.json         what the memory belongs to
+    memory.part         the guest's memory while it is being written
+    machine.json        the machine as which QEMU was last started
     *.new               files that are being made
     console.log         what the guest wrote on its serial console
     errors.log          what QEMU wrote on its standard error
@@ -36,7 +41,7 @@ import msgspec
 
 from interlock.core.errors import Refused
 from interlock.core.records import Spec
-from interlock.hypervisors.qemu.command_line import JOURNAL, MONITOR
+from interlock.hypervisors.qemu.command_line import JOURNAL, MONITOR, Machine
 from interlock.ports import Permit
 
 RecordT = TypeVar("RecordT")
@@ -57,6 +62,13 @@ class Phase(StrEnum):
     """We are ending it."""
 
 
+class Saving(StrEnum):
+    """What a guest was before it was stopped so that its memory could be written."""
+
+    RAN = "ran"
+    STOOD_STILL = "stood still"
+
+
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Who holds the guest."""
 
@@ -65,6 +77,8 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """0 until it is known."""
     started_ticks: int = 0
     """When the kernel says that it started, by which a reused process id is noticed."""
+    saving: Saving | None = None
+    """What its guest was when writing its memory to a file began; None while that is not under way."""
 
 
 class InstanceFolder:
@@ -143,6 +157,12 @@ class InstanceFolder:
 
     def forget_node_names(self) -> None:
         (self.path / "node-names.json").unlink(missing_ok=True)
+
+    def machine(self) -> Machine | None:
+        return _read(self.path / "machine.json", Machine)
+
+    def keep_machine(self, machine: Machine) -> None:
+        _write(self.path / "machine.json", machine)
 
     # ------------------------------------------------------------------------------------- what a process needs
 

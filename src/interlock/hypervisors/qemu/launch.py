@@ -21,10 +21,12 @@ from interlock.hypervisors.qemu.command_line import (
     RESCUE,
     ROOT,
     Descriptors,
+    Machine,
     all_disks,
     arguments,
     backing_images,
     booted_image,
+    machine_of,
 )
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.opening import open_disk, open_kernel
@@ -42,8 +44,9 @@ def launch(
     spec: Spec,
     settings: QemuSettings,
     account: Account | None,
+    machine: Machine | None = None,
 ) -> int:
-    """Start the process and return its id.
+    """Start the process and return its id. With a `machine`, it waits for the memory that belongs to it.
 
     Raises:
         Refused: something that it needs is not there, or there is no room.
@@ -61,11 +64,12 @@ def launch(
         handed_over, at = _open_all(folder, spec, account, opened)
         errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         opened.callback(os.close, errors)
-        command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at)]
+        command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
         words = confined(command, folder.inside, _limits(spec, settings), account)
         folder.make_journal(None if account is None else (account.user_id, account.group_id))
         folder.forget_node_names()
         folder.keep_spec(spec)
+        folder.keep_machine(machine or machine_of(settings))
         folder.keep_process_record(ProcessRecord(phase=Phase.STARTING))
         permit.check()
         return spawn(words, errors, [*handed_over, lock])

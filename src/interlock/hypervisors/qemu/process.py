@@ -36,6 +36,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
 
     user_id: int
     group_id: int
+    group_ids: tuple[int, ...] = ()
+    """Further groups."""
 
 
 def account(settings: QemuSettings) -> Account | None:
@@ -60,7 +62,8 @@ def confined(command: Sequence[str], folder: Path, limits: Sequence[str], to: Ac
     words = ["env", "-i", f"--chdir={folder}", f"PATH={os.environ.get('PATH', os.defpath)}"]
     words += ["prlimit", *limits, "--", "setpriv", "--no-new-privs"]
     if to is not None:
-        words += [f"--reuid={to.user_id}", f"--regid={to.group_id}", "--clear-groups"]
+        words += [f"--reuid={to.user_id}", f"--regid={to.group_id}"]
+        words += ["--groups=" + ",".join(map(str, to.group_ids)) if to.group_ids else "--clear-groups"]
         words += ["--inh-caps=-all", "--bounding-set=-all"]
     return [*words, "--", *command]
 
