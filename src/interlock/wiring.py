@@ -47,6 +47,7 @@ from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
 from interlock.ports import Clock, Hypervisor, RemoteHost
 from interlock.service.callers import Callers
+from interlock.service.capacity import Capacity, limits_of
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
@@ -153,9 +154,19 @@ class Server:
         self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
         volume_files = VolumeFolder(self.folder / "volumes")
         self.agent = Agent(self.hosts, self.store, self.image_files, self.in_force, config.driver, upkeep)
-        self.inventory = Inventory(self.store, self.image_files, volume_files, new_id, config.volume_gib_max)
+        self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder))
+        self.inventory = Inventory(
+            self.store, self.image_files, volume_files, new_id, self.capacity, config.volume_gib_max
+        )
         self.instances = Instances(
-            self.store, self.in_force, self.hypervisor, self.inventory, new_id, host, config.instance_memory_mib_max
+            self.store,
+            self.in_force,
+            self.hypervisor,
+            self.inventory,
+            new_id,
+            host,
+            self.capacity,
+            config.instance_memory_mib_max,
         )
         self.policies = self._policies(source)
         self.metrics = Metrics()
@@ -202,6 +213,7 @@ class Server:
         _make_folder(self.folder)
         await self.store.open()
         try:
+            await self.capacity.open()
             await self.policies.open()
             self.policies.listen(self.metrics.note_policy)
             self.metrics.begin(*await self.instances.census())
@@ -231,6 +243,7 @@ class Server:
         """The ASGI application."""
         parts = ApiParts(
             instances=self.instances,
+            capacity=self.capacity,
             inventory=self.inventory,
             policies=self.policies,
             callers=self.callers,

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from interlock.api import events, instances, inventory, openapi, policy, problems, requests, schemas
+from interlock.api import events, host, instances, inventory, openapi, policy, problems, requests, schemas
 from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.problems import HTTP_KINDS, Bad
@@ -26,7 +26,14 @@ from interlock.service.callers import Caller
 
 __all__ = ["DOORS", "ApiParts", "create_app"]
 
-DOORS: Final[tuple[Door, ...]] = (*instances.DOORS, *requests.DOORS, *events.DOORS, *inventory.DOORS, *policy.DOORS)
+DOORS: Final[tuple[Door, ...]] = (
+    *instances.DOORS,
+    *requests.DOORS,
+    *events.DOORS,
+    *inventory.DOORS,
+    *policy.DOORS,
+    *host.DOORS,
+)
 
 _LOG = structlog.get_logger(__name__)
 _Handler = Callable[[Request], Awaitable[Response]]
@@ -124,6 +131,8 @@ def _about(parts: ApiParts, document: bytes) -> list[Route | Mount]:
 
     async def metrics(_: Request) -> Response:
         parts.metrics.note_stuck(len(await parts.instances.stuck(None)))
+        stands = await parts.capacity.occupancy()
+        parts.metrics.note_host({"total": stands.total, "promised": stands.promised, "free": stands.free})
         return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def described(_: Request) -> Response:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.service.callers import Caller, Callers
+from interlock.service.capacity import Capacity
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
@@ -22,6 +23,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
 
     instances: Instances
     inventory: Inventory
+    capacity: Capacity
     policies: Policies
     callers: Callers
     config: Config

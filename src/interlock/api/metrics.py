@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from interlock.core.policy_switches import PolicySwitch
 from interlock.core.records import ENDS, Event
+from interlock.service.capacity import Amounts
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 _SECONDS: Final = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 180, 600, 1800, 7200)
@@ -39,6 +41,9 @@ class Metrics:
         self._guest = Counter("guest_events", "What guests did of their own accord.", ["kind"], **made)
         self._stuck = Gauge("instances_stuck", "Instances that something could take over now.", **made)
         self._policy = Gauge("policy_info", "The policy in force: always 1.", ["name", "digest"], **made)
+        self._host = Gauge(
+            "host_capacity", "Of this host: MiB of memory and disk, and virtual processors.", ["what", "of"], **made
+        )
         self._begun_ms: dict[str, int] = {}
 
     def begin(self, states: dict[str, int], outstanding: int) -> None:
@@ -55,6 +60,13 @@ class Metrics:
     def note_stuck(self, count: int) -> None:
         """Set how many instances are stuck: that comes about by waiting, so no event tells it."""
         self._stuck.set(count)
+
+    def note_host(self, amounts: Mapping[str, Amounts]) -> None:
+        """Set how the host stands: `total`, `promised` and `free`; what has no limit has no figure."""
+        for of, amount in amounts.items():
+            for what, value in msgspec.structs.asdict(amount).items():
+                if value is not None:
+                    self._host.labels(what, of).set(value)
 
     def hear(self, events: Sequence[Event]) -> None:
         """Count events. A store's listener."""

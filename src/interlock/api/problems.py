@@ -35,6 +35,7 @@ class Bad(errors.Invalid):
 KINDS: Final[dict[type[errors.InterlockError], Kind]] = {
     errors.NotFound: Kind(404, "not-found", "There is no such thing"),
     errors.NameTaken: Kind(409, "name-taken", "The name is in use"),
+    errors.NoRoom: Kind(409, "no-room", "It does not fit on the host"),
     errors.InUse: Kind(409, "in-use", "Something else uses it"),
     errors.KeyReused: Kind(422, "key-reused", "The idempotency key was used for another request"),
     errors.GenerationMismatch: Kind(412, "generation-mismatch", "The instance has changed"),
@@ -78,7 +79,9 @@ def kind_of(error: errors.InterlockError) -> Kind:
 def of_error(error: errors.InterlockError, path: str) -> Response:
     """The response that says what is wrong."""
     headers = error.headers if isinstance(error, Bad) else {}
-    return response(kind_of(error), error.message, path, remedy=error.remedy, headers=headers)
+    needed, free = (error.needed, error.free) if isinstance(error, errors.NoRoom) else (None, None)
+    kind = kind_of(error)
+    return response(kind, error.message, path, remedy=error.remedy, headers=headers, needed=needed, free=free)
 
 
 def response(
@@ -89,6 +92,8 @@ def response(
     remedy: str | None = None,
     occurrence: str | None = None,
     headers: dict[str, str] | None = None,
+    needed: dict[str, int] | None = None,
+    free: dict[str, int] | None = None,
 ) -> Response:
     problem = schemas.Problem(
         type=f"urn:interlock:problem:{kind.name}",
@@ -98,5 +103,7 @@ def response(
         instance=path,
         remedy=remedy,
         occurrence=occurrence,
+        needed=needed,
+        free=free,
     )
     return Response(_ENCODE(problem), kind.status, headers, MEDIA_TYPE)

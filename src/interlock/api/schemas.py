@@ -372,6 +372,10 @@ class Problem(Wire, frozen=True, kw_only=True, omit_defaults=True):
     """What to do about it."""
     occurrence: str | None = None
     """Of an internal error: the id under which the server's log tells more."""
+    needed: dict[str, int] | None = None
+    """Of `no-room`: how much more it needs than there is, of `memory_mib`, `vcpus` and `disk_mib`."""
+    free: dict[str, int] | None = None
+    """How much of the same is free."""
 
 
 class Refusal(Problem, frozen=True, kw_only=True, omit_defaults=False):

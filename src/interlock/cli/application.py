@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from interlock.cli import (
+    host,
     inquiries,
     inventory,
     policy,
@@ -41,6 +42,7 @@ COMMANDS: tuple[click.Command, ...] = (
     inventory.image_commands,
     inventory.volume_commands,
     inventory.token_commands,
+    host.host_commands,
     policy.policy_commands,
     policy.rehearse,
     server.serve,

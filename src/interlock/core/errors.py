@@ -10,6 +10,7 @@
     ├── PolicyMismatch       the caller's If-Match is not the digest of the policy in force
     ├── Invalid              the caller's input is wrong: what, where, and what was expected
     ├── Forbidden            the caller's role may not do this at all
+    ├── NoRoom               it does not fit on the host: what it needs, and what is free
     ├── InUse                something else uses it, so it cannot be removed or taken
     ├── StoreError           the store cannot keep or give what was asked
     │   ├── StoreCorrupt
@@ -77,6 +78,22 @@ class Forbidden(InterlockError):
 
 class InUse(InterlockError):
     """Something else uses it, so it cannot be removed or taken."""
+
+
+class NoRoom(InterlockError):
+    """It does not fit on the host. Nothing was made.
+
+    Args:
+        needed: how much more it needs of what there is too little of: `memory_mib`, `vcpus`, `disk_mib`.
+        free: how much of the same may still be promised.
+    """
+
+    def __init__(
+        self, message: str, *, needed: dict[str, int], free: dict[str, int], remedy: str | None = None
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.needed = needed
+        self.free = free
 
 
 class StoreError(InterlockError):

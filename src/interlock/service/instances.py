@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from interlock.core import admission, lifecycle
+from interlock.core.claims import GROWING
 from interlock.core.errors import GenerationMismatch, InUse, NotFound
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
@@ -21,6 +23,7 @@ from interlock.core.records import (
     Denied,
     Disposition,
     Event,
+    Held,
     Instance,
     Redundant,
     Request,
@@ -32,6 +35,7 @@ from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Ro
 from interlock.service import oversight
 from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
+from interlock.service.capacity import Capacity
 from interlock.service.inventory import Inventory
 from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
@@ -57,6 +61,7 @@ class Instances:
         inventory: Inventory,
         new_id: Callable[[], str],
         host: str,
+        capacity: Capacity,
         memory_mib_max: int,
     ) -> None:
         self._store = store
@@ -65,6 +70,7 @@ class Instances:
         self._resolving = Resolving(inventory, memory_mib_max)
         self._new_id = new_id
         self._host = host
+        self._capacity = capacity
         self.watch = Watch()
         self._unlisten = store.listen(self.watch.ring)
 
@@ -89,7 +95,7 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` when there was nothing to start.
 
         Raises:
-            Invalid, NotFound (image), NameTaken, KeyReused.
+            Invalid, NotFound (image), NameTaken, KeyReused, NoRoom, InUse (a host's port).
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
@@ -116,14 +122,17 @@ class Instances:
                 recorded = Redundant(
                     rule="recorded", reason="recorded", because="Recorded; a start makes and boots it."
                 )
+                self._capacity.claim(instance)
                 return Change(instance=instance, events=(created,), answer=recorded)
             change = admission.admit(instance, submission, self.policy, now_ms)
             if not isinstance(change.answer, Admitted):
                 raise _TurnedAway(Answer(disposition=change.answer, instance=instance))
+            self._capacity.claim(instance)
             return msgspec.structs.replace(change, events=(created, *change.events))
 
         try:
-            disposition = await self._store.create(decide, _key(caller, key, "create", wish))
+            async with self._capacity.deciding(instance_id):
+                disposition = await self._store.create(decide, _key(caller, key, "create", wish))
         except _TurnedAway as refusal:
             return refusal.answer
         if isinstance(disposition, Admitted):
@@ -146,7 +155,7 @@ class Instances:
         """Ask for an operation. What the gate says comes back as a value, also when it refuses.
 
         Raises:
-            Invalid, NotFound (instance or volume), GenerationMismatch, KeyReused, InUse (volume).
+            Invalid, NotFound (instance or volume), GenerationMismatch, KeyReused, InUse (volume), NoRoom.
         """
         caller.require(Role.MEMBER, "change instances")
         parameters = check_parameters(wish.operation, wish.parameters)
@@ -169,11 +178,15 @@ class Instances:
                 raise unusable
             _check_generation(instance, if_generation)
             change = admission.admit(instance, submission, self.policy, now_ms)
+            if grows and isinstance(change.answer, Admitted | Held):
+                self._capacity.claim(change.instance)
             judged[:] = [change.instance]
             return change
 
         key_kept = _key(caller, key, instance_id, wish)
-        disposition = await self._store.change(instance_id, decide, key_kept)
+        grows = wish.operation in GROWING
+        async with self._capacity.deciding(instance_id) if grows else nullcontext():
+            disposition = await self._store.change(instance_id, decide, key_kept)
         instance = judged[0] if judged else await self.describe(caller, instance_id)
         return self.with_ways_out(caller, Answer(disposition=disposition, instance=instance))
 

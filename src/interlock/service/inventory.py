@@ -11,6 +11,7 @@ from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
 from interlock.core.records import Image, Instance
 from interlock.ports import ImageFiles, Role, Store, Volume, VolumeFiles, every_instance
 from interlock.service.callers import Caller
+from interlock.service.capacity import Capacity
 from interlock.service.wishes import NewVolume, check_name
 
 MIB = 1024 * 1024
@@ -28,12 +29,14 @@ class Inventory:
         image_files: ImageFiles,
         volume_files: VolumeFiles,
         new_id: Callable[[], str],
+        capacity: Capacity,
         volume_gib_max: int,
     ) -> None:
         self._store = store
         self._image_files = image_files
         self._volume_files = volume_files
         self._new_id = new_id
+        self._capacity = capacity
         self._volume_gib_max = volume_gib_max
 
     # ----------------------------------------------------------------------------------------------------- images
@@ -126,7 +129,7 @@ class Inventory:
     # ---------------------------------------------------------------------------------------------------- volumes
 
     async def make_volume(self, caller: Caller, wish: NewVolume) -> Volume:
-        """Make an empty volume. Raises `Invalid`, `NameTaken`, `StoreFull`."""
+        """Make an empty volume. Raises `Invalid`, `NameTaken`, `NoRoom`, `StoreFull`."""
         caller.require(Role.MEMBER, "make volumes")
         check_name(wish.name, "name")
         if wish.size_mib > self._volume_gib_max * 1024:
@@ -134,6 +137,15 @@ class Inventory:
         if any(volume.name == wish.name for volume in await self._store.volumes(caller.project)):
             raise NameTaken(f"There is a volume named {wish.name} already.", remedy="Choose another name.")
         volume_id = self._new_id()
+        async with self._capacity.deciding(volume_id):
+            self._capacity.claim_volume(volume_id, wish.name, wish.size_mib * MIB)
+        try:
+            return await self._make_volume(caller, wish, volume_id)
+        except BaseException:
+            self._capacity.release_volume(volume_id)
+            raise
+
+    async def _make_volume(self, caller: Caller, wish: NewVolume, volume_id: str) -> Volume:
         path = await self._volume_files.make(volume_id, wish.size_mib * MIB)
         volume = Volume(
             id=volume_id,
@@ -167,6 +179,7 @@ class Inventory:
         if not await self._store.delete_volume(volume.id):
             raise InUse(f"The volume {volume.name} is attached to an instance.", remedy="Detach it first.")
         await self._volume_files.remove(volume.id)
+        self._capacity.release_volume(volume.id)
 
 
 def _of(image: Image, project: str) -> bool:

@@ -1,0 +1,47 @@
+"""`interlock host`: what the server's host has, and what is left of it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from interlock.api.host_schemas import HostStands
+from interlock.cli.invocation import Invocation, json_option, needs_invocation
+
+_WORDS: Final = {"memory_mib": "Memory (MiB)", "vcpus": "Virtual processors", "disk_mib": "Disk (MiB)"}
+
+
+@click.group("host")
+def host_commands() -> None:
+    """The host that VMs run on."""
+
+
+@host_commands.command("show")
+@json_option
+@needs_invocation
+def show(invocation: Invocation) -> None:
+    """Show what the host has, what is promised to VMs and volumes, and what is free."""
+    reply = invocation.client.get("/v1/host")
+    if invocation.answer(reply):
+        return
+    stands = reply.decode(HostStands)
+    held = stands.hypervisor if stands.accelerator is None else f"{stands.hypervisor} ({stands.accelerator})"
+    invocation.say(f"{stands.name}: {stands.guests} VMs, held by {held}")
+    invocation.table(
+        ("", "TOTAL", "PROMISED", "FREE"),
+        (
+            (
+                title,
+                _amount(getattr(stands.total, what)),
+                _amount(getattr(stands.promised, what)),
+                _amount(getattr(stands.free, what)),
+            )
+            for what, title in _WORDS.items()
+        ),
+    )
+    invocation.say(f"Free on its disk now: {stands.disk_free_mib} MiB")
+
+
+def _amount(value: int | None) -> str:
+    return "no limit" if value is None else str(value)

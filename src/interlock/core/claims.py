@@ -1,0 +1,73 @@
+"""What an instance is promised of its host: memory, processors, disk and ports. Pure sums; who has room is not here.
+
+A promise is kept while the instance may come to need it: memory also while it is stopped or suspended, so that
+starting it never fails for lack of room. What is offloaded, has gone to another host or is deleted is promised nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from interlock.core.operations import Operation
+from interlock.core.records import Instance, Spec
+from interlock.core.states import VmState
+
+_GIB: Final = 1024**3
+_AWAY: Final = frozenset({VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIGRATED_OUT})
+GROWING: Final = frozenset({Operation.RESIZE, Operation.UNSHELVE, Operation.REBUILD})
+"""The operations after which an instance may be promised more than before."""
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What is promised of one host to one instance or volume."""
+
+    host: str
+    memory_mib: int = 0
+    vcpus: int = 0
+    disk_bytes: int = 0
+    ports: frozenset[int] = frozenset()
+    """The host's own TCP ports that are forwarded to the guest."""
+
+    def joined(self, other: Claim) -> Claim:
+        """The larger of two claims, in each respect."""
+        return Claim(
+            host=self.host,
+            memory_mib=max(self.memory_mib, other.memory_mib),
+            vcpus=max(self.vcpus, other.vcpus),
+            disk_bytes=max(self.disk_bytes, other.disk_bytes),
+            ports=self.ports | other.ports,
+        )
+
+
+def claim_of(instance: Instance) -> Claim | None:
+    """What is promised to the instance, with what is outstanding for it; None if nothing is."""
+    asked = [one for one in (*instance.outstanding, *instance.held) if one.operation in GROWING]
+    coming_back = any(one.operation is Operation.UNSHELVE for one in asked)
+    if instance.spec is None or (instance.vm_state in _AWAY and not coming_back):
+        return None
+    claim = _of_spec(instance.host, instance.spec)
+    if instance.prior_spec is not None:
+        claim = claim.joined(_of_spec(instance.host, instance.prior_spec))
+    for request in asked:
+        claim = claim.joined(_of_wish(claim, request.parameters))
+    return claim
+
+
+def _of_spec(host: str, spec: Spec) -> Claim:
+    root_bytes = spec.root_gib * _GIB
+    if spec.image.kind == "disk":
+        root_bytes = max(root_bytes, spec.image.size_bytes)
+    ports = frozenset(forward.host_port for forward in spec.forwards)
+    return Claim(host=host, memory_mib=spec.memory_mib, vcpus=spec.vcpus, disk_bytes=root_bytes, ports=ports)
+
+
+def _of_wish(claim: Claim, parameters: dict[str, Any]) -> Claim:
+    """What a resize asks for: what it does not name stays."""
+    return Claim(
+        host=claim.host,
+        memory_mib=int(parameters.get("memory_mib") or 0),
+        vcpus=int(parameters.get("vcpus") or 0),
+        disk_bytes=int(parameters.get("root_gib") or 0) * _GIB,
+    )

@@ -1,0 +1,72 @@
+"""What an instance is promised of its host, from its record alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from interlock.core.claims import Claim, claim_of
+from interlock.core.operations import Operation
+from interlock.core.records import Forward, Image, Instance, Request, Spec
+from interlock.core.states import VmState
+
+GIB = 1024**3
+KERNEL = Image(id="k", name="k", kind="kernel", path="/k", size_bytes=5 * GIB, sha256="0" * 64)
+DISK = Image(id="d", name="d", kind="disk", path="/d", size_bytes=2 * GIB, sha256="0" * 64)
+SMALL = Spec(image=DISK, vcpus=2, memory_mib=512, forwards=(Forward(host_port=2222, guest_port=22),))
+
+
+def instance(state: VmState = VmState.ACTIVE, spec: Spec | None = SMALL, **more: Any) -> Instance:
+    return Instance(id="vm", name="web", project="p", host="here", vm_state=state, spec=spec, **more)
+
+
+def asking(operation: Operation, **parameters: Any) -> Request:
+    return Request(
+        id="r",
+        instance_id="vm",
+        operation=operation,
+        parameters=parameters,
+        requested_by="ann",
+        rule="x",
+        admitted_at_ms=1,
+    )
+
+
+AWAY = {VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIGRATED_OUT}
+
+
+@pytest.mark.parametrize("state", list(VmState))
+def test_it_is_promised_all_wherever_it_may_come_to_run_here(state: VmState) -> None:
+    claim = claim_of(instance(state))
+    if state in AWAY:
+        assert claim is None
+    else:
+        assert claim == Claim(host="here", memory_mib=512, vcpus=2, disk_bytes=2 * GIB, ports=frozenset({2222}))
+
+
+def test_a_kernel_has_no_disk_unless_one_was_asked_for() -> None:
+    bare, with_disk = (claim_of(instance(spec=Spec(image=KERNEL, root_gib=gib))) for gib in (0, 3))
+    assert bare is not None
+    assert with_disk is not None
+    assert (bare.disk_bytes, with_disk.disk_bytes) == (0, 3 * GIB)
+
+
+def test_until_a_resize_is_settled_the_larger_of_both_is_promised() -> None:
+    larger = Spec(image=DISK, vcpus=1, memory_mib=2048, root_gib=10)
+    claim = claim_of(instance(VmState.RESIZED, larger, prior_spec=SMALL))
+    assert claim is not None
+    assert (claim.memory_mib, claim.vcpus, claim.disk_bytes) == (2048, 2, 10 * GIB)
+
+
+def test_a_resize_is_promised_its_room_from_the_moment_it_is_asked_for_also_while_it_is_held() -> None:
+    wish = asking(Operation.RESIZE, memory_mib=4096)
+    for one in (instance(outstanding=(wish,)), instance(held=(wish,))):
+        claim = claim_of(one)
+        assert claim is not None
+        assert (claim.memory_mib, claim.vcpus) == (4096, 2)
+
+
+def test_what_is_unshelved_comes_back_with_all_it_had() -> None:
+    coming = instance(VmState.SHELVED_OFFLOADED, outstanding=(asking(Operation.UNSHELVE),))
+    assert claim_of(coming) == claim_of(instance())
