@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import httpx
-from tests.api.conftest import Door
 
+from api.conftest import Door
 from interlock.service.capacity import Limits
 from interlock.testing.embedded import IMAGE
 
@@ -50,6 +50,6 @@ async def test_what_is_done_when_a_guest_ends_is_given_shown_and_changed(admin: 
 
 
 async def test_no_token_speaks_in_the_name_of_the_upkeep(admin: httpx.AsyncClient) -> None:
-    answer = await admin.post("/v1/tokens", json={"name": "interlock", "role": "member"})
+    answer = await admin.post("/v1/tokens", json={"name": "interlock", "role": "member", "project": "default"})
     assert answer.status_code == 422
     assert "by itself" in answer.json()["detail"]
