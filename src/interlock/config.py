@@ -165,6 +165,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The largest body of a request that is not an upload, in bytes."""
     upload_bytes_max: int = 64 * 1024**3
     """The largest image that may be uploaded, in bytes."""
+    image_bytes_max: int = 64 * 1024**3
+    """How large an image may become when it is converted, in bytes."""
+    image_conversion_timeout_ms: int = 600_000
+    """How long converting an image may take, in ms."""
     instance_memory_mib_max: int = 65_536
     """The most memory that one instance may have, in MiB."""
     volume_gib_max: int = 16_384

@@ -36,6 +36,7 @@ from interlock.driver.hosts import Hosts
 from interlock.driver.leases import Leases
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
+from interlock.hypervisors.image_tool import ImageTool
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -151,7 +152,8 @@ class Server:
             silence_ms=config.hosts.silence_ms,
         )
         self.callers = Callers(self.store, new_id, new_secret)
-        self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages")
+        tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
+        self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages", tool=tool)
         volume_files = VolumeFolder(self.folder / "volumes")
         self.agent = Agent(self.hosts, self.store, self.image_files, self.in_force, config.driver, upkeep)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder))

@@ -99,7 +99,7 @@ async def test_an_external_data_file_is_refused_by_name(images: ImageFolder, tmp
 
 
 @needs_qemu_img
-@pytest.mark.parametrize("form", ["vmdk", "vdi", "vhdx", "qed"])
+@pytest.mark.parametrize("form", ["qed"])
 async def test_another_format_is_refused_by_its_name_whatever_the_file_is_called(
     images: ImageFolder, tmp_path: Path, form: str
 ) -> None:

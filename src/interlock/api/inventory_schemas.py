@@ -14,6 +14,7 @@ from interlock.ports import Role
 from interlock.service.wishes import Name
 
 Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
+ImageKind = Literal["disk", "kernel", "iso"]
 Seconds = Annotated[float, Meta(ge=0)]
 
 
@@ -29,13 +30,18 @@ class Image(Wire, frozen=True, kw_only=True):
 
     id: str
     name: str
-    kind: Literal["disk", "kernel"]
+    kind: ImageKind
     format: str
     """Of a disk: `raw` or `qcow2`."""
     cmdline: str | None
     size_bytes: int
     """The size that the guest sees, for a disk."""
+    stored_bytes: int = 0
+    """How much room it took on the server's disk when it was brought in; 0: not noted."""
     sha256: str
+    """Of what was given, before it was converted."""
+    converted_from: str | None = None
+    """The format in which it was given, if that is not the one in which it is kept."""
     created_at: Timestamp
     project: str | None = None
     """Whose it is; null: every project may use it."""

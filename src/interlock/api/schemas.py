@@ -13,6 +13,7 @@ from typing import Any, Literal
 from interlock.api.inventory_schemas import (
     Health,
     Image,
+    ImageKind,
     ImageList,
     ImageUpload,
     MadeToken,
@@ -47,6 +48,7 @@ __all__ = [
     "Health",
     "Held",
     "Image",
+    "ImageKind",
     "ImageList",
     "ImageReference",
     "ImageUpload",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from interlock.api import schemas
 from interlock.core import records
@@ -267,11 +267,13 @@ def image(one: records.Image) -> schemas.Image:
     return schemas.Image(
         id=one.id,
         name=one.name,
-        kind="kernel" if one.kind == "kernel" else "disk",
+        kind=cast("schemas.ImageKind", one.kind),
         format=one.format,
         cmdline=one.cmdline,
         size_bytes=one.size_bytes,
+        stored_bytes=one.stored_bytes,
         sha256=one.sha256,
+        converted_from=one.converted_from,
         created_at=timestamp(one.created_at_ms),
         project=one.project,
         source_instance=one.source_instance,

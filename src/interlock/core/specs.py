@@ -10,12 +10,16 @@ import msgspec
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """What an instance boots. A `disk` image is the base of its root disk; a `kernel` image is booted directly."""
+    """What an instance boots.
+
+    A `disk` image is the base of its root disk; a `kernel` image is booted directly; an `iso` image is booted as a
+    CD-ROM, with an empty root disk beside it.
+    """
 
     id: str
     name: str
     kind: str
-    """`disk` or `kernel`."""
+    """`disk`, `kernel` or `iso`."""
     format: str = "raw"
     """Of a `disk` image: `raw` or `qcow2`."""
     path: str
@@ -24,7 +28,12 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     cmdline: str | None = None
     size_bytes: int
     """The size that the guest sees, for a disk."""
+    stored_bytes: int = 0
+    """How much room its files took when it was brought in; 0 for what was kept before that was noted."""
     sha256: str
+    """Of what was given, before it was converted."""
+    converted_from: str | None = None
+    """The format in which it was given, if that is not the one in which it is kept."""
     created_at_ms: int = 0
     project: str | None = None
     """Whose it is: the project of the instance that it was made of. None: every project may use it."""

@@ -6,22 +6,17 @@ image that it has passed is shown to QEMU's own tool, under limits, for a second
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import msgspec
 from oslo_utils.imageutils import format_inspector
 
 from interlock.core.errors import Invalid, NotResponding
-from interlock.hypervisors import commands
-
-DISK_BYTES_MAX = 16 << 40
-"""The largest disk that a guest may see. QEMU's limits are higher; a claim beyond this one is a trick or a mistake."""
-SECTOR_BYTES = 512
+from interlock.hypervisors import disk_headers
+from interlock.hypervisors.disk_headers import DISK_BYTES_MAX, SECTOR_BYTES
+from interlock.hypervisors.image_tool import ImageTool
 
 _QCOW2_MAGIC = b"QFI\xfb"
-_SECOND_OPINION_S = 30.0
-_SECOND_OPINION_BYTES = 1 << 30
 _CLAIMS = {
     ".raw": "raw",
     ".qcow2": "qcow2",
@@ -36,8 +31,12 @@ _CLAIMS = {
 """What a file's name says of it. `.img` says nothing: there are images of either format under that name."""
 _RAW = frozenset({"raw", "gpt"})
 """The inspector's names for bytes as they are: without, and with, a partition table."""
+_USABLE = _RAW | {"qcow2", "vmdk", "vhd", "vhdx", "vdi", "iso"}
+_READABLE = 0o644
 _DANGERS = {
     "backing_file": "it names a backing file, whose content a guest could read",
+    "descriptor": "its content is, at least in part, in other files, or its kind is none that can be used",
+    "footer": "its beginning and its end contradict each other",
     "data_file": "it names a data file outside of it, which a guest could read and write",
     "unknown_features": "it uses features that are not known to be safe",
     "mbr": "its partition table is not a valid one",
@@ -48,9 +47,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What an image is, once it has passed."""
 
     format: str
-    """`raw` or `qcow2`."""
+    """`raw`, `qcow2`, `vmdk`, `vhd`, `vhdx`, `vdi` or `iso`."""
     size_bytes: int
-    """The size of the disk that a guest sees."""
+    """The size of the disk that a guest sees; of an image that is still to be converted, what it says of that."""
+    footer_bytes: int = 0
+    """How much of the end is not the disk's."""
 
 
 class Inspection:
@@ -59,6 +60,7 @@ class Inspection:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._head = b""
+        self._tail = b""
         self._length = 0
         # Everything goes through `read`: the wrapper takes a source, and this object is it.
         self._pending = b""
@@ -73,6 +75,7 @@ class Inspection:
         if not self._length:
             self._head = chunk[: len(_QCOW2_MAGIC)]
         self._length += len(chunk)
+        self._tail = (self._tail + chunk[-SECTOR_BYTES:])[-SECTOR_BYTES:]
         self._pending = chunk
         self._wrapper.read(len(chunk))
         if self._length == len(chunk):
@@ -87,17 +90,27 @@ class Inspection:
             raise self._unreadable(error) from error
         formats = self._formats()
         self._refuse_unless_usable(formats)
-        (found,) = formats
-        name = "raw" if found.NAME in _RAW else found.NAME
+        name, found = self._one(formats)
+        if name == "raw" and disk_headers.is_fixed_vhd(self._tail, self._length):
+            return Verdict(format="vhd", size_bytes=self._length - SECTOR_BYTES, footer_bytes=SECTOR_BYTES)
         self._refuse_mismatch(name)
-        self._refuse_dangers(found)
-        size = self._length if name == "raw" else found.virtual_size
+        if name == "iso" and found.virtual_size > self._length:
+            raise Invalid(f"{self._path}: the image is cut short.")
+        if name != "iso":
+            self._refuse_dangers(found)
+        size = self._length if name in {"raw", "iso"} else found.virtual_size
         if not SECTOR_BYTES <= size <= DISK_BYTES_MAX or size % SECTOR_BYTES:
             raise Invalid(
                 f"{self._path}: a disk of {size} bytes is not possible; it must be whole sectors of {SECTOR_BYTES} "
                 f"bytes, and no more than {DISK_BYTES_MAX >> 40} TiB."
             )
         return Verdict(format=name, size_bytes=size)
+
+    def _one(self, formats: list[format_inspector.FileInspector]) -> tuple[str, format_inspector.FileInspector]:
+        """The format by our name. An ISO may have a partition table, so that it can be put on a stick as well."""
+        by_name = {found.NAME: found for found in formats}
+        found = by_name["iso"] if "iso" in by_name else formats[0]
+        return ("raw" if found.NAME in _RAW else found.NAME), found
 
     def _formats(self) -> list[format_inspector.FileInspector]:
         try:
@@ -110,15 +123,15 @@ class Inspection:
         return Invalid(f"{self._path}: the image cannot be made sense of ({str(error) or type(error).__name__}).")
 
     def _refuse_unless_usable(self, formats: list[format_inspector.FileInspector]) -> None:
-        names = sorted(found.NAME for found in formats)
-        if len(names) > 1:
+        names = {found.NAME for found in formats}
+        if len(names) > 1 and not names <= _RAW | {"iso"}:
             raise Invalid(
-                f"{self._path}: the image can be read as {' and as '.join(names)}, which is refused as a trick."
+                f"{self._path}: the image can be read as {' and as '.join(sorted(names))}, which is refused as a trick."
             )
-        if names and names[0] not in _RAW | {"qcow2"}:
+        for name in sorted(names - _USABLE):
             raise Invalid(
-                f"{self._path}: this is a {names[0]} image; raw and qcow2 are what can be used.",
-                remedy=f"Convert it: `qemu-img convert -f {_converter_name(names[0])} -O qcow2 FILE NEW.qcow2`.",
+                f"{self._path}: this is a {name} image; raw, qcow2, vmdk, vhd, vhdx, vdi and iso are what can be used.",
+                remedy=f"Convert it: `qemu-img convert -f {name} -O qcow2 FILE NEW.qcow2`.",
             )
 
     def _refuse_mismatch(self, name: str) -> None:
@@ -141,32 +154,32 @@ class Inspection:
             raise self._unreadable(error) from error
 
 
-def second_opinion(path: Path, named: Path, verdict: Verdict) -> None:
+def check_headers(path: Path, named: Path, verdict: Verdict) -> None:
+    """Look again at an image that has passed, now that all of it is in `path`. Raises `Invalid`."""
+    disk_headers.check(path, named, verdict.format)
+
+
+def second_opinion(path: Path, named: Path, verdict: Verdict, tool: ImageTool) -> None:
     """Have QEMU's tool open a qcow2 image that has passed; a machine without that tool goes without it.
 
-    `path` is the copy, `named` what the caller called it.
+    `path` is the copy, which becomes readable for all, `named` what the caller called it.
 
     Raises:
         Invalid: QEMU could not use it, it is encrypted, or the two judges disagree.
     """
-    if verdict.format != "qcow2" or not (shutil.which("qemu-img") and shutil.which("prlimit")):
+    if verdict.format != "qcow2" or not tool.usable:
         return
-    limits = ["prlimit", f"--as={_SECOND_OPINION_BYTES}", f"--cpu={_SECOND_OPINION_S:.0f}"]
+    path.chmod(_READABLE)
+    words = ["info", "--output=json", "-f", "qcow2", f"./{path.name}"]
     try:
-        ended = commands.run(
-            [*limits, "qemu-img", "info", "--output=json", "-f", "qcow2", str(path)], timeout_s=_SECOND_OPINION_S
-        )
+        ended = tool.run(words, path.parent, tool.look_timeout_ms)
     except NotResponding as error:
         raise Invalid(f"{named}: QEMU's tool took too long to open the image.") from error
     if ended.status != 0:
-        reason = ended.complaint.rpartition(f"{path}': ")[2] or "no reason given"
+        reason = ended.complaint.rpartition(f"{path.name}': ")[2] or "no reason given"
         raise Invalid(f"{named}: QEMU cannot use the image: {reason}.")
     said = msgspec.json.decode(ended.output)
     if said.get("encrypted"):
         raise Invalid(f"{named}: the image is encrypted, which is not supported.")
     if said.get("virtual-size") != verdict.size_bytes or "backing-filename" in said:
         raise Invalid(f"{named}: the image reads differently to two readers, which is refused as a trick.")
-
-
-def _converter_name(name: str) -> str:
-    return {"vhd": "vpc", "iso": "raw"}.get(name, name)

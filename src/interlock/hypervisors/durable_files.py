@@ -96,6 +96,16 @@ class HalfMade:
             while rest:
                 rest = rest[self._file.write(rest) :]
 
+    def shorten(self, size: int) -> None:
+        """Take so many bytes off the end."""
+        with telling_of_full_disk(self._folder):
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - size)
+
+    def take_back(self) -> None:
+        """Make the file ours again after it was given to another user to write."""
+        with telling_of_full_disk(self._folder):
+            os.fchown(self._file.fileno(), os.geteuid(), os.getegid())
+
     def keep(self, name: str) -> Path:
         """Give the file its name, durably. Raises `Invalid` if the name is taken: nothing is ever written over."""
         kept = self._folder / name

@@ -6,14 +6,18 @@ An image's files are named after its id and never change: disks of instances are
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import msgspec
+
 from interlock.core.errors import Invalid
 from interlock.core.records import Image
-from interlock.hypervisors import disk_inspection, kernel_payload, small_guest
+from interlock.hypervisors import disk_inspection, image_conversion, kernel_payload, small_guest
 from interlock.hypervisors.durable_files import (
     HalfMade,
     checked_id,
@@ -26,6 +30,7 @@ from interlock.hypervisors.durable_files import (
     sync_folder,
     telling_of_full_disk,
 )
+from interlock.hypervisors.image_tool import Abandoned, ImageTool
 
 NAME_LENGTH_MAX = 63
 CMDLINE_LENGTH_MAX = 2000
@@ -34,8 +39,10 @@ KERNEL_BYTES_MAX = 256 << 20
 INITRD_BYTES_MAX = 1 << 30
 
 _MODE = 0o644
+_BLOCK_BYTES = 512
+"""In which the operating system counts the room that a file takes."""
 _DRAFT = ".export"
-_SUFFIXES = frozenset({".raw", ".qcow2", ".kernel", ".initrd", _DRAFT})
+_SUFFIXES = frozenset({".raw", ".qcow2", ".iso", ".kernel", ".initrd", _DRAFT})
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH_MAX - 1}}}")
 _CMDLINE = re.compile(rf"[\x20-\x7e]{{0,{CMDLINE_LENGTH_MAX}}}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -49,12 +56,14 @@ _INITRD_MAGICS = (
 class ImageFolder:
     """Implements `ports.ImageFiles` on one folder, which belongs to one server.
 
-    `cache` is where packages for the small guest, and what was built of them, are kept between builds.
+    `cache` is where packages for the small guest, and what was built of them, are kept between builds; `tool` is with
+    what images are converted.
     """
 
-    def __init__(self, folder: Path, *, cache: Path) -> None:
+    def __init__(self, folder: Path, *, cache: Path, tool: ImageTool | None = None) -> None:
         self._folder = folder
         self._cache = cache
+        self._tool = tool or ImageTool()
         self._prepared = False
         self._building = asyncio.Lock()
 
@@ -79,7 +88,18 @@ class ImageFolder:
         if sha256 is not None and not _SHA256.fullmatch(sha256):
             raise Invalid("A SHA-256 is written as 64 hexadecimal digits.")
         self.prepare()
-        return await asyncio.to_thread(self._bring_disk, image_id, name, source, sha256)
+        abandoned = threading.Event()
+        bringing = asyncio.create_task(
+            asyncio.to_thread(self._bring_disk, image_id, name, source, sha256, abandoned.is_set)
+        )
+        try:
+            return await asyncio.shield(bringing)
+        except asyncio.CancelledError:
+            abandoned.set()
+            # The thread ends soon, and until it has there are files of it.
+            with contextlib.suppress(Exception):
+                await self.remove(await bringing)
+            raise
 
     async def bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
         _check_names(image_id, name)
@@ -120,11 +140,15 @@ class ImageFolder:
     async def remove(self, image: Image) -> None:
         await self.discard(image.id)
 
-    def _bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None) -> Image:
+    def _bring_disk(
+        self, image_id: str, name: str, source: Path, sha256: str | None, abandoned: Callable[[], bool]
+    ) -> Image:
         inspection = disk_inspection.Inspection(source)
         digest = hashlib.sha256()
         with opened_source(source) as (content, size), HalfMade(self._folder, mode=_MODE) as copy:
             for chunk in chunks(content, size, source):
+                if abandoned():
+                    raise Abandoned
                 inspection.feed(chunk)
                 digest.update(chunk)
                 copy.append(chunk)
@@ -134,17 +158,50 @@ class ImageFolder:
                     f"{source}: its SHA-256 is {digest.hexdigest()}, not {sha256.lower()}.",
                     remedy="Fetch the image again, and the sum from where its makers publish it.",
                 )
-            disk_inspection.second_opinion(copy.path, source, verdict)
-            kept = copy.keep(f"{image_id}.{verdict.format}")
+            if verdict.footer_bytes:
+                copy.shorten(verdict.footer_bytes)
+                kept, found = copy.keep(f"{image_id}.raw"), msgspec.structs.replace(verdict, format="raw")
+            else:
+                disk_inspection.check_headers(copy.path, source, verdict)
+                kept, found = self._keep_usable(image_id, copy, source, verdict, abandoned)
+        is_iso = found.format == "iso"
         return Image(
             id=image_id,
             name=name,
-            kind="disk",
-            format=verdict.format,
+            kind="iso" if is_iso else "disk",
+            format="raw" if is_iso else found.format,
             path=str(kept),
-            size_bytes=verdict.size_bytes,
+            size_bytes=found.size_bytes,
+            stored_bytes=_room(kept),
             sha256=digest.hexdigest(),
+            converted_from=None if found.format == verdict.format else verdict.format,
         )
+
+    def _keep_usable(
+        self,
+        image_id: str,
+        copy: HalfMade,
+        source: Path,
+        verdict: disk_inspection.Verdict,
+        abandoned: Callable[[], bool],
+    ) -> tuple[Path, disk_inspection.Verdict]:
+        """Keep an image that has passed as it is, or what it was converted to; where, and what is kept."""
+        if not image_conversion.needs_conversion(verdict.format):
+            disk_inspection.second_opinion(copy.path, source, verdict, self._tool)
+            return copy.keep(f"{image_id}.{verdict.format}"), verdict
+        with HalfMade(self._folder, mode=_MODE) as made:
+            image_conversion.convert(self._tool, copy.path, made.path, source, verdict.format, abandoned)
+            # It is made by a program that read what a stranger wrote: it is judged like a stranger's.
+            inspection = disk_inspection.Inspection(made.path)
+            with opened_source(made.path) as (content, size):
+                for chunk in chunks(content, size, made.path):
+                    inspection.feed(chunk)
+            found = inspection.verdict()
+            if found.format != "qcow2":
+                raise Invalid(f"{source}: what it was converted to is no qcow2 image.")
+            disk_inspection.check_headers(made.path, source, found)
+            made.take_back()
+            return made.keep(f"{image_id}.qcow2"), found
 
     def _adopt_export(self, image_id: str, name: str) -> Image:
         """Judge the export as if it were a stranger's: what wrote it had a guest inside."""
@@ -159,7 +216,8 @@ class ImageFolder:
         verdict = inspection.verdict()
         if verdict.format != "qcow2":
             raise Invalid(f"{source}: the export is no qcow2 image.")
-        disk_inspection.second_opinion(source, source, verdict)
+        disk_inspection.check_headers(source, source, verdict)
+        disk_inspection.second_opinion(source, source, verdict, self._tool)
         if source is draft:
             with telling_of_full_disk(self._folder):
                 draft.chmod(_MODE)
@@ -173,6 +231,7 @@ class ImageFolder:
             format="qcow2",
             path=str(kept),
             size_bytes=verdict.size_bytes,
+            stored_bytes=_room(kept),
             sha256=digest.hexdigest(),
         )
 
@@ -198,6 +257,7 @@ class ImageFolder:
             initrd=str(kept_initrd) if kept_initrd else None,
             cmdline=cmdline,
             size_bytes=size + initrd_size,
+            stored_bytes=size + initrd_size,
             sha256=digest,
         )
 
@@ -222,6 +282,10 @@ class ImageFolder:
                 (self._folder / f"{image_id}{suffix}").unlink(missing_ok=True)
             if self._folder.is_dir():
                 sync_folder(self._folder)
+
+
+def _room(path: Path) -> int:
+    return path.stat().st_blocks * _BLOCK_BYTES
 
 
 def _check_names(image_id: str, name: str) -> None:

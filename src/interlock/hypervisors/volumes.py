@@ -13,7 +13,7 @@ from pathlib import Path
 
 from interlock.core.errors import Invalid, StoreError, Unavailable
 from interlock.hypervisors import commands
-from interlock.hypervisors.disk_inspection import DISK_BYTES_MAX, SECTOR_BYTES
+from interlock.hypervisors.disk_headers import DISK_BYTES_MAX, SECTOR_BYTES
 from interlock.hypervisors.durable_files import (
     HalfMade,
     checked_id,
