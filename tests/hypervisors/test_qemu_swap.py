@@ -18,6 +18,17 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.disk_hands import (
+    MIB,
+    SLOW_BYTES_PER_S,
+    Progress,
+    full_speed,
+    has_pattern,
+    is_whole,
+    small_file_system,
+    write_as_guest,
+    write_pattern,
+)
 from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
@@ -26,22 +37,6 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-MIB = 1 << 20
-SLOW = 4 * MIB
-"""Bytes per second at which a copy of the disks here takes as long as a test wants."""
-
-
-class Seen:
-    """A report that lets a test act when the copy is on its way."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[int, int | None]] = []
-        self.under_way = asyncio.Event()
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        self.told.append((done, total))
-        if done and total and done < total:
-            self.under_way.set()
 
 
 @pytest.fixture
@@ -53,7 +48,7 @@ def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
 
 
 def slow(host: QemuWorkbench) -> None:
-    host.settings = msgspec.structs.replace(host.settings, copy_bytes_per_s=SLOW)
+    host.settings = msgspec.structs.replace(host.settings, copy_bytes_per_s=SLOW_BYTES_PER_S)
 
 
 async def opened(host: QemuWorkbench) -> QemuHypervisor:
@@ -78,23 +73,13 @@ def volume(
     path = (folder or host.folder) / f"{name}.qcow2"
     subprocess.check_call(["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{mib}M"])
     if pattern is not None:
-        subprocess.check_output(["qemu-io", "-c", f"write -P {pattern} 0 {mib}M", str(path)])
+        write_pattern(path, pattern, mib)
     return Disk(id=name, path=str(path))
 
 
 def has(disk: Disk, pattern: int, mib: int = 32) -> bool:
-    """Whether the first so many MiB of the disk, which nobody uses, hold the pattern; the file is checked too."""
-    subprocess.check_output(["qemu-img", "check", "-q", disk.path])
-    words = ["qemu-io", "-r", "-c", f"read -P {pattern} 0 {mib}M", disk.path]
-    read = subprocess.run(words, check=False, capture_output=True)
-    assert read.returncode == 0 or b"Pattern verification failed" in read.stdout, read
-    return read.returncode == 0
-
-
-def is_whole(disk: Disk) -> bool:
-    """Whether nothing in the file of a disk that nobody uses is damaged; clusters may be left over in it."""
-    leaks = 3
-    return subprocess.run(["qemu-img", "check", "-q", disk.path], check=False).returncode in {0, leaks}
+    """Whether the first so many MiB of the disk, which nobody uses, hold the pattern; its file has to be whole."""
+    return is_whole(disk.path) and has_pattern(disk.path, pattern, mib)
 
 
 def guest_of(hypervisor: QemuHypervisor) -> Guest:
@@ -110,14 +95,6 @@ async def start(hypervisor: QemuHypervisor, host: QemuWorkbench, *disks: Disk) -
     await host.until_up("one")
 
 
-async def write_as_guest(guest: Guest, disk_id: str, words: str) -> None:
-    """Write to the disk where the guest's device does."""
-    device = (await guest.plugged())[disk_id]
-    place = f"/machine/peripheral/{device}/virtio-backend"
-    said = await guest.tell(PERMIT, "human-monitor-command", {"command-line": f'qemu-io -d {place} "{words}"'})
-    assert "rror" not in said, said
-
-
 async def nodes(guest: Guest) -> set[str]:
     return {node["node-name"] for node in await guest.ask("query-named-block-nodes", flat=True)}
 
@@ -127,16 +104,16 @@ async def test_the_guest_goes_on_with_the_new_disk_and_what_it_wrote(
 ) -> None:
     old, new = volume(host, "old", pattern=1), volume(host, "new", pattern=9)
     await start(hypervisor, host, old)
-    process_id, guest, seen = host.process_id("one"), guest_of(hypervisor), Seen()
+    process_id, guest, seen = host.process_id("one"), guest_of(hypervisor), Progress()
     await hypervisor.swap_disk(PERMIT, "one", old, new, seen)
     assert (await hypervisor.inspect("one")).disks == ("new",)
     assert host.process_id("one") == process_id
     assert seen.told[-1] == (32 * MIB, 32 * MIB)
-    await write_as_guest(guest, "new", "write -P 5 0 1M")
+    await write_as_guest(PERMIT, guest, "new", "write -P 5 0 1M")
     spec = host.instance_folder("one").spec()
     assert spec is not None
     assert spec.disks == (new,)
-    await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+    await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert has(old, 1), "nobody uses the old one any more"
     await hypervisor.power_off(PERMIT, "one")
     assert has(new, 5, mib=1)
@@ -151,11 +128,11 @@ async def test_what_the_guest_writes_meanwhile_is_on_the_new_disk(
     await hypervisor.close()
     hypervisor = await opened(host)
     await start(hypervisor, host, old)
-    seen = Seen()
+    seen = Progress()
     swap = asyncio.create_task(hypervisor.swap_disk(PERMIT, "one", old, new, seen))
-    await seen.under_way.wait()
-    await write_as_guest(guest_of(hypervisor), "old", "write -P 7 0 8M")
-    await full_speed(guest_of(hypervisor))
+    await seen.until_under_way()
+    await write_as_guest(PERMIT, guest_of(hypervisor), "old", "write -P 7 0 8M")
+    await full_speed(PERMIT, guest_of(hypervisor))
     await swap
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
@@ -163,19 +140,14 @@ async def test_what_the_guest_writes_meanwhile_is_on_the_new_disk(
     assert not has(new, 7)
 
 
-async def full_speed(guest: Guest) -> None:
-    (job,) = await guest.ask("query-jobs")
-    await guest.tell(PERMIT, "block-job-set-speed", {"device": job["id"], "speed": 0})
-
-
 async def test_disks_can_be_attached_and_detached_after_a_swap(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     old, new, third = volume(host, "old", pattern=1), volume(host, "new"), volume(host, "third")
     await start(hypervisor, host, old)
-    await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+    await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     for _ in range(2):
         await hypervisor.attach_disk(PERMIT, "one", old)
     assert (await hypervisor.inspect("one")).disks == ("new", "old")
-    await hypervisor.swap_disk(PERMIT, "one", new, third, Seen())
+    await hypervisor.swap_disk(PERMIT, "one", new, third, Progress())
     assert (await hypervisor.inspect("one")).disks == ("old", "third")
     await host.abandon(hypervisor)
     hypervisor = await opened(host)
@@ -198,12 +170,12 @@ async def test_a_larger_disk_is_seen_whole_and_a_smaller_one_refused(
     guest = guest_of(hypervisor)
     before = await nodes(guest)
     with pytest.raises(Refused, match="has 32505856 bytes"):
-        await hypervisor.swap_disk(PERMIT, "one", old, smaller, Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, smaller, Progress())
     assert (await hypervisor.inspect("one")).disks == ("old",)
     assert await nodes(guest) >= before
     assert has(smaller, 0, 31), "it was let go of"
-    await hypervisor.swap_disk(PERMIT, "one", old, larger, Seen())
-    await write_as_guest(guest, "larger", "write -P 3 40M 1M")
+    await hypervisor.swap_disk(PERMIT, "one", old, larger, Progress())
+    await write_as_guest(PERMIT, guest, "larger", "write -P 3 40M 1M")
     await hypervisor.undefine(PERMIT, "one")
     assert has(larger, 1)
 
@@ -211,16 +183,16 @@ async def test_a_larger_disk_is_seen_whole_and_a_smaller_one_refused(
 async def test_what_cannot_be_swapped_is_refused(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     old, new = volume(host, "old"), volume(host, "new")
     with pytest.raises(NotThere):
-        await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     await start(hypervisor, host)
     with pytest.raises(Refused, match="has no disk old"):
-        await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     await hypervisor.attach_disk(PERMIT, "one", old)
     with pytest.raises(Refused, match="cannot be opened"):
-        await hypervisor.swap_disk(PERMIT, "one", old, Disk(id="absent", path="/absent"), Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, Disk(id="absent", path="/absent"), Progress())
     await hypervisor.attach_disk(PERMIT, "one", new)
     with pytest.raises(Refused, match="beside"):
-        await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert (await hypervisor.inspect("one")).disks == ("new", "old")
 
 
@@ -232,16 +204,16 @@ async def test_a_cancelled_worker_leaves_the_guest_with_the_old_disk(
     await hypervisor.close()
     hypervisor = await opened(host)
     await start(hypervisor, host, old)
-    guest, seen = guest_of(hypervisor), Seen()
+    guest, seen = guest_of(hypervisor), Progress()
     swap = asyncio.create_task(hypervisor.swap_disk(PERMIT, "one", old, new, seen))
-    await seen.under_way.wait()
+    await seen.until_under_way()
     swap.cancel()
     with pytest.raises(asyncio.CancelledError):
         await swap
     assert await guest.ask("query-jobs") == []
     assert (await hypervisor.inspect("one")).disks == ("old",)
-    assert is_whole(new)
-    await write_as_guest(guest, "old", "write -P 2 0 1M")
+    assert is_whole(new.path)
+    await write_as_guest(PERMIT, guest, "old", "write -P 2 0 1M")
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
     assert has(old, 2, mib=1)
@@ -253,24 +225,22 @@ async def test_a_full_disk_leaves_the_guest_with_the_old_disk(
     old, new = volume(host, "old", pattern=1), volume(host, "new", folder=small)
     await start(hypervisor, host, old)
     with pytest.raises(Refused, match="No space left on device") as refusal:
-        await hypervisor.swap_disk(PERMIT, "one", old, new, Seen())
+        await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert "Make room" in str(refusal.value.remedy)
     seen = await hypervisor.inspect("one")
     assert (seen.disks, seen.power_state) == (("old",), PowerState.RUNNING)
-    await write_as_guest(guest_of(hypervisor), "old", "write -P 2 0 1M")
+    await write_as_guest(PERMIT, guest_of(hypervisor), "old", "write -P 2 0 1M")
     await hypervisor.undefine(PERMIT, "one")
     assert has(old, 2, mib=1)
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 4 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=False).returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.check_call(["umount", "-l", str(folder)])
+    try:
+        with small_file_system(tmp_path / "small") as folder:
+            yield folder
+    except PermissionError as cannot:
+        pytest.skip(str(cannot))
 
 
 @pytest.mark.parametrize("new_mib", [32, 48])
@@ -282,9 +252,9 @@ async def test_a_swap_goes_on_when_its_server_is_gone_and_is_taken_up(
     await hypervisor.close()
     hypervisor = await opened(host)
     await start(hypervisor, host, old)
-    permit, seen = GivenPermit(), Seen()
+    permit, seen = GivenPermit(), Progress()
     swap = asyncio.create_task(hypervisor.swap_disk(permit, "one", old, new, seen))
-    await seen.under_way.wait()
+    await seen.until_under_way()
     permit.revoke()  # from here on it can do no more than a killed server could
     swap.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -295,8 +265,8 @@ async def test_a_swap_goes_on_when_its_server_is_gone_and_is_taken_up(
     (job,) = await guest.ask("query-jobs")
     assert job["current-progress"] > 0, "the copy goes on by itself"
     assert (await hypervisor.inspect("one")).disks == ("old",)
-    await full_speed(guest)
-    again = Seen()
+    await full_speed(PERMIT, guest)
+    again = Progress()
     await hypervisor.swap_disk(PERMIT, "one", old, new, again)
     assert (await hypervisor.inspect("one")).disks == ("new",)
     assert await guest.ask("query-jobs") == []
@@ -315,9 +285,9 @@ async def test_a_disk_that_is_being_swapped_can_be_swapped_for_another_or_detach
     await start(hypervisor, host, old)
     guest = guest_of(hypervisor)
     for new in (first, second):
-        permit, seen = GivenPermit(), Seen()
+        permit, seen = GivenPermit(), Progress()
         swap = asyncio.create_task(hypervisor.swap_disk(permit, "one", old, new, seen))
-        await seen.under_way.wait()
+        await seen.until_under_way()
         permit.revoke()
         swap.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -328,7 +298,7 @@ async def test_a_disk_that_is_being_swapped_can_be_swapped_for_another_or_detach
     assert (await hypervisor.inspect("one")).disks == ()
     assert has(old, 1), "it is free"
     for disk in (first, second):
-        assert is_whole(disk)
+        assert is_whole(disk.path)
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
 
@@ -341,14 +311,14 @@ async def test_qemu_killed_in_mid_swap_leaves_the_old_disk_whole(
     await hypervisor.close()
     hypervisor = await opened(host)
     await start(hypervisor, host, old)
-    seen = Seen()
+    seen = Progress()
     swap = asyncio.create_task(hypervisor.swap_disk(PERMIT, "one", old, new, seen))
-    await seen.under_way.wait()
+    await seen.until_under_way()
     await host.kill("one")
     with pytest.raises(HypervisorError):
         await swap
     assert has(old, 1)
-    assert is_whole(new)
+    assert is_whole(new.path)
     spec = host.instance_folder("one").spec()
     assert spec is not None
     assert spec.disks == (old,)

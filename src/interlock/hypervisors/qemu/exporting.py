@@ -103,9 +103,9 @@ async def _begin(guest: Guest, permit: Permit, fresh: Path, total: int) -> None:
     keeping = {"driver": "copy-before-write", "node-name": _FILTER, "file": node_name(ROOT), "target": _KEPT}
     limit_s = max(1, guest.settings.export_write_timeout_ms // 1000)
     await guest.tell(permit, "blockdev-add", {**keeping, "on-cbw-error": "break-snapshot", "cbw-timeout": limit_s})
-    await guest.tell(permit, "blockdev-add", {"driver": "snapshot-access", "node-name": _VIEW, "file": _FILTER})
     async with frozen(guest, permit):
         await _use(guest, permit, _FILTER)  # this is the moment
+    await guest.tell(permit, "blockdev-add", {"driver": "snapshot-access", "node-name": _VIEW, "file": _FILTER})
     await block_jobs.begin(
         guest, permit, "blockdev-backup", _JOB, device=_VIEW, target=_TARGET, sync="full", compress=True
     )

@@ -162,7 +162,7 @@ def _require_ended(folder: InstanceFolder) -> None:
 
 
 async def drop_root_disks(permit: Permit, folder: InstanceFolder, kept: frozenset[int]) -> None:
-    """Remove the root disks with other numbers, and what a crash left half-made. Raises `Refused` if a guest has one."""
+    """Remove the root disks with other numbers, and what a crash left half-made. Refused if a guest has one."""
     spec = folder.spec()
     if spec is not None and spec.has_root and spec.root not in kept and folder.held():
         raise Refused(f"The guest of instance {folder.path.name} has the root disk {spec.root}.", remedy="Stop it.")

@@ -1,0 +1,477 @@
+"""Root disks exported, copied and made from images: live and at rest, cancelled, killed, out of room, on real QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from interlock.core.errors import Fenced, HypervisorError, NotResponding, Refused
+from interlock.core.records import Image, Spec
+from interlock.core.states import PowerState
+from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.testing.boot_sector import bootable_image
+from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.disk_hands import (
+    MIB,
+    SLOW_BYTES_PER_S,
+    Progress,
+    full_speed,
+    has_pattern,
+    info,
+    is_whole,
+    same_content,
+    small_file_system,
+    write_as_guest,
+    write_pattern,
+)
+from interlock.testing.nano_guest import MEMORY_MIB
+from interlock.testing.qemu_workbench import QemuWorkbench
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
+
+PERMIT = GivenPermit()
+ROOT_MIB = 64
+WRITTEN_MIB = 32
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
+    host.settings = msgspec.structs.replace(host.settings, copy_look_interval_ms=10)
+    yield host
+    host.end_everything()
+
+
+@pytest.fixture
+def slow(host: QemuWorkbench) -> None:
+    host.settings = msgspec.structs.replace(host.settings, copy_bytes_per_s=SLOW_BYTES_PER_S)
+
+
+@pytest.fixture
+async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
+    hypervisor = await opened(host)
+    yield hypervisor
+    for instance_id in await hypervisor.known():
+        await hypervisor.undefine(PERMIT, instance_id)
+    await hypervisor.close()
+
+
+async def opened(host: QemuWorkbench) -> QemuHypervisor:
+    hypervisor = host.make()
+    assert isinstance(hypervisor, QemuHypervisor)
+    await hypervisor.open(Told())
+    return hypervisor
+
+
+@pytest.fixture
+def image(host: QemuWorkbench) -> Image:
+    return bootable_image(host.folder, "base", ROOT_MIB * MIB)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    try:
+        with small_file_system(tmp_path / "small") as folder:
+            yield folder
+    except PermissionError as cannot:
+        pytest.skip(str(cannot))
+
+
+def spec_of(image: Image, **more: Any) -> Spec:
+    return Spec(image=image, memory_mib=MEMORY_MIB, **more)
+
+
+def guest_of(hypervisor: QemuHypervisor) -> Guest:
+    guest = hypervisor.guest("one")
+    assert guest is not None
+    return guest
+
+
+async def written(hypervisor: QemuHypervisor, host: QemuWorkbench, spec: Spec) -> Path:
+    """Define the instance, and write to its root disk; the answer is that disk."""
+    await hypervisor.define(PERMIT, "one", spec)
+    root = host.instance_folder("one").root_disk(spec.root)
+    write_pattern(root, 1, WRITTEN_MIB, at_mib=1)
+    return root
+
+
+async def booted(hypervisor: QemuHypervisor, host: QemuWorkbench, spec: Spec) -> Guest:
+    await hypervisor.power_on(PERMIT, "one", spec)
+    await host.until_said("one", "booted base")
+    return guest_of(hypervisor)
+
+
+async def nodes(guest: Guest) -> set[str]:
+    return {node["node-name"] for node in await guest.ask("query-named-block-nodes", flat=True)}
+
+
+def stands_alone(path: Path) -> bool:
+    return "backing-filename" not in info(path) and is_whole(path)
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if "half-made" in path.name or path.suffix in {".new", ".kept"}]
+
+
+# ----------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "ended", "off"])
+async def test_an_export_stands_by_itself_whatever_the_guest_does(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image, state: str
+) -> None:
+    spec, target, seen = spec_of(image), host.folder / "export.qcow2", Progress()
+    root = await written(hypervisor, host, spec)
+    if state != "off":
+        guest = await booted(hypervisor, host, spec)
+        before = await nodes(guest)
+    if state == "paused":
+        await hypervisor.pause(PERMIT, "one")
+    if state == "ended":
+        await host.kill("one")
+        await hypervisor.wait_powered_off("one")
+    expected = await hypervisor.inspect("one")
+    await hypervisor.export_root_disk(PERMIT, "one", spec, target, seen)
+    assert await hypervisor.inspect("one") == expected
+    if state in {"running", "paused"}:
+        assert await nodes(guest) == before
+    assert seen.told[-1] == (ROOT_MIB * MIB, ROOT_MIB * MIB)
+    assert leftovers(host.folder) == []
+    await hypervisor.power_off(PERMIT, "one")
+    assert same_content(root, target)
+    lose(Path(image.path))
+    assert stands_alone(target)
+    assert has_pattern(target, 1, WRITTEN_MIB, at_mib=1)
+    assert target.stat().st_size < 2 * MIB, "it is compressed, and what holds nothing takes no room"
+
+
+@pytest.mark.usefixtures("slow")
+async def test_an_export_is_the_disk_as_it_was_at_one_moment(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    spec, target, seen = spec_of(image), host.folder / "export.qcow2", Progress()
+    root = await written(hypervisor, host, spec)
+    guest = await booted(hypervisor, host, spec)
+    export = asyncio.create_task(hypervisor.export_root_disk(PERMIT, "one", spec, target, seen))
+    await seen.until_under_way()
+    await write_as_guest(PERMIT, guest, "root", f"write -P 7 1M {WRITTEN_MIB}M")
+    assert not target.exists()
+    assert (await hypervisor.inspect("one")).disks == ("root",)
+    await full_speed(PERMIT, guest)
+    await export
+    await write_as_guest(PERMIT, guest, "root", "write -P 8 40M 1M")
+    await hypervisor.power_off(PERMIT, "one")
+    assert has_pattern(target, 1, WRITTEN_MIB, at_mib=1)
+    assert has_pattern(root, 7, WRITTEN_MIB, at_mib=1)
+    assert has_pattern(root, 8, 1, at_mib=40)
+    assert is_whole(root)
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_cancelled_export_leaves_nothing(hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image) -> None:
+    spec, target, seen = spec_of(image), host.folder / "export.qcow2", Progress()
+    root = await written(hypervisor, host, spec)
+    guest = await booted(hypervisor, host, spec)
+    before = await nodes(guest)
+    export = asyncio.create_task(hypervisor.export_root_disk(PERMIT, "one", spec, target, seen))
+    await seen.until_under_way()
+    export.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await export
+    assert await guest.ask("query-jobs") == []
+    assert await nodes(guest) == before
+    assert leftovers(host.folder) == []
+    assert not target.exists()
+    assert await hypervisor.inspect("one") == await hypervisor.inspect("one")
+    await hypervisor.power_off(PERMIT, "one")
+    assert is_whole(root)
+
+
+async def test_a_full_disk_fails_the_export_and_not_the_guest(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image, small: Path
+) -> None:
+    spec = spec_of(image)
+    root = await written(hypervisor, host, spec)
+    scatter(root)
+    guest = await booted(hypervisor, host, spec)
+    with pytest.raises(Refused, match="No space left on device") as refusal:
+        await hypervisor.export_root_disk(PERMIT, "one", spec, small / "export.qcow2", Progress())
+    assert "Make room" in str(refusal.value.remedy)
+    assert names_in(small) == []
+    await write_as_guest(PERMIT, guest, "root", "write -P 7 1M 1M")
+    assert (await hypervisor.inspect("one")).power_state is PowerState.RUNNING
+    await hypervisor.power_off(PERMIT, "one")
+    with pytest.raises(Refused, match="No space left on device"):
+        await hypervisor.export_root_disk(PERMIT, "one", spec, small / "export.qcow2", Progress())
+    assert names_in(small) == []
+    assert is_whole(root)
+
+
+def scatter(root: Path) -> None:
+    """Fill 8 MiB of the disk with what cannot be compressed."""
+    noise = root.with_name("noise")
+    noise.write_bytes(os.urandom(8 * MIB))
+    words = ["qemu-io", "-f", "qcow2", "-c", f"write -s {noise} 40M 8M", str(root)]
+    import subprocess
+
+    subprocess.check_output(words)
+    noise.unlink()
+
+
+@pytest.mark.usefixtures("slow")
+async def test_no_room_for_what_the_guest_overwrites_fails_the_export_and_not_the_guest(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image, small: Path
+) -> None:
+    spec, seen = spec_of(image), Progress()
+    root = await written(hypervisor, host, spec)
+    guest = await booted(hypervisor, host, spec)
+    export = asyncio.create_task(hypervisor.export_root_disk(PERMIT, "one", spec, small / "export.qcow2", seen))
+    await seen.until_under_way()
+    await write_as_guest(PERMIT, guest, "root", f"write -P 7 {1 + WRITTEN_MIB // 2}M {WRITTEN_MIB // 2}M")
+    await full_speed(PERMIT, guest)
+    with pytest.raises(Refused):
+        await export
+    assert (await hypervisor.inspect("one")).power_state is PowerState.RUNNING
+    assert names_in(small) == []
+    await hypervisor.power_off(PERMIT, "one")
+    assert has_pattern(root, 7, WRITTEN_MIB // 2, at_mib=1 + WRITTEN_MIB // 2)
+
+
+@pytest.mark.usefixtures("slow")
+async def test_an_export_can_be_made_again_whoever_was_killed_in_the_middle(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    spec, target, seen = spec_of(image), host.folder / "export.qcow2", Progress()
+    root = await written(hypervisor, host, spec)
+    guest = await booted(hypervisor, host, spec)
+    permit = GivenPermit()
+    export = asyncio.create_task(hypervisor.export_root_disk(permit, "one", spec, target, seen))
+    await seen.until_under_way()
+    permit.revoke()  # from here on it can do no more than a killed server could
+    export.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Fenced):
+        await export
+    assert len(await guest.ask("query-jobs")) == 1
+    host.settings = msgspec.structs.replace(host.settings, copy_bytes_per_s=0)
+    await host.abandon(hypervisor)
+    hypervisor = await opened(host)
+    await hypervisor.export_root_disk(PERMIT, "one", spec, target, Progress())
+    guest = guest_of(hypervisor)
+    assert await guest.ask("query-jobs") == []
+    assert not any(name.startswith("export") for name in await nodes(guest))
+    await hypervisor.power_off(PERMIT, "one")
+    assert same_content(root, target)
+    await hypervisor.close()
+
+
+@pytest.mark.usefixtures("slow")
+async def test_qemu_killed_in_mid_export_leaves_the_root_disk_whole(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    spec, target, seen = spec_of(image), host.folder / "export.qcow2", Progress()
+    root = await written(hypervisor, host, spec)
+    guest = await booted(hypervisor, host, spec)
+    export = asyncio.create_task(hypervisor.export_root_disk(PERMIT, "one", spec, target, seen))
+    await seen.until_under_way()
+    await write_as_guest(PERMIT, guest, "root", "write -P 7 1M 1M")
+    await host.kill("one")
+    with pytest.raises(HypervisorError):
+        await export
+    assert leftovers(host.folder) == []
+    assert is_whole(root)
+    await hypervisor.export_root_disk(PERMIT, "one", spec, target, Progress())
+    assert has_pattern(target, 7, 1, at_mib=1)
+
+
+async def test_what_cannot_be_exported_is_refused_with_the_cause(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    target = host.folder / "export.qcow2"
+    with pytest.raises(Refused, match="no root disk"):
+        await hypervisor.export_root_disk(PERMIT, "one", host.spec(), target, Progress())
+    spec = spec_of(image)
+    await written(hypervisor, host, spec)
+    lose(Path(image.path))
+    with pytest.raises(Refused, match=r"base\.raw"):
+        await hypervisor.export_root_disk(PERMIT, "one", spec, target, Progress())
+    with pytest.raises(Refused, match="root-5"):
+        await hypervisor.export_root_disk(PERMIT, "one", spec_of(image, root=5), target, Progress())
+    assert leftovers(host.folder) == []
+
+
+# ------------------------------------------------------------------------------------------------- the image tool
+
+STUCK = """#!/bin/sh
+case "$*" in
+    *convert*) echo $$ > {place}; printf '    (25.00/100%%)\\r'; exec sleep 1000;;
+    *) exec qemu-img "$@";;
+esac
+"""
+
+
+def with_stuck_tool(host: QemuWorkbench, **more: Any) -> Path:
+    """Have an image tool that goes on for ever; its process id is in the file that is returned."""
+    tool, place = host.folder / "stuck-tool", host.folder / "stuck-process"
+    tool.write_text(STUCK.format(place=place))
+    tool.chmod(0o755)
+    host.settings = msgspec.structs.replace(host.settings, image_tool_binary=str(tool), **more)
+    return place
+
+
+def ended(process_id: int) -> bool:
+    return not Path(f"/proc/{process_id}/cmdline").exists() or not Path(f"/proc/{process_id}/cmdline").read_bytes()
+
+
+async def test_an_image_tool_that_makes_no_progress_is_ended(host: QemuWorkbench, image: Image) -> None:
+    place = with_stuck_tool(host, copy_silence_timeout_ms=200)
+    hypervisor = await opened(host)
+    spec, seen = spec_of(image), Progress()
+    await written(hypervisor, host, spec)
+    with pytest.raises(Refused, match="no progress for 200 ms"):
+        await hypervisor.export_root_disk(PERMIT, "one", spec, host.folder / "export.qcow2", seen)
+    assert ended(int(place.read_text()))
+    assert seen.told == [(ROOT_MIB * MIB // 4, ROOT_MIB * MIB)]
+    assert leftovers(host.folder) == []
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
+
+
+async def test_a_cancelled_worker_ends_its_image_tool(host: QemuWorkbench, image: Image) -> None:
+    place = with_stuck_tool(host)
+    hypervisor = await opened(host)
+    spec, seen = spec_of(image), Progress()
+    await written(hypervisor, host, spec)
+    target = host.folder / "export.qcow2"
+    export = asyncio.create_task(hypervisor.export_root_disk(PERMIT, "one", spec, target, seen))
+    await seen.until_under_way()
+    export.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await export
+    assert ended(int(place.read_text()))
+    assert leftovers(host.folder) == []
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
+
+
+# ------------------------------------------------------------------------------------------- copies and images
+
+
+async def test_a_copy_of_a_root_disk_is_a_layer_over_the_same_image_and_may_be_larger(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    old, new = spec_of(image), spec_of(image, root=1, root_gib=1)
+    root, seen = await written(hypervisor, host, old), Progress()
+    for _ in range(2):
+        await hypervisor.copy_root_disk(PERMIT, "one", old, new, seen)
+    copy = host.instance_folder("one").root_disk(1)
+    assert (info(copy)["virtual-size"], info(copy)["backing-filename"]) == (1 << 30, image.path)
+    assert has_pattern(copy, 1, WRITTEN_MIB, at_mib=1)
+    assert seen.told[-1][0] == seen.told[-1][1] == root.stat().st_size
+    assert copy.stat().st_blocks * 512 <= root.stat().st_blocks * 512 + MIB, "holes stay holes"
+    assert is_whole(copy)
+    await booted(hypervisor, host, new)
+    with pytest.raises(Refused, match="has the root disk 1"):
+        await hypervisor.drop_root_disks(PERMIT, "one", frozenset({0}))
+    await hypervisor.drop_root_disks(PERMIT, "one", frozenset({1}))
+    assert set(host.instance_folder("one").root_disks()) == {1}
+
+
+async def test_a_copy_that_would_be_smaller_is_refused(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    old = spec_of(image, root_gib=2)
+    await written(hypervisor, host, old)
+    with pytest.raises(Refused, match="would have 1073741824 bytes"):
+        await hypervisor.copy_root_disk(PERMIT, "one", old, spec_of(image, root=1, root_gib=1), Progress())
+    assert set(host.instance_folder("one").root_disks()) == {0}
+    bare, given = host.spec(), msgspec.structs.replace(host.spec(), root=1, root_gib=1)
+    await hypervisor.copy_root_disk(PERMIT, "two", bare, bare, Progress())
+    await hypervisor.define(PERMIT, "two", bare)
+    await hypervisor.copy_root_disk(PERMIT, "two", bare, given, Progress())
+    assert set(host.instance_folder("two").root_disks()) == {1}, "one that had none gets an empty one"
+
+
+async def test_a_root_disk_can_be_made_from_an_export(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    spec, export = spec_of(image), host.folder / "export.qcow2"
+    root = await written(hypervisor, host, spec)
+    await hypervisor.export_root_disk(PERMIT, "one", spec, export, Progress())
+    whole = spec_of(image, root=1, root_is_whole=True)
+    with pytest.raises(Refused, match=r"root-1\.qcow2 is not there"):
+        await hypervisor.define(PERMIT, "one", whole)
+    for _ in range(2):
+        await hypervisor.root_disk_from(PERMIT, "one", whole, export, Progress())
+    await hypervisor.drop_root_disks(PERMIT, "one", frozenset({1}))
+    assert not root.exists()
+    lose(Path(image.path))
+    export.unlink()
+    await hypervisor.define(PERMIT, "one", whole)
+    guest = await booted(hypervisor, host, whole)
+    assert not any(name.startswith("backing") for name in await nodes(guest))
+    await hypervisor.power_off(PERMIT, "one")
+    disk = host.instance_folder("one").root_disk(1)
+    assert stands_alone(disk)
+    assert has_pattern(disk, 1, WRITTEN_MIB, at_mib=1)
+    larger = spec_of(image, root=2, root_is_whole=True, root_gib=1)
+    await hypervisor.root_disk_from(PERMIT, "one", larger, disk, Progress())
+    assert info(host.instance_folder("one").root_disk(2))["virtual-size"] == 1 << 30
+
+
+async def test_an_image_that_needs_another_file_is_no_root_disk(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    layer = await written(hypervisor, host, spec_of(image))
+    whole = spec_of(image, root=1, root_is_whole=True)
+    with pytest.raises(Refused, match="needs another file"):
+        await hypervisor.root_disk_from(PERMIT, "one", whole, layer, Progress())
+    with pytest.raises(Refused, match="not there"):
+        await hypervisor.root_disk_from(PERMIT, "one", whole, host.folder / "absent", Progress())
+    with pytest.raises(Refused, match="is not a qcow2"):
+        await hypervisor.root_disk_from(PERMIT, "one", whole, Path(image.path), Progress())
+
+
+async def test_a_full_disk_leaves_no_half_copied_root_disk(host: QemuWorkbench, image: Image, small: Path) -> None:
+    host.settings = msgspec.structs.replace(host.settings, folder=small / "qemu")
+    hypervisor = await opened(host)
+    old = spec_of(image)
+    await hypervisor.define(PERMIT, "one", old)
+    write_pattern(host.instance_folder("one").root_disk(0), 1, 2)
+    with pytest.raises(Refused, match="No space left on device") as refusal:
+        await hypervisor.copy_root_disk(PERMIT, "one", old, spec_of(image, root=1), Progress())
+    assert "Make room" in str(refusal.value.remedy)
+    assert set(host.instance_folder("one").root_disks()) == {0}
+    assert leftovers(host.instance_folder("one").path) == []
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
+
+
+async def test_the_disks_of_a_guest_that_runs_are_not_copied(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
+) -> None:
+    spec = spec_of(image)
+    await written(hypervisor, host, spec)
+    await booted(hypervisor, host, spec)
+    with pytest.raises(NotResponding, match="still holds"):
+        await hypervisor.copy_root_disk(PERMIT, "one", spec, spec_of(image, root=1), Progress())
