@@ -36,6 +36,8 @@ _FILTER: Final = "export-filter"
 _KEPT: Final = "export-kept"
 _ROOT_DEVICE: Final = f"/machine/peripheral/{device_name(ROOT)}"
 _WHAT: Final = "Exporting the root disk"
+_BROKEN: Final = "Permission denied"
+"""What QEMU says when something is read that could not be kept."""
 _HALF_MADE: Final = ".half-made-"
 """How the names of files begin that an image folder clears away when a server starts."""
 
@@ -74,7 +76,7 @@ async def export_live(guest: Guest, permit: Permit, target: Path, report: Report
     with _half_made(target) as fresh:
         try:
             await _begin(guest, permit, fresh, total)
-            await block_jobs.follow(guest, _JOB, _WHAT, report)
+            await _follow(guest, report, target.parent)
         except BaseException:
             # Who comes after us finds whatever cannot be undone now.
             with contextlib.suppress(InterlockError):
@@ -109,6 +111,18 @@ async def _begin(guest: Guest, permit: Permit, fresh: Path, total: int) -> None:
     await block_jobs.begin(
         guest, permit, "blockdev-backup", _JOB, device=_VIEW, target=_TARGET, sync="full", compress=True
     )
+
+
+async def _follow(guest: Guest, report: Report, folder: Path) -> None:
+    try:
+        await block_jobs.follow(guest, _JOB, _WHAT, report)
+    except Refused as error:
+        if _BROKEN not in error.message:
+            raise
+        raise Refused(
+            f"{_WHAT} failed: what the guest overwrote meanwhile could not be kept in {folder}.",
+            remedy="See that there is room, or export it while the guest writes less.",
+        ) from error
 
 
 async def _make_empty(permit: Permit, path: Path, size_bytes: int, settings: QemuSettings) -> None:
