@@ -86,11 +86,10 @@ async def test_something_long_that_comes_to_no_end_leaves_what_was(method: Metho
     roots = set(hypervisor.host.guests["one"].roots)
     worker = asyncio.ensure_future(LONG[method](hypervisor, permit, Reports(), tmp_path / "target"))
     await clock.advance(0.5)
-    match how:
-        case "cancelled":
-            worker.cancel()
-        case "fenced":
-            permit.revoke()
+    if how == "cancelled":
+        worker.cancel()
+    elif how == "fenced":
+        permit.revoke()
     await clock.advance(1)
     await asyncio.wait({worker})
     assert worker.cancelled() or isinstance(worker.exception(), Fenced | Refused)
@@ -222,7 +221,7 @@ async def test_an_exported_disk_is_one_that_qemu_takes_for_what_it_is(tmp_path: 
     assert host.guest_writes("one", "letter")
     await hypervisor.export_root_disk(PERMIT, "one", SPEC, tmp_path / "one.qcow2", Reports())
     subprocess.run(["qemu-img", "check", "-q", tmp_path / "one.qcow2"], check=True)  # noqa: ASYNC221
-    packed = ["qemu-img", "convert", "-c", "-O", "qcow2", tmp_path / "one.qcow2", tmp_path / "packed.qcow2"]
+    packed = ["qemu-img", "convert", "-c", "-O", "qcow2", str(tmp_path / "one.qcow2"), str(tmp_path / "packed.qcow2")]
     subprocess.run(packed, check=True)  # noqa: ASYNC221
     await hypervisor.root_disk_from(PERMIT, "one", numbered(1), tmp_path / "packed.qcow2", Reports())
     assert host.guests["one"].roots[1].written == ("letter",)
