@@ -36,6 +36,9 @@ from interlock.driver.hosts import Hosts
 from interlock.driver.leases import Leases
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
+from interlock.driver.work import Means
+from interlock.hypervisors.dumps import DumpFolder
+from interlock.hypervisors.durable_files import write_whole
 from interlock.hypervisors.image_tool import ImageTool
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
@@ -51,6 +54,7 @@ from interlock.service.callers import Callers
 from interlock.service.capacity import Capacity, limits_of
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
+from interlock.service.passwords import PasswordBox
 from interlock.service.policies import Policies
 from interlock.service.proving import Prover
 from interlock.stores.sqlite import SqliteStore
@@ -123,7 +127,7 @@ async def recover_admin_token(config: Config) -> Path:
         callers = Callers(store, new_id, new_secret)
         await callers.open()
         secret = new_secret()
-        _write(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
+        write_whole(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
         await callers.make_admin(f"admin-{new_id()[-12:]}", secret)
     finally:
         await store.close()
@@ -155,7 +159,17 @@ class Server:
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
         self.image_files = ImageFolder(self.folder / "images", cache=self.folder / "packages", tool=tool)
         volume_files = VolumeFolder(self.folder / "volumes")
-        self.agent = Agent(self.hosts, self.store, self.image_files, self.in_force, config.driver, upkeep)
+        self.dump_files = DumpFolder(self.folder / "dumps")
+        self.passwords = PasswordBox()
+        self.means = Means(
+            store=self.store,
+            hosts=self.hosts,
+            images=self.image_files,
+            dumps=self.dump_files,
+            passwords=self.passwords,
+            config=config.driver,
+        )
+        self.agent = Agent(self.means, self.in_force, upkeep)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder))
         self.inventory = Inventory(
             self.store, self.image_files, volume_files, new_id, self.capacity, config.volume_gib_max
@@ -165,6 +179,7 @@ class Server:
             self.in_force,
             self.hypervisor,
             self.inventory,
+            self.passwords,
             new_id,
             host,
             self.capacity,
@@ -314,7 +329,7 @@ class Server:
 
     def _announce(self, started: asyncio.Event | None) -> None:
         """Say where the server listens. From now on it gets requests, and signals."""
-        _write(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
+        write_whole(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
         _LOG.info("serving", url=self.url, folder=str(self.folder), policy=self.policy.policy.name)
         # What was made until now stays; looking through it again and again would hold up everyone who asks.
         gc.collect()
@@ -340,7 +355,7 @@ class Server:
         path = self.folder / ADMIN_TOKEN
         if self.callers.empty:
             secret = new_secret()
-            _write(path, secret + "\n", mode=0o600)
+            write_whole(path, secret + "\n", mode=0o600)
             await self.callers.make_admin("admin", secret)
         elif not path.exists():
             _LOG.warning("there is no admin token file; `interlock token recover` makes one", file=str(path))
@@ -382,14 +397,3 @@ def _make_folder(folder: Path) -> None:
             f"The data folder {folder} cannot be made: {error.strerror}.",
             remedy="Choose another with INTERLOCK_DATA_DIR, or make it writable.",
         ) from None
-
-
-def _write(path: Path, text: str, *, mode: int) -> None:
-    """Write a file so that it is there whole or not at all, and never readable by more than `mode` says."""
-    draft = path.with_name(path.name + ".new")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

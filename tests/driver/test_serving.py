@@ -76,7 +76,7 @@ async def test_a_guest_that_ignores_a_stop_loses_its_power_and_the_owner_is_told
     fleet: Embedded, host: SimulatedHost
 ) -> None:
     vm = await fleet.create("web")
-    host.faults.script(vm, Method.PRESS_POWER_BUTTON, GuestIgnores())
+    host.faults.script(vm, Method.ASK_SHUTDOWN, GuestIgnores())
     request = await fleet.carry_out(vm, O.STOP)
     assert request.status is Status.SUCCEEDED
     assert "did not power off" in (request.message or "")
@@ -85,7 +85,7 @@ async def test_a_guest_that_ignores_a_stop_loses_its_power_and_the_owner_is_told
 
 async def test_a_hard_stop_ends_the_waiting_of_a_soft_one(fleet: Embedded, host: SimulatedHost) -> None:
     vm = await fleet.create("web")
-    host.faults.script(vm, Method.PRESS_POWER_BUTTON, GuestIgnores(), GuestIgnores())
+    host.faults.script(vm, Method.ASK_SHUTDOWN, GuestIgnores(), GuestIgnores())
     soft = admitted(await fleet.submit(vm, O.STOP))
     await fleet.until(vm, task_state="powering_off")
     hard = await fleet.carry_out(vm, O.STOP, hard=True)
@@ -258,7 +258,7 @@ async def test_a_cancelled_start_is_undone(fleet: Embedded, host: SimulatedHost)
 async def test_delete_goes_through_while_a_machine_is_frozen(fleet: Embedded, host: SimulatedHost) -> None:
     """Law 5."""
     vm = await fleet.create("web")
-    host.faults.script(vm, Method.PRESS_POWER_BUTTON, Hangs())
+    host.faults.script(vm, Method.ASK_SHUTDOWN, Hangs())
     reboot = admitted(await fleet.submit(vm, O.REBOOT))
     await fleet.until(vm, task_state="reboot_pending")
     assert (await fleet.carry_out(vm, O.DELETE)).status is Status.SUCCEEDED

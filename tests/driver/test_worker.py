@@ -10,7 +10,7 @@ from interlock.core.operations import Lane, Operation
 from interlock.core.records import Change, Instance, Request, Status, Submission
 from interlock.driver.work import Work
 from interlock.driver.worker import Worker
-from interlock.testing.embedded import QUICK, Embedded, admitted
+from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 
@@ -35,7 +35,7 @@ async def test_a_worker_that_is_stopped_before_its_first_step_still_ends_its_req
     vm = await fleet.create("early", start=False)
     instance, taken = await _taken(fleet, vm)
     server = fleet.server
-    work = Work(server.store, server.hosts, server.image_files, QUICK, instance, taken)
+    work = Work(server.means, instance, taken)
     worker = Worker(work, server.in_force, lambda: None)
     getattr(worker, how)()
     await worker.wait(5)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -96,13 +97,15 @@ async def submit(parts: ApiParts, caller: Caller, request: Request) -> Response:
         case Admitted():
             asked, headers = await _wait(parts, caller, request, disposition.request)
             headers["Location"] = f"/v1/requests/{asked.id}"
-            return answer(views.admitted(disposition, asked), 200 if asked.status in ENDS else 202, headers)
+            admitted = msgspec.structs.replace(views.admitted(disposition, asked), password=said.password)
+            return answer(admitted, 200 if asked.status in ENDS else 202, headers)
         case Redundant():
             return answer(views.redundant(disposition, parts.instances.now_ms()))
         case Held():
             asked, headers = await _wait(parts, caller, request, disposition.request)
             headers["Location"] = f"/v1/requests/{asked.id}"
             held = views.held(said.instance, disposition, asked, parts.instances.now_ms())
+            held = msgspec.structs.replace(held, password=said.password)
             return answer(held, 200 if asked.status in ENDS else 202, headers)
         case Denied():
             return _refuse(parts, request, said)

@@ -217,6 +217,8 @@ class Admitted(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="ad
     """Ids of the requests in flight that it ends, or asks to end."""
     cancels: tuple[str, ...]
     """Ids of the waiting requests that no longer make sense after it."""
+    password: str | None = None
+    """Of a set_password without one: what was made up. It is told this once, and kept nowhere."""
 
 
 class Redundant(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
@@ -246,6 +248,8 @@ class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held")
     retry_after_s: Seconds | None
     until_at: Timestamp
     """When it is given up."""
+    password: str | None = None
+    """As that of `Admitted`."""
 
 
 class Blocker(Wire, frozen=True, kw_only=True):

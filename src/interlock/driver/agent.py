@@ -8,18 +8,16 @@ from functools import partial
 
 import structlog
 
-from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
 from interlock.core.operations import TRAVELS, Lane
 from interlock.core.records import Change, Event, Instance
-from interlock.core.states import EXECUTING_STATES, PowerState, VmState
-from interlock.driver.hosts import Hosts
+from interlock.core.states import PowerState, VmState
 from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
-from interlock.driver.work import FencePermit
+from interlock.driver.work import FencePermit, Means
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import HypervisorEvent, ImageFiles, InstanceFilter, Store
+from interlock.ports import HypervisorEvent, InstanceFilter
 
 _LOG = structlog.get_logger(__name__)
 _PAGE = 500
@@ -39,18 +37,14 @@ class Agent:
 
     def __init__(
         self,
-        hosts: Hosts,
-        store: Store,
-        images: ImageFiles,
+        means: Means,
         policy: PolicyInForce,
-        config: DriverConfig,
         upkeep: Upkeep,
     ) -> None:
-        self._hosts = hosts
-        self._store = store
-        self._images = images
+        self._means = means
+        self._hosts = means.hosts
+        self._store = means.store
         self._policy = policy
-        self._config = config
         self._upkeep = upkeep
         self._drivers: dict[str, StateDriver] = {}
         self._early: list[tuple[str, HypervisorEvent]] = []
@@ -136,9 +130,7 @@ class Agent:
     def _driver(self, instance_id: str) -> StateDriver:
         driver = self._drivers.get(instance_id)
         if driver is None:
-            driver = StateDriver(
-                instance_id, self._store, self._hosts, self._images, self._policy, self._config, self._forget
-            )
+            driver = StateDriver(instance_id, self._means, self._policy, self._forget)
             self._drivers[instance_id] = driver
         return driver
 
@@ -165,7 +157,7 @@ class Agent:
         while True:
             page = await self._store.instances(InstanceFilter(host=host), _PAGE, cursor)
             for instance in page.items:
-                if instance.id not in told and not instance.outstanding and instance.vm_state in EXECUTING_STATES:
+                if instance.id not in told and not instance.outstanding and instance.executing:
                     await self._look(instance)
             if page.next_cursor is None:
                 return

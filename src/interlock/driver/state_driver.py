@@ -13,17 +13,14 @@ from typing import Final
 
 import structlog
 
-from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError, NotFound, StoreError
 from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.records import Change, GuestEvent, Instance, Request
-from interlock.core.states import EXECUTING_STATES, PowerState
-from interlock.driver.hosts import Hosts
-from interlock.driver.work import FencePermit, Work
+from interlock.core.states import PowerState
+from interlock.driver.work import FencePermit, Means, Work
 from interlock.driver.worker import Worker
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import ImageFiles, Store
 
 _LOG = structlog.get_logger(__name__)
 _Step = tuple[Instance, Request | None, bool]
@@ -42,19 +39,16 @@ class StateDriver:
     def __init__(
         self,
         instance_id: str,
-        store: Store,
-        hosts: Hosts,
-        images: ImageFiles,
+        means: Means,
         policy: PolicyInForce,
-        config: DriverConfig,
         gone: Callable[[str], None],
     ) -> None:
         self._id = instance_id
-        self._store = store
-        self._hosts = hosts
-        self._images = images
+        self._means = means
+        self._store = means.store
+        self._hosts = means.hosts
         self._policy = policy
-        self._config = config
+        self._config = means.config
         self._gone = gone
         self._bell = asyncio.Event()
         self._workers: dict[Lane, Worker] = {}
@@ -174,7 +168,7 @@ class StateDriver:
         before = self._workers.get(request.lane)
         if before is not None:
             self._leaving.add(before)
-        work = Work(self._store, self._hosts, self._images, self._config, instance, request)
+        work = Work(self._means, instance, request)
         self._workers[request.lane] = Worker(work, self._policy, self.wake)
 
     def _reap(self) -> None:
@@ -184,7 +178,7 @@ class StateDriver:
             if worker.done:
                 del self._workers[lane]
                 self._guest_events.extendleft((None, event) for event in reversed(worker.left_over))
-                self._look_again = self._look_again or worker.used_up
+                self._look_again = self._look_again or worker.used_up or worker.left_half_way
 
     async def _look(self) -> None:
         """See whether a guest that should run does.
@@ -192,7 +186,7 @@ class StateDriver:
         A reboot absorbs that its guest powers off, and cannot tell whether that was before the reset or after it.
         """
         instance = await self._store.instance(self._id)
-        if instance is None or instance.vm_state not in EXECUTING_STATES:
+        if instance is None or not instance.executing:
             return
         seen = await self._hosts.of(instance.host).inspect(self._id)
         ended = ENDED.get(seen.power_state)

@@ -10,13 +10,13 @@ import msgspec
 
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
-from interlock.core.errors import Fenced, InterlockError
+from interlock.core.errors import Fenced, InterlockError, NotFound
 from interlock.core.operations import Lane, Operation
-from interlock.core.records import Change, Instance, Kept, Moved, Request, Spec, StaleFence, Status
+from interlock.core.records import Change, Image, Instance, Kept, Moved, Request, Spec, StaleFence, Status
 from interlock.core.states import PowerState
 from interlock.driver.hosts import Hosts
 from interlock.driver.meter import Meter
-from interlock.ports import Hypervisor, ImageFiles, Report, Store
+from interlock.ports import DumpFiles, Hypervisor, ImageFiles, Passwords, Report, Store
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +25,17 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     power_state: PowerState | None = None
     message: str | None = None
     """What is worth telling people about how it went."""
+
+
+class Means(msgspec.Struct, frozen=True, kw_only=True):
+    """What every driver of a server works with."""
+
+    store: Store
+    hosts: Hosts
+    images: ImageFiles
+    dumps: DumpFiles
+    passwords: Passwords
+    config: DriverConfig
 
 
 class FencePermit:
@@ -50,22 +61,21 @@ class Work:
 
     def __init__(
         self,
-        store: Store,
-        hosts: Hosts,
-        images: ImageFiles,
-        config: DriverConfig,
+        means: Means,
         instance: Instance,
         request: Request,
     ) -> None:
-        self.store = store
-        self.hosts = hosts
-        self.images = images
-        self.config = config
+        self.store = means.store
+        self.hosts = means.hosts
+        self.images = means.images
+        self.dumps = means.dumps
+        self.passwords = means.passwords
+        self.config = means.config
         self.instance = instance
         self.request = request
         self.taken_up = request.status is Status.UNKNOWN
         """Whether an earlier worker began it, so that what it leads to may hold already."""
-        self.permit = FencePermit(store, instance.id, request.fence)
+        self.permit = FencePermit(means.store, instance.id, request.fence)
         self.news = asyncio.Event()
         """Set by the state driver whenever something happened to the instance."""
 
@@ -149,6 +159,34 @@ class Work:
         if isinstance(answer, StaleFence):
             raise Fenced(f"The request {request.id} was superseded.")
         self.instance, self.request = instance, answer
+
+    async def keep_changed(self, change: Callable[[Spec], Spec]) -> None:
+        """Keep the spec as `change` makes it of the present one, to which a component change may have added meanwhile.
+
+        Raises:
+            Fenced: the request was superseded.
+        """
+        request = self.request
+
+        def decide(instance: Instance, now_ms: int) -> Change[tuple[Request | StaleFence, Instance]]:
+            assert instance.spec is not None
+            kept = Kept(spec=change(instance.spec))
+            done = lifecycle.progress(instance, request.id, request.fence, now_ms, kept=kept)
+            return Change(
+                instance=done.instance, requests=done.requests, events=done.events, answer=(done.answer, done.instance)
+            )
+
+        answer, instance = await self.store.change(self.id, decide)
+        if isinstance(answer, StaleFence):
+            raise Fenced(f"The request {request.id} was superseded.")
+        self.request, self.instance = answer, instance
+
+    async def image(self, image_id: str) -> Image:
+        """An image that a request names. Raises `NotFound` where it was deleted before its turn came."""
+        for image in await self.store.images():
+            if image.id == image_id:
+                return image
+        raise NotFound("The image was deleted before its turn came.", remedy="List the images that there are.")
 
     async def keep_spec(self, spec: Spec, *, guest_has_it: bool) -> bool:
         """Keep what the instance is from now on, and say whether that could be.

@@ -44,6 +44,7 @@ class Worker:
         self._abandoned = False
         self._reporting = False
         self._begun = False
+        self._undone_in_vain = False
         self._task = asyncio.create_task(self._run(), name=f"{work.request.operation.value} {work.id}")
         self._task.add_done_callback(lambda _: ended())
 
@@ -55,6 +56,11 @@ class Worker:
     def used_up(self) -> bool:
         """Whether what it absorbed was part of its success."""
         return self._outcome is Outcome.SUCCEEDED and bool(self.absorbed)
+
+    @property
+    def left_half_way(self) -> bool:
+        """Whether it was stopped half-way and could not undo what it had begun."""
+        return self._undone_in_vain
 
     @property
     def left_over(self) -> list[GuestEvent]:
@@ -156,6 +162,7 @@ class Worker:
             if self._interrupting and self._performance.undo is not None:
                 await self._performance.undo(self.work)
         except InterlockError as error:
+            self._undone_in_vain = True
             await self._finish(Outcome.FAILED, f"It was stopped half-way and could not be undone: {_say(error)}")
             return
         await self._finish(Outcome.INTERRUPTED, None)

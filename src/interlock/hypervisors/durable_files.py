@@ -198,3 +198,14 @@ def _kind(mode: int) -> str:
         (stat.S_ISCHR, "a device"),
     )
     return next((name for test, name in kinds if test(mode)), "something else")
+
+
+def write_whole(path: Path, text: str, *, mode: int) -> None:
+    """Write a file so that it is there whole or not at all, and never readable by more than `mode` says."""
+    draft = path.with_name(path.name + ".new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -5,13 +5,16 @@ adapter must pass, so that a sentence in a docstring here is a test there.
 """
 
 from interlock.ports.clock import Clock
-from interlock.ports.files import ImageFiles, VolumeFiles
+from interlock.ports.files import Dump, DumpFiles, ImageFiles, VolumeFiles
 from interlock.ports.hosts import Host, HostState, Link, RemoteHost
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.ports.passwords import Passwords
 from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume, every_instance
 
 __all__ = [
     "Clock",
+    "Dump",
+    "DumpFiles",
     "Host",
     "HostState",
     "Hypervisor",
@@ -22,6 +25,7 @@ __all__ = [
     "Link",
     "Observation",
     "Page",
+    "Passwords",
     "Permit",
     "RemoteHost",
     "Report",

@@ -1,9 +1,11 @@
-"""The folders of files beside the store: images and volumes."""
+"""The folders of files beside the store: images, volumes and dumps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from interlock.core.records import Image
 
@@ -73,4 +75,30 @@ class VolumeFiles(Protocol):
 
     async def remove(self, volume_id: str) -> None:
         """Remove a volume's file; does nothing where it is gone already."""
+        ...
+
+
+class Dump(msgspec.Struct, frozen=True, kw_only=True):
+    """A dump of a guest's memory."""
+
+    id: str
+    """That of the request that made it."""
+    path: Path
+    size_bytes: int
+    made_at_ms: int
+
+
+class DumpFiles(Protocol):
+    """The server's folder of dumps. Nobody but the server may read them: they hold what the guests know."""
+
+    def dump_path(self, instance_id: str, request_id: str) -> Path:
+        """Where that request's dump is to be written; the folder is there. Raises `StoreFull`, `StoreError`."""
+        ...
+
+    async def dumps(self, instance_id: str) -> tuple[Dump, ...]:
+        """The instance's dumps that are whole, oldest first."""
+        ...
+
+    async def remove(self, instance_id: str) -> None:
+        """Remove all dumps of the instance; does nothing where there are none. Raises `StoreError`."""
         ...

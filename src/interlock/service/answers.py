@@ -15,6 +15,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     instance: Instance
     allowed_instead: tuple[Operation, ...] = ()
     """For a refusal: what would be admitted now."""
+    password: str | None = None
+    """One that was made up for a set_password, to be told this once."""
 
 
 class Stuck(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.capacity import Capacity
 from interlock.service.inventory import Inventory
+from interlock.service.passwords import PasswordBox
 from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
 from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
@@ -59,6 +60,7 @@ class Instances:
         in_force: PolicyInForce,
         hypervisor: Hypervisor,
         inventory: Inventory,
+        passwords: PasswordBox,
         new_id: Callable[[], str],
         host: str,
         capacity: Capacity,
@@ -68,11 +70,13 @@ class Instances:
         self._in_force = in_force
         self._hypervisor = hypervisor
         self._resolving = Resolving(inventory, memory_mib_max)
+        self._passwords = passwords
         self._new_id = new_id
         self._host = host
         self._capacity = capacity
         self.watch = Watch()
         self._unlisten = store.listen(self.watch.ring)
+        store.listen(passwords.heed)
 
     def close(self) -> None:
         """Release everyone who waits."""
@@ -166,6 +170,7 @@ class Instances:
         except (InUse, NotFound) as error:
             # What a key was answered with stays its answer, whatever has become since of what it named.
             unusable = error
+        password = parameters.pop("password", None)
         submission = msgspec.structs.replace(
             self._submission(caller, wish.operation, parameters), hold_ms=hold_ms(wish.hold)
         )
@@ -183,12 +188,15 @@ class Instances:
             judged[:] = [change.instance]
             return change
 
-        key_kept = _key(caller, key, instance_id, wish)
+        key_kept = _key(caller, key, instance_id, _as_recorded(wish))
         grows = wish.operation in GROWING
-        async with self._capacity.deciding(instance_id) if grows else nullcontext():
-            disposition = await self._store.change(instance_id, decide, key_kept)
+        with self._passwords.offered(submission, password) as offer:
+            async with self._capacity.deciding(instance_id) if grows else nullcontext():
+                disposition = await self._store.change(instance_id, decide, key_kept)
+            offer.settle(disposition)
         instance = judged[0] if judged else await self.describe(caller, instance_id)
-        return self.with_ways_out(caller, Answer(disposition=disposition, instance=instance))
+        answer = Answer(disposition=disposition, instance=instance, password=offer.made_up)
+        return self.with_ways_out(caller, answer)
 
     def with_ways_out(self, caller: Caller, answer: Answer) -> Answer:
         """The answer with what would be admitted instead, if it is a refusal."""
@@ -350,6 +358,14 @@ def _event(kind: str, instance: Instance, now_ms: int, data: dict[str, Any]) -> 
 
 def _unknown(reference: str) -> NotFound:
     return NotFound(f"There is no instance {reference[:80]}.", remedy="List them with `interlock vm list`.")
+
+
+def _as_recorded(wish: NewRequest) -> NewRequest:
+    """The wish without what must not be kept in any form."""
+    if "password" not in wish.parameters:
+        return wish
+    parameters = {name: value for name, value in wish.parameters.items() if name != "password"}
+    return msgspec.structs.replace(wish, parameters=parameters)
 
 
 def _key(caller: Caller, key: str | None, target: str, wish: msgspec.Struct) -> IdempotencyKey | None:

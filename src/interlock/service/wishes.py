@@ -95,6 +95,21 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     volume: Reference
 
 
+class RescueParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of rescue."""
+
+    image: Reference | None = None
+    """What it boots meanwhile; none: its own image afresh."""
+
+
+class PasswordParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of set_password. The password is in no record, and in no answer but that to the submission that has none."""
+
+    user: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x20:,/\x7f]+$")] = "root"
+    password: Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00\n\r]+$")] | None = None
+    """None: one is made up, and told once."""
+
+
 class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of reset_state."""
 
@@ -115,6 +130,8 @@ PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.REBOOT: HardParameters,
     Operation.ATTACH_VOLUME: VolumeParameters,
     Operation.DETACH_VOLUME: VolumeParameters,
+    Operation.RESCUE: RescueParameters,
+    Operation.SET_PASSWORD: PasswordParameters,
     Operation.RESET_STATE: ResetStateParameters,
     Operation.SET_METADATA: MetadataParameters,
 }

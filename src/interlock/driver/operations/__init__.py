@@ -13,7 +13,7 @@ import msgspec
 
 from interlock.core.operations import Operation
 from interlock.core.records import GuestEvent
-from interlock.driver.operations import power, presence, volumes
+from interlock.driver.operations import access, memory, power, presence, rescue, volumes
 from interlock.driver.work import Done, Work
 
 
@@ -36,6 +36,14 @@ PERFORMANCES: dict[Operation, Performance] = {
     Operation.REBOOT: Performance(perform=power.reboot, absorbs=_ENDS | {GuestEvent.RESET}),
     Operation.PAUSE: Performance(perform=power.pause),
     Operation.UNPAUSE: Performance(perform=power.unpause),
+    Operation.SUSPEND: Performance(perform=memory.suspend, undo=memory.undo_suspend),
+    Operation.RESUME: Performance(perform=memory.resume),
+    Operation.RESCUE: Performance(perform=rescue.rescue, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.UNRESCUE: Performance(perform=rescue.unrescue, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.CRASH_DUMP: Performance(perform=memory.crash_dump),
+    Operation.SET_PASSWORD: Performance(perform=access.set_password),
+    Operation.SOFT_DELETE: Performance(perform=presence.soft_delete, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.RESTORE: Performance(perform=presence.restore),
     Operation.DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
     Operation.FORCE_DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
     Operation.ATTACH_VOLUME: Performance(perform=volumes.attach),

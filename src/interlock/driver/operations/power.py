@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from interlock.core.errors import NotResponding, NotThere
 from interlock.core.states import PowerState
+from interlock.driver.operations.bringing import ask_guest, boot, forget_memory, leave_rescue
 from interlock.driver.work import Done, Work
 
 
 async def start(work: Work) -> Done:
-    """Make what is missing, and run the guest."""
-    await work.hypervisor.define(work.permit, work.id, work.spec)
-    await work.hypervisor.power_on(work.permit, work.id, work.spec)
-    return Done(power_state=PowerState.RUNNING)
+    """Make what is missing, and run the guest from its own disk."""
+    await leave_rescue(work)
+    return await boot(work)
 
 
 async def stop(work: Work) -> Done:
@@ -21,8 +21,9 @@ async def stop(work: Work) -> Done:
     """
     message = None
     if not work.request.hard:
-        message = await _ask_guest(work)
+        message = await ask_guest(work)
     await work.hypervisor.power_off(work.permit, work.id)
+    await forget_memory(work)
     await work.release_strays()
     return Done(power_state=PowerState.NONE, message=message)
 
@@ -35,7 +36,7 @@ async def reboot(work: Work) -> Done:
     message = None
     if work.request.phase != "reboot_started":
         await work.phase("reboot_pending", "waiting for the guest to shut down")
-        message = await _ask_guest(work)
+        message = await ask_guest(work)
         await work.phase("reboot_started")
     return await _reset(work, message)
 
@@ -43,11 +44,12 @@ async def reboot(work: Work) -> Done:
 async def _reset(work: Work, message: str | None) -> Done:
     """Reset a guest that runs; any other machine is powered off and on, so that it has what the spec says.
 
-    So is one that the reboot took over: what its last worker had asked of it must not take effect any more.
+    So is one that the reboot took over: what its last worker had asked of it must not take effect any more. And so is
+    one that is rescued, which boots its own disk again.
     """
     seen = await work.hypervisor.inspect(work.id)
     runs = seen.responsive and seen.power_state in {PowerState.RUNNING, PowerState.PAUSED, PowerState.SHUTDOWN}
-    if runs and not work.request.preempts:
+    if runs and not work.request.preempts and work.spec.rescue_image is None:
         try:
             await work.hypervisor.reset(work.permit, work.id)
         except (NotThere, NotResponding):
@@ -56,33 +58,11 @@ async def _reset(work: Work, message: str | None) -> Done:
             return Done(power_state=PowerState.RUNNING, message=message)
     await work.tell("powering the machine off and on")
     await work.hypervisor.power_off(work.permit, work.id)
+    await forget_memory(work)
     await work.release_strays()
-    await work.hypervisor.define(work.permit, work.id, work.spec)
-    await work.hypervisor.power_on(work.permit, work.id, work.spec)
+    await leave_rescue(work)
+    await boot(work)
     return Done(power_state=PowerState.RUNNING, message=message or "Powered off and on.")
-
-
-async def _ask_guest(work: Work) -> str | None:
-    """Ask the guest to power off and wait; what to tell people if it did not, or could not be asked."""
-    seen = await work.hypervisor.inspect(work.id)
-    if not seen.responsive:
-        if work.request.preempts:
-            # It took over from something that this machine had left without an answer: asking again helps nobody.
-            return "The machine gave no answer, and was not asked again."
-        raise NotResponding("The machine gives no answer, so its guest cannot be asked to power off.")
-    if seen.power_state is not PowerState.RUNNING:
-        return None
-    try:
-        await work.hypervisor.press_power_button(work.permit, work.id)
-    except NotThere:
-        return None
-    await work.tell("waiting for the guest to power off")
-    timeout_ms = work.config.guest_shutdown_timeout_ms
-    if await work.while_alive(lambda: work.hypervisor.wait_powered_off(work.id), timeout_ms):
-        return None
-    message = f"The guest did not power off within {timeout_ms / 1000:g} s; the plug was pulled."
-    await work.tell("the guest did not power off in time: pulling the plug")
-    return message
 
 
 async def pause(work: Work) -> Done:

@@ -1,8 +1,9 @@
-"""Create and delete: bring an instance into being, and remove everything of it."""
+"""Create and delete: bring an instance into being, and remove everything of it; or for its owner only, for a while."""
 
 from __future__ import annotations
 
-from interlock.core.states import PowerState
+from interlock.core.states import PowerState, VmState
+from interlock.driver.operations.bringing import bring_to
 from interlock.driver.work import Done, Work
 
 
@@ -15,7 +16,20 @@ async def create(work: Work) -> Done:
 
 
 async def delete(work: Work) -> Done:
-    """End the guest, remove everything of it, and let go of its volumes, which stay."""
+    """End the guest, remove everything of it, its dumps too, and let go of its volumes, which stay."""
     await work.hypervisor.undefine(work.permit, work.id)
+    work.permit.check()
+    await work.dumps.remove(work.id)
     await work.release_volumes(kept=frozenset())
     return Done(power_state=PowerState.NONE)
+
+
+async def soft_delete(work: Work) -> Done:
+    """End the guest and keep everything: its disks, its memory if that is saved, and its volumes stay its own."""
+    await work.hypervisor.power_off(work.permit, work.id)
+    return Done(power_state=PowerState.NONE)
+
+
+async def restore(work: Work) -> Done:
+    """Bring back what was soft-deleted, as it was."""
+    return await bring_to(work, work.instance.prior_vm_state or VmState.ACTIVE)

@@ -49,7 +49,9 @@ class Guest(msgspec.Struct, kw_only=True):
     roots: dict[int, Content] = msgspec.field(default_factory=dict)
     """What is on its root disks, by number."""
     rescue: Content | None = None
-    """What is on the disk that it boots while it is rescued."""
+    """What is on the disk that it boots while it is rescued from a disk image."""
+    rescued_from: str | None = None
+    """The id of that image."""
     memory_saved: bool = False
     """Whether it can go on from where it was, without a start."""
     standing_still: bool = False

@@ -17,7 +17,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.faults import FaultPlan, FaultRates, Method
 from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Command, Guest
 from interlock.hypervisors.simulated.keeping import KeptGuests
-from interlock.hypervisors.simulated.storage import Storage
+from interlock.hypervisors.simulated.storage import Storage, rescued_from
 
 
 class SimulatedHost(KeptGuests):
@@ -37,7 +37,7 @@ class SimulatedHost(KeptGuests):
     def lacks(self, instance_id: str, spec: Spec) -> bool:
         """Whether something is to be made or removed for this spec."""
         guest = self.guests.get(instance_id)
-        if guest is None or (guest.rescue is None) is not (spec.rescue_image is None):
+        if guest is None or guest.rescued_from != rescued_from(spec):
             return True
         return spec.has_root and spec.root not in guest.roots
 

@@ -39,18 +39,18 @@ class Storage:
                 raise missing_root(guest, spec)
             guest.roots[spec.root] = fresh(spec.image, spec.root_gib)
             changed = True
-        if (guest.rescue is None) is not (spec.rescue_image is None):
-            guest.rescue = None if spec.rescue_image is None else fresh(spec.rescue_image, 0)
+        if guest.rescued_from != rescued_from(spec):
+            guest.rescued_from = rescued_from(spec)
+            boots = spec.rescue_image if guest.rescued_from is not None else None
+            guest.rescue = None if boots is None else fresh(boots, 0)
             changed = True
         return changed
 
     def plugged(self, guest: Guest, spec: Spec) -> dict[str, Disk]:
         """What a guest has that is started with this spec. Raises `Refused` for a root disk that is not there."""
         disks = {disk.id: disk for disk in spec.disks}
-        if not spec.has_root and spec.rescue_image is None:
-            return disks
         own: dict[str, Disk] = {}
-        if spec.rescue_image is not None:
+        if rescued_from(spec) is not None:
             own[RESCUE] = Disk(id=RESCUE, path=f"{_NOWHERE}{guest.instance_id}/rescue")
         if spec.has_root:
             if spec.root not in guest.roots:
@@ -173,6 +173,12 @@ def _carried(path: Path) -> Content | None:
     """What a simulated disk left in an image; None for any other image."""
     content = read_file(path)
     return None if content is None or content.made_from.startswith("file:") else content
+
+
+def rescued_from(spec: Spec) -> str | None:
+    """The id of the disk image that is booted instead of the instance's own disk, if one is."""
+    image = spec.rescue_image
+    return None if image is None or image.kind != "disk" else image.id
 
 
 def missing_root(guest: Guest, spec: Spec) -> Refused:

@@ -1,0 +1,77 @@
+"""What performances of several families share: shutting a guest down, and bringing an instance to where it was."""
+
+from __future__ import annotations
+
+import msgspec
+
+from interlock.core.errors import NotResponding, NotThere
+from interlock.core.records import Spec
+from interlock.core.states import PowerState, VmState
+from interlock.driver.work import Done, Work
+
+
+async def ask_guest(work: Work) -> str | None:
+    """Ask the guest to power off and wait; what to tell people if it did not, or could not be asked."""
+    seen = await work.hypervisor.inspect(work.id)
+    if not seen.responsive:
+        if work.request.preempts:
+            # It took over from something that this machine had left without an answer: asking again helps nobody.
+            return "The machine gave no answer, and was not asked again."
+        raise NotResponding("The machine gives no answer, so its guest cannot be asked to power off.")
+    if seen.power_state is not PowerState.RUNNING:
+        return None
+    try:
+        await work.hypervisor.ask_shutdown(work.permit, work.id)
+    except NotThere:
+        return None
+    await work.tell("waiting for the guest to power off")
+    timeout_ms = work.config.guest_shutdown_timeout_ms
+    if await work.while_alive(lambda: work.hypervisor.wait_powered_off(work.id), timeout_ms):
+        return None
+    message = f"The guest did not power off within {timeout_ms / 1000:g} s; the plug was pulled."
+    await work.tell("the guest did not power off in time: pulling the plug")
+    return message
+
+
+async def boot(work: Work) -> Done:
+    """Make what is missing, and run the guest as the spec says."""
+    await work.hypervisor.define(work.permit, work.id, work.spec)
+    await work.hypervisor.power_on(work.permit, work.id, work.spec)
+    return Done(power_state=PowerState.RUNNING)
+
+
+async def leave_rescue(work: Work) -> None:
+    """Have the instance boot its own disk from now on. To be called before whatever boots it, unless that rescues it.
+
+    What still holds the guest is ended first, since it may have the rescue disk.
+    """
+    if work.spec.rescue_image is not None:
+        await work.hypervisor.power_off(work.permit, work.id)
+        await work.keep_changed(_unrescued)
+
+
+def _unrescued(spec: Spec) -> Spec:
+    return msgspec.structs.replace(spec, rescue_image=None)
+
+
+async def forget_memory(work: Work) -> None:
+    """Give up the memory of a guest that is not resumed any more."""
+    if (await work.hypervisor.inspect(work.id)).memory_saved:
+        await work.hypervisor.forget_memory(work.permit, work.id)
+
+
+async def bring_to(work: Work, vm_state: VmState) -> Done:
+    """Bring an instance of which no guest runs to what holds of one in that state.
+
+    Where a guest runs in that state, one is started. Everywhere else there is nothing to do: what is stopped stays so,
+    and what is suspended still has its memory saved.
+    """
+    match vm_state:
+        case VmState.ACTIVE | VmState.RESCUED | VmState.RESIZED:
+            return await boot(work)
+        case VmState.PAUSED:
+            await boot(work)
+            await work.hypervisor.pause(work.permit, work.id)
+            return Done(power_state=PowerState.PAUSED)
+        case _:
+            return Done(power_state=PowerState.NONE)

@@ -1,0 +1,55 @@
+"""Suspend, resume and crash dump: what is done with a guest's memory."""
+
+from __future__ import annotations
+
+from interlock.core.errors import NotThere, Refused
+from interlock.core.states import PowerState, VmState
+from interlock.driver.operations.bringing import boot, leave_rescue
+from interlock.driver.work import Done, Work
+
+
+async def suspend(work: Work) -> Done:
+    """Write the guest's memory to a file, and end what held it."""
+    async with work.moving() as report:
+        await work.hypervisor.save_memory(work.permit, work.id, report)
+    return Done(power_state=PowerState.NONE)
+
+
+async def undo_suspend(work: Work) -> None:
+    """Let the guest go on that is saved already; one that is not does so by itself."""
+    if (await work.hypervisor.inspect(work.id)).memory_saved:
+        async with work.moving() as report:
+            await work.hypervisor.restore_memory(work.permit, work.id, work.spec, report)
+        if work.instance.vm_state is VmState.PAUSED:
+            await work.hypervisor.pause(work.permit, work.id)
+
+
+async def resume(work: Work) -> Done:
+    """Let the guest go on from its saved memory; where that is gone, start it afresh and say so.
+
+    Raises:
+        Refused: it could not be read. It is still saved.
+    """
+    try:
+        async with work.moving() as report:
+            await work.hypervisor.restore_memory(work.permit, work.id, work.spec, report)
+    except NotThere:
+        await leave_rescue(work)
+        await boot(work)
+        return Done(
+            power_state=PowerState.RUNNING, message="No memory was saved any more, so the guest was started afresh."
+        )
+    except Refused as error:
+        raise Refused(
+            f"{error.message} The guest's memory is still saved.",
+            remedy="Resume it again, or give its memory up and start it afresh with a hard reboot.",
+        ) from error
+    return Done(power_state=PowerState.RUNNING)
+
+
+async def crash_dump(work: Work) -> Done:
+    """Write a dump of the guest's memory for a debugger; the guest is afterwards what it was."""
+    target = work.dumps.dump_path(work.id, work.request.id)
+    async with work.moving() as report:
+        await work.hypervisor.dump_memory(work.permit, work.id, target, report)
+    return Done(message=f"The dump {work.request.id} is there to be downloaded.")

@@ -1,0 +1,50 @@
+"""The server's folder of memory dumps: one folder for each instance, one file for each dump."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from interlock.hypervisors.durable_files import checked_id, make_folder, sync_folder, telling_of_full_disk
+from interlock.ports import Dump
+
+_SUFFIX = ".kdump"
+
+
+class DumpFolder:
+    """Implements `ports.DumpFiles` on one folder, which belongs to one server."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def dump_path(self, instance_id: str, request_id: str) -> Path:
+        own = self._own(instance_id)
+        make_folder(self._folder)
+        with telling_of_full_disk(self._folder):
+            self._folder.chmod(0o700)
+            own.mkdir(mode=0o700, exist_ok=True)
+        return own / f"{checked_id(request_id)}{_SUFFIX}"
+
+    async def dumps(self, instance_id: str) -> tuple[Dump, ...]:
+        return await asyncio.to_thread(self._dumps, self._own(instance_id))
+
+    async def remove(self, instance_id: str) -> None:
+        await asyncio.to_thread(self._remove, self._own(instance_id))
+
+    def _own(self, instance_id: str) -> Path:
+        return self._folder / checked_id(instance_id)
+
+    def _dumps(self, own: Path) -> tuple[Dump, ...]:
+        found = []
+        for path in own.glob(f"*{_SUFFIX}"):
+            seen = path.stat()
+            made_at_ms = int(seen.st_mtime * 1000)
+            found.append(Dump(id=path.stem, path=path, size_bytes=seen.st_size, made_at_ms=made_at_ms))
+        return tuple(sorted(found, key=lambda dump: (dump.made_at_ms, dump.id)))
+
+    def _remove(self, own: Path) -> None:
+        if own.is_dir():
+            with telling_of_full_disk(self._folder):
+                shutil.rmtree(own)
+                sync_folder(self._folder)
