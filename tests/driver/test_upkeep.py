@@ -22,11 +22,14 @@ from interlock.driver.agent import Agent
 from interlock.driver.hosts import Hosts
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
+from interlock.driver.work import Means
+from interlock.hypervisors.dumps import DumpFolder
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
 from interlock.ports import Permit, RemoteHost, Store
+from interlock.service.passwords import PasswordBox
 from interlock.service.wishes import Labels, NewInstance
 from interlock.testing.embedded import IMAGE, Embedded
 from interlock.testing.memory_store import MemoryStore
@@ -62,7 +65,15 @@ class House:
         self.hypervisor = SimulatedHypervisor(self.host)
         hosts = Hosts("here", self.hypervisor, _no_other)
         images = ImageFolder(Path("/nowhere"), cache=Path("/nowhere"))
-        self.agent = Agent(hosts, store, images, self.policy, DriverConfig(drain_ms=1), upkeep)
+        means = Means(
+            store=store,
+            hosts=hosts,
+            images=images,
+            dumps=DumpFolder(Path("/nowhere")),
+            passwords=PasswordBox(),
+            config=DriverConfig(drain_ms=1),
+        )
+        self.agent = Agent(means, self.policy, upkeep)
         await self.agent.open()
 
     async def restart(self) -> None:

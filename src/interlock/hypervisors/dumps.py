@@ -30,7 +30,9 @@ class DumpFolder:
         return await asyncio.to_thread(self._dumps, self._own(instance_id))
 
     async def remove(self, instance_id: str) -> None:
-        await asyncio.to_thread(self._remove, self._own(instance_id))
+        own = self._own(instance_id)
+        if own.is_dir():  # noqa: ASYNC240 - one look, and nearly always it is not
+            await asyncio.to_thread(self._remove, own)
 
     def _own(self, instance_id: str) -> Path:
         return self._folder / checked_id(instance_id)
@@ -44,7 +46,6 @@ class DumpFolder:
         return tuple(sorted(found, key=lambda dump: (dump.made_at_ms, dump.id)))
 
     def _remove(self, own: Path) -> None:
-        if own.is_dir():
-            with telling_of_full_disk(self._folder):
-                shutil.rmtree(own)
-                sync_folder(self._folder)
+        with telling_of_full_disk(self._folder):
+            shutil.rmtree(own)
+            sync_folder(self._folder)
