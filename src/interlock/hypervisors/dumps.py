@@ -31,7 +31,7 @@ class DumpFolder:
 
     async def remove(self, instance_id: str) -> None:
         own = self._own(instance_id)
-        if own.is_dir():  # noqa: ASYNC240 - one look, and nearly always it is not
+        if own.is_dir():
             await asyncio.to_thread(self._remove, own)
 
     def _own(self, instance_id: str) -> Path:
