@@ -73,6 +73,7 @@ class QemuHypervisor(Components):
             root_disks.drop_half_made(permit, folder)
             await root_disks.make_root_disk(permit, folder, spec, self._settings)
             await root_disks.make_rescue_disk(permit, folder, spec, self._settings)
+            await root_disks.make_seed_disk(permit, folder, instance_id, spec)
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
         await self.power_off(permit, instance_id)

@@ -22,6 +22,8 @@ ROOT: Final = "root"
 """The id of the disk that is made for the instance, on top of its image."""
 RESCUE: Final = "rescue"
 """The id of the disk that a rescued guest boots, on top of its rescue image."""
+SEED: Final = "seed"
+"""The disk on which a guest finds what it is told of itself."""
 JOURNAL: Final = "journal"
 """The pair of pipes `journal.in` and `journal.out`, in the folder in which QEMU is started."""
 MACHINE_TYPE: Final = "q35"
@@ -34,6 +36,7 @@ stand for them."""
 _DEVICE_PREFIX: Final = "disk-"
 _INTERFACE_PREFIX: Final = "interface-"
 _PORT_PREFIX: Final = "port-"
+_SEED_PORT: Final = "seed-port"
 _SERIAL_LENGTH_MAX: Final = 20
 _MAC_PREFIX: Final = "52:54:00"
 _MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
@@ -53,6 +56,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     """By disk id."""
     backings: dict[str, int] = {}
     """By the id of the disk that is a layer over it."""
+    seed: int | None = None
     kernel: int | None = None
     initrd: int | None = None
 
@@ -198,6 +202,7 @@ def arguments(
         *("-device", "pvpanic"),
         *_network(instance_id, spec),
         *_disks(spec, settings, at, machine),
+        *_seed(settings, at),
         *_interfaces(spec, machine),
         *_kernel(spec, at),
         *_screen(settings),
@@ -341,6 +346,16 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine
             device["bootindex"] = 0
         words += [*_descriptor_set(at.disks[disk.id]), "-blockdev", _json(node), "-device", _json(device)]
     return words
+
+
+def _seed(settings: QemuSettings, at: Descriptors) -> list[str]:
+    """The seed as a disk, which also kernels without drivers for CD-ROMs find. It comes last, as its port does."""
+    if at.seed is None:
+        return []
+    node = node_arguments(Disk(id=SEED, path="", format="raw", read_only=True), at.seed)
+    device = {"driver": "virtio-blk-pci", "id": SEED, "drive": node["node-name"], "bus": _SEED_PORT, "serial": SEED}
+    port = f"pcie-root-port,id={_SEED_PORT},chassis={settings.hotplug_ports + 1}"
+    return ["-device", port, *_descriptor_set(at.seed), "-blockdev", _json(node), "-device", _json(device)]
 
 
 def _port_of(device: str, number: int, machine: Machine | None) -> str:

@@ -17,6 +17,7 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     memory.json         what the memory belongs to
     memory.part         the guest's memory while it is being written
     machine.json        the machine as which QEMU was last started
+    seed.iso            what the guest is told of itself, if it is told anything
     *.new               files that are being made
     console.log         what the guest wrote on its serial console
     errors.log          what QEMU wrote on its standard error
@@ -88,6 +89,7 @@ class InstanceFolder:
         self.path = path
         self.inside = path / "inside"
         self.rescue_disk = path / "rescue.qcow2"
+        self.seed_disk = path / "seed.iso"
         self.console = path / "console.log"
         self.errors = path / "errors.log"
 

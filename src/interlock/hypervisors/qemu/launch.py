@@ -97,6 +97,7 @@ def _open_all(
         agent=agent,
         console=console,
         console_log=hand_over(console_log),
+        seed=None if spec.seed is None else hand_over(open_disk(folder.seed_disk, read_only=True)),
         kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
         initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
         backings={

@@ -1,4 +1,4 @@
-"""The disks that are made for an instance on its host: its root disks, and the one that it is rescued from.
+"""The disks that are made for an instance on its host: its root disks, what it is rescued from, and its seed.
 
 Each is there whole or not at all: it is made under another name, made durable, and then given its own. What they are
 used for, and by which process, is elsewhere.
@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from interlock.core.errors import NotResponding, Refused
+from interlock.core.errors import Invalid, NotResponding, Refused, StoreError
 from interlock.core.records import Image, Spec
+from interlock.hypervisors import seed_iso
 from interlock.hypervisors.commands import run
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 from interlock.hypervisors.qemu import qcow2
-from interlock.hypervisors.qemu.copying import copy_sparse
+from interlock.hypervisors.qemu.copying import copy_sparse, whole
 from interlock.hypervisors.qemu.image_tool import use_image_tool
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -78,6 +79,23 @@ async def make_rescue_disk(permit: Permit, folder: InstanceFolder, spec: Spec, s
         return
     _require_ended(folder)
     await _make_layer(permit, disk, image, image.size_bytes, settings)
+
+
+async def make_seed_disk(permit: Permit, folder: InstanceFolder, instance_id: str, spec: Spec) -> None:
+    """Write the instance's seed, if it has one, and else remove it; does nothing where it is there."""
+    disk, seed = folder.seed_disk, spec.seed
+    if seed is None:
+        if disk.exists():
+            permit.check()
+            disk.unlink(missing_ok=True)
+        return
+    try:
+        content = seed_iso.build(seed, instance_id)
+        if not disk.exists() or disk.read_bytes() != content:
+            permit.check()
+            await whole(lambda: seed_iso.write(disk, seed, instance_id))
+    except (Invalid, StoreError) as error:
+        raise Refused(error.message, remedy=error.remedy) from error
 
 
 async def _make_layer(permit: Permit, disk: Path, base: Image | None, size_bytes: int, settings: QemuSettings) -> None:
