@@ -27,6 +27,7 @@ from starlette.applications import Starlette
 
 from interlock import __version__
 from interlock.api.app import ApiParts, create_app
+from interlock.api.console import MESSAGE_BYTES_MAX
 from interlock.api.metrics import Metrics
 from interlock.config import Config, unknown_variables
 from interlock.core.errors import StoreError, Unavailable
@@ -57,6 +58,7 @@ from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
 from interlock.service.policies import Policies
 from interlock.service.proving import Prover
+from interlock.service.seeing import Seeing
 from interlock.stores.sqlite import SqliteStore
 
 DATABASE = "interlock.db"
@@ -262,6 +264,7 @@ class Server:
             instances=self.instances,
             capacity=self.capacity,
             inventory=self.inventory,
+            seeing=Seeing(self.instances, self.hosts.of),
             policies=self.policies,
             callers=self.callers,
             config=self.config,
@@ -315,6 +318,8 @@ class Server:
             ssl_certfile=config.tls_certificate or None,
             ssl_keyfile=config.tls_key or None,
             http="httptools",
+            ws="websockets-sansio",
+            ws_max_size=MESSAGE_BYTES_MAX,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -49,7 +49,7 @@ class GatedHypervisor(SimulatedHypervisor):
 
     def __init__(self, host: SimulatedHost) -> None:
         super().__init__(host)
-        self._gates = {name: asyncio.Event() for name in ("power_on", "reset", "press_power_button")}
+        self._gates = {name: asyncio.Event() for name in ("power_on", "reset", "ask_shutdown")}
         for name in self._gates:
             self.release(name)
 
@@ -67,9 +67,9 @@ class GatedHypervisor(SimulatedHypervisor):
         await self._gates["reset"].wait()
         await super().reset(permit, instance_id)
 
-    async def press_power_button(self, permit: Permit, instance_id: str) -> None:
-        await self._gates["press_power_button"].wait()
-        await super().press_power_button(permit, instance_id)
+    async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
+        await self._gates["ask_shutdown"].wait()
+        await super().ask_shutdown(permit, instance_id)
 
 
 class Player:

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from interlock.api import events, host, instances, inventory, openapi, policy, problems, requests, schemas
+from interlock.api import console, events, host, instances, inventory, openapi, policy, problems, requests, schemas
 from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.problems import HTTP_KINDS, Bad
@@ -28,6 +28,7 @@ __all__ = ["DOORS", "ApiParts", "create_app"]
 
 DOORS: Final[tuple[Door, ...]] = (
     *instances.DOORS,
+    *console.DOORS,
     *requests.DOORS,
     *events.DOORS,
     *inventory.DOORS,
@@ -56,7 +57,7 @@ _DOCS = """<!doctype html>
 
 def create_app(parts: ApiParts) -> Starlette:
     """The application that serves these parts."""
-    document = msgspec.json.encode(openapi.document(DOORS, parts.version))
+    document = msgspec.json.encode(openapi.document(DOORS, parts.version, console.IN_WORDS))
     by_path: dict[str, dict[str, Door]] = {}
     for door in DOORS:
         by_path.setdefault(door.path, {})[door.method] = door
@@ -66,7 +67,7 @@ def create_app(parts: ApiParts) -> Starlette:
     paths.sort(key=lambda path: path != hottest)
     routes = [Route(path, _Path(parts, by_path[path]), methods=list(by_path[path])) for path in paths]
     app = Starlette(
-        routes=[*routes, *_about(parts, document)],
+        routes=[*routes, *console.routes(parts), *_about(parts, document)],
         exception_handlers={HTTPException: _http_exception, Exception: _bug},
     )
     # A path is known or it is not: a redirect would lose the body of what was asked for.

@@ -16,6 +16,7 @@ from interlock.service.capacity import Capacity
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
+from interlock.service.seeing import Seeing
 
 
 class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     instances: Instances
     inventory: Inventory
     capacity: Capacity
+    seeing: Seeing
     policies: Policies
     callers: Callers
     config: Config

@@ -22,8 +22,8 @@ _WITH_BODY: Final = (400, 413, 415)
 _KEYED: Final = "Idempotency-Key"
 
 
-def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
-    """The whole document."""
+def document(doors: Iterable[Door], version: str, in_words: str) -> dict[str, Any]:
+    """The whole document; `in_words` (Markdown) is what its language cannot say."""
     doors = tuple(doors)
     kinds = [schemas.Problem, schemas.Refusal]
     for door in doors:
@@ -44,6 +44,7 @@ def document(doors: Iterable[Door], version: str) -> dict[str, Any]:
             "title": "Interlock",
             "version": version,
             "summary": "Keeps the state of virtual machines.",
+            "description": in_words,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
@@ -125,6 +126,8 @@ def _parameter(parameter: Any) -> dict[str, Any]:
 def _answer(kind: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None:
         return {"description": "Done."}
+    if isinstance(kind, str) and kind.startswith("image/"):
+        return {"description": "A picture.", "content": {kind: {}}}
     if isinstance(kind, str):
         return {"description": "As text.", "content": {kind: {"schema": {"type": "string"}}}}
     return {"description": "Done.", "content": {"application/json": {"schema": known[repr(kind)]}}}

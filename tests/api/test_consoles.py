@@ -1,0 +1,339 @@
+"""Consoles, displays and screenshots over HTTP: who may, what comes, and how it is told why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin, Subprotocol
+
+from interlock.api.console import BEARER, MESSAGE_BYTES_MAX
+from interlock.core.errors import NotThere
+from interlock.ports import Role
+from interlock.service import seeing
+
+from .conftest import OPERATOR, Door, make
+
+PATIENCE_S = 20.0
+
+
+class Listening:
+    """The door, listening on a port of its own."""
+
+    def __init__(self, door: Door, port: int) -> None:
+        self.door = door
+        self.port = port
+
+    async def secret(self, name: str, role: Role = Role.MEMBER, project: str = "default") -> str:
+        _, secret = await self.door.server.callers.make(OPERATOR, name, role, project)
+        return secret
+
+    def call(self, path: str, secret: str | None = None, **options: object) -> connect:
+        headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+        url = f"ws://127.0.0.1:{self.port}/v1/instances/{path}"
+        return connect(url, additional_headers=headers, **options)  # type: ignore[arg-type]
+
+
+class Serving(uvicorn.Server):
+    """uvicorn's server, telling when it listens, and leaving signals alone."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+    def install_signal_handlers(self) -> None:
+        pass
+
+
+@pytest.fixture
+async def listening(door: Door) -> AsyncIterator[Listening]:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        config = uvicorn.Config(
+            door.app,
+            ws="websockets-sansio",
+            ws_max_size=MESSAGE_BYTES_MAX,
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+        server = Serving(config)
+        task = asyncio.create_task(server._serve([bound]))
+        await server.listens.wait()
+        yield Listening(door, bound.getsockname()[1])
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+async def secret(listening: Listening, admin: httpx.AsyncClient) -> str:
+    """A member's token; there is an instance `one` that runs."""
+    await make(admin, "one")
+    return await listening.secret("member")
+
+
+async def until(talk: ClientConnection, expected: bytes) -> bytes:
+    said = b""
+    async with asyncio.timeout(PATIENCE_S):
+        while expected not in said:
+            message = await talk.recv()
+            assert isinstance(message, bytes), "output comes as binary messages"
+            said += message
+    return said
+
+
+async def read_on(talk: ClientConnection) -> None:
+    while True:
+        await talk.recv()
+
+
+async def closed(talk: ClientConnection) -> tuple[int, str]:
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ConnectionClosed) as ended:
+            await read_on(talk)
+    assert ended.value.rcvd is not None
+    return ended.value.rcvd.code, ended.value.rcvd.reason
+
+
+async def test_what_is_typed_reaches_the_guest_and_what_it_says_comes_back(listening: Listening, secret: str) -> None:
+    async with listening.call("one/console/live", secret) as talk:
+        await talk.send(b"hello\r")
+        await until(talk, b"hello")
+        await talk.send("as text\r")
+        await until(talk, b"as text")
+
+
+async def test_a_reader_may_look_on_and_not_type(listening: Listening, secret: str, admin: httpx.AsyncClient) -> None:
+    assert secret
+    reader = await listening.secret("reader", Role.READER)
+    async with listening.call("one/console/live", reader) as watching:
+        await admin.post("/v1/instances/one/requests", json={"operation": "pause"})
+        await until(watching, b"paused")
+        await watching.send(b"typed\r")
+        assert await closed(watching) == (4403, "A token with the role reader may look on, and not type.")
+
+
+async def test_the_end_of_the_guest_closes_the_console_with_a_reason(
+    listening: Listening, secret: str, admin: httpx.AsyncClient
+) -> None:
+    async with listening.call("one/console/live", secret) as talk:
+        await admin.post("/v1/instances/one/requests", json={"operation": "stop", "parameters": {"hard": True}})
+        assert await closed(talk) == (1000, "The guest has ended.")
+
+
+async def test_a_token_that_is_deleted_can_type_no_more(listening: Listening, secret: str) -> None:
+    async with listening.call("one/console/live", secret) as talk:
+        await listening.door.server.callers.delete(OPERATOR, "member")
+        await talk.send(b"hello\r")
+        assert await closed(talk) == (4401, "The token was deleted.")
+
+
+@pytest.mark.parametrize(
+    ("path", "who", "status"),
+    [
+        ("one/console/live", None, 401),
+        ("one/console/live", "wrong", 401),
+        ("one/display", None, 401),
+        ("none/console/live", "member", 404),
+        ("one/console/live", "stranger", 404),
+        ("one/display", "stranger", 404),
+        ("one/display", "reader", 403),
+        ("one/console/live?history=-1", "member", 422),
+        ("one/console/live?history=10001", "member", 422),
+        ("one/console/live?histori=1", "member", 422),
+        ("off/console/live", "member", 404),
+        ("off/display", "member", 404),
+    ],
+)
+async def test_who_cannot_be_served_is_told_before_the_connection_and_by_code_in_a_browser(
+    listening: Listening, secret: str, admin: httpx.AsyncClient, path: str, who: str | None, status: int
+) -> None:
+    await make(admin, "off", start=False)
+    secrets = {
+        "member": secret,
+        "wrong": "ilk_wrong",
+        "reader": await listening.secret("reader", Role.READER),
+        "stranger": await listening.secret("stranger", project="other"),
+    }
+    with pytest.raises(InvalidStatus) as refused:
+        async with listening.call(path, None if who is None else secrets[who]):
+            pass
+    assert refused.value.response.status_code == status
+    assert refused.value.response.headers["content-type"] == "application/problem+json"
+    if who is not None:
+        offered = [Subprotocol("interlock"), Subprotocol(BEARER + secrets[who])]
+        async with listening.call(path, subprotocols=offered) as talk:
+            code, reason = await closed(talk)
+        assert code == 4000 + status
+        assert reason
+
+
+async def test_a_browser_shows_its_token_as_a_subprotocol(listening: Listening, secret: str) -> None:
+    offered = [Subprotocol(BEARER + secret), Subprotocol("interlock")]
+    async with listening.call("one/console/live", subprotocols=offered) as talk:
+        assert talk.subprotocol == "interlock"
+        await talk.send(b"hello\r")
+        await until(talk, b"hello")
+    async with listening.call("one/console/live", subprotocols=offered[:1]) as talk:
+        assert talk.subprotocol == BEARER + secret
+
+
+async def test_a_page_from_elsewhere_may_not_connect(listening: Listening, secret: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        async with listening.call("one/console/live", secret, origin=Origin("https://evil.example")):
+            pass
+    assert refused.value.response.status_code == 403
+    here = Origin(f"http://127.0.0.1:{listening.port}")
+    async with listening.call("one/console/live", secret, origin=here) as talk:
+        await talk.send(b"hello\r")
+        await until(talk, b"hello")
+
+
+async def test_a_display_speaks_vnc(listening: Listening, secret: str) -> None:
+    async with listening.call("one/display", secret, subprotocols=[Subprotocol("binary")]) as talk:
+        assert talk.subprotocol == "binary"
+        assert await until(talk, b"\n") == b"RFB 003.008\n"
+
+
+async def test_a_message_that_is_too_large_ends_the_connection(listening: Listening, secret: str) -> None:
+    async with listening.call("one/console/live", secret) as talk:
+        await talk.send(b"x" * (MESSAGE_BYTES_MAX + 1))
+        code, _ = await closed(talk)
+    assert code == 1009
+
+
+async def test_a_connection_that_is_gone_leaves_nothing_open(
+    listening: Listening, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = Silent()
+
+    async def open_console(_instance_id: str) -> Silent:
+        return silent
+
+    monkeypatch.setattr(listening.door.server.hypervisor, "open_console", open_console)
+    async with listening.call("one/console/live", secret):
+        assert not silent.closed.is_set()
+    async with asyncio.timeout(PATIENCE_S):
+        await silent.closed.wait()
+
+
+class Silent:
+    """A console that never says anything."""
+
+    def __init__(self) -> None:
+        self.closed = asyncio.Event()
+
+    async def read(self) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        pass
+
+    async def close(self) -> None:
+        self.closed.set()
+
+
+async def test_a_screenshot_is_a_png_and_a_guest_that_is_off_has_none(
+    listening: Listening, secret: str, admin: httpx.AsyncClient
+) -> None:
+    reader = listening.door.client(await listening.secret("reader", Role.READER))
+    answer = await reader.get("/v1/instances/one/screenshot")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.content.startswith(b"\x89PNG\r\n")
+    stranger = listening.door.client(await listening.secret("stranger", project="other"))
+    assert (await stranger.get("/v1/instances/one/screenshot")).status_code == 404
+    await make(admin, "off", start=False)
+    gone = await admin.get("/v1/instances/off/screenshot")
+    assert gone.status_code == 404
+    assert "no guest of it runs" in gone.json()["detail"]
+
+
+async def test_the_description_says_what_it_has_no_words_for(admin: httpx.AsyncClient) -> None:
+    described = (await admin.get("/openapi.json")).json()
+    assert "/console/live" in described["info"]["description"]
+    answer = described["paths"]["/v1/instances/{reference}/screenshot"]["get"]["responses"]["200"]
+    assert list(answer["content"]) == ["image/png"]
+
+
+# --------------------------------------------------------------------------------------------------------- history
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "expected"),
+    [
+        (b"a\nb\nc\n", 2, b"b\nc\n"),
+        (b"a\nb\nc", 2, b"b\nc"),
+        (b"a\nb\nc\n", 9, b"a\nb\nc\n"),
+        (b"", 3, b""),
+        (b"one", 1, b"one"),
+    ],
+)
+def test_history_is_the_last_lines(tmp_path: Path, text: bytes, lines: int, expected: bytes) -> None:
+    path = tmp_path / "console.log"
+    path.write_bytes(text)
+    assert seeing.last_lines(path, lines) == expected
+
+
+def test_history_has_a_limit_and_a_file_that_is_not_there_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    assert seeing.last_lines(path, 1) == b""
+    path.write_bytes(b"x" * 3 * seeing.HISTORY_BYTES_MAX)
+    assert len(seeing.last_lines(path, 1)) == seeing.HISTORY_BYTES_MAX
+
+
+class Said:
+    """A console that has said something already, and then says more."""
+
+    def __init__(self, *said: bytes) -> None:
+        self._said = list(said)
+        self.closed = False
+
+    async def read(self) -> bytes:
+        return self._said.pop(0) if self._said else b""
+
+    async def write(self, data: bytes) -> None:
+        raise NotThere("This one cannot be typed into.")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("log", "live", "more"),
+    [
+        (b"one\ntwo\n", b"two\nthree\n", b"three\n"),
+        (b"one\ntwo\n", b"three\n", b"three\n"),
+        (b"one\ntwo\n", b"two\n", b"end\n"),
+        (b"one\nabab", b"abc", b"c"),
+    ],
+)
+async def test_what_was_written_while_both_were_fetched_comes_once(
+    tmp_path: Path, door: Door, admin: httpx.AsyncClient, log: bytes, live: bytes, more: bytes
+) -> None:
+    await make(admin, "one")
+    path = tmp_path / "console.log"
+    path.write_bytes(log)
+
+    class Hypervisor:
+        async def open_console(self, _instance_id: str) -> Said:
+            return Said(live, b"end\n")
+
+        def console_path(self, _instance_id: str) -> Path:
+            return path
+
+    looking = seeing.Seeing(door.server.instances, lambda _host: Hypervisor())  # type: ignore[arg-type, return-value]
+    history, stream = await looking.console(OPERATOR, "one", 100)
+    assert history == log
+    assert await stream.read() == more
