@@ -1,0 +1,50 @@
+"""Every operation on a real guest, with a server that is killed in one of its phases and started again.
+
+Simulated guests see the death of the server in every phase (tests/recovery); here it is one phase each, another moment
+from operation to operation, and the proof is the guest's own word. docs/reference/operations.md has all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from interlock.core.operations import CATALOGUE
+from interlock.driver.operations import PERFORMANCES, PERFORMS
+from interlock.testing.dying_server import MOMENTS
+from interlock.testing.proof.run import SCENARIOS, prove, unproved
+from interlock.testing.proof.scenario import Scenario
+from interlock.testing.proof.stage import Stage
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "operations.md"
+PERFORMED = [scenario for scenario in SCENARIOS if scenario.operation in PERFORMANCES]
+DEATHS = [
+    (scenario, f"{scenario.phases[number % len(scenario.phases)]}:{moment}")
+    for number, (scenario, moment) in enumerate(zip(PERFORMED, itertools.cycle(MOMENTS), strict=False))
+]
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("scenario", "dying_in"), DEATHS, ids=[f"{one.operation.value}-{where}" for one, where in DEATHS]
+)
+def test_an_operation_is_finished_by_the_next_server_and_does_what_it_says(
+    stage: Stage, scenario: Scenario, dying_in: str
+) -> None:
+    prove(stage, scenario, dying_in)
+
+
+def test_everything_that_is_performed_is_proved() -> None:
+    assert not unproved(PERFORMS), "add a scenario to interlock.testing.proof"
+
+
+def test_the_page_has_every_operation_and_each_of_its_phases() -> None:
+    """It is drawn from a run of all proofs: `python -m interlock.testing.proof > docs/reference/operations.md`."""
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `(\w+)`.*$", PAGE.read_text(), re.MULTILINE)}
+    for operation in PERFORMANCES:
+        row = rows.get(operation.value, "")
+        missing = [phase for phase in CATALOGUE[operation].phases if f"`{phase}`" not in row]
+        assert not missing, f"{operation.value}: the page lacks {missing}; draw it anew"
