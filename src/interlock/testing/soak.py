@@ -153,9 +153,9 @@ class Soak:
         answer = self.server.submit(name, operation, **self._parameters(operation, name, chance))
         self._note_failure(answer, f"{operation} of {name}")
         if answer.status_code in {httpx.codes.ACCEPTED, httpx.codes.OK}:
-            self._acknowledge(answer, operation)
-            if chance.random() < 0.5:  # noqa: PLR2004 - the other half is asked for while something is outstanding
-                client.get(f"/v1/requests/{answer.json()['request']['id']}", params={"wait": "5s"})
+            request_id = self._acknowledge(answer, operation)
+            if request_id and chance.random() < 0.5:  # noqa: PLR2004 - the others go on while it is outstanding
+                client.get(f"/v1/requests/{request_id}", params={"wait": "5s"})
         else:
             self.counts[f"{operation}: refused"] += 1
 
@@ -184,12 +184,15 @@ class Soak:
         found = self.server.get(f"/v1/instances/{name}").get(kind) or ("none",)
         return str(found[0]["id"] if isinstance(found[0], dict) else found[0])
 
-    def _acknowledge(self, answer: httpx.Response, operation: str) -> None:
+    def _acknowledge(self, answer: httpx.Response, operation: str) -> str | None:
+        """Note what was admitted; the request's id, or None where what was asked for holds already."""
         request = answer.json().get("request")
         self.counts[operation] += 1
-        if request is not None:
-            with self._lock:
-                self._acknowledged.append(request["id"])
+        if request is None:
+            return None
+        with self._lock:
+            self._acknowledged.append(request["id"])
+        return str(request["id"])
 
     def _note_failure(self, answer: httpx.Response, what: str) -> None:
         # Not ready yet (503) and full (507, 429) are honest answers; anything else in that range is a defect.
