@@ -25,6 +25,7 @@ from interlock.ports import Store, every_instance
 _MIB: Final = 1024**2
 _ENDS: Final = frozenset(f"request.{status.value}" for status in ENDS)
 _NAMES: Final = {"memory_mib": "MiB of memory", "vcpus": "virtual processors", "disk_mib": "MiB of disk"}
+_UNITS: Final = {"memory_mib": " MiB", "vcpus": "", "disk_mib": " MiB"}
 
 
 class Amounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,7 +165,7 @@ class Capacity:
         if short:
             needed = {what: more[what] for what in short}
             there = {what: max(0, free[what] or 0) for what in short}
-            parts = [f"needs {needed[what]} {_NAMES[what]}, {there[what]} are free" for what in short]
+            parts = [f"needs {needed[what]} {_NAMES[what]}, {there[what]}{_UNITS[what]} are free" for what in short]
             raise NoRoom(
                 f"{name} does not fit on this host: {'; '.join(parts)}.",
                 needed=needed,

@@ -1,0 +1,58 @@
+"""`host show`, `--restart`, and what is said when a VM does not fit."""
+
+from __future__ import annotations
+
+from cli.conftest import Interlock
+from cli.scripted_server import Given, ScriptedServer
+from cli.wire_samples import instance, problem
+from interlock.api.host_schemas import HostAmounts, HostStands
+from interlock.core.restart_policy import OnCrash, RestartPolicy
+
+VM = "/v1/instances/demo"
+
+
+def test_the_host_is_shown_with_what_is_free(interlock: Interlock, server: ScriptedServer) -> None:
+    stands = HostStands(
+        name="here",
+        hypervisor="qemu",
+        accelerator="tcg",
+        guests=3,
+        total=HostAmounts(memory_mib=1000, vcpus=32, disk_mib=None),
+        promised=HostAmounts(memory_mib=400, vcpus=3, disk_mib=7),
+        free=HostAmounts(memory_mib=600, vcpus=29, disk_mib=None),
+        disk_free_mib=12345,
+    )
+    server.on("GET", "/v1/host", Given(value=stands))
+    ran = interlock("host", "show")
+    assert ran.code == 0
+    assert [line.split() for line in ran.out.splitlines()] == [
+        ["here:", "3", "VMs,", "held", "by", "qemu", "(tcg)"],
+        ["TOTAL", "PROMISED", "FREE"],
+        ["Memory", "(MiB)", "1000", "400", "600"],
+        ["Virtual", "processors", "32", "3", "29"],
+        ["Disk", "(MiB)", "no", "limit", "7", "no", "limit"],
+        ["Free", "on", "its", "disk", "now:", "12345", "MiB"],
+    ]
+
+
+def test_restart_is_one_word_for_a_whole_policy(interlock: Interlock, server: ScriptedServer) -> None:
+    restart = RestartPolicy(on_crash=OnCrash.RESTART)
+    server.on("PATCH", VM, Given(value=instance(restart=restart, restarts=2)))
+    ran = interlock("vm", "label", "demo", "--restart", "on-crash")
+    assert ran.code == 0
+    wish = server.asked[-1].json["restart"]
+    assert (wish["on_crash"], wish["on_power_off"]) == ("restart", "leave")
+    assert "restart when it crashed; at most 5 times within 600 s, 2 so far" in ran.out
+    interlock("vm", "label", "demo", "--restart", "always")
+    assert server.asked[-1].json["restart"]["on_power_off"] == "restart"
+    interlock("vm", "label", "demo", "--restart", "never")
+    assert server.asked[-1].json["restart"]["on_crash"] == "leave"
+    assert interlock("vm", "label", "demo", "--restart", "sometimes").code == 2
+
+
+def test_what_does_not_fit_is_told_in_words(interlock: Interlock, server: ScriptedServer) -> None:
+    said = "demo does not fit on this host: needs 4096 MiB of memory, 1024 MiB are free."
+    server.on("POST", "/v1/instances", Given(409, problem(409, said)))
+    ran = interlock("vm", "create", "demo", "--image", "small", "--memory", "4096")
+    assert ran.code != 0
+    assert said in ran.err
