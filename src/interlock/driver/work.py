@@ -16,7 +16,7 @@ from interlock.core.records import Change, Image, Instance, Kept, Moved, Request
 from interlock.core.states import PowerState
 from interlock.driver.hosts import Hosts
 from interlock.driver.meter import Meter
-from interlock.ports import DumpFiles, Hypervisor, ImageFiles, Passwords, Report, Store
+from interlock.ports import DumpFiles, Hypervisor, ImageFiles, Passwords, Report, Store, Volume
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,35 +188,58 @@ class Work:
                 return image
         raise NotFound("The image was deleted before its turn came.", remedy="List the images that there are.")
 
-    async def keep_spec(self, spec: Spec, *, guest_has_it: bool) -> bool:
+    async def look(self) -> Instance:
+        """The instance as it is recorded now."""
+        instance = await self.store.instance(self.id)
+        assert instance is not None
+        return instance
+
+    async def refresh(self) -> None:
+        """Take note of what a component change has kept meanwhile."""
+        self.instance = await self.look()
+
+    async def keep_spec(self, spec: Spec, looked_at: Instance, *, guest_has_it: bool) -> bool:
         """Keep what the instance is from now on, and say whether that could be.
 
-        It cannot if no guest had it when it was looked at and a start is in flight by now, which may have read the spec
-        before: the caller has to look again. Raises `Fenced`.
+        It cannot if no guest had it when that was looked at, which was after the instance was `looked_at`, and by now a
+        start is in flight or was, which may have read the spec before: the caller has to look again. Raises `Fenced`.
         """
         request = self.request
 
         def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence | None]:
-            if not guest_has_it and starting(instance):
+            moved = (instance.vm_state, instance.state_since_ms) != (looked_at.vm_state, looked_at.state_since_ms)
+            if not guest_has_it and (moved or starting(instance)):
                 return Change(instance=instance, answer=None)
             return lifecycle.progress(instance, request.id, request.fence, now_ms, kept=Kept(spec=spec))
 
         answer = await self.store.change(self.id, decide)
         if isinstance(answer, StaleFence):
             raise Fenced(f"The request {request.id} was superseded.")
-        return answer is not None
+        if answer is None:
+            return False
+        self.instance = lifecycle.known_by(self.instance, Kept(spec=spec), request.lane)
+        return True
 
     async def release_strays(self) -> None:
-        """Let go of volumes that an attach claimed which was superseded half-way.
+        """Let go of volumes that a component change claimed which was superseded half-way.
 
-        To be called while no machine runs and no component change is served, so that nothing can have them.
+        To be called while no machine runs. One that is being served beside this knows what it claims itself.
         """
-        await self.release_volumes(kept=frozenset(disk.id for disk in self.spec.disks))
+        claimed = [one for one in await self.store.volumes(self.instance.project) if one.attached_to == self.id]
+        if not claimed:
+            return
+        instance = await self.look()
+        if instance.served(Lane.COMPONENT) is None and instance.spec is not None:
+            await self._release(claimed, frozenset(disk.id for disk in instance.spec.disks))
 
     async def release_volumes(self, kept: frozenset[str]) -> None:
         """Let go of every volume that the instance has claimed, but those."""
-        for volume in await self.store.volumes(self.instance.project):
-            if volume.attached_to == self.id and volume.id not in kept:
+        claimed = [one for one in await self.store.volumes(self.instance.project) if one.attached_to == self.id]
+        await self._release(claimed, kept)
+
+    async def _release(self, claimed: list[Volume], kept: frozenset[str]) -> None:
+        for volume in claimed:
+            if volume.id not in kept:
                 self.permit.check()
                 await self.store.release_volume(volume.id, self.id)
 
@@ -254,7 +277,10 @@ class Work:
             await self.news.wait()
 
 
+_STARTS = frozenset({Operation.START, Operation.CREATE, Operation.REBOOT})
+
+
 def starting(instance: Instance) -> bool:
-    """Whether a start of the instance, its first or a later one, is in flight."""
+    """Whether something is in flight that starts the guest beside a component change."""
     serving = instance.served(Lane.STATE)
-    return serving is not None and serving.operation in {Operation.START, Operation.CREATE}
+    return serving is not None and serving.operation in _STARTS

@@ -186,6 +186,16 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
+        """Copy the content of `old` to `new`, at least as large, while no guest has either.
+
+        Called again it begins anew. A worker that is cancelled half-way leaves `new` with anything.
+
+        Raises:
+            Refused: something has one of them open, one is not there, `new` is smaller, or there is no room.
+        """
+        ...
+
     async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
         """Plug an interface into the running guest. Does nothing where it is plugged in. Raises `NotThere`."""
         ...

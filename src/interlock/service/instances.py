@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 
 from interlock.core import admission, lifecycle
 from interlock.core.claims import GROWING
-from interlock.core.errors import GenerationMismatch, InUse, NotFound
+from interlock.core.errors import GenerationMismatch, InterlockError, InUse, Invalid, NameTaken, NotFound
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
@@ -32,7 +33,7 @@ from interlock.core.records import (
 from interlock.policies import explaining
 from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store
-from interlock.service import oversight
+from interlock.service import fitting, oversight
 from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.capacity import Capacity
@@ -74,6 +75,7 @@ class Instances:
         self._new_id = new_id
         self._host = host
         self._capacity = capacity
+        self._naming = asyncio.Lock()
         self.watch = Watch()
         self._unlisten = store.listen(self.watch.ring)
         store.listen(passwords.heed)
@@ -159,15 +161,23 @@ class Instances:
         """Ask for an operation. What the gate says comes back as a value, also when it refuses.
 
         Raises:
-            Invalid, NotFound (instance or volume), GenerationMismatch, KeyReused, InUse (volume), NoRoom.
+            Invalid, NotFound (instance, or what is named), GenerationMismatch, KeyReused, InUse (volume), NameTaken,
+            NoRoom.
         """
+        # A name is free only until somebody else asks for it.
+        async with self._naming if wish.operation is Operation.SNAPSHOT else contextlib.nullcontext():
+            return await self._submit(caller, reference, wish, key, if_generation)
+
+    async def _submit(
+        self, caller: Caller, reference: str, wish: NewRequest, key: str | None, if_generation: int | None
+    ) -> Answer:
         caller.require(Role.MEMBER, "change instances")
         parameters = check_parameters(wish.operation, wish.parameters)
         instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
-        unusable: InUse | NotFound | None = None
+        unusable: InterlockError | None = None
         try:
             parameters = await self._resolving.parameters(caller, wish.operation, instance_id, parameters)
-        except (InUse, NotFound) as error:
+        except (InUse, NotFound, NameTaken, Invalid) as error:
             # What a key was answered with stays its answer, whatever has become since of what it named.
             unusable = error
         password = parameters.pop("password", None)
@@ -182,6 +192,7 @@ class Instances:
             if unusable is not None:
                 raise unusable
             _check_generation(instance, if_generation)
+            fitting.check(instance, wish.operation, parameters)
             change = admission.admit(instance, submission, self.policy, now_ms)
             if grows and isinstance(change.answer, Admitted | Held):
                 self._capacity.claim(change.instance)
@@ -191,7 +202,7 @@ class Instances:
         key_kept = _key(caller, key, instance_id, _as_recorded(wish))
         grows = wish.operation in GROWING
         with self._passwords.offered(submission, password) as offer:
-            async with self._capacity.deciding(instance_id) if grows else nullcontext():
+            async with self._capacity.deciding(instance_id) if grows else contextlib.nullcontext():
                 disposition = await self._store.change(instance_id, decide, key_kept)
             offer.settle(disposition)
         instance = judged[0] if judged else await self.describe(caller, instance_id)

@@ -10,6 +10,7 @@ from typing import Any
 from interlock.core.errors import InUse, Invalid
 from interlock.core.operations import Operation
 from interlock.core.records import Forward, Spec
+from interlock.ports import Volume
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
 from interlock.service.wishes import NewInstance
@@ -42,19 +43,28 @@ class Resolving:
         Raises:
             NotFound: there is no such image or volume for this caller.
             InUse: another instance has the volume.
+            NameTaken: an image of that name is there, or is being made.
+            Invalid: it is more than the host allows.
         """
         found = dict(parameters)
-        if "volume" in found:
-            found["volume"] = await self._volume(caller, operation, instance_id, found["volume"])
+        for name in ("volume", "old", "new"):
+            if name in found:
+                volume = await self._inventory.find_volume(caller, found[name])
+                if name == "new" or operation is Operation.ATTACH_VOLUME:
+                    _require_free(volume, instance_id)
+                found[name] = volume.id
+        if operation is Operation.SNAPSHOT:
+            await self._inventory.check_image_name(caller, found["name"])
+        if found.get("memory_mib", 0) > self._memory_mib_max:
+            raise Invalid(f"memory_mib: {found['memory_mib']} is more than this host allows ({self._memory_mib_max}).")
         if "image" in found:
             found["image"] = (await self._inventory.find_image(caller, found["image"])).id
         return found
 
-    async def _volume(self, caller: Caller, operation: Operation, instance_id: str, reference: str) -> str:
-        volume = await self._inventory.find_volume(caller, reference)
-        if operation is Operation.ATTACH_VOLUME and volume.attached_to not in {None, instance_id}:
-            raise InUse(
-                f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
-                remedy="Detach it there first.",
-            )
-        return volume.id
+
+def _require_free(volume: Volume, instance_id: str) -> None:
+    if volume.attached_to not in {None, instance_id}:
+        raise InUse(
+            f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
+            remedy="Detach it there first.",
+        )

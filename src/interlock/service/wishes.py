@@ -17,6 +17,8 @@ from interlock.policies.durations import parse_duration
 
 NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
+MAC_PATTERN: Final = "^(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$"
+"""An address of one interface, and not of many."""
 
 Name = Annotated[
     str,
@@ -110,6 +112,64 @@ class PasswordParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """None: one is made up, and told once."""
 
 
+class RebuildParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of rebuild."""
+
+    image: Reference | None = None
+    """What it is rebuilt from; none: the image that it was made of."""
+
+
+class ResizeParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of resize: what is to be another; what is not named stays."""
+
+    vcpus: Annotated[int, Meta(ge=1, le=64)] | None = None
+    memory_mib: Annotated[int, Meta(ge=64, le=1_048_576)] | None = None
+    root_gib: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    """Of the root disk, which never shrinks."""
+
+
+class SnapshotParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of snapshot."""
+
+    name: Name
+    """Of the image that is made; in use from the moment that it is asked for."""
+
+
+class BackupParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of backup."""
+
+    backup_type: Annotated[str, Meta(max_length=20, pattern="^[a-z0-9]+(-[a-z0-9]+)*$")]
+    """With which others it rotates, such as `daily`: lower-case letters, digits and single hyphens."""
+    rotation: Annotated[int, Meta(ge=1, le=100)]
+    """How many of that type are kept, this one included."""
+
+
+class SwapParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of swap_volume."""
+
+    old: Reference
+    new: Reference
+    """Takes the place of the old volume; at least as large."""
+    copy: bool = True
+    """False takes the new volume with what is on it, for an old one that cannot be read any more."""
+
+
+class AttachInterfaceParameters(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Of attach_interface."""
+
+    mac: Annotated[str, Meta(pattern=MAC_PATTERN)] | None = None
+    """Its address; none: one is made up."""
+
+
+class DetachInterfaceParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of detach_interface."""
+
+    interface: Annotated[str, Meta(min_length=1, max_length=63)]
+    """Its id."""
+
+
 class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of reset_state."""
 
@@ -132,6 +192,13 @@ PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.DETACH_VOLUME: VolumeParameters,
     Operation.RESCUE: RescueParameters,
     Operation.SET_PASSWORD: PasswordParameters,
+    Operation.SWAP_VOLUME: SwapParameters,
+    Operation.ATTACH_INTERFACE: AttachInterfaceParameters,
+    Operation.DETACH_INTERFACE: DetachInterfaceParameters,
+    Operation.REBUILD: RebuildParameters,
+    Operation.RESIZE: ResizeParameters,
+    Operation.SNAPSHOT: SnapshotParameters,
+    Operation.BACKUP: BackupParameters,
     Operation.RESET_STATE: ResetStateParameters,
     Operation.SET_METADATA: MetadataParameters,
 }
@@ -193,5 +260,9 @@ def check_parameters(operation: Operation, parameters: dict[str, Any]) -> dict[s
         raise Invalid(
             f"parameters of reset_state: vm_state {wish.vm_state.value!r}; expected active, stopped or error."
         )
+    if isinstance(wish, ResizeParameters) and wish == ResizeParameters():
+        raise Invalid("parameters of resize: nothing is to change.", remedy="Name vcpus, memory_mib or root_gib.")
+    if isinstance(wish, SnapshotParameters):
+        check_name(wish.name, "parameters of snapshot: name")
     built: dict[str, Any] = msgspec.to_builtins(wish)
     return built

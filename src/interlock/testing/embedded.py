@@ -58,9 +58,9 @@ class Embedded:
         await self.server.store.put_image(kept)
         return kept
 
-    async def create(self, name: str, *, start: bool = True) -> str:
+    async def create(self, name: str, *, start: bool = True, image: str = IMAGE.name) -> str:
         """Create an instance, wait until it has come up, and give its id."""
-        answer = await self.server.instances.create(self.caller, NewInstance(name=name, image=IMAGE.name, start=start))
+        answer = await self.server.instances.create(self.caller, NewInstance(name=name, image=image, start=start))
         if start:
             await self.ended(admitted(answer))
         return answer.instance.id

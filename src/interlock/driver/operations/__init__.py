@@ -13,7 +13,20 @@ import msgspec
 
 from interlock.core.operations import Operation
 from interlock.core.records import GuestEvent
-from interlock.driver.operations import access, memory, power, presence, rescue, volumes
+from interlock.driver.operations import (
+    access,
+    copies,
+    interfaces,
+    memory,
+    power,
+    presence,
+    rebuilding,
+    rescue,
+    resizing,
+    shelving,
+    swapping,
+    volumes,
+)
 from interlock.driver.work import Done, Work
 
 
@@ -48,6 +61,18 @@ PERFORMANCES: dict[Operation, Performance] = {
     Operation.FORCE_DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
     Operation.ATTACH_VOLUME: Performance(perform=volumes.attach),
     Operation.DETACH_VOLUME: Performance(perform=volumes.detach),
+    Operation.SWAP_VOLUME: Performance(perform=swapping.swap),
+    Operation.ATTACH_INTERFACE: Performance(perform=interfaces.attach),
+    Operation.DETACH_INTERFACE: Performance(perform=interfaces.detach),
+    Operation.REBUILD: Performance(perform=rebuilding.rebuild, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.RESIZE: Performance(perform=resizing.resize, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.CONFIRM_RESIZE: Performance(perform=resizing.confirm),
+    Operation.REVERT_RESIZE: Performance(perform=resizing.revert, absorbs=_ENDS | {GuestEvent.RESET}),
+    Operation.SHELVE: Performance(perform=shelving.shelve, undo=shelving.undo_shelve, absorbs=_ENDS),
+    Operation.SHELVE_OFFLOAD: Performance(perform=shelving.offload),
+    Operation.UNSHELVE: Performance(perform=shelving.unshelve, undo=shelving.undo_unshelve),
+    Operation.SNAPSHOT: Performance(perform=copies.snapshot, undo=copies.undo),
+    Operation.BACKUP: Performance(perform=copies.backup, undo=copies.undo),
 }
 """What this driver performs, apart from the operations that change only the record."""
 

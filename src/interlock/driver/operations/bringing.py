@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from interlock.core.errors import NotResponding, NotThere
-from interlock.core.records import Spec
+from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
 from interlock.driver.work import Done, Work
 
@@ -33,9 +33,31 @@ async def ask_guest(work: Work) -> str | None:
     return message
 
 
+async def shut_down(work: Work) -> str | None:
+    """Do what a stop does; what to tell people if the guest did not power itself off."""
+    message = None
+    if not work.request.hard:
+        message = await ask_guest(work)
+    await work.hypervisor.power_off(work.permit, work.id)
+    await work.release_strays()
+    return message
+
+
+async def settle_resize(work: Work) -> None:
+    """Let go of every root disk but the one that the instance has now, and so of a resize that was not confirmed.
+
+    Whatever makes the next root disk begins with this: one of that number may be left of something that failed.
+    """
+    await work.hypervisor.drop_root_disks(work.permit, work.id, frozenset({work.spec.root}))
+    if work.instance.prior_spec is not None:
+        await work.keep(Kept(prior_spec=None))
+
+
 async def boot(work: Work) -> Done:
-    """Make what is missing, and run the guest as the spec says."""
+    """Make what is missing, and run the guest as the spec says, with what was swapped or plugged in beside this."""
+    await work.refresh()
     await work.hypervisor.define(work.permit, work.id, work.spec)
+    await work.refresh()
     await work.hypervisor.power_on(work.permit, work.id, work.spec)
     return Done(power_state=PowerState.RUNNING)
 

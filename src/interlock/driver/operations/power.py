@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from interlock.core.errors import NotResponding, NotThere
 from interlock.core.states import PowerState
-from interlock.driver.operations.bringing import ask_guest, boot, forget_memory, leave_rescue
+from interlock.driver.operations.bringing import ask_guest, boot, forget_memory, leave_rescue, settle_resize, shut_down
 from interlock.driver.work import Done, Work
 
 
 async def start(work: Work) -> Done:
-    """Make what is missing, and run the guest from its own disk."""
+    """Make what is missing, and run the guest from its own disk; a resize that was not confirmed is, by that."""
     await leave_rescue(work)
-    return await boot(work)
+    done = await boot(work)
+    await settle_resize(work)
+    return done
 
 
 async def stop(work: Work) -> Done:
@@ -19,12 +21,8 @@ async def stop(work: Work) -> Done:
 
     A guest that cannot hear (paused, crashed) is not asked.
     """
-    message = None
-    if not work.request.hard:
-        message = await ask_guest(work)
-    await work.hypervisor.power_off(work.permit, work.id)
+    message = await shut_down(work)
     await forget_memory(work)
-    await work.release_strays()
     return Done(power_state=PowerState.NONE, message=message)
 
 

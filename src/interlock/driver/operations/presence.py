@@ -21,6 +21,8 @@ async def delete(work: Work) -> Done:
     work.permit.check()
     await work.dumps.remove(work.id)
     await work.release_volumes(kept=frozenset())
+    if work.instance.shelved_image is not None:
+        await work.images.remove(work.instance.shelved_image)
     return Done(power_state=PowerState.NONE)
 
 

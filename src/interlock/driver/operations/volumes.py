@@ -1,4 +1,4 @@
-"""Attach and detach volumes, beside whatever state change allows it.
+"""Attach, detach and swap volumes, beside whatever state change allows it.
 
 The order of the steps keeps one promise: at every moment a volume that a guest could write to is claimed by that
 instance in the record, so that no two guests ever have it.
@@ -24,8 +24,10 @@ async def attach(work: Work) -> Done:
     disks = (*(one for one in work.spec.disks if one.id != disk.id), disk)
     spec = msgspec.structs.replace(work.spec, disks=disks)
     try:
-        while not await work.keep_spec(spec, guest_has_it=await _plug(work, disk)):
-            pass
+        while True:
+            looked_at = await work.look()
+            if await work.keep_spec(spec, looked_at, guest_has_it=await _plug(work, disk)):
+                break
     except Refused:
         # Only a certain failure gives the volume back; what may be plugged in stays claimed.
         seen = await work.hypervisor.inspect(work.id)
@@ -44,8 +46,10 @@ async def detach(work: Work) -> Done:
         raise NotFound(f"The volume {volume.name} is not attached to {work.instance.name}.")
     disks = tuple(one for one in work.spec.disks if one.id != volume.id)
     spec = msgspec.structs.replace(work.spec, disks=disks)
-    while not await work.keep_spec(spec, guest_has_it=await _unplug(work, volume.id)):
-        pass
+    while True:
+        looked_at = await work.look()
+        if await work.keep_spec(spec, looked_at, guest_has_it=await _unplug(work, volume.id)):
+            break
     await work.store.release_volume(volume.id, work.id)
     return Done()
 
@@ -56,7 +60,7 @@ async def _plug(work: Work, disk: Disk) -> bool:
         try:
             await work.hypervisor.attach_disk(work.permit, work.id, disk)
         except NotThere:
-            if not await _runs_after_all(work):
+            if not await runs_after_all(work):
                 return False
         else:
             return True
@@ -68,13 +72,13 @@ async def _unplug(work: Work, disk_id: str) -> bool:
         try:
             await work.hypervisor.detach_disk(work.permit, work.id, disk_id)
         except NotThere:
-            if not await _runs_after_all(work):
+            if not await runs_after_all(work):
                 return False
         else:
             return True
 
 
-async def _runs_after_all(work: Work) -> bool:
+async def runs_after_all(work: Work) -> bool:
     """Whether the guest that was not there a moment ago runs once the start that is in flight has ended.
 
     Raises:
@@ -90,8 +94,8 @@ async def _runs_after_all(work: Work) -> bool:
     return state is not PowerState.NONE
 
 
-async def _volume(work: Work) -> Volume:
-    volume = await work.store.volume(str(work.request.parameters["volume"]))
+async def _volume(work: Work, parameter: str = "volume") -> Volume:
+    volume = await work.store.volume(str(work.request.parameters[parameter]))
     if volume is None:
         raise NotFound("The volume was deleted before its turn came.")
     return volume

@@ -13,7 +13,7 @@ import msgspec
 
 from interlock.core.errors import Refused
 from interlock.core.records import Disk, Interface, Spec
-from interlock.hypervisors.qemu import exporting, interfaces, plugging, root_disks, swapping
+from interlock.hypervisors.qemu import exporting, interfaces, plugging, root_disks, swapping, volume_copies
 from interlock.hypervisors.qemu.charge import Charge
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.launch import refused
@@ -42,6 +42,9 @@ class Components(Charge):
         with refused(guest.folder):
             await swapping.swap(guest, permit, old, new, report)
         self._remember_disk(permit, guest.folder, old.id, new)
+
+    async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:  # noqa: ARG002 - any host can
+        await volume_copies.copy(permit, Path(old.path), Path(new.path), self._settings, report)
 
     def _remember_disk(self, permit: Permit, folder: InstanceFolder, disk_id: str, disk: Disk | None) -> None:
         """Keep what is plugged in for a reset that has to start another process."""

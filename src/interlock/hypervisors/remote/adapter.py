@@ -280,6 +280,9 @@ class RemoteHypervisor:
     async def swap_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
         await self._call("swap_disk", permit, instance_id, old, new, report=report)
 
+    async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
+        await self._call("copy_disk", permit, instance_id, old, new, report=report)
+
     async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
         await self._call("attach_interface", permit, instance_id, interface)
 

@@ -35,6 +35,7 @@ class Method(StrEnum):
     ATTACH_DISK = "attach_disk"
     DETACH_DISK = "detach_disk"
     SWAP_DISK = "swap_disk"
+    COPY_DISK = "copy_disk"
     ATTACH_INTERFACE = "attach_interface"
     DETACH_INTERFACE = "detach_interface"
     SAVE_MEMORY = "save_memory"
@@ -108,6 +109,7 @@ _OF_ITS_MEMORY: Final = frozenset({Method.SAVE_MEMORY, Method.DUMP_MEMORY})
 _OF_FILES: Final = frozenset(
     {
         Method.DEFINE,
+        Method.COPY_DISK,
         Method.COPY_ROOT_DISK,
         Method.ROOT_DISK_FROM,
         Method.DROP_ROOT_DISKS,

@@ -234,8 +234,8 @@ class SimulatedHost(KeptGuests):
         if guest.seen not in RUNS:
             raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
 
-    def refuse_if_in_use(self, guest: Guest, *disks: Disk) -> None:
-        """Raise `Refused` if another guest has one of the disks."""
+    def refuse_if_in_use(self, guest: Guest | None, *disks: Disk) -> None:
+        """Raise `Refused` if another guest (None: any) has one of the disks."""
         for disk in disks:
             if disk.id in {ROOT, RESCUE}:
                 continue  # an instance's own, and looking at every guest takes time

@@ -41,6 +41,23 @@ class DiskCalls(Calls):
         self.host.swap_disk(guest, old, new)
         await self._afterwards(instance_id, fault)
 
+    async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
+        self._must_be_open()
+        fault, _ = self._meets(instance_id, Method.COPY_DISK)
+        before, after = self.host.storage.volume(old).size_bytes, self.host.storage.volume(new).size_bytes
+        if 0 < after < before:
+            raise Refused(f"The disk {new.id} has {after} bytes, which are fewer than the {before} of {old.id}.")
+
+        def unused() -> None:
+            self.host.refuse_if_in_use(None, old, new)
+
+        unused()
+        await self._take_long(permit, Method.COPY_DISK, fault, report, before or GIB, unused)
+        permit.check()
+        self.host.storage.copy_volume(old, new)
+        if isinstance(fault, AnswerLost):
+            await self._no_answer(instance_id)
+
     async def copy_root_disk(self, permit: Permit, instance_id: str, old: Spec, new: Spec, report: Report) -> None:
         self._must_be_open()
         await self._make(

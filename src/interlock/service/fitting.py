@@ -1,0 +1,61 @@
+"""Whether what is asked for makes sense for the instance as it is, apart from whether it is allowed now.
+
+Pure, and called inside the decision. What makes sense by itself is judged in `wishes`, and what is allowed by the gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from interlock.core.errors import InUse, Invalid, NotFound
+from interlock.core.operations import Operation
+from interlock.core.records import Instance, Spec
+
+_GIB = 1 << 30
+
+
+def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) -> None:
+    """Raise `Invalid`, `NotFound` or `InUse` for what could only fail."""
+    spec = instance.spec
+    if spec is None:
+        return
+    match operation:
+        case Operation.RESIZE:
+            _check_size(spec, parameters)
+        case Operation.SNAPSHOT | Operation.BACKUP if spec.image.kind != "disk":
+            raise Invalid(
+                f"{instance.name} boots a kernel, and not from its disk: an image of that could not be booted.",
+                remedy="Copy what is on the disk from inside the guest.",
+            )
+        case Operation.SWAP_VOLUME:
+            _check_swap(instance, spec, parameters)
+        case Operation.DETACH_INTERFACE:
+            known = {one.id for one in spec.interfaces}
+            known |= {one.id for one in instance.outstanding if one.operation is Operation.ATTACH_INTERFACE}
+            if parameters["interface"] not in known:
+                raise NotFound(f"{instance.name} has no interface {parameters['interface'][:80]}.")
+        case _:
+            pass
+
+
+def _check_size(spec: Spec, wanted: dict[str, Any]) -> None:
+    if all(getattr(spec, name) == value for name, value in wanted.items()):
+        raise Invalid("parameters of resize: it has that size already.")
+    root_bytes = spec.root_gib * _GIB or (spec.image.size_bytes if spec.image.kind == "disk" else 0)
+    if wanted.get("root_gib", spec.root_gib) * _GIB < root_bytes and "root_gib" in wanted:
+        raise Invalid(
+            f"parameters of resize: root_gib {wanted['root_gib']} is less than the root disk has "
+            f"({root_bytes} bytes), and a disk never shrinks."
+        )
+
+
+def _check_swap(instance: Instance, spec: Spec, parameters: dict[str, Any]) -> None:
+    if parameters["old"] == parameters["new"]:
+        raise Invalid("parameters of swap_volume: old and new are the same volume.")
+    attached = {disk.id for disk in spec.disks}
+    if parameters["new"] in attached:
+        raise InUse(f"{instance.name} has the new volume itself.", remedy="Detach it first, or name another.")
+    coming = {one.parameters.get("volume") for one in instance.outstanding}
+    coming |= {one.parameters.get("new") for one in instance.outstanding}
+    if parameters["old"] not in attached | coming:
+        raise NotFound(f"The old volume is not attached to {instance.name}.")
