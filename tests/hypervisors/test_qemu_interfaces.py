@@ -14,8 +14,8 @@ from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.core.records import Interface, Seed
 from interlock.hypervisors import seed_iso
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.hypervisors.qemu.command_line import first_mac, network_arguments
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.networks import first_mac, network_arguments
 from interlock.testing.check_hypervisor import GivenPermit, Told
 from interlock.testing.qemu_workbench import QemuWorkbench
 

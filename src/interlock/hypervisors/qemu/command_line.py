@@ -8,14 +8,20 @@ unprivileged user needs no permission on any folder, and a process that was brok
 from __future__ import annotations
 
 import hashlib
-import re
 import uuid
 from typing import Any, Final
 
 import msgspec
 
 from interlock.core.errors import Refused
-from interlock.core.records import Disk, Image, Interface, Spec
+from interlock.core.records import Disk, Image, Spec
+from interlock.hypervisors.qemu.networks import (
+    checked_name,
+    first_interface,
+    interface_arguments,
+    interface_device,
+    network_arguments,
+)
 from interlock.hypervisors.qemu.settings import QemuSettings
 
 ROOT: Final = "root"
@@ -34,13 +40,9 @@ CONSOLE: Final = "console"
 stand for them."""
 
 _DEVICE_PREFIX: Final = "disk-"
-_INTERFACE_PREFIX: Final = "interface-"
 _PORT_PREFIX: Final = "port-"
 _SEED_PORT: Final = "seed-port"
 _SERIAL_LENGTH_MAX: Final = 20
-_MAC_PREFIX: Final = "52:54:00"
-_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-_SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAMESPACE: Final = uuid.UUID("5f0c7a1e-6a57-5c8e-9d6c-3d0f5b8f7c11")
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -106,31 +108,12 @@ def machine_uuid(instance_id: str) -> str:
 
 def device_name(disk_id: str) -> str:
     """What QEMU calls the device of a disk. Raises `Refused` for an id that QEMU could misread."""
-    return _DEVICE_PREFIX + _checked(disk_id, "disk")
+    return _DEVICE_PREFIX + checked_name(disk_id, "disk")
 
 
 def disk_of_device(name: str) -> str | None:
     """The disk id behind a device's name, or None if it is no disk of ours."""
     return name.removeprefix(_DEVICE_PREFIX) if name.startswith(_DEVICE_PREFIX) else None
-
-
-def interface_device(interface_id: str) -> str:
-    """What QEMU calls the device of an interface. Raises as `device_name`."""
-    return _INTERFACE_PREFIX + _checked(interface_id, "interface")
-
-
-def interface_of_device(name: str) -> str | None:
-    """The interface id behind a device's name, or None if it is no interface of ours."""
-    return name.removeprefix(_INTERFACE_PREFIX) if name.startswith(_INTERFACE_PREFIX) else None
-
-
-def _checked(identity: str, what: str) -> str:
-    if _SAFE_ID.fullmatch(identity) is None:
-        raise Refused(
-            f"The {what} id {identity!r} cannot be used.",
-            remedy="Use up to 64 letters, digits, dots, dashes and underscores.",
-        )
-    return identity
 
 
 def node_name(disk_id: str) -> str:
@@ -200,7 +183,7 @@ def arguments(
         *_console(at),
         *_agent(at),
         *("-device", "pvpanic"),
-        *_network(instance_id, spec),
+        *first_interface(instance_id, spec),
         *_disks(spec, settings, at, machine),
         *_seed(settings, at),
         *_interfaces(spec, machine),
@@ -247,43 +230,6 @@ def _agent(at: Descriptors) -> list[str]:
 
 def _socket(name: str, descriptor: int) -> str:
     return f"socket,id={name},fd={descriptor},server=on,wait=off"
-
-
-def first_mac(instance_id: str) -> str:
-    """The hardware address of the first interface, which follows from the instance's id."""
-    return ":".join((_MAC_PREFIX, *(f"{byte:02x}" for byte in hashlib.sha256(instance_id.encode()).digest()[:3])))
-
-
-def network_arguments(interface_id: str) -> dict[str, Any]:
-    """The network behind an interface beyond the first: the arguments of `netdev_add`.
-
-    Each has addresses of its own, which follow from its id, so that the guest can tell its networks apart.
-    """
-    high, low = hashlib.sha256(interface_id.encode()).digest()[:2]
-    return {"type": "user", "id": f"network-{interface_id}", "net": f"10.{64 + high % 64}.{low}.0/24"}
-
-
-def interface_arguments(interface: Interface, port: str) -> dict[str, Any]:
-    """How an interface is plugged into a port: the arguments of `device_add`. Raises `Refused`."""
-    if _MAC.fullmatch(interface.mac) is None:
-        raise Refused(
-            f"The hardware address {interface.mac!r} cannot be used.",
-            remedy="Use six pairs of hexadecimal digits with colons.",
-        )
-    return {
-        "driver": "virtio-net-pci",
-        "id": interface_device(interface.id),
-        "netdev": f"network-{interface.id}",
-        "mac": interface.mac,
-        "bus": port,
-        "romfile": "",
-    }
-
-
-def _network(instance_id: str, spec: Spec) -> list[str]:
-    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{forward.host_port}-:{forward.guest_port}" for forward in spec.forwards)
-    device = f"virtio-net-pci,netdev=network,mac={first_mac(instance_id)},romfile="
-    return ["-netdev", f"user,id=network{forwards}", "-device", device]
 
 
 def _interfaces(spec: Spec, machine: Machine | None) -> list[str]:

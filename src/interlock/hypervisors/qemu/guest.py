@@ -13,11 +13,12 @@ from typing import Any, Final
 from interlock.core.errors import InterlockError, NotResponding, NotThere
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device, interface_of_device
+from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device
 from interlock.hypervisors.qemu.console import Console
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord, Saving
 from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
 from interlock.hypervisors.qemu.monitor import Monitor
+from interlock.hypervisors.qemu.networks import interface_of_device
 from interlock.hypervisors.qemu.process import Process
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent, Permit

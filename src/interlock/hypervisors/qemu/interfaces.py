@@ -6,9 +6,9 @@ import contextlib
 
 from interlock.core.errors import Refused
 from interlock.core.records import Interface
-from interlock.hypervisors.qemu.command_line import interface_arguments, interface_device, network_arguments
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.hotplug import ask_back, free_port, require_guest
+from interlock.hypervisors.qemu.networks import interface_arguments, interface_device, network_arguments
 from interlock.ports import Permit
 
 
