@@ -172,6 +172,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     memory_mib: int
     root_gib: int
     forwards: tuple[NewForward, ...]
+    seeded: bool = False
+    """Whether its guest was given something to read by cloud-init, which is not shown."""
     volumes: tuple[str, ...]
     """Ids of the attached volumes, in the order attached."""
     outstanding: tuple[Request, ...]

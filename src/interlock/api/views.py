@@ -81,6 +81,7 @@ def instance(one: records.Instance) -> schemas.Instance:
             NewForward(host_port=forward.host_port, guest_port=forward.guest_port)
             for forward in (spec.forwards if spec is not None else ())
         ),
+        seeded=spec is not None and spec.seed is not None,
         volumes=tuple(disk.id for disk in (spec.disks if spec is not None else ())),
         outstanding=tuple(request(outstanding) for outstanding in one.outstanding),
         held=tuple(request(held) for held in one.held),

@@ -24,6 +24,7 @@ from interlock.cli import (
     protecting,
     reference,
     server,
+    ssh,
     watching,
 )
 from interlock.cli.demo import demo
@@ -107,6 +108,7 @@ def build(*more: click.Command) -> click.Group:
         policy.policy_commands.add_command(command)
     vm_commands.add_command(protecting.protect)
     vm_commands.add_command(protecting.unprotect)
+    vm_commands.add_command(ssh.ssh)
     return interlock
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Unpack
 
 import click
 
@@ -13,6 +13,7 @@ from interlock.cli.invocation import Cell, Invocation, json_option, needs_invoca
 from interlock.cli.naming import IMAGES, INSTANCES, VOLUMES, OperationName, completer, path_of, suggesting, vm_argument
 from interlock.cli.refusals import explain_failure
 from interlock.cli.restart_option import WORDS, restart_option, spoken_policy
+from interlock.cli.seed_options import SeedOptions, seed_options
 from interlock.cli.submitting import asking_options, fresh_key, submit, wait_option
 from interlock.cli.waiting import describe, wait_for_end
 from interlock.cli.wording import STATE_COLOURS, age, clock, printable, spoken
@@ -52,6 +53,7 @@ class ForwardPair(click.ParamType[Any]):
 @click.option("--tag", "tags", multiple=True, help="A label. May be repeated.")
 @click.option("--protect", multiple=True, type=OperationName(), help="Refuse this operation whatever the policy says.")
 @restart_option
+@seed_options
 @click.option("--no-start", is_flag=True, help="Only record it; `vm start` makes and boots it.")
 @wait_option
 @needs_invocation
@@ -69,6 +71,7 @@ def create(
     restart: str | None,
     no_start: bool,
     wait: bool,
+    **seed: Unpack[SeedOptions],
 ) -> None:
     """Make a VM called NAME from an image, and boot it."""
     wish = NewInstance(
@@ -82,6 +85,10 @@ def create(
         blocked_operations=protect,
         restart=None if restart is None else WORDS[restart],
         start=not no_start,
+        hostname=seed["hostname"],
+        ssh_keys=seed["ssh_keys"],
+        user_data=seed["user_data"],
+        network_config=seed["network_config"],
     )
     create_vm(invocation, wish, wait=wait)
 

@@ -13,6 +13,7 @@ from interlock.core.records import Forward, Spec
 from interlock.ports import Volume
 from interlock.service.callers import Caller
 from interlock.service.inventory import Inventory
+from interlock.service.seeding import seed_of
 from interlock.service.wishes import NewInstance
 
 
@@ -27,12 +28,19 @@ class Resolving:
         """What a hypervisor is to know of the new instance. Raises `Invalid`, `NotFound` (image)."""
         if wish.memory_mib > self._memory_mib_max:
             raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
+        image = await self._inventory.find_image(caller, wish.image)
+        if image.kind == "iso" and not wish.root_gib:
+            raise Invalid(
+                f"The image {image.name} is an ISO, and is booted beside an empty root disk.",
+                remedy="Say how large that is to be: `--root-size GIB`, or root_gib.",
+            )
         return Spec(
-            image=await self._inventory.find_image(caller, wish.image),
+            image=image,
             vcpus=wish.vcpus,
             memory_mib=wish.memory_mib,
             root_gib=wish.root_gib,
             forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in wish.forwards),
+            seed=seed_of(wish),
         )
 
     async def parameters(

@@ -31,6 +31,11 @@ Tag = Annotated[
 ]
 
 
+SshKey = Annotated[str, Meta(min_length=1, max_length=16_384, description="A line of an OpenSSH public key file.")]
+USER_DATA_LENGTH_MAX: Final = 64 * 1024
+"""How long user-data and a network configuration may be, in characters each."""
+
+
 class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A TCP port of the guest to reach on the host's loopback address."""
 
@@ -52,6 +57,14 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Operations refused whatever the policy says, such as `delete` for protection."""
     restart: RestartPolicy | None = None
     """What is done when its guest ends by itself; by default it is left as it is."""
+    hostname: Annotated[str, Meta(min_length=1, max_length=253)] | None = None
+    """What the guest is to call itself, by cloud-init; by default its name, if anything else is said to cloud-init."""
+    ssh_keys: Annotated[tuple[SshKey, ...], Meta(max_length=32)] = ()
+    """Public keys that may log in, as they stand in a `.pub` file."""
+    user_data: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
+    """For cloud-init: `#cloud-config`, a script that begins with `#!`, or a MIME message. It is never shown again."""
+    network_config: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
+    """For cloud-init; by default every interface asks for its address (DHCP)."""
     start: bool = True
     """False only records it, in `building`; a `start` makes and boots it later."""
 

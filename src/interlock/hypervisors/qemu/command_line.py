@@ -39,6 +39,7 @@ CONSOLE: Final = "console"
 """The character devices of the command monitor, the guest agent's port and the serial console, and the sockets that
 stand for them."""
 
+_CDROM: Final = "cdrom"
 _DEVICE_PREFIX: Final = "disk-"
 _PORT_PREFIX: Final = "port-"
 _SEED_PORT: Final = "seed-port"
@@ -59,6 +60,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     backings: dict[str, int] = {}
     """By the id of the disk that is a layer over it."""
     seed: int | None = None
+    cdrom: int | None = None
     kernel: int | None = None
     initrd: int | None = None
 
@@ -186,6 +188,7 @@ def arguments(
         *first_interface(instance_id, spec),
         *_disks(spec, settings, at, machine),
         *_seed(settings, at),
+        *_cdrom(spec, at),
         *_interfaces(spec, machine),
         *_kernel(spec, at),
         *_screen(settings),
@@ -288,7 +291,7 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine
         backing = _backing_name(disk.id) if disk.id in backings else None
         node = node_arguments(disk, at.disks[disk.id], backing=backing)
         device = device_arguments(disk, _port_of(device_name(disk.id), number, machine))
-        if number == 0 and booted_image(spec).kind == "disk":
+        if number == 0 and (booted_image(spec).kind == "disk" or (at.cdrom is not None and spec.rescue_image is None)):
             device["bootindex"] = 0
         words += [*_descriptor_set(at.disks[disk.id]), "-blockdev", _json(node), "-device", _json(device)]
     return words
@@ -302,6 +305,20 @@ def _seed(settings: QemuSettings, at: Descriptors) -> list[str]:
     device = {"driver": "virtio-blk-pci", "id": SEED, "drive": node["node-name"], "bus": _SEED_PORT, "serial": SEED}
     port = f"pcie-root-port,id={_SEED_PORT},chassis={settings.hotplug_ports + 1}"
     return ["-device", port, *_descriptor_set(at.seed), "-blockdev", _json(node), "-device", _json(device)]
+
+
+def _cdrom(spec: Spec, at: Descriptors) -> list[str]:
+    """The disc that is booted: first where it rescues, and else once the root disk has nothing to boot (yet)."""
+    if at.cdrom is None:
+        return []
+    node = node_arguments(Disk(id=_CDROM, path="", format="raw", read_only=True), at.cdrom)
+    device = {
+        "driver": "ide-cd",
+        "bus": "ide.0",
+        "drive": node["node-name"],
+        "bootindex": 1 if spec.rescue_image is None else 0,
+    }
+    return [*_descriptor_set(at.cdrom), "-blockdev", _json(node), "-device", _json(device)]
 
 
 def _port_of(device: str, number: int, machine: Machine | None) -> str:

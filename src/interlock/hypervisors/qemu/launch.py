@@ -98,6 +98,7 @@ def _open_all(
         console=console,
         console_log=hand_over(console_log),
         seed=None if spec.seed is None else hand_over(open_disk(folder.seed_disk, read_only=True)),
+        cdrom=hand_over(open_disk(Path(image.path), read_only=True)) if image.kind == "iso" else None,
         kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
         initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
         backings={
