@@ -2,8 +2,7 @@
 
 The shapes of answers and of those bodies that only HTTP has; bodies that the service takes as they are (`NewInstance`,
 `NewRequest`, `NewVolume`) are re-exported from there. Times are RFC 3339 in UTC with milliseconds (`*_at`), durations
-are seconds (`*_s`), ids are strings. The sentence under a field is its description in the OpenAPI document too. Turning
-records into these is not here: see `views`.
+are seconds (`*_s`), ids are strings. The sentence under a field describes it in OpenAPI too; `views` makes the values.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any, Literal
 from interlock.api.inventory_schemas import (
     Health,
     Image,
-    ImageKind,
     ImageList,
     ImageUpload,
     MadeToken,
@@ -48,7 +46,6 @@ __all__ = [
     "Health",
     "Held",
     "Image",
-    "ImageKind",
     "ImageList",
     "ImageReference",
     "ImageUpload",

@@ -268,7 +268,7 @@ def image(one: records.Image) -> schemas.Image:
     return schemas.Image(
         id=one.id,
         name=one.name,
-        kind=cast("schemas.ImageKind", one.kind),
+        kind=cast("Any", one.kind),
         format=one.format,
         cmdline=one.cmdline,
         size_bytes=one.size_bytes,

@@ -312,12 +312,8 @@ def _cdrom(spec: Spec, at: Descriptors) -> list[str]:
     if at.cdrom is None:
         return []
     node = node_arguments(Disk(id=_CDROM, path="", format="raw", read_only=True), at.cdrom)
-    device = {
-        "driver": "ide-cd",
-        "bus": "ide.0",
-        "drive": node["node-name"],
-        "bootindex": 1 if spec.rescue_image is None else 0,
-    }
+    order = 1 if spec.rescue_image is None else 0
+    device = {"driver": "ide-cd", "bus": "ide.0", "drive": node["node-name"], "bootindex": order}
     return [*_descriptor_set(at.cdrom), "-blockdev", _json(node), "-device", _json(device)]
 
 
