@@ -9,14 +9,12 @@ import asyncio
 import contextlib
 import gc
 import json
-import logging
 import os
 import platform
 import secrets
 import signal
 import socket
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,7 +27,7 @@ from interlock import __version__
 from interlock.api.app import ApiParts, create_app
 from interlock.api.console import MESSAGE_BYTES_MAX
 from interlock.api.metrics import Metrics
-from interlock.config import Config, unknown_variables
+from interlock.config import Config
 from interlock.core.errors import StoreError, Unavailable
 from interlock.core.policy import CompiledPolicy
 from interlock.driver.agent import Agent
@@ -79,33 +77,6 @@ def new_id() -> str:
 def new_secret() -> str:
     """A new token's secret: 256 random bits, with a prefix by which leaked ones can be found."""
     return f"ilk_{secrets.token_urlsafe(32)}"
-
-
-def configure_logging(config: Config) -> None:
-    """Send what the server has to say to standard error, as lines for people or as JSON."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if config.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
-def warn_of_variables(environment: Mapping[str, str]) -> None:
-    """Log which variables look like Interlock's and mean nothing."""
-    for name, near in unknown_variables(environment).items():
-        _LOG.warning("an unknown variable is ignored", variable=name, did_you_mean=near)
 
 
 def upgrade_database(config: Config) -> None:

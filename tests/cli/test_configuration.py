@@ -12,6 +12,7 @@ from interlock.config import Config, QemuConfig, load, unknown_variables
 from interlock.core.errors import Invalid
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.service.server_log import warn_of_variables
 from interlock.wiring import Server
 
 _NUMBERS = ("_timeout_ms", "_max", "_interval_ms", "_ms", "_mib")
@@ -71,3 +72,10 @@ def test_an_unknown_variable_is_named_with_the_nearest() -> None:
         "PATH": "/bin",
     }
     assert unknown_variables(environment) == {"INTERLOCK_QEMU_START_TIMOUT_MS": "INTERLOCK_QEMU_START_TIMEOUT_MS"}
+
+
+def test_an_unknown_variable_is_warned_of_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_variables({"INTERLOCK_DATADIR": "/nowhere"})
+    said = capsys.readouterr().out
+    assert "INTERLOCK_DATADIR" in said
+    assert "INTERLOCK_DATA_DIR" in said

@@ -162,7 +162,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     restart: RestartPolicy | None
     """What is done when its guest ends by itself."""
     restarts: int
-    """How often that was done lately, within the policy's window."""
+    """How often that was done lately."""
     restart_due_at: Timestamp | None
     image: ImageReference | None
     vcpus: int
@@ -378,9 +378,8 @@ class Problem(Wire, frozen=True, kw_only=True, omit_defaults=True):
     occurrence: str | None = None
     """Of an internal error: the id under which the server's log tells more."""
     needed: dict[str, int] | None = None
-    """Of `no-room`: how much more it needs than there is, of `memory_mib`, `vcpus` and `disk_mib`."""
+    """Of `no-room`: what it needs of `memory_mib`, `vcpus` and `disk_mib`; and below, what is free of the same."""
     free: dict[str, int] | None = None
-    """How much of the same is free."""
 
 
 class Refusal(Problem, frozen=True, kw_only=True, omit_defaults=False):

@@ -213,7 +213,7 @@ def _find(invocation: Invocation) -> Instance | None:
 @contextlib.contextmanager
 def _log_to(path: Path, config: Config) -> Iterator[None]:
     """Send the server's log to a file, so that the story can be read."""
-    from interlock.wiring import configure_logging
+    from interlock.service.server_log import configure_logging
 
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", buffering=1) as log:

@@ -44,11 +44,12 @@ class Address(click.ParamType[Any]):
 def serve(invocation: Invocation, *, path: Path | None, listen: tuple[str, str] | None) -> None:
     """Run a server in the foreground. Ctrl-C or SIGTERM ends it; VMs go on without it."""
     from interlock import wiring
+    from interlock.service import server_log
 
     config = read_config(path, invocation.environment, listen)
     with told():
-        wiring.configure_logging(config)
-        wiring.warn_of_variables(invocation.environment)
+        server_log.configure_logging(config)
+        server_log.warn_of_variables(invocation.environment)
         run(wiring.Server(config).serve())
 
 

@@ -20,6 +20,7 @@ from interlock import wiring
 from interlock.config import load
 from interlock.driver.work import FencePermit, Work
 from interlock.driver.worker import Worker
+from interlock.service import server_log
 
 MOMENTS: Final = ("begun", "amid", "done")
 _AMID_CHECKS: Final = 2
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"expected PHASE:MOMENT, the moment one of {', '.join(MOMENTS)}")
     arrange(Death(phase, moment))
     config = load(None, os.environ)
-    wiring.configure_logging(config)
+    server_log.configure_logging(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(wiring.Server(config).serve())
 

@@ -24,7 +24,8 @@ from interlock.core.records import Image, Instance
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import FaultRates, Method, SimulatedHost, SimulatedHypervisor
 from interlock.ports import InstanceFilter, Volume
-from interlock.wiring import ADMIN_TOKEN, Server, configure_logging
+from interlock.service.server_log import configure_logging
+from interlock.wiring import ADMIN_TOKEN, Server
 
 IMAGE: Final = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
 VOLUMES: Final = tuple(f"volume-{number}" for number in range(6))

@@ -82,7 +82,8 @@ def _length(head: bytes) -> int:
 
 
 async def _serve(folder: Path, count: int) -> None:
-    from interlock.wiring import ADMIN_TOKEN, Server, configure_logging
+    from interlock.service.server_log import configure_logging
+    from interlock.wiring import ADMIN_TOKEN, Server
 
     config = Config(data_dir=str(folder), listen_port=0, hypervisor="simulated", host="bench")
     configure_logging(config)  # to standard error: standard output is for what the parent is told
