@@ -18,6 +18,7 @@ from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process import find_in
 from interlock.ports import Hypervisor
+from interlock.testing.disk_hands import first_byte, write_pattern
 from interlock.testing.nano_guest import HERE, MEMORY_MIB, nano_guest
 
 _KEYS = {"power_off": "o", "reset": "r", "panic": "p", "ignore": "i", "cooperate": "c", "here": "h"}
@@ -62,6 +63,13 @@ class QemuWorkbench:
                 [self.settings.image_tool_binary, "create", "-q", "-f", "qcow2", str(path), "1M"], check=True
             )
         return Disk(id=disk_id, path=str(path))
+
+    async def mark_root(self, spec: Spec, instance_id: str, mark: int) -> None:
+        await asyncio.to_thread(write_pattern, self.instance_folder(instance_id).root_disk(spec.root), mark, 1)
+
+    async def root_mark(self, spec: Spec, instance_id: str) -> int | None:
+        disk = self.instance_folder(instance_id).root_disk(spec.root)
+        return await asyncio.to_thread(first_byte, disk) if disk.exists() else None
 
     def instance_folder(self, instance_id: str) -> InstanceFolder:
         return InstanceFolder(self.settings.folder / "vms" / instance_id)

@@ -45,6 +45,16 @@ class SimulatedUnderTest:
     def disk(self, disk_id: str) -> Disk:
         return Disk(id=disk_id, path=f"simulated:volumes/{disk_id}")
 
+    async def mark_root(self, spec: Spec, instance_id: str, mark: int) -> None:
+        roots = self.host.guests[instance_id].roots
+        roots[spec.root] = roots[spec.root].plus(f"mark {mark}")
+
+    async def root_mark(self, spec: Spec, instance_id: str) -> int | None:
+        content = self.host.guests[instance_id].roots.get(spec.root)
+        if content is None:
+            return None
+        return max([0, *(int(word.removeprefix("mark ")) for word in content.written[-1:])])
+
     async def until_up(self, instance_id: str) -> None:
         assert self.host.guests[instance_id].power is PowerState.RUNNING
 

@@ -40,6 +40,14 @@ class HypervisorUnderTest(Protocol):
         """A disk that can be attached: the same one for the same id."""
         ...
 
+    async def mark_root(self, spec: Spec, instance_id: str, mark: int) -> None:
+        """Write a number, 1 to 255, on the instance's root disk, which nobody uses."""
+        ...
+
+    async def root_mark(self, spec: Spec, instance_id: str) -> int | None:
+        """The number that was last written on the root disk; 0 if none was, None where there is no such disk."""
+        ...
+
     async def until_up(self, instance_id: str) -> None:
         """Return when the guest can heed its power button."""
         ...
