@@ -234,6 +234,7 @@ class Server:
         parts = ApiParts(
             instances=self.instances,
             capacity=self.capacity,
+            accelerator=lambda: self.hypervisor.accelerator if isinstance(self.hypervisor, QemuHypervisor) else None,
             inventory=self.inventory,
             seeing=Seeing(self.instances, self.hosts.of),
             policies=self.policies,

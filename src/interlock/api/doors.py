@@ -25,6 +25,8 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     instances: Instances
     inventory: Inventory
     capacity: Capacity
+    accelerator: Callable[[], str | None]
+    """What runs this host's guests' processors; None where nothing does."""
     seeing: Seeing
     policies: Policies
     callers: Callers

@@ -21,7 +21,7 @@ async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:  
         HostStands(
             name=parts.capacity.host,
             hypervisor=parts.config.hypervisor,
-            accelerator=parts.config.accelerator if parts.config.hypervisor == "qemu" else None,
+            accelerator=parts.accelerator(),
             guests=stands.guests,
             total=_wire(stands.total),
             promised=_wire(stands.promised),
