@@ -39,6 +39,10 @@ def after(*before: Operation, **parameters: Any) -> Story:
     return Story(before=tuple((operation, {}) for operation in before), parameters=parameters)
 
 
+NEWEST: Final = "newest"
+"""Stands for the id of the interface that was attached last."""
+
+_RESIZED: Final = (O.RESIZE, {"memory_mib": 256, "root_gib": 2})
 _DATA: Final = (O.ATTACH_VOLUME, {"volume": "data"})
 
 STORIES: Final[dict[Operation, Story]] = {
@@ -60,6 +64,18 @@ STORIES: Final[dict[Operation, Story]] = {
     O.FORCE_DELETE: Story(before=(_DATA,)),
     O.ATTACH_VOLUME: after(volume="data"),
     O.DETACH_VOLUME: Story(before=(_DATA,), parameters={"volume": "data"}),
+    O.SWAP_VOLUME: Story(before=(_DATA,), parameters={"old": "data", "new": "more"}),
+    O.ATTACH_INTERFACE: after(),
+    O.DETACH_INTERFACE: after(O.ATTACH_INTERFACE, interface=NEWEST),
+    O.REBUILD: after(image=MEDIC.name),
+    O.RESIZE: Story(parameters={"memory_mib": 256, "root_gib": 2}),
+    O.CONFIRM_RESIZE: Story(before=(_RESIZED,)),
+    O.REVERT_RESIZE: Story(before=(_RESIZED,)),
+    O.SHELVE: after(),
+    O.SHELVE_OFFLOAD: after(O.SHELVE),
+    O.UNSHELVE: after(O.SHELVE, O.SHELVE_OFFLOAD),
+    O.SNAPSHOT: after(name="copy"),
+    O.BACKUP: after(backup_type="daily", rotation=1),
 }
 
 PASSED_OVER: Final = frozenset({"block_device_mapping", "networking", "reboot_pending_hard"})
@@ -78,6 +94,7 @@ async def prepare(folder: Path) -> None:
     fleet, _ = opened(folder)
     await fleet.start()
     await fleet.put_image(MEDIC)
+    await fleet.put_image(msgspec.structs.replace(MEDIC, id="base", name="base"))
     await fleet.make_volume("data")
     await fleet.make_volume("more")
     await fleet.server.close()
@@ -110,15 +127,20 @@ async def _run(folder: Path, operation: Operation, phase: str, effects: int) -> 
 
 
 async def _create(fleet: Embedded) -> Request:
-    wish = NewInstance(name=VM, image="nothing", root_gib=1)
+    wish = NewInstance(name=VM, image="base", root_gib=1)
     return admitted(await fleet.server.instances.create(fleet.caller, wish))
 
 
 async def _asked(fleet: Embedded, operation: Operation, phase: str, story: Story) -> Request:
     if operation is O.CREATE:
         return await _create(fleet)
+    parameters = dict(story.parameters)
+    if parameters.get("interface") == NEWEST:
+        instance = await fleet.server.instances.describe(fleet.caller, VM)
+        assert instance.spec is not None
+        parameters["interface"] = instance.spec.interfaces[-1].id
     hard = {"hard": True} if phase in CATALOGUE[operation].hard_phases else {}
-    return admitted(await fleet.submit(VM, operation, **story.parameters, **hard))
+    return admitted(await fleet.submit(VM, operation, **parameters, **hard))
 
 
 def _lay_in_wait(fleet: Embedded, host: SimulatedHost, phase: str, effects: int) -> None:

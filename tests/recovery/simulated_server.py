@@ -113,6 +113,15 @@ def _differences_of(instance: Instance, guest: Guest) -> list[str]:
     return found
 
 
+async def _chosen(fleet: Embedded, chance: random.Random, name: str) -> Operation:
+    """Mostly something that would be admitted now: of what there is, little is in any one state."""
+    if chance.random() < 0.3:
+        return chance.choice(ASKED)
+    _, answers = await fleet.server.instances.allowed(fleet.caller, name)
+    admitted = [operation for operation in ASKED if isinstance(answers[operation], Admitted)]
+    return chance.choice(admitted or ASKED)
+
+
 async def _ask(fleet: Embedded, chance: random.Random, pipe: Connection) -> None:
     name = chance.choice(VMS)
     if await fleet.server.store.instance_named(fleet.caller.project, name) is None:
@@ -120,7 +129,7 @@ async def _ask(fleet: Embedded, chance: random.Random, pipe: Connection) -> None
 
         answer = await fleet.server.instances.create(fleet.caller, NewInstance(name=name, image="nothing"))
     else:
-        operation = chance.choice(ASKED)
+        operation = await _chosen(fleet, chance, name)
         parameters: dict[str, object] = {"volume": "data"} if "volume" in operation.value else {}
         if operation is Operation.RESCUE and chance.random() < 0.5:
             parameters = {"image": MEDIC.name}

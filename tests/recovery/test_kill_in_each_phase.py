@@ -93,7 +93,7 @@ async def _recover(folder: Path, operation: Operation, phase: str) -> None:
         expected = land(operation, before.vm_state, before.prior_vm_state)[0] if fails is None else before.vm_state
         assert instance.vm_state is expected
         assert await differences(fleet, host) == []
-        await _check_content(fleet, host, instance)
+        await _check_content(fleet, host, instance, operation)
     finally:
         await fleet.server.close()
 
@@ -111,12 +111,13 @@ async def _left(folder: Path, operation: Operation) -> tuple[Instance, Request]:
     return instance, request
 
 
-async def _check_content(fleet: Embedded, host: SimulatedHost, instance: Instance) -> None:
+async def _check_content(fleet: Embedded, host: SimulatedHost, instance: Instance, operation: Operation) -> None:
     """What the guest wrote is there for as long as the instance is, unless it was rebuilt."""
     guest = host.guests.get(instance.id)
     if instance.vm_state is VmState.DELETED:
         assert guest is None
         assert all(volume.attached_to is None for volume in await fleet.server.store.volumes())
-    elif guest is not None and guest.starts > 1:
+    elif guest is not None and operation is not Operation.CREATE:
         assert instance.spec is not None
-        assert guest.roots[instance.spec.root].written == ("letter",)
+        kept = () if operation is Operation.REBUILD else ("letter",)
+        assert guest.roots[instance.spec.root].written == kept
