@@ -9,6 +9,7 @@ import asyncio
 import difflib
 import errno
 import os
+import re
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -23,6 +24,8 @@ from interlock.core.errors import Invalid, StoreFull
 
 TEXT_BYTES_MAX: Final = 4096
 """The longest text field, in bytes."""
+_SUFFIX: Final = re.compile(rb"\.[A-Za-z0-9]{1,8}\Z")
+"""What a file's name says of its format; that much of the name is kept."""
 _ENVELOPE_BYTES: Final = 64 * 1024
 """What the boundaries, headers and text fields of a form may add to the files."""
 _BUFFER_BYTES: Final = 1024 * 1024
@@ -32,7 +35,7 @@ _BUFFER_BYTES: Final = 1024 * 1024
 async def receive(
     request: Request, folder: Path, texts: Collection[str], files: Collection[str], bytes_max: int
 ) -> tuple[dict[str, str], dict[str, Path]]:
-    """Take a form into `folder`: the text fields, and for each file its path, which is its field's name.
+    """Take a form into `folder`: the text fields, and for each file its path: its field's name, and its own suffix.
 
     Raises:
         Bad: it is no form, or larger than `bytes_max`.
@@ -93,6 +96,7 @@ class _Form:
         self._files: dict[str, BinaryIO] = {}
         self._gathered: list[tuple[BinaryIO, bytes]] = []
         self._name = ""
+        self._suffix = ""
         self._header = bytearray()
         self._value = bytearray()
         self.paths: dict[str, Path] = {}
@@ -117,6 +121,8 @@ class _Form:
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._value))
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
+            named = _SUFFIX.search(options.get(b"filename", b""))
+            self._suffix = "" if named is None else named.group().decode()
         self._header.clear()
         self._value.clear()
 
@@ -129,7 +135,7 @@ class _Form:
         if name in self._texts or name in self.paths:
             raise Invalid(f"The form has the field {name!r} twice.")
         if name in self._file_names:
-            self.paths[name] = self._folder / name
+            self.paths[name] = self._folder / f"{name}{self._suffix}"
             self._files[name] = os.fdopen(os.open(self.paths[name], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         else:
             self._texts[name] = bytearray()

@@ -56,7 +56,9 @@ def image_commands() -> None:
 
 @image_commands.command()
 @click.argument("name")
-@click.option("--disk", type=_FILE, help="A disk image, raw or qcow2. It may name no backing or data file.")
+@click.option(
+    "--disk", type=_FILE, help="A disk image: raw, qcow2, vmdk, vhd, vhdx or vdi; or an ISO. It may need no other file."
+)
 @click.option("--sha256", help="What the disk image's SHA-256 must be.")
 @click.option("--kernel", type=_FILE, help="A kernel that is booted directly, instead of a disk.")
 @click.option("--initrd", type=_FILE, help="Its initial file system.")
@@ -87,7 +89,7 @@ def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Pat
     try:
         form = Form(fields, files)
         with LiveLine(sys.stderr, silent=invocation.json or not sys.stderr.isatty()) as line:
-            pieces = form.pieces(lambda sent, total: line.tell(f"sent {sent * _PERCENT // max(total, 1)} %"))
+            pieces = form.pieces(lambda sent, total: line.tell(_sent(sent, total, line.elapsed_s)))
             reply = invocation.client.upload(IMAGES, pieces, form.headers)
     except OSError as error:
         raise Failure(ExitCode.USAGE, f"The image cannot be read: {error}.") from None
@@ -95,8 +97,17 @@ def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Pat
         _say_image(invocation, reply.decode(Image))
 
 
+def _sent(sent: int, total: int, elapsed_s: float) -> str:
+    """How far an upload is, with its rate once that means something."""
+    if sent >= total:
+        return "sent; the server looks at it"
+    rate = f", {size(int(sent / elapsed_s))}/s" if elapsed_s >= 1 else ""
+    return f"sent {sent * _PERCENT // max(total, 1)} % of {size(total)}{rate}"
+
+
 def _say_image(invocation: Invocation, image: Image) -> None:
-    invocation.say(f"Added: image {image.name} ({image.kind}, {size(image.size_bytes)}), id {image.id}")
+    converted = f", converted from {image.converted_from}" if image.converted_from else ""
+    invocation.say(f"Added: image {image.name} ({image.kind}, {size(image.size_bytes)}{converted}), id {image.id}")
 
 
 @image_commands.command("build-small")

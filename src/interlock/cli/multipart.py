@@ -10,6 +10,11 @@ from typing import Final
 _PIECE_BYTES: Final = 1024 * 1024
 
 
+def _suffix(path: Path) -> str:
+    """What the file's name says of its format; the rest of the name is nobody else's business."""
+    return path.suffix.lower() if path.suffix.isascii() and path.suffix[1:].isalnum() else ""
+
+
 class Form:
     """Text fields, then files, with a length that is known before anything is read."""
 
@@ -21,7 +26,7 @@ class Form:
         )
         self._files = [
             (
-                self._head(f'form-data; name="{name}"; filename="{name}"', "application/octet-stream"),
+                self._head(f'form-data; name="{name}"; filename="{name}{_suffix(path)}"', "application/octet-stream"),
                 path,
                 path.stat().st_size,
             )

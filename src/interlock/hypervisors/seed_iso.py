@@ -24,16 +24,6 @@ VOLUME_LABEL: Final = "cidata"
 """By which a guest recognises the disk."""
 SEED_BYTES_MAX: Final = 1 << 20
 """The largest image that is written. What a user may send is limited to less before it comes here."""
-DEFAULT_NETWORK_CONFIG: Final = """\
-version: 2
-ethernets:
-  first:
-    match:
-      name: "e*"
-    dhcp4: true
-"""
-"""Every Ethernet interface asks for its address."""
-
 _MODE: Final = 0o600
 _FILE_MODE: Final = 0o100444
 _BEGINNING: Final = (80, 1, 1, 0, 0, 0, 0)
@@ -105,11 +95,13 @@ def files(seed: Seed, instance_id: str) -> dict[str, str]:
     meta = {"instance-id": instance_id, "local-hostname": seed.hostname}
     if seed.ssh_keys:
         meta |= {"public-keys": list(seed.ssh_keys)}  # type: ignore[dict-item]
-    return {
+    found = {
         "meta-data": json.dumps(meta, indent=1) + "\n",
-        "network-config": seed.network_config or DEFAULT_NETWORK_CONFIG,
         "user-data": seed.user_data if seed.user_data is not None else _generated_user_data(seed),
     }
+    # Told nothing, cloud-init has the first interface ask for its address. A configuration that says the same by a
+    # pattern of names is taken for a name by those of its writers that know no patterns.
+    return found if seed.network_config is None else {**found, "network-config": seed.network_config}
 
 
 def _generated_user_data(seed: Seed) -> str:

@@ -64,7 +64,7 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     user_data: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
     """For cloud-init: `#cloud-config`, a script that begins with `#!`, or a MIME message. It is never shown again."""
     network_config: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
-    """For cloud-init; by default every interface asks for its address (DHCP)."""
+    """For cloud-init; by default the first interface asks for its address (DHCP)."""
     start: bool = True
     """False only records it, in `building`; a `start` makes and boots it later."""
 
