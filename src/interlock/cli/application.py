@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from interlock.cli import (
+    console,
     host,
     inquiries,
     inventory,
@@ -23,6 +24,7 @@ from interlock.cli import (
     policy_tables,
     protecting,
     reference,
+    screen,
     server,
     ssh,
     watching,
@@ -108,7 +110,8 @@ def build(*more: click.Command) -> click.Group:
         policy.policy_commands.add_command(command)
     vm_commands.add_command(protecting.protect)
     vm_commands.add_command(protecting.unprotect)
-    vm_commands.add_command(ssh.ssh)
+    for command in (console.console, screen.screenshot, screen.vnc, ssh.ssh):
+        vm_commands.add_command(command)
     return interlock
 
 

@@ -86,28 +86,28 @@ class Client:
 
     def get(self, path: str, query: Query | None = None, *, wait_s: float = 0) -> Reply:
         """Get; `wait_s` is how long the server is asked to wait, which is added to the time-out."""
-        return self._checked(self._exchange("GET", _target(path, query), None, {}, wait_s))
+        return self.checked(self._exchange("GET", target(path, query), None, {}, wait_s))
 
     def post(self, path: str, value: Any, headers: Mapping[str, str] | None = None, *, wait_s: float = 0) -> Reply:
         sent = {"Content-Type": "application/json", **(headers or {})}
-        return self._checked(self._exchange("POST", path, msgspec.json.encode(value), sent, wait_s))
+        return self.checked(self._exchange("POST", path, msgspec.json.encode(value), sent, wait_s))
 
     def put(self, path: str, value: Any, headers: Mapping[str, str] | None = None, *, wait_s: float = 0) -> Reply:
         sent = {"Content-Type": "application/json", **(headers or {})}
-        return self._checked(self._exchange("PUT", path, msgspec.json.encode(value), sent, wait_s))
+        return self.checked(self._exchange("PUT", path, msgspec.json.encode(value), sent, wait_s))
 
     def patch(self, path: str, value: Any, headers: Mapping[str, str] | None = None) -> Reply:
         sent = {"Content-Type": "application/json", **(headers or {})}
-        return self._checked(self._exchange("PATCH", path, msgspec.json.encode(value), sent, 0))
+        return self.checked(self._exchange("PATCH", path, msgspec.json.encode(value), sent, 0))
 
     def delete(self, path: str) -> Reply:
-        return self._checked(self._exchange("DELETE", path, None, {}, 0))
+        return self.checked(self._exchange("DELETE", path, None, {}, 0))
 
     def upload(self, path: str, body: Iterable[bytes], headers: Mapping[str, str]) -> Reply:
         """Post a body that is made as it is sent; `headers` must give its length."""
         self.close()
         try:
-            return self._checked(self._exchange("POST", path, body, headers, 600))
+            return self.checked(self._exchange("POST", path, body, headers, 600))
         except Failure as failure:
             if failure.code is ExitCode.NOT_REACHABLE and isinstance(failure.__context__, _LOST):
                 failure.remedy = "It may be too large; the server's log says more."
@@ -117,13 +117,13 @@ class Client:
         """Open an answer that does not end; a silence longer than `silence_s` counts as a lost connection."""
         connection = self._connect(silence_s)
         try:
-            connection.request("GET", _target(path, query), headers=self._headers(headers))
+            connection.request("GET", target(path, query), headers=self._headers(headers))
             response = connection.getresponse()
             if response.status >= _ERRORS:
-                self._checked(Reply(response.status, _lower(response), response.read(BODY_BYTES_MAX)))
+                self.checked(Reply(response.status, _lower(response), response.read(BODY_BYTES_MAX)))
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise self._unreachable(error) from error
+            raise self.unreachable(error) from error
         return Stream(connection, response)
 
     def _exchange(
@@ -136,15 +136,15 @@ class Client:
             # A server may close an idle connection at any moment; that is no reason to fail.
             self.close()
             if not reused:
-                raise self._unreachable(error) from error
+                raise self.unreachable(error) from error
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise self._unreachable(error) from error
+            raise self.unreachable(error) from error
         try:
             return self._once(method, target, body, headers, wait_s)
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise self._unreachable(error) from error
+            raise self.unreachable(error) from error
 
     def _once(
         self, method: str, target: str, body: bytes | Iterable[bytes] | None, headers: Mapping[str, str], wait_s: float
@@ -169,7 +169,8 @@ class Client:
     def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.server.token}", "Accept": "application/json", **more}
 
-    def _checked(self, reply: Reply) -> Reply:
+    def checked(self, reply: Reply) -> Reply:
+        """The reply, if it is no problem; else raises `Failure` with what it says."""
         self.now = reply.at or self.now
         if reply.status < _ERRORS:
             return reply
@@ -181,7 +182,8 @@ class Client:
         message = str(document.get("detail") or f"The server answered {reply.status} ({document.get('title')}).")
         raise Failure(code, message, remedy=document.get("remedy"), document=document)
 
-    def _unreachable(self, error: Exception) -> Failure:
+    def unreachable(self, error: Exception) -> Failure:
+        """What an error of the connection means, and what to do."""
         url = self.server.url
         remedy = f"Start one with `interlock serve`, or set {URL_VARIABLE} to one elsewhere."
         match error:
@@ -222,7 +224,8 @@ class Stream:
             self._connection.close()
 
 
-def _target(path: str, query: Query | None) -> str:
+def target(path: str, query: Query | None) -> str:
+    """A path with its query."""
     given = {name: value for name, value in (query or {}).items() if value is not None}
     return f"{path}?{urlencode(given)}" if given else path
 

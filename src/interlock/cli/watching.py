@@ -1,4 +1,4 @@
-"""Looking on: `vm events`, `vm console` and `watch`."""
+"""Looking on: `vm events`, `watch`, and the log of `vm console`."""
 
 from __future__ import annotations
 
@@ -146,12 +146,8 @@ def _name_of(invocation: Invocation, instance_id: str) -> str:
     return invocation.client.get(path_of(INSTANCES, instance_id)).decode(Instance).name
 
 
-@vm_commands.command()
-@vm_argument
-@click.option("--follow", "-f", "following", is_flag=True, help="Go on with what the guest writes, until Ctrl-C.")
-@needs_invocation
-def console(invocation: Invocation, *, vm: str, following: bool) -> None:
-    """Print what the guest has written on its serial console."""
+def print_console(invocation: Invocation, vm: str, *, following: bool) -> None:
+    """Print what the guest has written on its serial console, and go on with it if `following`. Raises `Failure`."""
     seen = b""
     while True:
         text = console_text(invocation, vm)
