@@ -94,14 +94,14 @@ def console(
     Where standard input is no terminal, it is typed, and the answer printed; where it is empty, or where standard
     output alone is no terminal, only what was written so far is printed, as with --log.
     """
-    typed = b""
+    typed: bytes | None = b""
     if not (only_log or following):
         if sys.stdin.isatty():
             only_log = not sys.stdout.isatty()
         else:
             typed = _typed_at_once()
-            only_log = typed == b"" and _is_empty()
-    if only_log or following:
+            only_log = typed is None
+    if only_log or following or typed is None:
         print_console(invocation, vm, following=following)
         return
     session = Session(invocation, vm, escape, linger)
@@ -109,22 +109,14 @@ def console(
         asyncio.run(session.run(history, typed))
 
 
-def _typed_at_once() -> bytes:
-    """What of the input is there already; everything, where it is no file of the system's."""
+def _typed_at_once() -> bytes | None:
+    """What of the input is there already; None where there is none and will be none."""
     try:
         descriptor = sys.stdin.fileno()
     except (io.UnsupportedOperation, ValueError):
-        return sys.stdin.buffer.read()
+        return None
     readable, _, _ = select.select([descriptor], [], [], _AT_ONCE_S)
-    return os.read(descriptor, _CHUNK_BYTES) if readable else b""
-
-
-def _is_empty() -> bool:
-    try:
-        readable, _, _ = select.select([sys.stdin.fileno()], [], [], 0)
-    except (io.UnsupportedOperation, ValueError):
-        return True
-    return bool(readable)
+    return (os.read(descriptor, _CHUNK_BYTES) or None) if readable else b""
 
 
 class Session:
