@@ -175,6 +175,13 @@ def _begin(guest: _Assembler, *, ignoring: bool) -> None:
     guest.out_byte(0x43, 0x34)
     guest.out_byte(0x40, _TIMER_DIVISOR & 0xFF)
     guest.out_byte(0x40, _TIMER_DIVISOR >> 8)
+    # Firmware that was disturbed by a key as it started leaves the keyboard switched off.
+    guest.out_byte(0x64, 0x60)
+    guest.out_byte(0x60, 0x44)
+    guest.out_byte(0x64, 0xAE)
+    for _ in range(2):
+        # The first may be taken for the end of what the firmware had begun.
+        guest.out_byte(0x60, 0xF4)
     for place, value in ((_TICKS, 0), (_IGNORING, int(ignoring))):
         guest.put_number("c705", place)  # mov dword [place], value
         guest.put(struct.pack("<I", value))
@@ -198,6 +205,8 @@ def _greet(guest: _Assembler) -> None:
 
 
 def _obey_keyboard(guest: _Assembler) -> None:
+    """All keys that wait: the machine keeps few of them, and forgets those that are pressed while it has no room."""
+    guest.label("keyboard")
     guest.put("e464a801")  # in al, 0x64; test al, 1
     guest.jump(_JUMP_IF_EQUAL, "no_key")
     guest.put("e460")  # in al, 0x60
@@ -208,7 +217,7 @@ def _obey_keyboard(guest: _Assembler) -> None:
     guest.jump(_JUMP_IF_NOT, "not_here")
     guest.put_address("be", "here")  # mov esi, ...
     guest.jump(_CALL, "write")
-    guest.jump(_JUMP, "sleep")
+    guest.jump(_JUMP, "keyboard")
     guest.label("not_here")
     for scan_code, ignoring, label in ((0x17, 1, "not_ignore"), (0x2E, 0, "not_cooperate")):
         guest.put(bytes((0x3C, scan_code)))
@@ -216,6 +225,7 @@ def _obey_keyboard(guest: _Assembler) -> None:
         guest.put_number("c605", _IGNORING)  # mov byte [ignoring], ...
         guest.put(bytes((ignoring,)))
         guest.label(label)
+    guest.jump(_JUMP, "keyboard")
     guest.label("no_key")
 
 

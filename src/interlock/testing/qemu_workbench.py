@@ -40,7 +40,9 @@ class QemuWorkbench:
 
     def __init__(self, folder: Path, qmp_timeout_ms: int = 1_000) -> None:
         self.folder = folder
-        self.settings = QemuSettings(folder=folder / "qemu", qmp_timeout_ms=qmp_timeout_ms, detach_timeout_ms=1_000)
+        self.settings = QemuSettings(
+            folder=folder / "qemu", qmp_timeout_ms=qmp_timeout_ms, detach_timeout_ms=1_000, display=False
+        )
         self._hypervisor: QemuHypervisor | None = None
         self._image = nano_guest(folder)
 
