@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,8 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
+ASK_AGAIN_S = 3.0
 TICKS = 0x180000
 """Where the nano guest counts, in its memory."""
 
@@ -48,6 +50,7 @@ def nobody_reads(done: int, total: int | None = None) -> None:
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
     host = QemuWorkbench(tmp_path)
+    host.settings = msgspec.structs.replace(host.settings, display=True)
     yield host
     host.end_everything()
 
@@ -185,13 +188,22 @@ async def status(port: int) -> dict[str, Any]:
     """What the small guest says of itself, as soon as it does."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /cgi-bin/status HTTP/1.0\r\n\r\n")
-            text = (await reader.read()).decode()
-            writer.close()
-            if "200 OK" in text:
-                found: dict[str, Any] = json.loads(text.partition("\r\n\r\n")[2])
-                return found
+            with contextlib.suppress(TimeoutError):
+                # What is asked before it listens may never be answered.
+                async with asyncio.timeout(ASK_AGAIN_S):
+                    return await ask_status(port)
+
+
+async def ask_status(port: int) -> dict[str, Any]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"GET /cgi-bin/status HTTP/1.0\r\n\r\n")
+        found: dict[str, Any] = json.loads((await reader.read()).decode().partition("\r\n\r\n")[2] or "{}")
+    finally:
+        writer.close()
+    if not found:
+        raise TimeoutError
+    return found
 
 
 # ----------------------------------------------------------------------------------------- what is not restored
@@ -263,7 +275,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("state", [PowerState.RUNNING, PowerState.PAUSED])
 async def test_a_full_disk_leaves_the_guest_as_it_was(tmp_path: Path, small_disk: Path, state: PowerState) -> None:
     host = QemuWorkbench(tmp_path)
-    host.settings = msgspec.structs.replace(host.settings, folder=small_disk / "qemu")
+    host.settings = msgspec.structs.replace(host.settings, folder=small_disk / "qemu", display=True)
     told = Told()
     hypervisor = await opened(host, told)
     try:
