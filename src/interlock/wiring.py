@@ -51,6 +51,7 @@ from interlock.policies.sources import Source
 from interlock.ports import Clock, Hypervisor, RemoteHost
 from interlock.service.callers import Callers
 from interlock.service.capacity import Capacity, limits_of
+from interlock.service.hosts import HostVerbs
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
@@ -115,7 +116,7 @@ class Server:
         self.config = config
         self.folder = config.folder
         self.store = SqliteStore(self.folder / DATABASE, clock)
-        self.hypervisor = hypervisor or _hypervisor(config)
+        self.hypervisor = hypervisor or hypervisor_of(config)
         source = Source.read(config.policy)
         self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
         host = config.host or platform.node() or "localhost"
@@ -143,6 +144,7 @@ class Server:
             config=config.driver,
         )
         self.agent = Agent(self.means, self.in_force, upkeep)
+        self.other_hosts = HostVerbs(self.store, self.leases, self.hosts, self.agent.join, self.agent.catch_up)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder))
         self.inventory = Inventory(
             self.store, self.image_files, volume_files, new_id, self.capacity, config.volume_gib_max
@@ -150,11 +152,10 @@ class Server:
         self.instances = Instances(
             self.store,
             self.in_force,
-            self.hypervisor,
+            self.other_hosts,
             self.inventory,
             self.passwords,
             new_id,
-            host,
             self.capacity,
             config.instance_memory_mib_max,
         )
@@ -200,7 +201,7 @@ class Server:
         Raises:
             StoreError, Unavailable: with what to do about it; nothing is left open.
         """
-        _make_folder(self.folder)
+        make_folder(self.folder)
         await self.store.open()
         try:
             await self.capacity.open()
@@ -243,6 +244,7 @@ class Server:
             ready=lambda: self.ready,
             version=__version__,
             metrics=self.metrics,
+            hosts=self.other_hosts,
         )
         return create_app(parts)
 
@@ -351,7 +353,8 @@ def _url(listening: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _hypervisor(config: Config) -> Hypervisor:
+def hypervisor_of(config: Config) -> Hypervisor:
+    """What holds the guests of the host that this runs on."""
     if config.hypervisor == "simulated":
         return SimulatedHypervisor(SimulatedHost(folder=config.folder / "simulated"))
     return QemuHypervisor(
@@ -365,7 +368,7 @@ def _hypervisor(config: Config) -> Hypervisor:
     )
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make the server's folder. Others may pass through it (QEMU runs as another user), but not look around."""
     try:
         folder.mkdir(mode=0o711, parents=True, exist_ok=True)

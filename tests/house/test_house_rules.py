@@ -34,6 +34,7 @@ EXTERNAL_PACKAGES = {
     "hypervisors": {"lz4", "msgspec", "oslo_utils", "pycdlib", "qemu", "structlog", "websockets", "zstandard"},
     "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui"},
     "dashboard": {"msgspec"},
+    "hosting": {"msgspec", "structlog"},
     "wiring": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},
     "cli": {"click", "httpx", "msgspec", "rich", "uvloop", "websockets"},
     "__main__": {"click"},

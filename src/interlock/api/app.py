@@ -17,11 +17,24 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from interlock.api import console, events, host, instances, inventory, openapi, policy, problems, requests, schemas
+from interlock.api import (
+    console,
+    events,
+    host,
+    hosts,
+    instances,
+    inventory,
+    openapi,
+    policy,
+    problems,
+    requests,
+    schemas,
+)
 from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.problems import HTTP_KINDS, Bad
-from interlock.core.errors import InterlockError
+from interlock.core.errors import Forbidden, InterlockError
+from interlock.ports import Role
 from interlock.service.callers import Caller
 
 __all__ = ["DOORS", "ApiParts", "create_app"]
@@ -34,6 +47,7 @@ DOORS: Final[tuple[Door, ...]] = (
     *inventory.DOORS,
     *policy.DOORS,
     *host.DOORS,
+    *hosts.DOORS,
 )
 
 _LOG = structlog.get_logger(__name__)
@@ -67,7 +81,7 @@ def create_app(parts: ApiParts) -> Starlette:
     paths.sort(key=lambda path: path != hottest)
     routes = [Route(path, _Path(parts, by_path[path]), methods=list(by_path[path])) for path in paths]
     app = Starlette(
-        routes=[*routes, *console.routes(parts), *_about(parts, document)],
+        routes=[*routes, hosts.link_route(parts), *console.routes(parts), *_about(parts, document)],
         exception_handlers={HTTPException: _http_exception, Exception: _bug},
     )
     # A path is known or it is not: a redirect would lose the body of what was asked for.
@@ -118,6 +132,8 @@ def _authenticate(parts: ApiParts, request: Request) -> Caller:
             remedy="Send `Authorization: Bearer <secret>`; the first start wrote one into the file admin.token.",
             WWW_Authenticate='Bearer realm="interlock"',
         )
+    if caller.role is Role.AGENT:
+        raise Forbidden("A token with the role agent may only speak for a host.")
     return caller
 
 

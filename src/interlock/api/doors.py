@@ -13,6 +13,7 @@ from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.service.callers import Caller, Callers
 from interlock.service.capacity import Capacity
+from interlock.service.hosts import HostVerbs
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
@@ -30,6 +31,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     seeing: Seeing
     policies: Policies
     callers: Callers
+    hosts: HostVerbs
     config: Config
     ready: Callable[[], bool]
     version: str

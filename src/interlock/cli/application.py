@@ -10,10 +10,12 @@ from typing import Any
 import click
 
 from interlock.cli import (
+    agent,
     console,
     host,
     inquiries,
     inventory,
+    other_hosts,
     policy,
     policy_checks,
     policy_exploring,
@@ -49,6 +51,7 @@ COMMANDS: tuple[click.Command, ...] = (
     policy.policy_commands,
     policy.rehearse,
     server.serve,
+    agent.agent,
     demo,
     server.db_commands,
     server.completion,
@@ -106,6 +109,8 @@ def build(*more: click.Command) -> click.Group:
     for command in (*COMMANDS, *more):
         interlock.add_command(command)
     inventory.token_commands.add_command(server.recover_token)
+    for command in other_hosts.COMMANDS:
+        host.host_commands.add_command(command)
     for command in POLICY_COMMANDS:
         policy.policy_commands.add_command(command)
     vm_commands.add_command(protecting.protect)

@@ -8,20 +8,30 @@ import click
 
 from interlock.api.host_schemas import HostStands
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
+from interlock.cli.naming import completer
+from interlock.cli.other_hosts import HOSTS, show_other
 
 _WORDS: Final = {"memory_mib": "Memory (MiB)", "vcpus": "Virtual processors", "disk_mib": "Disk (MiB)"}
 
 
 @click.group("host")
 def host_commands() -> None:
-    """The host that VMs run on."""
+    """The hosts that VMs run on."""
 
 
 @host_commands.command("show")
+@click.argument("name", required=False, shell_complete=completer(HOSTS))
 @json_option
 @needs_invocation
-def show(invocation: Invocation) -> None:
-    """Show what the host has, what is promised to VMs and volumes, and what is free."""
+def show(invocation: Invocation, *, name: str | None) -> None:
+    """Show what a host has, what is promised to VMs and volumes, and what is free.
+
+    Without NAME it is the host on which the server runs; of another one, how
+    it is connected.
+    """
+    if name is not None:
+        show_other(invocation, name)
+        return
     reply = invocation.client.get("/v1/host")
     if invocation.answer(reply):
         return

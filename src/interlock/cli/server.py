@@ -20,7 +20,7 @@ ValueT = TypeVar("ValueT")
 
 CONFIG_VARIABLE = "INTERLOCK_CONFIG"
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_config_option = click.option(
+config_option = click.option(
     "--config", "path", type=_FILE, envvar=CONFIG_VARIABLE, show_envvar=True, help="A configuration file (TOML)."
 )
 
@@ -38,7 +38,7 @@ class Address(click.ParamType[Any]):
 
 
 @click.command()
-@_config_option
+@config_option
 @click.option("--listen", type=Address(), help="Where to listen, instead of what the configuration says.")
 @needs_invocation
 def serve(invocation: Invocation, *, path: Path | None, listen: tuple[str, str] | None) -> None:
@@ -93,7 +93,7 @@ def db_commands() -> None:
 
 
 @db_commands.command()
-@_config_option
+@config_option
 @needs_invocation
 def upgrade(invocation: Invocation, *, path: Path | None) -> None:
     """Bring the database to this version's schema. The server must not be running."""
@@ -141,7 +141,7 @@ COMPLETION_VARIABLE = "_INTERLOCK_COMPLETE"
 
 
 @click.command("recover")
-@_config_option
+@config_option
 @needs_invocation
 def recover_token(invocation: Invocation, *, path: Path | None) -> None:
     """Make another admin token, when none is left. The server must not run.

@@ -54,6 +54,7 @@ class ForwardPair(click.ParamType[Any]):
 @click.option("--protect", multiple=True, type=OperationName(), help="Refuse this operation whatever the policy says.")
 @restart_option
 @seed_options
+@click.option("--host", help="On which host; `any` for the one with the fewest VMs. Default: the server's own.")
 @click.option("--no-start", is_flag=True, help="Only record it; `vm start` makes and boots it.")
 @wait_option
 @needs_invocation
@@ -69,6 +70,7 @@ def create(
     tags: tuple[str, ...],
     protect: tuple[Operation, ...],
     restart: str | None,
+    host: str | None,
     no_start: bool,
     wait: bool,
     **seed: Unpack[SeedOptions],
@@ -84,6 +86,7 @@ def create(
         tags=tags,
         blocked_operations=protect,
         restart=None if restart is None else WORDS[restart],
+        host=host,
         start=not no_start,
         hostname=seed["hostname"],
         ssh_keys=seed["ssh_keys"],

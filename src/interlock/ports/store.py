@@ -20,15 +20,16 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Role(StrEnum):
-    """What a caller may do. Each includes the one before.
+    """What a caller may do. Each but `agent` includes the one before.
 
     An admin administers the server: its images, and the tokens of every project. Instances, volumes and events are
-    those of the token's own project, whatever its role.
+    those of the token's own project, whatever its role. An agent may do nothing but speak for a host.
     """
 
     READER = "reader"
     MEMBER = "member"
     ADMIN = "admin"
+    AGENT = "agent"
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from interlock.core.restarting import UPKEEP
 from interlock.ports import Role, Store, Token
 from interlock.service.wishes import check_name
 
-_RANK = {Role.READER: 0, Role.MEMBER: 1, Role.ADMIN: 2}
+_RANK = {Role.AGENT: -1, Role.READER: 0, Role.MEMBER: 1, Role.ADMIN: 2}
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,11 +32,12 @@ from interlock.core.records import (
 )
 from interlock.policies import explaining
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import Hypervisor, IdempotencyKey, InstanceFilter, Page, Role, Store
+from interlock.ports import IdempotencyKey, InstanceFilter, Page, Role, Store
 from interlock.service import fitting, oversight
 from interlock.service.answers import Answer, Stuck
 from interlock.service.callers import Caller
 from interlock.service.capacity import Capacity
+from interlock.service.hosts import HostVerbs
 from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
 from interlock.service.resolving import Resolving
@@ -59,21 +60,19 @@ class Instances:
         self,
         store: Store,
         in_force: PolicyInForce,
-        hypervisor: Hypervisor,
+        hosts: HostVerbs,
         inventory: Inventory,
         passwords: PasswordBox,
         new_id: Callable[[], str],
-        host: str,
         capacity: Capacity,
         memory_mib_max: int,
     ) -> None:
         self._store = store
         self._in_force = in_force
-        self._hypervisor = hypervisor
         self._resolving = Resolving(inventory, memory_mib_max)
         self._passwords = passwords
         self._new_id = new_id
-        self._host = host
+        self._hosts = hosts
         self._capacity = capacity
         self._naming = asyncio.Lock()
         self.watch = Watch()
@@ -101,11 +100,12 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` when there was nothing to start.
 
         Raises:
-            Invalid, NotFound (image), NameTaken, KeyReused, NoRoom, InUse (a host's port).
+            Invalid, NotFound (image or host), NameTaken, KeyReused, NoRoom, InUse (a host's port).
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
         spec = await self._resolving.new_spec(caller, wish)
+        host = await self._hosts.place(wish.host)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
 
@@ -114,7 +114,7 @@ class Instances:
                 id=instance_id,
                 name=wish.name,
                 project=caller.project,
-                host=self._host,
+                host=host,
                 created_at_ms=now_ms,
                 updated_at_ms=now_ms,
                 tags=wish.tags,
@@ -193,7 +193,8 @@ class Instances:
                 raise unusable
             _check_generation(instance, if_generation)
             fitting.check(instance, wish.operation, parameters)
-            change = admission.admit(instance, submission, self.policy, now_ms)
+            reached = msgspec.structs.replace(submission, host_reachable=self._hosts.reachable(instance.host))
+            change = admission.admit(instance, reached, self.policy, now_ms)
             if grows and isinstance(change.answer, Admitted | Held):
                 self._capacity.claim(change.instance)
             judged[:] = [change.instance]
@@ -321,7 +322,7 @@ class Instances:
 
     def console_path(self, instance: Instance) -> Path | None:
         """The file of the instance's serial console, or None if there is none."""
-        return self._hypervisor.console_path(instance.id)
+        return self._hosts.hypervisor(instance.host).console_path(instance.id)
 
     # ---------------------------------------------------------------------------------------------------- events
 

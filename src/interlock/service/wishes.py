@@ -65,6 +65,8 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """For cloud-init: `#cloud-config`, a script that begins with `#!`, or a MIME message. It is never shown again."""
     network_config: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
     """For cloud-init; by default the first interface asks for its address (DHCP)."""
+    host: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+    """Where it runs: a host's name, or `any` for the one with the fewest instances. Default: the server's own."""
     start: bool = True
     """False only records it, in `building`; a `start` makes and boots it later."""
 

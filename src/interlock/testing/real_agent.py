@@ -1,0 +1,119 @@
+"""A real `interlock agent` in a process of its own, to be stopped or killed. What it holds is not looked at here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from interlock.hypervisors.qemu.process import find_in
+from interlock.testing.real_server import RealServer
+
+_PATIENCE_S = 30.0
+
+
+class RealAgent:
+    """One agent process after the other on one data folder, for one server.
+
+    Args:
+        server: that it serves; it must have been started.
+        name: of the host.
+        folder: the data folder; QEMU's user must be able to pass through the folders above it.
+        options: of `interlock agent`, beside server, token, name and folder.
+        settings: `INTERLOCK_*` variables.
+    """
+
+    def __init__(
+        self,
+        server: RealServer,
+        name: str,
+        folder: Path,
+        options: tuple[str, ...] = (),
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.server = server
+        self.name = name
+        self.folder = folder
+        self.log = folder.with_name(folder.name + ".log")
+        """What all of them wrote on standard error."""
+        self._options = options
+        self._environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("INTERLOCK_")},
+            "INTERLOCK_LOG_FORMAT": "json",
+            **(settings or {}),
+        }
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start an agent and return when it is connected.
+
+        Raises:
+            RuntimeError: it ended instead; says what it wrote.
+        """
+        command: tuple[str, ...] = (
+            sys.executable,
+            "-m",
+            "interlock",
+            "agent",
+            "--server",
+            str(self.server.client.base_url),
+        )
+        command += ("--token-file", str(self.server.folder / "admin.token"))
+        command += ("--name", self.name, "--data-dir", str(self.folder), *self._options)
+        self._process = subprocess.Popen(  # noqa: S603 - our own command
+            command, env=self._environment, stderr=subprocess.PIPE, text=True
+        )
+        process, connected = self._process, threading.Event()
+        threading.Thread(target=lambda: self._copy(process, connected.set), daemon=True).start()
+        while not connected.wait(0.05):
+            if process.poll() is not None:
+                raise RuntimeError(f"The agent ended with {process.returncode}: {self.log.read_text()[-2000:]}")
+
+    def _copy(self, process: subprocess.Popen[str], connected: Callable[[], None]) -> None:
+        assert process.stderr is not None
+        with self.log.open("a", encoding="utf-8") as log:
+            for line in process.stderr:
+                log.write(line)
+                log.flush()
+                if '"connected"' in line:
+                    connected()
+
+    def kill(self) -> None:
+        """End the agent as `kill -9` does; it is gone when this returns. Does nothing if it is gone already."""
+        self._end(subprocess.Popen.kill)
+
+    def stop(self) -> None:
+        """Ask the agent to end, and wait until it has."""
+        self._end(subprocess.Popen.terminate)
+
+    def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
+        if self._process is not None:
+            how(self._process)
+            self._process.wait(_PATIENCE_S)
+            self._process = None
+
+    def guests(self) -> list[int]:
+        """The processes that hold guests in this agent's folder."""
+        return guests_in(self.folder)
+
+    def clear(self) -> None:
+        """Kill everything of this host: agent, watchdog, guests."""
+        self.kill()
+        for process_id in (*self.guests(), *self._watchdog()):
+            os.kill(process_id, signal.SIGKILL)
+
+    def _watchdog(self) -> list[int]:
+        lock = self.folder / "watchdog.lock"
+        text = lock.read_text() if lock.exists() else ""
+        alive = text.isdigit() and Path(f"/proc/{text}").exists()
+        return [int(text)] if alive and b"watchdog" in Path(f"/proc/{text}/cmdline").read_bytes() else []
+
+
+def guests_in(folder: Path) -> list[int]:
+    """The processes that hold guests in a data folder."""
+    found = (find_in(one / "inside") for one in (folder / "guests" / "vms").glob("*"))
+    return [process_id for process_id in found if process_id is not None]

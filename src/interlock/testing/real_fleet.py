@@ -1,0 +1,83 @@
+"""A server and agents of other hosts, each a real process, and the few things that tests of them ask for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interlock.testing.nano_guest import nano_guest
+from interlock.testing.real_agent import RealAgent, guests_in
+from interlock.testing.real_server import RealServer
+
+_ADMITTED = 202
+_PATIENCE_S = 30.0
+_LOOK_AGAIN_S = 0.02
+
+QUICK = {
+    "INTERLOCK_DRIVER_GUEST_SHUTDOWN_TIMEOUT_MS": "5000",
+    "INTERLOCK_DRIVER_INSPECT_RETRY_MS": "50",
+    "INTERLOCK_HOSTS_LEASE_MS": "60000",
+    "INTERLOCK_HOSTS_LEASE_MARGIN_MS": "1000",
+    "INTERLOCK_HOSTS_SILENCE_MS": "15000",
+}
+
+
+class Fleet:
+    """One server, and agents by name."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self.server = RealServer(folder / "here", {**QUICK, "INTERLOCK_HOST": "here", **(settings or {})})
+        self.agents: dict[str, RealAgent] = {}
+
+    def start(self) -> None:
+        """Start the server, with the image `nano`."""
+        self.server.start()
+        kernel = nano_guest(self.folder)
+        with Path(kernel.path).open("rb") as file:
+            form = {"name": "nano", "kind": "kernel", "cmdline": "nano"}
+            self.server.client.post("/v1/images", data=form, files={"kernel": file}).raise_for_status()
+
+    def add(self, name: str, *options: str) -> RealAgent:
+        """Start an agent for a host of that name."""
+        agent = RealAgent(self.server, name, self.folder / name, options)
+        self.agents[name] = agent
+        agent.start()
+        self.until_linked(name)
+        return agent
+
+    def until_linked(self, name: str) -> None:
+        """Return when the server can ask the host."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not any(one["name"] == name and one["linked"] for one in self.server.get("/v1/hosts")["items"]):
+            assert time.monotonic() < deadline, f"{name} is not connected"
+            time.sleep(_LOOK_AGAIN_S)
+
+    def carry_out(self, vm: str, operation: str, **parameters: object) -> dict[str, Any]:
+        """Ask for an operation, which must be admitted and succeed."""
+        answer = self.server.submit(vm, operation, **parameters)
+        assert answer.status_code == _ADMITTED, answer.text
+        ended = self.server.ended(answer.json()["request"]["id"])
+        assert ended["status"] == "succeeded", ended
+        return ended
+
+    def create(self, name: str, host: str, image: str = "nano", **more: object) -> str:
+        """Create a VM on a host; its id, once it runs."""
+        body: dict[str, object] = {"name": name, "image": image, "host": host, **more}
+        answer = self.server.client.post("/v1/instances", json=body)
+        assert answer.status_code == _ADMITTED, answer.text
+        ended = self.server.ended(answer.json()["request"]["id"])
+        assert ended["status"] == "succeeded", ended
+        return str(answer.json()["instance"]["id"])
+
+    def clear(self) -> None:
+        """Kill everything, guests too."""
+        self.server.kill()
+        for agent in self.agents.values():
+            agent.clear()
+        for process_id in guests_in(self.server.folder):
+            os.kill(process_id, signal.SIGKILL)

@@ -1,0 +1,76 @@
+"""Agents of other hosts, in processes of their own: guests are held there, and outlive who is killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from interlock.testing.real_fleet import Fleet
+
+pytestmark = pytest.mark.qemu
+
+
+def test_a_guest_is_made_and_served_on_another_host(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    instance = fleet.create("one", "north")
+    assert fleet.server.get(f"/v1/instances/{instance}")["host"] == "north"
+    assert len(north.guests()) == 1
+    assert not (fleet.server.folder / "guests" / "vms" / instance).exists()
+    fleet.carry_out("one", "pause")
+    fleet.carry_out("one", "unpause")
+    fleet.carry_out("one", "stop")
+    assert north.guests() == []
+    fleet.carry_out("one", "delete")
+    assert list((north.folder / "guests" / "vms").iterdir()) == []
+    (host,) = fleet.server.get("/v1/hosts")["items"]
+    assert (host["name"], host["state"], host["linked"], host["instances"]) == ("north", "up", True, 0)
+
+
+def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "north")
+    (process,) = north.guests()
+    north.kill()
+    north.start()
+    fleet.carry_out("one", "pause")
+    fleet.server.kill()
+    fleet.server.start()
+    north.kill()
+    north.start()  # the server has another port now
+    fleet.carry_out("one", "unpause")
+    assert north.guests() == [process]
+
+
+def test_a_second_agent_on_the_same_folder_refuses_to_start(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    command = [sys.executable, "-m", "interlock", "agent", "--server", str(fleet.server.client.base_url)]
+    command += ["--token-file", str(fleet.server.folder / "admin.token"), "--name", "south"]
+    second = subprocess.run(
+        [*command, "--data-dir", str(north.folder)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert second.returncode != 0
+    assert "Another server is in charge of the guests" in second.stderr
+
+
+def test_what_is_asked_while_the_agent_is_away_is_done_when_it_is_back(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "north")
+    north.kill()
+    request = fleet.server.submit("one", "pause").json()["request"]["id"]
+    north.start()
+    assert fleet.server.ended(request)["status"] == "succeeded"
+    assert fleet.server.get("/v1/instances/one")["vm_state"] == "paused"
+
+
+def test_a_token_of_the_role_agent_speaks_for_a_host_and_does_nothing_else(fleet: Fleet) -> None:
+    made = fleet.server.client.post("/v1/tokens", json={"name": "north", "role": "agent", "project": "default"})
+    secret = made.json()["secret"]
+    token = fleet.folder / "agent.token"
+    token.write_text(secret)
+    agent = fleet.add("north", "--token-file", str(token))
+    assert agent.name == "north"
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert fleet.server.client.get("/v1/instances", headers=headers).status_code == 403
+    assert fleet.server.client.get("/v1/hosts", headers=headers).status_code == 403
