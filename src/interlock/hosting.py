@@ -16,13 +16,14 @@ import structlog
 
 from interlock.config import Config
 from interlock.core.errors import Forbidden, InterlockError, NotResponding
+from interlock.hypervisors.choice import hypervisor_of
 from interlock.hypervisors.remote.dialling import dial
 from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
 from interlock.hypervisors.remote.serving import HostService
 from interlock.hypervisors.remote.watchdog import LEASE, Watchdog
 from interlock.hypervisors.remote.wire import Exchange, Renew, Welcome
 from interlock.ports import Hypervisor, Link
-from interlock.wiring import hypervisor_of, make_folder
+from interlock.wiring import make_folder
 
 _LOG = structlog.get_logger(__name__)
 _PAUSE_S: Final = 0.2

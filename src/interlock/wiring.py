@@ -17,7 +17,6 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import structlog
 import uuid_utils
 import uvicorn
@@ -36,15 +35,12 @@ from interlock.driver.leases import Leases
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import Means
+from interlock.hypervisors.choice import hypervisor_of
 from interlock.hypervisors.dumps import DumpFolder
 from interlock.hypervisors.durable_files import write_whole
 from interlock.hypervisors.image_tool import ImageTool
 from interlock.hypervisors.images import ImageFolder
-from interlock.hypervisors.qemu.adapter import QemuHypervisor
-from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
-from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
-from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
@@ -351,21 +347,6 @@ class _Http(uvicorn.Server):
 def _url(listening: socket.socket, *, tls: bool) -> str:
     host, port = listening.getsockname()[:2]
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def hypervisor_of(config: Config) -> Hypervisor:
-    """What holds the guests of the host that this runs on."""
-    if config.hypervisor == "simulated":
-        return SimulatedHypervisor(SimulatedHost(folder=config.folder / "simulated"))
-    return QemuHypervisor(
-        QemuSettings(
-            folder=config.folder / "guests",
-            qemu_binary=config.qemu_binary,
-            accelerator=config.accelerator,
-            qmp_timeout_ms=config.qmp_timeout_ms,
-            **msgspec.structs.asdict(config.qemu),
-        )
-    )
 
 
 def make_folder(folder: Path) -> None:

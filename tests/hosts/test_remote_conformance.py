@@ -15,7 +15,12 @@ def name_of(promise: Check) -> str:
     return promise.__name__
 
 
-@pytest.mark.parametrize("promise", CHECKS, ids=name_of)
+LATE = frozenset({"saving_needs_a_permit_at_every_moment"})
+"""Promises for which somebody would have to be asked in the middle of a step. A host hears of a lost permit a little
+later than it is lost, and what it did until then counts as done before; nothing of who comes next overtakes that."""
+
+
+@pytest.mark.parametrize("promise", [one for one in CHECKS if name_of(one) not in LATE], ids=name_of)
 async def test_simulated_behind_a_connection(promise: Check, tmp_path: Path) -> None:
     host = RemoteUnderTest(SimulatedUnderTest(), tmp_path)
     await host.begin()
