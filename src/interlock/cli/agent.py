@@ -41,7 +41,8 @@ def agent(
     Ctrl-C or SIGTERM ends it. Its VMs go on without it for as long as the
     lease lasts that the server gave it (hosts.lease_ms); so start it again soon.
     """
-    from interlock import hosting, wiring
+    from interlock import hosting
+    from interlock.service import server_log
 
     environment = dict(invocation.environment)
     if data_dir is not None:
@@ -63,5 +64,5 @@ def agent(
         await hosting.HostAgent(config, contact).run()
 
     with told():
-        wiring.configure_logging(config)
+        server_log.configure_logging(config)
         run(serve())
