@@ -40,6 +40,7 @@ from interlock.hypervisors.dumps import DumpFolder
 from interlock.hypervisors.durable_files import write_whole
 from interlock.hypervisors.image_tool import ImageTool
 from interlock.hypervisors.images import ImageFolder
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
