@@ -137,7 +137,7 @@ class Instances:
             return msgspec.structs.replace(change, events=(created, *change.events))
 
         try:
-            async with self._capacity.deciding(instance_id):
+            async with self._resolving.giving(spec.image.id), self._capacity.deciding(instance_id):
                 disposition = await self._store.create(decide, _key(caller, key, "create", wish))
         except _TurnedAway as refusal:
             return refusal.answer
@@ -203,7 +203,8 @@ class Instances:
         key_kept = _key(caller, key, instance_id, _as_recorded(wish))
         grows = wish.operation in GROWING
         with self._passwords.offered(submission, password) as offer:
-            async with self._capacity.deciding(instance_id) if grows else contextlib.nullcontext():
+            deciding = self._capacity.deciding(instance_id) if grows else contextlib.nullcontext()
+            async with self._resolving.giving(None if unusable else parameters.get("image")), deciding:
                 disposition = await self._store.change(instance_id, decide, key_kept)
             offer.settle(disposition)
         instance = judged[0] if judged else await self.describe(caller, instance_id)

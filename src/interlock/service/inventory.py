@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -38,6 +40,9 @@ class Inventory:
         self._new_id = new_id
         self._capacity = capacity
         self._volume_gib_max = volume_gib_max
+        # Between looking and keeping there is a wait; of one who gives an image away and one who deletes it, one loses.
+        self._wanted: Counter[str] = Counter()
+        self._going: set[str] = set()
 
     # ----------------------------------------------------------------------------------------------------- images
 
@@ -120,11 +125,38 @@ class Inventory:
         image = await self.find_image(caller, reference)
         if image.project is None:
             caller.require(Role.ADMIN, "delete images that every project may use")
-        async for user in every_instance(self._store):
-            if image.id in user.image_ids:
-                raise InUse(f"The image {image.name} is used by {_named(user, caller)}.", remedy="Delete that first.")
-        await self._store.delete_image(image.id)
-        await self._image_files.remove(image)
+        if self._wanted[image.id]:
+            raise InUse(f"The image {image.name} is being given to an instance.", remedy="Delete that first.")
+        self._going.add(image.id)
+        try:
+            async for user in every_instance(self._store):
+                if image.id in user.image_ids:
+                    which = _named(user, caller)
+                    raise InUse(f"The image {image.name} is used by {which}.", remedy="Delete that first.")
+            await self._store.delete_image(image.id)
+            await self._image_files.remove(image)
+        finally:
+            self._going.discard(image.id)
+
+    @contextlib.asynccontextmanager
+    async def giving(self, image_id: str | None) -> AsyncIterator[None]:
+        """Keep the image, if it is one, from being deleted until an instance that has it is kept.
+
+        Raises:
+            NotFound: it is being deleted, or was.
+        """
+        if image_id is None:
+            yield
+            return
+        self._wanted[image_id] += 1
+        try:
+            if image_id in self._going or all(image.id != image_id for image in await self._store.images()):
+                raise NotFound("The image is being deleted.", remedy="List them with `interlock image list`.")
+            yield
+        finally:
+            self._wanted[image_id] -= 1
+            if not self._wanted[image_id]:
+                del self._wanted[image_id]
 
     # ---------------------------------------------------------------------------------------------------- volumes
 

@@ -5,6 +5,7 @@ Nothing here looks at the state of an instance, and nothing is changed.
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from interlock.core.errors import InUse, Invalid
@@ -42,6 +43,10 @@ class Resolving:
             forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in wish.forwards),
             seed=seed_of(wish),
         )
+
+    def giving(self, image_id: str | None) -> AbstractAsyncContextManager[None]:
+        """As `Inventory.giving`."""
+        return self._inventory.giving(image_id)
 
     async def parameters(
         self, caller: Caller, operation: Operation, instance_id: str, parameters: dict[str, Any]
