@@ -35,6 +35,9 @@ def request(one: records.Request) -> schemas.Request:
         preempts=one.preempts,
         phase=one.phase,
         progress=one.progress,
+        bytes_done=one.bytes_done,
+        bytes_total=one.bytes_total,
+        bytes_per_s=one.bytes_per_s,
         detail=one.detail,
         admitted_at=timestamp(one.admitted_at_ms),
         held_until_at=maybe(one.held_until_ms),
@@ -73,7 +76,7 @@ def instance(one: records.Instance) -> schemas.Instance:
         restart=one.restart,
         restarts=0 if one.restarts is None else one.restarts.count,
         restart_due_at=maybe(None if one.restarts is None else one.restarts.due_at_ms),
-        image=None if spec is None else schemas.ImageReference(id=spec.image.id, name=spec.image.name),
+        image=None if spec is None else _reference(spec.image),
         vcpus=0 if spec is None else spec.vcpus,
         memory_mib=0 if spec is None else spec.memory_mib,
         root_gib=0 if spec is None else spec.root_gib,
@@ -83,9 +86,23 @@ def instance(one: records.Instance) -> schemas.Instance:
         ),
         seeded=spec is not None and spec.seed is not None,
         volumes=tuple(disk.id for disk in (spec.disks if spec is not None else ())),
+        interfaces=tuple(
+            schemas.Interface(id=plugged.id, mac=plugged.mac)
+            for plugged in (spec.interfaces if spec is not None else ())
+        ),
+        prior_size=None if one.prior_spec is None else _size(one.prior_spec),
+        shelved_image=None if one.shelved_image is None else _reference(one.shelved_image),
         outstanding=tuple(request(outstanding) for outstanding in one.outstanding),
         held=tuple(request(held) for held in one.held),
     )
+
+
+def _size(spec: records.Spec) -> schemas.Size:
+    return schemas.Size(vcpus=spec.vcpus, memory_mib=spec.memory_mib, root_gib=spec.root_gib)
+
+
+def _reference(image: records.Image) -> schemas.ImageReference:
+    return schemas.ImageReference(id=image.id, name=image.name)
 
 
 def instance_page(page: Page) -> schemas.InstancePage:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+import interlock.cli.operations  # noqa: F401 - adds its commands
 from interlock.cli import (
     agent,
     console,

@@ -81,6 +81,8 @@ def say_answer(
     if invocation.json:
         return
     what = f"{spoken(operation)} of {vm}"
+    if not isinstance(answer, Redundant) and answer.password is not None:
+        invocation.say(f"The password, told this once: {answer.password}")
     if isinstance(answer, Redundant):
         _say_redundant(invocation, answer, what)
     elif isinstance(answer, Held):

@@ -1,20 +1,19 @@
-"""`interlock vm`: create, list, show, and the operations that can be asked for."""
+"""`interlock vm`: create, list, show and label. The operations that can be asked for are in `operations`."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Unpack
 
 import click
 
-from interlock.api.schemas import Created, Instance, InstancePage, NewForward, NewInstance
+from interlock.api.schemas import Created, Instance, InstancePage, NewForward, NewInstance, Size
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
-from interlock.cli.naming import IMAGES, INSTANCES, VOLUMES, OperationName, completer, path_of, suggesting, vm_argument
+from interlock.cli.naming import IMAGES, INSTANCES, OperationName, completer, path_of, suggesting, vm_argument
 from interlock.cli.refusals import explain_failure
 from interlock.cli.restart_option import WORDS, restart_option, spoken_policy
 from interlock.cli.seed_options import SeedOptions, seed_options
-from interlock.cli.submitting import asking_options, fresh_key, submit, wait_option
+from interlock.cli.submitting import fresh_key, wait_option
 from interlock.cli.waiting import describe, wait_for_end
 from interlock.cli.wording import STATE_COLOURS, age, clock, printable, spoken
 from interlock.core.operations import Operation
@@ -235,7 +234,9 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Image": one.image.name if one.image is not None else None,
         "Size": _size_of(one),
         "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
+        "Before": None if one.prior_size is None else f"{_size_of(one.prior_size)}; confirm or revert the resize",
         "Volumes": ", ".join(one.volumes),
+        "Interfaces": ", ".join(f"{plugged.mac} [{plugged.id}]" for plugged in one.interfaces),
         "Metadata": printable(", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items()))),
         "Tags": printable(", ".join(one.tags)),
         "Locked by": one.locked_by,
@@ -253,85 +254,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         invocation.say(f"{title:<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
 
 
-def _size_of(one: Instance) -> str:
+def _size_of(one: Instance | Size) -> str:
     processors = f"{one.vcpus} vcpu" + ("" if one.vcpus == 1 else "s")
     disk = f", root disk {one.root_gib} GiB" if one.root_gib else ""
     return f"{processors}, {one.memory_mib} MiB memory{disk}"
-
-
-# ------------------------------------------------------------------------------------------------------- operations
-
-
-def _simple(operation: Operation, help_text: str) -> None:
-    """Add the command of an operation that takes no parameters."""
-
-    @vm_commands.command(operation.value, help=help_text)
-    @vm_argument
-    @asking_options
-    @needs_invocation
-    def run(invocation: Invocation, *, vm: str, wait: bool, hold: str | None) -> None:
-        submit(invocation, vm, operation, wait=wait, hold=hold)
-
-
-_simple(Operation.START, "Boot a VM that is stopped.")
-
-
-def _with_hard(operation: Operation, help_text: str, hard_help: str) -> None:
-    @vm_commands.command(operation.value, help=help_text)
-    @vm_argument
-    @click.option("--hard", is_flag=True, help=hard_help)
-    @asking_options
-    @needs_invocation
-    def run(invocation: Invocation, *, vm: str, hard: bool, wait: bool, hold: str | None) -> None:
-        submit(invocation, vm, operation, wait=wait, hold=hold, parameters={"hard": True} if hard else None)
-
-
-_with_hard(
-    Operation.STOP, "Ask the guest to power off; after a time-out, pull the plug.", "Pull the plug without asking."
-)
-_with_hard(Operation.REBOOT, "Ask the guest to restart; after a time-out, reset it.", "Reset it without asking.")
-_simple(Operation.PAUSE, "Halt a VM's processors; its memory is kept.")
-_simple(Operation.UNPAUSE, "Let a paused VM go on.")
-_simple(Operation.LOCK, "Let only the locker and admins change a VM.")
-_simple(Operation.UNLOCK, "Take the lock off again.")
-
-
-@vm_commands.command()
-@vm_argument
-@click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
-@asking_options
-@needs_invocation
-def delete(invocation: Invocation, *, vm: str, yes: bool, wait: bool, hold: str | None) -> None:
-    """Delete a VM and its root disk. Volumes are kept. On a terminal this asks first."""
-    if not yes and sys.stdin.isatty():
-        click.confirm(f"Delete {vm} and its root disk?", abort=True, err=True)
-    submit(invocation, vm, Operation.DELETE, wait=wait, hold=hold)
-
-
-def _with_volume(name: str, operation: Operation, help_text: str) -> None:
-    @vm_commands.command(name, help=help_text)
-    @vm_argument
-    @click.argument("volume", shell_complete=completer(VOLUMES))
-    @asking_options
-    @needs_invocation
-    def run(invocation: Invocation, *, vm: str, volume: str, wait: bool, hold: str | None) -> None:
-        with suggesting(invocation.client, VOLUMES, volume):
-            submit(invocation, vm, operation, wait=wait, hold=hold, parameters={"volume": volume})
-
-
-_with_volume("attach", Operation.ATTACH_VOLUME, "Attach a volume to a VM, running or not.")
-_with_volume("detach", Operation.DETACH_VOLUME, "Detach a volume from a VM.")
-
-
-@vm_commands.command("reset-state")
-@vm_argument
-@click.option(
-    "--to", "vm_state", type=click.Choice(["active", "stopped", "error"]), default="error", help="Default: error."
-)
-@click.option("--reason", required=True, help="Why, for the record.")
-@asking_options
-@needs_invocation
-def reset_state(invocation: Invocation, *, vm: str, vm_state: str, reason: str, wait: bool, hold: str | None) -> None:
-    """Correct the recorded state of a VM, ending whatever is outstanding. For admins."""
-    parameters = {"vm_state": vm_state, "reason": reason}
-    submit(invocation, vm, Operation.RESET_STATE, wait=wait, hold=hold, parameters=parameters)
