@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,8 +236,6 @@ def scatter(root: Path) -> None:
     noise = root.with_name("noise")
     noise.write_bytes(os.urandom(8 * MIB))
     words = ["qemu-io", "-f", "qcow2", "-c", f"write -s {noise} 40M 8M", str(root)]
-    import subprocess
-
     subprocess.check_output(words)
     noise.unlink()
 
@@ -369,6 +370,91 @@ async def test_a_cancelled_worker_ends_its_image_tool(host: QemuWorkbench, image
         await export
     assert ended(int(place.read_text()))
     assert leftovers(host.folder) == []
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
+
+
+DOOMED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+import msgspec
+from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.core.records import Spec
+
+class Permit:
+    def check(self):
+        pass
+
+def report(done, total=None):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def serve(folder, spec):
+    host = QemuWorkbench(folder)
+    host.settings = msgspec.structs.replace(
+        host.settings, image_tool_binary=sys.argv[3], copy_look_interval_ms=10, copy_bytes_per_s=4 << 20
+    )
+    hypervisor = host.make()
+    await hypervisor.open(print)
+    if sys.argv[4] == "live":
+        await hypervisor.power_on(Permit(), "one", spec)
+    await hypervisor.export_root_disk(Permit(), "one", spec, folder / "export.qcow2", report)
+
+asyncio.run(serve(Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=Spec)))
+"""
+
+
+async def doomed(host: QemuWorkbench, spec: Spec, how: str) -> None:
+    """Run a server that kills itself as soon as something is exported."""
+    words = [str(host.folder), msgspec.json.encode(spec).decode(), host.settings.image_tool_binary, how]
+    server = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *words)
+    assert await server.wait() == -signal.SIGKILL
+
+
+async def test_the_image_tool_of_a_killed_server_is_gone_and_its_work_done_again(
+    host: QemuWorkbench, image: Image
+) -> None:
+    place, spec = with_stuck_tool(host), spec_of(image)
+    hypervisor = await opened(host)
+    root = await written(hypervisor, host, spec)
+    await hypervisor.close()
+    await doomed(host, spec, "at rest")
+    async with asyncio.timeout(PATIENCE_S):
+        await until_ended(int(place.read_text()))
+    host.settings = msgspec.structs.replace(host.settings, image_tool_binary="qemu-img")
+    hypervisor = await opened(host)
+    await hypervisor.export_root_disk(PERMIT, "one", spec, host.folder / "export.qcow2", Progress())
+    assert same_content(root, host.folder / "export.qcow2")
+    await booted(hypervisor, host, spec)
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
+
+
+async def until_ended(process_id: int) -> None:
+    while True:
+        if ended(process_id):
+            return
+        await asyncio.sleep(0.01)
+
+
+async def test_a_server_killed_in_a_live_export_is_followed_by_one_that_makes_it_again(
+    host: QemuWorkbench, image: Image
+) -> None:
+    spec, target = spec_of(image), host.folder / "export.qcow2"
+    hypervisor = await opened(host)
+    root = await written(hypervisor, host, spec)
+    await hypervisor.close()
+    await doomed(host, spec, "live")
+    hypervisor = await opened(host)
+    guest = guest_of(hypervisor)
+    (job,) = await guest.ask("query-jobs")
+    assert job["status"] == "running", "QEMU goes on with it"
+    assert not target.exists()
+    await hypervisor.export_root_disk(PERMIT, "one", spec, target, Progress())
+    assert await guest.ask("query-jobs") == []
+    await hypervisor.power_off(PERMIT, "one")
+    assert same_content(root, target)
+    assert is_whole(root)
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
 

@@ -125,7 +125,8 @@ class Hypervisor(Protocol):
         while it has none; its seed. Other root disks stay, see `drop_root_disks`.
 
         Raises:
-            Refused: the image, or its rescue image, is not there any more; or there is no room.
+            Refused: the image, or its rescue image, is not there any more, or a root disk that stands by itself is
+                not, which only `root_disk_from` and `copy_root_disk` make; or there is no room.
         """
         ...
 
