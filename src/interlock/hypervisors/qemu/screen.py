@@ -29,20 +29,17 @@ async def screenshot(guest: Guest) -> bytes:
     """What the screen shows, as PNG. Raises as `Hypervisor.screenshot`."""
     picture = os.memfd_create("screenshot", os.MFD_CLOEXEC)
     try:
-        # QEMU wants a descriptor that is open for just what it does.
-        write_only = os.open(f"/proc/self/fd/{picture}", os.O_WRONLY | os.O_CLOEXEC)
+        os.fchmod(picture, 0o666)
+        given = await guest.tell(_Looking(), "add-fd", attach=picture)
         try:
-            number = (await guest.tell(_Looking(), "add-fd", attach=write_only))["fdset-id"]
-        finally:
-            os.close(write_only)
-        try:
-            wanted = {"filename": f"/dev/fdset/{number}", "format": "png"}
+            # Under its number, not that of its set: QEMU would not forget the set of a picture that it has written.
+            wanted = {"filename": f"/proc/self/fd/{given['fd']}", "format": "png"}
             await guest.tell(_Looking(), "screendump", wanted)
         except Refused as refusal:
             raise _no_screen(guest, refusal) from refusal
         finally:
             with contextlib.suppress(Refused, NotThere, NotResponding):
-                await guest.tell(_Looking(), "remove-fd", {"fdset-id": number})
+                await guest.tell(_Looking(), "remove-fd", {"fdset-id": given["fdset-id"]})
         return os.pread(picture, _PICTURE_BYTES_MAX, 0)
     finally:
         os.close(picture)
