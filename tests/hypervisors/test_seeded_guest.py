@@ -1,0 +1,52 @@
+"""A real guest of the QEMU adapter finds its seed and does what it says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from interlock.core.records import Seed, Spec
+from interlock.hypervisors.images import ImageFolder
+from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.qemu_workbench import QemuWorkbench
+
+NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.xdist_group("small_guest"),
+    pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="QEMU or apt is not on this system"),
+]
+PERMIT = GivenPermit()
+
+
+def cache_folder() -> Path:
+    """That of the small guest's own tests."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "interlock-tests" / "packages"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
+    yield host
+    host.end_everything()
+
+
+async def test_a_small_guest_takes_its_seed_to_heart(host: QemuWorkbench, tmp_path: Path) -> None:
+    image = await ImageFolder(tmp_path / "images", cache=cache_folder()).build_small("small", "small")
+    seed = Seed(hostname="web-1", user_data="#!/bin/sh\necho told to $(hostname)\n")
+    spec = Spec(image=image, memory_mib=128, seed=seed)
+    hypervisor = host.make()
+    await hypervisor.open(Told())
+    await hypervisor.define(PERMIT, "one", spec)
+    await hypervisor.power_on(PERMIT, "one", spec)
+    await host.until_said("one", "interlock-guest: seed web-1")
+    await host.until_said("one", "told to web-1")
+    await host.until_said("one", "interlock-guest: agent listens")
+    assert await hypervisor.agent_answers("one")
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
