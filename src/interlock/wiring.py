@@ -48,6 +48,7 @@ from interlock.policies.sources import Source
 from interlock.ports import Clock, Hypervisor, RemoteHost
 from interlock.service.callers import Callers
 from interlock.service.capacity import Capacity, limits_of
+from interlock.service.dumps import Dumps
 from interlock.service.hosts import HostVerbs
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
@@ -235,6 +236,7 @@ class Server:
             accelerator=lambda: self.hypervisor.accelerator if isinstance(self.hypervisor, QemuHypervisor) else None,
             inventory=self.inventory,
             seeing=Seeing(self.instances, self.hosts.of),
+            dumps=Dumps(self.instances, self.dump_files),
             policies=self.policies,
             callers=self.callers,
             config=self.config,

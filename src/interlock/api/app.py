@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from interlock.api import (
     console,
+    dumps,
     events,
     host,
     hosts,
@@ -42,6 +43,7 @@ __all__ = ["DOORS", "ApiParts", "create_app"]
 DOORS: Final[tuple[Door, ...]] = (
     *instances.DOORS,
     *console.DOORS,
+    *dumps.DOORS,
     *requests.DOORS,
     *events.DOORS,
     *inventory.DOORS,

@@ -13,6 +13,7 @@ from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.service.callers import Caller, Callers
 from interlock.service.capacity import Capacity
+from interlock.service.dumps import Dumps
 from interlock.service.hosts import HostVerbs
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
@@ -29,6 +30,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: Callable[[], str | None]
     """What runs this host's guests' processors; None where nothing does."""
     seeing: Seeing
+    dumps: Dumps
     policies: Policies
     callers: Callers
     hosts: HostVerbs

@@ -13,6 +13,7 @@ import interlock.cli.operations  # noqa: F401 - adds its commands
 from interlock.cli import (
     agent,
     console,
+    dumps,
     host,
     inquiries,
     inventory,
@@ -116,7 +117,7 @@ def build(*more: click.Command) -> click.Group:
         policy.policy_commands.add_command(command)
     vm_commands.add_command(protecting.protect)
     vm_commands.add_command(protecting.unprotect)
-    for command in (console.console, screen.screenshot, screen.vnc, ssh.ssh):
+    for command in (console.console, dumps.dump, dumps.dumps, screen.screenshot, screen.vnc, ssh.ssh):
         vm_commands.add_command(command)
     return interlock
 

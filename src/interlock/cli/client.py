@@ -206,12 +206,27 @@ class Client:
         return Failure(ExitCode.NOT_REACHABLE, message, remedy=remedy)
 
 
+_CHUNK_BYTES = 1 << 20
+
+
 class Stream:
     """The lines of an answer that does not end."""
 
     def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
         self._connection = connection
         self._response = response
+
+    def chunks(self) -> Iterable[bytes]:
+        """The bytes of an answer that does end, in pieces. Raises `OSError` where it ends early."""
+        try:
+            while chunk := self._response.read(_CHUNK_BYTES):
+                yield chunk
+            if self._response.length:
+                raise ConnectionResetError("the connection was lost half-way")
+        except http.client.HTTPException as error:
+            raise ConnectionResetError("the connection was lost half-way") from error
+        finally:
+            self._connection.close()
 
     def lines(self) -> Iterable[str]:
         """Lines without their ends, until the connection is lost."""

@@ -10,7 +10,7 @@ A check ends without an error if the promise is kept. Nothing here may know an a
 waits for what was promised, and `patience_s` is how long it may take.
 """
 
-from interlock.testing.check_hypervisor import bad_days, everyday, interfaces, memory, root_disks
+from interlock.testing.check_hypervisor import bad_days, everyday, interfaces, memory, root_disks, senses
 from interlock.testing.check_hypervisor.bench import CHECKS, Bench, Check, GivenPermit, HypervisorUnderTest, Told, run
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "memory",
     "root_disks",
     "run",
+    "senses",
 ]

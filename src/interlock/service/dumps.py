@@ -1,0 +1,31 @@
+"""The verbs on memory dumps: which there are, and where. What a guest knows is in them, so readers get none."""
+
+from __future__ import annotations
+
+from interlock.core.errors import NotFound
+from interlock.ports import Dump, DumpFiles, Role
+from interlock.service.callers import Caller
+from interlock.service.instances import Instances
+
+
+class Dumps:
+    """Finds dumps for callers, for whom only their own project's instances exist."""
+
+    def __init__(self, instances: Instances, files: DumpFiles) -> None:
+        self._instances = instances
+        self._files = files
+
+    async def of(self, caller: Caller, reference: str) -> tuple[Dump, ...]:
+        """The instance's dumps, oldest first. Raises `NotFound`."""
+        instance = await self._instances.describe(caller, reference)
+        return await self._files.dumps(instance.id)
+
+    async def find(self, caller: Caller, reference: str, dump_id: str) -> Dump:
+        """One dump, to be read. Raises `NotFound`, `Forbidden`."""
+        caller.require(Role.MEMBER, "read what a guest had in its memory")
+        for dump in await self.of(caller, reference):
+            if dump.id == dump_id:
+                return dump
+        raise NotFound(
+            f"{reference[:80]} has no dump {dump_id[:80]}.", remedy="List them with `interlock vm dumps NAME`."
+        )
