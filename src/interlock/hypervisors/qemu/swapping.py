@@ -143,8 +143,9 @@ async def _close_strays(guest: Guest, permit: Permit) -> None:
     names = [name for name in guest.folder.node_names() if name in there and name not in used]
     # Whoever looks through another comes first.
     for name in sorted(names, key=lambda name: not name.startswith(_VIEW_PREFIX)):
-        with contextlib.suppress(Refused, NotResponding):
-            await guest.tell(permit, "blockdev-del", {"node-name": name})
+        # One that is still used in the end is what a swap of another disk is at work with.
+        with contextlib.suppress(NotResponding):
+            await remove_node(guest, permit, name)
 
 
 _VIEW_PREFIX: Final = "view-"
