@@ -1,4 +1,4 @@
-"""The operations of the catalogue as commands of `interlock vm`: one command for each, and nothing else.
+"""The operations of the catalogue as commands of `interlock vm`: one command for each; `dump` is in `dumps`.
 
 What all of them take, and how the answer is said, is in `submitting`.
 """
@@ -30,7 +30,6 @@ SIMPLE = {
     "shelve": (_O.SHELVE, "Power a VM off, and keep an image of its root disk."),
     "offload": (_O.SHELVE_OFFLOAD, "Remove a shelved VM from its host; the image is kept."),
     "unshelve": (_O.UNSHELVE, "Bring a shelved VM back to what it was before."),
-    "crash-dump": (_O.CRASH_DUMP, "Write a dump of a VM's memory for a debugger."),
     "soft-delete": (_O.SOFT_DELETE, "Power a VM off, and delete it unless it is restored in time."),
     "restore": (_O.RESTORE, "Bring back a VM that was soft-deleted."),
     "lock": (_O.LOCK, "Let only the locker and admins change a VM."),
