@@ -75,7 +75,8 @@ def _created(stage: Stage, _before: Before) -> None:
 
 def _stopped(stage: Stage, before: Before) -> None:
     off(stage, "stopped")
-    assert "power button" in stage.console(VM)[before.console :] or "shutdown" in stage.console(VM)[before.console :]
+    said = stage.console(VM)[before.console :]
+    assert "power button" in said or "agent powerdown" in said, f"the guest was not asked, and said {said!r}"
 
 
 def _stopped_hard(stage: Stage, _before: Before) -> None:
