@@ -31,7 +31,7 @@ from interlock.core.records import (
 )
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
 from interlock.core.restart_policy import RestartPolicy
-from interlock.core.states import PowerState, VmState
+from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 
 
 def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
@@ -230,7 +230,7 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
             state, power, error = VmState.ERROR, PowerState.NONE, "What held the guest ended unexpectedly."
         case GuestEvent.RESET:
             pass
-    if not instance.executing:
+    if instance.vm_state not in EXECUTING_STATES:
         state, error = instance.vm_state, None
     draft.alive()
     draft.tell(f"guest.{event.value}")
