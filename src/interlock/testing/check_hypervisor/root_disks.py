@@ -248,3 +248,24 @@ async def a_revoked_permit_swaps_nothing(bench: Bench) -> None:
     async with raises(Fenced):
         await bench.in_time(bench.hypervisor.swap_disk(permit, "one", old, new, Progress()))
     assert await bench.hypervisor.inspect("one") == before
+
+
+@check
+async def a_disk_that_a_guest_has_is_not_copied_at_rest(bench: Bench) -> None:
+    old, new = bench.host.disk("v1"), bench.host.disk("v2")
+    await bench.in_time(bench.hypervisor.copy_disk(bench.permit, "one", old, new, Progress()))
+    await bench.start(spec=msgspec.structs.replace(bench.spec, disks=(old,)))
+    async with raises(Refused):
+        await bench.in_time(bench.hypervisor.copy_disk(bench.permit, "one", old, new, Progress()))
+    async with raises(Refused):
+        await bench.in_time(bench.hypervisor.copy_disk(bench.permit, "one", new, old, Progress()))
+    await bench.hypervisor.power_off(bench.permit, "one")
+    await bench.in_time(bench.hypervisor.copy_disk(bench.permit, "one", old, new, Progress()))
+
+
+@check
+async def a_revoked_permit_copies_nothing(bench: Bench) -> None:
+    permit = GivenPermit()
+    permit.revoke()
+    async with raises(Fenced):
+        await bench.hypervisor.copy_disk(permit, "one", bench.host.disk("v1"), bench.host.disk("v2"), Progress())
