@@ -246,6 +246,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         operation=_O.DETACH_INTERFACE,
+        chosen=lambda stage: {"interface": stage.instance(VM)["interfaces"][0]["id"]},
         proof="The guest said on its console that the interface is gone.",
         prepare=_plug,
         verify=_unplugged,

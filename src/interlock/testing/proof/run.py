@@ -61,7 +61,8 @@ def _ask(stage: Stage, scenario: Scenario) -> str | None:
     try:
         if not scenario.exists:
             return stage.create(VM)
-        answer = stage.server.submit(VM, scenario.operation.value, **scenario.parameters)
+        parameters = scenario.chosen(stage) if scenario.chosen else scenario.parameters
+        answer = stage.server.submit(VM, scenario.operation.value, **parameters)
     except httpx.TransportError:
         return None
     assert answer.is_success, f"{scenario.operation.value}: {answer.status_code} {answer.text}"

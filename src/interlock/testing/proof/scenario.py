@@ -46,6 +46,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     verify: Callable[[Stage, Before], None]
     """Raises AssertionError unless the operation did what it says."""
     parameters: dict[str, Any] = {}
+    chosen: Callable[[Stage], dict[str, Any]] | None = None
+    """The parameters, where they are known only once it is prepared."""
     answers: bool = True
     """Whether the guest answers just before it."""
     exists: bool = True
