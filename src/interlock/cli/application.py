@@ -31,6 +31,7 @@ from interlock.cli import (
     screen,
     server,
     ssh,
+    travelling,
     watching,
 )
 from interlock.cli.demo import demo
@@ -111,6 +112,8 @@ def build(*more: click.Command) -> click.Group:
     for command in (*COMMANDS, *more):
         interlock.add_command(command)
     inventory.token_commands.add_command(server.recover_token)
+    for command in travelling.COMMANDS:
+        vm_commands.add_command(command)
     for command in other_hosts.COMMANDS:
         host.host_commands.add_command(command)
     for command in POLICY_COMMANDS:

@@ -149,6 +149,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker found or made that the instance is to be known by from now on; what is not named stays."""
 
     spec: Spec | msgspec.UnsetType = msgspec.UNSET
+    host: str | msgspec.UnsetType = msgspec.UNSET
     prior_spec: Spec | msgspec.UnsetType | None = msgspec.UNSET
     shelved_image: Image | msgspec.UnsetType | None = msgspec.UNSET
     prior_vm_state: VmState | msgspec.UnsetType = msgspec.UNSET

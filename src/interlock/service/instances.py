@@ -14,7 +14,7 @@ import msgspec
 from interlock.core import admission, lifecycle
 from interlock.core.claims import GROWING
 from interlock.core.errors import GenerationMismatch, InterlockError, InUse, Invalid, NameTaken, NotFound
-from interlock.core.operations import Operation
+from interlock.core.operations import TRAVELS, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     ENDS,
@@ -177,6 +177,8 @@ class Instances:
         unusable: InterlockError | None = None
         try:
             parameters = await self._resolving.parameters(caller, wish.operation, instance_id, parameters)
+            if wish.operation in TRAVELS:
+                self._hosts.require_there(str(parameters.setdefault("host", self._hosts.own)))
         except (InUse, NotFound, NameTaken, Invalid) as error:
             # What a key was answered with stays its answer, whatever has become since of what it named.
             unusable = error
@@ -193,6 +195,8 @@ class Instances:
                 raise unusable
             _check_generation(instance, if_generation)
             fitting.check(instance, wish.operation, parameters)
+            if wish.operation in TRAVELS and parameters["host"] == instance.host:
+                raise Invalid(f"{instance.name} is on the host {instance.host} already.", remedy="Name another host.")
             reached = msgspec.structs.replace(submission, host_reachable=self._hosts.reachable(instance.host))
             change = admission.admit(instance, reached, self.policy, now_ms)
             if grows and isinstance(change.answer, Admitted | Held):

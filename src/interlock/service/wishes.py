@@ -185,6 +185,15 @@ class DetachInterfaceParameters(msgspec.Struct, frozen=True, kw_only=True, forbi
     """Its id."""
 
 
+class EvacuateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of evacuate."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+    """Where it is taken up; default: the server's own host."""
+    from_image: bool = False
+    """True lets its root disk begin as its image again: what was on it is on the host that is lost."""
+
+
 class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of reset_state."""
 
@@ -212,6 +221,7 @@ PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.DETACH_INTERFACE: DetachInterfaceParameters,
     Operation.REBUILD: RebuildParameters,
     Operation.RESIZE: ResizeParameters,
+    Operation.EVACUATE: EvacuateParameters,
     Operation.SNAPSHOT: SnapshotParameters,
     Operation.BACKUP: BackupParameters,
     Operation.RESET_STATE: ResetStateParameters,

@@ -18,6 +18,7 @@ from interlock.driver.operations import (
     copies,
     interfaces,
     memory,
+    migrating,
     power,
     presence,
     rebuilding,
@@ -71,6 +72,7 @@ PERFORMANCES: dict[Operation, Performance] = {
     Operation.SHELVE: Performance(perform=shelving.shelve, undo=shelving.undo_shelve, absorbs=_ENDS),
     Operation.SHELVE_OFFLOAD: Performance(perform=shelving.offload),
     Operation.UNSHELVE: Performance(perform=shelving.unshelve, undo=shelving.undo_unshelve),
+    Operation.EVACUATE: Performance(perform=migrating.evacuate, absorbs=_ENDS),
     Operation.SNAPSHOT: Performance(perform=copies.snapshot, undo=copies.undo),
     Operation.BACKUP: Performance(perform=copies.backup, undo=copies.undo),
 }

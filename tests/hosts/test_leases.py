@@ -1,0 +1,82 @@
+"""A host whose agent is silent ends its guests in time, and only then may they be taken up elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from interlock.testing.real_agent import guests_in
+from interlock.testing.real_fleet import Fleet
+
+pytestmark = pytest.mark.qemu
+
+LEASE_MS = 6_000
+MARGIN_MS = 2_000
+
+
+@pytest.fixture
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet with short leases."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="interlock-lease-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        one = Fleet(
+            folder,
+            {"INTERLOCK_HOSTS_LEASE_MS": str(LEASE_MS), "INTERLOCK_HOSTS_LEASE_MARGIN_MS": str(MARGIN_MS)},
+        )
+        try:
+            one.start()
+            yield one
+        finally:
+            one.clear()
+
+
+def state_of(fleet: Fleet, name: str) -> str:
+    return str(fleet.server.get(f"/v1/hosts/{name}")["state"])
+
+
+def test_guests_of_a_killed_agent_end_with_its_lease_and_are_evacuated_not_earlier(short: Fleet) -> None:
+    north = short.add("north")
+    instance = short.create("one", "north")
+    (before,) = north.guests()
+    north.kill()
+    refused = short.server.submit("one", "evacuate")
+    assert refused.status_code == 409, refused.text
+    assert north.guests() == [before]
+    deadline = time.monotonic() + (LEASE_MS + MARGIN_MS) / 1000 + 20
+    while state_of(short, "north") == "up":
+        assert time.monotonic() < deadline
+        if north.guests():
+            assert short.server.submit("one", "evacuate").status_code == 409
+        time.sleep(0.1)
+    assert state_of(short, "north") == "fenced"
+    assert north.guests() == []
+    short.carry_out("one", "evacuate")
+    assert len(guests_in(short.server.folder)) == 1
+    assert short.server.get(f"/v1/instances/{instance}")["host"] == "here"
+    north.start()
+    short.until_linked("north")
+    deadline = time.monotonic() + 20
+    while any((north.folder / "guests" / "vms").iterdir()):
+        assert time.monotonic() < deadline, "what was left on the lost host stays there"
+        time.sleep(0.05)
+    assert north.guests() == []
+    assert len(guests_in(short.server.folder)) == 1
+
+
+def test_an_admin_can_say_that_a_lost_host_is_fenced_but_not_one_that_is_connected(short: Fleet) -> None:
+    north = short.add("north")
+    word = {"guests_have_ended": True}
+    assert short.server.client.post("/v1/hosts/north/fence", json=word).status_code == 422
+    north.stop()
+    deadline = time.monotonic() + 20
+    while short.server.get("/v1/hosts/north")["linked"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    answer = short.server.client.post("/v1/hosts/north/fence", json=word)
+    assert (answer.status_code, answer.json()["state"], answer.json()["fenced_by"]) == (200, "fenced", "admin")
