@@ -80,3 +80,23 @@ def test_an_admin_can_say_that_a_lost_host_is_fenced_but_not_one_that_is_connect
         time.sleep(0.05)
     answer = short.server.client.post("/v1/hosts/north/fence", json=word)
     assert (answer.status_code, answer.json()["state"], answer.json()["fenced_by"]) == (200, "fenced", "admin")
+
+
+def test_an_evacuation_whose_server_is_killed_is_finished_by_the_next(short: Fleet) -> None:
+    north = short.add("north")
+    short.create("one", "north")
+    north.kill()
+    until_fenced(short, "north")
+    request = short.server.submit("one", "evacuate").json()["request"]["id"]
+    short.server.kill()
+    short.server.start()
+    assert short.server.ended(request)["status"] == "succeeded"
+    assert len(guests_in(short.server.folder)) == 1
+    assert north.guests() == []
+
+
+def until_fenced(fleet: Fleet, name: str) -> None:
+    deadline = time.monotonic() + (LEASE_MS + MARGIN_MS) / 1000 + 20
+    while state_of(fleet, name) != "fenced":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

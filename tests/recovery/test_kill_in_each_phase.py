@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.operations import CATALOGUE, Operation, land
+from interlock.core.operations import CATALOGUE, TRAVELS, Operation, land
 from interlock.core.records import Instance, Request, Status
 from interlock.core.states import VmState
 from interlock.driver.operations import PERFORMANCES
@@ -50,10 +50,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_operation_and_every_phase_is_killed() -> None:
     """One that is performed and not in the table, or in a phase that no test dies in, fails here."""
-    assert set(STORIES) == set(PERFORMANCES)
+    performed = set(PERFORMANCES) - TRAVELS  # those have two hosts, and are killed in tests/hosts
+    assert set(STORIES) == performed
     phases = {
         (operation, phase)
-        for operation in PERFORMANCES
+        for operation in performed
         for phase in CATALOGUE[operation].phases + CATALOGUE[operation].hard_phases
     }
     assert {case for case in phases if case[1] not in PASSED_OVER} == set(CASES)
