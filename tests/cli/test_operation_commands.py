@@ -39,7 +39,9 @@ WITH_PARAMETERS: tuple[tuple[str, Operation, dict[str, Any]], ...] = (
     ("reset-state demo --reason why", Operation.RESET_STATE, {"vm_state": "error", "reason": "why"}),
     ("metadata demo --set a=1 --remove b", Operation.SET_METADATA, {"set": {"a": "1"}, "remove": ["b"]}),
 )
-_SIMPLE = tuple((f"{name} demo", operation, {}) for name, (operation, _) in SIMPLE.items())
+_SIMPLE: tuple[tuple[str, Operation, dict[str, Any]], ...] = tuple(
+    (f"{name} demo", operation, {}) for name, (operation, _) in SIMPLE.items()
+)
 
 
 @pytest.mark.parametrize(("line", "operation", "parameters"), [*_SIMPLE, *WITH_PARAMETERS])
