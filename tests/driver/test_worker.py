@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from interlock.core import lifecycle
@@ -10,7 +12,10 @@ from interlock.core.operations import Lane, Operation
 from interlock.core.records import Change, Instance, Request, Status, Submission
 from interlock.driver.work import Work
 from interlock.driver.worker import Worker
+from interlock.hypervisors.simulated import SimulatedHost
+from interlock.hypervisors.simulated.faults import Hangs, Method
 from interlock.testing.embedded import Embedded, admitted
+from interlock.testing.virtual_time import settle
 
 O = Operation  # noqa: E741
 
@@ -42,6 +47,23 @@ async def test_a_worker_that_is_stopped_before_its_first_step_still_ends_its_req
     ended = await server.store.request(taken.id)
     assert ended is not None
     assert ended.status is Status.CANCELLED
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_worker_is_stopped_also_together_with_news(fleet: Embedded, host: SimulatedHost, turns: int) -> None:
+    """Found by an attach that was superseded, went on when the guest thawed, and claimed its volume once more."""
+    vm = await fleet.create("early", start=False)
+    instance, taken = await _taken(fleet, vm)
+    host.faults.script(vm, Method.POWER_ON, Hangs())
+    worker = Worker(Work(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
+    await fleet.until_event(vm, "request.unknown")
+    await settle()
+    worker.work.news.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)  # one turn of the loop, for each order in which the two can come
+    worker.supersede()
+    await worker.wait(5)
+    assert worker.done
 
 
 async def test_a_key_keeps_its_answer_when_its_volume_has_gone_elsewhere_since(fleet: Embedded) -> None:

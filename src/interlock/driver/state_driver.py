@@ -130,7 +130,8 @@ class StateDriver:
             await self._bell.wait()
             return
         try:
-            await asyncio.wait_for(self._bell.wait(), max(0, deadline_ms - self._store.now_ms()) / 1000)
+            async with asyncio.timeout(max(0, deadline_ms - self._store.now_ms()) / 1000):
+                await self._bell.wait()
         except TimeoutError:
             self._bell.set()
 

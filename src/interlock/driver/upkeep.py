@@ -165,7 +165,8 @@ class Upkeep:
         if self._order:
             seconds = min(_SLEEP_S_MAX, max(0, self._order[0][0] - self._store.now_ms()) / 1000)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._bell.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._bell.wait()
 
     async def _ask(self) -> None:
         """Ask for everything that is due now."""

@@ -153,7 +153,9 @@ class Worker:
             if (await self.work.hypervisor.inspect(self.work.id)).responsive:
                 return
             try:
-                await asyncio.wait_for(self.work.news.wait(), pause_s)
+                # Not `wait_for`, which swallows a cancellation that comes together with the news of it.
+                async with asyncio.timeout(pause_s):
+                    await self.work.news.wait()
             except TimeoutError:
                 pause_s = min(pause_s * 2, retry_s * _BACKOFF_MAX)
 

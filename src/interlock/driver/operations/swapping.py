@@ -126,7 +126,8 @@ async def _until_no_guest_has(work: Work, old_id: str) -> None:
             return
         work.news.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(work.news.wait(), work.config.inspect_retry_ms / 1000)
+            async with asyncio.timeout(work.config.inspect_retry_ms / 1000):
+                await work.news.wait()
 
 
 def _was_never_run(seen: Observation) -> bool:

@@ -18,6 +18,7 @@ from interlock.ports import Volume
 async def attach(work: Work) -> Done:
     """Claim the volume, plug it in if a guest runs, and keep it in the spec for the next start."""
     volume = await _volume(work)
+    work.permit.check()
     if not await work.store.claim_volume(volume.id, work.id):
         raise InUse(f"The volume {volume.name} is attached to another instance.", remedy="Detach it there first.")
     disk = Disk(id=volume.id, path=volume.path)
