@@ -209,6 +209,7 @@ class Server:
             self.instances.listen(self.metrics.hear)
             await self.inventory.sweep()
             await self.agent.open()
+            self._tell_accelerator()
             await self.leases.open()
             await self.callers.open()
             await self._first_token()
@@ -260,6 +261,11 @@ class Server:
         finally:
             (self.folder / SERVER_FILE).unlink(missing_ok=True)
             await self.close()
+
+    def _tell_accelerator(self) -> None:
+        if isinstance(self.hypervisor, QemuHypervisor):
+            why_not_kvm = {"why_not_kvm": self.hypervisor.why_not_kvm} if self.hypervisor.why_not_kvm else {}
+            _LOG.info("guests run", accelerator=self.hypervisor.accelerator, **why_not_kvm)
 
     def reload(self) -> None:
         """Have the policy read again that the configuration names; what becomes of it is logged."""

@@ -14,8 +14,6 @@ import shutil
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-import structlog
-
 from interlock.core.errors import NotThere, Refused, Unavailable
 from interlock.core.records import GuestEvent
 from interlock.hypervisors.qemu import console_log, guest_agent
@@ -26,7 +24,6 @@ from interlock.hypervisors.qemu.process import Account, account, find_in, runs_i
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent
 
-_LOG = structlog.get_logger(__name__)
 SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LOOK_FOR_PROCESS_S: Final = 2.0
 """How long a process that was being started as we were killed may take to become recognisable."""
@@ -41,6 +38,8 @@ class Charge:
         self._guests: dict[str, Guest] = {}
         self._lock: int | None = None
         self._account: Account | None = None
+        self.why_not_kvm = ""
+        """For people; empty where guests run with KVM, and until it is open."""
         self._listener: Callable[[HypervisorEvent], None] = _nobody
         self._closing: set[asyncio.Task[Any]] = set()
         self._console_timer: asyncio.TimerHandle | None = None
@@ -66,9 +65,7 @@ class Charge:
     def _settle_accelerator(self) -> None:
         chosen = choose(self._settings, account(self._settings))
         self._settings, self._account = chosen.settings, chosen.account
-        _LOG.info(
-            "guests run", accelerator=self.accelerator, cpu_model=self._settings.cpu_model, because=chosen.because
-        )
+        self.why_not_kvm = chosen.because
 
     @property
     def accelerator(self) -> str:
