@@ -60,7 +60,7 @@ def _die() -> None:
 
 def arrange(death: Death) -> None:
     """Have every worker of this process tell `death` how far it is."""
-    serve, finish, phase, check = Worker._serve, Worker._finish, Work.phase, FencePermit.check  # noqa: SLF001
+    serve, finish, report, check = Worker._serve, Worker._finish, Work._report, FencePermit.check  # noqa: SLF001
 
     async def dying_serve(self: Worker) -> None:
         death.attend(self.work)
@@ -71,10 +71,12 @@ def arrange(death: Death) -> None:
         death.at(self.work, "done")
         await finish(self, *arguments)
 
-    async def dying_phase(self: Work, name: str, detail: str | None = None) -> None:
-        death.at(self, "done")
-        await phase(self, name, detail)
-        death.at(self, "begun")
+    async def dying_report(self: Work, phase: str | None = None, **news: Any) -> None:
+        if phase is not None:
+            death.at(self, "done")
+        await report(self, phase=phase, **news)
+        if phase is not None:
+            death.at(self, "begun")
 
     def dying_check(self: FencePermit) -> None:
         death.effect(self._instance_id)
@@ -83,7 +85,7 @@ def arrange(death: Death) -> None:
     for owner, name, dying in (
         (Worker, "_serve", dying_serve),
         (Worker, "_finish", dying_finish),
-        (Work, "phase", dying_phase),
+        (Work, "_report", dying_report),
         (FencePermit, "check", dying_check),
     ):
         setattr(owner, name, dying)
