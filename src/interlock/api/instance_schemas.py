@@ -58,9 +58,9 @@ class Request(Wire, frozen=True, kw_only=True):
     bytes_done: int | None = None
     """How many bytes the phase has moved so far, where it moves any."""
     bytes_total: int | None = None
-    """How many it has to move, as far as is known."""
+    """How many bytes it has to move, as far as is known."""
     bytes_per_s: int | None = None
-    """How fast it moved them lately."""
+    """How many bytes a second it moved lately."""
     detail: str | None
     """What the worker last said for people."""
     admitted_at: Timestamp

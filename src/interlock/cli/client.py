@@ -216,6 +216,11 @@ class Stream:
         self._connection = connection
         self._response = response
 
+    @property
+    def length(self) -> int | None:
+        """How many bytes are to come, where the server said so."""
+        return self._response.length
+
     def chunks(self) -> Iterable[bytes]:
         """The bytes of an answer that does end, in pieces. Raises `OSError` where it ends early."""
         try:

@@ -187,7 +187,7 @@ class Demonstration:
     def _wait_until_up(self, said_before: bytes) -> None:
         invocation = self._invocation
         _step(invocation, "Waiting until the guest says on its console that it is up")
-        with LiveLine(sys.stdout) as line:
+        with LiveLine(sys.stdout, plain=invocation.plain) as line:
             while UP.encode() not in (said := since(said_before, console_text(invocation, VM))):
                 line.tell("the guest boots")
                 if line.elapsed_s > _UP_WITHIN_S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from interlock.api.schemas import Admitted, Request
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
+from interlock.cli.live_line import LiveLine, Standing
 from interlock.cli.naming import INSTANCES, path_of, suggesting, vm_argument
 from interlock.cli.refusals import explain_failure
 from interlock.cli.submitting import fresh_key
@@ -77,6 +79,11 @@ def _made(invocation: Invocation, vm: str) -> Request:
     return request
 
 
+def _received(target: Path, written: int, total: int | None, elapsed_s: float) -> Standing:
+    per_s = int(written / elapsed_s) if elapsed_s >= 1 else None
+    return Standing(f"downloading {target}", written / total if total else None, written, total, per_s)
+
+
 def _download(invocation: Invocation, path: str, target: Path) -> int:
     """Write the answer to a file that is there whole or not at all, and only for its owner; its size in bytes."""
     draft = target.with_name(f"{target.name}.part")
@@ -85,9 +92,12 @@ def _download(invocation: Invocation, path: str, target: Path) -> int:
         accept = {"Accept": "application/octet-stream"}
         stream = invocation.client.stream(path, None, accept, _SILENCE_S)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        silent = invocation.json or not sys.stderr.isatty()
+        with os.fdopen(descriptor, "wb") as file, LiveLine(sys.stderr, silent=silent, plain=invocation.plain) as line:
+            total = stream.length
             for chunk in stream.chunks():
                 written += file.write(chunk)
+                line.tell("", _received(target, written, total, line.elapsed_s))
         draft.replace(target)
     except OSError as error:
         raise Failure(ExitCode.NOT_REACHABLE, f"{target} could not be written: {error.strerror or error}.") from error

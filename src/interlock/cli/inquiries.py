@@ -6,14 +6,22 @@ from typing import Any
 
 import click
 
-from interlock.api.schemas import AllowedOperation, AllowedOperations, Cancelled, Request, RequestPage, StuckList
+from interlock.api.schemas import (
+    AllowedOperation,
+    AllowedOperations,
+    Cancelled,
+    Instance,
+    Request,
+    RequestPage,
+    StuckList,
+)
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import INSTANCES, OperationName, path_of, suggesting, vm_argument
 from interlock.cli.refusals import why_text
 from interlock.cli.submitting import wait_option
-from interlock.cli.waiting import REQUESTS, wait_for_end
+from interlock.cli.waiting import REQUESTS, progress_text, wait_for_end
 from interlock.cli.wording import STATE_COLOURS, clock, duration, printable, spoken
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation
@@ -139,9 +147,19 @@ def show(invocation: Invocation, *, request: str, wait: bool) -> None:
     reply = invocation.client.get(path_of(REQUESTS, request))
     one = reply.decode(Request)
     if wait:
-        wait_for_end(invocation, one, one.instance)
+        wait_for_end(invocation, one, _name_of(invocation, one))
     elif not invocation.answer(reply):
         print_request(invocation, one)
+
+
+def _name_of(invocation: Invocation, request: Request) -> str:
+    """The name of a request's VM, or its id if that is gone."""
+    try:
+        return invocation.client.get(path_of(INSTANCES, request.instance)).decode(Instance).name
+    except Failure as failure:
+        if failure.code is not ExitCode.NOT_FOUND:
+            raise
+        return request.instance
 
 
 def print_request(invocation: Invocation, one: Request) -> None:
@@ -153,6 +171,7 @@ def print_request(invocation: Invocation, one: Request) -> None:
         "VM": one.instance,
         "Status": click.style(one.status.value, fg=STATE_COLOURS.get(one.status.value)),
         "Phase": one.phase,
+        "Progress": progress_text(one),
         "Detail": one.detail and printable(one.detail),
         "Asked by": f"{one.requested_by} ({one.role}) at {clock(one.admitted_at, now)}",
         "Admitted by": f"rule {one.rule}",

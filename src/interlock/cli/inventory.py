@@ -22,7 +22,7 @@ from interlock.api.schemas import (
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
-from interlock.cli.live_line import LiveLine, progress_stream
+from interlock.cli.live_line import LiveLine, Standing, progress_stream
 from interlock.cli.multipart import Form
 from interlock.cli.naming import IMAGES, TOKENS, VOLUMES, completer, path_of, suggesting
 from interlock.cli.wording import age, size
@@ -32,7 +32,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MIB_PER_GIB = 1024
 _VOLUME_GIB_MAX = 65_536
 
-_PERCENT = 100
 BUILD_WAIT_S = 900
 """How long building the small image may take; its packages may have to be fetched first."""
 
@@ -88,8 +87,10 @@ def add(
 def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Path]) -> None:
     try:
         form = Form(fields, files)
-        with LiveLine(sys.stderr, silent=invocation.json or not sys.stderr.isatty()) as line:
-            pieces = form.pieces(lambda sent, total: line.tell(_sent(sent, total, line.elapsed_s)))
+        silent = invocation.json or not sys.stderr.isatty()
+        with LiveLine(sys.stderr, silent=silent, plain=invocation.plain) as line:
+            name = fields["name"]
+            pieces = form.pieces(lambda sent, total: line.tell("", _sent(name, sent, total, line.elapsed_s)))
             reply = invocation.client.upload(IMAGES, pieces, form.headers)
     except OSError as error:
         raise Failure(ExitCode.USAGE, f"The image cannot be read: {error}.") from None
@@ -97,12 +98,12 @@ def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Pat
         _say_image(invocation, reply.decode(Image))
 
 
-def _sent(sent: int, total: int, elapsed_s: float) -> str:
+def _sent(name: str, sent: int, total: int, elapsed_s: float) -> Standing:
     """How far an upload is, with its rate once that means something."""
     if sent >= total:
-        return "sent; the server looks at it"
-    rate = f", {size(int(sent / elapsed_s))}/s" if elapsed_s >= 1 else ""
-    return f"sent {sent * _PERCENT // max(total, 1)} % of {size(total)}{rate}"
+        return Standing(f"image {name}: sent; the server looks at it")
+    per_s = int(sent / elapsed_s) if elapsed_s >= 1 else None
+    return Standing(f"image {name}: sending", sent / total, sent, total, per_s)
 
 
 def _say_image(invocation: Invocation, image: Image) -> None:
@@ -124,7 +125,7 @@ def build_small(invocation: Invocation, *, name: str) -> None:
 
 def build_small_image(invocation: Invocation, name: str) -> None:
     """Have the server build the small image, showing that it takes a while. Raises `Failure`."""
-    with LiveLine(progress_stream(json=invocation.json), silent=invocation.json) as line:
+    with LiveLine(progress_stream(json=invocation.json), silent=invocation.json, plain=invocation.plain) as line:
         line.tell(f"building the image {name} from the distribution's packages")
         reply = invocation.client.post(f"{IMAGES}/small", NewSmallImage(name=name), wait_s=BUILD_WAIT_S)
     if not invocation.answer(reply):

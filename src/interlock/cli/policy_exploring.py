@@ -106,7 +106,7 @@ def _explored(
     from interlock.policies.reading import compile_named
 
     stream = progress_stream(json=invocation.json)
-    live = LiveLine(stream) if stream.isatty() else None
+    live = LiveLine(stream, plain=invocation.plain) if stream.isatty() else None
     try:
         policy = compile_named(name)
         with live or nullcontext():

@@ -12,9 +12,9 @@ from interlock.cli.client import Query, Reply
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation
-from interlock.cli.live_line import LiveLine, progress_stream
+from interlock.cli.live_line import LiveLine, Standing, progress_stream
 from interlock.cli.naming import INSTANCES, path_of
-from interlock.cli.wording import clock, duration, printable, spoken
+from interlock.cli.wording import clock, duration, printable, seconds_of, size, spoken
 from interlock.core.records import ENDS, Status
 
 REQUESTS: Final = "/v1/requests"
@@ -24,13 +24,21 @@ _PERCENT: Final = 100
 
 
 def wait_for_end(invocation: Invocation, request: Request, name: str) -> None:
-    """Show how the request goes on until it has ended, and print how it ended.
+    """Show how the request goes on until it has ended, and print how it ended. Ctrl-C ends the showing only.
 
     Raises:
         Failure: it ended other than well, or the server stayed away.
     """
-    with LiveLine(progress_stream(json=invocation.json), silent=invocation.json) as line:
-        reply = _follow(invocation, request, name, line)
+    now = invocation.client.now
+    since_s = 0 if now is None else max(0, now - seconds_of(request.admitted_at))
+    stream = progress_stream(json=invocation.json)
+    try:
+        with LiveLine(stream, silent=invocation.json, plain=invocation.plain, since_s=since_s) as line:
+            reply = _follow(invocation, request, name, line)
+    except KeyboardInterrupt:
+        if not invocation.json:
+            _say_it_goes_on(invocation, request, name)
+        raise
     ended = reply.decode(Request)
     if not invocation.answer(reply):
         report(invocation, ended, name)
@@ -38,9 +46,15 @@ def wait_for_end(invocation: Invocation, request: Request, name: str) -> None:
         raise Failure(ExitCode.ENDED_OTHERWISE, "", text="")
 
 
+def _say_it_goes_on(invocation: Invocation, request: Request, name: str) -> None:
+    invocation.say(f"\n{spoken(request.operation).capitalize()} of {name} goes on.", error=True)
+    invocation.say(f"  Watch it:  interlock request show {request.id} --wait", error=True)
+    invocation.say(f"  Cancel it: interlock request cancel {request.id}", error=True)
+
+
 def _follow(invocation: Invocation, request: Request, name: str, line: LiveLine) -> Reply:
     client = invocation.client
-    line.tell(describe(request, name))
+    line.tell(describe(request, name), _standing(request, name))
     generation = 0
     away_since: float | None = None
     attempt = 0
@@ -50,7 +64,7 @@ def _follow(invocation: Invocation, request: Request, name: str, line: LiveLine)
             latest = reply.decode(Request)
             if latest.status in ENDS:
                 return reply
-            line.tell(describe(latest, name))
+            line.tell(describe(latest, name), _standing(latest, name))
             query: Query | None = {"after_generation": generation, "wait": f"{_WAIT_S}s"} if generation else None
             instance = client.get(path_of(INSTANCES, request.instance), query, wait_s=_WAIT_S).decode(Instance)
         except Failure as failure:
@@ -88,6 +102,33 @@ def describe(request: Request, name: str) -> str:
             return text + (f" ({printable(request.detail)})" if request.detail else "")
         case status:
             return what + status.value
+
+
+def progress_text(request: Request) -> str | None:
+    """How far a phase is: `42 %, 1.2 GiB of 2.8 GiB, 31 MiB/s`; None where it does not tell."""
+    parts = [] if request.progress is None else [f"{round(request.progress * _PERCENT)} %"]
+    if request.bytes_done is not None:
+        parts.append(size(request.bytes_done) + (f" of {size(request.bytes_total)}" if request.bytes_total else ""))
+    if request.bytes_per_s and request.status not in ENDS:
+        parts.append(f"{size(request.bytes_per_s)}/s")
+    return ", ".join(parts) or None
+
+
+def _standing(request: Request, name: str) -> Standing | None:
+    """The same for a terminal, which has a bar for how far it is, and little room: what is said of a phase replaces it.
+
+    None where a line says all of it.
+    """
+    if request.status is not Status.IN_FLIGHT:
+        return None
+    doing = printable(request.detail) if request.detail else spoken(request.phase or "in flight")
+    return Standing(
+        f"{spoken(request.operation)} of {name}: {doing}",
+        request.progress,
+        request.bytes_done,
+        request.bytes_total,
+        request.bytes_per_s,
+    )
 
 
 def report(invocation: Invocation, ended: Request, name: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any, Final
 
 import click
 
-from interlock.api.schemas import Event, EventList, Instance
+from interlock.api.schemas import Event, EventList, Instance, Request
 from interlock.cli.event_stream import follow
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
 from interlock.cli.naming import INSTANCES, path_of, suggesting, vm_argument
 from interlock.cli.vm import vm_commands
+from interlock.cli.waiting import wait_for_end
 from interlock.cli.wording import clock, printable, spoken
 
 _PAGE: Final = 500
@@ -58,6 +59,23 @@ def events(invocation: Invocation, *, vm: str, following: bool) -> None:
     after = history[-1].sequence if history else 0
     for event, text in follow(invocation.client, after, _told(invocation), instance.id):
         _tell(invocation, event, text, None)
+
+
+@vm_commands.command("watch")
+@vm_argument
+@needs_invocation
+def watch_vm(invocation: Invocation, *, vm: str) -> None:
+    """Show how what is outstanding for a VM goes on, until it has ended."""
+    following: Request | None = None
+    while True:
+        with suggesting(invocation.client, INSTANCES, vm):
+            one = invocation.client.get(path_of(INSTANCES, vm)).decode(Instance)
+        if not one.outstanding:
+            break
+        following = one.outstanding[0]
+        wait_for_end(invocation, following, one.name)
+    if following is None:
+        invocation.say(f"Nothing is outstanding for {one.name}.", error=True)
 
 
 def _told(invocation: Invocation) -> Callable[[str], None]:

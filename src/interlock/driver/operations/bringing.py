@@ -24,8 +24,8 @@ async def ask_guest(work: Work) -> str | None:
         await work.hypervisor.ask_shutdown(work.permit, work.id)
     except NotThere:
         return None
-    await work.tell("waiting for the guest to power off")
     timeout_ms = work.config.guest_shutdown_timeout_ms
+    await work.tell(f"waiting for the guest to power off, for {timeout_ms / 1000:g} s at most")
     if await work.while_alive(lambda: work.hypervisor.wait_powered_off(work.id), timeout_ms):
         return None
     message = f"The guest did not power off within {timeout_ms / 1000:g} s; the plug was pulled."
