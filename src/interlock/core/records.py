@@ -150,6 +150,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
     spec: Spec | msgspec.UnsetType = msgspec.UNSET
     host: str | msgspec.UnsetType = msgspec.UNSET
+    left_host: str | msgspec.UnsetType | None = msgspec.UNSET
     prior_spec: Spec | msgspec.UnsetType | None = msgspec.UNSET
     shelved_image: Image | msgspec.UnsetType | None = msgspec.UNSET
     prior_vm_state: VmState | msgspec.UnsetType = msgspec.UNSET
@@ -193,6 +194,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     restarts: Restarts | None = None
     """What was done of that lately; None: nothing."""
     spec: Spec | None = None
+    left_host: str | None = None
+    """The host that it has just left, until what is there is removed."""
     prior_spec: Spec | None = None
     """What it was before the resize that is neither confirmed nor reverted."""
     shelved_image: Image | None = None

@@ -185,6 +185,13 @@ class DetachInterfaceParameters(msgspec.Struct, frozen=True, kw_only=True, forbi
     """Its id."""
 
 
+class LiveMigrateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of live_migrate."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)]
+    """Where it goes."""
+
+
 class EvacuateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Of evacuate."""
 
@@ -221,6 +228,7 @@ PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.DETACH_INTERFACE: DetachInterfaceParameters,
     Operation.REBUILD: RebuildParameters,
     Operation.RESIZE: ResizeParameters,
+    Operation.LIVE_MIGRATE: LiveMigrateParameters,
     Operation.EVACUATE: EvacuateParameters,
     Operation.SNAPSHOT: SnapshotParameters,
     Operation.BACKUP: BackupParameters,

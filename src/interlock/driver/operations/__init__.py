@@ -72,6 +72,9 @@ PERFORMANCES: dict[Operation, Performance] = {
     Operation.SHELVE: Performance(perform=shelving.shelve, undo=shelving.undo_shelve, absorbs=_ENDS),
     Operation.SHELVE_OFFLOAD: Performance(perform=shelving.offload),
     Operation.UNSHELVE: Performance(perform=shelving.unshelve, undo=shelving.undo_unshelve),
+    Operation.LIVE_MIGRATE: Performance(
+        perform=migrating.live_migrate, undo=migrating.undo_live_migrate, absorbs=_ENDS
+    ),
     Operation.EVACUATE: Performance(perform=migrating.evacuate, absorbs=_ENDS),
     Operation.SNAPSHOT: Performance(perform=copies.snapshot, undo=copies.undo),
     Operation.BACKUP: Performance(perform=copies.backup, undo=copies.undo),
@@ -83,4 +86,6 @@ PERFORMS: frozenset[Operation] = frozenset(PERFORMANCES) | {
     Operation.UNLOCK,
     Operation.SET_METADATA,
     Operation.RESET_STATE,
+    Operation.LIVE_MIGRATE_ABORT,
+    Operation.LIVE_MIGRATE_FORCE_COMPLETE,
 }

@@ -1,13 +1,24 @@
-"""Evacuate: an instance is taken up on another host once its own is lost, and its guest there has ended for certain."""
+"""Live migration, and evacuation: an instance comes to another host, as it runs or once its own host is lost.
+
+Which host lets the guest run is what the record says. Until it names the other one, the guest there was never let run,
+so that going on here is safe; from then on the guest here stands still for ever, unless it is found that the one there
+ended before it was ever let run, and the record is changed back.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 import msgspec
 
-from interlock.core.errors import HypervisorError, NotResponding, Refused
+from interlock.core.errors import Fenced, HypervisorError, NotResponding, NotThere, Refused
+from interlock.core.operations import Lane
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
 from interlock.driver.work import Done, Work
+from interlock.ports import Report
+from interlock.ports.travelling import Arrival, Passage, Travelling
 
 
 async def evacuate(work: Work) -> Done:
@@ -44,3 +55,112 @@ async def _prepare(work: Work, target: str) -> Spec:
         await hypervisor.undefine(work.permit, work.id)
         raise
     return fresh
+
+
+# -------------------------------------------------------------------------------------------------- live migration
+
+
+async def live_migrate(work: Work) -> Done:
+    """Bring a guest to another host as it runs."""
+    target = str(work.request.parameters["host"])
+    if work.instance.host != target:
+        try:
+            await _bring(work, target)
+        except NotResponding:
+            raise
+        except HypervisorError:
+            await _drop_there(work, target)
+            raise
+        await work.keep(Kept(host=target, left_host=work.instance.host))
+    return await _arrive(work)
+
+
+async def _bring(work: Work, target: str) -> None:
+    """Send the guest; it stands still on both hosts when this returns."""
+    here, there = _travelling(work, work.instance.host), _travelling(work, target)
+    # Whatever an earlier attempt left: there a guest that never ran, here one that may stand still for it.
+    await work.hosts.of(target).undefine(work.permit, work.id)
+    await here.keep_guest(work.permit, work.id)
+    machine = await here.machine_kind(work.id)
+    await work.hosts.of(target).define(work.permit, work.id, work.spec)
+    passage = await there.receive_guest(work.permit, work.id, work.spec, machine)
+    async with work.moving() as report:
+        await _send(work, here, passage, report)
+    await there.await_guest(work.id)
+
+
+async def _send(work: Work, here: Travelling, passage: Passage, report: Report) -> None:
+    hurrying = asyncio.create_task(_hurry(work, here))
+    try:
+        await here.send_guest(work.permit, work.id, passage, report)
+    finally:
+        hurrying.cancel()
+        await asyncio.wait({hurrying})
+
+
+async def _hurry(work: Work, here: Travelling) -> None:
+    """Have the guest stand still as soon as somebody wants the migration to end whatever that costs."""
+    while True:
+        work.news.clear()
+        instance = await work.store.instance(work.id)
+        serving = None if instance is None else instance.served(Lane.STATE)
+        if serving is not None and serving.parameters.get("force_complete"):
+            with contextlib.suppress(HypervisorError, Fenced):
+                await here.hurry_guest(work.permit, work.id)
+            return
+        await work.news.wait()
+
+
+async def _arrive(work: Work) -> Done:
+    """Let the guest run where the record says that it is, and remove it where it was."""
+    there, source = _travelling(work, work.instance.host), work.instance.left_host
+    match await there.arrival(work.id):
+        case Arrival.AWAITED:
+            await there.take_guest(work.permit, work.id)
+            if work.instance.vm_state is VmState.PAUSED:
+                await work.hypervisor.pause(work.permit, work.id)
+        case Arrival.LOST if source is not None:
+            await _go_back(work, source)
+        case _:
+            pass
+    if source is not None:
+        # One that cannot be asked removes it when it comes back.
+        with contextlib.suppress(NotResponding):
+            await work.hosts.of(source).undefine(work.permit, work.id)
+        await work.keep(Kept(left_host=None))
+    power_state = PowerState.PAUSED if work.instance.vm_state is VmState.PAUSED else PowerState.RUNNING
+    return Done(power_state=power_state)
+
+
+async def _go_back(work: Work, source: str) -> None:
+    """Go on where the guest was: the machine that was to take it up ended before it let it run. Raises `Refused`."""
+    target = work.instance.host
+    here = _travelling(work, source)
+    if (await work.hosts.of(source).inspect(work.id)).power_state is PowerState.NONE:
+        raise NotThere(f"The guest of {work.instance.name} ended on both hosts; its disk is on {target}.")
+    await work.keep(Kept(host=source, left_host=None))
+    await here.keep_guest(work.permit, work.id)
+    raise Refused(f"The machine on {target} ended before the guest ran there; it goes on at {source}.")
+
+
+async def _drop_there(work: Work, target: str) -> None:
+    """Remove what was made on the target, where no guest has run."""
+    with contextlib.suppress(HypervisorError):
+        await work.hosts.of(target).undefine(work.permit, work.id)
+
+
+async def undo_live_migrate(work: Work) -> None:
+    """Let the guest go on where it is. One that has arrived already stays there."""
+    target = str(work.request.parameters["host"])
+    if work.instance.host == target:
+        await _arrive(work)
+        raise Refused(f"It had come to {target} already, and runs there.")
+    await _drop_there(work, target)
+    await _travelling(work, work.instance.host).keep_guest(work.permit, work.id)
+
+
+def _travelling(work: Work, host: str) -> Travelling:
+    hypervisor = work.hosts.of(host)
+    if not isinstance(hypervisor, Travelling):
+        raise Refused(f"The guests of the host {host} cannot go to another one as they run.")
+    return hypervisor

@@ -17,17 +17,17 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import dump, guest_agent, memory, root_disks, screen
 from interlock.hypervisors.qemu.charge import SAFE_ID
 from interlock.hypervisors.qemu.command_line import Machine
-from interlock.hypervisors.qemu.components import Components
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
+from interlock.hypervisors.qemu.passages import Passages
 from interlock.hypervisors.qemu.saved_memory import SavedMemory
 from interlock.ports import Observation, Permit, Report, Stream
 
 _UNKNOWN: Final = Observation(defined=False, power_state=PowerState.NONE)
 
 
-class QemuHypervisor(Components):
+class QemuHypervisor(Passages):
     """Holds guests as QEMU processes that outlive it. See `ports.Hypervisor` for what each method promises."""
 
     # --------------------------------------------------------------------------------------------- looking
@@ -90,12 +90,15 @@ class QemuHypervisor(Components):
             if state is PowerState.RUNNING:
                 return
             waits_for_memory = SavedMemory(guest.folder).any()
-            stale = guest.phase is Phase.STARTING and (guest.folder.spec() != spec or waits_for_memory)
+            stale = guest.phase is Phase.STARTING and (
+                guest.folder.spec() != spec or waits_for_memory or self._awaits(instance_id)
+            )
             if stale or (state in ENDED_STATES and guest.phase is not Phase.STARTING):
                 await guest.kill(permit)
                 guest = None
         if guest is None:
             files = SavedMemory(self._folder_of(instance_id))
+            self._forget_passages(permit, instance_id)
             with refused(files.folder):
                 await files.drop(permit)
             guest = await self._start(permit, instance_id, spec)

@@ -103,7 +103,7 @@ async def _stop_and_write(permit: Permit, guest: Guest, files: SavedMemory, befo
     spec = guest.folder.spec()
     if spec is None:
         raise Refused(f"It is not known with what instance {guest.instance_id} was started.")
-    files.keep_belonging(permit, Belonging(spec=spec, machine=await _machine(guest)))
+    files.keep_belonging(permit, Belonging(spec=spec, machine=await machine_of_guest(guest)))
     descriptor = files.new_part(permit)
     try:
         await _write(permit, guest, descriptor, report)
@@ -111,14 +111,16 @@ async def _stop_and_write(permit: Permit, guest: Guest, files: SavedMemory, befo
         os.close(descriptor)
 
 
-async def _machine(guest: Guest) -> Machine:
+async def machine_of_guest(guest: Guest) -> Machine:
     """What the machine is that the memory belongs to: QEMU finds each device again by its place."""
     places: dict[str, str] = {}
-    for bus in await guest.ask("query-pci"):
-        for bridge in bus["devices"]:
-            if is_port(bridge["qdev_id"]):
-                for device in bridge.get("pci_bridge", {}).get("devices", ()):
-                    places[device["qdev_id"]] = bridge["qdev_id"]
+    # Not by query-pci, which knows what is behind a port only once the firmware has looked there.
+    for name in sorted(await guest.devices() - {"type"}):
+        if not is_port(name):
+            bus = await guest.ask("qom-get", path=f"/machine/peripheral/{name}", property="parent_bus")
+            port = str(bus).removeprefix("/machine/peripheral/").partition("/")[0]
+            if is_port(port):
+                places[name] = port
     # A device keeps its name when another disk is swapped in; a machine that is made afresh names it after that one.
     plugged = await guest.plugged()
     ports = {name: port for name, port in places.items() if disk_of_device(name) is None}

@@ -21,6 +21,7 @@ from interlock.hypervisors.remote.session import Session
 from interlock.hypervisors.remote.wire import METHODS, VERSION, Exchange, Hello, Refusal, Told, Welcome, failure_of
 from interlock.ports import HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.hosts import Host, Link
+from interlock.ports.travelling import Arrival, Passage
 
 
 class RemoteHypervisor:
@@ -329,6 +330,35 @@ class RemoteHypervisor:
         session = self._there()
         await session.call("export_root_disk", instance_id, (spec,), permit=permit, report=report)
         await files.fetch(session, permit, files.target_of(instance_id), target)
+
+    # --------------------------------------------------------------------------------------------- travelling
+
+    async def machine_kind(self, instance_id: str) -> str:
+        kind: str = await self._call("machine_kind", None, instance_id)
+        return kind
+
+    async def receive_guest(self, permit: Permit, instance_id: str, spec: Spec, machine: str) -> Passage:
+        passage: Passage = await self._call("receive_guest", permit, instance_id, spec, machine)
+        return passage
+
+    async def send_guest(self, permit: Permit, instance_id: str, passage: Passage, report: Report) -> None:
+        await self._call("send_guest", permit, instance_id, passage, report=report)
+
+    async def hurry_guest(self, permit: Permit, instance_id: str) -> None:
+        await self._call("hurry_guest", permit, instance_id)
+
+    async def arrival(self, instance_id: str) -> Arrival:
+        arrival: Arrival = await self._call("arrival", None, instance_id)
+        return arrival
+
+    async def await_guest(self, instance_id: str) -> None:
+        await self._call("await_guest", None, instance_id)
+
+    async def take_guest(self, permit: Permit, instance_id: str) -> None:
+        await self._call("take_guest", permit, instance_id)
+
+    async def keep_guest(self, permit: Permit, instance_id: str) -> None:
+        await self._call("keep_guest", permit, instance_id)
 
 
 class RemoteStream:

@@ -20,6 +20,7 @@ from interlock.core import errors
 from interlock.core.errors import InterlockError
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, Report
 from interlock.ports.hosts import Link
+from interlock.ports.travelling import Travelling
 
 VERSION: Final = 1
 """Of this language. Server and agent of different versions do not speak to each other."""
@@ -183,7 +184,7 @@ _NOT_CALLED: Final = frozenset({"open", "close", "open_console", "open_display",
 
 METHODS: Final[dict[str, Method]] = {
     name: _method(function)
-    for name, function in vars(Hypervisor).items()
+    for name, function in (*vars(Hypervisor).items(), *vars(Travelling).items())
     if inspect.iscoroutinefunction(function) and name not in _NOT_CALLED
 }
 """Every method of the port that is one call, by name; drawn from the port itself."""

@@ -1,0 +1,103 @@
+"""A guest goes to another host as it runs, and at every moment at most one copy of it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from interlock.testing.real_agent import guests_in
+from interlock.testing.real_fleet import Fleet
+
+pytestmark = pytest.mark.qemu
+
+
+def test_a_guest_goes_from_host_to_host_as_it_runs(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here")
+    (before,) = guests_in(fleet.server.folder)
+    fleet.carry_out("one", "live_migrate", host="north")
+    assert guests_in(fleet.server.folder) == []
+    (after,) = north.guests()
+    assert after != before
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"], one["power_state"]) == ("north", "active", "running")
+    fleet.carry_out("one", "live_migrate", host="here")
+    assert north.guests() == []
+    assert len(guests_in(fleet.server.folder)) == 1
+    fleet.carry_out("one", "stop")
+
+
+def test_a_paused_guest_stays_paused(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here")
+    fleet.carry_out("one", "pause")
+    fleet.carry_out("one", "live_migrate", host="north")
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"], one["power_state"]) == ("north", "paused", "paused")
+    assert len(north.guests()) == 1
+    fleet.carry_out("one", "unpause")
+    fleet.carry_out("one", "stop")
+
+
+def test_the_root_disk_comes_along(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    fleet.carry_out("one", "live_migrate", host="north")
+    assert len(north.guests()) == 1
+    assert not (fleet.server.folder / "guests" / "vms" / instance).exists()
+    fleet.carry_out("one", "stop")
+    fleet.carry_out("one", "start")
+    assert len(north.guests()) == 1
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.1, 0.2, 0.35])
+def test_a_server_that_is_killed_leaves_one_running_copy(fleet: Fleet, after_s: float) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here", root_gib=1)
+    request = fleet.server.submit("one", "live_migrate", host="north").json()["request"]["id"]
+    time.sleep(after_s)  # how far it has come is what is tried
+    fleet.server.kill()
+    fleet.server.start()
+    north.kill()
+    north.start()
+    assert fleet.server.ended(request)["status"] == "succeeded"
+    assert (len(guests_in(fleet.server.folder)), len(north.guests())) == (0, 1)
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.1, 0.2, 0.35])
+@pytest.mark.parametrize("whose", ["source", "target"])
+def test_a_machine_that_is_killed_leaves_at_most_one_copy_that_can_be_started(
+    fleet: Fleet, whose: str, after_s: float
+) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here", root_gib=1)
+    request = fleet.server.submit("one", "live_migrate", host="north").json()["request"]["id"]
+    time.sleep(after_s)  # how far it has come is what is tried
+    folder: Path = fleet.server.folder if whose == "source" else north.folder
+    for process_id in guests_in(folder):
+        os.kill(process_id, signal.SIGKILL)
+    ended = fleet.server.ended(request)
+    assert ended["status"] in {"succeeded", "failed"}, ended
+    assert len(guests_in(fleet.server.folder)) + len(north.guests()) <= 1
+    deadline = time.monotonic() + 20
+    while fleet.server.get("/v1/instances/one")["vm_state"] not in {"active", "error"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    fleet.carry_out("one", "reboot", hard=True)
+    assert len(guests_in(fleet.server.folder)) + len(north.guests()) == 1
+
+
+def test_an_abort_leaves_the_guest_where_it_is_or_tells_that_it_has_come(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here", root_gib=1)
+    request = fleet.server.submit("one", "live_migrate", host="north").json()["request"]["id"]
+    assert fleet.server.submit("one", "live_migrate_abort").status_code in {200, 202}
+    ended = fleet.server.ended(request)
+    assert len(guests_in(fleet.server.folder)) + len(north.guests()) == 1
+    one = fleet.server.get("/v1/instances/one")
+    assert one["power_state"] == "running"
+    assert (one["host"] == "here") == (ended["status"] == "cancelled"), (one, ended)
