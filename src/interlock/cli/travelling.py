@@ -1,4 +1,4 @@
-"""`interlock vm evacuate`: VMs that go to another host."""
+"""`interlock vm migrate` and `evacuate`: VMs that go to another host."""
 
 from __future__ import annotations
 
@@ -27,5 +27,19 @@ def evacuate(
     submit(invocation, vm, Operation.EVACUATE, wait=wait, hold=hold, parameters=parameters)
 
 
-COMMANDS: tuple[click.Command, ...] = (evacuate,)
+@click.command()
+@vm_argument
+@click.argument("host", shell_complete=completer(HOSTS))
+@asking_options
+@needs_invocation
+def migrate(invocation: Invocation, *, vm: str, host: str, wait: bool, hold: str | None) -> None:
+    """Bring a VM to another HOST as it runs, with its root disk.
+
+    Cancelling the request leaves it where it runs; `vm live-migrate-abort`
+    does so too.
+    """
+    submit(invocation, vm, Operation.LIVE_MIGRATE, wait=wait, hold=hold, parameters={"host": host})
+
+
+COMMANDS: tuple[click.Command, ...] = (migrate, evacuate)
 """What `interlock vm` has for hosts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 
 import msgspec
 
@@ -70,6 +71,7 @@ async def live_migrate(work: Work) -> Done:
             raise
         except HypervisorError:
             await _drop_there(work, target)
+            await _travelling(work, work.instance.host).keep_guest(work.permit, work.id)
             raise
         await work.keep(Kept(host=target, left_host=work.instance.host))
     return await _arrive(work)
@@ -78,15 +80,26 @@ async def live_migrate(work: Work) -> Done:
 async def _bring(work: Work, target: str) -> None:
     """Send the guest; it stands still on both hosts when this returns."""
     here, there = _travelling(work, work.instance.host), _travelling(work, target)
-    # Whatever an earlier attempt left: there a guest that never ran, here one that may stand still for it.
-    await work.hosts.of(target).undefine(work.permit, work.id)
+    # Whatever an earlier attempt left: here a guest that may stand still, there one that never ran.
     await here.keep_guest(work.permit, work.id)
     machine = await here.machine_kind(work.id)
-    await work.hosts.of(target).define(work.permit, work.id, work.spec)
-    passage = await there.receive_guest(work.permit, work.id, work.spec, machine)
+    with _answering(target):
+        await work.hosts.of(target).undefine(work.permit, work.id)
+        await work.hosts.of(target).define(work.permit, work.id, work.spec)
+        passage = await there.receive_guest(work.permit, work.id, work.spec, machine)
     async with work.moving() as report:
         await _send(work, here, passage, report)
-    await there.await_guest(work.id)
+    with _answering(target):
+        await there.await_guest(work.id)
+
+
+@contextlib.contextmanager
+def _answering(target: str) -> Iterator[None]:
+    """A target that gives no answer is a failure, not a riddle: the guest was never let run there, and goes on here."""
+    try:
+        yield
+    except NotResponding as silent:
+        raise Refused(f"The host {target} does not take the guest up: {silent.message}", remedy=silent.remedy) from None
 
 
 async def _send(work: Work, here: Travelling, passage: Passage, report: Report) -> None:
