@@ -35,8 +35,7 @@ def evacuate(
 def migrate(invocation: Invocation, *, vm: str, host: str, wait: bool, hold: str | None) -> None:
     """Bring a VM to another HOST as it runs, with its root disk.
 
-    Cancelling the request leaves it where it runs; `vm live-migrate-abort`
-    does so too.
+    Cancelling the request leaves it where it runs.
     """
     submit(invocation, vm, Operation.LIVE_MIGRATE, wait=wait, hold=hold, parameters={"host": host})
 
