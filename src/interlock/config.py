@@ -104,6 +104,8 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     export_write_timeout_ms: int = 10_000
     """How long a guest that writes may have to wait, in ms, until what it overwrites is kept for the export of its
     disk that is under way; after that the export fails, and not the guest."""
+    migration_address: str = "127.0.0.1"
+    """The address of this host at which other hosts bring guests as they run; on any free TCP port."""
     reset_settle_ms: int = 2_000
     """Resets that follow one another within this time count as one, in ms: the firmware resets the machine itself as
     it starts, and cannot be told from the guest."""

@@ -60,6 +60,7 @@ class HostAgent:
             hypervisor or hypervisor_of(config),
             self._folder,
             shared=contact.shared,
+            address=config.qemu.migration_address,
             may_hold=self._may_hold,
         )
         self._stopping = asyncio.Event()

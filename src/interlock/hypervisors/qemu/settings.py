@@ -23,7 +23,5 @@ class QemuSettings(QemuConfig, frozen=True, kw_only=True):
     user: str = "nobody"
     """As whom QEMU runs if we are root; otherwise it runs as we do."""
     group: str = "nogroup"
-    migration_address: str = "127.0.0.1"
-    """The address of this host at which other hosts bring guests."""
     qmp_timeout_ms: int = 3_000
     """How long QEMU may take to answer a command before it counts as not responding."""
