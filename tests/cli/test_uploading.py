@@ -47,3 +47,12 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_sent(
     (tmp_path / "F").touch()
     assert interlock("image", "add", "x", *(o.replace("F", str(tmp_path / "F")) for o in options)).code == 2
     assert server.asked == []
+
+
+@pytest.mark.parametrize(("options", "form"), [((), "kernel"), (("--disk",), "disk")])
+def test_the_small_guest_is_asked_for_in_the_form_that_is_wished(
+    interlock: Interlock, server: ScriptedServer, options: tuple[str, ...], form: str
+) -> None:
+    server.on("POST", "/v1/images/small", Given(201, IMAGE))
+    assert interlock("image", "build-small", "mine", *options).code == 0
+    assert [asked.json for asked in server.asked] == [{"name": "mine", "form": form}]

@@ -63,7 +63,7 @@ async def _keep(parts: ApiParts, caller: Caller, upload: schemas.ImageUpload, pa
 
 async def build_small(parts: ApiParts, caller: Caller, request: Request) -> Response:
     wish = await asking.body(request, schemas.NewSmallImage, parts.config.request_body_bytes_max)
-    image = await parts.inventory.build_small_image(caller, wish.name)
+    image = await parts.inventory.build_small_image(caller, wish.name, wish.form)
     return answer(views.image(image), 201, {"Location": "/v1/images"})
 
 

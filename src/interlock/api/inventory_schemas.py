@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from interlock.ports import Role
+from interlock.ports import Role, SmallForm
 from interlock.service.wishes import Name
 
 Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
@@ -61,6 +61,8 @@ class NewSmallImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A small guest image to build on the server from its distribution's packages."""
 
     name: Name
+    form: SmallForm = "kernel"
+    """`kernel`, which boots sooner, with an empty root disk; or `disk`, of which a snapshot boots, too."""
 
 
 class ImageUpload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

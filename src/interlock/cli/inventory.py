@@ -26,7 +26,7 @@ from interlock.cli.live_line import LiveLine, Standing, progress_stream
 from interlock.cli.multipart import Form
 from interlock.cli.naming import IMAGES, TOKENS, VOLUMES, completer, path_of, suggesting
 from interlock.cli.wording import age, size
-from interlock.ports import Role
+from interlock.ports import Role, SmallForm
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MIB_PER_GIB = 1024
@@ -113,21 +113,23 @@ def _say_image(invocation: Invocation, image: Image) -> None:
 
 @image_commands.command("build-small")
 @click.argument("name", default="small")
+@click.option("--disk", is_flag=True, help="A disk that boots by itself, so that snapshots of it boot, too.")
 @json_option
 @needs_invocation
-def build_small(invocation: Invocation, *, name: str) -> None:
+def build_small(invocation: Invocation, *, name: str, disk: bool) -> None:
     """Build a small real guest, as an image called NAME.
 
-    It is made from the packages of the server's distribution. Without NAME it is called small.
+    It is made from the packages of the server's distribution. Without NAME it is called small. It is a kernel that is
+    booted directly, unless --disk is given.
     """
-    build_small_image(invocation, name)
+    build_small_image(invocation, name, "disk" if disk else "kernel")
 
 
-def build_small_image(invocation: Invocation, name: str) -> None:
+def build_small_image(invocation: Invocation, name: str, form: SmallForm = "kernel") -> None:
     """Have the server build the small image, showing that it takes a while. Raises `Failure`."""
     with LiveLine(progress_stream(json=invocation.json), silent=invocation.json, plain=invocation.plain) as line:
         line.tell(f"building the image {name} from the distribution's packages")
-        reply = invocation.client.post(f"{IMAGES}/small", NewSmallImage(name=name), wait_s=BUILD_WAIT_S)
+        reply = invocation.client.post(f"{IMAGES}/small", NewSmallImage(name=name, form=form), wait_s=BUILD_WAIT_S)
     if not invocation.answer(reply):
         _say_image(invocation, reply.decode(Image))
 

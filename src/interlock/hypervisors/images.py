@@ -31,6 +31,7 @@ from interlock.hypervisors.durable_files import (
     telling_of_full_disk,
 )
 from interlock.hypervisors.image_tool import Abandoned, ImageTool
+from interlock.ports import SmallForm
 
 NAME_LENGTH_MAX = 63
 CMDLINE_LENGTH_MAX = 2000
@@ -110,10 +111,12 @@ class ImageFolder:
         self.prepare()
         return await asyncio.to_thread(self._bring_kernel, image_id, name, kernel, initrd, cmdline)
 
-    async def build_small(self, image_id: str, name: str) -> Image:
+    async def build_small(self, image_id: str, name: str, form: SmallForm = "kernel") -> Image:
         _check_names(image_id, name)
         async with self._building:
             guest = await asyncio.to_thread(small_guest.build, self._cache)
+        if form == "disk":
+            return await self.bring_disk(image_id, name, guest.disk)
         return await self.bring_kernel(image_id, name, guest.kernel, guest.initrd, guest.cmdline)
 
     def draft_path(self, image_id: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from interlock.core.errors import Unavailable
-from interlock.hypervisors import initramfs, kernel_payload, packages
+from interlock.hypervisors import initramfs, kernel_payload, packages, small_disk
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic")
@@ -88,7 +88,17 @@ class SmallGuest(msgspec.Struct, frozen=True, kw_only=True):
 
     kernel: Path
     initrd: Path
+    disk: Path
+    """A raw disk that boots the same by itself."""
     cmdline: str = CMDLINE
+
+
+class _Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the files hold."""
+
+    kernel: bytes
+    initrd: bytes
+    disk: bytes
 
 
 class _KernelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,14 +125,14 @@ def build(cache: Path) -> SmallGuest:
     kernel_parts = packages.closure(source, packages.find_first(source, KERNEL_PACKAGES), _KERNEL_PARTS)
     busybox = packages.find_first(source, BUSYBOX_PACKAGES)
     built = cache / f"small-guest-{_recipe((*kernel_parts, busybox))}"
-    guest = SmallGuest(kernel=built / "kernel", initrd=built / "initrd")
+    guest = SmallGuest(kernel=built / "kernel", initrd=built / "initrd", disk=built / "disk")
     if not built.is_dir():
         try:
-            kernel, initrd = _build(source, kernel_parts, busybox)
+            parts = _build(source, kernel_parts, busybox)
         except kernel_payload.UnreadableKernel as error:
             names = ", ".join(f"{part.name} {part.version}" for part in kernel_parts)
             raise Unavailable(f"The kernel in {names} cannot be used: {error}.") from error
-        _keep(cache, built, guest, kernel, initrd)
+        _keep(cache, built, guest, parts)
     return guest
 
 
@@ -132,7 +142,7 @@ def _recipe(parts: tuple[packages.Package, ...]) -> str:
     for part in sorted(parts, key=lambda part: part.name):
         digest.update(f"{part.name}={part.version}\n".encode())
     here = resources.files("interlock.hypervisors")
-    for name in ("small_guest.py", "initramfs.py", "kernel_payload.py"):
+    for name in ("small_guest.py", "initramfs.py", "kernel_payload.py", "small_disk.py"):
         digest.update(here.joinpath(name).read_bytes())
     for name in sorted(set(_SCRIPTS.values())):
         digest.update(_script(name))
@@ -141,7 +151,7 @@ def _recipe(parts: tuple[packages.Package, ...]) -> str:
 
 def _build(
     source: packages.PackageSource, kernel_parts: tuple[packages.Package, ...], busybox: packages.Package
-) -> tuple[bytes, bytes]:
+) -> _Parts:
     files = packages.read_members(source.fetch(busybox), lambda path: _BUSYBOX_PATH.fullmatch(path) is not None)
     if len(files) != 1:
         raise Unavailable(f"The package {busybox.name} {busybox.version} has no busybox in it.")
@@ -149,7 +159,8 @@ def _build(
     # Where QEMU cannot start the ELF kernel directly, the guest unpacks the bzImage by itself: slower, the same guest.
     kernel = kernel_payload.vmlinux(found.kernel) or found.kernel
     (binary,) = files.values()
-    return kernel, initramfs.archive(_entries(binary, found.modules))
+    initrd = initramfs.archive(_entries(binary, found.modules))
+    return _Parts(kernel=kernel, initrd=initrd, disk=small_disk.image(found.kernel, initrd, CMDLINE))
 
 
 def _read_kernel(files: list[Path]) -> _KernelFiles:
@@ -233,14 +244,14 @@ def _script(name: str) -> bytes:
     return resources.files("interlock.hypervisors").joinpath("small_guest_files", name).read_bytes()
 
 
-def _keep(cache: Path, built: Path, guest: SmallGuest, kernel: bytes, initrd: bytes) -> None:
+def _keep(cache: Path, built: Path, guest: SmallGuest, parts: _Parts) -> None:
     """Put the files where `guest` says in one step, so that what is there is whole."""
     begun = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
     try:
-        (begun / guest.kernel.name).write_bytes(kernel)
-        (begun / guest.initrd.name).write_bytes(initrd)
-        for path in (begun / guest.kernel.name, begun / guest.initrd.name, begun):
-            sync_file(path)
+        for file, content in ((guest.kernel, parts.kernel), (guest.initrd, parts.initrd), (guest.disk, parts.disk)):
+            (begun / file.name).write_bytes(content)
+            sync_file(begun / file.name)
+        sync_file(begun)
         begun.rename(built)
         sync_folder(cache)
     except OSError:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from interlock.core.records import Image
+
+SmallForm = Literal["kernel", "disk"]
+"""How the small guest is to be booted: its kernel directly, beside an empty root disk, or from a disk of its own."""
 
 
 class ImageFiles(Protocol):
@@ -26,8 +29,8 @@ class ImageFiles(Protocol):
         """Take a copy of a kernel and its initial file system. Raises as `bring_disk`."""
         ...
 
-    async def build_small(self, image_id: str, name: str) -> Image:
-        """Build the small guest from the distribution's own packages.
+    async def build_small(self, image_id: str, name: str, form: SmallForm = "kernel") -> Image:
+        """Build the small guest from the distribution's own packages, as an image of the kind that `form` names.
 
         Raises:
             Unavailable: something that it is built from is not installed; the remedy names it.

@@ -11,7 +11,7 @@ import msgspec
 
 from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
 from interlock.core.records import Image, Instance
-from interlock.ports import ImageFiles, Role, Store, Volume, VolumeFiles, every_instance
+from interlock.ports import ImageFiles, Role, SmallForm, Store, Volume, VolumeFiles, every_instance
 from interlock.service.callers import Caller
 from interlock.service.capacity import Capacity
 from interlock.service.wishes import NewVolume, check_name
@@ -75,10 +75,10 @@ class Inventory:
         await self._check_new_image(caller, name)
         return await self._keep(await self._image_files.bring_kernel(self._new_id(), name, kernel, initrd, cmdline))
 
-    async def build_small_image(self, caller: Caller, name: str) -> Image:
+    async def build_small_image(self, caller: Caller, name: str, form: SmallForm = "kernel") -> Image:
         """Build the small guest from the distribution's packages. Raises also `Unavailable`."""
         await self._check_new_image(caller, name)
-        return await self._keep(await self._image_files.build_small(self._new_id(), name))
+        return await self._keep(await self._image_files.build_small(self._new_id(), name, form))
 
     async def _check_new_image(self, caller: Caller, name: str) -> None:
         caller.require(Role.ADMIN, "add images")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from interlock.core.operations import Operation
 from interlock.testing.proof.power import anew, off, running, same_disk, state, undisturbed
-from interlock.testing.proof.scenario import VM, WRITTEN, Before, Scenario
-from interlock.testing.proof.stage import MEMORY_MIB, SMALL, Stage
+from interlock.testing.proof.scenario import SECOND, VM, WRITTEN, Before, Scenario
+from interlock.testing.proof.stage import MEMORY_MIB, SMALL, SMALL_DISK, Stage
 
 _AFTERWARDS: Final = "written afterwards"
 _LARGER_MIB: Final = MEMORY_MIB + 64
+_LARGER_SECTORS: Final = 2 << 21
 _CHANGE: Final = {"memory_mib": _LARGER_MIB, "root_gib": 2}
 
 
@@ -25,6 +26,13 @@ def _rescue(stage: Stage) -> None:
     running(stage)
     stage.carry_out(VM, "rescue", image=SMALL)
     stage.status(VM)
+
+
+def _running_from_disk(stage: Stage) -> None:
+    """A guest that booted from its own disk and answers, with something written onto that disk."""
+    stage.boot(VM, SMALL_DISK)
+    stage.write(VM, WRITTEN)
+    stage.until_console(VM, "agent listens")
 
 
 def _rebuilt(stage: Stage, before: Before) -> None:
@@ -49,11 +57,12 @@ def _resized(stage: Stage, before: Before) -> None:
     before.booted_anew(now)
     assert before.status is not None
     assert now["memory_kib"] > before.status["memory_kib"], "it has no more memory"
+    stage.until_console(VM, f"disk vda {_LARGER_SECTORS} sectors")
     same_disk(stage)
 
 
 def _resize(stage: Stage) -> None:
-    running(stage)
+    _running_from_disk(stage)
     stage.carry_out(VM, "resize", **_CHANGE)
     stage.write(VM, _AFTERWARDS)
 
@@ -76,7 +85,7 @@ def _shelved(stage: Stage, _before: Before) -> None:
 
 
 def _shelve(stage: Stage) -> None:
-    running(stage)
+    _running_from_disk(stage)
     stage.carry_out(VM, "shelve")
 
 
@@ -93,12 +102,16 @@ def _offloaded(stage: Stage, before: Before) -> None:
 
 def _copied(stage: Stage, before: Before) -> None:
     undisturbed(stage, before)
-    (copy,) = _copies(stage)
+    assert before.status is not None
+    now = stage.status(VM)
+    assert not now["frozen"], "its file systems are frozen still"
+    # A second time where the next server took it up.
+    assert now["freezes"] - before.status["freezes"] in {1, 2}, "its file systems were not frozen for it"
+    stage.write(VM, _AFTERWARDS)
+    (copy,) = [image for image in stage.server.get("/v1/images")["items"] if image["source_instance"]]
     assert copy["source_instance"] == before.instance["id"]
-
-
-def _copies(stage: Stage) -> list[dict[str, Any]]:
-    return [image for image in stage.server.get("/v1/images")["items"] if image["name"] != SMALL]
+    stage.boot(SECOND, copy["id"])
+    assert stage.read(SECOND) == WRITTEN, "the copy does not have what was written before"
 
 
 def _attached(stage: Stage, before: Before) -> None:
@@ -143,6 +156,10 @@ def _unplugged(stage: Stage, before: Before) -> None:
 
 
 _O = Operation
+_COPIED: Final = (
+    "The guest was frozen for it and went on in the same process; another that boots from the copy has what it had "
+    "written before."
+)
 
 SCENARIOS: Final = (
     Scenario(
@@ -160,15 +177,15 @@ SCENARIOS: Final = (
     ),
     Scenario(
         operation=_O.REBUILD,
-        proof="The guest answers with the same id, name and ports, and its disk is empty.",
-        prepare=running,
+        proof="The guest boots from a new disk and answers with the same id, name and ports; nothing is written there.",
+        prepare=_running_from_disk,
         verify=_rebuilt,
     ),
     Scenario(
         operation=_O.RESIZE,
         parameters=dict(_CHANGE),
-        proof="The guest says that it has more memory; its disk has what was written before.",
-        prepare=running,
+        proof="The guest says that it has more memory and a larger disk, with what was written before.",
+        prepare=_running_from_disk,
         verify=_resized,
     ),
     Scenario(
@@ -186,7 +203,7 @@ SCENARIOS: Final = (
     Scenario(
         operation=_O.SHELVE,
         proof="No process has the guest.",
-        prepare=running,
+        prepare=_running_from_disk,
         verify=_shelved,
     ),
     Scenario(
@@ -206,15 +223,15 @@ SCENARIOS: Final = (
     Scenario(
         operation=_O.SNAPSHOT,
         parameters={"name": "copy"},
-        proof="There is an image of it, and the guest went on in the same process.",
-        prepare=running,
+        proof=_COPIED,
+        prepare=_running_from_disk,
         verify=_copied,
     ),
     Scenario(
         operation=_O.BACKUP,
         parameters={"backup_type": "daily", "rotation": 2},
-        proof="There is an image of it, and the guest went on in the same process.",
-        prepare=running,
+        proof=_COPIED,
+        prepare=_running_from_disk,
         verify=_copied,
     ),
     Scenario(

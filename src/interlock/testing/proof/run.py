@@ -9,7 +9,7 @@ import msgspec
 
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.testing.proof import disks, power
-from interlock.testing.proof.scenario import VM, Scenario
+from interlock.testing.proof.scenario import SECOND, VM, Scenario
 from interlock.testing.proof.stage import Stage
 
 SCENARIOS: Final = (*power.SCENARIOS, *disks.SCENARIOS)
@@ -91,8 +91,9 @@ def _vm_state(stage: Stage) -> str:
 
 
 def clear(stage: Stage) -> None:
-    """Remove what a scenario left: the instance, and the images that were made of it."""
-    stage.discard(VM)
+    """Remove what a scenario left: the instances, and the images that were made of the first."""
+    for name in (SECOND, VM):
+        stage.discard(name)
     for image in stage.server.get("/v1/images")["items"]:
         if image.get("source_instance"):
             stage.server.client.delete(f"/v1/images/{image['id']}").raise_for_status()

@@ -11,6 +11,8 @@ from interlock.core.operations import CATALOGUE, Operation
 from interlock.testing.proof.stage import Stage
 
 VM: Final = "vm"
+SECOND: Final = "second"
+"""What is made from a copy of `VM`."""
 WRITTEN: Final = "written before"
 
 

@@ -16,7 +16,9 @@ from interlock.hypervisors.qemu.process import find_in
 from interlock.testing.real_server import RealServer
 
 SMALL: Final = "small"
-"""The name of the small guest's image."""
+"""The name of the small guest's image: a kernel, which QEMU boots beside an empty root disk."""
+SMALL_DISK: Final = "small-disk"
+"""That of the same guest on a disk that boots by itself."""
 MEMORY_MIB: Final = 128
 _PATIENCE_S: Final = 60.0
 _ASK_AGAIN_S: Final = 2.0
@@ -24,7 +26,7 @@ _QUICK: Final = {"INTERLOCK_DRIVER_INSPECT_RETRY_MS": "50", "INTERLOCK_DRIVER_PR
 
 
 class Stage:
-    """One server after the other on one folder, with an image of the small guest and two volumes."""
+    """One server after the other on one folder, with the images of the small guest and two volumes."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` must let QEMU's user pass through."""
@@ -36,7 +38,8 @@ class Stage:
     def open(self) -> None:
         """Start the server and make what the scenarios need."""
         self.server.start()
-        self.server.client.post("/v1/images/small", json={"name": SMALL}).raise_for_status()
+        for name, form in ((SMALL, "kernel"), (SMALL_DISK, "disk")):
+            self.server.client.post("/v1/images/small", json={"name": name, "form": form}).raise_for_status()
         for name in ("data", "other"):
             self.server.client.post("/v1/volumes", json={"name": name, "size_mib": 8}).raise_for_status()
 
@@ -50,19 +53,19 @@ class Stage:
 
     # -------------------------------------------------------------------------------------------------- asking it
 
-    def create(self, name: str) -> str:
+    def create(self, name: str, image: str = SMALL) -> str:
         """Ask for a small guest with a root disk and a web server that can be reached; the request's id."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._ports[name] = int(free.getsockname()[1])
         forwards = [{"host_port": self._ports[name], "guest_port": 80}]
-        wish = {"name": name, "image": SMALL, "memory_mib": MEMORY_MIB, "root_gib": 1, "forwards": forwards}
+        wish = {"name": name, "image": image, "memory_mib": MEMORY_MIB, "root_gib": 1, "forwards": forwards}
         answer = self.server.client.post("/v1/instances", json=wish)
         answer.raise_for_status()
         return str(answer.json()["request"]["id"])
 
-    def boot(self, name: str) -> None:
+    def boot(self, name: str, image: str = SMALL) -> None:
         """Create a guest and wait until it answers."""
-        ended = self.server.ended(self.create(name))
+        ended = self.server.ended(self.create(name, image))
         assert ended["status"] == "succeeded", ended
         self.status(name)
 
