@@ -330,6 +330,7 @@ class TestBooted:
         agent = await booted.agent()
         assert await booted.get("cgi-bin/silence-agent") == "silence-agent"
         agent.send("guest-sync", id=1)
+        await booted.console.until("interlock-guest: agent silent")
         assert await booted.get("cgi-bin/wake-agent") == "wake-agent"
         assert await agent.ask("guest-sync", id=2) == 2
         agent.send("guest-shutdown", mode="powerdown")
