@@ -116,3 +116,23 @@ def until_there_are(fleet: Fleet, host: str, count: int) -> None:
     while len(guests_in(folder)) != count:
         assert time.monotonic() < deadline, f"{len(guests_in(folder))} guests on {host}"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.15])
+@pytest.mark.parametrize("whose", ["north", "south"])
+def test_an_agent_that_is_killed_leaves_one_running_copy(fleet: Fleet, whose: str, after_s: float) -> None:
+    """The guest goes from north to south."""
+    agents = {name: fleet.add(name) for name in ("north", "south")}
+    fleet.create("one", "north", root_gib=1)
+    request = fleet.server.submit("one", "live_migrate", host="south").json()["request"]["id"]
+    time.sleep(after_s)  # how far it has come is what is tried
+    agents[whose].kill()
+    agents[whose].start()
+    fleet.until_linked(whose)
+    ended = fleet.server.ended(request)
+    host = fleet.server.get("/v1/instances/one")["host"]
+    assert (host, ended["status"]) in {("south", "succeeded"), ("north", "failed")}, ended
+    for name in agents:
+        until_there_are(fleet, name, 1 if host == name else 0)
+    fleet.carry_out("one", "pause")
+    fleet.carry_out("one", "unpause")

@@ -51,6 +51,7 @@ class Session:
         self._caught_up = caught_up
         self._numbers = 0
         self._waiting: dict[int, _Waiting] = {}
+        self._ended = False
         self.alive = asyncio.Event()
         """Set whenever the agent gave a sign of life; whoever watches clears it."""
 
@@ -59,6 +60,7 @@ class Session:
         try:
             await self._exchange.run(self._heed)
         finally:
+            self._ended = True
             for waiting in self._waiting.values():
                 if not waiting.answer.done():
                     waiting.answer.set_exception(self._gone())
@@ -123,6 +125,9 @@ class Session:
         """
         if permit is not None:
             permit.check()
+        if self._ended:
+            # Whoever makes several calls may hold on to a connection that has broken between two of them.
+            raise self._gone()
         self._numbers += 1
         number = self._numbers
         waiting = self._waiting[number] = _Waiting(report)
