@@ -148,6 +148,8 @@ async def test_a_token_that_is_deleted_can_type_no_more(listening: Listening, se
         ("one/console/live", "stranger", 404),
         ("one/display", "stranger", 404),
         ("one/display", "reader", 403),
+        ("one/display", "agent", 403),
+        ("one/console/live", "agent", 403),
         ("one/console/live?history=-1", "member", 422),
         ("one/console/live?history=10001", "member", 422),
         ("one/console/live?histori=1", "member", 422),
@@ -163,6 +165,7 @@ async def test_who_cannot_be_served_is_told_before_the_connection_and_by_code_in
         "member": secret,
         "wrong": "ilk_wrong",
         "reader": await listening.secret("reader", Role.READER),
+        "agent": await listening.secret("agent", Role.AGENT),
         "stranger": await listening.secret("stranger", project="other"),
     }
     with pytest.raises(InvalidStatus) as refused:

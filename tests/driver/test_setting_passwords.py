@@ -12,8 +12,8 @@ from interlock.core.records import Status
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
 from interlock.hypervisors.simulated.senses import hashed
-from interlock.service.wishes import NewRequest
-from interlock.testing.embedded import Embedded, admitted
+from interlock.service.wishes import NewInstance, NewRequest
+from interlock.testing.embedded import IMAGE, Embedded, admitted
 
 O = Operation  # noqa: E741
 WORD = "correct-horse-battery"
@@ -100,3 +100,14 @@ async def test_a_guest_without_an_agent_says_what_is_missing(fleet: Embedded, ho
     request = await fleet.carry_out(vm, O.SET_PASSWORD, password=WORD)
     assert request.status is Status.FAILED
     assert "agent" in (request.message or "")
+
+
+async def test_what_a_guest_was_told_goes_with_it(fleet: Embedded, tmp_path: Path) -> None:
+    wish = NewInstance(name="web", image=IMAGE.name, user_data=f"#!/bin/sh\necho {WORD}\n")
+    vm = (await fleet.server.instances.create(fleet.caller, wish)).instance.id
+    assert traces(tmp_path), "until then the guest may have to be told again"
+    await fleet.carry_out(vm, O.FORCE_DELETE)
+    kept = await fleet.server.store.instance(vm)
+    assert kept is not None
+    assert kept.spec is not None
+    assert kept.spec.seed is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,26 @@ async def test_a_detach_that_was_done_and_not_reported_is_no_failure_for_the_nex
         await fleet.crash()
     await fleet.start()
     assert (await fleet.ended(detach)).status is Status.SUCCEEDED
+
+
+async def test_volumes_stay_with_a_memory_that_is_saved_also_while_it_is_shelved(
+    tmp_path: Path, host: SimulatedHost
+) -> None:
+    fleet = Embedded(tmp_path / "data", host, "nova")
+    await fleet.start()
+    vm = await fleet.create("web")
+    volume, other = await fleet.make_volume("data"), await fleet.make_volume("other")
+    await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    await fleet.carry_out(vm, O.SUSPEND)
+    await fleet.carry_out(vm, O.SHELVE)
+    for operation, name in ((O.DETACH_VOLUME, "data"), (O.ATTACH_VOLUME, "other")):
+        ended = await fleet.carry_out(vm, operation, volume=name)
+        assert ended.status is Status.FAILED
+        assert ended.message is not None
+        assert "memory" in ended.message
+    claims = {one.id: one.attached_to for one in await fleet.server.store.volumes()}
+    assert claims == {volume.id: vm, other.id: None}
+    await fleet.carry_out(vm, O.UNSHELVE)
+    assert (await fleet.carry_out(vm, O.RESUME)).message is None, "it goes on from its memory"
+    assert (await fleet.carry_out(vm, O.DETACH_VOLUME, volume="data")).status is Status.SUCCEEDED
+    await fleet.crash()

@@ -29,8 +29,10 @@ class Seeing:
         """The last lines that the guest wrote on its serial console, and the live console that goes on from there.
 
         Raises:
+            Forbidden: the caller speaks for a host only.
             NotFound: there is no such instance, or no guest of it runs.
         """
+        caller.require(Role.READER, "look at a console")
         instance, hypervisor = await self._find(caller, reference)
         try:
             stream = await hypervisor.open_console(instance.id)

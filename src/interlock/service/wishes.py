@@ -17,7 +17,9 @@ from interlock.policies.durations import parse_duration
 
 NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
-MAC_PATTERN: Final = "^(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$"
+END: Final = r"$(?!\n)"
+"""Where a text ends, in a pattern: Python's `$` matches before a last newline too, and JSON Schema knows no `\\Z`."""
+MAC_PATTERN: Final = "^(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}" + END
 """An address of one interface, and not of many."""
 
 Name = Annotated[
@@ -27,7 +29,7 @@ Name = Annotated[
 Reference = Annotated[str, Meta(min_length=1, max_length=63, description="An id or a name.")]
 Tag = Annotated[
     str,
-    Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", description="No control characters."),
+    Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]+" + END, description="No control characters."),
 ]
 
 
@@ -122,8 +124,8 @@ class RescueParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class PasswordParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of set_password. The password is in no record, and in no answer but that to the submission that has none."""
 
-    user: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x20:,/\x7f]+$")] = "root"
-    password: Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00\n\r]+$")] | None = None
+    user: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x20:,/\x7f]+" + END)] = "root"
+    password: Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00\n\r]+" + END)] | None = None
     """None: one is made up, and told once."""
 
 
@@ -153,7 +155,7 @@ class SnapshotParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 class BackupParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of backup."""
 
-    backup_type: Annotated[str, Meta(max_length=20, pattern="^[a-z0-9]+(-[a-z0-9]+)*$")]
+    backup_type: Annotated[str, Meta(max_length=20, pattern="^[a-z0-9]+(-[a-z0-9]+)*" + END)]
     """With which others it rotates, such as `daily`: lower-case letters, digits and single hyphens."""
     rotation: Annotated[int, Meta(ge=1, le=100)]
     """How many of that type are kept, this one included."""

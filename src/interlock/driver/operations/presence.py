@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from interlock.core.states import PowerState, VmState
 from interlock.driver.operations.bringing import bring_to
 from interlock.driver.work import Done, Work
@@ -23,6 +25,8 @@ async def delete(work: Work) -> Done:
     await work.release_volumes(kept=frozenset())
     if work.instance.shelved_image is not None:
         await work.images.remove(work.instance.shelved_image)
+    # The record stays for the history; passwords and keys in what the guest was told have no use in it.
+    await work.keep_changed(lambda spec: msgspec.structs.replace(spec, seed=None))
     return Done(power_state=PowerState.NONE)
 
 

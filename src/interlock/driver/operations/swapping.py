@@ -15,7 +15,7 @@ import msgspec
 from interlock.core.errors import InUse, NotFound, NotThere, Refused
 from interlock.core.records import Disk, Kept, Spec
 from interlock.core.states import PowerState
-from interlock.driver.operations.volumes import runs_after_all
+from interlock.driver.operations.volumes import require_no_memory, runs_after_all
 from interlock.driver.work import Done, Work, starting
 from interlock.ports import Observation, Volume
 
@@ -25,6 +25,7 @@ async def swap(work: Work) -> Done:
     old_id, new = str(work.request.parameters["old"]), await _new(work)
     attached = {disk.id: disk for disk in work.spec.disks}
     if new.id not in attached or old_id in attached:
+        await require_no_memory(work)
         await _claim(work, attached, old_id, new)
         old = attached[old_id]
         replaced = msgspec.structs.replace(old, id=new.id, path=new.path)

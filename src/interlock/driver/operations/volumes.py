@@ -11,13 +11,14 @@ import msgspec
 from interlock.core.errors import InUse, NotFound, NotThere, Refused
 from interlock.core.records import Disk
 from interlock.core.states import PowerState
-from interlock.driver.work import Done, Work
+from interlock.driver.work import Done, Work, starting
 from interlock.ports import Volume
 
 
 async def attach(work: Work) -> Done:
     """Claim the volume, plug it in if a guest runs, and keep it in the spec for the next start."""
     volume = await _volume(work)
+    await require_no_memory(work)
     work.permit.check()
     if not await work.store.claim_volume(volume.id, work.id):
         raise InUse(f"The volume {volume.name} is attached to another instance.", remedy="Detach it there first.")
@@ -45,6 +46,7 @@ async def detach(work: Work) -> Done:
         if work.taken_up:
             return Done()
         raise NotFound(f"The volume {volume.name} is not attached to {work.instance.name}.")
+    await require_no_memory(work)
     disks = tuple(one for one in work.spec.disks if one.id != volume.id)
     spec = msgspec.structs.replace(work.spec, disks=disks)
     while True:
@@ -77,6 +79,19 @@ async def _unplug(work: Work, disk_id: str) -> bool:
                 return False
         else:
             return True
+
+
+async def require_no_memory(work: Work) -> None:
+    """Raise `Refused` if the guest is to go on from a saved memory, also where that is shelved with it.
+
+    What is on its volumes goes with that memory: one that comes back after another guest had it is damaged by the
+    first that resumes. A start that is in flight gives the memory up.
+    """
+    if (await work.hypervisor.inspect(work.id)).memory_saved and not starting(await work.look()):
+        raise Refused(
+            f"The memory of {work.instance.name}'s guest is saved, and what is on its volumes goes with it.",
+            remedy="Bring the guest back, resume it, and ask again; or reboot it hard, which gives its memory up.",
+        )
 
 
 async def runs_after_all(work: Work) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.hypervisors.qemu.command_line import is_port
@@ -16,12 +17,31 @@ async def require_guest(guest: Guest) -> None:
         raise NotThere(f"No guest of instance {guest.instance_id} runs.")
 
 
+async def places(guest: Guest) -> dict[str, str]:
+    """The port in which each device is that is in one, by the device's name. Raises as `Guest.look`.
+
+    Asked of the devices themselves: what `query-pci` shows behind a port is nothing until the firmware has been there,
+    which it is once more after every reset.
+    """
+    found = {}
+    for name in await guest.devices():
+        if is_port(name):
+            continue
+        # It may have been let go of a moment ago.
+        with contextlib.suppress(Refused):
+            bus = str(await guest.ask("qom-get", path=f"/machine/peripheral/{name}", property="parent_bus"))
+            port = bus.rpartition("/")[2]
+            if is_port(port):
+                found[name] = port
+    return found
+
+
 async def free_port(guest: Guest) -> str:
     """The first place for a device in which there is none. Raises `Refused`."""
-    for bus in await guest.ask("query-pci"):
-        for bridge in sorted(bus["devices"], key=lambda device: str(device["qdev_id"])):
-            if is_port(bridge["qdev_id"]) and not bridge.get("pci_bridge", {}).get("devices"):
-                return str(bridge["qdev_id"])
+    taken = set((await places(guest)).values())
+    for port in sorted(name for name in await guest.devices() if is_port(name)):
+        if port not in taken:
+            return port
     raise Refused(
         f"The guest of instance {guest.instance_id} has no free place for another disk or interface.",
         remedy="Detach something, or raise hotplug_ports for guests started from then on.",

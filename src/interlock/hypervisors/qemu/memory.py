@@ -43,7 +43,8 @@ import msgspec
 from interlock.core.errors import Fenced, HypervisorError, NotResponding, NotThere, Refused
 from interlock.core.states import PowerState
 from interlock.hypervisors.durable_files import sync_file
-from interlock.hypervisors.qemu.command_line import Machine, device_name, disk_of_device, is_port, machine_of
+from interlock.hypervisors.qemu import hotplug
+from interlock.hypervisors.qemu.command_line import Machine, device_name, disk_of_device, machine_of
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.journal import QemuEvent
@@ -113,14 +114,7 @@ async def _stop_and_write(permit: Permit, guest: Guest, files: SavedMemory, befo
 
 async def machine_of_guest(guest: Guest) -> Machine:
     """What the machine is that the memory belongs to: QEMU finds each device again by its place."""
-    places: dict[str, str] = {}
-    # Not by query-pci, which knows what is behind a port only once the firmware has looked there.
-    for name in sorted(await guest.devices() - {"type"}):
-        if not is_port(name):
-            bus = await guest.ask("qom-get", path=f"/machine/peripheral/{name}", property="parent_bus")
-            port = str(bus).removeprefix("/machine/peripheral/").partition("/")[0]
-            if is_port(port):
-                places[name] = port
+    places = await hotplug.places(guest)
     # A device keeps its name when another disk is swapped in; a machine that is made afresh names it after that one.
     plugged = await guest.plugged()
     ports = {name: port for name, port in places.items() if disk_of_device(name) is None}

@@ -1,0 +1,76 @@
+"""A machine whose firmware has not been round yet: what is plugged in where is known all the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from interlock.core.records import Interface
+from interlock.hypervisors.qemu import QemuHypervisor, hotplug
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.qemu_workbench import QemuWorkbench
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
+
+PERMIT = GivenPermit()
+
+
+def nobody_reads(done: int, total: int | None = None) -> None:
+    """A report to nobody."""
+    del done, total
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
+    yield host
+    host.end_everything()
+
+
+@pytest.fixture
+async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
+    hypervisor = host.make()
+    assert isinstance(hypervisor, QemuHypervisor)
+    await hypervisor.open(Told())
+    yield hypervisor
+    for instance_id in await hypervisor.known():
+        await hypervisor.undefine(PERMIT, instance_id)
+    await hypervisor.close()
+
+
+async def reset_and_standing_still(hypervisor: QemuHypervisor) -> Guest:
+    """The guest, with nothing known behind any port until the firmware has been there again."""
+    await hypervisor.pause(PERMIT, "one")
+    guest = hypervisor.guest("one")
+    assert guest is not None
+    await guest.tell(PERMIT, "system_reset")
+    found = await guest.ask("query-pci")
+    assert not any(device.get("pci_bridge", {}).get("devices") for bus in found for device in bus["devices"])
+    return guest
+
+
+async def test_memory_is_saved_with_every_device_in_its_place(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
+    first, second, interface = host.disk("v1"), host.disk("v2"), Interface(id="i1", mac="52:54:00:00:00:01")
+    await hypervisor.define(PERMIT, "one", host.spec())
+    await hypervisor.power_on(PERMIT, "one", host.spec())
+    await host.until_up("one")
+    guest = await reset_and_standing_still(hypervisor)
+    await hypervisor.attach_disk(PERMIT, "one", first)
+    await hypervisor.attach_interface(PERMIT, "one", interface)
+    await hypervisor.attach_disk(PERMIT, "one", second)
+    before = await hotplug.places(guest)
+    assert len(set(before.values())) == len(before) == 3
+    spec = guest.folder.spec()
+    assert spec is not None
+    await hypervisor.save_memory(PERMIT, "one", nobody_reads)
+    await hypervisor.restore_memory(PERMIT, "one", spec, nobody_reads)
+    restored = hypervisor.guest("one")
+    assert restored is not None
+    assert await hotplug.places(restored) == before
