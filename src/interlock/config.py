@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from interlock.core.errors import Invalid
+from interlock.core.upkeep import UpkeepTimes
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
 _MAY_BE_ZERO = frozenset(
@@ -53,6 +54,15 @@ class UpkeepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How long after it was shelved an instance is offloaded, in ms; 0: never."""
     retry_ms: int = 10_000
     """How long to wait before asking again what was refused or failed, in ms; doubled each time, up to an hour."""
+
+    @property
+    def times(self) -> UpkeepTimes:
+        """After how long in a state something is done."""
+        return UpkeepTimes(
+            resize_confirm_window_ms=self.resize_confirm_window_ms,
+            reclaim_after_ms=self.reclaim_after_ms,
+            offload_after_ms=self.offload_after_ms,
+        )
 
 
 class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -166,7 +166,7 @@ def test_why_says_what_would_be_answered_and_what_instead(interlock: Interlock, 
     assert ran.code == 0
     assert ran.out == (
         "Refused: unpause of demo (not_paused)\n  It is not paused.\n"
-        "  Rule r decided, judging the VM as it is now.\n  Allowed now: stop\n"
+        "  Rule r decided, judging the VM as it is now (active).\n  Allowed now: stop\n"
     )
     assert json.loads(interlock("why", "demo", "stop", "--json").out)["disposition"] == "admitted"
     assert interlock("why", "demo").out.splitlines()[2].split()[:3] == ["unpause", "denied", "not_paused"]

@@ -75,7 +75,7 @@ def test_a_resize_and_interfaces_are_shown(interlock: Interlock, server: Scripte
     one["interfaces"] = [{"id": "nic", "mac": "52:54:00:00:00:01"}]
     server.on("GET", "/v1/instances/demo", Given(200, one))
     out = interlock("vm", "show", "demo").out
-    assert "1 vcpu, 64 MiB memory, root disk 3 GiB; confirm or revert the resize" in out
+    assert "Size before:    1 vcpu, 64 MiB memory, root disk 3 GiB" in out
     assert "52:54:00:00:00:01 [nic]" in out
 
 

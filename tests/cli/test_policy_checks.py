@@ -17,6 +17,7 @@ from interlock.api import views
 from interlock.api.policy import described
 from interlock.cli.application import run
 from interlock.cli.policy_checks import COMMANDS
+from interlock.config import UpkeepConfig
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
@@ -165,7 +166,7 @@ def test_wrong_input_is_refused_in_words(
 
 
 def wire_instance(vm_state: VmState, task: str, **more: Any) -> Any:
-    return views.instance(named(vm_state, task, **more))
+    return views.instance(named(vm_state, task, **more), UpkeepConfig().times)
 
 
 def named(vm_state: VmState, task: str, **more: Any) -> Any:
@@ -176,7 +177,7 @@ def serve(server: ScriptedServer, by: CompiledPolicy, role: str, *, vm_state: Vm
     """A server that has one VM, and answers by that policy as a real one does."""
     instance = named(vm_state, task, **more)
     answers = dispositions(instance, role, "me", by, NOW_MS)
-    server.on("GET", "/v1/instances/demo", Given(200, views.instance(instance)))
+    server.on("GET", "/v1/instances/demo", Given(200, views.instance(instance, UpkeepConfig().times)))
     server.on("GET", "/v1/instances/i-1/allowed", Given(200, views.allowed(instance, answers, NOW_MS)))
     server.on("GET", "/v1/policy", Given(200, described(by)))
 

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from interlock.api.problems import Bad
 from interlock.core.errors import Invalid
 from interlock.policies.durations import parse_duration
-from interlock.service.wishes import NAME_PATTERN
+from interlock.service.expectations import in_words
+from interlock.service.wishes import PATTERNS
 
 BodyT = TypeVar("BodyT")
 
@@ -48,7 +49,9 @@ async def body(request: Request, kind: type[BodyT], bytes_max: int) -> BodyT:
     try:
         value: BodyT = decoder.decode(content)
     except msgspec.ValidationError as error:
-        raise Invalid(f"The body is wrong: {_plainly(str(error))}.", remedy=_nearest(str(error), kind)) from None
+        raise Invalid(
+            f"The body is wrong: {in_words(str(error), PATTERNS)}.", remedy=_nearest(str(error), kind)
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Bad("not-json", f"The body is not JSON: {error}.") from None
     return value
@@ -98,14 +101,6 @@ async def too_large(request: Request, bytes_max: int) -> Bad:
                 if thrown_away > _LINGER_BYTES:
                     break
     return Bad("too-large", f"The body is larger than {bytes_max} bytes.", Connection="close")
-
-
-def _plainly(message: str) -> str:
-    """The validator's message without the pattern of a name, which says little to people."""
-    return message.replace(
-        f"Expected `str` matching regex {NAME_PATTERN!r}",
-        "Expected a name: 1 to 63 lower-case letters, digits and hyphens, starting and ending with a letter or digit",
-    )
 
 
 def _nearest(message: str, kind: Any) -> str | None:

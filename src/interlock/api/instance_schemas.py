@@ -35,6 +35,13 @@ class Size(Wire, frozen=True, kw_only=True):
     """Of the root disk; 0: as the image has it."""
 
 
+class Due(Wire, frozen=True, kw_only=True):
+    """What the server will ask for by itself, unless something happens before."""
+
+    operation: Operation
+    at: Timestamp
+
+
 class Request(Wire, frozen=True, kw_only=True):
     """One asked-for operation."""
 
@@ -132,6 +139,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     """Network interfaces beyond the first, in the order attached."""
     prior_size: Size | None = None
     """Of one that was resized: what a revert brings back."""
+    due: Due | None = None
+    """What happens to it by itself: a resize is confirmed, what is soft-deleted goes for good, a guest is restarted."""
     shelved_image: ImageReference | None = None
     """Of one that is shelved: the image of its root disk, which is its own and in no list."""
     outstanding: tuple[Request, ...]

@@ -41,7 +41,7 @@ async def create(parts: ApiParts, caller: Caller, request: Request) -> Response:
         headers |= applied
     instance = await parts.instances.describe(caller, made.instance.id)
     created = schemas.Created(
-        instance=views.instance(instance),
+        instance=views.instance(instance, parts.config.upkeep.times),
         request=None if asked is None else views.request(asked),
         rule=made.disposition.rule,
         because=made.disposition.because,
@@ -59,7 +59,7 @@ async def listing(parts: ApiParts, caller: Caller, request: Request) -> Response
     where = InstanceFilter(vm_state=None if state is None else VmState(state), **values)
     limit = asking.number(query, "limit", 100, 1, 500)
     page = await parts.instances.list(caller, where, limit, query.get("cursor"))
-    return answer(views.instance_page(page))
+    return answer(views.instance_page(page, parts.config.upkeep.times))
 
 
 async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:
@@ -72,14 +72,14 @@ async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:
         instance = await while_connected(request, parts.instances.wait(caller, reference, after, wait_ms))
     else:
         instance = await parts.instances.describe(caller, reference)
-    return answer(views.instance(instance), 200, etag(instance.generation))
+    return answer(views.instance(instance, parts.config.upkeep.times), 200, etag(instance.generation))
 
 
 async def relabel(parts: ApiParts, caller: Caller, request: Request) -> Response:
     labels = await asking.body(request, Labels, parts.config.request_body_bytes_max)
     reference = request.path_params[_REFERENCE]
     instance = await parts.instances.relabel(caller, reference, labels, asking.if_generation(request))
-    return answer(views.instance(instance), 200, etag(instance.generation))
+    return answer(views.instance(instance, parts.config.upkeep.times), 200, etag(instance.generation))
 
 
 async def submit(parts: ApiParts, caller: Caller, request: Request) -> Response:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from interlock.api.instance_schemas import (
     Created,
+    Due,
     ImageReference,
     Instance,
     InstancePage,
@@ -50,6 +51,7 @@ __all__ = [
     "Blocker",
     "Cancelled",
     "Created",
+    "Due",
     "Event",
     "EventList",
     "Health",

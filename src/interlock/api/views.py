@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from interlock.api import schemas
-from interlock.core import records
+from interlock.core import records, upkeep
 from interlock.core.operations import Operation
 from interlock.ports import Page, Token, Volume
 from interlock.service.answers import Answer, Stuck
@@ -53,8 +53,10 @@ def request(one: records.Request) -> schemas.Request:
     )
 
 
-def instance(one: records.Instance) -> schemas.Instance:
+def instance(one: records.Instance, times: upkeep.UpkeepTimes) -> schemas.Instance:
+    """An instance, with what will happen to it by itself after those times."""
     spec = one.spec
+    due = upkeep.due(one, times)
     return schemas.Instance(
         id=one.id,
         name=one.name,
@@ -91,6 +93,7 @@ def instance(one: records.Instance) -> schemas.Instance:
             for plugged in (spec.interfaces if spec is not None else ())
         ),
         prior_size=None if one.prior_spec is None else _size(one.prior_spec),
+        due=None if due is None else schemas.Due(operation=due.wishes[0].operation, at=timestamp(due.at_ms)),
         shelved_image=None if one.shelved_image is None else _reference(one.shelved_image),
         outstanding=tuple(request(outstanding) for outstanding in one.outstanding),
         held=tuple(request(held) for held in one.held),
@@ -105,8 +108,8 @@ def _reference(image: records.Image) -> schemas.ImageReference:
     return schemas.ImageReference(id=image.id, name=image.name)
 
 
-def instance_page(page: Page) -> schemas.InstancePage:
-    return schemas.InstancePage(items=tuple(instance(one) for one in page.items), next_cursor=page.next_cursor)
+def instance_page(page: Page, times: upkeep.UpkeepTimes) -> schemas.InstancePage:
+    return schemas.InstancePage(items=tuple(instance(one, times) for one in page.items), next_cursor=page.next_cursor)
 
 
 def request_page(page: Page) -> schemas.RequestPage:

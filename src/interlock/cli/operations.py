@@ -114,7 +114,8 @@ def swap_volume(
 ) -> None:
     """Put the volume NEW in the place of OLD, with what is on it. The guest sees the same device."""
     parameters: dict[str, Any] = {"old": old, "new": new, **({"copy": False} if no_copy else {})}
-    submit(invocation, vm, _O.SWAP_VOLUME, wait=wait, hold=hold, parameters=parameters)
+    with suggesting(invocation.client, VOLUMES, old), suggesting(invocation.client, VOLUMES, new):
+        submit(invocation, vm, _O.SWAP_VOLUME, wait=wait, hold=hold, parameters=parameters)
 
 
 @vm_commands.command("attach-interface")
@@ -170,9 +171,11 @@ _with_image(
 
 @vm_commands.command()
 @vm_argument
-@click.option("--vcpus", type=int, help="Virtual processors.")
-@click.option("--memory", "memory_mib", type=int, metavar="MIB", help="Memory in MiB.")
-@click.option("--root-size", "root_gib", type=int, metavar="GIB", help="Root disk in GiB; it never shrinks.")
+@click.option("--vcpus", type=click.IntRange(min=1), help="Virtual processors.")
+@click.option("--memory", "memory_mib", type=click.IntRange(min=64), metavar="MIB", help="Memory in MiB.")
+@click.option(
+    "--root-size", "root_gib", type=click.IntRange(min=1), metavar="GIB", help="Root disk in GiB; it never shrinks."
+)
 @asking_options
 @needs_invocation
 def resize(invocation: Invocation, /, *, vm: str, wait: bool, hold: str | None, **size: int | None) -> None:
@@ -196,7 +199,9 @@ def snapshot(invocation: Invocation, *, vm: str, name: str, wait: bool, hold: st
 @vm_commands.command()
 @vm_argument
 @click.option("--type", "backup_type", default="daily", show_default=True, help="With which others it rotates.")
-@click.option("--keep", "rotation", type=int, required=True, help="How many of that type to keep, 1 to 100.")
+@click.option(
+    "--keep", "rotation", type=click.IntRange(1, 100), required=True, help="How many of that type to keep, 1 to 100."
+)
 @asking_options
 @needs_invocation
 def backup(invocation: Invocation, *, vm: str, backup_type: str, rotation: int, wait: bool, hold: str | None) -> None:
@@ -235,18 +240,30 @@ def reset_state(invocation: Invocation, *, vm: str, vm_state: str, reason: str, 
 
 @vm_commands.command()
 @vm_argument
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A note to make. May be repeated.")
+@click.argument("notes", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="The same as an option. May be repeated.")
 @click.option("--remove", multiple=True, metavar="KEY", help="A note to take away. May be repeated.")
 @asking_options
 @needs_invocation
 def metadata(
-    invocation: Invocation, *, vm: str, pairs: tuple[str, ...], remove: tuple[str, ...], wait: bool, hold: str | None
+    invocation: Invocation,
+    *,
+    vm: str,
+    notes: tuple[str, ...],
+    pairs: tuple[str, ...],
+    remove: tuple[str, ...],
+    wait: bool,
+    hold: str | None,
 ) -> None:
     """Note something of a VM, or take notes away."""
-    if not (pairs or remove):
-        raise click.UsageError("Nothing to change: name --set or --remove.")
-    notes = dict(pair.partition("=")[::2] for pair in pairs)
-    if len(notes) < len(pairs) or not all("=" in pair for pair in pairs):
-        raise click.UsageError("Notes are written KEY=VALUE, each key once.")
-    parameters = {"set": notes, "remove": remove}
+    written = (*notes, *pairs)
+    if not (written or remove):
+        raise click.UsageError("Nothing to change: write KEY=VALUE, or name --remove.")
+    for note in written:
+        if not note.partition("=")[0] or "=" not in note:
+            raise click.UsageError(f"{note!r} is no note; write KEY=VALUE, as in owner=alice.")
+    kept = dict(note.partition("=")[::2] for note in written)
+    if len(kept) < len(written):
+        raise click.UsageError("A key is there twice; write each once.")
+    parameters = {"set": kept, "remove": remove}
     submit(invocation, vm, _O.SET_METADATA, wait=wait, hold=hold, parameters=parameters)

@@ -37,7 +37,11 @@ def reasons(answer: Refusal | AllowedOperation, detail: str, now: float | None) 
         lines.append(blocker_sentence(answer.blocked_by, now))
     if answer.because or detail:
         lines.append(printable(answer.because or detail))
-    state = f"when it is {answer.vm_state.value}, after what is outstanding" if answer.foreseen else "as it is now"
+    state = (
+        f"when it is {answer.vm_state.value}, after what is outstanding"
+        if answer.foreseen
+        else f"as it is now ({answer.vm_state.value})"
+    )
     lines.append(f"Rule {answer.rule} decided, judging the VM {state}.")
     again = allowed_again(answer, now)
     return [*lines, again] if again else lines

@@ -6,12 +6,14 @@ from typing import Any, Unpack
 
 import click
 
-from interlock.api.schemas import Created, Instance, InstancePage, NewForward, NewInstance, Size
+from interlock.api.schemas import Created, Instance, InstancePage, NewForward, NewInstance
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import IMAGES, INSTANCES, OperationName, completer, path_of, suggesting, vm_argument
+from interlock.cli.next_steps import next_steps, size_text, state_text
 from interlock.cli.refusals import explain_failure
 from interlock.cli.restart_option import WORDS, restart_option, spoken_policy
+from interlock.cli.sections import Sectioned
 from interlock.cli.seed_options import SeedOptions, seed_options
 from interlock.cli.submitting import fresh_key, wait_option
 from interlock.cli.waiting import describe, wait_for_end
@@ -23,7 +25,7 @@ from interlock.core.states import NO_TASK
 _PAGE = 500
 
 
-@click.group("vm")
+@click.group("vm", cls=Sectioned)
 def vm_commands() -> None:
     """Virtual machines, and the operations on them."""
 
@@ -43,9 +45,17 @@ class ForwardPair(click.ParamType[Any]):
 @vm_commands.command()
 @click.argument("name")
 @click.option("--image", required=True, shell_complete=completer(IMAGES), help="What it boots: a name or an id.")
-@click.option("--vcpus", type=int, default=1, show_default=True, help="Virtual processors.")
-@click.option("--memory", type=int, default=128, show_default=True, metavar="MIB", help="Memory in MiB.")
-@click.option("--root-size", type=int, default=0, metavar="GIB", help="Root disk in GiB; 0 (default): the image's.")
+@click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual processors.")
+@click.option(
+    "--memory", type=click.IntRange(min=64), default=128, show_default=True, metavar="MIB", help="Memory in MiB."
+)
+@click.option(
+    "--root-size",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="GIB",
+    help="Root disk in GiB; 0 (default): the image's.",
+)
 @click.option(
     "--forward", "forwards", multiple=True, type=ForwardPair(), help="Reach a guest's TCP port on the host's loopback."
 )
@@ -226,15 +236,19 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Name": one.name,
         "Id": one.id,
         "State": click.style(one.vm_state.value, fg=STATE_COLOURS.get(one.vm_state.value)),
+        "Was": state_text(one),
         "Task": one.task_state,
         "Power": one.power_state.value,
         "Error": printable(one.error) if one.error else None,
+        "Next": next_steps(one, now),
         "Host": one.host,
         "Project": one.project,
         "Image": one.image.name if one.image is not None else None,
-        "Size": _size_of(one),
+        "Size": size_text(one),
         "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
-        "Before": None if one.prior_size is None else f"{_size_of(one.prior_size)}; confirm or revert the resize",
+        "Size before": None if one.prior_size is None else size_text(one.prior_size),
+        "Shelved as": None if one.shelved_image is None else f"an image of its own, {one.shelved_image.id}",
+        "Cloud-init": "its guest was given something to read" if one.seeded else None,
         "Volumes": ", ".join(one.volumes),
         "Interfaces": ", ".join(f"{plugged.mac} [{plugged.id}]" for plugged in one.interfaces),
         "Metadata": printable(", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items()))),
@@ -252,9 +266,3 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
     for request in (*one.outstanding, *one.held):
         title = "Held:" if request.status is Status.HELD else "Outstanding:"
         invocation.say(f"{title:<16}{describe(request, one.name)} [{request.id}, {request.requested_by}]")
-
-
-def _size_of(one: Instance | Size) -> str:
-    processors = f"{one.vcpus} vcpu" + ("" if one.vcpus == 1 else "s")
-    disk = f", root disk {one.root_gib} GiB" if one.root_gib else ""
-    return f"{processors}, {one.memory_mib} MiB memory{disk}"

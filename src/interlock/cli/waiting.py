@@ -134,7 +134,7 @@ def _standing(request: Request, name: str) -> Standing | None:
 def report(invocation: Invocation, ended: Request, name: str) -> None:
     """Print how a request ended."""
     what = f"{spoken(ended.operation)} of {name}"
-    took = f" in {duration(ended.duration_s)}" if ended.duration_s is not None else ""
+    took = f" in {duration(ended.duration_s)}" if ended.duration_s else ""
     if ended.status is Status.SUCCEEDED:
         invocation.say(click.style("Done", fg="green", bold=True) + f": {what}{took}")
         return

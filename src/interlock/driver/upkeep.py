@@ -20,7 +20,7 @@ from interlock.config import UpkeepConfig
 from interlock.core import admission, restarting, upkeep
 from interlock.core.errors import NotFound, StoreClosed, StoreError
 from interlock.core.records import Admitted, Change, Denied, Disposition, Event, Instance, Submission
-from interlock.core.upkeep import Due, UpkeepTimes, Wish
+from interlock.core.upkeep import Due, Wish
 from interlock.policies.in_force import PolicyInForce
 from interlock.ports import InstanceFilter, Role, Store
 
@@ -50,11 +50,7 @@ class Upkeep:
         self._store = store
         self._policy = policy
         self._retry_ms = config.retry_ms
-        self._times = UpkeepTimes(
-            resize_confirm_window_ms=config.resize_confirm_window_ms,
-            reclaim_after_ms=config.reclaim_after_ms,
-            offload_after_ms=config.offload_after_ms,
-        )
+        self._times = config.times
         self._new_id = new_id
         self._changed: dict[str, None] = {}
         """The instances to look at, in the order told of."""

@@ -38,7 +38,10 @@ def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) 
             known = {one.id for one in spec.interfaces}
             known |= {one.id for one in instance.outstanding if one.operation is Operation.ATTACH_INTERFACE}
             if parameters["interface"] not in known:
-                raise NotFound(f"{instance.name} has no interface {parameters['interface'][:80]}.")
+                raise NotFound(
+                    f"{instance.name} has no interface {parameters['interface'][:80]}.",
+                    remedy=f"`interlock vm show {instance.name}` tells their ids.",
+                )
         case _:
             pass
 
@@ -63,4 +66,7 @@ def _check_swap(instance: Instance, spec: Spec, parameters: dict[str, Any]) -> N
     coming = {one.parameters.get("volume") for one in instance.outstanding}
     coming |= {one.parameters.get("new") for one in instance.outstanding}
     if parameters["old"] not in attached | coming:
-        raise NotFound(f"The old volume is not attached to {instance.name}.")
+        raise NotFound(
+            f"The old volume is not attached to {instance.name}.",
+            remedy=f"`interlock vm show {instance.name}` tells which are; `interlock vm attach` attaches a volume.",
+        )

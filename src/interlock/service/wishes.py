@@ -14,13 +14,27 @@ from interlock.core.operations import Operation
 from interlock.core.restart_policy import RestartPolicy
 from interlock.core.states import VmState
 from interlock.policies.durations import parse_duration
+from interlock.service.expectations import in_words
 
 NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-_NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
 END: Final = r"$(?!\n)"
 """Where a text ends, in a pattern: Python's `$` matches before a last newline too, and JSON Schema knows no `\\Z`."""
 MAC_PATTERN: Final = "^(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}" + END
 """An address of one interface, and not of many."""
+TAG_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f]+" + END
+USER_PATTERN: Final = r"^[^\x00-\x20:,/\x7f]+" + END
+PASSWORD_PATTERN: Final = r"^[^\x00\n\r]+" + END
+BACKUP_PATTERN: Final = "^[a-z0-9]+(-[a-z0-9]+)*" + END
+PATTERNS: Final = {
+    NAME_PATTERN: "a name: 1 to 63 lower-case letters, digits and hyphens, starting and ending with a letter or digit",
+    TAG_PATTERN: "a text without control characters",
+    MAC_PATTERN: "the address of one interface, as in 52:54:00:12:34:56",
+    USER_PATTERN: "the name of a user, without spaces, commas, colons and slashes",
+    PASSWORD_PATTERN: "a password of one line",
+    BACKUP_PATTERN: "lower-case letters, digits and single hyphens, as in daily",
+}
+"""What the patterns mean, for who is told that something does not match."""
+_NAME = re.compile(NAME_PATTERN[:-1] + r"\Z")
 
 Name = Annotated[
     str,
@@ -29,7 +43,7 @@ Name = Annotated[
 Reference = Annotated[str, Meta(min_length=1, max_length=63, description="An id or a name.")]
 Tag = Annotated[
     str,
-    Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]+" + END, description="No control characters."),
+    Meta(min_length=1, max_length=64, pattern=TAG_PATTERN, description="No control characters."),
 ]
 
 
@@ -124,8 +138,8 @@ class RescueParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class PasswordParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of set_password. The password is in no record, and in no answer but that to the submission that has none."""
 
-    user: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x20:,/\x7f]+" + END)] = "root"
-    password: Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00\n\r]+" + END)] | None = None
+    user: Annotated[str, Meta(min_length=1, max_length=256, pattern=USER_PATTERN)] = "root"
+    password: Annotated[str, Meta(min_length=1, max_length=512, pattern=PASSWORD_PATTERN)] | None = None
     """None: one is made up, and told once."""
 
 
@@ -155,7 +169,7 @@ class SnapshotParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 class BackupParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of backup."""
 
-    backup_type: Annotated[str, Meta(max_length=20, pattern="^[a-z0-9]+(-[a-z0-9]+)*" + END)]
+    backup_type: Annotated[str, Meta(max_length=20, pattern=BACKUP_PATTERN)]
     """With which others it rotates, such as `daily`: lower-case letters, digits and single hyphens."""
     rotation: Annotated[int, Meta(ge=1, le=100)]
     """How many of that type are kept, this one included."""
@@ -290,7 +304,8 @@ def check_parameters(operation: Operation, parameters: dict[str, Any]) -> dict[s
         wish = msgspec.convert(parameters, kind)
     except msgspec.ValidationError as error:
         names = ", ".join(field.name for field in msgspec.structs.fields(kind)) or "none"
-        raise Invalid(f"parameters of {operation.value}: {error}.", remedy=f"It takes: {names}.") from None
+        wrong = in_words(str(error), PATTERNS)
+        raise Invalid(f"parameters of {operation.value}: {wrong}.", remedy=f"It takes: {names}.") from None
     if isinstance(wish, ResetStateParameters) and wish.vm_state not in _RESETTABLE:
         raise Invalid(
             f"parameters of reset_state: vm_state {wish.vm_state.value!r}; expected active, stopped or error."
