@@ -141,6 +141,12 @@ def _cases(operation: Any, mode: GenerationMode) -> list[Any]:
     return found
 
 
+def _part(content: Any) -> Any:
+    if isinstance(content, tuple):
+        return (content[0], _part(content[1]), *content[2:])
+    return content if isinstance(content, str | bytes) or content is None else str(content)
+
+
 async def _send(client: httpx.AsyncClient, case: Any, operation: Any) -> int:
     arguments = case.as_transport_kwargs(base_url="http://interlock.test")
     names = ("method", "url", "params", "json", "data", "files")
@@ -150,6 +156,9 @@ async def _send(client: httpx.AsyncClient, case: Any, operation: Any) -> int:
         if name.lower() not in {"authorization", "prefer"} and value.isascii()
     }
     given_arguments = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    # What stands in a form for nobody to read may be a number; a client sends it as text.
+    if files := given_arguments.get("files"):
+        given_arguments["files"] = [(name, _part(content)) for name, content in files]
     body = given_arguments.pop("data", None)
     if isinstance(body, str | bytes):
         given_arguments["content"] = body

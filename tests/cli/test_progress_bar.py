@@ -106,12 +106,14 @@ def test_ctrl_c_leaves_the_operation_going_and_says_how_to_watch_and_cancel_it(s
     run(slow, "vm", "create", "two", "--image", "nothing", "--wait")
     line, environment = command(slow, "vm", "suspend", "two", "--wait")
     process = subprocess.Popen(line, env=environment, stdout=terminal.theirs, stderr=terminal.theirs)
-    terminal.until("━".encode())
+    terminal.until(b"/128 MiB")
     process.send_signal(signal.SIGINT)
     for expected in (b"Suspend of two goes on.", b"interlock request show ", b"interlock request cancel "):
         terminal.until(expected)
     assert process.wait(PATIENCE_S) == 130
-    assert json.loads(run(slow, "vm", "show", "two", "--json"))["outstanding"] != []
+    (going,) = json.loads(run(slow, "vm", "show", "two", "--json"))["outstanding"]
+    assert (going["status"], going["phase"], going["bytes_total"]) == ("in_flight", "suspending", 128 * MIB)
+    assert 0 <= going["bytes_done"] <= 128 * MIB
     assert "Done" in run(slow, "vm", "watch", "two")
     assert json.loads(run(slow, "vm", "show", "two", "--json"))["vm_state"] == "suspended"
 
