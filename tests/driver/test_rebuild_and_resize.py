@@ -80,6 +80,7 @@ async def test_a_rebuild_that_cannot_make_the_disk_leaves_the_old_one_to_be_star
     host.guest_writes(vm, "precious")
     host.faults.script(vm, Method.DEFINE, Refuses("no room"))
     assert (await fleet.carry_out(vm, O.REBUILD)).status is Status.FAILED
+    assert (await now(fleet, vm)).power_state is PowerState.NONE, "it was powered off before that"
     assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
     assert root(host, vm).written == ("precious",)
 

@@ -7,6 +7,7 @@ for it, or the worker was fenced and what it wanted to say is recorded as that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ import structlog
 
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, InterlockError, NotResponding, StoreClosed, StoreError
+from interlock.core.operations import Lane
 from interlock.core.records import Change, GuestEvent, Instance, Outcome, Request, StaleFence
 from interlock.core.states import PowerState
 from interlock.driver.operations import PERFORMANCES
@@ -138,11 +140,19 @@ class Worker:
             except Fenced:
                 raise
             except InterlockError as error:
-                await self._finish(Outcome.FAILED, _say(error))
+                await self._finish(Outcome.FAILED, _say(error), await self._power_state())
                 return
             else:
                 await self._finish(Outcome.SUCCEEDED, done.message, done.power_state)
                 return
+
+    async def _power_state(self) -> PowerState | None:
+        """What is found of the guest after a failure, which may have come before its end or after; None: not known."""
+        with contextlib.suppress(InterlockError):
+            seen = await self.work.hypervisor.inspect(self.work.id)
+            if self.lane is Lane.STATE and seen.responsive:
+                return seen.power_state
+        return None
 
     async def _until_answering(self) -> None:
         """Look until the machine answers again (law 10)."""
