@@ -57,6 +57,13 @@ def test_the_kernel_is_told_of_an_initial_file_system_behind_all_that_it_unpacks
     assert (where, size) == (16 * MIB + INIT_SIZE, 60_000)
 
 
+def test_without_an_initial_file_system_there_is_still_a_part_to_count_down_from() -> None:
+    disk = small_disk.image(bzimage(), b"", "")
+    parts = [struct.unpack_from("<IIH", disk, 0x130 + 12 * index) for index in range(3)]
+    assert all(count > 0 for _, _, count in parts)
+    assert struct.unpack_from("<II", disk, 2 * MIB + 0x218)[1] == 0
+
+
 @pytest.mark.parametrize(
     ("kernel", "cmdline"),
     [

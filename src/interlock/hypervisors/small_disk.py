@@ -105,8 +105,8 @@ def image(kernel: bytes, initrd: bytes, cmdline: str) -> bytes:
     preferred, init_size = struct.unpack_from("<QI", kernel, 0x258)
     initrd_to = _aligned(max(preferred + init_size, _KERNEL_TO + len(kernel)), _MIB)
     setup = _setup(kernel[:setup_size], cmdline, initrd_to, len(initrd))
-    parts = ((setup, _SETUP_TO), (kernel[setup_size:], _KERNEL_TO), (initrd, initrd_to))
-    content = b"".join(part.ljust(_aligned(len(part), _CHUNK), b"\0") for part, _ in parts)
+    parts = ((_padded(setup), _SETUP_TO), (_padded(kernel[setup_size:]), _KERNEL_TO), (_padded(initrd), initrd_to))
+    content = b"".join(part for part, _ in parts)
     content = content.ljust(_aligned(len(content), _MIB), b"\0")
     return _boot_sector(parts, len(content)).ljust(PARTITION_AT, b"\0") + content
 
@@ -135,9 +135,8 @@ def _boot_sector(parts: tuple[tuple[bytes, int], ...], partition_size: int) -> b
     _READ_PACKET.pack_into(sector, _PACKET_AT, _READ_PACKET.size, _CHUNK // _SECTOR, 0, _BUFFER >> 4, 0)
     position = PARTITION_AT
     for index, (part, to) in enumerate(parts):
-        size = _aligned(len(part), _CHUNK)
-        _PART.pack_into(sector, _PARTS_AT + index * _PART.size, position // _SECTOR, to, size // _CHUNK)
-        position += size
+        _PART.pack_into(sector, _PARTS_AT + index * _PART.size, position // _SECTOR, to, len(part) // _CHUNK)
+        position += len(part)
     part, to = parts[-1]
     needed = _aligned(to + len(part) - _BLOCKS_FROM, _BLOCK) // _BLOCK
     struct.pack_into("<H", sector, _BLOCKS_NEEDED_AT, needed)
@@ -147,6 +146,11 @@ def _boot_sector(parts: tuple[tuple[bytes, int], ...], partition_size: int) -> b
     _PARTITION.pack_into(sector, _PARTITIONS_AT, 0x80, _BEYOND_CYLINDERS, _NO_FILE_SYSTEM, _BEYOND_CYLINDERS, *where)
     sector[_SIGNATURE_AT:] = b"\x55\xaa"
     return bytes(sector)
+
+
+def _padded(part: bytes) -> bytes:
+    """To whole chunks, and to one at least: the sector counts down from their number."""
+    return part.ljust(max(_aligned(len(part), _CHUNK), _CHUNK), b"\0")
 
 
 def _aligned(size: int, to: int) -> int:
