@@ -82,12 +82,6 @@ async def test_a_time_that_is_none_is_refused(admin: httpx.AsyncClient, time: ob
         assert "hold" in answer.json()["detail"]
 
 
-async def test_what_no_driver_performs_is_not_held(admin: httpx.AsyncClient) -> None:
-    await make(admin, "vm")
-    answer = await hold(admin, "unrescue")
-    assert (answer.status_code, answer.json()["reason"]) == (409, "not_performed")
-
-
 async def test_an_owner_notes_something_of_a_vm(admin: httpx.AsyncClient) -> None:
     await make(admin, "vm")
 

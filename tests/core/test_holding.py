@@ -68,6 +68,14 @@ def test_what_is_redundant_is_not_held() -> None:
     assert isinstance(answer, Redundant)
 
 
+def test_what_no_driver_performs_is_not_held() -> None:
+    """No change of the instance, and no time, would ever admit it."""
+    policy = CompiledPolicy(POLICY.policy, performs=frozenset({O.STOP}))
+    change = admit(instance_in(V.ACTIVE), ask(O.UNPAUSE, "h1", hold_ms=HOUR_MS), policy, START_MS)
+    assert isinstance(change.answer, Denied), change.answer
+    assert change.answer.reason == "not_performed"
+
+
 def test_what_is_held_is_admitted_with_its_own_id_when_the_state_allows_it() -> None:
     held = hold(serving(O.PAUSE), O.UNPAUSE)
     assert held.outstanding[0].id == "r0"

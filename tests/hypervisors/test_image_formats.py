@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -162,7 +163,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on the PATH, open to all, for a stand-in of QEMU's tool that notes how it was started."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    for place in (folder, *tmp_path.parents[:2], tmp_path):
+    above = (place for place in tmp_path.parents if Path(tempfile.gettempdir()) in place.parents)
+    for place in (folder, tmp_path, *above):
         place.chmod(0o777 if place == folder else 0o711)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
