@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
 from typing import Final
 
+import httpx
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.operations import CATALOGUE, TRAVELS, Lane, Operation
 from interlock.testing.dying_server import MOMENTS
-from interlock.testing.proof.run import SCENARIOS, Outcome, clear, prove
+from interlock.testing.proof.run import Outcome, clear, prove
 from interlock.testing.proof.scenario import Scenario
 from interlock.testing.proof.stage import Stage
 
@@ -36,40 +36,42 @@ class Proved(msgspec.Struct, kw_only=True):
     """By phase: how each crash in it came out."""
 
 
-def run_all(stage: Stage, repeat: int, tell: Callable[[str], None]) -> list[Proved]:
-    """Go through every scenario: `repeat` times to measure it, and once for each phase and moment to die in.
+def prove_fully(stage: Stage, scenario: Scenario, repeat: int) -> Proved:
+    """Go through a scenario `repeat` times to measure it, and once for each phase and moment to die in.
 
     Raises:
-        AssertionError: something is not as a scenario says.
+        AssertionError: something is not as the scenario says; names it.
     """
-    found = []
-    for scenario in SCENARIOS:
-        tell(scenario.operation.value)
-        proved = Proved(scenario=scenario)
-        for _ in range(repeat):
-            proved.seconds.append(prove(stage, scenario).seconds)
-            clear(stage)
-        for phase in scenario.phases:
-            outcomes = proved.crashes.setdefault(phase, [])
-            for moment in MOMENTS:
-                outcome = prove(stage, scenario, f"{phase}:{moment}")
-                clear(stage)
-                if outcome.died:
-                    outcomes.append(outcome)
-        found.append(proved)
-    return found
+    proved = Proved(scenario=scenario, crashes={phase: [] for phase in scenario.phases})
+    for _ in range(repeat):
+        proved.seconds.append(_prove(stage, scenario, None).seconds)
+    for phase, outcomes in proved.crashes.items():
+        for moment in MOMENTS:
+            outcome = _prove(stage, scenario, f"{phase}:{moment}")
+            if outcome.died:
+                outcomes.append(outcome)
+    return proved
 
 
-def draw(proved: list[Proved], repeat: int, elsewhere: Mapping[Operation, str]) -> str:
-    """The page. `elsewhere` says of operations without a scenario here where they are proved."""
+def _prove(stage: Stage, scenario: Scenario, dying_in: str | None) -> Outcome:
+    try:
+        outcome = prove(stage, scenario, dying_in)
+    except (AssertionError, httpx.HTTPError) as wrong:
+        raise AssertionError(f"{scenario.operation.value}, dying in {dying_in}: {wrong}") from wrong
+    clear(stage)
+    return outcome
+
+
+def draw(proved: list[Proved], repeat: int, performs: frozenset[Operation]) -> str:
+    """The page."""
     lines = ["| operation | phases, and what a crash in each led to | what proves it | median |", "|---|---|---|---|"]
     lines += [_row(one) for one in proved]
-    for operation, words in elsewhere.items():
+    for operation in sorted(TRAVELS & performs):
         phases = "<br>".join(f"`{phase}`" for phase in CATALOGUE[operation].phases)
-        lines.append(f"| `{operation.value}` | {phases} | {words} | |")
+        lines.append(f"| `{operation.value}` | {phases} | Between hosts; proved in tests/hosts, crashes included. | |")
     records = ", ".join(f"`{one.operation.value}`" for one in CATALOGUE.values() if one.lane is Lane.RECORD)
     words = (
-        f"\nMedians of {repeat}, with QEMU's software emulation on a machine of two processors.\n"
+        f"\nMedians of {repeat}, with QEMU's software emulation, two at a time on a machine of two processors.\n"
         f"\nThese change only what is recorded, and are done when they are admitted: {records}.\n"
     )
     return _HEAD + "\n".join(lines) + "\n" + words
@@ -85,6 +87,6 @@ def _row(one: Proved) -> str:
 def _came_out(outcomes: list[Outcome]) -> str:
     """Such as `finished, active (3 crashes)`."""
     if not outcomes:
-        return "not met"
+        return "passed over: there is nothing to do in it"
     ends = sorted({f"{one.status}, {one.vm_state}" for one in outcomes})
-    return f"{' or '.join(ends)} ({len(outcomes)} crashes)"
+    return f"{' or '.join(ends)} ({len(outcomes)} {'crash' if len(outcomes) == 1 else 'crashes'})"
