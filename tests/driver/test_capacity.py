@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import InUse, NameTaken, NoRoom
+from interlock.core.errors import InUse, Invalid, NameTaken, NoRoom
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Change, Event, Instance
 from interlock.hypervisors.simulated import SimulatedHost
@@ -129,6 +129,13 @@ async def test_a_port_that_another_instance_has_is_refused_before_it_is_started(
     assert "2222" in refusal.value.message
     await house.carry_out(vm, O.DELETE)
     await create(house, "two", 64, forwards=forwards)
+
+
+async def test_a_port_that_is_named_twice_is_refused_before_anything_is_made(house: Embedded) -> None:
+    forwards = ({"host_port": 2222, "guest_port": 22}, {"host_port": 2222, "guest_port": 80})
+    with pytest.raises(Invalid, match="host_port is named twice"):
+        await create(house, "one", 64, forwards=forwards)
+    assert await house.server.store.instance_named("default", "one") is None
 
 
 async def test_what_moved_to_another_host_leaves_its_room(house: Embedded) -> None:

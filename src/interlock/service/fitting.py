@@ -9,7 +9,7 @@ from typing import Any
 
 from interlock.core.errors import InUse, Invalid, NotFound
 from interlock.core.operations import Operation
-from interlock.core.records import Instance, Spec
+from interlock.core.records import Disposition, Instance, Redundant, Spec
 
 _GIB = 1 << 30
 
@@ -44,6 +44,26 @@ def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) 
                 )
         case _:
             pass
+
+
+def check_same(instance: Instance, answer: Disposition, operation: Operation, parameters: dict[str, Any]) -> None:
+    """Raise `InUse` where an earlier request is taken for what was asked, and would bring about something else.
+
+    How hard it is to be done is the policy's to compare. Passwords are not kept, so that no two are known to be one.
+    """
+    earlier = answer.request if isinstance(answer, Redundant) else None
+    if earlier is None or earlier.operation is not operation:
+        return
+    mine, theirs = _without_hard(parameters), _without_hard(earlier.parameters)
+    if mine != theirs or operation is Operation.SET_PASSWORD:
+        raise InUse(
+            f"The {operation.value} {earlier.id} of {instance.name} has not ended, and asks for something else.",
+            remedy="Ask again when it has ended.",
+        )
+
+
+def _without_hard(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name != "hard"}
 
 
 def _check_size(spec: Spec, wanted: dict[str, Any]) -> None:

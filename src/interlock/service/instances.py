@@ -199,6 +199,7 @@ class Instances:
                 raise Invalid(f"{instance.name} is on the host {instance.host} already.", remedy="Name another host.")
             reached = msgspec.structs.replace(submission, host_reachable=self._hosts.reachable(instance.host))
             change = admission.admit(instance, reached, self.policy, now_ms)
+            fitting.check_same(instance, change.answer, wish.operation, parameters)
             if grows and isinstance(change.answer, Admitted | Held):
                 self._capacity.claim(change.instance)
             judged[:] = [change.instance]

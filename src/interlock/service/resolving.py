@@ -29,6 +29,9 @@ class Resolving:
         """What a hypervisor is to know of the new instance. Raises `Invalid`, `NotFound` (image)."""
         if wish.memory_mib > self._memory_mib_max:
             raise Invalid(f"memory_mib: {wish.memory_mib} is more than this host allows ({self._memory_mib_max}).")
+        taken = [one.host_port for one in wish.forwards]
+        if len(set(taken)) < len(taken):
+            raise Invalid("forwards: the same host_port is named twice.", remedy="Give each forward one of its own.")
         image = await self._inventory.find_image(caller, wish.image)
         if image.kind == "iso" and not wish.root_gib:
             raise Invalid(
