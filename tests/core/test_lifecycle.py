@@ -40,7 +40,7 @@ from interlock.core.records import (
     Status,
 )
 from interlock.core.request_queue import replace
-from interlock.core.states import PowerState
+from interlock.core.states import PowerState, VmState
 
 POLICY = CompiledPolicy(ORDINARY)
 
@@ -50,6 +50,21 @@ def report(instance: Instance, outcome: Outcome, fence: int = 1) -> Change[Reque
 
 
 # ---------------------------------------------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("vm_state", [V.BUILDING, V.ACTIVE, V.STOPPED])
+def test_what_has_arrived_at_another_host_is_what_it_was(vm_state: VmState) -> None:
+    """Its record goes along, so that it is gone from nowhere that anybody sees."""
+    before = replace(serving(O.MIGRATE), vm_state=vm_state)
+    change = finish(before, "r0", 1, Outcome.SUCCEEDED, POLICY, START_MS + 5, arrived=True)
+    assert change.instance.vm_state is vm_state
+    assert not change.instance.outstanding
+    assert report(before, Outcome.SUCCEEDED).instance.vm_state is V.MIGRATED_OUT
+
+
+def test_nothing_but_a_migration_arrives() -> None:
+    change = finish(serving(O.STOP), "r0", 1, Outcome.SUCCEEDED, POLICY, START_MS + 5, arrived=True)
+    assert change.instance.vm_state is V.STOPPED
 
 
 def test_a_success_leads_where_the_catalogue_says() -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core import admission, lifecycle
-from interlock.core.operations import CATALOGUE, Landing, Lane, Operation
+from interlock.core.operations import ARRIVES, CATALOGUE, Landing, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import SERVED, Admitted, GuestEvent, Instance, Outcome, Request, Submission
 from interlock.core.request_queue import at_present
@@ -78,6 +78,15 @@ def happenings(model: Model, instance: Instance) -> Iterator[Instance]:
                 yield lifecycle.progress(instance, request.id, request.fence, NOW_MS, phase=phase).instance
             for outcome in Outcome:
                 yield lifecycle.finish(instance, request.id, request.fence, outcome, policy, NOW_MS).instance
+            yield lifecycle.finish(
+                instance,
+                request.id,
+                request.fence,
+                Outcome.SUCCEEDED,
+                policy,
+                NOW_MS,
+                arrived=request.operation in ARRIVES,
+            ).instance
     for event in GuestEvent:
         yield lifecycle.observe(instance, event, policy, NOW_MS).instance
     yield lifecycle.adopt(instance, NOW_MS).instance

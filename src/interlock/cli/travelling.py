@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import click
+import msgspec
 
 from interlock.cli.invocation import Invocation, needs_invocation
-from interlock.cli.naming import completer, vm_argument
+from interlock.cli.naming import INSTANCES, completer, path_of, suggesting, vm_argument
 from interlock.cli.other_hosts import HOSTS
 from interlock.cli.submitting import asking_options, submit
-from interlock.core.operations import Operation
+from interlock.core.operations import CATALOGUE, Operation
+from interlock.core.states import VmState
 
 
 @click.command()
@@ -30,15 +32,31 @@ def evacuate(
 @click.command()
 @vm_argument
 @click.argument("host", shell_complete=completer(HOSTS))
+@click.option(
+    "--live/--cold",
+    "live",
+    default=None,
+    help="As it runs, or powered off meanwhile. Default: live for what runs or is paused, cold for all else.",
+)
 @asking_options
 @needs_invocation
-def migrate(invocation: Invocation, *, vm: str, host: str, wait: bool, hold: str | None) -> None:
-    """Bring a VM to another HOST as it runs, with its root disk.
+def migrate(invocation: Invocation, *, vm: str, host: str, live: bool | None, wait: bool, hold: str | None) -> None:
+    """Bring a VM to another HOST, as it runs or powered off, with its root disk.
 
-    Cancelling the request leaves it where it runs.
+    Cancelling the request leaves it where it is.
     """
-    submit(invocation, vm, Operation.LIVE_MIGRATE, wait=wait, hold=hold, parameters={"host": host})
+    if live is None:
+        with suggesting(invocation.client, INSTANCES, vm):
+            live = invocation.client.get(path_of(INSTANCES, vm)).decode(_Seen).vm_state in _LIVE
+    operation = Operation.LIVE_MIGRATE if live else Operation.MIGRATE
+    submit(invocation, vm, operation, wait=wait, hold=hold, parameters={"host": host})
 
+
+class _Seen(msgspec.Struct):
+    vm_state: VmState
+
+
+_LIVE = CATALOGUE[Operation.LIVE_MIGRATE].sources
 
 COMMANDS: tuple[click.Command, ...] = (migrate, evacuate)
 """What `interlock vm` has for hosts."""

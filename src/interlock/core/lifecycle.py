@@ -13,7 +13,7 @@ import msgspec
 from interlock.core import restarting
 from interlock.core.errors import BrokenInvariant
 from interlock.core.holding import judge_held
-from interlock.core.operations import CATALOGUE, Lane, Operation, land
+from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Operation, land
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     SERVED,
@@ -152,11 +152,13 @@ def finish(
     *,
     message: str | None = None,
     power_state: PowerState | None = None,
+    arrived: bool = False,
 ) -> Change[Request | StaleFence]:
     """Note how serving a request came out, and judge what waits again.
 
-    `power_state` is what the hypervisor shows now, where the worker knows. An unknown outcome is not an end (law 10):
-    the request keeps its place until it is finished with another.
+    `power_state` is what the hypervisor shows now, where the worker knows; `arrived` says of one of `ARRIVES` that
+    succeeded that the instance is on another host of ours, where its vm_state is what it was. An unknown outcome is not
+    an end (law 10): the request keeps its place until it is finished with another.
     """
     request = _held(instance, request_id, fence)
     if request is None:
@@ -171,7 +173,7 @@ def finish(
         return draft.change(kept)
     draft.alive()
     if request.lane is Lane.STATE:
-        _settle(draft, request, outcome, message)
+        _settle(draft, request, outcome, message, arrived=arrived)
         restarting.heed_request(draft, request, outcome)
     draft.end(request, *_end(request, outcome, message))
     judge_again(draft, policy)
@@ -190,11 +192,11 @@ def _end(request: Request, outcome: Outcome, message: str | None) -> tuple[Statu
             return Status.FAILED, "failed", message
 
 
-def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None) -> None:
+def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None, *, arrived: bool) -> None:
     """Move the instance to where the outcome leads."""
     before = draft.instance
     state, prior = before.vm_state, before.prior_vm_state
-    if outcome is Outcome.SUCCEEDED:
+    if outcome is Outcome.SUCCEEDED and not (arrived and request.operation in ARRIVES):
         state, prior = land(request.operation, state, prior)
     elif outcome is Outcome.FAILED:
         state = CATALOGUE[request.operation].on_failure or state

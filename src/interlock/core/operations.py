@@ -239,7 +239,8 @@ _ENTRIES = (
         interruptible=True,
     ),
     _state(_O.BACKUP, "image_backup", _SETTLED, Landing.SAME, interruptible=True),
-    # Out of this host, as change 880 means it. A start may still be outstanding there.
+    # Out of this host, as change 880 means it. A start may still be outstanding there. Between hosts of one server the
+    # record goes along, and then it leads nowhere (`ARRIVES`); what is foreseen stays the worse of the two.
     _state(_O.MIGRATE, "migrating_out", {_V.BUILDING, _V.ACTIVE, _V.STOPPED}, _V.MIGRATED_OUT, interruptible=True),
     _state(_O.LIVE_MIGRATE, "migrating", {_V.ACTIVE, _V.PAUSED}, Landing.SAME, interruptible=True),
     _state(
@@ -300,6 +301,11 @@ BIT: Final[dict[Operation, int]] = {operation: 1 << index for index, operation i
 
 TRAVELS: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE, Operation.LIVE_MIGRATE, Operation.EVACUATE})
 """The operations during which an instance is on two hosts."""
+
+
+ARRIVES: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE})
+"""The operations that lead out of a host, and may tell at their end that the instance has arrived at another one that
+this record is kept of too: then its vm_state is what it was."""
 
 
 def land(operation: Operation, vm_state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:

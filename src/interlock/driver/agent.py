@@ -11,7 +11,7 @@ import structlog
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced, HypervisorError
 from interlock.core.operations import TRAVELS, Lane
-from interlock.core.records import Change, Event, Instance
+from interlock.core.records import ENDS, Change, Event, Instance
 from interlock.core.states import PowerState, VmState
 from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
@@ -28,6 +28,7 @@ _WAKING = frozenset(
     }
 )
 
+_ENDED = frozenset(f"request.{end.value}" for end in ENDS)
 _FENCING = frozenset({"instance.fenced", "instance.adopted"})
 """Events after which an older worker may not act any more."""
 
@@ -48,6 +49,9 @@ class Agent:
         self._upkeep = upkeep
         self._drivers: dict[str, StateDriver] = {}
         self._early: list[tuple[str, HypervisorEvent]] = []
+        self._travelling: set[tuple[str, str]] = set()
+        """Hosts, and instances that were on their way when those were tidied up; they are again when that has ended."""
+        self._tidying: set[asyncio.Task[None]] = set()
         self._serving = False
         self._unlisten: Callable[[], None] | None = None
 
@@ -82,6 +86,8 @@ class Agent:
         self._serving = False
         if self._unlisten is not None:
             self._unlisten()
+        for task in self._tidying:
+            task.cancel()
         await asyncio.gather(*(driver.close() for driver in tuple(self._drivers.values())))
         self._drivers.clear()
         await self._hosts.close()
@@ -119,6 +125,15 @@ class Agent:
                 self._hosts.superseded(event.instance_id, int(event.data["fence"]))
             if event.kind in _WAKING:
                 self._driver(event.instance_id).wake()
+            if event.kind in _ENDED:
+                self._tidy_again(event.instance_id)
+
+    def _tidy_again(self, instance_id: str) -> None:
+        for place in [place for place in self._travelling if place[1] == instance_id]:
+            self._travelling.discard(place)
+            task = asyncio.create_task(self._tidy(*place), name=f"tidy {place[0]}")
+            self._tidying.add(task)
+            task.add_done_callback(self._tidying.discard)
 
     def _hear(self, host: str, event: HypervisorEvent) -> None:
         """Hand on what a guest did. The hypervisors' listener."""
@@ -176,14 +191,17 @@ class Agent:
 
         What the store has never heard of is left alone: it may be younger than a database that was put back.
         """
+        self._travelling.add((host, instance_id))  # before looking: its journey may end meanwhile
         instance = await self._store.instance(instance_id)
+        serving = None if instance is None else instance.served(Lane.STATE)
+        travels = serving is not None and serving.operation in TRAVELS
+        if not travels:
+            self._travelling.discard((host, instance_id))
         if instance is None:
             _LOG.warning("the host holds an instance that the store does not know", instance=instance_id)
             return
         permit = FencePermit(self._store, instance_id, instance.fence)
         hypervisor = self._hosts.of(host)
-        serving = instance.served(Lane.STATE)
-        travels = serving is not None and serving.operation in TRAVELS
         elsewhere = self._hosts.of(instance.host) is not hypervisor
         try:
             if instance.vm_state is VmState.DELETED or (elsewhere and not travels):

@@ -25,6 +25,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     power_state: PowerState | None = None
     message: str | None = None
     """What is worth telling people about how it went."""
+    arrived: bool = False
+    """Whether the instance has come to another host of this server, and is there what it was."""
 
 
 class Means(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +78,8 @@ class Work:
         self.taken_up = request.status is Status.UNKNOWN
         """Whether an earlier worker began it, so that what it leads to may hold already."""
         self.permit = FencePermit(means.store, instance.id, request.fence)
+        self.brought_back = False
+        """Whether what the guest did meanwhile is no news any more, since it was brought back or is elsewhere now."""
         self.news = asyncio.Event()
         """Set by the state driver whenever something happened to the instance."""
 
@@ -207,8 +211,9 @@ class Work:
         request = self.request
 
         def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence | None]:
-            moved = (instance.vm_state, instance.state_since_ms) != (looked_at.vm_state, looked_at.state_since_ms)
-            if not guest_has_it and (moved or starting(instance)):
+            if not guest_has_it and (
+                _place(instance) != _place(looked_at) or starting(looked_at) or starting(instance)
+            ):
                 return Change(instance=instance, answer=None)
             return lifecycle.progress(instance, request.id, request.fence, now_ms, kept=Kept(spec=spec))
 
@@ -277,7 +282,12 @@ class Work:
             await self.news.wait()
 
 
-_STARTS = frozenset({Operation.START, Operation.CREATE, Operation.REBOOT})
+_STARTS = frozenset({Operation.START, Operation.CREATE, Operation.REBOOT, Operation.MIGRATE})
+
+
+def _place(instance: Instance) -> tuple[object, ...]:
+    """What is another one once a guest was started or ended between two looks, or went elsewhere."""
+    return instance.vm_state, instance.state_since_ms, instance.host
 
 
 def starting(instance: Instance) -> bool:

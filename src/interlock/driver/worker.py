@@ -56,8 +56,8 @@ class Worker:
 
     @property
     def used_up(self) -> bool:
-        """Whether what it absorbed was part of its success."""
-        return self._outcome is Outcome.SUCCEEDED and bool(self.absorbed)
+        """Whether what it absorbed was part of its success, or it has brought the guest back since."""
+        return self.work.brought_back or (self._outcome is Outcome.SUCCEEDED and bool(self.absorbed))
 
     @property
     def left_half_way(self) -> bool:
@@ -67,7 +67,7 @@ class Worker:
     @property
     def left_over(self) -> list[GuestEvent]:
         """What it absorbed and did not use up."""
-        return [] if self._outcome is Outcome.SUCCEEDED else self.absorbed
+        return [] if self._outcome is Outcome.SUCCEEDED or self.work.brought_back else self.absorbed
 
     def absorbs(self, event: GuestEvent) -> bool:
         """Take note of what the guest did if it is part of the operation; answers whether it is."""
@@ -143,7 +143,7 @@ class Worker:
                 await self._finish(Outcome.FAILED, _say(error), await self._power_state())
                 return
             else:
-                await self._finish(Outcome.SUCCEEDED, done.message, done.power_state)
+                await self._finish(Outcome.SUCCEEDED, done.message, done.power_state, arrived=done.arrived)
                 return
 
     async def _power_state(self) -> PowerState | None:
@@ -179,7 +179,14 @@ class Worker:
             return
         await self._finish(Outcome.INTERRUPTED, None)
 
-    async def _finish(self, outcome: Outcome, message: str | None, power_state: PowerState | None = None) -> None:
+    async def _finish(
+        self,
+        outcome: Outcome,
+        message: str | None,
+        power_state: PowerState | None = None,
+        *,
+        arrived: bool = False,
+    ) -> None:
         self._reporting = outcome is not Outcome.UNKNOWN
 
         def decide(instance: Instance, now_ms: int) -> Change[Request | StaleFence]:
@@ -192,6 +199,7 @@ class Worker:
                 now_ms,
                 message=message,
                 power_state=power_state,
+                arrived=arrived,
             )
 
         if isinstance(await self._kept(decide), Request):

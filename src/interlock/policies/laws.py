@@ -65,6 +65,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     request: Request | None = None
     """The request that it is about: the one that progresses, is finished or is cancelled."""
     outcome: Outcome | None = None
+    arrived: bool = False
+    """Whether the worker says that the instance has come to another host of ours; see `ARRIVES`."""
 
 
 class Breach(msgspec.Struct, frozen=True):
@@ -179,7 +181,8 @@ def _may_be_cancelled(before: Instance, change: Change[Any], step: Step, request
         return answer.request.preempts or answer.request.lane is Lane.RECORD
     if step.outcome is Outcome.UNKNOWN:
         return False
-    if step.outcome is Outcome.SUCCEEDED:
+    # That it would be gone was foreseen: one that has arrived is where nothing was promised of.
+    if step.outcome is Outcome.SUCCEEDED and not step.arrived:
         states = (other for other in before.outstanding if other.lane is Lane.STATE)
         return request.lane is Lane.COMPONENT and any(position(request) < position(other) for other in states)
     return True
@@ -255,7 +258,9 @@ def settled_success(before: Instance, after: Instance, step: Step) -> Iterator[B
     request = step.request
     if step.outcome is not Outcome.SUCCEEDED or request is None or request.lane is not Lane.STATE:
         return
-    expected, prior = _landing(request, before.vm_state, before.prior_vm_state)
+    expected, prior = before.vm_state, before.prior_vm_state
+    if not step.arrived:
+        expected, prior = _landing(request, expected, prior)
     if (after.vm_state, after.prior_vm_state) != (expected, prior):
         yield Breach(
             7, f"{request.operation.value} succeeded in {before.vm_state.value} and left {after.vm_state.value}"

@@ -53,6 +53,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adopt: bool | None = None
     instance: InstanceLine | None = None
     outcome: str | None = None
+    arrived: bool | None = None
     phase: str | None = None
     parameters: dict[str, Any] | None = None
     hard: bool | None = None
@@ -63,6 +64,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "instance")
 _COMPANIONS: Final = {
     "outcome": "finish",
+    "arrived": "finish",
     "phase": "progress",
     "parameters": "submit",
     "hard": "submit",

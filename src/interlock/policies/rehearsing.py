@@ -190,7 +190,9 @@ class Rehearsal:
         assert event.finish is not None
         outcome = named_outcome(event.outcome)
         request_id, fence = self._worker(event.finish)
-        change = lifecycle.finish(self.instance, request_id, fence, outcome, self._policy, self.now_ms)
+        change = lifecycle.finish(
+            self.instance, request_id, fence, outcome, self._policy, self.now_ms, arrived=event.arrived is True
+        )
         return self._reported(change, request_id)
 
     def _progress(self, event: Line) -> Answer:

@@ -201,8 +201,8 @@ class DetachInterfaceParameters(msgspec.Struct, frozen=True, kw_only=True, forbi
     """Its id."""
 
 
-class LiveMigrateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of live_migrate."""
+class MigrateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of migrate and live_migrate."""
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
     """Where it goes."""
@@ -244,7 +244,8 @@ PARAMETERS: Final[dict[Operation, type[msgspec.Struct]]] = {
     Operation.DETACH_INTERFACE: DetachInterfaceParameters,
     Operation.REBUILD: RebuildParameters,
     Operation.RESIZE: ResizeParameters,
-    Operation.LIVE_MIGRATE: LiveMigrateParameters,
+    Operation.MIGRATE: MigrateParameters,
+    Operation.LIVE_MIGRATE: MigrateParameters,
     Operation.EVACUATE: EvacuateParameters,
     Operation.SNAPSHOT: SnapshotParameters,
     Operation.BACKUP: BackupParameters,

@@ -2,7 +2,8 @@
 
 `python -m interlock.testing.dying_server PHASE:MOMENT` is `interlock serve`, until a request is in PHASE.
 The moments are `begun` (the phase is kept, nothing of it was done), `amid` (its first effect is about to be followed by
-another) and `done` (what it does was done, and what follows is not kept). The end is a SIGKILL: nothing is tidied up.
+another; `amid:N`: N - 1 of them are) and `done` (what it does was done, and what follows is not kept). The end is a
+SIGKILL: nothing is tidied up.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _AMID_CHECKS: Final = 2
 class Death:
     """Where the process is to die, and how near it is."""
 
-    def __init__(self, phase: str, moment: str) -> None:
+    def __init__(self, phase: str, moment: str, check: int = _AMID_CHECKS) -> None:
         self._phase = phase
         self._moment = moment
+        self._last_check = check
         self._works: dict[str, Work] = {}
         self._checks = 0
 
@@ -50,7 +52,7 @@ class Death:
         work = self._works.get(instance_id)
         if self._moment == "amid" and work is not None and work.request.phase == self._phase:
             self._checks += 1
-            if self._checks == _AMID_CHECKS:
+            if self._checks == self._last_check:
                 _die()
 
 
@@ -67,9 +69,9 @@ def arrange(death: Death) -> None:
         death.at(self.work, "begun")
         await serve(self)
 
-    async def dying_finish(self: Worker, *arguments: Any) -> None:
+    async def dying_finish(self: Worker, *arguments: Any, **more: Any) -> None:
         death.at(self.work, "done")
-        await finish(self, *arguments)
+        await finish(self, *arguments, **more)
 
     async def dying_report(self: Work, phase: str | None = None, **news: Any) -> None:
         if phase is not None:
@@ -93,10 +95,11 @@ def arrange(death: Death) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve with the configuration of the environment, to die where the argument says."""
-    phase, _, moment = arguments[0].partition(":")
+    phase, _, word = arguments[0].partition(":")
+    moment, _, check = word.partition(":")
     if moment not in MOMENTS:
         raise SystemExit(f"expected PHASE:MOMENT, the moment one of {', '.join(MOMENTS)}")
-    arrange(Death(phase, moment))
+    arrange(Death(phase, moment, int(check or _AMID_CHECKS)))
     config = load(None, os.environ)
     server_log.configure_logging(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

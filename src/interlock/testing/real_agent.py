@@ -48,6 +48,11 @@ class RealAgent:
         }
         self._process: subprocess.Popen[str] | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and neither stopped nor killed since."""
+        return self._process is not None
+
     def start(self) -> None:
         """Start an agent and return when it is connected.
 

@@ -74,6 +74,21 @@ class Fleet:
         assert ended["status"] == "succeeded", ended
         return str(answer.json()["instance"]["id"])
 
+    def guest_folder(self, host: str, instance_id: str) -> Path:
+        """Where a host keeps what it has of an instance, if it has anything."""
+        folder = self.server.folder if host == "here" else self.agents[host].folder
+        return folder / "guests" / "vms" / instance_id
+
+    def holds(self, host: str, instance_id: str) -> list[str]:
+        """The names of the root disks that a host has of an instance."""
+        return sorted(one.name for one in self.guest_folder(host, instance_id).glob("root*.qcow2"))
+
+    def left_over(self) -> list[Path]:
+        """The files that were on their way to a host or back, or to an image, and are still there."""
+        folders = [agent.folder / "spool" for agent in self.agents.values()]
+        found = [one for folder in folders for one in folder.glob("*")]
+        return found + list((self.server.folder / "images").glob("*.export*"))
+
     def clear(self) -> None:
         """Kill everything, guests too."""
         self.server.kill()

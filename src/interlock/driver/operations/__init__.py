@@ -22,6 +22,7 @@ from interlock.driver.operations import (
     power,
     presence,
     rebuilding,
+    relocating,
     rescue,
     resizing,
     shelving,
@@ -72,6 +73,7 @@ PERFORMANCES: dict[Operation, Performance] = {
     Operation.SHELVE: Performance(perform=shelving.shelve, undo=shelving.undo_shelve, absorbs=_ENDS),
     Operation.SHELVE_OFFLOAD: Performance(perform=shelving.offload),
     Operation.UNSHELVE: Performance(perform=shelving.unshelve, undo=shelving.undo_unshelve),
+    Operation.MIGRATE: Performance(perform=relocating.migrate, undo=relocating.undo_migrate, absorbs=_ENDS),
     Operation.LIVE_MIGRATE: Performance(
         perform=migrating.live_migrate, undo=migrating.undo_live_migrate, absorbs=_ENDS
     ),

@@ -65,12 +65,13 @@ async def live_migrate(work: Work) -> Done:
     """Bring a guest to another host as it runs."""
     target = str(work.request.parameters["host"])
     if work.instance.host != target:
+        require_other(work, target)
         try:
             await _bring(work, target)
         except NotResponding:
             raise
         except HypervisorError:
-            await _drop_there(work, target)
+            await drop_there(work, target)
             await _travelling(work, work.instance.host).keep_guest(work.permit, work.id)
             raise
         await work.keep(Kept(host=target, left_host=work.instance.host))
@@ -83,18 +84,26 @@ async def _bring(work: Work, target: str) -> None:
     # Whatever an earlier attempt left: here a guest that may stand still, there one that never ran.
     await here.keep_guest(work.permit, work.id)
     machine = await here.machine_kind(work.id)
-    with _answering(target):
+    with answering(target):
         await work.hosts.of(target).undefine(work.permit, work.id)
         await work.hosts.of(target).define(work.permit, work.id, work.spec)
         passage = await there.receive_guest(work.permit, work.id, work.spec, machine)
     async with work.moving() as report:
         await _send(work, here, passage, report)
-    with _answering(target):
+    with answering(target):
         await there.await_guest(work.id)
 
 
+def require_other(work: Work, target: str) -> None:
+    """Raise `Refused` where both names are one host's: what is made there anew would be removed here first."""
+    if work.hosts.of(target) is work.hypervisor:
+        raise Refused(
+            f"{work.instance.name} is on that host already, under its name from before: {work.instance.host}."
+        )
+
+
 @contextlib.contextmanager
-def _answering(target: str) -> Iterator[None]:
+def answering(target: str) -> Iterator[None]:
     """A target that gives no answer is a failure, not a riddle: the guest was never let run there, and goes on here."""
     try:
         yield
@@ -156,19 +165,20 @@ async def _go_back(work: Work, source: str) -> None:
     raise Refused(f"The machine on {target} ended before the guest ran there; it goes on at {source}.")
 
 
-async def _drop_there(work: Work, target: str) -> None:
-    """Remove what was made on the target, where no guest has run."""
+async def drop_there(work: Work, target: str) -> None:
+    """Remove what is left of the instance where it is not. A host that cannot be asked does so when it comes back."""
     with contextlib.suppress(HypervisorError):
         await work.hosts.of(target).undefine(work.permit, work.id)
 
 
 async def undo_live_migrate(work: Work) -> None:
     """Let the guest go on where it is. One that has arrived already stays there."""
+    await work.alive()  # the record as it is once everything that was asked of the store is done
     target = str(work.request.parameters["host"])
     if work.instance.host == target:
         await _arrive(work)
         raise Refused(f"It had come to {target} already, and runs there.")
-    await _drop_there(work, target)
+    await drop_there(work, target)
     await _travelling(work, work.instance.host).keep_guest(work.permit, work.id)
 
 

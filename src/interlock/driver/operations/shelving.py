@@ -41,6 +41,7 @@ async def undo_shelve(work: Work) -> None:
     work.permit.check()
     await work.images.discard(work.request.id)
     await bring_to(work, work.instance.vm_state)
+    work.brought_back = True
 
 
 async def offload(work: Work) -> Done:

@@ -72,7 +72,8 @@ async def _claim(work: Work, attached: dict[str, Disk], old_id: str, new: Volume
 async def _with_content(work: Work, spec: Spec, old: Disk, new: Disk) -> None:
     """Copy what is on the old volume to the new one, in the guest's back or while there is none."""
     while True:
-        looked_at = await work.look()
+        await work.refresh()
+        looked_at = work.instance
         if await work.keep_spec(spec, looked_at, guest_has_it=await _exchange(work, old, new)):
             return
 
@@ -114,8 +115,12 @@ async def _until_no_guest_has(work: Work, old_id: str) -> None:
         Refused: a guest was given the old disk and keeps it.
     """
     while True:
+        await work.refresh()
         seen = await work.hypervisor.inspect(work.id)
-        beside = starting(await work.look())
+        latest = await work.look()
+        if latest.host != work.instance.host:
+            continue
+        beside = starting(latest)
         if _was_never_run(seen) and beside and not seen.responsive:
             # What holds it waits for the old disk; without it the start begins anew, with the disk that is kept now.
             await work.hypervisor.power_off(work.permit, work.id)

@@ -101,6 +101,7 @@ async def runs_after_all(work: Work) -> bool:
         Refused: no guest runs, but what held it is still there and has its disks open.
     """
     await work.until_start_has_ended()
+    await work.refresh()
     state = (await work.hypervisor.inspect(work.id)).power_state
     if state in {PowerState.CRASHED, PowerState.SHUTDOWN}:
         raise Refused(

@@ -7,6 +7,7 @@ carries the fence. While no agent is connected every call is `NotResponding`, wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ class RemoteHypervisor:
             return
         session = self._there()
         await session.call("dump_memory", instance_id, (), permit=permit, report=report)
-        await files.fetch(session, permit, files.target_of(instance_id), target)
+        await files.fetch(session, permit, files.target_of(instance_id), target, report)
 
     # -------------------------------------------------------------------------------------------- the root disk
 
@@ -316,8 +317,13 @@ class RemoteHypervisor:
 
     async def root_disk_from(self, permit: Permit, instance_id: str, spec: Spec, source: Path, report: Report) -> None:
         session = self._there()
-        await files.send(session, permit, files.source_of(instance_id), source)
-        await session.call("root_disk_from", instance_id, (spec,), permit=permit, report=report)
+        name = files.source_of(instance_id)
+        await files.send(session, permit, name, source, report=report)
+        try:
+            await session.call("root_disk_from", instance_id, (spec,), permit=permit, report=report)
+        finally:
+            with contextlib.suppress(NotResponding):  # an agent that starts removes it
+                await session.call("file_drop", "", (name,), None)
 
     async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
         await self._call("drop_root_disks", permit, instance_id, kept)
@@ -329,7 +335,7 @@ class RemoteHypervisor:
             return
         session = self._there()
         await session.call("export_root_disk", instance_id, (spec,), permit=permit, report=report)
-        await files.fetch(session, permit, files.target_of(instance_id), target)
+        await files.fetch(session, permit, files.target_of(instance_id), target, report)
 
     # --------------------------------------------------------------------------------------------- travelling
 

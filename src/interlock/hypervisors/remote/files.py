@@ -22,7 +22,7 @@ from interlock.core.records import Image, Spec
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 from interlock.hypervisors.remote.session import Session
 from interlock.hypervisors.remote.wire import CHUNK_BYTES
-from interlock.ports import Permit
+from interlock.ports import Permit, Report
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
@@ -54,7 +54,9 @@ async def send_image(session: Session, permit: Permit, path: str) -> None:
     await send(session, permit, cached_name(path), source, place="cache")
 
 
-async def send(session: Session, permit: Permit, name: str, source: Path, *, place: str = "spool") -> None:
+async def send(
+    session: Session, permit: Permit, name: str, source: Path, *, place: str = "spool", report: Report | None = None
+) -> None:
     """Send a file, which is there whole when this returns.
 
     Raises:
@@ -63,6 +65,7 @@ async def send(session: Session, permit: Permit, name: str, source: Path, *, pla
     digest, offset = hashlib.sha256(), 0
     try:
         content = await asyncio.to_thread(source.open, "rb")
+        total = os.fstat(content.fileno()).st_size
     except OSError as error:
         raise Refused(f"{source} cannot be read: {error.strerror}.", remedy="Put the file back.") from error
     with content:
@@ -71,10 +74,12 @@ async def send(session: Session, permit: Permit, name: str, source: Path, *, pla
             await session.call("file_write", "", (place, name, offset, piece), None)
             digest.update(piece)
             offset += len(piece)
+            if report is not None:
+                report(offset, total)
     await session.call("file_keep", "", (place, name, offset, digest.hexdigest()), None)
 
 
-async def fetch(session: Session, permit: Permit, name: str, target: Path) -> None:
+async def fetch(session: Session, permit: Permit, name: str, target: Path, report: Report) -> None:
     """Fetch a file to `target`, which is there whole or not at all, and have it removed where it was."""
     draft = target.with_name(target.name + ".fetched")
     try:
@@ -84,6 +89,7 @@ async def fetch(session: Session, permit: Permit, name: str, target: Path) -> No
                 permit.check()
                 await asyncio.to_thread(content.write, piece)
                 offset += len(piece)
+                report(offset)
             await asyncio.to_thread(_sync, content.fileno())
         permit.check()
         draft.rename(target)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core import admission, lifecycle
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     SERVED,
@@ -232,6 +232,14 @@ class Walk:
             event = {"finish": request.operation.value, "outcome": outcome.value}
             step = Step(deed=Deed.FINISH, event=event, request=request, outcome=outcome)
             yield step, lifecycle.finish(instance, request.id, request.fence, outcome, self.policy, now_ms)
+        if request.operation in ARRIVES:
+            outcome = Outcome.SUCCEEDED
+            event = {"finish": request.operation.value, "outcome": outcome.value, "arrived": True}
+            step = Step(deed=Deed.FINISH, event=event, request=request, outcome=outcome, arrived=True)
+            yield (
+                step,
+                lifecycle.finish(instance, request.id, request.fence, outcome, self.policy, now_ms, arrived=True),
+            )
 
     def _next_phases(self, request: Request) -> tuple[str | None, ...]:
         soft, hard = self.phases[request.operation]
@@ -265,7 +273,7 @@ class Walk:
         if step.deed in {Deed.SUBMIT, Deed.TAKE, Deed.ADVANCE, Deed.EXPIRE}:
             return True
         leads_there = step.request is not None and CATALOGUE[step.request.operation].to is self.goal
-        return leads_there and step.outcome is Outcome.SUCCEEDED
+        return leads_there and step.outcome is Outcome.SUCCEEDED and not step.arrived
 
     def _add(self, node: _Node) -> int | None:
         key = self._key(node)

@@ -35,6 +35,7 @@ class Action(IntEnum):
     SUCCEED = 6
     FAIL = 7
     INTERRUPT = 8
+    """It ended and left the instance as it was, as one of `ARRIVES` does too that arrived."""
     FINISH_PART = 9
     GUEST_STOPPED = 10
     GUEST_CRASHED = 11

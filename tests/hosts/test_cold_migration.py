@@ -1,0 +1,85 @@
+"""An instance goes to another host with its guest powered off; at every moment it is in one place."""
+
+from __future__ import annotations
+
+import pytest
+
+from interlock.testing.disk_hands import has_pattern, write_pattern
+from interlock.testing.real_agent import guests_in
+from interlock.testing.real_fleet import Fleet
+
+pytestmark = pytest.mark.qemu
+
+
+def test_a_running_instance_runs_on_the_other_host(fleet: Fleet) -> None:
+    north, south = fleet.add("north"), fleet.add("south")
+    instance = fleet.create("one", "here", root_gib=1)
+    (before,) = guests_in(fleet.server.folder)
+    fleet.carry_out("one", "migrate", host="north")
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"], one["power_state"]) == ("north", "active", "running")
+    assert guests_in(fleet.server.folder) == []
+    (after,) = north.guests()
+    assert after != before
+    assert fleet.holds("here", instance) == []
+    fleet.carry_out("one", "migrate", host="south")
+    assert fleet.holds("north", instance) == []
+    assert len(south.guests()) == 1
+    assert fleet.left_over() == []
+
+
+def test_what_is_on_a_stopped_instance_s_disk_comes_along(fleet: Fleet) -> None:
+    fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    fleet.carry_out("one", "stop")
+    write_pattern(fleet.guest_folder("here", instance) / fleet.holds("here", instance)[0], 7, 3, at_mib=500)
+    for host in ("north", "here"):
+        fleet.carry_out("one", "migrate", host=host)
+        one = fleet.server.get("/v1/instances/one")
+        assert (one["host"], one["vm_state"], one["power_state"]) == (host, "stopped", "none")
+        (disk,) = fleet.holds(host, instance)
+        assert has_pattern(fleet.guest_folder(host, instance) / disk, 7, 3, at_mib=500)
+    assert fleet.holds("north", instance) == []
+    fleet.carry_out("one", "start")
+
+
+def test_an_instance_without_a_disk_goes_too(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "here")
+    fleet.carry_out("one", "migrate", host="north")
+    assert len(north.guests()) == 1
+    assert guests_in(fleet.server.folder) == []
+
+
+def test_a_cancelled_migration_leaves_the_instance_as_it_was(fleet: Fleet) -> None:
+    """It is cancelled while its guest, which ignores that, was asked to power off."""
+    north = fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    request = fleet.server.submit("one", "migrate", host="north").json()["request"]["id"]
+    fleet.server.client.delete(f"/v1/requests/{request}").raise_for_status()
+    ended = fleet.server.ended(request)
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"], one["power_state"], ended["status"]) == (
+        *("here", "active", "running"),
+        "cancelled",
+    )
+    assert len(guests_in(fleet.server.folder)) == 1
+    assert north.guests() == []
+    assert fleet.holds("north", instance) == []
+    assert len(fleet.holds("here", instance)) == 1
+    assert fleet.left_over() == []
+
+
+def test_one_with_a_volume_that_the_host_cannot_reach_stays_and_runs(fleet: Fleet) -> None:
+    fleet.add("north")
+    fleet.create("one", "here", root_gib=1)
+    fleet.server.client.post("/v1/volumes", json={"name": "data", "size_mib": 8}).raise_for_status()
+    fleet.carry_out("one", "attach_volume", volume="data")
+    (before,) = guests_in(fleet.server.folder)
+    request = fleet.server.submit("one", "migrate", host="north").json()["request"]["id"]
+    ended = fleet.server.ended(request)
+    assert ended["status"] == "failed"
+    assert "cannot reach the volume" in ended["message"]
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"]) == ("here", "active")
+    assert guests_in(fleet.server.folder) == [before]

@@ -1,0 +1,112 @@
+"""A server that is killed while an instance is on two hosts: it is on one of them afterwards, and runs once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from interlock.testing.dying_server import MOMENTS
+from interlock.testing.real_agent import guests_in
+from interlock.testing.real_fleet import Fleet
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_live_migration_comes_to_its_end(fleet: Fleet, moment: str) -> None:
+    """The guest ran on one host at every moment, and has one copy on one of them."""
+    fleet.add("north")
+    fleet.create("one", "here", root_gib=1)
+    request = died(fleet, f"migrating:{moment}", "live_migrate", host="north")
+    stands(fleet, came_to(request), "active")
+    fleet.carry_out("one", "pause")
+    fleet.carry_out("one", "unpause")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("state", ["active", "stopped"])
+def test_a_cold_migration_comes_to_its_end(fleet: Fleet, moment: str, state: str) -> None:
+    fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    if state == "stopped":
+        fleet.carry_out("one", "stop")
+    request = died(fleet, f"migrating_out:{moment}", "migrate", host="north")
+    host = came_to(request)
+    stands(fleet, host, state)
+    is_nowhere_else(fleet, host, instance)
+    assert fleet.left_over() == []
+
+
+@pytest.mark.parametrize("effects", [3, 4, 5, 6, 7, 8, 9, 10])
+def test_a_cold_migration_comes_to_its_end_after_each_of_its_effects(fleet: Fleet, effects: int) -> None:
+    fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    request = died(fleet, f"migrating_out:amid:{effects}", "migrate", host="north")
+    host = came_to(request)
+    stands(fleet, host, "active")
+    is_nowhere_else(fleet, host, instance)
+    assert fleet.left_over() == []
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_evacuation_comes_to_its_end(fleet: Fleet, moment: str) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "north", root_gib=1)
+    north.clear()
+    deadline = time.monotonic() + 20
+    while fleet.server.get("/v1/hosts/north")["linked"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    fleet.server.client.post("/v1/hosts/north/fence", json={"guests_have_ended": True}).raise_for_status()
+    request = died(fleet, f"evacuating:{moment}", "evacuate", host="here", from_image=True)
+    assert request["status"] == "succeeded", request
+    stands(fleet, "here", "active")
+
+
+def died(fleet: Fleet, dying_in: str, operation: str, **parameters: object) -> dict[str, object]:
+    """How an operation ended that a server died of, once the next one has come up with the agents."""
+    restart(fleet, dying_in)
+    request = fleet.server.submit("one", operation, **parameters).json()["request"]["id"]
+    fleet.server.until_dead()
+    restart(fleet, None)
+    return fleet.server.ended(request)
+
+
+def came_to(request: dict[str, object]) -> str:
+    """Where the instance is: a target that is not connected again when a server goes on has it stay."""
+    assert request["status"] in {"succeeded", "failed"}, request
+    assert request["status"] == "succeeded" or "north" in str(request["message"]), request
+    return "north" if request["status"] == "succeeded" else "here"
+
+
+def restart(fleet: Fleet, dying_in: str | None) -> None:
+    """Another server, which has another port, so that the agents begin anew too."""
+    fleet.server.stop()
+    fleet.server.start(dying_in)
+    for agent in fleet.agents.values():
+        if agent.running:
+            agent.kill()
+            agent.start()
+            fleet.until_linked(agent.name)
+
+
+def is_nowhere_else(fleet: Fleet, host: str, instance: str) -> None:
+    """Return once only that host has a root disk of it: what is left elsewhere is removed when all hosts are there."""
+    expected = {one: one == host for one in ("here", *fleet.agents)}
+    deadline = time.monotonic() + 20
+    while (found := {one: bool(fleet.holds(one, instance)) for one in expected}) != expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def stands(fleet: Fleet, host: str, vm_state: str) -> None:
+    """Fails unless the record says so, and one guest is on that host, if it runs, and none on any other."""
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"]) == (host, vm_state)
+    folders = {"here": fleet.server.folder} | {name: agent.folder for name, agent in fleet.agents.items()}
+    expected = {name: int(name == host and vm_state == "active") for name in folders}
+    deadline = time.monotonic() + 20
+    while (found := {name: len(guests_in(folder)) for name, folder in folders.items()}) != expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)  # what is left of it elsewhere is removed by and by
