@@ -265,6 +265,8 @@ async def test_a_shelve_that_is_cancelled_has_the_guest_run_again(fleet: Embedde
     assert (await now(fleet, vm)).vm_state is VmState.ACTIVE
     assert host.guests[vm].power is PowerState.RUNNING
     assert image_files(fleet) == set()
+    paused = await fleet.carry_out(vm, O.PAUSE)  # what the guest was told to do is no news after it was brought back
+    assert paused.status is Status.SUCCEEDED, paused.message
 
 
 @pytest.mark.parametrize(

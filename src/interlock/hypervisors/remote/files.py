@@ -90,6 +90,7 @@ async def fetch(session: Session, permit: Permit, name: str, target: Path, repor
                 await asyncio.to_thread(content.write, piece)
                 offset += len(piece)
                 report(offset)
+            report(offset, offset)
             await asyncio.to_thread(_sync, content.fileno())
         permit.check()
         draft.rename(target)
