@@ -173,6 +173,25 @@ async def test_a_start_confirms_a_resize(fleet: Embedded, host: SimulatedHost) -
     assert len(host.guests[vm].roots) == 1
 
 
+@pytest.mark.parametrize("remedy", ["start", "reboot"])
+@pytest.mark.parametrize("end", ["crash", "vanish", "power off"])
+async def test_a_resize_whose_guest_ended_by_itself_is_confirmed_by_what_boots_it_again(
+    fleet: Embedded, host: SimulatedHost, end: str, remedy: str
+) -> None:
+    vm = await made(fleet)
+    await fleet.carry_out(vm, O.RESIZE, vcpus=2)
+    host.guest_writes(vm, "after")
+    {"crash": host.guest_panics, "vanish": host.vanish, "power off": host.guest_powers_off}[end](vm)
+    await fleet.until(vm, vm_state=VmState.STOPPED if end == "power off" else VmState.ERROR)
+    assert (await now(fleet, vm)).prior_spec is not None
+    parameters = {"hard": True} if remedy == "reboot" else {}
+    assert (await fleet.carry_out(vm, O(remedy), **parameters)).status is Status.SUCCEEDED
+    instance = await now(fleet, vm)
+    assert instance.spec is not None
+    assert (instance.vm_state, instance.prior_spec, instance.spec.vcpus) == (VmState.ACTIVE, None, 2)
+    assert (len(host.guests[vm].roots), root(host, vm).written) == (1, ("after",))
+
+
 async def test_a_guest_that_does_not_come_up_with_its_new_size_has_its_old_one_again(
     fleet: Embedded, host: SimulatedHost
 ) -> None:

@@ -62,6 +62,18 @@ async def boot(work: Work) -> Done:
     return Done(power_state=PowerState.RUNNING)
 
 
+async def boot_own(work: Work) -> Done:
+    """Run the guest from its own disk, as something else than a resize or its reversion asked.
+
+    A rescue ends with that, and a resize that nobody has confirmed is confirmed: nothing else settles one whose guest
+    ended by itself.
+    """
+    await leave_rescue(work)
+    done = await boot(work)
+    await settle_resize(work)
+    return done
+
+
 async def leave_rescue(work: Work) -> None:
     """Have the instance boot its own disk from now on. To be called before whatever boots it, unless that rescues it.
 

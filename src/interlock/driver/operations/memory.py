@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from interlock.core.errors import NotThere, Refused
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import boot, leave_rescue
+from interlock.driver.operations.bringing import boot_own
 from interlock.driver.work import Done, Work
 
 
@@ -34,8 +34,7 @@ async def resume(work: Work) -> Done:
         async with work.moving() as report:
             await work.hypervisor.restore_memory(work.permit, work.id, work.spec, report)
     except NotThere:
-        await leave_rescue(work)
-        await boot(work)
+        await boot_own(work)
         return Done(
             power_state=PowerState.RUNNING, message="No memory was saved any more, so the guest was started afresh."
         )

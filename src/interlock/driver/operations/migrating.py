@@ -30,7 +30,7 @@ async def evacuate(work: Work) -> Done:
     """
     target = str(work.request.parameters.get("host", work.hosts.own))
     if work.instance.host != target:
-        await work.keep(Kept(host=target, spec=await _prepare(work, target)))
+        await work.keep(Kept(host=target, spec=await _prepare(work, target), prior_spec=None))
     await work.hypervisor.define(work.permit, work.id, work.spec)
     if work.instance.vm_state is VmState.STOPPED:
         return Done(power_state=PowerState.NONE)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from interlock.core.errors import NotResponding, NotThere
 from interlock.core.states import PowerState
-from interlock.driver.operations.bringing import ask_guest, boot, forget_memory, leave_rescue, settle_resize, shut_down
+from interlock.driver.operations.bringing import ask_guest, boot_own, forget_memory, settle_resize, shut_down
 from interlock.driver.work import Done, Work
 
 
 async def start(work: Work) -> Done:
     """Make what is missing, and run the guest from its own disk; a resize that was not confirmed is, by that."""
-    await leave_rescue(work)
-    done = await boot(work)
-    await settle_resize(work)
-    return done
+    return await boot_own(work)
 
 
 async def stop(work: Work) -> Done:
@@ -53,13 +50,14 @@ async def _reset(work: Work, message: str | None) -> Done:
         except (NotThere, NotResponding):
             pass
         else:
+            if work.instance.prior_spec is not None:
+                await settle_resize(work)
             return Done(power_state=PowerState.RUNNING, message=message)
     await work.tell("powering the machine off and on")
     await work.hypervisor.power_off(work.permit, work.id)
     await forget_memory(work)
     await work.release_strays()
-    await leave_rescue(work)
-    await boot(work)
+    await boot_own(work)
     return Done(power_state=PowerState.RUNNING, message=message or "Powered off and on.")
 
 
