@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.command_line import node_name
 from interlock.ports import Hypervisor
 from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.disk_hands import has_open
 from interlock.testing.nano_guest import GREETING, MEMORY_MIB, Act, nano_guest
 from interlock.testing.qemu_workbench import QemuWorkbench
 
@@ -131,6 +132,21 @@ async def test_a_volume_cannot_name_another_file_of_the_host(hypervisor: Hypervi
     nodes = {node["node-name"]: node for node in await guest.ask("query-named-block-nodes", flat=True)}
     assert nodes[node_name("evil")]["backing_file_depth"] == 0
     assert not any("passwd" in str(node.get("file")) for node in nodes.values())
+
+
+async def test_a_disk_that_a_guest_was_started_with_is_closed_when_it_is_detached(
+    hypervisor: Hypervisor, host: QemuWorkbench
+) -> None:
+    disk, other = host.disk("v1"), host.disk("v2")
+    await start(hypervisor, msgspec.structs.replace(host.spec(), disks=(disk, other)))
+    await host.until_up("one")
+    assert has_open(host.process_id("one"), disk.path)
+    for _ in range(2):
+        await hypervisor.detach_disk(PERMIT, "one", disk.id)
+    assert not has_open(host.process_id("one"), disk.path)
+    assert has_open(host.process_id("one"), other.path)
+    await hypervisor.attach_disk(PERMIT, "one", disk)
+    assert set((await hypervisor.inspect("one")).disks) == {disk.id, other.id}
 
 
 async def test_a_guest_that_holds_on_to_a_disk_can_be_asked_again(hypervisor: Hypervisor, host: QemuWorkbench) -> None:

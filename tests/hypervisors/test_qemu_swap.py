@@ -23,6 +23,7 @@ from interlock.testing.disk_hands import (
     SLOW_BYTES_PER_S,
     Progress,
     full_speed,
+    has_open,
     has_pattern,
     is_whole,
     small_file_system,
@@ -114,6 +115,7 @@ async def test_the_guest_goes_on_with_the_new_disk_and_what_it_wrote(
     assert spec is not None
     assert spec.disks == (new,)
     await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
+    assert not has_open(process_id, old.path)
     assert has(old, 1), "nobody uses the old one any more"
     await hypervisor.power_off(PERMIT, "one")
     assert has(new, 5, mib=1)

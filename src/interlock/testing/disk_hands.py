@@ -50,6 +50,15 @@ def info(path: Path | str) -> dict[str, Any]:
     return answer
 
 
+def has_open(process_id: int, path: Path | str) -> bool:
+    """Whether a process of ours has the file open."""
+    found = set()
+    for place in Path(f"/proc/{process_id}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(place.readlink()))
+    return str(path) in found
+
+
 def write_pattern(path: Path | str, pattern: int, mib: int, at_mib: int = 0) -> None:
     """Write to a disk (qcow2) that nobody uses."""
     words = ["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {at_mib}M {mib}M", str(path)]

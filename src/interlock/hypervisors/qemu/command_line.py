@@ -293,7 +293,8 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine
         device = device_arguments(disk, _port_of(device_name(disk.id), number, machine))
         if number == 0 and (booted_image(spec).kind == "disk" or (at.cdrom is not None and spec.rescue_image is None)):
             device["bootindex"] = 0
-        words += [*_descriptor_set(at.disks[disk.id]), "-blockdev", _json(node), "-device", _json(device)]
+        named = _descriptor_set(at.disks[disk.id], for_node=node_name(disk.id))
+        words += [*named, "-blockdev", _json(node), "-device", _json(device)]
     return words
 
 
@@ -326,8 +327,10 @@ def _backing_name(disk_id: str) -> str:
     return f"backing-{disk_id}"
 
 
-def _descriptor_set(descriptor: int) -> list[str]:
-    return ["-add-fd", f"fd={descriptor},set={descriptor}"]
+def _descriptor_set(descriptor: int, *, for_node: str | None = None) -> list[str]:
+    """A file that QEMU is given, and the node for which, where that may be closed while the guest runs."""
+    what_for = "" if for_node is None else f",opaque={for_node}"
+    return ["-add-fd", f"fd={descriptor},set={descriptor}{what_for}"]
 
 
 def _kernel(spec: Spec, at: Descriptors) -> list[str]:

@@ -41,13 +41,14 @@ async def add_node(guest: Guest, permit: Permit, descriptor: int, disk: Disk, **
 
 
 async def remove_node(guest: Guest, permit: Permit, name: str) -> None:
-    """Have QEMU close a node; does nothing where there is none.
+    """Have QEMU close a node, and the file that it was started with for it; does nothing where there is none.
 
     QEMU goes on using it for a moment after the device or the job is gone, and does not tell when it ends.
 
     Raises:
         NotResponding: it is still in use.
     """
+    await _remove_given_file(guest, permit, name)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + guest.settings.detach_timeout_ms / 1000
     while name in await sizes(guest):
@@ -59,6 +60,14 @@ async def remove_node(guest: Guest, permit: Permit, name: str) -> None:
             await asyncio.sleep(_LOOK_AGAIN_S)
         else:
             return
+
+
+async def _remove_given_file(guest: Guest, permit: Permit, node: str) -> None:
+    """Have QEMU close what it was started with for a node. The node itself has a copy of its own."""
+    for given in await guest.ask("query-fdsets"):
+        if any(file.get("opaque") == node for file in given["fds"]):
+            with contextlib.suppress(Refused):
+                await guest.tell(permit, "remove-fd", {"fdset-id": given["fdset-id"]})
 
 
 async def sizes(guest: Guest) -> dict[str, int]:
