@@ -39,6 +39,8 @@ class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How long to wait before looking again at a guest that gives no answer, in ms; doubled up to 16 times this."""
     progress_interval_ms: int = 1_000
     """How often the progress of something long is kept and told, in ms; what takes less is told only when it ends."""
+    dumps_max: int = 5
+    """How many memory dumps are kept of an instance; once there is one more, the oldest is removed."""
     drain_ms: int = 2_000
     """How long a server that is being stopped lets what is in flight finish, in ms; the rest is taken up again."""
 

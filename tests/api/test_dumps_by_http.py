@@ -35,6 +35,17 @@ async def test_a_dump_is_listed_and_downloaded_by_its_owners_only(door: Door, ad
     assert (await stranger.get(f"/v1/instances/one/dumps/{made}")).status_code == 404
 
 
+async def test_a_dump_is_deleted_by_its_owners_only(door: Door, admin: httpx.AsyncClient) -> None:
+    await make(admin, "one")
+    made, kept = await _dumped(admin, "one"), await _dumped(admin, "one")
+    path = f"/v1/instances/one/dumps/{made}"
+    assert (await (await door.token("reader", Role.READER)).delete(path)).status_code == 403
+    assert (await (await door.token("stranger", project="elsewhere")).delete(path)).status_code == 404
+    assert (await (await door.token("member", Role.MEMBER)).delete(path)).status_code == 204
+    assert [dump["id"] for dump in (await admin.get("/v1/instances/one/dumps")).json()["items"]] == [kept]
+    assert (await admin.delete(path)).status_code == 404
+
+
 async def test_a_password_that_was_made_up_is_told_once(admin: httpx.AsyncClient) -> None:
     await make(admin, "one")
     asked = await admin.post(

@@ -37,5 +37,9 @@ def test_a_dump_is_made_downloaded_listed_and_gone_with_its_vm(serving: Serving,
     assert serving.run("vm", "dump", "demo", "--id", dump["id"], "--output", str(again)).returncode == 0
     assert again.read_bytes() == target.read_bytes()
     assert "demo" not in serving.run("vm", "dumps", "demo").stderr
+    assert serving.run("vm", "dumps", "demo", "--delete", dump["id"]).returncode == 0
+    assert serving.json("vm", "dumps", "demo")["items"] == []
+    assert serving.run("vm", "dumps", "demo", "--delete", dump["id"]).returncode == 4
+    assert serving.run("vm", "dump", "demo", "--output", str(tmp_path / "third.kdump")).returncode == 0
     assert serving.run("vm", "delete", "demo", "--wait").returncode == 0
     assert not any((serving.folder / "dumps").iterdir())

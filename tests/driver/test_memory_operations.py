@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 import pytest
 
+from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.admission import admit
 from interlock.core.operations import Lane, Operation
@@ -138,6 +141,23 @@ async def test_a_crash_dump_is_kept_until_the_instance_is_deleted(fleet: Embedde
     await fleet.carry_out(vm, O.DELETE)
     assert await fleet.server.dump_files.dumps(vm) == ()
     assert not dump.path.parent.exists()
+
+
+async def test_of_too_many_dumps_the_oldest_goes_once_the_new_one_is_there(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    for _ in range(DriverConfig().dumps_max):
+        await fleet.carry_out(vm, O.CRASH_DUMP)
+    for age, dump in enumerate(reversed(await fleet.server.dump_files.dumps(vm)), start=1):
+        os.utime(dump.path, (dump.path.stat().st_mtime - age,) * 2)
+    made = [dump.id for dump in await fleet.server.dump_files.dumps(vm)]
+    host.faults.script(vm, Method.DUMP_MEMORY, Refuses("No room."))
+    assert (await fleet.carry_out(vm, O.CRASH_DUMP)).status is Status.FAILED
+    assert [dump.id for dump in await fleet.server.dump_files.dumps(vm)] == made
+    newest = await fleet.carry_out(vm, O.CRASH_DUMP)
+    assert made[0] in (newest.message or "")
+    assert [dump.id for dump in await fleet.server.dump_files.dumps(vm)] == [*made[1:], newest.id]
 
 
 async def test_a_dump_that_is_refused_leaves_none(fleet: Embedded, host: SimulatedHost) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/instances/{reference}/dumps`: the memory dumps of an instance, listed and downloaded."""
+"""`/v1/instances/{reference}/dumps`: the memory dumps of an instance, listed, downloaded and deleted."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ async def download(parts: ApiParts, caller: Caller, request: Request) -> Respons
     return FileResponse(dump.path, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
 
+async def delete(parts: ApiParts, caller: Caller, request: Request) -> Response:
+    asking.only(request.query_params)
+    await parts.dumps.delete(caller, request.path_params["reference"], request.path_params["id"])
+    return Response(status_code=204)
+
+
 DOORS: Final = (
     Door(
         method="GET",
@@ -44,6 +50,15 @@ DOORS: Final = (
         endpoint=download,
         summary="Download a memory dump",
         answers={200: "application/octet-stream"},
+        problems=(404,),
+        tag="instances",
+    ),
+    Door(
+        method="DELETE",
+        path="/v1/instances/{reference}/dumps/{id}",
+        endpoint=delete,
+        summary="Delete a memory dump",
+        answers={204: None},
         problems=(404,),
         tag="instances",
     ),

@@ -26,10 +26,17 @@ _SILENCE_S = 60
 
 @click.command("dumps")
 @vm_argument
+@click.option("--delete", "spent", metavar="ID", help="Delete this dump, instead of listing them.")
 @json_option
 @needs_invocation
-def dumps(invocation: Invocation, *, vm: str) -> None:
-    """List the memory dumps of a VM, oldest first."""
+def dumps(invocation: Invocation, *, vm: str, spent: str | None) -> None:
+    """List the memory dumps of a VM, oldest first, or delete one."""
+    if spent is not None:
+        with suggesting(invocation.client, INSTANCES, vm):
+            invocation.client.delete(path_of(INSTANCES, vm, "dumps", spent))
+        if not invocation.json:
+            invocation.say(f"Deleted: the dump {spent} of {vm}.")
+        return
     with suggesting(invocation.client, INSTANCES, vm):
         reply = invocation.client.get(path_of(INSTANCES, vm, "dumps"))
     if invocation.answer(reply):

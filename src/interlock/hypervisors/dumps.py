@@ -34,16 +34,28 @@ class DumpFolder:
         if own.is_dir():
             await asyncio.to_thread(self._remove, own)
 
+    async def discard(self, dump: Dump) -> None:
+        await asyncio.to_thread(self._discard, dump.path)
+
     def _own(self, instance_id: str) -> Path:
         return self._folder / checked_id(instance_id)
 
     def _dumps(self, own: Path) -> tuple[Dump, ...]:
         found = []
         for path in own.glob(f"*{_SUFFIX}"):
-            seen = path.stat()
+            try:
+                seen = path.stat()
+            except FileNotFoundError:  # it was removed just now
+                continue
             made_at_ms = int(seen.st_mtime * 1000)
             found.append(Dump(id=path.stem, path=path, size_bytes=seen.st_size, made_at_ms=made_at_ms))
         return tuple(sorted(found, key=lambda dump: (dump.made_at_ms, dump.id)))
+
+    def _discard(self, path: Path) -> None:
+        with telling_of_full_disk(self._folder):
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                sync_folder(path.parent)
 
     def _remove(self, own: Path) -> None:
         with telling_of_full_disk(self._folder):

@@ -105,3 +105,7 @@ class DumpFiles(Protocol):
     async def remove(self, instance_id: str) -> None:
         """Remove all dumps of the instance; does nothing where there are none. Raises `StoreError`."""
         ...
+
+    async def discard(self, dump: Dump) -> None:
+        """Remove one dump; does nothing where it is gone already. Raises `StoreError`."""
+        ...

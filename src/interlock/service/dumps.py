@@ -1,4 +1,7 @@
-"""The verbs on memory dumps: which there are, and where. What a guest knows is in them, so readers get none."""
+"""The verbs on memory dumps: which there are, where, and their removal.
+
+What a guest knows is in them, so readers get none.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,14 @@ class Dumps:
     async def find(self, caller: Caller, reference: str, dump_id: str) -> Dump:
         """One dump, to be read. Raises `NotFound`, `Forbidden`."""
         caller.require(Role.MEMBER, "read what a guest had in its memory")
+        return await self._find(caller, reference, dump_id)
+
+    async def delete(self, caller: Caller, reference: str, dump_id: str) -> None:
+        """Remove one dump. Raises `NotFound`, `Forbidden`."""
+        caller.require(Role.MEMBER, "delete memory dumps")
+        await self._files.discard(await self._find(caller, reference, dump_id))
+
+    async def _find(self, caller: Caller, reference: str, dump_id: str) -> Dump:
         for dump in await self.of(caller, reference):
             if dump.id == dump_id:
                 return dump

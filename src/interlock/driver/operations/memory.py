@@ -47,8 +47,19 @@ async def resume(work: Work) -> Done:
 
 
 async def crash_dump(work: Work) -> Done:
-    """Write a dump of the guest's memory for a debugger; the guest is afterwards what it was."""
+    """Write a dump of the guest's memory for a debugger; the guest is afterwards what it was.
+
+    What is one too many then is the oldest, and goes: a dump is removed only once there is a newer one.
+    """
     target = work.dumps.dump_path(work.id, work.request.id)
     async with work.moving() as report:
         await work.hypervisor.dump_memory(work.permit, work.id, target, report)
-    return Done(message=f"The dump {work.request.id} is there to be downloaded.")
+    others = [dump for dump in await work.dumps.dumps(work.id) if dump.id != work.request.id]
+    spent = others[: max(0, len(others) + 1 - work.config.dumps_max)]
+    for dump in spent:
+        work.permit.check()
+        await work.dumps.discard(dump)
+    message = f"The dump {work.request.id} is there to be downloaded."
+    if spent:
+        message += f" {work.config.dumps_max} are kept, so that {', '.join(dump.id for dump in spent)} was removed."
+    return Done(message=message)
