@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
 import pytest
 
 from interlock.testing.disk_hands import has_pattern, write_pattern
@@ -83,3 +86,36 @@ def test_one_with_a_volume_that_the_host_cannot_reach_stays_and_runs(fleet: Flee
     one = fleet.server.get("/v1/instances/one")
     assert (one["host"], one["vm_state"]) == ("here", "active")
     assert guests_in(fleet.server.folder) == [before]
+
+
+async def test_one_that_cannot_be_started_there_is_there_and_says_why(fleet: Fleet) -> None:
+    """Somebody else has its port by then: both hosts are one machine here."""
+    north = fleet.add("north")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    instance = fleet.create("one", "here", root_gib=1, forwards=[{"host_port": port, "guest_port": 80}])
+    request = fleet.server.submit("one", "migrate", host="north").json()["request"]["id"]
+    with await asyncio.to_thread(taken, port):
+        ended = fleet.server.ended(request)
+        assert ended["status"] == "failed"
+        assert "is on north now, and could not be started there" in ended["message"]
+        one = fleet.server.get("/v1/instances/one")
+        while one["vm_state"] == "active":  # its host is looked at next
+            one = fleet.server.get("/v1/instances/one", wait="20s", after_generation=one["generation"])
+        assert (one["host"], one["vm_state"]) == ("north", "error")
+        assert fleet.holds("here", instance) == []
+    fleet.carry_out("one", "start")
+    assert len(north.guests()) == 1
+
+
+def taken(port: int) -> socket.socket:
+    """The port, as soon as its guest has let go of it."""
+    while True:
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", port))
+        except OSError:
+            holder.close()
+        else:
+            holder.listen()
+            return holder
