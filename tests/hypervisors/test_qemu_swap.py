@@ -8,15 +8,17 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from interlock.core.errors import HypervisorError, NotThere, Refused
+from interlock.core.errors import HypervisorError, NotResponding, NotThere, Refused
 from interlock.core.records import Disk
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.ports import Permit
 from interlock.testing.check_hypervisor import GivenPermit, Told
 from interlock.testing.disk_hands import (
     MIB,
@@ -219,6 +221,40 @@ async def test_a_cancelled_worker_leaves_the_guest_with_the_old_disk(
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
     assert has(old, 2, mib=1)
+
+
+@pytest.mark.parametrize("ignored", ["job-cancel", "blockdev-del"])
+async def test_a_swap_that_stalls_and_does_not_end_is_not_refused(
+    host: QemuWorkbench, monkeypatch: pytest.MonkeyPatch, ignored: str
+) -> None:
+    """A refusal would have the new disk taken for one that nobody uses."""
+    old, new = volume(host, "old", pattern=1), volume(host, "new")
+    host.settings = msgspec.structs.replace(
+        host.settings, copy_bytes_per_s=1, copy_silence_timeout_ms=100, detach_timeout_ms=100
+    )
+    hypervisor = await opened(host)
+    await start(hypervisor, host, old)
+    guest = guest_of(hypervisor)
+    told = guest.tell
+
+    async def tell(
+        permit: Permit, command: str, arguments: dict[str, Any] | None = None, *, attach: int | None = None
+    ) -> Any:
+        if command == ignored:
+            raise Refused("It is busy.")
+        return await told(permit, command, arguments, attach=attach)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guest, "tell", tell)
+        with pytest.raises(NotResponding, match="does not"):
+            await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
+        assert has_open(host.process_id("one"), new.path)
+    with pytest.raises(Refused, match="made no progress"):
+        await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
+    assert not has_open(host.process_id("one"), new.path)
+    assert (await hypervisor.inspect("one")).disks == ("old",)
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
 
 
 async def test_a_full_disk_leaves_the_guest_with_the_old_disk(

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from interlock.core.errors import InterlockError, NotResponding, Refused
+from interlock.core.errors import InterlockError, NotResponding, NotThere, Refused
 from interlock.core.records import Disk
 from interlock.hypervisors.qemu import block_jobs
 from interlock.hypervisors.qemu.command_line import RESCUE, ROOT, device_name, node_name
@@ -47,8 +47,12 @@ async def swap(guest: Guest, permit: Permit, old: Disk, new: Disk, report: Repor
             if job not in found:
                 await _begin(guest, permit, old, new)
             await _go_on(guest, permit, old, new, report)
-        except BaseException:
+        except Refused:
             await _give_up(guest, permit, old, new)
+            raise
+        except BaseException:
+            with contextlib.suppress(InterlockError):
+                await _give_up(guest, permit, old, new)
             raise
     elif old.id in has:
         raise Refused(f"The guest of instance {guest.instance_id} has the disk {new.id} beside {old.id}.")
@@ -121,10 +125,20 @@ async def _finish(guest: Guest, permit: Permit, old: Disk, new: Disk) -> None:
 
 
 async def _give_up(guest: Guest, permit: Permit, old: Disk, new: Disk) -> None:
-    """Leave the guest with the old disk, if that can be; who comes after us finds whatever cannot be undone now."""
-    with contextlib.suppress(InterlockError):
+    """Leave the guest with the old disk, and close the new one; who comes after us finds what cannot be undone now.
+
+    Raises:
+        NotResponding: QEMU has the new disk still, and may write to it.
+    """
+    # A process that has ended has nothing any more.
+    with contextlib.suppress(NotThere):
         await block_jobs.end(guest, permit, _job_name(old.id, new.id))
         await _close_strays(guest, permit)
+        if node_name(new.id) in await sizes(guest):
+            raise NotResponding(
+                f"QEMU does not let go of the disk {new.id}, which instance {guest.instance_id} was to have.",
+                remedy="The host's storage probably does not answer; look at it.",
+            )
 
 
 async def _end_jobs(guest: Guest, permit: Permit, disk_id: str, *, kept: str | None) -> bool:
