@@ -49,6 +49,19 @@ async def test_what_is_done_when_a_guest_ends_is_given_shown_and_changed(admin: 
     assert absurd.status_code == 422
 
 
+async def test_a_window_in_which_the_limit_of_restarts_is_never_reached_is_refused(admin: httpx.AsyncClient) -> None:
+    void = {"on_crash": "restart", "restarts_max": 1, "window_s": 1, "backoff_s": 1}
+    refused = await admin.post("/v1/instances", json={"name": "one", "image": IMAGE.name, "restart": void})
+    assert refused.status_code == 422
+    assert "restarts_max would never be reached" in refused.json()["detail"]
+    sound = {**void, "window_s": 2}
+    made = await admin.post("/v1/instances", json={"name": "one", "image": IMAGE.name, "restart": sound})
+    assert made.is_success
+    five = {"on_crash": "restart", "window_s": 31}
+    assert (await admin.patch("/v1/instances/one", json={"restart": five})).status_code == 422
+    assert (await admin.patch("/v1/instances/one", json={"restart": {**five, "window_s": 32}})).status_code == 200
+
+
 async def test_no_token_speaks_in_the_name_of_the_upkeep(admin: httpx.AsyncClient) -> None:
     answer = await admin.post("/v1/tokens", json={"name": "interlock", "role": "member", "project": "default"})
     assert answer.status_code == 422

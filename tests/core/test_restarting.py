@@ -13,7 +13,7 @@ from interlock.core import admission, lifecycle, restarting, upkeep
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, GuestEvent, Instance, Outcome, Request, Submission
-from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy
+from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts
 from interlock.core.states import VmState
 from interlock.core.upkeep import UpkeepTimes
 from interlock.driver.operations import PERFORMS
@@ -153,6 +153,12 @@ def test_a_policy_that_is_changed_holds_for_what_is_due() -> None:
     instance = ended(running(ALWAYS), GuestEvent.CRASHED, T0)
     instance = lifecycle.relabel(instance, "ann", T0 + 1, restart=RestartPolicy()).instance
     assert upkeep.due(instance, NEVER) is None
+
+
+@pytest.mark.parametrize("policy", [ALWAYS, RestartPolicy(restarts_max=9, backoff_s=7)])
+def test_the_pauses_of_a_policy_are_those_that_a_boot_loop_meets(policy: RestartPolicy) -> None:
+    counts = (Restarts(count=count) for count in range(policy.restarts_max))
+    assert policy.pauses_s * 1000 == sum(restarts.put_off_ms(policy) for restarts in counts)
 
 
 class BootLoop(RuleBasedStateMachine):

@@ -44,6 +44,15 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     backoff_s: Annotated[int, Meta(ge=1, le=BACKOFF_S_MAX)] = 1
     """How long the first restart is put off, in seconds; doubled for each further one, up to a minute."""
 
+    def pause_s(self, count: int) -> int:
+        """For how long a restart is put off that comes after `count` others, in seconds."""
+        return min(BACKOFF_S_MAX, self.backoff_s << min(count, BACKOFF_S_MAX))
+
+    @property
+    def pauses_s(self) -> int:
+        """For how long all restarts together are put off, in seconds; in a shorter window the limit is never reached."""
+        return sum(map(self.pause_s, range(self.restarts_max)))
+
 
 class Restarts(msgspec.Struct, frozen=True, kw_only=True):
     """What was done lately about a guest that ends by itself, and what is due."""
@@ -64,4 +73,4 @@ class Restarts(msgspec.Struct, frozen=True, kw_only=True):
 
     def put_off_ms(self, policy: RestartPolicy) -> int:
         """For how long the next restart is put off, in milliseconds."""
-        return min(BACKOFF_S_MAX, policy.backoff_s << min(self.count, BACKOFF_S_MAX)) * 1000
+        return policy.pause_s(self.count) * 1000

@@ -42,7 +42,16 @@ from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
 from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
-from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
+from interlock.service.wishes import (
+    Labels,
+    NewInstance,
+    NewRequest,
+    check_name,
+    check_parameters,
+    check_restart,
+    hold_ms,
+    is_id,
+)
 
 EVENTS_PAGE = 500
 
@@ -104,6 +113,7 @@ class Instances:
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
+        check_restart(wish.restart)
         spec = await self._resolving.new_spec(caller, wish)
         host = await self._hosts.place(wish.host)
         instance_id = self._new_id()
@@ -237,8 +247,9 @@ class Instances:
     async def relabel(
         self, caller: Caller, reference: str, labels: Labels, if_generation: int | None = None
     ) -> Instance:
-        """Change what an owner may at any time. Raises `NotFound`, `Forbidden`, `GenerationMismatch`."""
+        """Change what an owner may at any time. Raises `Invalid`, `NotFound`, `Forbidden`, `GenerationMismatch`."""
         caller.require(Role.MEMBER, "change instances")
+        check_restart(labels.restart)
         instance_id = (await self.describe(caller, reference)).id
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:
