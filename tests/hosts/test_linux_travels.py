@@ -73,7 +73,7 @@ class Journey:
     async def send(self) -> None:
         await self.here.send_guest(PERMIT, "one", self.passage, self._report)
 
-    def _report(self, done: int, total: int | None = None) -> None:  # noqa: ARG002 - a report
+    def _report(self, done: int, total: int | None = None) -> None:
         self.moved.set()
 
     async def ask(self, path: str, host: int = 0) -> httpx.Response:

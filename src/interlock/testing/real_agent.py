@@ -95,6 +95,15 @@ class RealAgent:
         """Ask the agent to end, and wait until it has."""
         self._end(subprocess.Popen.terminate)
 
+    def freeze(self) -> None:
+        """Have the agent stand still, without an end, until `thaw`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
         if self._process is not None:
             how(self._process)
