@@ -12,6 +12,7 @@ from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import admitted, instance
 from interlock.cli.operations import SIMPLE
 from interlock.core.operations import Operation
+from interlock.core.states import VmState
 
 REQUESTS = "/v1/instances/demo/requests"
 
@@ -35,6 +36,8 @@ WITH_PARAMETERS: tuple[tuple[str, Operation, dict[str, Any]], ...] = (
     ("attach-interface demo", Operation.ATTACH_INTERFACE, {}),
     ("attach-interface demo --mac 52:54:00:00:00:01", Operation.ATTACH_INTERFACE, {"mac": "52:54:00:00:00:01"}),
     ("detach-interface demo nic", Operation.DETACH_INTERFACE, {"interface": "nic"}),
+    ("migrate demo north --live", Operation.LIVE_MIGRATE, {"host": "north"}),
+    ("migrate demo north --cold", Operation.MIGRATE, {"host": "north"}),
     ("set-password demo --user alice", Operation.SET_PASSWORD, {"user": "alice"}),
     ("reset-state demo --reason why", Operation.RESET_STATE, {"vm_state": "error", "reason": "why"}),
     ("metadata demo --set a=1 --remove b", Operation.SET_METADATA, {"set": {"a": "1"}, "remove": ["b"]}),
@@ -61,6 +64,24 @@ def test_a_command_asks_for_its_operation(
 def test_what_asks_for_nothing_is_not_sent(interlock: Interlock, server: ScriptedServer, line: str) -> None:
     assert interlock("vm", *line.split()).code == 2
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("vm_state", "operation"),
+    [
+        (VmState.ACTIVE, Operation.LIVE_MIGRATE),
+        (VmState.PAUSED, Operation.LIVE_MIGRATE),
+        (VmState.STOPPED, Operation.MIGRATE),
+    ],
+)
+def test_a_migration_is_live_where_there_is_something_to_keep_running(
+    interlock: Interlock, server: ScriptedServer, vm_state: VmState, operation: Operation
+) -> None:
+    server.on("GET", "/v1/instances/demo", Given(200, instance(vm_state=vm_state)))
+    server.on("POST", REQUESTS, Given(202, admitted()))
+    ran = interlock("vm", "migrate", "demo", "north")
+    assert ran.code == 0, ran.err
+    assert server.asked[-1].json == {"operation": operation.value, "parameters": {"host": "north"}}
 
 
 def test_a_password_that_was_made_up_is_told(interlock: Interlock, server: ScriptedServer) -> None:
