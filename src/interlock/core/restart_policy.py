@@ -11,6 +11,8 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from interlock.core.errors import Invalid
+
 BACKOFF_S_MAX: Final = 60
 """The longest that a restart is put off, in seconds."""
 
@@ -50,8 +52,18 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def pauses_s(self) -> int:
-        """For how long all restarts together are put off, in seconds; in a shorter window the limit is never reached."""
+        """For how long all restarts together are put off, in seconds."""
         return sum(map(self.pause_s, range(self.restarts_max)))
+
+
+def check_limit(policy: RestartPolicy | None) -> None:
+    """Raise `Invalid` if the policy's window is over before its limit can be reached, so that nothing is limited."""
+    if policy is not None and policy.window_s <= policy.pauses_s:
+        raise Invalid(
+            f"restart: window_s is {policy.window_s}, and restarts_max would never be reached: the pauses before "
+            f"{policy.restarts_max} restarts take {policy.pauses_s} s together.",
+            remedy=f"Let window_s be more than {policy.pauses_s}, with room for what the guest does in between.",
+        )
 
 
 class Restarts(msgspec.Struct, frozen=True, kw_only=True):

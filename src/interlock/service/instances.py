@@ -30,6 +30,7 @@ from interlock.core.records import (
     Request,
     Submission,
 )
+from interlock.core.restart_policy import check_limit
 from interlock.policies import explaining
 from interlock.policies.in_force import PolicyInForce
 from interlock.ports import IdempotencyKey, InstanceFilter, Page, Role, Store
@@ -42,16 +43,7 @@ from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
 from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
-from interlock.service.wishes import (
-    Labels,
-    NewInstance,
-    NewRequest,
-    check_name,
-    check_parameters,
-    check_restart,
-    hold_ms,
-    is_id,
-)
+from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
 
 EVENTS_PAGE = 500
 
@@ -113,7 +105,7 @@ class Instances:
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
-        check_restart(wish.restart)
+        check_limit(wish.restart)
         spec = await self._resolving.new_spec(caller, wish)
         host = await self._hosts.place(wish.host)
         instance_id = self._new_id()
@@ -249,7 +241,7 @@ class Instances:
     ) -> Instance:
         """Change what an owner may at any time. Raises `Invalid`, `NotFound`, `Forbidden`, `GenerationMismatch`."""
         caller.require(Role.MEMBER, "change instances")
-        check_restart(labels.restart)
+        check_limit(labels.restart)
         instance_id = (await self.describe(caller, reference)).id
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:

@@ -268,16 +268,6 @@ def check_name(name: str, field: str) -> None:
         raise Invalid(f"{field}: {name!r} looks like an id; choose a name that does not.")
 
 
-def check_restart(policy: RestartPolicy | None) -> None:
-    """Raise `Invalid` if the window is over before the policy's limit can be reached, so that it would limit nothing."""
-    if policy is not None and policy.window_s <= policy.pauses_s:
-        raise Invalid(
-            f"restart: window_s is {policy.window_s}, and restarts_max would never be reached: the pauses before "
-            f"{policy.restarts_max} restarts take {policy.pauses_s} s together.",
-            remedy=f"Let window_s be more than {policy.pauses_s}, with room for what the guest does in between.",
-        )
-
-
 def is_id(text: str) -> bool:
     """Whether a reference is an id rather than a name."""
     try:
