@@ -183,7 +183,8 @@ class Hypervisor(Protocol):
 
         Raises:
             NotThere: no guest runs.
-            Refused: the guest has neither, `new` is smaller, or there is no room; the guest has `old`, and nothing `new`.
+            Refused: the guest has neither, `new` is smaller, or there is no room; the guest has `old`, and nothing has
+                `new`.
             NotResponding: what was begun can neither be gone on with nor ended, and `new` may be written to.
         """
         ...
