@@ -204,8 +204,10 @@ async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hyperv
         port = taken.getsockname()[1]
         spec = msgspec.structs.replace(host.spec(), forwards=(Forward(host_port=port, guest_port=22),))
         await hypervisor.define(PERMIT, "one", spec)
-        with pytest.raises(Refused, match="host forwarding"):
+        with pytest.raises(Refused, match=f"port {port}") as refusal:
             await hypervisor.power_on(PERMIT, "one", spec)
+        assert "then start" in str(refusal.value.remedy)
+        assert "hostfwd" not in refusal.value.message, "QEMU's own words are not for people"
         assert (await hypervisor.inspect("one")).power_state is PowerState.NONE
     await hypervisor.power_on(PERMIT, "one", spec)
     with socket.create_connection(("127.0.0.1", port), timeout=5):

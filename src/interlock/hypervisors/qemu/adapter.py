@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu.command_line import Machine
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
+from interlock.hypervisors.qemu.networks import taken_port
 from interlock.hypervisors.qemu.passages import Passages
 from interlock.hypervisors.qemu.saved_memory import SavedMemory
 from interlock.ports import Observation, Permit, Report, Stream
@@ -148,8 +149,15 @@ class QemuHypervisor(Passages):
         finally:
             for task in (greeting, ended):
                 task.cancel()
+        words = guest.folder.last_error()
+        if (port := taken_port(words)) is not None:
+            raise Refused(
+                f"The host's port {port} cannot be forwarded to instance {guest.instance_id}: another program "
+                "probably listens on it.",
+                remedy=f"End what listens on 127.0.0.1:{port}, then start the instance.",
+            )
         raise Refused(
-            f"QEMU did not start for instance {guest.instance_id}: {guest.folder.last_error()}",
+            f"QEMU did not start for instance {guest.instance_id}: {words}",
             remedy=f"QEMU's own words are in {guest.folder.errors}.",
         )
 

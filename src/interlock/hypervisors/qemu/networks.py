@@ -12,6 +12,7 @@ from interlock.core.records import Interface, Spec
 _INTERFACE_PREFIX: Final = "interface-"
 _MAC_PREFIX: Final = "52:54:00"
 _MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_NOT_FORWARDED: Final = re.compile(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-")
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -64,6 +65,12 @@ def interface_arguments(interface: Interface, port: str) -> dict[str, Any]:
         "bus": port,
         "romfile": "",
     }
+
+
+def taken_port(words: str) -> int | None:
+    """The port of the host that QEMU could not forward, told from its last words; None where they speak of another."""
+    found = _NOT_FORWARDED.search(words)
+    return None if found is None else int(found[1])
 
 
 def first_interface(instance_id: str, spec: Spec) -> list[str]:
