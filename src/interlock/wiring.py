@@ -313,7 +313,7 @@ class Server:
 
     def _announce(self, started: asyncio.Event | None) -> None:
         """Say where the server listens. From now on it gets requests, and signals."""
-        write_whole(self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
+        self._leave_url()
         _LOG.info("serving", url=self.url, folder=str(self.folder), policy=self.policy.policy.name)
         # What was made until now stays; looking through it again and again would hold up everyone who asks.
         gc.collect()
@@ -321,6 +321,22 @@ class Server:
         gc.set_threshold(GC_ALLOCATIONS)
         if started is not None:
             started.set()
+
+    def _leave_url(self) -> None:
+        """Leave where the server listens for the command line to find; a full disk does not keep it from serving."""
+        path = self.folder / SERVER_FILE
+        try:
+            write_whole(path, json.dumps({"url": self.url, "pid": os.getpid()}), mode=0o644)
+        except OSError as error:
+            # What a server that was killed left there would lead elsewhere.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            _LOG.warning(
+                "the command line does not find this server by itself: set INTERLOCK_URL and INTERLOCK_TOKEN",
+                url=self.url,
+                file=str(path),
+                why=error.strerror,
+            )
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from interlock.testing.disk_hands import small_file_system
 
 PROGRAM = (sys.executable, "-m", "interlock")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,14 +32,17 @@ class Serving:
             "INTERLOCK_LOG_FORMAT": "json",
         }
 
-    def start(self) -> None:
+    def start(self) -> list[str]:
+        """Start it, and return what it has said when it serves."""
         self.process = subprocess.Popen(
             (*PROGRAM, "serve", "--listen", "127.0.0.1:0"), env=self.environment, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stderr is not None
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if '"serving"' in line:
-                return
+                return said
         raise AssertionError("the server did not come up")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -177,6 +183,35 @@ def _readable(descriptor: int) -> bool:
     import select
 
     return bool(select.select([descriptor], [], [], 0.2)[0])
+
+
+def test_a_full_disk_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    try:
+        with small_file_system(tmp_path / "small", mib=16) as folder:
+            one = Serving(folder / "data")
+            one.start()
+            os.kill(one.process.pid, signal.SIGKILL)
+            one.process.communicate()
+            found = one.folder / "server.json"
+            assert found.exists(), "it leads to the server that was killed"
+            fill(folder)
+            said = one.start()
+            assert not found.exists()
+            told = next(line for line in map(json.loads, said) if "INTERLOCK_URL" in line["event"])
+            assert one.run("vm", "list").returncode == 5
+            one.environment["INTERLOCK_URL"] = told["url"]
+            one.environment["INTERLOCK_TOKEN"] = (one.folder / "admin.token").read_text().strip()
+            assert one.run("vm", "list").returncode == 0
+            assert one.stop() == 0
+    except PermissionError as cannot:
+        pytest.skip(str(cannot))
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on a file system."""
+    with (folder / "full").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 def test_a_second_server_on_the_same_folder_says_what_is_wrong(serving: Serving) -> None:
