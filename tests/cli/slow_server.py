@@ -10,7 +10,7 @@ from interlock.hypervisors.simulated import SimulatedHypervisor
 from interlock.hypervisors.simulated.faults import Method
 from interlock.wiring import Server
 
-SAVING_MS = 4000
+SAVING_MS = 8000
 
 
 async def main(folder: str) -> None:

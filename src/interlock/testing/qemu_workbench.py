@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient
 
+from interlock.core.errors import NotResponding
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
@@ -89,7 +90,8 @@ class QemuWorkbench:
         before = console.read_text().count(HERE)
         async with asyncio.timeout(self.patience_s):
             while console.read_text().count(HERE) == before:
-                await self.press(instance_id, "here")
+                with contextlib.suppress(NotResponding):  # a machine that starts on a busy host may take its time
+                    await self.press(instance_id, "here")
                 await asyncio.sleep(_ASK_AGAIN_S)
 
     async def until_said(self, instance_id: str, text: str, times: int = 1) -> None:

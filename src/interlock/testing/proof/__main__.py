@@ -21,8 +21,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m interlock.testing.proof", description=__doc__)
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="how often each is measured (default 5)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many are proved at a time (default 2)")
+    parser.add_argument("--only", action="append", metavar="OPERATION", help="prove only this; may be repeated")
     options = parser.parse_args()
-    shares = [SCENARIOS[number :: options.jobs] for number in range(options.jobs)]
+    chosen = [one for one in SCENARIOS if not options.only or one.operation.value in options.only]
+    shares = [chosen[number :: options.jobs] for number in range(options.jobs)]
     with tempfile.TemporaryDirectory(prefix="interlock-proof-") as name, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(name)
         folder.chmod(0o711)  # QEMU runs as another user if we are root

@@ -52,6 +52,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """The parameters, where they are known only once it is prepared."""
     answers: bool = True
     """Whether the guest answers just before it."""
+    forgotten: bool = False
+    """Whether what was asked for is in memory only, so that the next server fails it and leaves the guest alone."""
     exists: bool = True
     """Whether there is an instance before it; all but its creation need one."""
 
