@@ -226,8 +226,8 @@ SCENARIOS: Final = (
     Scenario(
         operation=_O.SET_PASSWORD,
         parameters={"user": "root", "password": "of this proof"},
-        proof="The guest's agent has set another password, and the guest went on. It is in memory only: after a crash it "
-        "is to be asked for again.",
+        proof="The guest's agent has set another password, and the guest went on. It is in memory only: after a "
+        "crash it is to be asked for again.",
         forgotten=True,
         prepare=running,
         verify=_password,
