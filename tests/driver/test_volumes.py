@@ -162,12 +162,15 @@ async def test_what_a_superseded_attach_had_claimed_is_let_go_when_the_machine_i
     assert volume.id not in disks(host, vm)
 
 
+@pytest.mark.parametrize("operation", [O.DETACH_VOLUME, O.DETACH_INTERFACE])
 async def test_a_detach_that_was_done_and_not_reported_is_no_failure_for_the_next_server(
-    fleet: Embedded, monkeypatch: pytest.MonkeyPatch
+    fleet: Embedded, monkeypatch: pytest.MonkeyPatch, operation: Operation
 ) -> None:
     vm = await fleet.create("web")
     await fleet.make_volume("data")
     await fleet.carry_out(vm, O.ATTACH_VOLUME, volume="data")
+    interface = await fleet.carry_out(vm, O.ATTACH_INTERFACE)
+    wish = {"volume": "data"} if operation is O.DETACH_VOLUME else {"interface": interface.id}
     reached = asyncio.Event()
 
     async def never_reports(self: Worker, *arguments: object) -> None:
@@ -176,7 +179,7 @@ async def test_a_detach_that_was_done_and_not_reported_is_no_failure_for_the_nex
 
     with monkeypatch.context() as dying:
         dying.setattr(Worker, "_finish", never_reports)
-        detach = admitted(await fleet.submit(vm, O.DETACH_VOLUME, volume="data"))
+        detach = admitted(await fleet.submit(vm, operation, **wish))
         await asyncio.wait_for(reached.wait(), 10)
         await fleet.crash()
     await fleet.start()

@@ -41,6 +41,8 @@ async def detach(work: Work) -> Done:
     interface_id = str(work.request.parameters["interface"])
     seen = await work.hypervisor.inspect(work.id)
     if interface_id not in {one.id for one in work.spec.interfaces} | set(seen.interfaces):
+        if work.taken_up:
+            return Done()
         raise NotFound(f"{work.instance.name} has no interface {interface_id}.")
     left = tuple(one for one in work.spec.interfaces if one.id != interface_id)
     spec = msgspec.structs.replace(work.spec, interfaces=left)
