@@ -8,8 +8,8 @@ import socket
 import pytest
 
 from interlock.testing.disk_hands import has_pattern, write_pattern
-from interlock.testing.real_agent import guests_in
 from interlock.testing.real_fleet import Fleet
+from interlock.testing.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from interlock.testing.dying_server import MOMENTS
-from interlock.testing.real_agent import guests_in
 from interlock.testing.real_fleet import Fleet
+from interlock.testing.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from interlock.testing.real_agent import guests_in
 from interlock.testing.real_fleet import Fleet
+from interlock.testing.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ PERMIT = GivenPermit()
 GREETING = "booted from the disc"
 WRITES_TO_THE_SERIAL_PORT = bytes.fromhex("31c0 8ed8 be157c baf803 ac 84c0 7403 ee ebf8 f4 ebfd") + GREETING.encode()
 """For a processor as it starts, loaded at 0x7c00: the text behind the code, byte by byte to port 0x3f8, then rest."""
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
 
 
 def bootable(path: Path) -> Path:

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -31,13 +31,6 @@ pytestmark = [
 
 PERMIT = GivenPermit()
 PATIENCE_S = 20.0
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,6 @@ pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
 ]
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
 
 
 def name_of(promise: Check) -> str:

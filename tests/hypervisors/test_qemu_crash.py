@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,13 +71,6 @@ async def serve():
 
 asyncio.run(serve())
 """
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
 
 
 async def doomed(folder: Path, steps: int) -> int:

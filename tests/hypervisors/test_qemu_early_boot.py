@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
 from interlock.core.records import Interface
 from interlock.hypervisors.qemu import QemuHypervisor, hotplug
 from interlock.hypervisors.qemu.guest import Guest
-from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.check_hypervisor import GivenPermit
 from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
@@ -25,24 +23,6 @@ PERMIT = GivenPermit()
 def nobody_reads(done: int, total: int | None = None) -> None:
     """A report to nobody."""
     del done, total
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
-
-
-@pytest.fixture
-async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    yield hypervisor
-    for instance_id in await hypervisor.known():
-        await hypervisor.undefine(PERMIT, instance_id)
-    await hypervisor.close()
 
 
 async def reset_and_standing_still(hypervisor: QemuHypervisor) -> Guest:

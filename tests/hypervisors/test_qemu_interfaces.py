@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +14,7 @@ from interlock.hypervisors import seed_iso
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.networks import first_mac, network_arguments
-from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.check_hypervisor import GivenPermit
 from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
@@ -27,24 +25,6 @@ pytestmark = [
 PERMIT = GivenPermit()
 FIRST = Interface(id="n1", mac="52:54:00:00:00:01")
 SECOND = Interface(id="n2", mac="52:54:00:00:00:02")
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
-
-
-@pytest.fixture
-async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    yield hypervisor
-    for instance_id in await hypervisor.known():
-        await hypervisor.undefine(PERMIT, instance_id)
-    await hypervisor.close()
 
 
 async def start(hypervisor: QemuHypervisor, host: QemuWorkbench, instance_id: str = "one", **more: Any) -> Guest:

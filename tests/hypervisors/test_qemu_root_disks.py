@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.testing.boot_sector import bootable_image
-from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.check_hypervisor import GivenPermit
 from interlock.testing.nano_guest import GREETING, MEMORY_MIB
 from interlock.testing.qemu_workbench import QemuWorkbench
 
@@ -27,24 +26,6 @@ pytestmark = [
 
 PERMIT = GivenPermit()
 MIB = 1 << 20
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
-
-
-@pytest.fixture
-async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    yield hypervisor
-    for instance_id in await hypervisor.known():
-        await hypervisor.undefine(PERMIT, instance_id)
-    await hypervisor.close()
 
 
 @pytest.fixture

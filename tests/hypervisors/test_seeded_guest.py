@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,6 @@ def cache_folder() -> Path:
     """That of the small guest's own tests."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "interlock-tests" / "packages"
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
-    host = QemuWorkbench(tmp_path)
-    yield host
-    host.end_everything()
 
 
 async def test_a_small_guest_takes_its_seed_to_heart(host: QemuWorkbench, tmp_path: Path) -> None:

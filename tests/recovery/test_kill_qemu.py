@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pytest
 
 from interlock.hypervisors.qemu.process import find_in
 from interlock.testing.nano_guest import nano_guest
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_server import RealServer, end_guests, guests_in
 
 pytestmark = pytest.mark.qemu
 
@@ -48,14 +47,7 @@ def server() -> Iterator[RealServer]:
             yield one
         finally:
             one.kill()
-            for process_id in processes(one):
-                os.kill(process_id, signal.SIGKILL)
-
-
-def processes(server: RealServer) -> list[int]:
-    """Every QEMU process of a guest of this server, whatever the record says."""
-    found = (find_in(folder / "inside") for folder in (server.folder / "guests" / "vms").glob("*"))
-    return [process_id for process_id in found if process_id is not None]
+            end_guests(one.folder)
 
 
 def test_a_vm_survives_the_kill_of_its_server_at_any_moment(server: RealServer) -> None:
@@ -75,7 +67,7 @@ def test_a_vm_survives_the_kill_of_its_server_at_any_moment(server: RealServer) 
         agree(server, f"round {number}, killed in {operation}")
     delete(server)
     server.stop()
-    assert processes(server) == []
+    assert guests_in(server.folder) == []
     assert list((server.folder / "guests" / "vms").iterdir()) == []
 
 
@@ -121,7 +113,7 @@ def agree(server: RealServer, when: str) -> None:
     (volume,) = server.get("/v1/volumes")["items"]
     instances = server.get("/v1/instances")["items"]
     running = [one for one in instances if one["vm_state"] == "active"]
-    assert len(processes(server)) == len(running), (when, instances)
+    assert len(guests_in(server.folder)) == len(running), (when, instances)
     for instance in instances:
         assert (instance["task_state"], instance["outstanding"]) == ("none", []), (when, instance)
         assert instance["vm_state"] in {"active", "stopped"}, (when, instance)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from interlock.testing.soak import Soak, end_everything
+from interlock.testing.real_server import end_guests
+from interlock.testing.soak import Soak
 
 pytestmark = pytest.mark.qemu
 
@@ -26,7 +27,7 @@ def test_nothing_is_stuck_damaged_or_left_over_after_random_operations_and_kills
             soak.run(SECONDS, callers=4, kill_every_s=5.0)
         finally:
             soak.server.kill()
-            end_everything(soak.server.folder)
+            end_guests(soak.server.folder)
     assert soak.wrong == []
     assert soak.counts["kills"] >= 3
     assert soak.counts["ended succeeded"] > 30, soak.counts

@@ -6,9 +6,7 @@ own tool.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -20,7 +18,7 @@ import pytest
 
 from interlock.hypervisors.qemu.process import find_in
 from interlock.testing.boot_sector import bootable_image
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_server import RealServer, end_guests
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not here")]
 
@@ -44,10 +42,7 @@ def server() -> Iterator[RealServer]:
             yield one
         finally:
             one.kill()
-            for place in (one.folder / "guests" / "vms").glob("*"):
-                process_id = find_in(place / "inside")
-                if process_id is not None:
-                    os.kill(process_id, signal.SIGKILL)
+            end_guests(one.folder)
 
 
 def create(server: RealServer, name: str, image: str) -> str:

@@ -17,10 +17,9 @@ from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit, Means
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import HypervisorEvent, InstanceFilter
+from interlock.ports import HypervisorEvent, InstanceFilter, every_instance
 
 _LOG = structlog.get_logger(__name__)
-_PAGE = 500
 _WAKING = frozenset(
     {
         *("request.admitted", "request.held", "request.interrupting", "request.cancelled"),
@@ -168,15 +167,9 @@ class Agent:
         known = await self._hosts.of(host).known()
         for instance_id in known:
             await self._tidy(host, instance_id)
-        cursor: str | None = None
-        while True:
-            page = await self._store.instances(InstanceFilter(host=host), _PAGE, cursor)
-            for instance in page.items:
-                if instance.id not in told and not instance.outstanding and instance.executing:
-                    await self._look(instance)
-            if page.next_cursor is None:
-                return
-            cursor = page.next_cursor
+        async for instance in every_instance(self._store, InstanceFilter(host=host)):
+            if instance.id not in told and not instance.outstanding and instance.executing:
+                await self._look(instance)
 
     async def _look(self, instance: Instance) -> None:
         seen = await self._hosts.of(instance.host).inspect(instance.id)

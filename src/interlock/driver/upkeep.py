@@ -22,10 +22,9 @@ from interlock.core.errors import NotFound, StoreClosed, StoreError
 from interlock.core.records import Admitted, Change, Denied, Disposition, Event, Instance, Submission
 from interlock.core.upkeep import Due, Wish
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import InstanceFilter, Role, Store
+from interlock.ports import Role, Store, every_instance
 
 _LOG = structlog.get_logger(__name__)
-_PAGE: Final = 500
 _RETRY_MS_MAX: Final = 3_600_000
 _SLEEP_S_MAX: Final = 3_600
 """The store's clock may be put forward while we sleep, and nobody tells."""
@@ -68,15 +67,9 @@ class Upkeep:
     async def open(self) -> None:
         """Look through the store once, and go on from there."""
         self._unlisten = self._store.listen(self._hear)
-        cursor: str | None = None
-        while True:
-            page = await self._store.instances(InstanceFilter(), _PAGE, cursor)
-            for instance in page.items:
-                if instance.vm_state in upkeep.STATES:
-                    self._changed[instance.id] = None
-            cursor = page.next_cursor
-            if cursor is None:
-                break
+        async for instance in every_instance(self._store):
+            if instance.vm_state in upkeep.STATES:
+                self._changed[instance.id] = None
         self._task = asyncio.create_task(self._run(), name="upkeep")
 
     async def close(self) -> None:

@@ -9,11 +9,9 @@ from typing import Protocol
 import msgspec
 
 from interlock.core.errors import Forbidden, Invalid, NotFound, NotResponding
-from interlock.ports import Host, HostState, Hypervisor, InstanceFilter, Link, RemoteHost, Role, Store
+from interlock.ports import Host, HostState, Hypervisor, InstanceFilter, Link, RemoteHost, Role, Store, every_instance
 from interlock.service.callers import Caller
 from interlock.service.wishes import check_name
-
-_PAGE = 500
 
 
 class HostBook(Protocol):
@@ -109,19 +107,19 @@ class HostVerbs:
         await self._book.forget(name)
 
     async def _seen(self, host: Host) -> SeenHost:
-        count, cursor = 0, None
-        while True:
-            page = await self._store.instances(InstanceFilter(host=host.name), _PAGE, cursor)
-            count += len(page.items)
-            cursor = page.next_cursor
-            if cursor is None:
-                break
         return SeenHost(
             host=host,
             linked=self._links.linked(host.name),
             last_seen_at_ms=self._book.last_seen_at_ms(host.name),
-            instances=count,
+            instances=await self._count(host.name),
         )
+
+    async def _count(self, name: str) -> int:
+        """How many instances are recorded as being on that host."""
+        count = 0
+        async for _ in every_instance(self._store, InstanceFilter(host=name)):
+            count += 1
+        return count
 
     async def place(self, wanted: str | None) -> str:
         """The host on which something new is put: the one of that name, the server's own, or for `any` the one of all
@@ -137,7 +135,7 @@ class HostVerbs:
             self.require_there(wanted)
             return wanted
         counts = {seen.host.name: seen.instances for seen in [await self._seen(host) for host in self._there()]}
-        counts[self.own] = len((await self._store.instances(InstanceFilter(host=self.own), _PAGE)).items)
+        counts[self.own] = await self._count(self.own)
         return min(counts, key=lambda name: (counts[name], name != self.own, name))
 
     def _there(self) -> tuple[Host, ...]:

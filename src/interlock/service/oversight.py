@@ -5,11 +5,9 @@ from __future__ import annotations
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Admitted
 from interlock.policies import explaining
-from interlock.ports import InstanceFilter, Role, Store
+from interlock.ports import Role, Store, every_instance
 from interlock.service.answers import Stuck
 from interlock.service.callers import Caller
-
-_PAGE = 500
 
 
 async def stuck(store: Store, policy: CompiledPolicy, caller: Caller | None) -> tuple[Stuck, ...]:
@@ -40,11 +38,6 @@ async def stuck(store: Store, policy: CompiledPolicy, caller: Caller | None) -> 
 async def census(store: Store) -> tuple[dict[str, int], int]:
     """How many instances of all projects there are by vm_state, and how many requests are outstanding."""
     states: dict[str, int] = {}
-    cursor: str | None = None
-    while True:
-        page = await store.instances(InstanceFilter(), _PAGE, cursor)
-        for instance in page.items:
-            states[instance.vm_state.value] = states.get(instance.vm_state.value, 0) + 1
-        cursor = page.next_cursor
-        if cursor is None:
-            return states, sum(len(one.outstanding) for one in await store.unsettled())
+    async for instance in every_instance(store):
+        states[instance.vm_state.value] = states.get(instance.vm_state.value, 0) + 1
+    return states, sum(len(one.outstanding) for one in await store.unsettled())

@@ -10,8 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from interlock.hypervisors.qemu.process import find_in
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_server import RealServer, guests_in
 
 _PATIENCE_S = 30.0
 
@@ -125,9 +124,3 @@ class RealAgent:
         text = lock.read_text() if lock.exists() else ""
         alive = text.isdigit() and Path(f"/proc/{text}").exists()
         return [int(text)] if alive and b"watchdog" in Path(f"/proc/{text}/cmdline").read_bytes() else []
-
-
-def guests_in(folder: Path) -> list[int]:
-    """The processes that hold guests in a data folder."""
-    found = (find_in(one / "inside") for one in (folder / "guests" / "vms").glob("*"))
-    return [process_id for process_id in found if process_id is not None]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from interlock.testing.nano_guest import nano_guest
-from interlock.testing.real_agent import RealAgent, guests_in
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_agent import RealAgent
+from interlock.testing.real_server import RealServer, end_guests
 
 _ADMITTED = 202
 _PATIENCE_S = 30.0
@@ -94,5 +92,4 @@ class Fleet:
         self.server.kill()
         for agent in self.agents.values():
             agent.clear()
-        for process_id in guests_in(self.server.folder):
-            os.kill(process_id, signal.SIGKILL)
+        end_guests(self.server.folder)

@@ -6,6 +6,7 @@ Nothing here knows what is asked for, or looks into the server's process.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 
 import httpx
 import msgspec
+
+from interlock.hypervisors.qemu.process import find_in
 
 _PATIENCE_S = 60.0
 
@@ -119,3 +122,15 @@ class RealServer:
     def ended(self, request_id: str) -> dict[str, Any]:
         """The request as soon as it has ended, or after a minute as it is then."""
         return self.get(f"/v1/requests/{request_id}", wait="60s")
+
+
+def guests_in(folder: Path) -> list[int]:
+    """The processes that hold guests in a data folder."""
+    found = (find_in(one / "inside") for one in (folder / "guests" / "vms").glob("*"))
+    return [process_id for process_id in found if process_id is not None]
+
+
+def end_guests(folder: Path) -> None:
+    """Kill every process that holds a guest in a data folder, whatever went wrong."""
+    for process_id in guests_in(folder):
+        os.kill(process_id, signal.SIGKILL)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random  # noqa: TID251 - the seed is an argument
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ import httpx
 
 from interlock.hypervisors.qemu.process import find_in
 from interlock.testing.nano_guest import GREETING, nano_guest
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_server import RealServer, end_guests
 
 _VOLUMES: Final = 6
 _QUICK: Final = {
@@ -311,17 +309,9 @@ def main() -> int:
             soak.run(options.minutes * 60, options.callers, options.kill_every)
         finally:
             soak.server.kill()
-            end_everything(soak.server.folder)
+            end_guests(soak.server.folder)
     print(json.dumps({"wrong": soak.wrong, **dict(sorted(soak.counts.items()))}, indent=2))  # noqa: T201
     return 1 if soak.wrong else 0
-
-
-def end_everything(folder: Path) -> None:
-    """End every guest's process that is left in a server's folder, whatever went wrong."""
-    for place in (folder / "guests" / "vms").glob("*"):
-        process_id = find_in(place / "inside")
-        if process_id is not None:
-            os.kill(process_id, signal.SIGKILL)
 
 
 if __name__ == "__main__":

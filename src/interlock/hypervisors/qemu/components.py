@@ -49,9 +49,9 @@ class Components(Charge):
     def _remember_disk(self, permit: Permit, folder: InstanceFolder, disk_id: str, disk: Disk | None) -> None:
         """Keep what is plugged in for a reset that has to start another process."""
         spec = folder.spec()
-        if spec is None:
-            return
-        self._keep_spec(permit, folder, msgspec.structs.replace(spec, disks=_changed(spec.disks, disk_id, disk)))
+        if spec is not None:
+            wanted = _changed(spec.disks, disk_id, disk)
+            self._keep_spec(permit, folder, spec, msgspec.structs.replace(spec, disks=wanted))
 
     # ---------------------------------------------------------------------------------------- interfaces
 
@@ -71,13 +71,13 @@ class Components(Charge):
         spec = folder.spec()
         if spec is not None:
             wanted = _changed(spec.interfaces, interface_id, interface)
-            self._keep_spec(permit, folder, msgspec.structs.replace(spec, interfaces=wanted))
+            self._keep_spec(permit, folder, spec, msgspec.structs.replace(spec, interfaces=wanted))
 
-    def _keep_spec(self, permit: Permit, folder: InstanceFolder, spec: Spec) -> None:
-        if spec != folder.spec():
+    def _keep_spec(self, permit: Permit, folder: InstanceFolder, kept: Spec, wanted: Spec) -> None:
+        if wanted != kept:
             permit.check()
             with refused(folder):
-                folder.keep_spec(spec)
+                folder.keep_spec(wanted)
 
     # -------------------------------------------------------------------------------------- the root disk
 

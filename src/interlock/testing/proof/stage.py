@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +11,7 @@ from urllib.parse import quote
 import httpx
 
 from interlock.hypervisors.qemu.process import find_in
-from interlock.testing.real_server import RealServer
+from interlock.testing.real_server import RealServer, end_guests
 
 SMALL: Final = "small"
 """The name of the small guest's image: a kernel, which QEMU boots beside an empty root disk."""
@@ -46,10 +44,7 @@ class Stage:
     def close(self) -> None:
         """End everything."""
         self.server.kill()
-        for folder in (self.server.folder / "guests" / "vms").glob("*"):
-            process_id = find_in(folder / "inside")
-            if process_id is not None:
-                os.kill(process_id, signal.SIGKILL)
+        end_guests(self.server.folder)
 
     # -------------------------------------------------------------------------------------------------- asking it
 

@@ -1,0 +1,30 @@
+"""A host with real QEMU, and an adapter in charge of it; a file that needs another kind brings fixtures of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.qemu_workbench import QemuWorkbench
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
+    host = QemuWorkbench(tmp_path)
+    yield host
+    host.end_everything()
+
+
+@pytest.fixture
+async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
+    hypervisor = host.make()
+    assert isinstance(hypervisor, QemuHypervisor)
+    await hypervisor.open(Told())
+    yield hypervisor
+    for instance_id in await hypervisor.known():
+        await hypervisor.undefine(GivenPermit(), instance_id)
+    await hypervisor.close()
