@@ -641,3 +641,29 @@ async def test_a_dump_that_another_left_behind_is_waited_for(
     assert names_in(tmp_path) >= {"b"}
     assert names_in(tmp_path) & {"a", "a.part", "b.part"} == set()
     assert (tmp_path / "b").stat().st_size > 0
+
+
+async def test_a_dump_is_not_over_before_its_guest_goes_on(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await started(hypervisor, host)
+    guest = hypervisor.guest("one")
+    assert guest is not None
+    ask, held = guest.ask, asyncio.Event()
+
+    async def late(command: str, *more: Any) -> Any:
+        """As QEMU answers for a moment after it has told that the dump is complete."""
+        if command != "query-status" or not (tmp_path / "dump.part").exists():
+            return await ask(command, *more)
+        held.set()
+        return {"status": "save-vm"}
+
+    monkeypatch.setattr(guest, "ask", late)
+    dumping = asyncio.ensure_future(hypervisor.dump_memory(PERMIT, "one", tmp_path / "dump", nobody_reads))
+    await asyncio.wait_for(held.wait(), PATIENCE_S)
+    monkeypatch.setattr(guest, "ask", ask)
+    assert not dumping.done()
+    await hypervisor.pause(PERMIT, "one")
+    await hypervisor.unpause(PERMIT, "one")
+    await asyncio.wait_for(dumping, PATIENCE_S)
+    assert (tmp_path / "dump").exists()

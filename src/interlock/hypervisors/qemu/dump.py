@@ -14,11 +14,13 @@ from typing import Final
 from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.journal import QemuEvent
 from interlock.hypervisors.qemu.launch import refused
 from interlock.ports import Permit, Report
 
 _DESCRIPTOR_NAME: Final = "dump"
 _PREFERRED: Final = ("kdump-zlib", "elf")
+_HELD_FOR_A_DUMP: Final = "save-vm"
 
 
 async def dump(permit: Permit, guest: Guest, target: Path, report: Report) -> None:
@@ -52,7 +54,7 @@ async def _write(permit: Permit, guest: Guest, descriptor: int, report: Report) 
         "detach": True,
         "format": next(name for name in _PREFERRED if name in formats),
     }
-    with guest.events("DUMP_COMPLETED") as told:
+    with guest.events("DUMP_COMPLETED") as told, guest.events("RESUME") as resumed:
         await guest.tell(permit, "dump-guest-memory", wanted)
         loop = asyncio.get_running_loop()
         done, moved_at = -1, loop.time()
@@ -73,6 +75,7 @@ async def _write(permit: Permit, guest: Guest, descriptor: int, report: Report) 
                     f"{guest.settings.memory_stall_timeout_ms} ms.",
                     remedy="Look at the host's storage; the guest stands still until the dump has ended.",
                 )
+        await _gone_on(guest, resumed)
     if event is None:
         raise NotThere(f"What held instance {guest.instance_id} has ended.")
     result = event.data["result"]
@@ -86,14 +89,31 @@ async def _write(permit: Permit, guest: Guest, descriptor: int, report: Report) 
 
 async def _await_earlier(guest: Guest) -> None:
     """Wait for a dump whose worker was cancelled or killed: there is one at a time, and it cannot be ended."""
-    with guest.events("DUMP_COMPLETED") as told:
-        if (await guest.ask("query-dump"))["status"] != "active":
-            return
+    with guest.events("DUMP_COMPLETED") as told, guest.events("RESUME") as resumed:
         try:
             async with asyncio.timeout(guest.settings.memory_stall_timeout_ms / 1000):
-                await told.get()
+                if (await guest.ask("query-dump"))["status"] == "active":
+                    await told.get()
         except TimeoutError:
             raise Refused(
                 f"An earlier dump of instance {guest.instance_id} is still being written.",
                 remedy="Ask again when it has ended; it cannot be stopped.",
             ) from None
+        await _gone_on(guest, resumed)
+
+
+async def _gone_on(guest: Guest, resumed: asyncio.Queue[QemuEvent | None]) -> None:
+    """Wait until QEMU has let the guest go on.
+
+    It tells that a dump is complete a moment before it does. In between it takes no other dump, and what pauses the
+    guest would be undone.
+    """
+    try:
+        async with asyncio.timeout(guest.settings.memory_stall_timeout_ms / 1000):
+            while (await guest.ask("query-status"))["status"] == _HELD_FOR_A_DUMP and await resumed.get() is not None:
+                pass
+    except TimeoutError:
+        raise NotResponding(
+            f"QEMU has dumped the memory of instance {guest.instance_id}, and does not let the guest go on.",
+            remedy="Ask for a hard reboot.",
+        ) from None
