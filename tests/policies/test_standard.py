@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from policy_samples import Play, instance, said, serving
 
@@ -110,6 +112,29 @@ def test_nothing_else_is_admitted_once_a_delete_is_outstanding(
             if operation not in {*ENDS, outstanding, O.RESET_STATE}:
                 assert said(play.submit(operation)) == ("denied", "deleting"), operation
         play.take()
+
+
+def test_what_a_site_lets_take_over_does_not_come_in_front_of_a_delete_that_waits(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(
+        """
+        [policy]
+        name = "site"
+        extends = "standard"
+
+        [[rule]]
+        id = "reboot-during-pause"
+        operations = ["reboot"]
+        task_state = ["@pause"]
+        verdict = "after"
+        threshold = "3m"
+        reason = "in_progress"
+        """
+    )
+    play = Play(compile_named(site), serving(V.ACTIVE, "pausing"))
+    play.advance(3 * MINUTE_MS)
+    assert isinstance(play.submit(O.DELETE), Admitted)
+    assert said(play.submit(O.REBOOT)) == ("denied", "deleting")
 
 
 # -------------------------------------------------------------------------------------------------- the same again
