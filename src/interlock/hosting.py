@@ -23,6 +23,7 @@ from interlock.hypervisors.remote.serving import HostService
 from interlock.hypervisors.remote.watchdog import LEASE, Watchdog
 from interlock.hypervisors.remote.wire import Exchange, Renew, Welcome
 from interlock.ports import Hypervisor, Link
+from interlock.service.capacity import disk_free_mib, limits_of
 from interlock.wiring import make_folder
 
 _LOG = structlog.get_logger(__name__)
@@ -61,6 +62,7 @@ class HostAgent:
             self._folder,
             shared=contact.shared,
             address=config.qemu.migration_address,
+            limits=lambda: limits_of(config, config.folder),
             may_hold=self._may_hold,
         )
         self._stopping = asyncio.Event()
@@ -152,7 +154,7 @@ class HostAgent:
             number += 1
             self._answered.clear()
             self._sent[number] = now_ns()
-            exchange.post(Renew(number=number))
+            exchange.post(Renew(number=number, disk_free_mib=disk_free_mib(self._folder)))
             try:
                 async with asyncio.timeout(interval_s * 3):
                     await self._answered.wait()

@@ -142,8 +142,10 @@ class Server:
             config=config.driver,
         )
         self.agent = Agent(self.means, self.in_force, upkeep)
-        self.other_hosts = HostVerbs(self.store, self.leases, self.hosts, self.agent.join, self.agent.catch_up)
-        self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder))
+        self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder), self.leases)
+        self.other_hosts = HostVerbs(
+            self.store, self.leases, self.hosts, self.capacity, self.agent.join, self.agent.catch_up
+        )
         self.inventory = Inventory(
             self.store, self.image_files, volume_files, new_id, self.capacity, config.volume_gib_max
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from api.conftest import Door
-from interlock.service.capacity import Limits
+from interlock.ports import Limits
 from interlock.testing.embedded import IMAGE
 
 
@@ -18,7 +18,7 @@ async def test_what_does_not_fit_is_a_problem_with_what_is_needed_and_free(
     problem = answer.json()
     assert problem["type"] == "urn:interlock:problem:no-room"
     assert (problem["needed"], problem["free"]) == ({"memory_mib": 512}, {"memory_mib": 300})
-    assert problem["detail"] == "big does not fit on this host: needs 512 MiB of memory, 300 MiB are free."
+    assert problem["detail"] == "big does not fit on the host here: needs 512 MiB of memory, 300 MiB are free."
 
 
 async def test_the_host_tells_how_it_stands(door: Door, admin: httpx.AsyncClient) -> None:

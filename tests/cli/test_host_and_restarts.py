@@ -51,7 +51,7 @@ def test_restart_is_one_word_for_a_whole_policy(interlock: Interlock, server: Sc
 
 
 def test_what_does_not_fit_is_told_in_words(interlock: Interlock, server: ScriptedServer) -> None:
-    said = "demo does not fit on this host: needs 4096 MiB of memory, 1024 MiB are free."
+    said = "demo does not fit on the host here: needs 4096 MiB of memory, 1024 MiB are free."
     server.on("POST", "/v1/instances", Given(409, problem(409, said)))
     ran = interlock("vm", "create", "demo", "--image", "small", "--memory", "4096")
     assert ran.code != 0

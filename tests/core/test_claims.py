@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from interlock.core.claims import Claim, claim_of
+from interlock.core.claims import Claim, claim_of, claims_of
 from interlock.core.operations import Operation
 from interlock.core.records import Forward, Image, Instance, Request, Spec
 from interlock.core.states import VmState
@@ -70,3 +70,32 @@ def test_a_resize_is_promised_its_room_from_the_moment_it_is_asked_for_also_whil
 def test_what_is_unshelved_comes_back_with_all_it_had() -> None:
     coming = instance(VmState.SHELVED_OFFLOADED, outstanding=(asking(Operation.UNSHELVE),))
     assert claim_of(coming) == claim_of(instance())
+
+
+@pytest.mark.parametrize("operation", [Operation.MIGRATE, Operation.LIVE_MIGRATE, Operation.EVACUATE])
+def test_what_goes_to_another_host_is_promised_the_same_there_while_that_is_outstanding_or_held(
+    operation: Operation,
+) -> None:
+    going = asking(operation, host="there")
+    for one in (instance(outstanding=(going,)), instance(held=(going,))):
+        assert [(claim.host, claim.memory_mib, claim.vcpus) for claim in claims_of(one)] == [
+            ("here", 512, 2),
+            ("there", 512, 2),
+        ]
+    assert [claim.host for claim in claims_of(instance())] == ["here"]
+
+
+def test_what_has_arrived_keeps_its_room_where_it_was_until_it_is_removed_there() -> None:
+    going = asking(Operation.MIGRATE, host="here")
+    arrived = instance(outstanding=(going,), left_host="there")
+    assert [claim.host for claim in claims_of(arrived)] == ["here", "there"]
+    assert [claim.host for claim in claims_of(instance(left_host="there"))] == ["here"]
+
+
+def test_a_resize_that_waits_behind_a_migration_is_promised_its_size_on_both_hosts() -> None:
+    asked = (asking(Operation.MIGRATE, host="there"), asking(Operation.RESIZE, memory_mib=4096))
+    assert [claim.memory_mib for claim in claims_of(instance(outstanding=asked))] == [4096, 4096]
+
+
+def test_what_is_deleted_is_promised_nothing_anywhere() -> None:
+    assert claims_of(instance(VmState.DELETED, outstanding=(asking(Operation.MIGRATE, host="there"),))) == ()

@@ -13,8 +13,8 @@ from interlock.core.errors import InUse, Invalid, NameTaken, NoRoom
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Change, Event, Instance
 from interlock.hypervisors.simulated import SimulatedHost
+from interlock.ports import Limits
 from interlock.service.answers import Answer
-from interlock.service.capacity import Limits
 from interlock.service.wishes import NewInstance, NewVolume
 from interlock.testing.embedded import IMAGE, Embedded
 
@@ -54,7 +54,7 @@ async def test_what_does_not_fit_is_refused_with_what_is_free_and_nothing_is_mad
     await create(house, "one", 768)
     with pytest.raises(NoRoom) as refusal:
         await create(house, "two", 512)
-    assert refusal.value.message == ("two does not fit on this host: needs 512 MiB of memory, 256 MiB are free.")
+    assert refusal.value.message == ("two does not fit on the host here: needs 512 MiB of memory, 256 MiB are free.")
     assert (refusal.value.needed, refusal.value.free) == ({"memory_mib": 512}, {"memory_mib": 256})
     assert await house.server.store.instance_named("default", "two") is None
     await create(house, "two", 256)

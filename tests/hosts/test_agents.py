@@ -28,6 +28,26 @@ def test_a_guest_is_made_and_served_on_another_host(fleet: Fleet) -> None:
     assert (host["name"], host["state"], host["linked"], host["instances"]) == ("north", "up", True, 0)
 
 
+def test_an_agent_tells_what_may_be_promised_on_its_host_and_more_is_refused(fleet: Fleet) -> None:
+    fleet.add("north", settings={"INTERLOCK_HOST_MEMORY_MIB": "200"})
+    fleet.create("one", "north", memory_mib=128)
+    (host,) = fleet.server.get("/v1/hosts")["items"]
+    assert (host["total"]["memory_mib"], host["promised"]["memory_mib"], host["free"]["memory_mib"]) == (200, 128, 72)
+    assert host["total"]["vcpus"] > 0
+    assert host["disk_free_mib"] > 0
+    fleet.create("two", "here", memory_mib=128)
+    for operation in ("migrate", "live_migrate"):
+        refused = fleet.server.submit("two", operation, host="north")
+        assert refused.status_code == 409
+        problem = refused.json()
+        assert problem["type"] == "urn:interlock:problem:no-room"
+        assert (problem["needed"], problem["free"]) == ({"memory_mib": 128}, {"memory_mib": 72})
+        assert "two does not fit on the host north" in problem["detail"]
+    fleet.carry_out("one", "delete")
+    fleet.carry_out("two", "live_migrate", host="any")
+    assert fleet.server.get("/v1/instances/two")["host"] == "north"
+
+
 def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:
     north = fleet.add("north")
     fleet.create("one", "north")

@@ -23,16 +23,17 @@ async def read(parts: ApiParts, caller: Caller, request: Request) -> Response:  
             hypervisor=parts.config.hypervisor,
             accelerator=parts.accelerator(),
             guests=stands.guests,
-            total=_wire(stands.total),
-            promised=_wire(stands.promised),
-            free=_wire(stands.free),
+            total=amounts(stands.total),
+            promised=amounts(stands.promised),
+            free=amounts(stands.free),
             disk_free_mib=stands.disk_free_mib,
         )
     )
 
 
-def _wire(amounts: Amounts) -> HostAmounts:
-    return HostAmounts(memory_mib=amounts.memory_mib, vcpus=amounts.vcpus, disk_mib=amounts.disk_mib)
+def amounts(of: Amounts) -> HostAmounts:
+    """The amounts, as they go over the wire."""
+    return HostAmounts(memory_mib=of.memory_mib, vcpus=of.vcpus, disk_mib=of.disk_mib)
 
 
 DOORS: Final = (

@@ -30,5 +30,5 @@ class HostStands(Wire, frozen=True, kw_only=True):
     promised: HostAmounts
     free: HostAmounts
     """What may still be promised."""
-    disk_free_mib: int
-    """What the file system of its data folder has free for real."""
+    disk_free_mib: int | None
+    """What the file system of its data folder has free for real; null where that is not known."""

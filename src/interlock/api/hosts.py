@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from interlock.api import asking, problems
 from interlock.api.doors import ApiParts, Door, answer
+from interlock.api.host import amounts
 from interlock.api.other_host_schemas import Fencing, OtherHost, OtherHostList
 from interlock.api.problems import HTTP_KINDS
 from interlock.api.views import timestamp
@@ -24,7 +25,7 @@ _LOG = structlog.get_logger(__name__)
 
 
 def _view(seen: SeenHost) -> OtherHost:
-    host = seen.host
+    host, room = seen.host, seen.room
     return OtherHost(
         name=host.name,
         state=host.state,
@@ -34,6 +35,10 @@ def _view(seen: SeenHost) -> OtherHost:
         address=host.address,
         shared=host.shared,
         instances=seen.instances,
+        total=amounts(room.total),
+        promised=amounts(room.promised),
+        free=amounts(room.free),
+        disk_free_mib=room.disk_free_mib,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from interlock.api.host_schemas import HostAmounts
 from interlock.ports import HostState
 
 
@@ -22,6 +23,14 @@ class OtherHost(msgspec.Struct, frozen=True, kw_only=True):
     shared: str | None
     """The folder that it has in common with other hosts."""
     instances: int
+    total: HostAmounts
+    """What may be promised there in all, as its agent last said."""
+    promised: HostAmounts
+    """What is promised to instances there, and to those on their way to it."""
+    free: HostAmounts
+    """What may still be promised."""
+    disk_free_mib: int | None
+    """What the file system of its data folder has free for real; null while it is away."""
 
 
 class OtherHostList(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import click
 
 from interlock.api.host_schemas import HostStands
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
 from interlock.cli.naming import completer
-from interlock.cli.other_hosts import HOSTS, show_other
-
-_WORDS: Final = {"memory_mib": "Memory (MiB)", "vcpus": "Virtual processors", "disk_mib": "Disk (MiB)"}
+from interlock.cli.other_hosts import HOSTS, say_room, show_other
 
 
 @click.group("host")
@@ -26,8 +22,8 @@ def host_commands() -> None:
 def show(invocation: Invocation, *, name: str | None) -> None:
     """Show what a host has, what is promised to VMs and volumes, and what is free.
 
-    Without NAME it is the host on which the server runs; of another one, how
-    it is connected.
+    Without NAME it is the host on which the server runs; of another one, also
+    how it is connected.
     """
     if name is not None:
         show_other(invocation, name)
@@ -38,20 +34,4 @@ def show(invocation: Invocation, *, name: str | None) -> None:
     stands = reply.decode(HostStands)
     held = stands.hypervisor if stands.accelerator is None else f"{stands.hypervisor} ({stands.accelerator})"
     invocation.say(f"{stands.name}: {stands.guests} VMs, held by {held}")
-    invocation.table(
-        ("", "TOTAL", "PROMISED", "FREE"),
-        (
-            (
-                title,
-                _amount(getattr(stands.total, what)),
-                _amount(getattr(stands.promised, what)),
-                _amount(getattr(stands.free, what)),
-            )
-            for what, title in _WORDS.items()
-        ),
-    )
-    invocation.say(f"Free on its disk now: {stands.disk_free_mib} MiB")
-
-
-def _amount(value: int | None) -> str:
-    return "no limit" if value is None else str(value)
+    say_room(invocation, stands)

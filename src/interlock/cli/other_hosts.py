@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
+from interlock.api.host_schemas import HostStands
 from interlock.api.other_host_schemas import Fencing, OtherHost, OtherHostList
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
 from interlock.cli.naming import completer, path_of, suggesting
 from interlock.cli.wording import age
 
 HOSTS = "/v1/hosts"
+_WORDS: Final = {"memory_mib": "Memory (MiB)", "vcpus": "Virtual processors", "disk_mib": "Disk (MiB)"}
 
 
 @click.command("list")
@@ -59,6 +63,24 @@ def _say(invocation: Invocation, host: OtherHost) -> None:
     invocation.say(host.name)
     for name, value in rows.items():
         invocation.say(f"  {name:<14}{value}")
+    say_room(invocation, host)
+
+
+def say_room(invocation: Invocation, stands: HostStands | OtherHost) -> None:
+    """Print what a host has, what is promised of it, and what is free."""
+    invocation.table(
+        ("", "TOTAL", "PROMISED", "FREE"),
+        (
+            (title, *(_amount(getattr(one, what)) for one in (stands.total, stands.promised, stands.free)))
+            for what, title in _WORDS.items()
+        ),
+    )
+    if stands.disk_free_mib is not None:
+        invocation.say(f"Free on its disk now: {stands.disk_free_mib} MiB")
+
+
+def _amount(value: int | None) -> str:
+    return "no limit" if value is None else str(value)
 
 
 @click.command("fence")

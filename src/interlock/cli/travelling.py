@@ -15,7 +15,11 @@ from interlock.core.states import VmState
 
 @click.command()
 @vm_argument
-@click.option("--host", shell_complete=completer(HOSTS), help="Where it is taken up. Default: the server's own host.")
+@click.option(
+    "--host",
+    shell_complete=completer(HOSTS),
+    help="Where it is taken up; `any`: where there is room. Default: the server's own host.",
+)
 @click.option("--from-image", is_flag=True, help="Let its root disk begin as its image again: it was on the lost host.")
 @asking_options
 @needs_invocation
@@ -43,6 +47,7 @@ def evacuate(
 def migrate(invocation: Invocation, *, vm: str, host: str, live: bool | None, wait: bool, hold: str | None) -> None:
     """Bring a VM to another HOST, as it runs or powered off, with its root disk.
 
+    HOST may be `any`: the one with the fewest VMs of those that have room.
     Cancelling the request leaves it where it is.
     """
     if live is None:

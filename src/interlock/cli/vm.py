@@ -63,7 +63,7 @@ class ForwardPair(click.ParamType[Any]):
 @click.option("--protect", multiple=True, type=OperationName(), help="Refuse this operation whatever the policy says.")
 @restart_option
 @seed_options
-@click.option("--host", help="On which host; `any` for the one with the fewest VMs. Default: the server's own.")
+@click.option("--host", help="On which host; `any` for one with room. Default: the server's own.")
 @click.option("--no-start", is_flag=True, help="Only record it; `vm start` makes and boots it.")
 @wait_option
 @needs_invocation

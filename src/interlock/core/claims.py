@@ -1,7 +1,8 @@
-"""What an instance is promised of its host: memory, processors, disk and ports. Pure sums; who has room is not here.
+"""What an instance is promised of hosts: memory, processors, disk and ports. Pure sums; who has room is not here.
 
 A promise is kept while the instance may come to need it: memory also while it is stopped or suspended, so that
 starting it never fails for lack of room. What is offloaded, has gone to another host or is deleted is promised nothing.
+What is on its way to another host is promised the same there, from when that is asked for until it has ended.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.operations import Operation
+from interlock.core.operations import TRAVELS, Operation
 from interlock.core.records import Instance, Spec
 from interlock.core.states import VmState
 
 _GIB: Final = 1024**3
 _AWAY: Final = frozenset({VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIGRATED_OUT})
 GROWING: Final = frozenset({Operation.RESIZE, Operation.UNSHELVE, Operation.REBUILD})
-"""The operations after which an instance may be promised more than before."""
+"""The operations after which an instance may be promised more than before on its host."""
+CLAIMING: Final = GROWING | TRAVELS
+"""The operations that are promised room on a host when they are admitted or held."""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +44,23 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def claims_of(instance: Instance) -> tuple[Claim, ...]:
+    """What is promised to the instance: on its host first, then on each host that it is on its way to, or has not left
+    for good.
+    """
+    claim = claim_of(instance)
+    if claim is None:
+        return ()
+    journeys = [one for one in (*instance.outstanding, *instance.held) if one.operation in TRAVELS]
+    hosts = {one.parameters.get("host") for one in journeys}
+    if journeys:
+        hosts.add(instance.left_host)
+    others = sorted(host for host in hosts if isinstance(host, str) and host != instance.host)
+    return (claim, *(msgspec.structs.replace(claim, host=host) for host in others))
+
+
 def claim_of(instance: Instance) -> Claim | None:
-    """What is promised to the instance, with what is outstanding for it; None if nothing is."""
+    """What is promised to the instance on its host, with what is outstanding for it; None if nothing is."""
     asked = [one for one in (*instance.outstanding, *instance.held) if one.operation in GROWING]
     coming_back = any(one.operation is Operation.UNSHELVE for one in asked)
     if instance.spec is None or (instance.vm_state in _AWAY and not coming_back):

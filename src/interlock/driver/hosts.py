@@ -43,6 +43,11 @@ class Hosts:
         other = self._others.get(name)
         return other is None or other.linked
 
+    def disk_free_mib(self, name: str) -> int | None:
+        """What the file system of that other host has free for real, as far as its agent has said; else None."""
+        other = self._others.get(name)
+        return None if other is None else other.disk_free_mib
+
     def superseded(self, instance_id: str, fence: int) -> None:
         """Have the other hosts know that nobody with a smaller fence may act on the instance any more."""
         for other in self._others.values():

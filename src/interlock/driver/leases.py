@@ -16,7 +16,7 @@ import structlog
 
 from interlock.core.errors import Invalid, NotFound, StoreError
 from interlock.driver.hosts import Hosts
-from interlock.ports import Host, HostState, Store
+from interlock.ports import Host, HostState, Limits, Store
 
 _LOG = structlog.get_logger(__name__)
 
@@ -73,6 +73,15 @@ class Leases:
         """False where a host's guests have ended for certain."""
         host = self._known.get(name)
         return host is None or host.state is not HostState.FENCED
+
+    def limits(self, name: str) -> Limits:
+        """What may be promised of that host, as its agent last said."""
+        host = self._known.get(name)
+        return Limits() if host is None else host.limits
+
+    def disk_free_mib(self, name: str) -> int | None:
+        """What its file system has free for real; None where its agent does not say."""
+        return self._hosts.disk_free_mib(name)
 
     async def heard(self, host: Host) -> None:
         """Take note of a host whose agent is connected; durable when this returns."""

@@ -6,7 +6,7 @@ adapter must pass, so that a sentence in a docstring here is a test there.
 
 from interlock.ports.clock import Clock
 from interlock.ports.files import Dump, DumpFiles, ImageFiles, SmallForm, VolumeFiles
-from interlock.ports.hosts import Host, HostState, Link, RemoteHost
+from interlock.ports.hosts import Host, HostState, Limits, Link, RemoteHost
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.passwords import Passwords
 from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume, every_instance
@@ -22,6 +22,7 @@ __all__ = [
     "IdempotencyKey",
     "ImageFiles",
     "InstanceFilter",
+    "Limits",
     "Link",
     "Observation",
     "Page",

@@ -22,6 +22,16 @@ class HostState(StrEnum):
     """Its guests have ended: its lease ran out, or an admin said so. They may be taken up elsewhere."""
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be promised of a host in all; None: without limit."""
+
+    memory_mib: int | None = None
+    vcpus: int | None = None
+    disk_mib: int | None = None
+    disk_reserved_mib: int = 0
+    """What must stay free of its file system for real when a disk is promised."""
+
+
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """A host whose agent has spoken to this server."""
 
@@ -37,6 +47,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """Where other hosts send guests to, as HOST:PORT; None if it takes none."""
     shared: str | None = None
     """The folder that it has in common with other hosts, under the same name; None if it has none."""
+    limits: Limits = Limits()
+    """What its agent last said may be promised there."""
 
 
 class Link(Protocol):
@@ -61,6 +73,11 @@ class RemoteHost(Hypervisor, Protocol):
     @property
     def linked(self) -> bool:
         """Whether its agent is connected."""
+        ...
+
+    @property
+    def disk_free_mib(self) -> int | None:
+        """What the file system of its folder had free for real at its last sign of life; None while it is away."""
         ...
 
     async def serve(self, link: Link, heard: Callable[[Host], Awaitable[None]]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from interlock.core.errors import Forbidden, Invalid, NotFound, NotResponding
 from interlock.ports import Host, HostState, Hypervisor, InstanceFilter, Link, RemoteHost, Role, Store, every_instance
 from interlock.service.callers import Caller
+from interlock.service.capacity import Capacity, Occupancy
 from interlock.service.wishes import check_name
+
+ANY: Final = "any"
+"""What stands for whichever host has room."""
 
 
 class HostBook(Protocol):
@@ -45,6 +49,7 @@ class SeenHost(msgspec.Struct, frozen=True, kw_only=True):
     last_seen_at_ms: int
     instances: int
     """How many instances are recorded as being there."""
+    room: Occupancy
 
 
 class HostVerbs:
@@ -54,6 +59,7 @@ class HostVerbs:
         store: counts the instances.
         book: knows which hosts live.
         links: has their adapters.
+        capacity: knows what is promised of them.
         join: is awaited before an agent is spoken to, with the host's name.
         catch_up: is awaited when an agent can be asked; may raise `NotResponding`.
     """
@@ -63,12 +69,14 @@ class HostVerbs:
         store: Store,
         book: HostBook,
         links: HostLinks,
+        capacity: Capacity,
         join: Callable[[str], Awaitable[None]],
         catch_up: Callable[[str], Awaitable[None]],
     ) -> None:
         self._store = store
         self._book = book
         self._links = links
+        self._capacity = capacity
         self._join = join
         self._catch_up = catch_up
 
@@ -112,6 +120,7 @@ class HostVerbs:
             linked=self._links.linked(host.name),
             last_seen_at_ms=self._book.last_seen_at_ms(host.name),
             instances=await self._count(host.name),
+            room=await self._capacity.occupancy(host.name),
         )
 
     async def _count(self, name: str) -> int:
@@ -121,25 +130,20 @@ class HostVerbs:
             count += 1
         return count
 
-    async def place(self, wanted: str | None) -> str:
-        """The host on which something new is put: the one of that name, the server's own, or for `any` the one of all
-        that can be asked on which there are fewest instances.
+    def named(self, wanted: str | None) -> tuple[str, ...]:
+        """The hosts that are meant: the one of that name, the server's own where none is named, or for `any` all that
+        can be asked, the server's own first.
 
         Raises:
             NotFound: there is no such host.
             Invalid: it cannot be asked now.
         """
-        if wanted is None or wanted == self.own:
-            return self.own
-        if wanted != "any":
-            self.require_there(wanted)
-            return wanted
-        counts = {seen.host.name: seen.instances for seen in [await self._seen(host) for host in self._there()]}
-        counts[self.own] = await self._count(self.own)
-        return min(counts, key=lambda name: (counts[name], name != self.own, name))
-
-    def _there(self) -> tuple[Host, ...]:
-        return tuple(host for host in self._book.hosts() if self._links.linked(host.name))
+        if wanted == ANY:
+            there = (one.name for one in self._book.hosts() if one.state is HostState.UP)
+            return (self.own, *(name for name in there if self._links.linked(name)))
+        name = self.own if wanted is None else wanted
+        self.require_there(name)
+        return (name,)
 
     def hypervisor(self, name: str) -> Hypervisor:
         """What holds the guests of that host."""
@@ -170,7 +174,7 @@ class HostVerbs:
                 remedy="Use a token with the role agent.",
             )
         check_name(name, "name")
-        if name in {self._links.own, "any"}:
+        if name in {self._links.own, ANY}:
             raise Invalid(f"{name!r} is not the name of another host.", remedy="Give the agent another with --name.")
         await self._join(name)
 

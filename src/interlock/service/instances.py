@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from interlock.core import admission, lifecycle
-from interlock.core.claims import GROWING
+from interlock.core.claims import CLAIMING
 from interlock.core.errors import GenerationMismatch, InterlockError, InUse, Invalid, NameTaken, NotFound
-from interlock.core.operations import TRAVELS, Operation
+from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     ENDS,
@@ -41,6 +41,7 @@ from interlock.service.capacity import Capacity
 from interlock.service.hosts import HostVerbs
 from interlock.service.inventory import Inventory
 from interlock.service.passwords import PasswordBox
+from interlock.service.placing import Placing
 from interlock.service.resolving import Resolving
 from interlock.service.watching import EVERYTHING, Watch
 from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
@@ -75,6 +76,7 @@ class Instances:
         self._new_id = new_id
         self._hosts = hosts
         self._capacity = capacity
+        self._placing = Placing(hosts, capacity)
         self._naming = asyncio.Lock()
         self.watch = Watch()
         self._unlisten = store.listen(self.watch.ring)
@@ -107,7 +109,7 @@ class Instances:
         check_name(wish.name, "name")
         check_limit(wish.restart)
         spec = await self._resolving.new_spec(caller, wish)
-        host = await self._hosts.place(wish.host)
+        hosts = self._placing.named(wish.host)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
 
@@ -116,7 +118,7 @@ class Instances:
                 id=instance_id,
                 name=wish.name,
                 project=caller.project,
-                host=host,
+                host=hosts[0],
                 created_at_ms=now_ms,
                 updated_at_ms=now_ms,
                 tags=wish.tags,
@@ -124,6 +126,7 @@ class Instances:
                 restart=wish.restart,
                 spec=spec,
             )
+            instance = self._placing.put(instance, hosts)
             facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
             created = _event("instance.created", instance, now_ms, facts)
             if not wish.start:
@@ -177,10 +180,10 @@ class Instances:
         parameters = check_parameters(wish.operation, wish.parameters)
         instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
         unusable: InterlockError | None = None
+        targets: tuple[str, ...] = ()
         try:
             parameters = await self._resolving.parameters(caller, wish.operation, instance_id, parameters)
-            if wish.operation in TRAVELS:
-                self._hosts.require_there(str(parameters.setdefault("host", self._hosts.own)))
+            targets = self._placing.targets(wish.operation, parameters)
         except (InUse, NotFound, NameTaken, Invalid) as error:
             # What a key was answered with stays its answer, whatever has become since of what it named.
             unusable = error
@@ -197,20 +200,19 @@ class Instances:
                 raise unusable
             _check_generation(instance, if_generation)
             fitting.check(instance, wish.operation, parameters)
-            if wish.operation in TRAVELS and parameters["host"] == instance.host:
-                raise Invalid(f"{instance.name} is on the host {instance.host} already.", remedy="Name another host.")
             reached = msgspec.structs.replace(submission, host_reachable=self._hosts.reachable(instance.host))
-            change = admission.admit(instance, reached, self.policy, now_ms)
-            fitting.check_same(instance, change.answer, wish.operation, parameters)
-            if grows and isinstance(change.answer, Admitted | Held):
+            bound = self._placing.bound(instance, reached, targets, self.policy, now_ms)
+            change = admission.admit(instance, bound, self.policy, now_ms)
+            fitting.check_same(instance, change.answer, wish.operation, bound.parameters)
+            if claims and isinstance(change.answer, Admitted | Held):
                 self._capacity.claim(change.instance)
             judged[:] = [change.instance]
             return change
 
         key_kept = _key(caller, key, instance_id, _as_recorded(wish))
-        grows = wish.operation in GROWING
+        claims = wish.operation in CLAIMING
         with self._passwords.offered(submission, password) as offer:
-            deciding = self._capacity.deciding(instance_id) if grows else contextlib.nullcontext()
+            deciding = self._capacity.deciding(instance_id) if claims else contextlib.nullcontext()
             async with self._resolving.giving(None if unusable else parameters.get("image")), deciding:
                 disposition = await self._store.change(instance_id, decide, key_kept)
             offer.settle(disposition)

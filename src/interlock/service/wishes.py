@@ -82,7 +82,8 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     network_config: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
     """For cloud-init; by default the first interface asks for its address (DHCP)."""
     host: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
-    """Where it runs: a host's name, or `any` for the one with the fewest instances. Default: the server's own."""
+    """Where it runs: a host's name, or `any` for the one with the fewest instances of those that have room. Default:
+    the server's own."""
     start: bool = True
     """False only records it, in `building`; a `start` makes and boots it later."""
 
@@ -205,14 +206,14 @@ class MigrateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Of migrate and live_migrate."""
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
-    """Where it goes."""
+    """Where it goes: a host's name, or `any` for the one with the fewest instances of those that have room."""
 
 
 class EvacuateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Of evacuate."""
 
     host: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
-    """Where it is taken up; default: the server's own host."""
+    """Where it is taken up: a host's name, or `any` as above. Default: the server's own host."""
     from_image: bool = False
     """True lets its root disk begin as its image again: what was on it is on the host that is lost."""
 

@@ -57,6 +57,10 @@ class RemoteHypervisor:
     def linked(self) -> bool:
         return self._linked.is_set()
 
+    @property
+    def disk_free_mib(self) -> int | None:
+        return None if self._session is None else self._session.disk_free_mib
+
     async def until_linked(self) -> None:
         """Return as soon as the agent is connected."""
         await self._linked.wait()
@@ -144,6 +148,7 @@ class RemoteHypervisor:
                 lease_until_ms=now_ms + self._lease_ms if self._lease_ms else None,
                 address=greeting.address,
                 shared=greeting.shared,
+                limits=greeting.limits,
             )
         )
 

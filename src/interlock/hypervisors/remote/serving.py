@@ -42,7 +42,7 @@ from interlock.hypervisors.remote.wire import (
     packed,
 )
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, Stream
-from interlock.ports.hosts import Link
+from interlock.ports.hosts import Limits, Link
 
 _LOG = structlog.get_logger(__name__)
 _NOTHING: Final = packed(None)
@@ -60,6 +60,7 @@ class HostService:
         hypervisor: what holds the guests.
         folder: where the agent keeps what is its own.
         shared: a folder that this host has in common with the server, under the same name.
+        limits: tells what may be promised of this host; asked each time a server is greeted.
         reaches: whether a volume's file can be used here; by default those in `shared`.
         may_hold: raises if this host may hold no guests now.
     """
@@ -72,6 +73,7 @@ class HostService:
         *,
         shared: Path | None = None,
         address: str | None = None,
+        limits: Callable[[], Limits] = Limits,
         reaches: Callable[[str], bool] | None = None,
         may_hold: Callable[[], None] = _freely,
     ) -> None:
@@ -79,6 +81,7 @@ class HostService:
         self._hypervisor = hypervisor
         self._shared = shared
         self._address = address
+        self._limits = limits
         self._shelf = Shelf(folder, shared)
         self._reaches = reaches or self._shelf.reaches
         self._may_hold = may_hold
@@ -128,6 +131,7 @@ class HostService:
                     log=self._log.id,
                     address=self._address,
                     shared=None if self._shared is None else str(self._shared),
+                    limits=self._limits(),
                 )
             )
         )

@@ -54,6 +54,8 @@ class Session:
         self._ended = False
         self.alive = asyncio.Event()
         """Set whenever the agent gave a sign of life; whoever watches clears it."""
+        self.disk_free_mib: int | None = None
+        """What the host's file system had free when the agent last asked for its lease."""
 
     async def run(self) -> None:
         """Hear the agent until the connection ends; what is not answered by then is not responding."""
@@ -88,6 +90,7 @@ class Session:
             case CaughtUp():
                 self._caught_up()
             case Renew():
+                self.disk_free_mib = message.disk_free_mib
                 self._exchange.post(Renewed(number=message.number))
             case _:
                 raise ConnectionError(f"the agent of {self._host} sent a {type(message).__name__}")

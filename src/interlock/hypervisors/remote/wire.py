@@ -19,7 +19,7 @@ import msgspec
 from interlock.core import errors
 from interlock.core.errors import InterlockError
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, Report
-from interlock.ports.hosts import Link
+from interlock.ports.hosts import Limits, Link
 from interlock.ports.travelling import Travelling
 
 VERSION: Final = 1
@@ -45,6 +45,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """Which run of event numbers its events have: another one after its log was lost."""
     address: str | None = None
     shared: str | None = None
+    limits: Limits = Limits()
+    """What may be promised of this host."""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
@@ -81,6 +83,8 @@ class Renew(msgspec.Struct, frozen=True, kw_only=True, tag="renew"):
     """The agent wants its lease to begin anew with the sending of this; also its sign of life."""
 
     number: int
+    disk_free_mib: int | None = None
+    """What the file system of its folder has free for real."""
 
 
 class Renewed(msgspec.Struct, frozen=True, kw_only=True, tag="renewed"):
