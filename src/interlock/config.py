@@ -21,7 +21,14 @@ from interlock.core.upkeep import UpkeepTimes
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
 _MAY_BE_ZERO = frozenset(
-    {"policy_explore_ms", "resize_confirm_window_ms", "reclaim_after_ms", "offload_after_ms", "lease_ms"}
+    {
+        "policy_explore_ms",
+        "resize_confirm_window_ms",
+        "reclaim_after_ms",
+        "offload_after_ms",
+        "lease_ms",
+        "image_unused_ms",
+    }
 )
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN"})
@@ -131,6 +138,9 @@ class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     they can be evacuated. 0: it holds them without end, and only an admin can say that a host is fenced."""
     lease_margin_ms: int = 5_000
     """How long after the end of its lease a host counts as fenced, in ms: for what it takes to end its guests."""
+    image_unused_ms: int = 7 * 24 * 3_600_000
+    """How long a copy of an image stays on a host on which no VM needs it, in ms; 0: for as long as the server has the
+    image."""
     silence_ms: int = 15_000
     """How long an agent may say nothing before its connection counts as broken, in ms."""
 

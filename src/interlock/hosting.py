@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ import structlog
 from interlock.config import Config
 from interlock.core.errors import Forbidden, InterlockError, NotResponding
 from interlock.hypervisors.choice import hypervisor_of
+from interlock.hypervisors.qemu.images_in_use import images_in_use
 from interlock.hypervisors.remote.dialling import dial
 from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
 from interlock.hypervisors.remote.serving import HostService
@@ -63,6 +65,7 @@ class HostAgent:
             shared=contact.shared,
             address=config.qemu.migration_address,
             limits=lambda: limits_of(config, config.folder),
+            boots_from=partial(images_in_use, self._folder / "guests" / "vms"),
             may_hold=self._may_hold,
         )
         self._stopping = asyncio.Event()

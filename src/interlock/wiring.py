@@ -31,6 +31,7 @@ from interlock.core.errors import StoreError, Unavailable
 from interlock.core.policy import CompiledPolicy
 from interlock.driver.agent import Agent
 from interlock.driver.hosts import Hosts
+from interlock.driver.image_copies import ImageCopies
 from interlock.driver.leases import Leases
 from interlock.driver.operations import PERFORMS
 from interlock.driver.upkeep import Upkeep
@@ -159,6 +160,9 @@ class Server:
             self.capacity,
             config.instance_memory_mib_max,
         )
+        self.image_copies = ImageCopies(self.store, self.hosts, config.hosts.image_unused_ms)
+        self.inventory.image_deleted = self.image_copies.ring
+        self.leases.changed = lambda _host: self.image_copies.ring()
         self.policies = self._policies(source)
         self.metrics = Metrics()
         self.ready = False
@@ -213,6 +217,7 @@ class Server:
             await self.agent.open()
             self._tell_accelerator()
             await self.leases.open()
+            await self.image_copies.open()
             await self.callers.open()
             await self._first_token()
         except BaseException:
@@ -227,6 +232,7 @@ class Server:
             reloading.cancel()
         await asyncio.gather(*self._reloading, return_exceptions=True)
         self.instances.close()
+        await self.image_copies.close()
         await self.leases.close()
         await self.agent.close()
         await self.store.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
+from interlock.hypervisors.qemu.images_in_use import images_in_use
 from interlock.testing.real_fleet import Fleet
 
 pytestmark = pytest.mark.qemu
@@ -46,6 +48,20 @@ def test_an_agent_tells_what_may_be_promised_on_its_host_and_more_is_refused(fle
     fleet.carry_out("one", "delete")
     fleet.carry_out("two", "live_migrate", host="any")
     assert fleet.server.get("/v1/instances/two")["host"] == "north"
+
+
+def test_the_copy_of_an_image_goes_with_the_image(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "north", root_gib=1)
+    copies = north.folder / "images"
+    (copy,) = copies.iterdir()
+    assert images_in_use(north.folder / "guests" / "vms") == {str(copy)}
+    fleet.carry_out("one", "delete")
+    fleet.server.client.delete("/v1/images/nano").raise_for_status()
+    deadline = time.monotonic() + 30
+    while list(copies.iterdir()):
+        assert time.monotonic() < deadline
+        fleet.server.get("/v1/hosts")
 
 
 def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:

@@ -43,6 +43,10 @@ class Hosts:
         other = self._others.get(name)
         return other is None or other.linked
 
+    def all_linked(self) -> dict[str, RemoteHost]:
+        """The other hosts that can be asked now, by name."""
+        return {name: host for name, host in self._others.items() if host.linked}
+
     def disk_free_mib(self, name: str) -> int | None:
         """What the file system of that other host has free for real, as far as its agent has said; else None."""
         other = self._others.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from enum import StrEnum
 from typing import Protocol
 
@@ -89,4 +89,22 @@ class RemoteHost(Hypervisor, Protocol):
 
     def superseded(self, instance_id: str, fence: int) -> None:
         """Have the host know that nobody with a smaller fence may act on the instance any more."""
+        ...
+
+    def copy_name(self, path: str) -> str:
+        """What the host calls its copy of a file that the server has under `path`."""
+        ...
+
+    async def image_copies(self) -> dict[str, int]:
+        """How long ago each copy of an image's file was last used, in milliseconds, by its name.
+
+        Without those that a guest there boots, or that a disk of one is a layer over. Raises `NotResponding` and
+        `Refused`.
+        """
+        ...
+
+    async def drop_image_copies(self, names: Collection[str]) -> tuple[str, ...]:
+        """Remove those copies, and tell which are gone: none that a guest needs by now, or that was asked for since
+        `image_copies`. Raises `NotResponding`, `Refused`.
+        """
         ...

@@ -43,6 +43,8 @@ class Inventory:
         # Between looking and keeping there is a wait; of one who gives an image away and one who deletes it, one loses.
         self._wanted: Counter[str] = Counter()
         self._going: set[str] = set()
+        self.image_deleted: Callable[[], None] = _nobody
+        """Called whenever an image has been deleted."""
 
     # ----------------------------------------------------------------------------------------------------- images
 
@@ -137,6 +139,7 @@ class Inventory:
             await self._image_files.remove(image)
         finally:
             self._going.discard(image.id)
+        self.image_deleted()
 
     @contextlib.asynccontextmanager
     async def giving(self, image_id: str | None) -> AsyncIterator[None]:
@@ -212,6 +215,10 @@ class Inventory:
             raise InUse(f"The volume {volume.name} is attached to an instance.", remedy="Detach it first.")
         await self._volume_files.remove(volume.id)
         self._capacity.release_volume(volume.id)
+
+
+def _nobody() -> None:
+    """Hears of deleted images while nobody else does."""
 
 
 def _of(image: Image, project: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from interlock.hypervisors.remote import HostService
 from interlock.hypervisors.remote.wire import Exchange, Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.ports import Limits
+from interlock.ports import Host, Limits
 from interlock.testing.embedded import Embedded
 
 _CLOSED = b""
@@ -45,8 +45,17 @@ class Neighbour:
         self.host = SimulatedHost()
         self.limits = limits or Limits()
         self._disk_free_mib = disk_free_mib
+        self.copies = folder / "images"
+        """Where the copies of images are."""
+        self.boots_from: frozenset[str] = frozenset()
+        """The files of images that a guest here needs, as the host finds out by itself."""
         self._service = HostService(
-            name, SimulatedHypervisor(self.host), folder, reaches=lambda _: True, limits=lambda: self.limits
+            name,
+            SimulatedHypervisor(self.host),
+            folder,
+            reaches=lambda path: path.startswith("simulated:"),
+            limits=lambda: self.limits,
+            boots_from=lambda: self.boots_from,
         )
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -60,7 +69,13 @@ class Neighbour:
         serving = hosts.link(house.caller, self.name, _End(servers, agents))
         speaking = self._service.run(_End(agents, servers), self._welcomed, lambda _number: None)
         known = asyncio.Event()
-        house.server.leases.changed = lambda _host: known.set()
+        others = house.server.leases.changed
+
+        def changed(host: Host) -> None:
+            others(host)
+            known.set()
+
+        house.server.leases.changed = changed
         self._tasks = (asyncio.create_task(serving), asyncio.create_task(speaking))
         async with asyncio.timeout(10):
             await known.wait()

@@ -18,6 +18,7 @@ from interlock.core.errors import Forbidden, InterlockError, NotResponding, NotT
 from interlock.core.records import Disk, Interface, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.remote import files
+from interlock.hypervisors.remote.image_calls import ImageCalls
 from interlock.hypervisors.remote.session import Session
 from interlock.hypervisors.remote.wire import METHODS, VERSION, Exchange, Hello, Refusal, Told, Welcome, failure_of
 from interlock.ports import HypervisorEvent, Observation, Permit, Report, Stream
@@ -25,7 +26,7 @@ from interlock.ports.hosts import Host, Link
 from interlock.ports.travelling import Arrival, Passage
 
 
-class RemoteHypervisor:
+class RemoteHypervisor(ImageCalls):
     """Satisfies `ports.RemoteHost`.
 
     Args:
@@ -38,6 +39,7 @@ class RemoteHypervisor:
     def __init__(
         self, name: str, *, lease_ms: int, silence_ms: int, now_ms: Callable[[], int], renewed: Callable[[str], None]
     ) -> None:
+        super().__init__()
         self.name = name
         self._lease_ms = lease_ms
         self._silence_s = silence_ms / 1000
@@ -49,7 +51,6 @@ class RemoteHypervisor:
         self._linked = asyncio.Event()
         self._last: dict[str, Observation] = {}
         self._heard: tuple[str, int] = ("", 0)
-        self._sending: dict[str, asyncio.Lock] = {}
 
     # ------------------------------------------------------------------------------------------ the connection
 
@@ -241,12 +242,6 @@ class RemoteHypervisor:
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
         await self._send_images(permit, spec)
         await self._call("define", permit, instance_id, spec)
-
-    async def _send_images(self, permit: Permit, spec: Spec) -> None:
-        """Send the image files that the host has not."""
-        for path in files.image_files(spec):
-            async with self._sending.setdefault(path, asyncio.Lock()):
-                await files.send_image(self._there(), permit, path)
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
         await self._call("undefine", permit, instance_id)

@@ -24,6 +24,7 @@ from interlock.hypervisors.remote.session import Session
 from interlock.hypervisors.remote.wire import CHUNK_BYTES
 from interlock.ports import Permit, Report
 
+_DRAFT: Final = ".part"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 
@@ -119,13 +120,16 @@ class Shelf:
 
     def __init__(self, folder: Path, shared: Path | None) -> None:
         self._places = {"cache": folder / "images", "spool": folder / "spool"}
+        self._listed = folder / "images.listed"
         self._shared = shared
+        self._asked_for: set[str] = set()
+        """The copies of images that were asked for or arrived since they were last listed."""
 
     def open(self) -> None:
         """Make the folders, and remove what was only on its way."""
         for place in self._places.values():
             place.mkdir(mode=0o711, parents=True, exist_ok=True)
-        for left in (*self._places["cache"].glob("*.part"), *self._places["spool"].iterdir()):
+        for left in (*self._places["cache"].glob(f"*{_DRAFT}"), *self._places["spool"].iterdir()):
             left.unlink()
 
     def reaches(self, path: str) -> bool:
@@ -141,7 +145,14 @@ class Shelf:
         return str(cached) if not self.reaches(path) and cached.exists() else path
 
     def image_there(self, path: str) -> bool:
-        return self.reaches(path) or (self._places["cache"] / cached_name(path)).exists()
+        if self.reaches(path):
+            return True
+        copy = self._places["cache"] / cached_name(path)
+        self._asked_for.add(copy.name)
+        if not copy.exists():
+            return False
+        copy.touch()
+        return True
 
     def at_home(self, spec: Spec) -> Spec:
         """The spec, with its images under the names that they have here."""
@@ -157,11 +168,34 @@ class Shelf:
     def spooled(self, name: str) -> Path:
         return self._file("spool", name)
 
-    def sweep(self, used: Collection[str]) -> None:
-        """Remove the copies of images that are not among `used`, the paths that guests here boot from."""
-        for copy in self._places["cache"].iterdir():
-            if str(copy) not in used:
+    def copies(self, used: Collection[str]) -> dict[str, int]:
+        """How long ago each copy of an image was last used, in ms, by its name, without those among `used`: the paths
+        that guests here need, which count as used now.
+        """
+        self._asked_for.clear()
+        self._listed.touch()
+        now_s = self._listed.stat().st_mtime  # what has its clock's time must be compared with that
+        unused = {}
+        for copy in self._copies():
+            if str(copy) in used:
+                copy.touch()
+            else:
+                unused[copy.name] = max(0, int((now_s - copy.stat().st_mtime) * 1000))
+        return unused
+
+    def drop_copies(self, names: Collection[str], used: Collection[str]) -> tuple[str, ...]:
+        """Remove those copies of images, but none among `used` and none that was asked for since they were listed; the
+        names of those that are gone.
+        """
+        gone = []
+        for copy in self._copies():
+            if copy.name in names and copy.name not in self._asked_for and str(copy) not in used:
                 copy.unlink()
+                gone.append(copy.name)
+        return tuple(sorted(gone))
+
+    def _copies(self) -> list[Path]:
+        return [copy for copy in self._places["cache"].iterdir() if copy.suffix != _DRAFT]
 
     def _file(self, place: str, name: str) -> Path:
         if _NAME.fullmatch(name) is None or place not in self._places:
@@ -209,7 +243,7 @@ class Shelf:
 
 
 def _draft(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + _DRAFT)
 
 
 @contextlib.contextmanager

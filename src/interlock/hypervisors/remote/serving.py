@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,6 +61,7 @@ class HostService:
         folder: where the agent keeps what is its own.
         shared: a folder that this host has in common with the server, under the same name.
         limits: tells what may be promised of this host; asked each time a server is greeted.
+        boots_from: finds the files of images that guests here need, in a thread; may raise as `images_in_use`.
         reaches: whether a volume's file can be used here; by default those in `shared`.
         may_hold: raises if this host may hold no guests now.
     """
@@ -74,6 +75,7 @@ class HostService:
         shared: Path | None = None,
         address: str | None = None,
         limits: Callable[[], Limits] = Limits,
+        boots_from: Callable[[], Collection[str]] = frozenset,
         reaches: Callable[[str], bool] | None = None,
         may_hold: Callable[[], None] = _freely,
     ) -> None:
@@ -82,6 +84,7 @@ class HostService:
         self._shared = shared
         self._address = address
         self._limits = limits
+        self._boots_from = boots_from
         self._shelf = Shelf(folder, shared)
         self._reaches = reaches or self._shelf.reaches
         self._may_hold = may_hold
@@ -298,6 +301,20 @@ class HostService:
     async def _do_image_there(self, call: Call) -> bool:
         (path,) = msgspec.msgpack.decode(call.arguments, type=tuple[str])
         return self._shelf.image_there(path)
+
+    async def _do_image_copies(self, _call: Call) -> dict[str, int]:
+        return self._shelf.copies(await self._used())
+
+    async def _do_drop_image_copies(self, call: Call) -> tuple[str, ...]:
+        (names,) = msgspec.msgpack.decode(call.arguments, type=tuple[frozenset[str]])
+        return self._shelf.drop_copies(names, await self._used())
+
+    async def _used(self) -> Collection[str]:
+        """The files of images that guests here need. Raises `Refused` where that cannot be told."""
+        try:
+            return await asyncio.to_thread(self._boots_from)
+        except OSError as error:
+            raise Refused(f"What the guests of {self._name} boot cannot be told: {error}.") from error
 
     async def _do_file_write(self, call: Call) -> None:
         await self._shelf.write(*msgspec.msgpack.decode(call.arguments, type=tuple[str, str, int, bytes]))
