@@ -24,7 +24,6 @@ from starlette.applications import Starlette
 
 from interlock import __version__
 from interlock.api.app import ApiParts, create_app
-from interlock.api.console import MESSAGE_BYTES_MAX
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.core.errors import StoreError, Unavailable
@@ -43,6 +42,7 @@ from interlock.hypervisors.image_tool import ImageTool
 from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
+from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
@@ -306,7 +306,7 @@ class Server:
             ssl_keyfile=config.tls_key or None,
             http="httptools",
             ws="websockets-sansio",
-            ws_max_size=MESSAGE_BYTES_MAX,
+            ws_max_size=FRAME_BYTES_MAX,
             log_config=None,
             access_log=False,
             server_header=False,

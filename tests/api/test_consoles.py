@@ -16,6 +16,7 @@ from websockets.typing import Origin, Subprotocol
 
 from interlock.api.console import BEARER, MESSAGE_BYTES_MAX
 from interlock.core.errors import NotThere
+from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 from interlock.ports import Role
 from interlock.service import seeing
 
@@ -62,7 +63,7 @@ async def listening(door: Door) -> AsyncIterator[Listening]:
         config = uvicorn.Config(
             door.app,
             ws="websockets-sansio",
-            ws_max_size=MESSAGE_BYTES_MAX,
+            ws_max_size=FRAME_BYTES_MAX,
             lifespan="off",
             log_config=None,
             timeout_graceful_shutdown=1,

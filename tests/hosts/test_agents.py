@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
+from random import Random
 
 import pytest
 
 from interlock.hypervisors.qemu.images_in_use import images_in_use
+from interlock.testing.boot_sector import bootable_image
 from interlock.testing.real_fleet import Fleet
 
 pytestmark = pytest.mark.qemu
@@ -62,6 +65,23 @@ def test_the_copy_of_an_image_goes_with_the_image(fleet: Fleet) -> None:
     while list(copies.iterdir()):
         assert time.monotonic() < deadline
         fleet.server.get("/v1/hosts")
+
+
+def test_what_comes_back_from_another_host_may_be_of_any_size(fleet: Fleet) -> None:
+    disk = bootable_image(fleet.folder, "noise", 4 << 20)
+    with Path(disk.path).open("r+b") as content:
+        content.seek(1 << 20)
+        content.write(Random(1).randbytes(3 << 20))  # which no copy can make smaller
+    with Path(disk.path).open("rb") as content:
+        form = {"name": "noise", "kind": "disk"}
+        fleet.server.client.post("/v1/images", data=form, files={"disk": content}).raise_for_status()
+    north = fleet.add("north")
+    fleet.create("one", "north", image="noise")
+    fleet.carry_out("one", "snapshot", name="copy")
+    fleet.carry_out("one", "crash_dump")
+    assert '"not connected"' not in north.log.read_text()
+    (copy,) = (one for one in fleet.server.get("/v1/images")["items"] if one["name"] == "copy")
+    assert copy["stored_bytes"] > 3 << 20
 
 
 def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:

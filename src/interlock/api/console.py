@@ -31,7 +31,7 @@ PROTOCOLS: Final = ("interlock", "binary")
 """Subprotocols that are agreed to if they are offered; they change nothing. `binary` is what VNC clients offer."""
 HISTORY_LINES_MAX: Final = 10_000
 MESSAGE_BYTES_MAX: Final = 1024 * 1024
-"""The largest message that is taken."""
+"""The largest message that a console or a display takes."""
 
 ENDED: Final = 1000
 PROBLEM: Final = 4000
@@ -138,6 +138,8 @@ class _Socket:
             data = message.get("bytes") or (message.get("text") or "").encode()
             if not data:
                 continue
+            if len(data) > MESSAGE_BYTES_MAX:
+                return _TOO_LONG
             if self._parts.callers.authenticate(arrival.secret) is None:
                 return _TOKEN_GONE
             if arrival.caller.role is Role.READER:
@@ -156,6 +158,7 @@ class _Socket:
 
 
 _TOKEN_GONE: Final = _End(PROBLEM + 401, "The token was deleted.")
+_TOO_LONG: Final = _End(1009, f"A message may have {MESSAGE_BYTES_MAX} bytes.")
 _GUEST_GONE: Final = _End(ENDED, "The guest has ended.")
 
 

@@ -16,7 +16,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.remote import HostService, RemoteHypervisor
-from interlock.hypervisors.remote.dialling import FRAME_BYTES_MAX, WebSocketLink
+from interlock.hypervisors.remote.dialling import WebSocketLink
+from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 from interlock.ports import Hypervisor, HypervisorEvent
 from interlock.ports.hosts import Host
 from interlock.testing.check_hypervisor import HypervisorUnderTest

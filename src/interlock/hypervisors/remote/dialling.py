@@ -12,9 +12,8 @@ from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from interlock.core.errors import Forbidden, Invalid
+from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 
-FRAME_BYTES_MAX: Final = 16 << 20
-"""The longest message that either side takes."""
 _OPEN_S: Final = 10.0
 _REFUSED: Final = frozenset({401, 403, 404})
 

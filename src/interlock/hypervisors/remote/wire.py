@@ -26,6 +26,8 @@ VERSION: Final = 1
 """Of this language. Server and agent of different versions do not speak to each other."""
 CHUNK_BYTES: Final = 1 << 20
 """How much of a file goes in one message."""
+FRAME_BYTES_MAX: Final = 16 << 20
+"""The longest message that either side takes: a piece of a file and what is said of it, or a picture of a screen."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
