@@ -173,13 +173,39 @@ def named(vm_state: VmState, task: str, **more: Any) -> Any:
     return msgspec.structs.replace(imagined(vm_state, task, NOW_MS, **more), id="i-1", name="demo")
 
 
-def serve(server: ScriptedServer, by: CompiledPolicy, role: str, *, vm_state: VmState, task: str, **more: Any) -> None:
+def serve(
+    server: ScriptedServer,
+    by: CompiledPolicy,
+    role: str,
+    *,
+    vm_state: VmState,
+    task: str,
+    reachable: bool = True,
+    **more: Any,
+) -> None:
     """A server that has one VM, and answers by that policy as a real one does."""
     instance = named(vm_state, task, **more)
-    answers = dispositions(instance, role, "me", by, NOW_MS)
+    answers = dispositions(instance, role, "me", by, NOW_MS, host_reachable=reachable)
+    allowed = views.allowed(instance, answers, NOW_MS, host_reachable=reachable)
     server.on("GET", "/v1/instances/demo", Given(200, views.instance(instance, UpkeepConfig().times)))
-    server.on("GET", "/v1/instances/i-1/allowed", Given(200, views.allowed(instance, answers, NOW_MS)))
+    server.on("GET", "/v1/instances/i-1/allowed", Given(200, allowed))
     server.on("GET", "/v1/policy", Given(200, described(by)))
+
+
+@pytest.mark.parametrize("options", [(), ("--policy", "standard")])
+def test_a_vm_whose_host_is_lost_is_explained_as_that(
+    policy: Any, server: ScriptedServer, options: tuple[str, ...]
+) -> None:
+    """The server knows what became of the host, whichever policy is asked."""
+    by = compile_named("standard")
+    serve(server, by, "admin", vm_state=VmState.ACTIVE, task="none", reachable=False)
+    role = ("--role", "admin") if options else ()
+    ran = policy("explain", "demo", "evacuate", *options, *role)
+    assert ran.code == 0
+    assert ran.out.startswith("Allowed: evacuate of demo"), ran.out
+    assert "changed meanwhile" not in ran.out
+    serve(server, by, "admin", vm_state=VmState.ACTIVE, task="none")
+    assert policy("explain", "demo", "evacuate", *options, *role).out.startswith("Refused: evacuate of demo")
 
 
 @pytest.mark.parametrize("role", ["member", "admin"])
@@ -201,6 +227,7 @@ def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: Scri
 
 
 def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, server: ScriptedServer) -> None:
+    serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
     server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none", tags=["gpu"])))
     ran = policy("explain", "demo", "pause", "--policy", str(EXAMPLE))
     assert ran.out.startswith("Refused: pause of demo, asked by a caller with the role member (idle_gpu)")

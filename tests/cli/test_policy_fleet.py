@@ -13,6 +13,8 @@ import pytest
 from cli import wire_samples
 from cli.conftest import Ran
 from cli.scripted_server import Given, ScriptedServer
+from interlock.api.host_schemas import HostAmounts
+from interlock.api.other_host_schemas import OtherHost, OtherHostList
 from interlock.api.policy import described
 from interlock.api.schemas import InstancePage
 from interlock.cli.application import build, run
@@ -21,6 +23,7 @@ from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import VmState
 from interlock.policies.reading import compile_named
+from interlock.ports import HostState
 
 Fleet = Callable[..., Ran]
 NO_STOP = """
@@ -48,11 +51,35 @@ def shown() -> dict[str, Any]:
     return document
 
 
+def hosts(**states: HostState) -> OtherHostList:
+    """The hosts that are in these states, and a server's own."""
+    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
+    others = tuple(
+        OtherHost(
+            name=name,
+            state=state,
+            linked=state is HostState.UP,
+            last_seen_at=wire_samples.AT,
+            fenced_by=None,
+            address=None,
+            shared=None,
+            instances=1,
+            total=nothing,
+            promised=nothing,
+            free=nothing,
+            disk_free_mib=None,
+        )
+        for name, state in states.items()
+    )
+    return OtherHostList(own="here", items=others)
+
+
 @pytest.fixture
 def fleet(folder: Path, server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> Fleet:
     """Run the command in this process, against a server that performs everything but a backup."""
     root = build(*COMMANDS)
     server.on("GET", "/v1/policy", Given(200, shown()))
+    server.on("GET", "/v1/hosts", Given(200, hosts()))
     rebooting = wire_samples.request(
         status=Status.IN_FLIGHT,
         phase="rebooting",
@@ -134,6 +161,16 @@ def test_a_policy_that_changes_nothing_says_so(fleet: Fleet, tmp_path: Path) -> 
     path.write_text('[policy]\nname = "same"\nextends = "standard"\n')
     document = json.loads(fleet("--json", "--policy", path).out)
     assert document["changes"] == [], "what the server's driver does not perform is no change either"
+
+
+def test_the_vms_of_a_fenced_host_could_be_evacuated(fleet: Fleet, server: ScriptedServer) -> None:
+    """Of one whose agent is only away they could not."""
+    server.on("GET", "/v1/hosts", Given(200, hosts(south=HostState.FENCED, north=HostState.LOST)))
+    vms = (vm(1, host="south"), vm(2, host="north"), vm(3, host="here"))
+    server.on("GET", "/v1/instances", Given(200, InstancePage(items=vms, next_cursor=None)))
+    document = json.loads(fleet("--json", "--role", "admin").out)
+    counts = {one["operation"]: (one["admitted"], one["denied"]) for one in document["operations"]}
+    assert counts["evacuate"] == (1, 2)
 
 
 def test_no_vm_is_no_error(fleet: Fleet, server: ScriptedServer) -> None:

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_samples import START_MS, Play, instance, said, serving
 
-from interlock.core.admission import judge, look
+from interlock.core.admission import admit, judge, look
 from interlock.core.lifecycle import finish
 from interlock.core.operations import BIT, TASK_STATES, Operation
 from interlock.core.policy import GONE, CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Instance, Outcome, Submission
-from interlock.core.states import VmState
+from interlock.core.states import NO_TASK, VmState
 from interlock.policies.counterfactuals import Turn, Way, ways
-from interlock.policies.explaining import allowed_now, dispositions, explain, imagined
+from interlock.policies.explaining import dispositions, explain, granted, imagined
 from interlock.policies.reading import builtin_names, compile_named, load
 
 O = Operation  # noqa: E741
@@ -105,16 +105,52 @@ def test_the_explanation_ends_with_the_rule_that_the_core_finds(
 
 def test_every_operation_has_its_disposition_and_the_admitted_ones_are_allowed(standard: CompiledPolicy) -> None:
     start = serving(V.ACTIVE, "rebooting", age_ms=20_000)
-    answers = dispositions(start, "member", "me", standard, START_MS)
+    answers = dispositions(start, "member", "me", standard, START_MS, host_reachable=True)
     assert set(answers) == set(O)
     for operation, answer in answers.items():
         assert said(answer) == said(Play(standard, start).submit(operation))
-    allowed = allowed_now(start, "member", "me", standard, START_MS)
+    allowed = granted(answers)
     assert allowed == tuple(operation for operation in O if isinstance(answers[operation], Admitted))
     assert O.DELETE in allowed
     assert O.STOP not in allowed
     assert O.RESET_STATE not in allowed
-    assert O.RESET_STATE in allowed_now(start, "admin", "me", standard, START_MS)
+    assert O.RESET_STATE in granted(dispositions(start, "admin", "me", standard, START_MS, host_reachable=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(sorted(POLICIES)),
+    vm_state=st.sampled_from(list(V)),
+    task=st.sampled_from([NO_TASK, *TASK_STATES]),
+    age_ms=st.sampled_from([0, 20_000, 10_000_000]),
+    role=st.sampled_from(["reader", "member", "admin"]),
+    reachable=st.booleans(),
+    locked=st.booleans(),
+)
+def test_what_is_said_to_be_allowed_is_what_a_submission_is_answered(
+    name: str, vm_state: VmState, task: str, age_ms: int, role: str, *, reachable: bool, locked: bool
+) -> None:
+    policy = POLICIES[name]
+    start = imagined(vm_state, task, START_MS, silent_ms=age_ms, locked=locked)
+    answers = dispositions(start, role, "me", policy, START_MS, host_reachable=reachable)
+    allowed = granted(answers)
+    for operation in O:
+        answer = admit(start, asking(operation, role=role, host_reachable=reachable), policy, START_MS).answer
+        assert (operation in allowed) == isinstance(answer, Admitted), operation
+        assert said(answers[operation]) == said(answer)
+
+
+def test_an_evacuation_is_allowed_exactly_where_the_host_is_fenced(standard: CompiledPolicy) -> None:
+    lost, there = (
+        granted(
+            dispositions(
+                imagined(V.ACTIVE, NO_TASK, START_MS), "admin", "me", standard, START_MS, host_reachable=reachable
+            )
+        )
+        for reachable in (False, True)
+    )
+    assert O.EVACUATE in lost
+    assert O.EVACUATE not in there
 
 
 def made(vm_state: VmState, task: str, **more: Any) -> Instance:

@@ -125,7 +125,8 @@ async def _wait(
 async def allowed(parts: ApiParts, caller: Caller, request: Request) -> Response:
     asking.only(request.query_params)
     instance, answers = await parts.instances.allowed(caller, request.path_params[_REFERENCE])
-    return answer(views.allowed(instance, answers, parts.instances.now_ms()))
+    reachable = parts.hosts.reachable(instance.host)
+    return answer(views.allowed(instance, answers, parts.instances.now_ms(), host_reachable=reachable))
 
 
 async def requests(parts: ApiParts, caller: Caller, request: Request) -> Response:

@@ -183,6 +183,8 @@ class AllowedOperations(Wire, frozen=True, kw_only=True):
     task_state: str
     at: Timestamp
     """The moment for which this holds."""
+    host_reachable: bool = True
+    """False where the guests of its host have ended for certain, so that it may be taken up elsewhere."""
     operations: tuple[AllowedOperation, ...]
 
 

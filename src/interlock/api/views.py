@@ -212,7 +212,7 @@ def _until(at_ms: int | None, now_ms: int) -> float | None:
 
 
 def allowed(
-    of: records.Instance, answers: dict[Operation, records.Disposition], now_ms: int
+    of: records.Instance, answers: dict[Operation, records.Disposition], now_ms: int, *, host_reachable: bool
 ) -> schemas.AllowedOperations:
     return schemas.AllowedOperations(
         instance=of.id,
@@ -221,6 +221,7 @@ def allowed(
         vm_state=of.vm_state,
         task_state=of.task_state,
         at=timestamp(now_ms),
+        host_reachable=host_reachable,
         operations=tuple(_allowed(of, operation, one, now_ms) for operation, one in answers.items()),
     )
 

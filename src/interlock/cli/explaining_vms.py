@@ -47,7 +47,15 @@ def ask_of_vm(
     chosen = None if policy_name is None else compiled(policy_name)
     with suggesting(invocation.client, INSTANCES, vm):
         wire = invocation.client.get(path_of(INSTANCES, vm)).decode(schemas.Instance)
+    if chosen is None and (described["hard"] or described["role"] or described["unreachable"]):
+        raise Failure(
+            ExitCode.USAGE,
+            "The server answers for you and the soft variant, about the host as it is.",
+            remedy="With --policy NAME|FILE the VM is judged here, for any role and variant.",
+        )
+    reply = invocation.client.get(path_of(INSTANCES, wire.id, "allowed")).decode(schemas.AllowedOperations)
     if chosen is not None:
+        described = {**described, "unreachable": described["unreachable"] or not reply.host_reachable}
         role = described["role"] or "member"
         title = f"{spoken(operation.value)} of {wire.name}, asked by a caller with the role {role}"
         now_ms = round((invocation.client.now or seconds_of(wire.updated_at)) * 1000)
@@ -55,24 +63,24 @@ def ask_of_vm(
         question = Question(title, chosen, instance_of(wire), submission, now_ms, real=True)
         tell(invocation, question, everything=everything)
         return
-    _ask_server(invocation, wire, operation, described, everything=everything)
+    _ask_server(invocation, wire, reply, operation, described, everything=everything)
 
 
 def _ask_server(
-    invocation: Invocation, wire: schemas.Instance, operation: Operation, described: dict[str, Any], *, everything: bool
+    invocation: Invocation,
+    wire: schemas.Instance,
+    reply: schemas.AllowedOperations,
+    operation: Operation,
+    described: dict[str, Any],
+    *,
+    everything: bool,
 ) -> None:
-    if described["hard"] or described["role"] or described["unreachable"]:
-        raise Failure(
-            ExitCode.USAGE,
-            "The server answers for you and the soft variant, about the host as it is.",
-            remedy="With --policy NAME|FILE the VM is judged here, for any role and variant.",
-        )
-    reply = invocation.client.get(path_of(INSTANCES, wire.id, "allowed")).decode(schemas.AllowedOperations)
     answer = next((one for one in reply.operations if one.operation is operation), None)
     if answer is None:
         raise Failure(ExitCode.NOT_FOUND, f"The server knows no operation {operation.value}.")
     policy = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
     now_ms = round(seconds_of(reply.at) * 1000)
+    described = {**described, "unreachable": not reply.host_reachable}
     question = _agreeing(wire, operation, policy, described, now_ms, answer.rule)
     if invocation.json and question is None:
         invocation.emit({"policy": policy.stamp, "now_ms": now_ms, "answer": answer})

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from interlock.api.other_host_schemas import OtherHostList
 from interlock.api.schemas import InstancePage
 from interlock.cli.explaining_vms import instance_of, policy_of
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import INSTANCES
+from interlock.cli.other_hosts import HOSTS
 from interlock.cli.server import told
 from interlock.cli.wording import printable, spoken
+from interlock.ports import HostState
 
 if TYPE_CHECKING:
     from interlock.core.operations import Operation
@@ -56,7 +59,9 @@ def fleet(invocation: Invocation, *, name: str | None, role: str, hard: bool) ->
     present = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
     instances = _all(invocation)
     newest_s = max((one.updated_at_ms / 1000 for one in instances), default=0.0)
-    columns = Fleet.of(instances, round((invocation.client.now or newest_s) * 1000))
+    hosts = invocation.client.get(HOSTS).decode(OtherHostList).items
+    fenced = {host.name for host in hosts if host.state is HostState.FENCED}
+    columns = Fleet.of(instances, round((invocation.client.now or newest_s) * 1000), fenced)
     answers = judge_fleet(columns, present, role, hard=hard)
     changes: tuple[FleetChange, ...] = ()
     if candidate is not None:

@@ -135,10 +135,13 @@ def dispositions(
     policy: CompiledPolicy,
     now_ms: int,
     *,
+    host_reachable: bool,
     operations: Iterable[Operation] = tuple(Operation),
-    host_reachable: bool = True,
 ) -> dict[Operation, Disposition]:
-    """The answer that each operation would get now from this caller, asked without parameters."""
+    """The answer that each operation would get now from this caller, asked without parameters.
+
+    `host_reachable` is false where the guests of the instance's host have ended for certain.
+    """
     return {
         operation: judge(
             instance,
@@ -156,17 +159,8 @@ def dispositions(
     }
 
 
-def allowed_now(
-    instance: Instance,
-    role: str,
-    by: str,
-    policy: CompiledPolicy,
-    now_ms: int,
-    *,
-    host_reachable: bool = True,
-) -> tuple[Operation, ...]:
-    """The operations that this caller would be granted now, in the order of the catalogue."""
-    answers = dispositions(instance, role, by, policy, now_ms, host_reachable=host_reachable)
+def granted(answers: dict[Operation, Disposition]) -> tuple[Operation, ...]:
+    """The operations that would be admitted, in the order of the catalogue."""
     return tuple(operation for operation, answer in answers.items() if isinstance(answer, Admitted))
 
 

@@ -224,10 +224,12 @@ class Instances:
         """The answer with what would be admitted instead, if it is a refusal."""
         if not isinstance(answer.disposition, Denied):
             return answer
-        allowed = explaining.allowed_now(
-            answer.instance, caller.role.value, caller.name, self.policy, self._store.now_ms()
-        )
+        allowed = explaining.granted(self._answers(caller, answer.instance))
         return msgspec.structs.replace(answer, allowed_instead=allowed)
+
+    def _answers(self, caller: Caller, instance: Instance) -> dict[Operation, Disposition]:
+        by, there = (caller.role.value, caller.name), self._hosts.reachable(instance.host)
+        return explaining.dispositions(instance, *by, self.policy, self._store.now_ms(), host_reachable=there)
 
     def _submission(self, caller: Caller, operation: Operation, parameters: dict[str, Any]) -> Submission:
         return Submission(
@@ -313,15 +315,14 @@ class Instances:
     async def allowed(self, caller: Caller, reference: str) -> tuple[Instance, dict[Operation, Disposition]]:
         """What the gate would say now to each operation, from this caller. Raises `NotFound`."""
         instance = await self.describe(caller, reference)
-        answers = explaining.dispositions(instance, caller.role.value, caller.name, self.policy, self._store.now_ms())
-        return instance, answers
+        return instance, self._answers(caller, instance)
 
     async def stuck(self, caller: Caller | None) -> tuple[Stuck, ...]:
         """The caller's instances that something could take over now, those silent longest first.
 
         Without a caller (for the server's own figures): those of all projects.
         """
-        return await oversight.stuck(self._store, self.policy, caller)
+        return await oversight.stuck(self._store, self.policy, caller, self._hosts.reachable)
 
     async def census(self) -> tuple[dict[str, int], int]:
         """How many instances of all projects there are by vm_state, and how many requests are outstanding."""

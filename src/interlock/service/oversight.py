@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Admitted
 from interlock.policies import explaining
@@ -10,8 +12,13 @@ from interlock.service.answers import Stuck
 from interlock.service.callers import Caller
 
 
-async def stuck(store: Store, policy: CompiledPolicy, caller: Caller | None) -> tuple[Stuck, ...]:
-    """The caller's instances (None: those of all projects) that something could take over now, longest silent first."""
+async def stuck(
+    store: Store, policy: CompiledPolicy, caller: Caller | None, reachable: Callable[[str], bool]
+) -> tuple[Stuck, ...]:
+    """The caller's instances (None: those of all projects) that something could take over now, longest silent first.
+
+    `reachable` says of a host's name whether its guests may still run.
+    """
     by = "" if caller is None else caller.name
     found = []
     takeovers = {rule.id for rule in policy.rules if rule.verdict is Verdict.AFTER}
@@ -19,7 +26,9 @@ async def stuck(store: Store, policy: CompiledPolicy, caller: Caller | None) -> 
         serving = next((one for one in instance.outstanding if one.last_progress_at_ms is not None), None)
         if serving is None or (caller is not None and instance.project != caller.project):
             continue
-        answers = explaining.dispositions(instance, Role.ADMIN.value, by, policy, store.now_ms())
+        answers = explaining.dispositions(
+            instance, Role.ADMIN.value, by, policy, store.now_ms(), host_reachable=reachable(instance.host)
+        )
         admitted = {op: one for op, one in answers.items() if isinstance(one, Admitted)}
         over = tuple(op for op, one in admitted.items() if one.rule in takeovers)
         if over:
