@@ -40,6 +40,14 @@ def test_the_help_lists_each_command_once_under_a_heading(interlock: Interlock) 
         ),
         ({"vm_state": VmState.SHELVED}, "`vm unshelve` brings it back"),
         ({"vm_state": VmState.SOFT_DELETED}, "`vm restore` brings it back"),
+        (
+            {
+                "vm_state": VmState.SOFT_DELETED,
+                "prior_vm_state": VmState.RESCUED,
+                "further_vm_states": (VmState.STOPPED,),
+            },
+            "rescued, before it was soft_deleted; stopped, before it was rescued",
+        ),
         ({"seeded": True}, "Cloud-init:"),
     ],
 )

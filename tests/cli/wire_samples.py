@@ -41,6 +41,7 @@ def instance(**changes: Any) -> schemas.Instance:
         "host": "here",
         "vm_state": VmState.ACTIVE,
         "prior_vm_state": None,
+        "further_vm_states": [],
         "task_state": "none",
         "power_state": PowerState.RUNNING,
         "generation": 7,

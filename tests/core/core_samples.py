@@ -65,6 +65,14 @@ PLAIN = (
     _allowed_in(O.RESUME, V.SUSPENDED),
     _allowed_in(O.RESCUE, V.ACTIVE, V.STOPPED),
     _allowed_in(O.UNRESCUE, V.RESCUED),
+    _allowed_in(O.RESIZE, V.ACTIVE, V.STOPPED),
+    _allowed_in(O.CONFIRM_RESIZE, V.RESIZED),
+    _allowed_in(O.REVERT_RESIZE, V.RESIZED),
+    _allowed_in(O.SHELVE, V.ACTIVE, V.STOPPED, V.PAUSED, V.SUSPENDED),
+    _allowed_in(O.SHELVE_OFFLOAD, V.SHELVED),
+    _allowed_in(O.UNSHELVE, V.SHELVED, V.SHELVED_OFFLOADED),
+    _allowed_in(O.SOFT_DELETE, *(set(V) - {V.SOFT_DELETED, V.DELETED, V.MIGRATED_OUT})),
+    _allowed_in(O.RESTORE, V.SOFT_DELETED),
     rule("components", COMPONENTS, Verdict.ADMIT, vm_states=frozenset({V.ACTIVE, V.PAUSED, V.STOPPED})),
 )  # fmt: skip
 

@@ -23,10 +23,26 @@ PERMITTED = {
     "resume": {"suspended"},
     "rescue": {"active", "stopped"},
     "unrescue": {"rescued"},
+    "resize": {"active", "stopped"},
+    "confirm_resize": {"resized"},
+    "revert_resize": {"resized"},
+    "shelve": {"active", "stopped", "paused", "suspended"},
+    "shelve_offload": {"shelved"},
+    "unshelve": {"shelved", "shelved_offloaded"},
+    "restore": {"soft_deleted"},
     "attach_volume": {"active", "paused", "stopped"},
     "swap_volume": {"active", "paused", "stopped"},
-    "delete": {"building", "active", "paused", "suspended", "stopped", "rescued", "error"},
 }
+KEEPS_WHERE_IT_WAS = {
+    "rescue": "rescued",
+    "resize": "resized",
+    "shelve": "shelved",
+    "soft_delete": "soft_deleted",
+}
+GOES_BACK = {"unrescue", "confirm_resize", "revert_resize", "unshelve", "restore"}
+ALIVE = {"building", "active", "paused", "suspended", "stopped", "rescued", "resized", "shelved", "shelved_offloaded"}
+PERMITTED["soft_delete"] = ALIVE | {"error"}
+PERMITTED["delete"] = ALIVE | {"error", "soft_deleted"}
 LEADS_TO = {
     "create": "active",
     "start": "active",
@@ -36,19 +52,22 @@ LEADS_TO = {
     "unpause": "active",
     "suspend": "suspended",
     "resume": "active",
-    "rescue": "rescued",
     "delete": "deleted",
 }
-FAILS_TO_ERROR = {"create", "start", "rescue", "unrescue"}
-CAN_BE_INTERRUPTED = {"create", "start", "stop", "reboot", "suspend"}
+FAILS_TO_ERROR = {"create", "start", "rescue", "unrescue", "resize", "confirm_resize", "revert_resize", "shelve"}
+CAN_BE_INTERRUPTED = {"create", "start", "stop", "reboot", "suspend", "shelve", "unshelve"}
 BESIDE = {"attach_volume": {"start"}, "swap_volume": {"start", "stop", "reboot"}}
 PERFORMABLE = {
     "stop": {"building", "active", "paused", "rescued", "stopped", "error"},
     "reboot": {"active", "stopped", "paused", "suspended", "error", "rescued"},
     "delete": PERMITTED["delete"],
 }
-POWERED = {"active", "paused", "rescued"}
+POWERED = {"active", "paused", "rescued", "resized"}
 NOTES = {"lock", "unlock", "reset_state"}
+
+
+Place = tuple[str, ...]
+"""Where an instance is, and behind it where it goes back to: a stopped one that is rescued is `rescued, stopped`."""
 
 
 @dataclass
@@ -73,8 +92,7 @@ class Asked:
 class Model:
     """One instance and its queue."""
 
-    state: str = "active"
-    prior: str | None = None
+    place: Place = ("active",)
     locked: bool = False
     fence: int = 1
     alive_at: int = 0
@@ -94,17 +112,25 @@ class Model:
     def outstanding(self) -> list[Asked]:
         return [*self.served, *self.front, *self.line]
 
-    def lands(self, operation: str, state: str, prior: str | None) -> tuple[str, str | None]:
-        if operation == "unrescue":
-            return prior or "active", None
-        return LEADS_TO[operation], (state if operation == "rescue" else prior)
+    @property
+    def state(self) -> str:
+        return self.place[0]
+
+    def lands(self, operation: str, place: Place) -> Place:
+        if operation in GOES_BACK:
+            return place[1:] or ("active",)
+        if operation in KEEPS_WHERE_IT_WAS:
+            return (KEEPS_WHERE_IT_WAS[operation], *place)
+        if operation == "shelve_offload":
+            return ("shelved_offloaded", *place[1:])
+        return (LEADS_TO[operation],)
 
     def foreseen(self) -> str:
-        state, prior = self.state, self.prior
+        place = self.place
         for asked in self.outstanding:
             if not asked.plugs:
-                state, prior = self.lands(asked.operation, state, prior)
-        return state
+                place = self.lands(asked.operation, place)
+        return place[0]
 
     def silent(self, now: int) -> int:
         since = self.served[0].since if self.served else self.alive_at
@@ -171,7 +197,7 @@ class Model:
     def note(self, operation: str, name: str, now: int) -> None:
         if operation == "reset_state":
             self.throw_out()
-            self.state = "error"
+            self.place = ("error",)
             self.alive_at = now
             self.reconsider()
         else:
@@ -187,23 +213,25 @@ class Model:
 
     def reconsider(self) -> None:
         """Cancel what waits and makes no sense any more."""
-        state, prior = self.state, self.prior
+        place = self.place
         # What will hold if what is in flight ends without effect.
-        otherwise = state
+        otherwise = self.state
         if self.changing is not None:
-            state, prior = self.lands(self.changing.operation, state, prior)
-        for place in (self.front, self.line):
-            for asked in [waiting for waiting in place if not waiting.plugs]:
-                welcome = state in PERMITTED[asked.operation]
+            place = self.lands(self.changing.operation, place)
+        for row in (self.front, self.line):
+            for asked in [waiting for waiting in row if not waiting.plugs]:
+                welcome = place[0] in PERMITTED[asked.operation]
                 if asked.overtakes:
-                    welcome = welcome or not PERFORMABLE[asked.operation].isdisjoint({otherwise, state})
+                    welcome = welcome or not PERFORMABLE[asked.operation].isdisjoint({otherwise, place[0]})
                 if welcome:
-                    state, prior = self.lands(asked.operation, state, prior)
-                    otherwise = state
+                    place = self.lands(asked.operation, place)
+                    otherwise = place[0]
                 else:
-                    place.remove(asked)
+                    row.remove(asked)
                     self.ends[asked.name] = "cancelled"
-        for asked in [waiting for waiting in self.line if waiting.plugs and state not in PERMITTED[waiting.operation]]:
+        for asked in [
+            waiting for waiting in self.line if waiting.plugs and place[0] not in PERMITTED[waiting.operation]
+        ]:
             self.line.remove(asked)
             self.ends[asked.name] = "cancelled"
 
@@ -250,9 +278,9 @@ class Model:
         else:
             self.changing = None
             if outcome == "succeeded":
-                self.state, self.prior = self.lands(asked.operation, self.state, self.prior)
+                self.place = self.lands(asked.operation, self.place)
             elif outcome == "failed" and asked.operation in FAILS_TO_ERROR:
-                self.state = "error"
+                self.place = ("error",)
         interrupted = "superseded" if asked.for_another else "cancelled"
         self.ends[name] = {"succeeded": "succeeded", "failed": "failed", "interrupted": interrupted}[outcome]
         self.reconsider()
@@ -278,7 +306,7 @@ class Model:
         if event == "reset":
             return
         if self.state in POWERED:
-            self.state, self.prior = ("stopped" if event == "stopped" else "error"), None
+            self.place = ("stopped" if event == "stopped" else "error",)
         self.reconsider()
 
     def withdraw(self, name: str) -> str:

@@ -62,12 +62,15 @@ def test_a_bit_means_for_ever_what_it_meant_when_it_was_recorded() -> None:
     assert {operation: BIT[operation].bit_length() - 1 for operation in recorded} == recorded
 
 
+UNDOING = [entry for entry in CATALOGUE.values() if entry.to is Landing.PRIOR]
+
+
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize("vm_state", list(VmState))
 def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_state: VmState) -> None:
     """`land` is total, and leads where the catalogue says."""
-    for prior in (None, V.STOPPED):
-        state, kept = land(operation, vm_state, prior)
+    for memory in ((), (V.STOPPED,), (V.RESCUED, V.STOPPED)):
+        state, kept = land(operation, vm_state, memory)
         entry = CATALOGUE[operation]
         match entry.to:
             case Landing.SAME:
@@ -75,11 +78,12 @@ def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_s
             case Landing.REPAIRED:
                 assert state is (V.ACTIVE if vm_state is V.ERROR else vm_state)
             case Landing.PRIOR:
-                assert (state, kept) == (prior or V.ACTIVE, None)
+                assert state is (memory[0] if memory else V.ACTIVE)
             case expected:
                 assert state is expected
         if entry.remembers:
-            assert kept is (prior if vm_state is entry.to else vm_state)
+            assert kept[:1] == (memory[:1] if vm_state is entry.to else (vm_state,))
+        assert not kept or any(state in undo.sources for undo in UNDOING), "remembered where nothing can be undone"
 
 
 @pytest.mark.parametrize(
@@ -89,5 +93,26 @@ def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_s
 def test_what_is_undone_leads_back(there: Operation, back: Operation) -> None:
     """To where the instance was before, running or not."""
     for before in (V.ACTIVE, V.STOPPED):
-        state, prior = land(there, before, None)
-        assert land(back, state, prior) == (before, None)
+        assert land(back, *land(there, before, ())) == (before, ())
+
+
+@pytest.mark.parametrize(
+    ("there", "back"), [(O.RESCUE, O.UNRESCUE), (O.RESIZE, O.CONFIRM_RESIZE), (O.SHELVE, O.UNSHELVE)]
+)
+def test_a_soft_delete_and_a_restore_change_nothing(there: Operation, back: Operation) -> None:
+    """What could be undone before can be undone after."""
+    for before in (V.ACTIVE, V.STOPPED):
+        was = land(there, before, ())
+        deleted = land(O.SOFT_DELETE, *was)
+        assert deleted == (V.SOFT_DELETED, (was[0], before))
+        assert land(O.RESTORE, *deleted) == was
+        assert land(back, *was) == (before, ())
+
+
+def test_what_is_offloaded_goes_back_to_where_it_was_shelved() -> None:
+    assert land(O.SHELVE_OFFLOAD, V.SHELVED, (V.SUSPENDED,)) == (V.SHELVED_OFFLOADED, (V.SUSPENDED,))
+
+
+def test_what_came_from_where_it_could_not_be_asked_has_no_way_back_beyond_that() -> None:
+    """So that a policy that admits anything makes no memory longer and longer."""
+    assert land(O.RESCUE, V.SHELVED, (V.STOPPED,)) == (V.RESCUED, (V.SHELVED,))

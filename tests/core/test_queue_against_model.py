@@ -9,7 +9,7 @@ from core_samples import ORDINARY, ask, instance_in
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from queue_model import BESIDE, LEADS_TO, NOTES, Model
+from queue_model import BESIDE, GOES_BACK, KEEPS_WHERE_IT_WAS, LEADS_TO, NOTES, Model
 
 from interlock.core import lifecycle
 from interlock.core.admission import admit
@@ -34,7 +34,8 @@ from interlock.core.states import VmState
 from interlock.testing.check_history import check_history
 
 POLICY = CompiledPolicy(ORDINARY)
-OPERATIONS = sorted({*LEADS_TO, "unrescue", *BESIDE, *NOTES})
+UNDOING = sorted({*KEEPS_WHERE_IT_WAS, *GOES_BACK, "shelve_offload"})
+OPERATIONS = sorted({*LEADS_TO, *UNDOING, *BESIDE, *NOTES})
 LANES = {"state": Lane.STATE, "component": Lane.COMPONENT, "any": None}
 BEGINNING = 10_000_000
 
@@ -45,7 +46,7 @@ class Lives(RuleBasedStateMachine):
     @initialize(state=st.sampled_from(["active", "stopped", "building", "paused", "error"]))
     def begin(self, state: str) -> None:
         self.now = BEGINNING
-        self.model = Model(state=state, alive_at=self.now)
+        self.model = Model(place=(state,), alive_at=self.now)
         self.instance = instance_in(VmState(state), updated_at_ms=self.now)
         self.count = 0
         self.workers: list[tuple[str, int]] = []
@@ -117,6 +118,18 @@ class Lives(RuleBasedStateMachine):
         allowed = self.model.breathe(name, fence, self.now)
         self.compare_report(change, None if allowed else "stale", name)
 
+    @precondition(lambda self: not self.model.outstanding)
+    @rule(operations=st.lists(st.sampled_from(UNDOING), min_size=1, max_size=4))
+    def do_and_undo(self, operations: list[str]) -> None:
+        """Some that keep where it was, or go back there, one after the other as far as they are admitted."""
+        for operation in operations:
+            self.submit(operation)
+            if self.model.outstanding:
+                self.take("state")
+                name, fence = self.workers[-1]
+                change = lifecycle.finish(self.instance, name, fence, Outcome.SUCCEEDED, POLICY, self.now)
+                self.compare_report(change, self.model.report(name, fence, "succeeded", self.now), name)
+
     def compare_report(self, change: Change[Request | StaleFence], expected: str | None, name: str) -> None:
         if isinstance(change.answer, StaleFence):
             assert expected == "stale"
@@ -161,7 +174,7 @@ class Lives(RuleBasedStateMachine):
     def the_two_agree(self) -> None:
         model, instance = self.model, self.instance
         assert instance.vm_state.value == model.state
-        assert (instance.prior_vm_state and instance.prior_vm_state.value) == model.prior
+        assert (instance.vm_state, *instance.memory) == model.place
         assert (instance.locked_by is not None) == model.locked
         assert instance.fence == model.fence
         assert {request.id for request in instance.outstanding} == {asked.name for asked in model.outstanding}

@@ -12,17 +12,15 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core import admission, lifecycle
-from interlock.core.operations import ARRIVES, CATALOGUE, Landing, Lane, Operation
+from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import SERVED, Admitted, GuestEvent, Instance, Outcome, Request, Submission
-from interlock.core.request_queue import at_present
 from interlock.core.states import VmState
 from interlock.policies.exploring import by_objects
 from interlock.policies.exploring.layout import Words
@@ -153,7 +151,7 @@ def describe(model: Model, word: int, packed: set[int], core: set[int]) -> str:
     def told(other: int) -> str:
         instance = model.packing.unpack(other)
         queue = ", ".join(f"{r.operation.value}:{r.status.value}" for r in instance.outstanding)
-        return f"{instance.vm_state.value} ({instance.prior_vm_state}) [{queue}] {other:#x}"
+        return f"{instance.vm_state.value} {instance.memory} [{queue}] {other:#x}"
 
     lines = [f"from {told(word)}", *(f"packed only: {told(one)}" for one in packed - core)]
     return "\n".join([*lines, *(f"core only: {told(one)}" for one in core - packed)])
@@ -201,25 +199,6 @@ def test_whatever_the_walk_by_objects_meets_the_packed_walk_has_seen(name: str) 
     met = {model.packing.pack(node.instance, node.now_ms) & ageless for node in objects.nodes}
     assert len(met) > 100
     assert met <= seen
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_what_an_instance_remembers_is_forgotten_only_where_nothing_depends_on_it(name: str) -> None:
-    """Instances that one word stands for lead to the same words, whatever they remember.
-
-    While something is being undone, the vm_state can have changed by the guest only, which forgets for good.
-    """
-    model = model_of(compile_named(name), 2)
-    for word in sampled(walked(model), 90, seed=3).tolist():
-        instance = model.packing.unpack(word)
-        serving = instance.served(Lane.STATE)
-        if serving is not None and CATALOGUE[serving.operation].to is Landing.PRIOR:
-            continue
-        expected = {model.packing.pack(after, NOW_MS) for after in happenings(model, instance)}
-        for prior in (VmState.STOPPED, VmState.PAUSED, VmState.SHELVED):
-            other = msgspec.structs.replace(instance, prior_vm_state=prior)
-            if model.alphabet.canonical(at_present(other)) == model.alphabet.canonical(at_present(instance)):
-                assert {model.packing.pack(after, NOW_MS) for after in happenings(model, other)} == expected
 
 
 # --------------------------------------------------------------------------------------------------- random policies

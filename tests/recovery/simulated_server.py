@@ -96,7 +96,7 @@ def _differences_of(instance: Instance, guest: Guest) -> list[str]:
         found.append(f"{instance.name} is {instance.vm_state.value}, and its guest {guest.power.value}")
     if guest.starting or guest.standing_still:
         found.append(f"the guest of {instance.name} is still held")
-    suspended = VmState.SUSPENDED in {instance.vm_state, instance.prior_vm_state}
+    suspended = VmState.SUSPENDED in {instance.vm_state, *instance.memory}
     if guest.memory_saved and not suspended:
         found.append(f"{instance.name} is {instance.vm_state.value}, and its memory is saved")
     if instance.vm_state is VmState.SUSPENDED and not guest.memory_saved:

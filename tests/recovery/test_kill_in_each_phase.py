@@ -91,7 +91,7 @@ async def _recover(folder: Path, operation: Operation, phase: str) -> None:
         assert fails is None or fails in (ended.message or "")
         instance = await fleet.server.store.instance(before.id)
         assert instance is not None
-        expected = land(operation, before.vm_state, before.prior_vm_state)[0] if fails is None else before.vm_state
+        expected = land(operation, before.vm_state, before.memory)[0] if fails is None else before.vm_state
         assert instance.vm_state is expected
         assert await differences(fleet, host) == []
         await _check_content(fleet, host, instance, operation)

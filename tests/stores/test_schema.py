@@ -8,6 +8,7 @@ import apsw
 import pytest
 
 from interlock.core.errors import StoreBusy, StoreError
+from interlock.core.states import VmState
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 from interlock.testing.check_store.bench import creating
@@ -39,6 +40,31 @@ async def test_a_layout_is_not_changed_beside_a_live_server(path: Path) -> None:
     assert (await store.create(creating("a"))).id == "a"
     await store.close()
     assert schema.upgrade(path).before == schema.HEAD
+
+
+async def test_what_an_older_interlock_remembered_is_read(path: Path) -> None:
+    """A record that says nothing of what is remembered beyond `prior_vm_state`, or still says it where it is over."""
+    store = SqliteStore(path)
+    await store.open()
+    for name in ("deleted", "started"):
+        await store.create(creating(name))
+    await store.close()
+    database = apsw.Connection(str(path))
+    for name, state, prior in (("deleted", "soft_deleted", "rescued"), ("started", "active", "stopped")):
+        database.execute(
+            "UPDATE instances SET vm_state = ?, body = json_remove(json_set("
+            "body, '$.vm_state', ?, '$.prior_vm_state', ?), '$.further_vm_states') WHERE id = ?",
+            (state, state, prior, name),
+        )
+    database.close()
+    store = SqliteStore(path)
+    await store.open()
+    deleted, started = await store.instance("deleted"), await store.instance("started")
+    await store.close()
+    assert deleted is not None
+    assert started is not None
+    assert (deleted.vm_state, deleted.memory) == (VmState.SOFT_DELETED, (VmState.RESCUED,))
+    assert (started.vm_state, started.memory) == (VmState.ACTIVE, ())
 
 
 def test_a_database_that_could_not_be_made_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

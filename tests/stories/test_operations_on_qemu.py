@@ -123,6 +123,31 @@ def test_a_rebuild_boots_another_image_and_keeps_the_identity(server: RealServer
     assert not reads_far(disk, 0xAB)
 
 
+def test_a_rescue_survives_a_soft_delete_and_ends_where_it_began(server: RealServer) -> None:
+    instance_id = marked(server, 0xAB)
+    rescued = carry_out(server, "rescue", image="second")
+    assert (rescued["vm_state"], rescued["prior_vm_state"]) == ("rescued", "stopped")
+    until_says(server, instance_id, "booted second")
+    deleted = carry_out(server, "soft_delete")
+    assert (deleted["vm_state"], deleted["power_state"]) == ("soft_deleted", "none")
+    assert (deleted["prior_vm_state"], deleted["further_vm_states"]) == ("rescued", ["stopped"])
+    restored = carry_out(server, "restore")
+    assert (restored["vm_state"], restored["power_state"]) == ("rescued", "running")
+    assert (restored["prior_vm_state"], restored["further_vm_states"]) == ("stopped", [])
+    until_says(server, instance_id, "booted second", times=2)
+    after = carry_out(server, "unrescue")
+    assert (after["vm_state"], after["power_state"], after["prior_vm_state"]) == ("stopped", "none", None)
+    (disk,) = root_disks(server, instance_id)
+    assert reads_far(disk, 0xAB)
+    carry_out(server, "start")
+    until_says(server, instance_id, "booted first", times=2)
+    carry_out(server, "rescue", image="second")
+    carry_out(server, "soft_delete")
+    asked = server.submit(VM, "delete")
+    assert server.ended(asked.json()["request"]["id"])["status"] == "succeeded"
+    assert not place_of(server, instance_id).exists()
+
+
 def test_a_resize_is_reverted_then_made_again_and_confirmed(server: RealServer) -> None:
     instance_id = marked(server, 0xAB)
     carry_out(server, "start")

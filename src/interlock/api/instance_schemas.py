@@ -102,6 +102,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     """The stable state that its owner would expect to find it in."""
     prior_vm_state: VmState | None
     """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
+    further_vm_states: tuple[VmState, ...]
+    """What it remembers beyond that, the nearest first: of one soft-deleted while it was rescued, what held before."""
     task_state: str
     """The phase of the state change being served, or `none`."""
     power_state: PowerState

@@ -8,6 +8,7 @@ from typing import Any, cast
 from interlock.api import schemas
 from interlock.core import records, upkeep
 from interlock.core.operations import Operation
+from interlock.core.states import VmState
 from interlock.ports import Page, Token, Volume
 from interlock.service.answers import Answer, Stuck
 from interlock.service.wishes import NewForward
@@ -64,6 +65,7 @@ def instance(one: records.Instance, times: upkeep.UpkeepTimes) -> schemas.Instan
         host=one.host,
         vm_state=one.vm_state,
         prior_vm_state=one.prior_vm_state,
+        further_vm_states=one.further_vm_states,
         task_state=one.task_state,
         power_state=one.power_state,
         generation=one.generation,
@@ -73,7 +75,7 @@ def instance(one: records.Instance, times: upkeep.UpkeepTimes) -> schemas.Instan
         blocked_operations=one.blocked_operations,
         tags=one.tags,
         metadata=one.metadata,
-        error=one.error,
+        error=one.error if one.vm_state is VmState.ERROR else None,
         launched_at=maybe(one.launched_at_ms),
         restart=one.restart,
         restarts=0 if one.restarts is None else one.restarts.count,

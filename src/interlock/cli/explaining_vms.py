@@ -123,6 +123,7 @@ def instance_of(wire: schemas.Instance) -> Instance:
         host=wire.host,
         vm_state=wire.vm_state,
         prior_vm_state=wire.prior_vm_state,
+        further_vm_states=wire.further_vm_states,
         power_state=wire.power_state,
         generation=wire.generation,
         created_at_ms=_ms(wire.created_at) or 0,

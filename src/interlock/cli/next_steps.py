@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 from interlock.api.schemas import Due, Instance, Size
@@ -51,4 +52,7 @@ def size_text(one: Instance | Size) -> str:
 
 def state_text(one: Instance) -> str | None:
     """What it was before, where that can be had again."""
-    return None if one.prior_vm_state is None else f"{one.prior_vm_state.value}, before it was {one.vm_state.value}"
+    if one.prior_vm_state is None:
+        return None
+    states = (one.vm_state, one.prior_vm_state, *one.further_vm_states)
+    return "; ".join(f"{before.value}, before it was {state.value}" for state, before in pairwise(states))

@@ -231,7 +231,8 @@ def _record(asked: _Asked, rule: Rule) -> Change[Disposition]:
             supersedes = draft.fence_off(request.id, f"The state was reset by {submission.requested_by}.")
             target = VmState(submission.parameters.get("vm_state", VmState.ERROR))
             message = str(submission.parameters.get("reason", "reset")) if target is VmState.ERROR else None
-            draft.instance = replace(restarting.called_off(draft.instance), vm_state=target, error=message)
+            there = draft.instance.come_to(target, instance.memory)
+            draft.instance = replace(restarting.called_off(there), error=message)
             draft.alive()
             draft.tell("instance.state", request.id, vm_state=target.value, before=instance.vm_state.value)
             cancels = judge_again(draft, asked.policy)

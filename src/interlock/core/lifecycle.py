@@ -13,7 +13,7 @@ import msgspec
 from interlock.core import restarting
 from interlock.core.errors import BrokenInvariant
 from interlock.core.holding import judge_held
-from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Operation, land
+from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Memory, Operation, land
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     SERVED,
@@ -195,20 +195,19 @@ def _end(request: Request, outcome: Outcome, message: str | None) -> tuple[Statu
 def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None, *, arrived: bool) -> None:
     """Move the instance to where the outcome leads."""
     before = draft.instance
-    state, prior = before.vm_state, before.prior_vm_state
+    state, memory = before.vm_state, before.memory
     if outcome is Outcome.SUCCEEDED and not (arrived and request.operation in ARRIVES):
-        state, prior = land(request.operation, state, prior)
+        state, memory = land(request.operation, state, memory)
     elif outcome is Outcome.FAILED:
         state = CATALOGUE[request.operation].on_failure or state
-    _move(draft, state, prior, message if outcome is Outcome.FAILED else None, request.id)
+    _move(draft, state, memory, message if outcome is Outcome.FAILED else None, request.id)
 
 
-def _move(
-    draft: Draft, state: VmState, prior: VmState | None, error: str | None, request_id: str | None = None
-) -> None:
+def _move(draft: Draft, state: VmState, memory: Memory, error: str | None, request_id: str | None = None) -> None:
     before = draft.instance
-    kept_error = (error or before.error) if state is VmState.ERROR else None
-    draft.instance = replace(before, vm_state=state, prior_vm_state=prior, error=kept_error)
+    after = before.come_to(state, memory)
+    in_error = VmState.ERROR in (state, *after.memory)
+    draft.instance = replace(after, error=(error or before.error) if in_error else None)
     if state is not before.vm_state:
         draft.instance = replace(draft.instance, state_since_ms=draft.now_ms)
         draft.tell("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
@@ -237,8 +236,7 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
     draft.alive()
     draft.tell(f"guest.{event.value}")
     draft.instance = replace(draft.instance, power_state=power)
-    prior = instance.prior_vm_state if state is instance.vm_state else None
-    _move(draft, state, prior, error)
+    _move(draft, state, instance.memory, error)
     restarting.heed_end(draft, instance, event)
     if event is not GuestEvent.RESET:
         judge_again(draft, policy)

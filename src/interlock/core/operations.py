@@ -97,7 +97,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     on_failure: VmState | None = None
     """The vm_state once it has failed; None leaves it as it was, and the hypervisor tells if that is wrong."""
     remembers: bool = False
-    """Whether the vm_state it was asked in is kept, for a later operation that lands on `Landing.PRIOR`."""
+    """Whether the vm_state it was asked in is remembered, for a later operation that lands on `Landing.PRIOR`."""
     interruptible: bool = False
     """Whether its worker can be asked to stop half-way and undo; otherwise it can only be fenced."""
     compatible_with: frozenset[Operation] = frozenset()
@@ -308,20 +308,44 @@ ARRIVES: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE})
 this record is kept of too: then its vm_state is what it was."""
 
 
-def land(operation: Operation, vm_state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:
-    """Where a successful operation leads from `vm_state`: the new vm_state and the new remembered one.
+Memory = tuple[VmState, ...]
+"""What an instance remembers: first the vm_state that held before what can be undone now, behind it those before that.
+
+One that was rescued, resized or shelved remembers one; a soft delete puts that state before them, and undoes nothing.
+"""
+
+REMEMBERING: Final[frozenset[VmState]] = frozenset(
+    state for entry in _ENTRIES if entry.to is Landing.PRIOR for state in entry.sources
+)
+"""The vm_states in which something can be undone. In every other one nothing is remembered."""
+
+
+def remembered_in(vm_state: VmState, memory: Memory) -> Memory:
+    """What is left of a memory once the instance has come to that vm_state."""
+    return memory if vm_state in REMEMBERING else ()
+
+
+def rests(vm_state: VmState, memory: Memory) -> bool:
+    """Whether no guest is held in a state that holds one otherwise: one resized while it was stopped is not started."""
+    return vm_state is VmState.RESIZED and memory[-1:] == (VmState.STOPPED,)
+
+
+def land(operation: Operation, vm_state: VmState, memory: Memory) -> tuple[VmState, Memory]:
+    """Where a successful operation leads from `vm_state`: the new vm_state, and what is remembered there.
 
     An operation that undoes another lands on what was remembered, or on active where nothing was. What is there already
-    keeps what it remembers.
+    keeps what it remembers, and so does what came from where it could be asked.
     """
     entry = CATALOGUE[operation]
-    kept = vm_state if entry.remembers and vm_state is not entry.to else prior
     match entry.to:
         case Landing.SAME:
-            return vm_state, kept
+            state = vm_state
         case Landing.REPAIRED:
-            return (VmState.ACTIVE if vm_state is VmState.ERROR else vm_state), kept
+            state = VmState.ACTIVE if vm_state is VmState.ERROR else vm_state
         case Landing.PRIOR:
-            return prior or VmState.ACTIVE, None
+            state, memory = (memory[0], memory[1:]) if memory else (VmState.ACTIVE, ())
         case state:
-            return state, kept
+            if state is not vm_state:
+                known = memory if vm_state in entry.sources else ()
+                memory = (vm_state, *known) if entry.remembers else known
+    return state, remembered_in(state, memory)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.operations import CATALOGUE, Lane, Memory, Operation, remembered_in, rests
 from interlock.core.restart_policy import RestartPolicy, Restarts
 from interlock.core.specs import Disk as Disk
 from interlock.core.specs import Forward as Forward
@@ -173,6 +173,9 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     power_state: PowerState = PowerState.NONE
     prior_vm_state: VmState | None = None
     """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
+    further_vm_states: tuple[VmState, ...] = ()
+    """What it remembers beyond that, the nearest first: of one that was soft-deleted while it was rescued, resized or
+    shelved, what had held before that."""
     generation: int = 0
     fence: int = 0
     created_at_ms: int = 0
@@ -184,7 +187,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     """What its owner noted of it. Nothing here is decided by it."""
     error: str | None = None
-    """Why it is in error, for people; None in every other state."""
+    """Why it is in error, or was when it was rescued or soft-deleted, for people."""
     launched_at_ms: int | None = None
     """When it first reached a state in which a hypervisor holds the guest; None while it never did."""
     state_since_ms: int = 0
@@ -220,10 +223,21 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         return NO_TASK if serving is None else (serving.phase or NO_TASK)
 
     @property
+    def memory(self) -> Memory:
+        """What it remembers, so that it can be undone."""
+        prior = () if self.prior_vm_state is None else (self.prior_vm_state,)
+        return remembered_in(self.vm_state, (*prior, *self.further_vm_states))
+
+    def come_to(self, vm_state: VmState, memory: Memory) -> Instance:
+        """The instance in a vm_state, with what is left of a memory there."""
+        left = remembered_in(vm_state, memory)
+        prior = left[0] if left else None
+        return msgspec.structs.replace(self, vm_state=vm_state, prior_vm_state=prior, further_vm_states=left[1:])
+
+    @property
     def executing(self) -> bool:
-        """Whether a hypervisor should hold its guest. One that was resized while it was stopped is not started."""
-        resting = self.vm_state is VmState.RESIZED and self.power_state is PowerState.NONE
-        return self.vm_state in EXECUTING_STATES and not resting
+        """Whether a hypervisor should hold its guest."""
+        return self.vm_state in EXECUTING_STATES and not rests(self.vm_state, self.memory)
 
     @property
     def image_ids(self) -> frozenset[str]:

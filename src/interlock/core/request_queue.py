@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core.operations import BIT, CATALOGUE, Lane, Operation, land
+from interlock.core.operations import BIT, CATALOGUE, Lane, Memory, Operation, land
 from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict, View
 from interlock.core.records import SERVED, AnswerT, Change, Event, Instance, Request, Status
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
@@ -144,18 +144,18 @@ class Foreseen(NamedTuple):
     """Where an instance will be when what comes before has succeeded."""
 
     vm_state: VmState
-    prior: VmState | None
+    memory: Memory
     launched: bool
 
     def after(self, operation: Operation) -> Foreseen:
         """Where it will be when that state change has succeeded too."""
-        vm_state, prior = land(operation, self.vm_state, self.prior)
-        return Foreseen(vm_state, prior, self.launched or vm_state in EXECUTING_STATES)
+        vm_state, memory = land(operation, self.vm_state, self.memory)
+        return Foreseen(vm_state, memory, self.launched or vm_state in EXECUTING_STATES)
 
 
 def at_present(instance: Instance) -> Foreseen:
     """Where an instance is, before anything outstanding has succeeded."""
-    return Foreseen(instance.vm_state, instance.prior_vm_state, instance.launched)
+    return Foreseen(instance.vm_state, instance.memory, instance.launched)
 
 
 def foresee(instance: Instance) -> Foreseen:

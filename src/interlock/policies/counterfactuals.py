@@ -178,7 +178,7 @@ def _leading_to(
         operation
         for operation, entry in CATALOGUE.items()
         if entry.lane is Lane.STATE
-        and land(operation, instance.vm_state, instance.prior_vm_state)[0] == state
+        and land(operation, instance.vm_state, instance.memory)[0] == state
         and isinstance(
             judge(instance, _replace(submission, operation=operation, parameters={}), policy, now_ms), Admitted
         )

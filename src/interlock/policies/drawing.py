@@ -77,7 +77,7 @@ def transitions(policy: CompiledPolicy) -> Transitions:
             for source in sources:
                 returning.setdefault(source, []).append(name)
             continue
-        targets = {source: land(variant.operation, source, None)[0] for source in sources}
+        targets = {source: land(variant.operation, source, ())[0] for source in sources}
         moving = {source: target for source, target in targets.items() if target is not source}
         if len(moving) >= EVERYWHERE_MIN and len(set(moving.values())) == 1:
             target = next(iter(moving.values()))

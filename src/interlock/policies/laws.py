@@ -143,9 +143,9 @@ def _around(before: Instance) -> set[tuple[VmState, bool]]:
 
 def _after(before: Instance, requests: Iterable[Request]) -> tuple[VmState, bool]:
     """Where an instance is when some requests have succeeded, and whether it has been launched by then."""
-    state, prior, launched = before.vm_state, before.prior_vm_state, before.launched
+    state, memory, launched = before.vm_state, _remembered(before), before.launched
     for request in requests:
-        state, prior = _landing(request, state, prior)
+        state, memory = _landing(request, state, memory)
         launched = launched or state in EXECUTING_STATES
     return state, launched
 
@@ -203,15 +203,30 @@ def _foreseen(instance: Instance) -> VmState:
     return _after(instance, (request for request in instance.outstanding if request.lane is Lane.STATE))[0]
 
 
-def _landing(request: Request, state: VmState, prior: VmState | None) -> tuple[VmState, VmState | None]:
+def _remembered(instance: Instance) -> list[VmState]:
+    """What it can be brought back to, the nearest last."""
+    known = instance.further_vm_states[::-1]
+    return [*known, *(() if instance.prior_vm_state is None else (instance.prior_vm_state,))]
+
+
+def _landing(request: Request, state: VmState, memory: list[VmState]) -> tuple[VmState, list[VmState]]:
+    """Where a success leads, and what is remembered there, the nearest last."""
     entry = CATALOGUE[request.operation]
-    kept = state if entry.remembers and state is not entry.to else prior
-    if isinstance(entry.to, VmState):
-        return entry.to, kept
+    known = memory.copy()
     if entry.to is Landing.PRIOR:
-        return prior or VmState.ACTIVE, None
-    repaired = entry.to is Landing.REPAIRED and state is VmState.ERROR
-    return (VmState.ACTIVE if repaired else state), kept
+        there = known.pop() if known else VmState.ACTIVE
+    elif isinstance(entry.to, VmState):
+        there = entry.to
+        if there is not state and state not in entry.sources:
+            known = []
+        if there is not state and entry.remembers:
+            known.append(state)
+    else:
+        there = VmState.ACTIVE if entry.to is Landing.REPAIRED and state is VmState.ERROR else state
+    return there, known if there in _UNDOABLE else []
+
+
+_UNDOABLE = {state for entry in CATALOGUE.values() if entry.to is Landing.PRIOR for state in entry.sources}
 
 
 def held_fence(
@@ -236,7 +251,7 @@ def held_fence(
 
 
 def _bare(instance: Instance) -> tuple[Any, ...]:
-    return (instance.vm_state, instance.fence, instance.prior_vm_state, instance.locked_by, instance.outstanding)
+    return (instance.vm_state, instance.fence, _remembered(instance), instance.locked_by, instance.outstanding)
 
 
 def _late_report(after: Instance, request: Request, policy: CompiledPolicy, now_ms: int) -> Iterator[Breach]:
@@ -258,10 +273,10 @@ def settled_success(before: Instance, after: Instance, step: Step) -> Iterator[B
     request = step.request
     if step.outcome is not Outcome.SUCCEEDED or request is None or request.lane is not Lane.STATE:
         return
-    expected, prior = before.vm_state, before.prior_vm_state
+    expected, memory = before.vm_state, _remembered(before)
     if not step.arrived:
-        expected, prior = _landing(request, expected, prior)
-    if (after.vm_state, after.prior_vm_state) != (expected, prior):
+        expected, memory = _landing(request, expected, memory)
+    if (after.vm_state, _remembered(after)) != (expected, memory):
         yield Breach(
             7, f"{request.operation.value} succeeded in {before.vm_state.value} and left {after.vm_state.value}"
         )

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from interlock.core.errors import Invalid
-from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Memory, Operation
 from interlock.core.records import Instance, Outcome, Request, Status
 from interlock.core.states import NO_TASK, PowerState, VmState
 from interlock.policies.durations import DURATION_MAX_MS, EXPECTED, parse_duration
@@ -30,6 +30,7 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task_state: str | None = None
     age: str | int | float = 0
     prior_vm_state: str | None = None
+    further_vm_states: tuple[str, ...] = ()
     locked: bool = False
     tags: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
@@ -131,16 +132,12 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
     if len(line.tags) > TAGS_MAX:
         raise Invalid(f"An instance has at most {TAGS_MAX} tags.")
     serving = _in_flight(line, since_ms)
-    return Instance(
+    instance = Instance(
         id="rehearsed",
         name="rehearsed",
         project="rehearsal",
         host="rehearsal",
-        vm_state=vm_state,
         power_state=PowerState.NONE,
-        prior_vm_state=None
-        if line.prior_vm_state is None
-        else _word("prior_vm_state", line.prior_vm_state, VM_STATES.words),
         created_at_ms=since_ms,
         updated_at_ms=since_ms,
         locked_by="owner" if line.locked else None,
@@ -151,6 +148,12 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         error="It was so at the beginning." if vm_state is VmState.ERROR else None,
         outstanding=() if serving is None else (serving,),
     )
+    return instance.come_to(vm_state, _memory(line))
+
+
+def _memory(line: InstanceLine) -> Memory:
+    prior = () if line.prior_vm_state is None else (_word("prior_vm_state", line.prior_vm_state, VM_STATES.words),)
+    return (*prior, *(_word("vm_state", name, VM_STATES.words) for name in line.further_vm_states))
 
 
 def _in_flight(line: InstanceLine, since_ms: int) -> Request | None:

@@ -329,6 +329,8 @@ class Rehearsal:
             "fence": instance.fence,
             "generation": instance.generation,
         }
+        if instance.further_vm_states:
+            shown["further_vm_states"] = [state.value for state in instance.further_vm_states]
         if instance.held:
             shown["held"] = [{"request": one.id, "operation": one.operation.value} for one in instance.held]
         return shown

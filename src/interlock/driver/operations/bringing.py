@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from interlock.core.errors import NotResponding, NotThere
+from interlock.core.operations import Memory, land, rests
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
 from interlock.driver.work import Done, Work
@@ -94,14 +95,20 @@ async def forget_memory(work: Work) -> None:
         await work.hypervisor.forget_memory(work.permit, work.id)
 
 
-async def bring_to(work: Work, vm_state: VmState) -> Done:
-    """Bring an instance of which no guest runs to what holds of one in that state.
+async def bring_back(work: Work) -> Done:
+    """Bring an instance of which no guest runs to what holds of one where undoing leads: to what it remembers."""
+    instance = work.instance
+    return await bring_to(work, *land(work.request.operation, instance.vm_state, instance.memory))
+
+
+async def bring_to(work: Work, vm_state: VmState, memory: Memory = ()) -> Done:
+    """Bring an instance of which no guest runs to what holds of one in that state, with that memory.
 
     Where a guest runs in that state, one is started. Everywhere else there is nothing to do: what is stopped stays so,
     and what is suspended still has its memory saved.
     """
     match vm_state:
-        case VmState.ACTIVE | VmState.RESCUED | VmState.RESIZED:
+        case VmState.ACTIVE | VmState.RESCUED | VmState.RESIZED if not rests(vm_state, memory):
             return await boot(work)
         case VmState.PAUSED:
             await boot(work)

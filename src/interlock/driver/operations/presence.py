@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import bring_to
+from interlock.core.states import PowerState
+from interlock.driver.operations.bringing import bring_back
 from interlock.driver.work import Done, Work
 
 
@@ -38,4 +38,4 @@ async def soft_delete(work: Work) -> Done:
 
 async def restore(work: Work) -> Done:
     """Bring back what was soft-deleted, as it was."""
-    return await bring_to(work, work.instance.prior_vm_state or VmState.ACTIVE)
+    return await bring_back(work)

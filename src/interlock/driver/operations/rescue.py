@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 from interlock.core.records import Image, Spec
-from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import ask_guest, boot, bring_to, leave_rescue
+from interlock.core.states import PowerState
+from interlock.driver.operations.bringing import ask_guest, boot, bring_back, leave_rescue
 from interlock.driver.work import Done, Work
 
 
@@ -36,7 +36,7 @@ async def unrescue(work: Work) -> Done:
         await work.release_strays()
         await leave_rescue(work)
     await work.hypervisor.define(work.permit, work.id, work.spec)
-    return await bring_to(work, work.instance.prior_vm_state or VmState.ACTIVE)
+    return await bring_back(work)
 
 
 async def _image(work: Work) -> Image:

@@ -12,7 +12,7 @@ import msgspec
 from interlock.core.errors import Refused
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import boot, bring_to, settle_resize, shut_down
+from interlock.driver.operations.bringing import boot, bring_back, settle_resize, shut_down
 from interlock.driver.work import Done, Work
 
 _GIB = 1 << 30
@@ -87,7 +87,7 @@ async def revert(work: Work) -> Done:
     if work.instance.prior_spec is not None:
         await _put_back(work)
     await settle_resize(work)
-    return await bring_to(work, work.instance.prior_vm_state or VmState.ACTIVE)
+    return await bring_back(work)
 
 
 async def _put_back(work: Work) -> None:

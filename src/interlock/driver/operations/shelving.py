@@ -13,7 +13,7 @@ import msgspec
 from interlock.core.errors import Refused
 from interlock.core.records import Kept
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import bring_to, settle_resize, shut_down
+from interlock.driver.operations.bringing import bring_back, bring_to, settle_resize, shut_down
 from interlock.driver.operations.copies import export
 from interlock.driver.work import Done, Work
 
@@ -64,7 +64,7 @@ async def unshelve(work: Work) -> Done:
     offloaded = work.instance.vm_state is VmState.SHELVED_OFFLOADED
     if offloaded:
         await _restore(work)
-    done = await bring_to(work, work.instance.prior_vm_state or VmState.ACTIVE)
+    done = await bring_back(work)
     if not offloaded:
         await _forget_image(work)
     return done

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Landing, Lane, Operation
+from interlock.core.operations import CATALOGUE, Lane, Operation, remembered_in
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
 from interlock.core.records import Request
 from interlock.core.request_queue import Foreseen, judge_in, permits
@@ -102,7 +102,6 @@ class Alphabet:
         self.part_ages = self._ages([NO_TASK], [NO_TASK])
         self.idle_ages = tuple(sorted({*self.part_ages.silent, *self.part_ages.running}))
         self._sees_launch = any(rule.launched is not None for rule in rules)
-        self._remembering = self._where_memory_counts()
         self.footings = tuple(self._reachable(list(dict.fromkeys(map(self._beginning, starts)))))
         self.footing_number = {footing: number for number, footing in enumerate(self.footings)}
 
@@ -128,7 +127,7 @@ class Alphabet:
         return self.footing_number[self._beginning(vm_state)]
 
     def _beginning(self, vm_state: VmState) -> Foreseen:
-        return self.canonical(Foreseen(vm_state, None, launched=vm_state is not VmState.BUILDING))
+        return self.canonical(Foreseen(vm_state, (), launched=vm_state is not VmState.BUILDING))
 
     # ------------------------------------------------------------------------------------------------------- tasks
 
@@ -185,11 +184,8 @@ class Alphabet:
 
     def canonical(self, footing: Foreseen) -> Foreseen:
         """The footing that stands for all that no decision tells from it."""
-        prior = footing.prior
-        if prior is VmState.ACTIVE or footing.vm_state not in self._remembering:
-            prior = None
         launched = footing.launched or footing.vm_state in EXECUTING_STATES or not self._sees_launch
-        return Foreseen(footing.vm_state, prior, launched)
+        return Foreseen(footing.vm_state, footing.memory, launched)
 
     def permitted(self, operation: Operation, footing: Foreseen, *, hard: bool) -> bool:
         """Whether the policy permits it there with nothing outstanding."""
@@ -201,20 +197,20 @@ class Alphabet:
 
     def fails_to(self, operation: Operation, footing: Foreseen) -> Foreseen:
         state = CATALOGUE[operation].on_failure or footing.vm_state
-        return self.canonical(Foreseen(state, footing.prior, footing.launched))
+        return self._come_to(state, footing)
 
     def after(self, operation: Operation, footing: Foreseen) -> Foreseen:
         return self.canonical(footing.after(operation))
 
     def guest_ends(self, footing: Foreseen, state: VmState) -> Foreseen:
         """Where the end of the guest leads; nowhere, if no guest was held."""
-        if footing.vm_state not in EXECUTING_STATES:
-            return footing
-        prior = footing.prior if state is footing.vm_state else None
-        return self.canonical(Foreseen(state, prior, launched=True))
+        return self._come_to(state, footing) if footing.vm_state in EXECUTING_STATES else footing
 
     def reset(self, footing: Foreseen, target: VmState) -> Foreseen:
-        return self.canonical(Foreseen(target, footing.prior, footing.launched))
+        return self._come_to(target, footing)
+
+    def _come_to(self, state: VmState, footing: Foreseen) -> Foreseen:
+        return self.canonical(Foreseen(state, remembered_in(state, footing.memory), footing.launched))
 
     def _reachable(self, pending: list[Foreseen]) -> Iterator[Foreseen]:
         known = dict.fromkeys(pending)
@@ -228,56 +224,6 @@ class Alphabet:
                 if each not in known:
                     known[each] = None
                     pending.append(each)
-
-    def _where_memory_counts(self) -> frozenset[VmState]:
-        """The vm_states from which an operation that undoes another may come to be served on what is remembered there.
-
-        Everywhere else what is remembered is forgotten: whatever leads on from there overwrites it first. And where the
-        guest changes the vm_state while something is being undone, the core has forgotten it itself.
-        """
-        served = {operation: self._served_in(operation) for operation in {kind.operation for kind in self.kinds}}
-        found = {
-            state
-            for operation, states in served.items()
-            if CATALOGUE[operation].to is Landing.PRIOR
-            for state in states
-        }
-        while more := {state for state in VmState if state not in found and self._keeps_until(state, served, found)}:
-            found |= more
-        return frozenset(found)
-
-    def _keeps_until(self, state: VmState, served: dict[Operation, set[VmState]], found: set[VmState]) -> bool:
-        if any(ask.target in found for ask in self.asks):
-            return True
-        for operation, states in served.items():
-            if state not in states:
-                continue
-            entry = CATALOGUE[operation]
-            if entry.on_failure in found:
-                return True
-            there = Foreseen(state, VmState.SHELVED, launched=True).after(operation)
-            if there.vm_state in found and there.prior is VmState.SHELVED:
-                return True
-        return False
-
-    def _served_in(self, operation: Operation) -> set[VmState]:
-        """Every vm_state in which it may come to be served, or be thought to be when the queue is judged."""
-        kinds = [kind for kind in self.kinds if kind.operation is operation]
-        if any(not kind.in_turn for kind in kinds):
-            return set(VmState)
-        found = {
-            state
-            for state in VmState
-            for launched in (True, False)
-            for kind in kinds
-            if self.permitted(operation, Foreseen(state, None, launched), hard=kind.hard)
-        }
-        if any(kind.preempts for kind in kinds):
-            found |= CATALOGUE[operation].sources
-            for rule in self._alive.rules:
-                if operation in rule.operations and rule.verdict in (Verdict.AFTER, Verdict.PREEMPT):
-                    found |= rule.vm_states or frozenset(VmState)
-        return found
 
 
 def alone(rule: Rule) -> CompiledPolicy:

@@ -292,7 +292,7 @@ class Walk:
         ranks = {request.id: rank for rank, request in enumerate(sorted(instance.outstanding, key=position))}
         return (
             instance.vm_state,
-            instance.prior_vm_state,
+            instance.memory,
             instance.locked_by is None,
             instance.launched,
             self.ages.idle_class(instance, node.now_ms),

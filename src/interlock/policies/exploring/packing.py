@@ -102,19 +102,18 @@ class Packing:
         waiting = [*queue, *part_queue]
         waiting.sort(key=lambda request: not request.preempts)
         outstanding = [request for request in (*served, *waiting) if request is not None]
-        return Instance(
+        instance = Instance(
             id=_ID,
             name=_ID,
             project=_ID,
             host=_ID,
-            vm_state=footing.vm_state,
-            prior_vm_state=footing.prior,
             fence=1,
             updated_at_ms=NOW_MS - idle_ms,
             launched_at_ms=0 if footing.launched else None,
             locked_by="someone" if layout.locked.one(word) else None,
             outstanding=tuple(replace(request, id=f"r{n}") for n, request in enumerate(outstanding, start=1)),
         )
+        return instance.come_to(footing.vm_state, footing.memory)
 
     def _served_task(self, word: int, idle_ms: int, ripe: Field | None) -> Request | None:
         layout, alphabet = self._layout, self._alphabet
