@@ -1,0 +1,138 @@
+"""Who watches that no instance runs twice: looks at the processes and folders of all hosts, and asks nobody.
+
+While a guest goes to another host as it runs, a process holds it on both. That is as it should be for as long as one
+of them stands still: the one that `awaits` it has never run, and the one that `sent` it does not run any more. The
+first is taken from the mark in its folder; the second is seen besides, by its processors' threads doing nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from interlock.hypervisors.qemu.process import started_ticks
+from interlock.testing.soak.book import Book
+
+_LOOK_EVERY_S: Final = 0.5
+_STILL_S: Final = 0.3
+"""For how long a guest is watched that must stand still."""
+_SWITCHES_MAX: Final = 5
+"""How often the threads of one that stands still may be woken in that time; the smallest guest's processor wakes
+fifteen times."""
+_GONE: Final = " (deleted)"
+
+
+class Holder(NamedTuple):
+    """A process that holds an instance."""
+
+    host: str
+    process_id: int
+    started_ticks: int
+    folder: Path
+
+    def lives(self) -> bool:
+        """Whether it runs; what has ended and was not yet taken notice of has no folder any more."""
+        try:
+            Path(f"/proc/{self.process_id}/cwd").readlink()
+        except OSError:
+            return False
+        return started_ticks(self.process_id) == self.started_ticks
+
+    def marked(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+
+class Doubles:
+    """Looks again and again; complains of each instance once.
+
+    Args:
+        folders: where each host has its instances, a folder for each; by the hosts' names.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], book: Book) -> None:
+        self._folders = {name: folder.resolve() for name, folder in folders.items()}
+        self._book = book
+
+    def look_until(self, over: threading.Event) -> None:
+        """Look until `over` is set."""
+        while not over.wait(_LOOK_EVERY_S):
+            self._book.count("looks for doubles")
+            try:
+                self.look()
+            except Exception as error:  # noqa: BLE001 - one that breaks must be seen
+                self._book.complain(f"looking for doubles broke: {error!r}")
+                return
+
+    def look(self) -> None:
+        """Complain of each instance that runs twice."""
+        for instance_id, holders in self.holders().items():
+            for one, other in itertools.combinations(holders, 2):
+                self._judge(instance_id, one, other)
+
+    def holders(self) -> dict[str, list[Holder]]:
+        """Who holds each instance."""
+        found: dict[str, list[Holder]] = {}
+        for instance_id, holder in self._all():
+            found.setdefault(instance_id, []).append(holder)
+        return found
+
+    def _all(self) -> Iterator[tuple[str, Holder]]:
+        for place in Path("/proc").iterdir():
+            if not place.name.isdigit():
+                continue
+            try:
+                inside = Path(str((place / "cwd").readlink()).removesuffix(_GONE))
+                is_qemu = re.match(rb"[^\0]*qemu-system", (place / "cmdline").read_bytes())
+            except OSError:
+                continue
+            for host, folder in self._folders.items():
+                if inside.parent.parent == folder and is_qemu:
+                    ticks = started_ticks(int(place.name)) or 0
+                    yield inside.parent.name, Holder(host, int(place.name), ticks, inside.parent)
+
+    def _judge(self, instance_id: str, one: Holder, other: Holder) -> None:
+        # The marks are read in this order: what is not awaited any more never is again, and whoever had sent it then,
+        # goes on only if the other has ended, which is looked at last.
+        awaited = [holder.marked("awaited") for holder in (one, other)]
+        sent = [holder.marked("sent") for holder in (one, other)]
+        if not (one.lives() and other.lives()):
+            return
+        if one.host == other.host:
+            self._tell(instance_id, one, other, "no host may hold it twice")
+        elif any(awaited):
+            self._book.count("seen on both hosts, awaited")
+        elif not any(sent):
+            self._tell(instance_id, one, other, "neither awaits it, neither has sent it")
+        else:
+            source = one if sent[0] else other
+            self._book.count("seen on both hosts, taken up")
+            if all(moves(source) for _ in range(2)) and source.marked("sent") and one.lives() and other.lives():
+                self._tell(instance_id, one, other, f"that on {source.host} goes on although it was sent")
+
+    def _tell(self, instance_id: str, one: Holder, other: Holder, why: str) -> None:
+        on = f"on {one.host} by process {one.process_id} and on {other.host} by {other.process_id}"
+        self._book.complain(f"{instance_id} runs twice, {on}: {why}")
+
+
+def moves(holder: Holder) -> bool:
+    """Whether the processors of its guest run: its threads but the first are woken again and again."""
+    before = _switches(holder)
+    threading.Event().wait(_STILL_S)
+    return sum(number - before.get(thread, 0) for thread, number in _switches(holder).items()) > _SWITCHES_MAX
+
+
+def _switches(holder: Holder) -> dict[str, int]:
+    """How often each thread but the first was given a processor."""
+    found = {}
+    for thread in Path(f"/proc/{holder.process_id}/task").glob("*"):
+        if thread.name != str(holder.process_id):
+            try:
+                text = (thread / "status").read_text()
+            except OSError:
+                continue
+            found[thread.name] = sum(int(number) for number in re.findall(r"ctxt_switches:\s+(\d+)", text))
+    return found
