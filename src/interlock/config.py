@@ -88,7 +88,8 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     address_space_extra_mib: int = 2048
     """Address space that a VM's process may have beyond its guest's memory and translation cache, in MiB."""
     hotplug_ports: int = 8
-    """How many disks and further network interfaces a guest can have together, the root disk included."""
+    """How many disks and further network interfaces a guest can have together, with a place for a root disk. One more
+    is refused when it is to be attached; what it has already it keeps."""
     display: bool = True
     """Whether guests have a screen, for screenshots and VNC; for those started from then on."""
     memory_stall_timeout_ms: int = 60_000

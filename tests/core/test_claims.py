@@ -8,7 +8,7 @@ import pytest
 
 from interlock.core.claims import Claim, claim_of, claims_of
 from interlock.core.operations import Operation
-from interlock.core.records import Forward, Image, Instance, Request, Spec
+from interlock.core.records import Disk, Forward, Image, Instance, Interface, Request, Spec
 from interlock.core.states import VmState
 
 GIB = 1024**3
@@ -42,7 +42,9 @@ def test_it_is_promised_all_wherever_it_may_come_to_run_here(state: VmState) -> 
     if state in AWAY:
         assert claim is None
     else:
-        assert claim == Claim(host="here", memory_mib=512, vcpus=2, disk_bytes=2 * GIB, ports=frozenset({2222}))
+        assert claim == Claim(
+            host="here", memory_mib=512, vcpus=2, disk_bytes=2 * GIB, ports=frozenset({2222}), devices=1
+        )
 
 
 def test_a_kernel_has_no_disk_unless_one_was_asked_for() -> None:
@@ -99,3 +101,21 @@ def test_a_resize_that_waits_behind_a_migration_is_promised_its_size_on_both_hos
 
 def test_what_is_deleted_is_promised_nothing_anywhere() -> None:
     assert claims_of(instance(VmState.DELETED, outstanding=(asking(Operation.MIGRATE, host="there"),))) == ()
+
+
+def test_its_guest_has_places_for_what_it_has_and_what_is_being_attached_and_for_a_root_disk_in_any_case() -> None:
+    spec = Spec(
+        image=KERNEL, disks=(Disk(id="v1", path="/v1"),), interfaces=(Interface(id="n1", mac="52:54:00:0:0:1"),)
+    )
+    assert [claim.devices for claim in claims_of(instance(spec=spec))] == [3]
+    more = (asking(Operation.ATTACH_VOLUME, volume="v2"),)
+    for one in (instance(spec=spec, outstanding=more), instance(spec=spec, held=more)):
+        assert [claim.devices for claim in claims_of(one)] == [4]
+    # One that is plugged in already while its request goes on has one place, and what may yet stay has it too.
+    again = (asking(Operation.ATTACH_VOLUME, volume="v1"), asking(Operation.DETACH_INTERFACE, interface="n1"))
+    assert [claim.devices for claim in claims_of(instance(spec=spec, outstanding=again))] == [3]
+
+
+def test_what_is_offloaded_needs_nothing_of_its_host_when_a_volume_is_attached_but_the_place() -> None:
+    asked = (asking(Operation.ATTACH_VOLUME, volume="v1"),)
+    assert claims_of(instance(VmState.SHELVED_OFFLOADED, outstanding=asked)) == (Claim(host="here", devices=2),)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from instance_disks import now
-from interlock.core.errors import InterlockError, InUse, Invalid, NotFound
+from interlock.core.errors import InterlockError, InUse, Invalid, NoRoom, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Disk, Status
+from interlock.core.specs import INTERFACES_MAX
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.interfaces import INTERFACES_MAX, mac_of
+from interlock.driver.operations.interfaces import mac_of
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Hangs, Method, Refuses, Slow
 from interlock.testing.embedded import Embedded, admitted
@@ -180,7 +181,9 @@ async def test_an_instance_has_so_many_interfaces_and_no_more(fleet: Embedded) -
     await fleet.carry_out(vm, O.STOP)
     for _ in range(INTERFACES_MAX):
         assert (await fleet.carry_out(vm, O.ATTACH_INTERFACE)).status is Status.SUCCEEDED
-    assert (await fleet.carry_out(vm, O.ATTACH_INTERFACE)).status is Status.FAILED
+    with pytest.raises(NoRoom, match="web has 8 interfaces beyond its first, or soon will") as refused:
+        await fleet.submit(vm, O.ATTACH_INTERFACE)
+    assert (refused.value.needed, refused.value.free) == ({"interfaces": 1}, {"interfaces": 0})
 
 
 async def test_an_interface_that_is_not_there_or_no_address_is_told_at_once(fleet: Embedded) -> None:

@@ -255,6 +255,29 @@ async def test_a_machine_is_restored_as_it_was_made_whatever_is_set_since(host: 
         await hypervisor.close()
 
 
+async def test_a_guest_starts_with_all_it_has_and_its_memory_belongs_to_a_machine_with_as_many_places(
+    host: QemuWorkbench,
+) -> None:
+    """Also where `hotplug_ports` has come to be fewer: only what is plugged in anew is refused."""
+    host.settings = msgspec.structs.replace(host.settings, hotplug_ports=2)
+    hypervisor = await opened(host, Told())
+    spec = msgspec.structs.replace(host.spec(), disks=tuple(host.disk(f"v{number}") for number in range(4)))
+    try:
+        await started(hypervisor, host, spec)
+        assert len((await hypervisor.inspect("one")).disks) == 4
+        with pytest.raises(Refused, match="no free place"):
+            await hypervisor.attach_disk(PERMIT, "one", host.disk("v4"))
+        await hypervisor.detach_disk(PERMIT, "one", "v3")
+        fewer = msgspec.structs.replace(spec, disks=spec.disks[:3])
+        await hypervisor.save_memory(PERMIT, "one", nobody_reads)
+        await hypervisor.restore_memory(PERMIT, "one", fewer, nobody_reads)
+        assert len((await hypervisor.inspect("one")).disks) == 3
+        assert boots(host) == 1
+    finally:
+        await hypervisor.undefine(PERMIT, "one")
+        await hypervisor.close()
+
+
 # --------------------------------------------------------------------------------------------------- bad luck
 
 

@@ -115,6 +115,16 @@ async def test_a_rescued_guest_boots_the_rescue_disk_and_has_its_own_beside_it(
     assert not host.instance_folder("one").rescue_disk.exists()
 
 
+async def test_one_that_has_no_free_place_can_be_rescued(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
+    volumes = tuple(host.disk(f"v{number}") for number in range(host.settings.hotplug_ports - 1))
+    spec = spec_of(bootable_image(host.folder, "own-system"), disks=volumes)
+    rescued = msgspec.structs.replace(spec, rescue_image=bootable_image(host.folder, "rescue-system"))
+    await start(hypervisor, rescued)
+    await host.until_said("one", "booted rescue-system")
+    seen = await hypervisor.inspect("one")
+    assert set(seen.disks) == {"rescue", "root", *(volume.id for volume in volumes)}
+
+
 async def test_each_rescue_begins_with_a_fresh_disk(
     hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
 ) -> None:

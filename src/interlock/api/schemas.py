@@ -266,7 +266,8 @@ class Problem(Wire, frozen=True, kw_only=True, omit_defaults=True):
     occurrence: str | None = None
     """Of an internal error: the id under which the server's log tells more."""
     needed: dict[str, int] | None = None
-    """Of `no-room`: what it needs of `memory_mib`, `vcpus` and `disk_mib`; and below, what is free of the same."""
+    """Of `no-room`: how much more it needs of `memory_mib`, `vcpus`, `disk_mib`, `devices` or `interfaces`; and below,
+    what is free of the same."""
     free: dict[str, int] | None = None
 
 

@@ -19,8 +19,9 @@ _GIB: Final = 1024**3
 _AWAY: Final = frozenset({VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIGRATED_OUT})
 GROWING: Final = frozenset({Operation.RESIZE, Operation.UNSHELVE, Operation.REBUILD})
 """The operations after which an instance may be promised more than before on its host."""
-CLAIMING: Final = GROWING | TRAVELS
-"""The operations that are promised room on a host when they are admitted or held."""
+_ATTACHING: Final = frozenset({Operation.ATTACH_VOLUME, Operation.ATTACH_INTERFACE})
+CLAIMING: Final = GROWING | TRAVELS | _ATTACHING
+"""The operations that are promised room on a host, or in a guest there, when they are admitted or held."""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +33,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int = 0
     ports: frozenset[int] = frozenset()
     """The host's own TCP ports that are forwarded to the guest."""
+    devices: int = 0
+    """How many disks and interfaces beyond the first its guest has, with a root disk's place also where it has none."""
 
     def joined(self, other: Claim) -> Claim:
         """The larger of two claims, in each respect."""
@@ -41,6 +44,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
             vcpus=max(self.vcpus, other.vcpus),
             disk_bytes=max(self.disk_bytes, other.disk_bytes),
             ports=self.ports | other.ports,
+            devices=max(self.devices, other.devices),
         )
 
 
@@ -63,14 +67,29 @@ def claim_of(instance: Instance) -> Claim | None:
     """What is promised to the instance on its host, with what is outstanding for it; None if nothing is."""
     asked = [one for one in (*instance.outstanding, *instance.held) if one.operation in GROWING]
     coming_back = any(one.operation is Operation.UNSHELVE for one in asked)
-    if instance.spec is None or (instance.vm_state in _AWAY and not coming_back):
+    if instance.spec is None:
         return None
-    claim = _of_spec(instance.host, instance.spec)
+    devices, attaching = _devices(instance, instance.spec)
+    if instance.vm_state in _AWAY and not coming_back:
+        offloaded = instance.vm_state is VmState.SHELVED_OFFLOADED
+        return Claim(host=instance.host, devices=devices) if attaching and offloaded else None
+    claim = msgspec.structs.replace(_of_spec(instance.host, instance.spec), devices=devices)
     if instance.prior_spec is not None:
         claim = claim.joined(_of_spec(instance.host, instance.prior_spec))
     for request in asked:
         claim = claim.joined(_of_wish(claim, request.parameters))
     return claim
+
+
+def _devices(instance: Instance, spec: Spec) -> tuple[int, int]:
+    """How many places the instance's guest needs, and how many of them for what is only being attached.
+
+    What is being detached has its place until it is gone: it may stay.
+    """
+    there = {disk.id for disk in spec.disks} | {interface.id for interface in spec.interfaces}
+    asked = [one for one in (*instance.outstanding, *instance.held) if one.operation in _ATTACHING]
+    attaching = {str(one.parameters.get("volume", one.id)) for one in asked} - there
+    return 1 + len(there) + len(attaching), len(attaching)
 
 
 def _of_spec(host: str, spec: Spec) -> Claim:

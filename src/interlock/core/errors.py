@@ -84,7 +84,8 @@ class NoRoom(InterlockError):
     """It does not fit on the host. Nothing was made.
 
     Args:
-        needed: how much more it needs of what there is too little of: `memory_mib`, `vcpus`, `disk_mib`.
+        needed: how much more it needs of what there is too little of: `memory_mib`, `vcpus`, `disk_mib`, `devices`
+            (places for disks and interfaces in a guest) or `interfaces`.
         free: how much of the same may still be promised.
     """
 

@@ -6,6 +6,8 @@ asked of it is there.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 
@@ -58,6 +60,10 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
 
     host_port: int
     guest_port: int
+
+
+INTERFACES_MAX: Final = 8
+"""How many interfaces an instance may have beyond its first."""
 
 
 class Interface(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     disk_mib: int | None = None
     disk_reserved_mib: int = 0
     """What must stay free of its file system for real when a disk is promised."""
+    devices_max: int | None = None
+    """How many disks and further interfaces one guest can have together, with a place for a root disk."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):

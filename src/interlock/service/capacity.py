@@ -78,6 +78,7 @@ def limits_of(config: Config, folder: Path) -> Limits:
         vcpus=int((os.cpu_count() or 1) * config.host_vcpus_overcommit),
         disk_mib=int(room.f_frsize * room.f_blocks * config.host_disk_overcommit) // _MIB,
         disk_reserved_mib=config.host_disk_reserved_gib * 1024,
+        devices_max=config.qemu.hotplug_ports,
     )
 
 
@@ -209,6 +210,7 @@ class Capacity:
 
     def _check(self, name: str, claim: Claim, before: Claim) -> None:
         """Raise `NoRoom` unless what the claim has more than before is free."""
+        self._check_places(name, claim, before)
         more = {what: amount - _amounts(before)[what] for what, amount in _amounts(claim).items()}
         free = self._free(claim.host)
         short = [what for what, amount in more.items() if amount > 0 and _less(free[what], amount)]
@@ -233,6 +235,18 @@ class Capacity:
                 needed={"disk_mib": reserved_mib},
                 free={"disk_mib": left_mib},
                 remedy="Make room on the file system of that host's data folder.",
+            )
+
+    def _check_places(self, name: str, claim: Claim, before: Claim) -> None:
+        """Raise `NoRoom` if a guest there has no place for all that the instance would have plugged in."""
+        most = self._limits_of(claim.host).devices_max
+        if most is not None and claim.devices > max(most, before.devices):
+            raise NoRoom(
+                f"{name} does not fit on the host {claim.host}: with this it has {claim.devices - 1} volumes and "
+                f"further interfaces, and a guest there has places for {most - 1} beside its root disk.",
+                needed={"devices": claim.devices - before.devices},
+                free={"devices": max(0, most - before.devices)},
+                remedy="Detach something first, or raise qemu.hotplug_ports of that host's configuration.",
             )
 
     # ------------------------------------------------------------------------------------------------------- looking

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from interlock.core.errors import InUse, Invalid, NotFound
+from interlock.core.errors import InUse, Invalid, NoRoom, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Disposition, Instance, Redundant, Spec
+from interlock.core.specs import INTERFACES_MAX
 
 _GIB = 1 << 30
 
 
 def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) -> None:
-    """Raise `Invalid`, `NotFound` or `InUse` for what could only fail."""
+    """Raise `Invalid`, `NotFound`, `InUse` or `NoRoom` for what could only fail."""
     spec = instance.spec
     if spec is None:
         return
@@ -34,16 +35,27 @@ def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) 
             )
         case Operation.SWAP_VOLUME:
             _check_swap(instance, spec, parameters)
+        case Operation.ATTACH_INTERFACE if len(_interfaces(instance, spec)) >= INTERFACES_MAX:
+            raise NoRoom(
+                f"{instance.name} has {INTERFACES_MAX} interfaces beyond its first, or soon will; more it cannot have.",
+                needed={"interfaces": 1},
+                free={"interfaces": 0},
+                remedy="Detach one first.",
+            )
         case Operation.DETACH_INTERFACE:
-            known = {one.id for one in spec.interfaces}
-            known |= {one.id for one in instance.outstanding if one.operation is Operation.ATTACH_INTERFACE}
-            if parameters["interface"] not in known:
+            if parameters["interface"] not in _interfaces(instance, spec):
                 raise NotFound(
                     f"{instance.name} has no interface {parameters['interface'][:80]}.",
                     remedy=f"`interlock vm show {instance.name}` tells their ids.",
                 )
         case _:
             pass
+
+
+def _interfaces(instance: Instance, spec: Spec) -> set[str]:
+    """The ids of the interfaces that the instance has, or will have once what is asked of it has been done."""
+    asked = {one.id for one in (*instance.outstanding, *instance.held) if one.operation is Operation.ATTACH_INTERFACE}
+    return asked | {one.id for one in spec.interfaces}
 
 
 def check_same(instance: Instance, answer: Disposition, operation: Operation, parameters: dict[str, Any]) -> None:

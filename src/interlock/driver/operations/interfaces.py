@@ -14,9 +14,6 @@ from interlock.core.records import Interface
 from interlock.driver.operations.volumes import runs_after_all
 from interlock.driver.work import Done, Work
 
-INTERFACES_MAX = 8
-"""How many an instance may have beyond its first."""
-
 
 async def attach(work: Work) -> Done:
     """Plug an interface in if a guest runs, and keep it in the spec for the next start."""
@@ -24,11 +21,6 @@ async def attach(work: Work) -> Done:
     others = tuple(one for one in work.spec.interfaces if one.id != interface.id)
     if any(one.mac == interface.mac for one in others):
         raise Refused(f"{work.instance.name} has an interface with the address {interface.mac} already.")
-    if len(others) >= INTERFACES_MAX:
-        raise Refused(
-            f"{work.instance.name} has {len(others)} interfaces beyond its first, and that is the most.",
-            remedy="Detach one first.",
-        )
     spec = msgspec.structs.replace(work.spec, interfaces=(*others, interface))
     while True:
         looked_at = await work.look()

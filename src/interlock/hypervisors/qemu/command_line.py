@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.errors import Refused
 from interlock.core.records import Disk, Image, Spec
 from interlock.hypervisors.qemu.networks import (
     checked_name,
@@ -78,13 +77,13 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """In which port each device is, by their names."""
 
 
-def machine_of(settings: QemuSettings) -> Machine:
-    """The machine that is made where nothing says otherwise."""
+def machine_of(settings: QemuSettings, spec: Spec | None) -> Machine:
+    """The machine that is made for `spec` where nothing says otherwise."""
     return Machine(
         kind=MACHINE_TYPE,
         accelerator=settings.accelerator,
         cpu_model=settings.cpu_model,
-        hotplug_ports=settings.hotplug_ports,
+        hotplug_ports=settings.hotplug_ports if spec is None else _ports(spec, settings),
         display=settings.display,
     )
 
@@ -187,7 +186,7 @@ def arguments(
         *("-device", "pvpanic"),
         *first_interface(instance_id, spec),
         *_disks(spec, settings, at, machine),
-        *_seed(settings, at),
+        *_seed(spec, settings, at),
         *_cdrom(spec, at),
         *_interfaces(spec, machine),
         *_kernel(spec, at),
@@ -273,14 +272,8 @@ def backing_images(spec: Spec) -> dict[str, Image]:
 
 def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine | None) -> list[str]:
     disks = all_disks(spec)
-    if len(disks) + len(spec.interfaces) > settings.hotplug_ports:
-        raise Refused(
-            f"The instance has {len(disks)} disks and {len(spec.interfaces)} interfaces beyond its first; a guest can "
-            f"have {settings.hotplug_ports} together.",
-            remedy="Detach one, or raise hotplug_ports.",
-        )
     words: list[str] = []
-    for number in range(settings.hotplug_ports):
+    for number in range(_ports(spec, settings)):
         words += ["-device", f"pcie-root-port,id={port_name(number)},chassis={number + 1}"]
     backings = backing_images(spec)
     for disk_id, image in backings.items():
@@ -298,13 +291,18 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine
     return words
 
 
-def _seed(settings: QemuSettings, at: Descriptors) -> list[str]:
+def _ports(spec: Spec, settings: QemuSettings) -> int:
+    """How many places for disks and interfaces there are: never fewer than it has of them, so that it always starts."""
+    return max(settings.hotplug_ports, len(all_disks(spec)) + len(spec.interfaces))
+
+
+def _seed(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
     """The seed as a disk, which also kernels without drivers for CD-ROMs find. It comes last, as its port does."""
     if at.seed is None:
         return []
     node = node_arguments(Disk(id=SEED, path="", format="raw", read_only=True), at.seed)
     device = {"driver": "virtio-blk-pci", "id": SEED, "drive": node["node-name"], "bus": _SEED_PORT, "serial": SEED}
-    port = f"pcie-root-port,id={_SEED_PORT},chassis={settings.hotplug_ports + 1}"
+    port = f"pcie-root-port,id={_SEED_PORT},chassis={_ports(spec, settings) + 1}"
     return ["-device", port, *_descriptor_set(at.seed), "-blockdev", _json(node), "-device", _json(device)]
 
 

@@ -69,7 +69,7 @@ def launch(
         folder.make_journal(None if account is None else (account.user_id, account.group_id))
         folder.forget_node_names()
         folder.keep_spec(spec)
-        folder.keep_machine(machine or machine_of(settings))
+        folder.keep_machine(machine or machine_of(settings, spec))
         folder.keep_process_record(ProcessRecord(phase=Phase.STARTING))
         permit.check()
         return spawn(words, errors, [*handed_over, lock])

@@ -120,7 +120,7 @@ async def machine_of_guest(guest: Guest) -> Machine:
     ports = {name: port for name, port in places.items() if disk_of_device(name) is None}
     ports |= {device_name(disk_id): places[name] for disk_id, name in plugged.items()}
     kind = await guest.ask("qom-get", path="/machine", property="type")
-    made = guest.folder.machine() or machine_of(guest.settings)
+    made = guest.folder.machine() or machine_of(guest.settings, guest.folder.spec())
     return msgspec.structs.replace(made, kind=str(kind).removesuffix("-machine"), ports=ports)
 
 
