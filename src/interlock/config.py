@@ -142,6 +142,10 @@ class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     image_unused_ms: int = 7 * 24 * 3_600_000
     """How long a copy of an image stays on a host on which no VM needs it, in ms; 0: for as long as the server has the
     image."""
+    shared_dir: str = ""
+    """A folder that hosts have in common, under the same name on each, in which root disks of new VMs are kept: those
+    of this host, and of every host whose agent announces it or a folder above it (`--shared`). Empty: root disks are
+    kept in each host's own folder. An agent announces it where it is not told `--shared`."""
     silence_ms: int = 15_000
     """How long an agent may say nothing before its connection counts as broken, in ms."""
 
@@ -308,11 +312,20 @@ def _check(config: Config) -> None:
     for share in ("host_vcpus_overcommit", "host_disk_overcommit"):
         if not 0 < getattr(config, share) < math.inf:
             raise Invalid(f"{share} is {getattr(config, share)}; it must be more than 0.")
+    _check_shared_dir(config)
     for name in _NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise Invalid(f"{name} is {getattr(config, name)}; it must be 0 or more.")
     for table in ("", *_tables()):
         _check_numbers(getattr(config, table) if table else config, f"{table}." if table else "")
+
+
+def _check_shared_dir(config: Config) -> None:
+    shared = config.hosts.shared_dir
+    if shared and not Path(shared).is_absolute():
+        raise Invalid(f"hosts.shared_dir is {shared}; it must be a whole path, which begins with /.")
+    if shared and config.hypervisor == "simulated":
+        raise Invalid("hosts.shared_dir is set, and simulated guests have no disks to share.")
 
 
 def _check_numbers(struct: msgspec.Struct, prefix: str) -> None:

@@ -43,6 +43,7 @@ from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
+from interlock.hypervisors.shared_folder import shared_roots_of
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.sources import Source
@@ -144,9 +145,8 @@ class Server:
         )
         self.agent = Agent(self.means, self.in_force, upkeep)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder), self.leases)
-        self.other_hosts = HostVerbs(
-            self.store, self.leases, self.hosts, self.capacity, self.agent.join, self.agent.catch_up
-        )
+        self.shared_roots = shared_roots_of(config)
+        self.other_hosts = self._host_verbs()
         self.inventory = Inventory(
             self.store, self.image_files, volume_files, new_id, self.capacity, config.volume_gib_max
         )
@@ -181,6 +181,10 @@ class Server:
             renewed=self.leases.renewed,
         )
 
+    def _host_verbs(self) -> HostVerbs:
+        agent, shared = self.agent, self.shared_roots
+        return HostVerbs(self.store, self.leases, self.hosts, self.capacity, agent.join, agent.catch_up, shared)
+
     def _policies(self, source: Source) -> Policies:
         config = self.config
         return Policies(
@@ -214,6 +218,7 @@ class Server:
             self.metrics.begin(*await self.instances.census())
             self.instances.listen(self.metrics.hear)
             await self.inventory.sweep()
+            self.shared_roots.open()
             await self.agent.open()
             self._tell_accelerator()
             await self.leases.open()

@@ -26,6 +26,26 @@ def test_every_number_of_the_qemu_adapter_is_in_the_reference() -> None:
     assert not missing, f"these belong in config.QemuConfig, which QemuSettings extends: {missing}"
 
 
+def test_every_key_of_every_table_is_in_the_reference() -> None:
+    page = configuration_page()
+    tables = [field for field in msgspec.structs.fields(Config) if isinstance(field.default, msgspec.Struct)]
+    for table in tables:
+        keys = [field.name for field in msgspec.structs.fields(type(table.default))]
+        missing = [key for key in keys if f"`INTERLOCK_{table.name.upper()}_{key.upper()}`" not in page]
+        assert keys
+        assert not missing, f"[{table.name}] in interlock.cli.reference"
+
+
+@pytest.mark.parametrize(
+    "text", ['[hosts]\nshared_dir = "srv/shared"', 'hypervisor = "simulated"\n[hosts]\nshared_dir = "/srv/shared"']
+)
+def test_a_folder_that_hosts_cannot_share_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "interlock.toml"
+    file.write_text(text)
+    with pytest.raises(Invalid, match=r"hosts\.shared_dir"):
+        load(file, {})
+
+
 def test_every_number_of_the_qemu_table_names_its_unit() -> None:
     page = configuration_page()
     for field in msgspec.structs.fields(QemuConfig):

@@ -8,7 +8,7 @@ import pytest
 
 from interlock.core.claims import Claim, claim_of, claims_of
 from interlock.core.operations import Operation
-from interlock.core.records import Disk, Forward, Image, Instance, Interface, Request, Spec
+from interlock.core.records import Disk, Forward, Image, Instance, Interface, Request, SharedFolder, Spec
 from interlock.core.states import VmState
 
 GIB = 1024**3
@@ -52,6 +52,16 @@ def test_a_kernel_has_no_disk_unless_one_was_asked_for() -> None:
     assert bare is not None
     assert with_disk is not None
     assert (bare.disk_bytes, with_disk.disk_bytes) == (0, 3 * GIB)
+
+
+def test_a_root_disk_that_hosts_share_takes_nothing_of_any_host_s_own_disk() -> None:
+    shared = SharedFolder(path="/shared", id="x")
+    spec = Spec(image=DISK, root_gib=3, shared=shared)
+    larger = asking(Operation.RESIZE, root_gib=9)
+    there = asking(Operation.MIGRATE, host="there")
+    for one in (instance(spec=spec, outstanding=(larger,)), instance(spec=spec, outstanding=(there,))):
+        assert [claim.disk_bytes for claim in claims_of(one)] == [0] * len(claims_of(one))
+        assert claims_of(one)
 
 
 def test_until_a_resize_is_settled_the_larger_of_both_is_promised() -> None:

@@ -42,14 +42,14 @@ def test_what_a_root_or_rescue_disk_is_a_layer_over_is_in_use_whatever_its_guest
     tmp_path: Path,
 ) -> None:
     one, two = guest(tmp_path, "one"), guest(tmp_path, "two")
-    layer(one.root_disk(0), "/c/first")
-    layer(one.root_disk(3), "/c/third")
+    layer(one.roots(Spec(image=KERNEL)).disk(0), "/c/first")
+    layer(one.roots(Spec(image=KERNEL)).disk(3), "/c/third")
     layer(two.rescue_disk, "/c/rescue")
-    layer(two.root_disk(0), None)
+    layer(two.roots(Spec(image=KERNEL)).disk(0), None)
     assert images_in_use(tmp_path) == {"/c/first", "/c/third", "/c/rescue"}
 
 
 def test_where_a_disk_cannot_be_understood_nothing_is_said(tmp_path: Path) -> None:
-    guest(tmp_path, "one").root_disk(0).write_bytes(b"no disk at all")
+    guest(tmp_path, "one").roots(Spec(image=KERNEL)).disk(0).write_bytes(b"no disk at all")
     with pytest.raises(Refused):
         images_in_use(tmp_path)

@@ -106,7 +106,7 @@ async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, hos
     await start(hypervisor, spec)
     seen = await hypervisor.inspect("one")
     assert (seen.power_state, seen.disks) == (PowerState.RUNNING, ("root", "v1"))
-    root = host.instance_folder("one").root_disk(0)
+    root = host.instance_folder("one").roots(host.spec()).disk(0)
     info = msgspec.json.decode(image_tool("info", "-U", "--output=json", str(root)))
     assert (info["virtual-size"], info["backing-filename"]) == (1 << 30, image.path)
     assert info["backing-filename-format"] == "raw"

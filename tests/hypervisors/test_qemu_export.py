@@ -106,7 +106,7 @@ def guest_of(hypervisor: QemuHypervisor) -> Guest:
 async def written(hypervisor: QemuHypervisor, host: QemuWorkbench, spec: Spec) -> Path:
     """Define the instance, and write to its root disk; the answer is that disk."""
     await hypervisor.define(PERMIT, "one", spec)
-    root = host.instance_folder("one").root_disk(spec.root)
+    root = host.instance_folder("one").roots(host.spec()).disk(spec.root)
     write_pattern(root, 1, WRITTEN_MIB, at_mib=1)
     return root
 
@@ -469,7 +469,7 @@ async def test_a_copy_of_a_root_disk_is_a_layer_over_the_same_image_and_may_be_l
     root, seen = await written(hypervisor, host, old), Progress()
     for _ in range(2):
         await hypervisor.copy_root_disk(PERMIT, "one", old, new, seen)
-    copy = host.instance_folder("one").root_disk(1)
+    copy = host.instance_folder("one").roots(host.spec()).disk(1)
     assert (info(copy)["virtual-size"], info(copy)["backing-filename"]) == (1 << 30, image.path)
     assert has_pattern(copy, 1, WRITTEN_MIB, at_mib=1)
     assert seen.told[-1][0] == seen.told[-1][1] == root.stat().st_size
@@ -477,9 +477,9 @@ async def test_a_copy_of_a_root_disk_is_a_layer_over_the_same_image_and_may_be_l
     assert is_whole(copy)
     await booted(hypervisor, host, new)
     with pytest.raises(Refused, match="has the root disk 1"):
-        await hypervisor.drop_root_disks(PERMIT, "one", frozenset({0}))
-    await hypervisor.drop_root_disks(PERMIT, "one", frozenset({1}))
-    assert set(host.instance_folder("one").root_disks()) == {1}
+        await hypervisor.drop_root_disks(PERMIT, "one", host.spec(), frozenset({0}))
+    await hypervisor.drop_root_disks(PERMIT, "one", host.spec(), frozenset({1}))
+    assert set(host.instance_folder("one").roots(host.spec()).disks()) == {1}
 
 
 async def test_a_copy_that_would_be_smaller_is_refused(
@@ -489,12 +489,12 @@ async def test_a_copy_that_would_be_smaller_is_refused(
     await written(hypervisor, host, old)
     with pytest.raises(Refused, match="would have 1073741824 bytes"):
         await hypervisor.copy_root_disk(PERMIT, "one", old, spec_of(image, root=1, root_gib=1), Progress())
-    assert set(host.instance_folder("one").root_disks()) == {0}
+    assert set(host.instance_folder("one").roots(host.spec()).disks()) == {0}
     bare, given = host.spec(), msgspec.structs.replace(host.spec(), root=1, root_gib=1)
     await hypervisor.copy_root_disk(PERMIT, "two", bare, bare, Progress())
     await hypervisor.define(PERMIT, "two", bare)
     await hypervisor.copy_root_disk(PERMIT, "two", bare, given, Progress())
-    assert set(host.instance_folder("two").root_disks()) == {1}, "one that had none gets an empty one"
+    assert set(host.instance_folder("two").roots(host.spec()).disks()) == {1}, "one that had none gets an empty one"
 
 
 async def test_a_root_disk_can_be_made_from_an_export(
@@ -508,7 +508,7 @@ async def test_a_root_disk_can_be_made_from_an_export(
         await hypervisor.define(PERMIT, "one", whole)
     for _ in range(2):
         await hypervisor.root_disk_from(PERMIT, "one", whole, export, Progress())
-    await hypervisor.drop_root_disks(PERMIT, "one", frozenset({1}))
+    await hypervisor.drop_root_disks(PERMIT, "one", host.spec(), frozenset({1}))
     assert not root.exists()
     lose(Path(image.path))
     export.unlink()
@@ -516,12 +516,12 @@ async def test_a_root_disk_can_be_made_from_an_export(
     guest = await booted(hypervisor, host, whole)
     assert not any(name.startswith("backing") for name in await nodes(guest))
     await hypervisor.power_off(PERMIT, "one")
-    disk = host.instance_folder("one").root_disk(1)
+    disk = host.instance_folder("one").roots(host.spec()).disk(1)
     assert stands_alone(disk)
     assert has_pattern(disk, 1, WRITTEN_MIB, at_mib=1)
     larger = spec_of(image, root=2, root_is_whole=True, root_gib=1)
     await hypervisor.root_disk_from(PERMIT, "one", larger, disk, Progress())
-    assert info(host.instance_folder("one").root_disk(2))["virtual-size"] == 1 << 30
+    assert info(host.instance_folder("one").roots(host.spec()).disk(2))["virtual-size"] == 1 << 30
 
 
 async def test_an_image_that_needs_another_file_is_no_root_disk(
@@ -542,11 +542,11 @@ async def test_a_full_disk_leaves_no_half_copied_root_disk(host: QemuWorkbench, 
     hypervisor = await opened(host)
     old = spec_of(image)
     await hypervisor.define(PERMIT, "one", old)
-    write_pattern(host.instance_folder("one").root_disk(0), 1, 2)
+    write_pattern(host.instance_folder("one").roots(host.spec()).disk(0), 1, 2)
     with pytest.raises(Refused, match="No space left on device") as refusal:
         await hypervisor.copy_root_disk(PERMIT, "one", old, spec_of(image, root=1), Progress())
     assert "Make room" in str(refusal.value.remedy)
-    assert set(host.instance_folder("one").root_disks()) == {0}
+    assert set(host.instance_folder("one").roots(host.spec()).disks()) == {0}
     assert leftovers(host.instance_folder("one").path) == []
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()

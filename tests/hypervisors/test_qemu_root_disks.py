@@ -56,13 +56,13 @@ def info(path: Path) -> dict[str, Any]:
 async def test_each_number_is_a_root_disk_of_its_own(
     hypervisor: QemuHypervisor, host: QemuWorkbench, image: Image
 ) -> None:
-    folder = host.instance_folder("one")
+    roots = host.instance_folder("one").roots(spec_of(image))
     for number in (0, 1, 12):
         await hypervisor.define(PERMIT, "one", spec_of(image, root=number))
-    assert sorted(path.name for path in folder.root_disks().values()) == ["root-1.qcow2", "root-12.qcow2", "root.qcow2"]
-    before = folder.root_disk(1).stat()
+    assert sorted(path.name for path in roots.disks().values()) == ["root-1.qcow2", "root-12.qcow2", "root.qcow2"]
+    before = roots.disk(1).stat()
     await hypervisor.define(PERMIT, "one", spec_of(image, root=1, root_gib=5))
-    assert folder.root_disk(1).stat() == before, "one that is there is never made again"
+    assert roots.disk(1).stat() == before, "one that is there is never made again"
     await start(hypervisor, spec_of(image, root=12))
     await host.until_said("one", "booted base")
     assert (await hypervisor.inspect("one")).disks == ("root",)
@@ -75,7 +75,7 @@ async def test_a_kernel_has_an_empty_root_disk_if_it_is_given_a_size(
     await start(hypervisor, spec)
     await host.until_up("one")
     assert (await hypervisor.inspect("one")).disks == ("root", "v1")
-    found = info(host.instance_folder("one").root_disk(0))
+    found = info(host.instance_folder("one").roots(host.spec()).disk(0))
     assert (found["virtual-size"], "backing-filename" in found) == (1 << 30, False)
 
 

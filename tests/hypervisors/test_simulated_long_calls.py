@@ -162,7 +162,7 @@ async def test_what_is_on_a_disk_follows_it(tmp_path: Path) -> None:
         2: (),
         3: ("letter",),
     }
-    await hypervisor.drop_root_disks(PERMIT, "one", frozenset({1}))
+    await hypervisor.drop_root_disks(PERMIT, "one", SPEC, frozenset({1}))
     assert set(guest.roots) == {1}
 
 

@@ -132,6 +132,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     vcpus: int
     memory_mib: int
     root_gib: int
+    root_shared: bool = False
+    """Whether its root disk is in a folder that hosts share, so that it goes to another host without it."""
     forwards: tuple[NewForward, ...]
     seeded: bool = False
     """Whether its guest was given something to read by cloud-init, which is not shown."""

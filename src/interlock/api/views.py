@@ -84,6 +84,7 @@ def instance(one: records.Instance, times: upkeep.UpkeepTimes) -> schemas.Instan
         vcpus=0 if spec is None else spec.vcpus,
         memory_mib=0 if spec is None else spec.memory_mib,
         root_gib=0 if spec is None else spec.root_gib,
+        root_shared=spec is not None and spec.has_root and spec.shared is not None,
         forwards=tuple(
             NewForward(host_port=forward.host_port, guest_port=forward.guest_port)
             for forward in (spec.forwards if spec is not None else ())

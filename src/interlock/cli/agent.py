@@ -16,13 +16,23 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
+def _folder(asked: Path | None, configured: str) -> Path | None:
+    if asked is not None:
+        return asked.absolute()
+    return Path(configured) if configured else None
+
+
 @click.command()
 @click.option("--server", required=True, metavar="URL", help="The server's URL, as in https://HOST:7420.")
 @click.option("--token-file", required=True, type=_FILE, help="A file with the secret of a token of the role agent.")
 @click.option("--name", help="What this host is called. Default: what the system calls itself.")
 @click.option("--data-dir", type=_FOLDER, help="This agent's own folder, instead of what the configuration says.")
 @click.option("--trust", type=_FILE, help="A certificate (PEM) to trust beside the system's, such as the server's own.")
-@click.option("--shared", type=_FOLDER, help="A folder that this host has in common with the server, by the same name.")
+@click.option(
+    "--shared",
+    type=_FOLDER,
+    help="A folder that this host has in common with the server, by the same name. Default: hosts.shared_dir.",
+)
 @config_option
 @needs_invocation
 def agent(
@@ -57,7 +67,7 @@ def agent(
         token=token,
         name=name or config.host or platform.node().partition(".")[0].lower() or "localhost",
         certificate=trust,
-        shared=None if shared is None else shared.absolute(),
+        shared=_folder(shared, config.hosts.shared_dir),
     )
 
     async def serve() -> None:

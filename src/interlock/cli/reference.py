@@ -109,7 +109,7 @@ def _cell(text: str) -> str:
 
 def configuration_page() -> str:
     """docs/reference/configuration.md."""
-    from interlock.config import ENVIRONMENT_PREFIX, Config, DriverConfig, QemuConfig, UpkeepConfig
+    from interlock.config import ENVIRONMENT_PREFIX, Config, DriverConfig, HostsConfig, QemuConfig, UpkeepConfig
 
     lines = [
         "# Configuration",
@@ -127,6 +127,7 @@ def configuration_page() -> str:
         *_table_of("driver", DriverConfig, "How the state drivers serve requests."),
         *_table_of("upkeep", UpkeepConfig, "What the server asks for by itself, of the gate, as everybody does."),
         *_table_of("qemu", QemuConfig, "How guests are held by QEMU, and waited for."),
+        *_table_of("hosts", HostsConfig, "The hosts beside the server's own, and what they have in common with it."),
         "## For the command line only",
         "",
         "| variable | meaning |",

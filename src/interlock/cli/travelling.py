@@ -20,7 +20,11 @@ from interlock.core.states import VmState
     shell_complete=completer(HOSTS),
     help="Where it is taken up; `any`: where there is room. Default: the server's own host.",
 )
-@click.option("--from-image", is_flag=True, help="Let its root disk begin as its image again: it was on the lost host.")
+@click.option(
+    "--from-image",
+    is_flag=True,
+    help="Let its root disk begin as its image again: needed where it was on the lost host's own disk.",
+)
 @asking_options
 @needs_invocation
 def evacuate(

@@ -249,6 +249,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Size before": None if one.prior_size is None else size_text(one.prior_size),
         "Shelved as": None if one.shelved_image is None else f"an image of its own, {one.shelved_image.id}",
         "Cloud-init": "its guest was given something to read" if one.seeded else None,
+        "Root disk": "in a folder that hosts share" if one.root_shared else None,
         "Volumes": ", ".join(one.volumes),
         "Interfaces": ", ".join(f"{plugged.mac} [{plugged.id}]" for plugged in one.interfaces),
         "Metadata": printable(", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items()))),

@@ -78,7 +78,8 @@ def claim_of(instance: Instance) -> Claim | None:
         claim = claim.joined(_of_spec(instance.host, instance.prior_spec))
     for request in asked:
         claim = claim.joined(_of_wish(claim, request.parameters))
-    return claim
+    # What is in a folder that hosts share takes nothing of the host's own disk, wherever the instance is.
+    return claim if instance.spec.shared is None else msgspec.structs.replace(claim, disk_bytes=0)
 
 
 def _devices(instance: Instance, spec: Spec) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from interlock.core.specs import Forward as Forward
 from interlock.core.specs import Image as Image
 from interlock.core.specs import Interface as Interface
 from interlock.core.specs import Seed as Seed
+from interlock.core.specs import SharedFolder as SharedFolder
 from interlock.core.specs import Spec as Spec
 from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 

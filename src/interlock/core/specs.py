@@ -83,6 +83,14 @@ class Seed(msgspec.Struct, frozen=True, kw_only=True):
     network_config: str | None = None
 
 
+class SharedFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder that hosts have in common, under the same name on each."""
+
+    path: str
+    id: str
+    """What its marker says, by which another folder at that place is told from it."""
+
+
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """What a hypervisor needs to know to hold an instance."""
 
@@ -99,6 +107,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Which root disk it has: each rebuild, resize or unshelving makes the next, so that two are never mistaken."""
     root_is_whole: bool = False
     """Whether the root disk stands by itself, instead of being a layer over the image."""
+    shared: SharedFolder | None = None
+    """Where its root disks are, for every host that has that folder; None: on the disk of the host where it is."""
     disks: tuple[Disk, ...] = ()
     """The attached volumes, in the order attached."""
     forwards: tuple[Forward, ...] = ()

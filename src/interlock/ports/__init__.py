@@ -5,7 +5,7 @@ adapter must pass, so that a sentence in a docstring here is a test there.
 """
 
 from interlock.ports.clock import Clock
-from interlock.ports.files import Dump, DumpFiles, ImageFiles, SmallForm, VolumeFiles
+from interlock.ports.files import Dump, DumpFiles, ImageFiles, SharedRoots, SmallForm, VolumeFiles
 from interlock.ports.hosts import Host, HostState, Limits, Link, RemoteHost
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.passwords import Passwords
@@ -31,6 +31,7 @@ __all__ = [
     "RemoteHost",
     "Report",
     "Role",
+    "SharedRoots",
     "SmallForm",
     "Store",
     "Stream",

@@ -1,4 +1,4 @@
-"""The folders of files beside the store: images, volumes and dumps."""
+"""The folders of files beside the store: images, volumes, dumps, and the one that hosts share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from interlock.core.records import Image
+from interlock.core.records import Image, SharedFolder
 
 SmallForm = Literal["kernel", "disk"]
 """How the small guest is to be booted: its kernel directly, beside an empty root disk, or from a disk of its own."""
@@ -78,6 +78,24 @@ class VolumeFiles(Protocol):
 
     async def remove(self, volume_id: str) -> None:
         """Remove a volume's file; does nothing where it is gone already."""
+        ...
+
+
+class SharedRoots(Protocol):
+    """The folder in which this server's hosts keep root disks together, if there is one."""
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is, or is to be; None where each host keeps root disks on a disk of its own."""
+        ...
+
+    async def folder(self) -> SharedFolder | None:
+        """It, for a new instance; None where there is none.
+
+        Raises:
+            Unavailable: it is not there, or another one is in its place.
+            NoRoom: its file system is as good as full.
+        """
         ...
 
 

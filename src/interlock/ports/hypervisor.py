@@ -122,16 +122,21 @@ class Hypervisor(Protocol):
 
         That is: its folder; the root disk `spec.root` if it is missing (an empty layer over the image, or an empty
         disk), never one that is there; the disk of its rescue image while it has one, fresh for each rescue, and none
-        while it has none; its seed. Other root disks stay, see `drop_root_disks`.
+        while it has none; its seed. Other root disks stay, see `drop_root_disks`. Root disks are in the folder that
+        `spec.shared` names, for all hosts that have it.
 
         Raises:
             Refused: the image, or its rescue image, is not there any more, or a root disk that stands by itself is
-                not, which only `root_disk_from` and `copy_root_disk` make; or there is no room.
+                not, which only `root_disk_from` and `copy_root_disk` make; or there is no room; or the shared folder is
+                not there, or is another one.
         """
         ...
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
-        """Remove everything of the instance; a running guest is ended first. Volumes' files are not touched."""
+        """Remove everything of the instance that is this host's; a running guest is ended first.
+
+        Volumes' files are not touched, and no root disk in a shared folder: another host may use it.
+        """
         ...
 
     async def power_on(self, permit: Permit, instance_id: str, spec: Spec) -> None:
@@ -264,8 +269,12 @@ class Hypervisor(Protocol):
         """Make the root disk of `spec`, which is whole, from the image file (qcow2) at `source`, if it is missing."""
         ...
 
-    async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
-        """Remove every root disk of the instance but those numbers; none of which a guest has."""
+    async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
+        """Remove every root disk of the instance but those numbers, where `spec` has them.
+
+        Raises:
+            Refused: a guest of this host has one of them, or the shared folder is not there, or is another one.
+        """
         ...
 
     async def export_root_disk(

@@ -28,9 +28,9 @@ def check(instance: Instance, operation: Operation, parameters: dict[str, Any]) 
                 f"{instance.name} boots a kernel, and not from its disk: an image of that could not be booted.",
                 remedy="Copy what is on the disk from inside the guest.",
             )
-        case Operation.EVACUATE if spec.has_root and not parameters.get("from_image"):
+        case Operation.EVACUATE if spec.has_root and spec.shared is None and not parameters.get("from_image"):
             raise Invalid(
-                f"The root disk of {instance.name} is on the host {instance.host}.",
+                f"The root disk of {instance.name} is on a disk of the host {instance.host}.",
                 remedy="Ask with from_image: it then begins as its image again, and what was written to it is lost.",
             )
         case Operation.SWAP_VOLUME:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from interlock.core.errors import Forbidden, Invalid, NotFound, NotResponding
-from interlock.ports import Host, HostState, Hypervisor, InstanceFilter, Link, RemoteHost, Role, Store, every_instance
+from interlock.core.records import SharedFolder
+from interlock.ports import (
+    Host,
+    HostState,
+    Hypervisor,
+    InstanceFilter,
+    Link,
+    RemoteHost,
+    Role,
+    SharedRoots,
+    Store,
+    every_instance,
+)
 from interlock.service.callers import Caller
 from interlock.service.capacity import Capacity, Occupancy
 from interlock.service.wishes import check_name
@@ -62,6 +75,7 @@ class HostVerbs:
         capacity: knows what is promised of them.
         join: is awaited before an agent is spoken to, with the host's name.
         catch_up: is awaited when an agent can be asked; may raise `NotResponding`.
+        shared: the folder in which hosts keep root disks together.
     """
 
     def __init__(
@@ -72,6 +86,7 @@ class HostVerbs:
         capacity: Capacity,
         join: Callable[[str], Awaitable[None]],
         catch_up: Callable[[str], Awaitable[None]],
+        shared: SharedRoots,
     ) -> None:
         self._store = store
         self._book = book
@@ -79,6 +94,7 @@ class HostVerbs:
         self._capacity = capacity
         self._join = join
         self._catch_up = catch_up
+        self._shared = shared
 
     @property
     def own(self) -> str:
@@ -144,6 +160,22 @@ class HostVerbs:
         name = self.own if wanted is None else wanted
         self.require_there(name)
         return (name,)
+
+    def shares(self, name: str, path: Path) -> bool:
+        """Whether that host has a folder that hosts share, as far as it has said; the server's own has each."""
+        if name == self.own:
+            return True
+        announced = self._book.host(name).shared
+        return announced is not None and path.is_relative_to(announced)
+
+    async def shared_folder(self, names: tuple[str, ...]) -> SharedFolder | None:
+        """The folder in which hosts keep root disks together, for something new on one of those that are named.
+
+        None where none of them has it. Raises as `SharedRoots.folder`.
+        """
+        path = self._shared.path
+        there = path is not None and any(self.shares(name, path) for name in names)
+        return await self._shared.folder() if there else None
 
     def hypervisor(self, name: str) -> Hypervisor:
         """What holds the guests of that host."""

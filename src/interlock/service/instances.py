@@ -103,13 +103,14 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` when there was nothing to start.
 
         Raises:
-            Invalid, NotFound (image or host), NameTaken, KeyReused, NoRoom, InUse (a host's port).
+            Invalid, NotFound (image or host), NameTaken, KeyReused, NoRoom, InUse (a host's port), Unavailable.
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(wish.name, "name")
         check_limit(wish.restart)
         spec = await self._resolving.new_spec(caller, wish)
         hosts = self._placing.named(wish.host)
+        shared = await self._hosts.shared_folder(hosts)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
 
@@ -126,7 +127,7 @@ class Instances:
                 restart=wish.restart,
                 spec=spec,
             )
-            instance = self._placing.put(instance, hosts)
+            instance = self._placing.put(instance, hosts, shared)
             facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
             created = _event("instance.created", instance, now_ms, facts)
             if not wish.start:

@@ -5,15 +5,16 @@ Called inside decisions: sums are looked at and nothing is promised. Whether it 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from interlock.core import admission
-from interlock.core.errors import Invalid
+from interlock.core.errors import Invalid, NoRoom
 from interlock.core.operations import TRAVELS, Operation
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Admitted, Held, Instance, Submission
+from interlock.core.records import Admitted, Held, Instance, SharedFolder, Submission
 from interlock.service.capacity import Capacity
 from interlock.service.hosts import ANY, HostVerbs
 
@@ -33,10 +34,29 @@ class Placing:
         """Where the operation may bring an instance; none for one that brings it nowhere. Raises as `named`."""
         return self._hosts.named(parameters.get("host")) if operation in TRAVELS else ()
 
-    def put(self, instance: Instance, hosts: tuple[str, ...]) -> Instance:
-        """A new instance, on one of the hosts. Raises `NoRoom` where several are named, and it fits on none."""
-        host = hosts[0] if len(hosts) == 1 else self._capacity.choose(instance, hosts)
-        return msgspec.structs.replace(instance, host=host)
+    def put(self, instance: Instance, hosts: tuple[str, ...], shared: SharedFolder | None) -> Instance:
+        """A new instance, on one of the hosts; rather on one that has the shared folder, if it has a root disk.
+
+        Raises `NoRoom` where several are named, and it fits on none.
+        """
+        with_shared = instance
+        if shared is not None and instance.spec is not None and instance.spec.has_root:
+            with_shared = msgspec.structs.replace(instance, spec=msgspec.structs.replace(instance.spec, shared=shared))
+        sharing = tuple(host for host in hosts if self._reaches(host, with_shared))
+        others = tuple(host for host in hosts if host not in sharing)
+        if len(hosts) == 1:
+            return msgspec.structs.replace(with_shared if sharing else instance, host=hosts[0])
+        try:
+            return msgspec.structs.replace(with_shared, host=self._capacity.choose(with_shared, sharing))
+        except NoRoom:
+            if not others:
+                raise
+            return msgspec.structs.replace(instance, host=self._capacity.choose(instance, others))
+
+    def _reaches(self, host: str, instance: Instance) -> bool:
+        """Whether the instance's root disk can be used on that host, as far as is known."""
+        shared = None if instance.spec is None else instance.spec.shared
+        return shared is None or self._hosts.shares(host, Path(shared.path))
 
     def bound(
         self,
@@ -66,10 +86,11 @@ class Placing:
         earlier = [one for one in known if one.operation is submission.operation]
         if earlier:
             return _to(submission, str(earlier[-1].parameters.get("host")))
-        others = tuple(name for name in targets if name != instance.host)
+        others = tuple(name for name in targets if name != instance.host and self._reaches(name, instance))
         if not others:
+            which = "has its root disk" if any(name != instance.host for name in targets) else "can be asked"
             raise Invalid(
-                f"There is no host that can be asked but {instance.host}.",
+                f"There is no host that {which} but {instance.host}.",
                 remedy="See that `interlock agent` runs on another; `interlock host list` tells.",
             )
         if isinstance(admission.judge(instance, submission, policy, now_ms), Admitted | Held):

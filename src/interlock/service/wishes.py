@@ -215,7 +215,8 @@ class EvacuateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     host: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
     """Where it is taken up: a host's name, or `any` as above. Default: the server's own host."""
     from_image: bool = False
-    """True lets its root disk begin as its image again: what was on it is on the host that is lost."""
+    """True lets its root disk begin as its image again, whatever was on it. One in a folder that hosts share is gone on
+    with otherwise; one that was on the host's own disk is lost with the host."""
 
 
 class ResetStateParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -68,10 +68,10 @@ class QemuWorkbench:
         return Disk(id=disk_id, path=str(path))
 
     async def mark_root(self, spec: Spec, instance_id: str, mark: int) -> None:
-        await asyncio.to_thread(write_pattern, self.instance_folder(instance_id).root_disk(spec.root), mark, 1)
+        await asyncio.to_thread(write_pattern, self.instance_folder(instance_id).roots(spec).disk(spec.root), mark, 1)
 
     async def root_mark(self, spec: Spec, instance_id: str) -> int | None:
-        disk = self.instance_folder(instance_id).root_disk(spec.root)
+        disk = self.instance_folder(instance_id).roots(spec).disk(spec.root)
         return await asyncio.to_thread(first_byte, disk) if disk.exists() else None
 
     def instance_folder(self, instance_id: str) -> InstanceFolder:

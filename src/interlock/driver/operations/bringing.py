@@ -49,9 +49,17 @@ async def settle_resize(work: Work) -> None:
 
     Whatever makes the next root disk begins with this: one of that number may be left of something that failed.
     """
-    await work.hypervisor.drop_root_disks(work.permit, work.id, frozenset({work.spec.root}))
+    await work.hypervisor.drop_root_disks(work.permit, work.id, work.spec, frozenset({work.spec.root}))
     if work.instance.prior_spec is not None:
         await work.keep(Kept(prior_spec=None))
+
+
+async def remove_all(work: Work) -> None:
+    """Remove everything of the instance, its root disks in a shared folder too; a running guest is ended first."""
+    if work.spec.shared is not None:
+        await work.hypervisor.power_off(work.permit, work.id)
+        await work.hypervisor.drop_root_disks(work.permit, work.id, work.spec, frozenset())
+    await work.hypervisor.undefine(work.permit, work.id)
 
 
 async def boot(work: Work) -> Done:

@@ -17,21 +17,24 @@ from interlock.core.errors import Fenced, HypervisorError, NotResponding, NotThe
 from interlock.core.operations import Lane
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
+from interlock.driver.operations.bringing import settle_resize
 from interlock.driver.work import Done, Work
-from interlock.ports import Report
+from interlock.ports import Hypervisor, Report
 from interlock.ports.travelling import Arrival, Passage, Travelling
 
 
 async def evacuate(work: Work) -> Done:
     """Make the instance anew on another host, and start it if it ran.
 
-    Its root disk was on the host that is lost: it begins as its image again. From the moment that the record names the
-    other host, whatever the lost one still has of it is removed when it comes back.
+    A root disk in a shared folder is gone on with, and one that was on the lost host begins as its image again. From
+    the moment that the record names the other host, whatever the lost one still has of its own is removed when it comes
+    back.
     """
     target = str(work.request.parameters.get("host", work.hosts.own))
     if work.instance.host != target:
         await work.keep(Kept(host=target, spec=await _prepare(work, target), prior_spec=None))
     await work.hypervisor.define(work.permit, work.id, work.spec)
+    await settle_resize(work)
     if work.instance.vm_state is VmState.STOPPED:
         return Done(power_state=PowerState.NONE)
     await work.hypervisor.power_on(work.permit, work.id, work.spec)
@@ -39,16 +42,24 @@ async def evacuate(work: Work) -> Done:
 
 
 async def _prepare(work: Work, target: str) -> Spec:
-    """Make the instance's files on the target, with a root disk that is another one from now on; what it then is."""
-    spec = work.spec
-    if spec.has_root and not work.request.parameters.get("from_image"):
+    """Make what the instance needs on the target; what it then is, maybe with another root disk."""
+    spec, from_image = work.spec, bool(work.request.parameters.get("from_image"))
+    if spec.has_root and spec.shared is None and not from_image:
         raise Refused(
             f"The root disk of {work.instance.name} was on the host {work.instance.host}.",
             remedy="Ask for it with from_image, which begins with its image again.",
         )
-    fresh = msgspec.structs.replace(spec, root=spec.root + 1, root_is_whole=False) if spec.has_root else spec
+    again = spec.has_root and from_image
+    fresh = msgspec.structs.replace(spec, root=spec.root + 1, root_is_whole=False) if again else spec
     hypervisor = work.hosts.of(target)
     try:
+        # A guest that was on its way there is not the one that is lost.
+        await hypervisor.undefine(work.permit, work.id)
+        if again and spec.shared is not None:
+            # One of that number may be left of a resize or rebuild that was lost with the host.
+            await hypervisor.drop_root_disks(work.permit, work.id, spec, _known_roots(work))
+        if not again:
+            await require_root(work, hypervisor)
         await hypervisor.define(work.permit, work.id, fresh)
     except NotResponding:
         raise
@@ -56,6 +67,21 @@ async def _prepare(work: Work, target: str) -> Spec:
         await hypervisor.undefine(work.permit, work.id)
         raise
     return fresh
+
+
+def _known_roots(work: Work) -> frozenset[int]:
+    return frozenset(spec.root for spec in (work.instance.spec, work.instance.prior_spec) if spec is not None)
+
+
+async def require_root(work: Work, hypervisor: Hypervisor) -> None:
+    """Raise `Refused` where a host lacks the instance's shared root disk, which would begin as its image there.
+
+    To be called before the instance is defined on another host than its own.
+    """
+    spec = work.spec
+    if spec.shared is not None and spec.has_root:
+        # One that stands by itself is never made anew; this one is not made here either.
+        await hypervisor.define(work.permit, work.id, msgspec.structs.replace(spec, root_is_whole=True))
 
 
 # -------------------------------------------------------------------------------------------------- live migration
@@ -86,6 +112,7 @@ async def _bring(work: Work, target: str) -> None:
     machine = await here.machine_kind(work.id)
     with answering(target):
         await work.hosts.of(target).undefine(work.permit, work.id)
+        await require_root(work, work.hosts.of(target))
         await work.hosts.of(target).define(work.permit, work.id, work.spec)
         passage = await there.receive_guest(work.permit, work.id, work.spec, machine)
     async with work.moving() as report:

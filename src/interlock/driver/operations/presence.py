@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from interlock.core.errors import Refused
+from interlock.core.operations import Operation
 from interlock.core.states import PowerState
-from interlock.driver.operations.bringing import bring_back
+from interlock.driver.operations.bringing import bring_back, remove_all
 from interlock.driver.work import Done, Work
 
 
@@ -19,7 +21,7 @@ async def create(work: Work) -> Done:
 
 async def delete(work: Work) -> Done:
     """End the guest, remove everything of it, its dumps too, and let go of its volumes, which stay."""
-    await work.hypervisor.undefine(work.permit, work.id)
+    message = await _remove(work)
     work.permit.check()
     await work.dumps.remove(work.id)
     await work.release_volumes(kept=frozenset())
@@ -27,7 +29,19 @@ async def delete(work: Work) -> Done:
         await work.images.remove(work.instance.shelved_image)
     # The record stays for the history; passwords and keys in what the guest was told have no use in it.
     await work.keep_changed(lambda spec: msgspec.structs.replace(spec, seed=None))
-    return Done(power_state=PowerState.NONE)
+    return Done(power_state=PowerState.NONE, message=message)
+
+
+async def _remove(work: Work) -> str | None:
+    """Remove what hosts have of it. What is in a shared folder that is gone keeps none from being deleted by force."""
+    try:
+        await remove_all(work)
+    except Refused as error:
+        if work.request.operation is not Operation.FORCE_DELETE:
+            raise
+        await work.hypervisor.undefine(work.permit, work.id)
+        return f"Its root disk stays where it is: {error.message}"
+    return None
 
 
 async def soft_delete(work: Work) -> Done:

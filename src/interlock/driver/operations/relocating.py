@@ -1,8 +1,9 @@
 """Cold migration: an instance goes to another host with its guest powered off.
 
 Its root disk is written to a file of the server, and made of that on the other host, where it stands by itself from
-then on. Where the instance is, is what the record says: until it names the other host, everything is still here and
-whatever is there is not the instance's; from then on it is the other way round.
+then on; one in a shared folder stays where it is. Where the instance is, is what the record says: until it names the
+other host, everything is still here and whatever is there is not the instance's; from then on it is the other way
+round.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import msgspec
 from interlock.core.errors import Fenced, HypervisorError, InterlockError, NotResponding, Refused
 from interlock.core.records import Kept, Spec
 from interlock.core.states import VmState
-from interlock.driver.operations.bringing import bring_to, shut_down
-from interlock.driver.operations.migrating import answering, drop_there, require_other
+from interlock.driver.operations.bringing import bring_to, settle_resize, shut_down
+from interlock.driver.operations.migrating import answering, drop_there, require_other, require_root
 from interlock.driver.work import Done, Work
 
 
@@ -50,7 +51,9 @@ async def _bring(work: Work, target: str) -> str | None:
     there, here, spec = work.hosts.of(target), work.hypervisor, work.spec
     with answering(target):
         await there.undefine(work.permit, work.id)
-        if not spec.root_is_whole:
+        if work.instance.vm_state is not VmState.BUILDING:
+            await require_root(work, there)
+        if spec.shared is not None or not spec.root_is_whole:
             # Whatever the target has not is told before the guest is asked to power off.
             await there.define(work.permit, work.id, spec)
     if work.instance.vm_state is VmState.ACTIVE:
@@ -59,11 +62,12 @@ async def _bring(work: Work, target: str) -> str | None:
     if work.instance.vm_state is VmState.BUILDING:
         await here.define(work.permit, work.id, spec)
     moved = _moved(spec)
-    if spec.has_root:
+    if moved.root != spec.root:
         await _carry(work, target, moved)
     with answering(target):
         await there.define(work.permit, work.id, moved)
-        await there.drop_root_disks(work.permit, work.id, frozenset({moved.root}))
+        if spec.shared is None:
+            await there.drop_root_disks(work.permit, work.id, moved, frozenset({moved.root}))
     await work.keep(Kept(host=target, left_host=work.instance.host, spec=moved, prior_spec=None))
     return message
 
@@ -71,7 +75,9 @@ async def _bring(work: Work, target: str) -> str | None:
 def _moved(spec: Spec) -> Spec:
     """What the instance is once it is elsewhere: a rescue that it was stopped in is over."""
     gone = msgspec.structs.replace(spec, rescue_image=None)
-    return msgspec.structs.replace(gone, root=spec.root + 1, root_is_whole=True) if spec.has_root else gone
+    if spec.shared is not None or not spec.has_root:
+        return gone
+    return msgspec.structs.replace(gone, root=spec.root + 1, root_is_whole=True)
 
 
 async def _carry(work: Work, target: str, moved: Spec) -> None:
@@ -104,6 +110,8 @@ async def _arrive(work: Work, message: str | None) -> Done:
     """Have the instance as it was before where the record says that it is, and remove it where it was."""
     await _discard(work)
     try:
+        if work.spec.shared is not None:
+            await settle_resize(work)
         done = await bring_to(work, work.instance.vm_state)
     except NotResponding:
         raise

@@ -13,7 +13,7 @@ import msgspec
 from interlock.core.errors import Refused
 from interlock.core.records import Kept
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import bring_back, bring_to, settle_resize, shut_down
+from interlock.driver.operations.bringing import bring_back, bring_to, remove_all, settle_resize, shut_down
 from interlock.driver.operations.copies import export
 from interlock.driver.work import Done, Work
 
@@ -52,7 +52,7 @@ async def offload(work: Work) -> Done:
             f"The image of {work.instance.name}'s root disk is not there; nothing was removed.",
             remedy="Unshelve the instance, and shelve it again.",
         )
-    await work.hypervisor.undefine(work.permit, work.id)
+    await remove_all(work)
     if work.instance.prior_vm_state is VmState.SUSPENDED:
         # Its memory was on the host, and is given up with the rest.
         await work.keep(Kept(prior_vm_state=VmState.STOPPED))
@@ -74,7 +74,7 @@ async def undo_unshelve(work: Work) -> None:
     """Have nothing run. A root disk that was made of the image already stays, and is what the next one finds."""
     await work.hypervisor.power_off(work.permit, work.id)
     if work.instance.vm_state is VmState.SHELVED_OFFLOADED and work.instance.shelved_image is not None:
-        await work.hypervisor.undefine(work.permit, work.id)
+        await remove_all(work)
 
 
 async def _restore(work: Work) -> None:
@@ -83,7 +83,7 @@ async def _restore(work: Work) -> None:
     if image is None:
         return
     spec = msgspec.structs.replace(work.spec, root=work.spec.root + 1, root_is_whole=True)
-    await work.hypervisor.drop_root_disks(work.permit, work.id, frozenset())
+    await work.hypervisor.drop_root_disks(work.permit, work.id, work.spec, frozenset())
     async with work.moving() as report:
         await work.hypervisor.root_disk_from(work.permit, work.id, spec, Path(image.path), report)
     await work.keep(Kept(spec=spec, shelved_image=None))

@@ -71,7 +71,7 @@ class QemuHypervisor(Passages):
         with refused(folder):
             root_disks.require_files(folder, spec)
             folder.make(permit)
-            root_disks.drop_half_made(permit, folder)
+            root_disks.drop_half_made(permit, folder.path)
             await root_disks.make_root_disk(permit, folder, spec, self._settings)
             await root_disks.make_rescue_disk(permit, folder, spec, self._settings)
             await root_disks.make_seed_disk(permit, folder, instance_id, spec)

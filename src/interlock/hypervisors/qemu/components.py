@@ -92,10 +92,10 @@ class Components(Charge):
             folder.make(permit)
             await root_disks.root_disk_from(permit, folder, spec, source, self._settings, report)
 
-    async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
+    async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
         folder = self._folder_of(instance_id)
         with refused(folder):
-            await root_disks.drop_root_disks(permit, folder, kept)
+            await root_disks.drop_root_disks(permit, folder, spec, kept)
 
     async def export_root_disk(
         self, permit: Permit, instance_id: str, spec: Spec, target: Path, report: Report

@@ -51,7 +51,7 @@ async def export_at_rest(
     permit: Permit, folder: InstanceFolder, spec: Spec, target: Path, settings: QemuSettings, report: Report
 ) -> None:
     """Export while no process holds the guest. Raises as `Hypervisor.export_root_disk`."""
-    source = folder.root_disk(spec.root)
+    source = folder.roots(spec).disk(spec.root)
     if not source.exists():
         raise Refused(f"The root disk {source} is not there.", remedy="Put the file back, or rebuild the instance.")
     if folder.held():
@@ -62,7 +62,7 @@ async def export_at_rest(
     total = qcow2.read_header(source).size_bytes
     with _half_made(target) as fresh:
         permit.check()
-        words = ["convert", "-p", "-c", "-f", "qcow2", "-O", "qcow2", str(source), str(fresh)]
+        words = ["convert", "-p", "-c", "-O", "qcow2", qcow2.opened(source, spec), str(fresh)]
         await use_image_tool(words, _WHAT, settings, lambda done: report(int(done * total), total))
         await root_disks.keep(permit, fresh, target)
 

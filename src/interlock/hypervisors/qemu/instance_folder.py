@@ -9,7 +9,7 @@ vms/ID/                 0700, ours: QEMU gets everything in it as open descripto
     console             the socket of the serial console
     agent               the socket of the guest agent's port
     frozen              there while the guest's file systems may be held still
-    root.qcow2          the root disk number 0, an overlay of the image or whole
+    root.qcow2          the root disk number 0, an overlay of the image or whole, unless it is in a shared folder
     root-N.qcow2        the root disk number N, which a rebuild, a resize or an unshelving made
     rescue.qcow2        while it is rescued: an overlay of the rescue image
     memory.saved        the guest's memory: no processor has run since it was written
@@ -30,24 +30,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import socket
 import stat
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from interlock.core.errors import Refused
 from interlock.core.records import Spec
 from interlock.hypervisors.qemu.command_line import JOURNAL, MONITOR, Machine
+from interlock.hypervisors.qemu.root_folder import RootFolder, root_folder
 from interlock.ports import Permit
 
 RecordT = TypeVar("RecordT")
-
-_ROOT_DISK: Final = re.compile(r"root(?:-([1-9][0-9]*))?\.qcow2")
 
 
 class Phase(StrEnum):
@@ -96,14 +94,9 @@ class InstanceFolder:
     def exists(self) -> bool:
         return self.path.is_dir()
 
-    def root_disk(self, number: int) -> Path:
-        """Where the root disk with that number is, or would be."""
-        return self.path / (f"root-{number}.qcow2" if number else "root.qcow2")
-
-    def root_disks(self) -> dict[int, Path]:
-        """The root disks that are there, by number."""
-        found = ((_ROOT_DISK.fullmatch(path.name), path) for path in self.path.glob("root*.qcow2"))
-        return {int(match[1] or 0): path for match, path in found if match is not None}
+    def roots(self, spec: Spec) -> RootFolder:
+        """Where its root disks are. Raises `Refused` where they are in a shared folder that is not there."""
+        return root_folder(self.path, spec)
 
     def make(self, permit: Permit) -> None:
         permit.check()

@@ -18,8 +18,6 @@ from interlock.hypervisors.qemu.command_line import (
     AGENT,
     CONSOLE,
     MONITOR,
-    RESCUE,
-    ROOT,
     Descriptors,
     Machine,
     all_disks,
@@ -114,8 +112,13 @@ def _open_all(
 
 
 def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:
-    own = {ROOT: folder.root_disk(spec.root), RESCUE: folder.rescue_disk}
-    return own.get(disk.id) or Path(disk.path)
+    match disk.id:
+        case "root":
+            return folder.roots(spec).disk(spec.root)
+        case "rescue":
+            return folder.rescue_disk
+        case _:
+            return Path(disk.path)
 
 
 def _limits(spec: Spec, settings: QemuSettings) -> list[str]:

@@ -39,6 +39,9 @@ _CAPABILITIES: Final = [
     {"capability": "events", "state": True},
     {"capability": "pause-before-switchover", "state": True},
 ]
+_DISKS_WHEN_IT_RUNS: Final = {"capability": "late-block-activate", "state": True}
+"""Disks that both hosts have are opened for writing, and locked, by who lets the guest run, and not by who awaits it:
+while it stands still on both, either may."""
 
 
 # --------------------------------------------------------------------------------------------------------- receiving
@@ -98,7 +101,7 @@ class Awaited:
 
 async def prepare(permit: Permit, guest: Guest, address: str, *, disk: bool) -> Awaited:
     """Have a machine that was started to take a guest open its doors. Raises as `Guest.tell`."""
-    await guest.tell(permit, "migrate-set-capabilities", {"capabilities": _CAPABILITIES})
+    await guest.tell(permit, "migrate-set-capabilities", {"capabilities": [*_CAPABILITIES, _DISKS_WHEN_IT_RUNS]})
     if disk:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
             with _short(guest) as folder:

@@ -56,7 +56,7 @@ class Passages(Components):
             permit.check()
             _mark(folder, "awaited", "")
         guest = await self._start(permit, instance_id, spec, msgspec.json.decode(machine, type=Machine))
-        awaited = await migration.prepare(permit, guest, self._settings.migration_address, disk=spec.has_root)
+        awaited = await migration.prepare(permit, guest, self._settings.migration_address, disk=_sent_along(spec))
         self._awaited[instance_id] = awaited
         return awaited.passage
 
@@ -80,7 +80,7 @@ class Passages(Components):
             passage,
             report,
             self._account,
-            disk=spec is not None and spec.has_root,
+            disk=spec is not None and _sent_along(spec),
             ran=state is PowerState.RUNNING,
         )
 
@@ -129,6 +129,11 @@ class Passages(Components):
 
     def _awaits(self, instance_id: str) -> bool:
         return _read(self._folder_of(instance_id), "awaited") is not None
+
+
+def _sent_along(spec: Spec) -> bool:
+    """Whether the guest's root disk goes with it: one in a shared folder is there already."""
+    return spec.has_root and spec.shared is None
 
 
 def _place(folder: InstanceFolder, name: str) -> Path:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from interlock.core.errors import Refused
+from interlock.core.records import Spec
 
 _MAGIC: Final = b"QFI\xfb"
 _BEGINNING: Final = struct.Struct(">4sIQIIQ")
@@ -35,6 +36,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     def stands_alone(self) -> bool:
         """Whether it needs no other file."""
         return self.backing is None and not self.external_data
+
+
+def opened(disk: Path, spec: Spec) -> str:
+    """How the image tool is to open an instance's root disk: as a layer over the image where this host has that.
+
+    What the file says itself is where the host that made it had the image.
+    """
+    words: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(disk)}, "backing": None}
+    if spec.image.kind == "disk" and not spec.root_is_whole:
+        base = {"driver": "file", "filename": spec.image.path}
+        words["backing"] = {"driver": spec.image.format, "file": base}
+    return "json:" + msgspec.json.encode(words).decode()
 
 
 def read_header(path: Path) -> Header:

@@ -325,8 +325,8 @@ class RemoteHypervisor(ImageCalls):
             with contextlib.suppress(NotResponding):  # an agent that starts removes it
                 await session.call("file_drop", "", (name,), None)
 
-    async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
-        await self._call("drop_root_disks", permit, instance_id, kept)
+    async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
+        await self._call("drop_root_disks", permit, instance_id, spec, kept)
 
     async def export_root_disk(
         self, permit: Permit, instance_id: str, spec: Spec, target: Path, report: Report

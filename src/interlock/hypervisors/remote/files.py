@@ -139,6 +139,10 @@ class Shelf:
         place = Path(os.path.normpath(path))
         return place.is_relative_to(self._shared) and place.exists()
 
+    def shares(self, folder: str) -> bool:
+        """Whether a folder is in the one that this host was told that it shares."""
+        return self._shared is not None and Path(os.path.normpath(folder)).is_relative_to(self._shared)
+
     def here(self, path: str) -> str:
         """Under which name a file of the server is found here; its own if it is not here."""
         cached = self._places["cache"] / cached_name(path)

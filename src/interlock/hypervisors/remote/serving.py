@@ -247,9 +247,14 @@ class HostService:
         return permit
 
     def _at_home(self, words: tuple[Any, ...]) -> list[Any]:
-        """What was sent, in terms of this host. Raises `Refused` for a volume that it cannot reach."""
+        """What was sent, in terms of this host. Raises `Refused` for a volume or a root disk that it cannot reach."""
         found: list[Any] = []
         for word in words:
+            if isinstance(word, Spec) and word.shared is not None and not self._shelf.shares(word.shared.path):
+                raise Refused(
+                    f"The host {self._name} does not have the shared folder {word.shared.path}.",
+                    remedy="Start its agent with --shared, or use a host that has it.",
+                )
             disks = word.disks if isinstance(word, Spec) else (word,) if isinstance(word, Disk) else ()
             for disk in disks:
                 if not self._reaches(disk.path):

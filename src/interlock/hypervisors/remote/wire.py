@@ -22,7 +22,7 @@ from interlock.ports import Hypervisor, HypervisorEvent, Permit, Report
 from interlock.ports.hosts import Limits, Link
 from interlock.ports.travelling import Travelling
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of this language. Server and agent of different versions do not speak to each other."""
 CHUNK_BYTES: Final = 1 << 20
 """How much of a file goes in one message."""

@@ -100,7 +100,7 @@ class DiskCalls(Calls):
         if isinstance(fault, AnswerLost):
             await self._no_answer(instance_id)
 
-    async def drop_root_disks(self, permit: Permit, instance_id: str, kept: frozenset[int]) -> None:
+    async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:  # noqa: ARG002 - simulated hosts share nothing
         self._must_be_open()
         guest = self.host.guests.get(instance_id)
         if guest is None or kept.issuperset(guest.roots):

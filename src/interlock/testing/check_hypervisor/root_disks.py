@@ -60,7 +60,7 @@ async def only_the_numbers_that_are_named_are_kept(bench: Bench) -> None:
     spec, other = await marked(bench, 7), with_root(bench, 3)
     await bench.hypervisor.define(bench.permit, "one", other)
     for _ in range(2):
-        await bench.hypervisor.drop_root_disks(bench.permit, "one", frozenset({3}))
+        await bench.hypervisor.drop_root_disks(bench.permit, "one", other, frozenset({3}))
         assert await bench.host.root_mark(spec, "one") is None
         assert await bench.host.root_mark(other, "one") == 0
 
@@ -69,7 +69,7 @@ async def only_the_numbers_that_are_named_are_kept(bench: Bench) -> None:
 async def a_root_disk_that_a_guest_has_is_not_removed(bench: Bench) -> None:
     await bench.start(spec=with_root(bench))
     async with raises(Refused):
-        await bench.hypervisor.drop_root_disks(bench.permit, "one", frozenset())
+        await bench.hypervisor.drop_root_disks(bench.permit, "one", with_root(bench), frozenset())
     assert "root" in (await bench.hypervisor.inspect("one")).disks
 
 
@@ -103,7 +103,7 @@ async def a_revoked_permit_has_no_effect_on_root_disks(bench: Bench) -> None:
         async with raises(Fenced):
             await bench.hypervisor.copy_root_disk(permit, "one", old, new, Progress())
         async with raises(Fenced):
-            await bench.hypervisor.drop_root_disks(permit, "one", frozenset())
+            await bench.hypervisor.drop_root_disks(permit, "one", old, frozenset())
         async with raises(Fenced):
             await bench.hypervisor.export_root_disk(permit, "one", old, Path(folder, "export"), Progress())
         assert names_in(folder) == []

@@ -1,0 +1,55 @@
+"""The folder in which the root disks of one instance are, on its host's own disk or on one that hosts share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from interlock.core.records import Spec
+from interlock.hypervisors.shared_folder import instance_place
+from interlock.ports import Permit
+
+_ROOT_DISK: Final = re.compile(r"root(?:-([1-9][0-9]*))?\.qcow2")
+
+
+class RootFolder:
+    """A folder with root disks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def disk(self, number: int) -> Path:
+        """Where the root disk with that number is, or would be."""
+        return self.path / (f"root-{number}.qcow2" if number else "root.qcow2")
+
+    def disks(self) -> dict[int, Path]:
+        """The root disks that are there, by number."""
+        found = ((_ROOT_DISK.fullmatch(path.name), path) for path in self.path.glob("root*.qcow2"))
+        return {int(match[1] or 0): path for match, path in found if match is not None}
+
+
+class SharedRootFolder(RootFolder):
+    """The same in a folder that hosts share: it is there only while a root disk is, or is being made."""
+
+    def make(self, permit: Permit) -> None:
+        for path in (self.path.parent, self.path):
+            permit.check()
+            path.mkdir(mode=0o700, exist_ok=True)
+
+    def remove(self, permit: Permit) -> None:
+        """Remove it, if nothing is in it any more."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            permit.check()
+            self.path.rmdir()
+
+
+def root_folder(own: Path, spec: Spec) -> RootFolder:
+    """Where an instance's root disks are whose folder on this host is `own`.
+
+    Raises:
+        Refused: the shared folder is not there, or is another one.
+    """
+    if spec.shared is None:
+        return RootFolder(own)
+    return SharedRootFolder(instance_place(spec.shared, own.name))
