@@ -43,6 +43,7 @@ class Killing:
                 self._serving.set()
         except Exception as error:  # noqa: BLE001 - one that breaks must be seen
             self._book.complain(f"the server cannot be started: {error!r}")
+            self._over.set()
         finally:
             self._serving.set()
 
@@ -60,3 +61,4 @@ class Killing:
                 agent.start()
         except Exception as error:  # noqa: BLE001 - one that breaks must be seen
             self._book.complain(f"the agent cannot be started: {error!r}")
+            self._over.set()

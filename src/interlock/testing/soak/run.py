@@ -50,8 +50,10 @@ class Soak:
             if self.ground.agent is not None:
                 tasks.append(pool.submit(killing.kill_agent_until_over, self.ground.agent, self._chance.random()))
             tasks.append(pool.submit(Doubles(self.ground.guests, self.book).look_until, over))
-            over.wait(seconds)
-            over.set()
+            try:
+                over.wait(seconds)
+            finally:
+                over.set()
             for one in tasks:
                 one.result()
         Judging(self.ground, self.book, asking).judge()
