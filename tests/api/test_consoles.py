@@ -16,6 +16,7 @@ from websockets.typing import Origin, Subprotocol
 
 from interlock.api.console import BEARER, MESSAGE_BYTES_MAX
 from interlock.core.errors import NotThere
+from interlock.hypervisors.qemu.console_log import end_of
 from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 from interlock.ports import Role
 from interlock.service import seeing
@@ -284,17 +285,15 @@ async def test_the_description_says_what_it_has_no_words_for(admin: httpx.AsyncC
         (b"one", 1, b"one"),
     ],
 )
-def test_history_is_the_last_lines(tmp_path: Path, text: bytes, lines: int, expected: bytes) -> None:
-    path = tmp_path / "console.log"
-    path.write_bytes(text)
-    assert seeing.last_lines(path, lines) == expected
+def test_history_is_the_last_lines(text: bytes, lines: int, expected: bytes) -> None:
+    assert seeing.last_lines(text, lines) == expected
 
 
-def test_history_has_a_limit_and_a_file_that_is_not_there_has_none(tmp_path: Path) -> None:
+def test_the_end_of_a_log_has_a_limit_and_one_that_is_not_there_has_none(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
-    assert seeing.last_lines(path, 1) == b""
-    path.write_bytes(b"x" * 3 * seeing.HISTORY_BYTES_MAX)
-    assert len(seeing.last_lines(path, 1)) == seeing.HISTORY_BYTES_MAX
+    assert end_of(path, 1) is None
+    path.write_bytes(b"one, two")
+    assert (end_of(path, 3), end_of(path, 100)) == (b"two", b"one, two")
 
 
 class Said:
@@ -324,18 +323,17 @@ class Said:
     ],
 )
 async def test_what_was_written_while_both_were_fetched_comes_once(
-    tmp_path: Path, door: Door, admin: httpx.AsyncClient, log: bytes, live: bytes, more: bytes
+    door: Door, admin: httpx.AsyncClient, log: bytes, live: bytes, more: bytes
 ) -> None:
     await make(admin, "one")
-    path = tmp_path / "console.log"
-    path.write_bytes(log)
 
     class Hypervisor:
         async def open_console(self, _instance_id: str) -> Said:
             return Said(live, b"end\n")
 
-        def console_path(self, _instance_id: str) -> Path:
-            return path
+        async def console_tail(self, _instance_id: str, length: int) -> bytes:
+            assert length == seeing.HISTORY_BYTES_MAX
+            return log
 
     looking = seeing.Seeing(door.server.instances, lambda _host: Hypervisor())  # type: ignore[arg-type, return-value]
     history, stream = await looking.console(OPERATOR, "one", 100)

@@ -9,9 +9,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from websockets.sync.client import connect
 
 from interlock.hypervisors.qemu.images_in_use import images_in_use
 from interlock.testing.boot_sector import bootable_image
+from interlock.testing.nano_guest import GREETING
 from interlock.testing.real_fleet import Fleet
 
 pytestmark = pytest.mark.qemu
@@ -82,6 +84,26 @@ def test_what_comes_back_from_another_host_may_be_of_any_size(fleet: Fleet) -> N
     assert '"not connected"' not in north.log.read_text()
     (copy,) = (one for one in fleet.server.get("/v1/images")["items"] if one["name"] == "copy")
     assert copy["stored_bytes"] > 3 << 20
+
+
+def test_what_a_guest_on_another_host_has_written_on_its_console_can_be_read(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    fleet.create("one", "north")
+    said = "/v1/instances/one/console"
+    deadline = time.monotonic() + 30
+    while GREETING not in fleet.server.client.get(said).text:
+        assert time.monotonic() < deadline
+    url = str(fleet.server.client.base_url.join(said + "/live?history=100")).replace("http", "ws", 1)
+    headers = {"Authorization": fleet.server.client.headers["Authorization"]}
+    with connect(url, additional_headers=headers) as console:
+        assert GREETING.encode() in bytes(console.recv(timeout=30))  # type: ignore[arg-type]
+    assert len(fleet.server.client.get(said, params={"tail_bytes": 3}).content) == 3
+    north.kill()
+    deadline = time.monotonic() + 30
+    while fleet.server.get("/v1/hosts/north")["linked"]:
+        assert time.monotonic() < deadline
+    away = fleet.server.client.get(said)
+    assert (away.status_code, away.json()["detail"]) == (503, "The host north is not connected.")
 
 
 def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:

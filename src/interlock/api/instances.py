@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -14,7 +13,7 @@ from interlock.api import asking, problems, schemas, views
 from interlock.api.doors import CURSOR, IF_MATCH, KEY, LIMIT, PREFER, WAIT, ApiParts, Door, Parameter, answer, etag
 from interlock.api.patience import while_connected
 from interlock.core import records
-from interlock.core.errors import Invalid, NotFound
+from interlock.core.errors import Invalid
 from interlock.core.records import ENDS, Admitted, Denied, Held, Redundant
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter
@@ -152,21 +151,8 @@ async def console(parts: ApiParts, caller: Caller, request: Request) -> Response
     query = request.query_params
     asking.only(query, "tail_bytes")
     tail = asking.number(query, "tail_bytes", _TAIL_BYTES, 1, _TAIL_BYTES_MAX)
-    instance = await parts.instances.describe(caller, request.path_params[_REFERENCE])
-    path = parts.instances.console_path(instance)
-    text = None if path is None else _tail(path, tail)
-    if text is None:
-        raise NotFound(f"The instance {instance.name} has no console yet.", remedy="It gets one when it is started.")
+    text = await parts.seeing.written(caller, request.path_params[_REFERENCE], tail)
     return Response(text, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
-
-
-def _tail(path: Path, length: int) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - length))
-            return file.read(length)
-    except FileNotFoundError:
-        return None
 
 
 def _refuse(parts: ApiParts, request: Request, said: Answer) -> Response:

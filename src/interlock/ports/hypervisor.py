@@ -331,6 +331,9 @@ class Hypervisor(Protocol):
         """A connection that speaks VNC (RFB) with the guest's screen. Raises `NotThere`, `Refused`."""
         ...
 
-    def console_path(self, instance_id: str) -> Path | None:
-        """The file to which the guest's serial console is written, or None if there is none."""
+    async def console_tail(self, instance_id: str, length: int) -> bytes | None:
+        """The last so many bytes that the guest wrote on its serial console, whether it runs or not.
+
+        None where there is no console, or none was written yet.
+        """
         ...

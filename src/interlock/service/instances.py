@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -332,10 +331,6 @@ class Instances:
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
         """Have `listener` hear of every event of this server, whatever its project."""
         self._store.listen(listener)
-
-    def console_path(self, instance: Instance) -> Path | None:
-        """The file of the instance's serial console, or None if there is none."""
-        return self._hosts.hypervisor(instance.host).console_path(instance.id)
 
     # ---------------------------------------------------------------------------------------------------- events
 

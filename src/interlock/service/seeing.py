@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 from interlock.core.errors import NotFound, NotThere, Refused
 from interlock.core.records import Instance
@@ -38,16 +37,31 @@ class Seeing:
             stream = await hypervisor.open_console(instance.id)
         except NotThere as absent:
             raise _not_running(instance, "console") from absent
-        path = hypervisor.console_path(instance.id) if history_lines else None
         try:
-            history = b"" if path is None else await asyncio.to_thread(last_lines, path, history_lines)
+            written = await hypervisor.console_tail(instance.id, HISTORY_BYTES_MAX) if history_lines else None
         except BaseException:
             await stream.close()
             raise
+        history = last_lines(written or b"", history_lines)
         begun = _Begun(stream)
         at_hand = await begun.at_hand()
         begun.put_back(at_hand[_overlap(history, at_hand) :])
         return history, begun
+
+    async def written(self, caller: Caller, reference: str, length: int) -> bytes:
+        """The last so many bytes that the guest wrote on its serial console, whether it runs or not.
+
+        Raises:
+            NotFound: there is no such instance, or it has no console yet.
+            NotResponding: its host cannot be asked now.
+        """
+        instance, hypervisor = await self._find(caller, reference)
+        tail = await hypervisor.console_tail(instance.id, length)
+        if tail is None:
+            raise NotFound(
+                f"The instance {instance.name} has no console yet.", remedy="It gets one when it is started."
+            )
+        return tail
 
     async def display(self, caller: Caller, reference: str) -> Stream:
         """A connection that speaks VNC with the guest's screen. Who has it can type, so that readers have none.
@@ -119,14 +133,8 @@ class _Begun:
         await self._stream.close()
 
 
-def last_lines(path: Path, lines: int) -> bytes:
-    """The last so many lines of a file, of at most its last MiB; nothing where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - HISTORY_BYTES_MAX))
-            text = file.read(HISTORY_BYTES_MAX)
-    except FileNotFoundError:
-        return b""
+def last_lines(text: bytes, lines: int) -> bytes:
+    """The last so many lines of a text."""
     start = len(text) - 1 if text.endswith(b"\n") else len(text)
     for _ in range(lines):
         start = text.rfind(b"\n", 0, start)

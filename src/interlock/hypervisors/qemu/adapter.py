@@ -17,6 +17,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import dump, guest_agent, memory, root_disks, screen
 from interlock.hypervisors.qemu.charge import SAFE_ID
 from interlock.hypervisors.qemu.command_line import Machine
+from interlock.hypervisors.qemu.console_log import end_of
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
 from interlock.hypervisors.qemu.instance_folder import Phase
 from interlock.hypervisors.qemu.launch import launch, refused
@@ -58,7 +59,12 @@ class QemuHypervisor(Passages):
         if guest is not None:
             await guest.rests.wait()
 
+    async def console_tail(self, instance_id: str, length: int) -> bytes | None:
+        path = self.console_path(instance_id)
+        return None if path is None else await asyncio.to_thread(end_of, path, length)
+
     def console_path(self, instance_id: str) -> Path | None:
+        """The file to which the guest's serial console is written, or None if there is none."""
         if SAFE_ID.fullmatch(instance_id) is None:
             return None
         console = self._folder_of(instance_id).console

@@ -1,10 +1,20 @@
-"""Keeps the serial console's logs from filling the disk. Reading them is not here."""
+"""The serial console's logs: their end is read, and they are kept from filling the disk."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+
+
+def end_of(console: Path, length: int) -> bytes | None:
+    """The last so many bytes of the log; None where there is none."""
+    try:
+        with console.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - length))
+            return log.read(length)
+    except FileNotFoundError:
+        return None
 
 
 def cut(console: Path, bytes_max: int) -> bool:

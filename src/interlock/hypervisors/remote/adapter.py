@@ -234,8 +234,9 @@ class RemoteHypervisor(ImageCalls):
         session = self._there()
         return RemoteStream(session, await session.call(method, instance_id, (), int))
 
-    def console_path(self, instance_id: str) -> Path | None:  # noqa: ARG002 - the log is a file of the other host
-        return None
+    async def console_tail(self, instance_id: str, length: int) -> bytes | None:
+        tail: bytes | None = await self._call("console_tail", None, instance_id, length)
+        return tail
 
     # ------------------------------------------------------------------------------------- making and removing
 

@@ -186,7 +186,7 @@ def _method(function: Any) -> Method:
     )
 
 
-_NOT_CALLED: Final = frozenset({"open", "close", "open_console", "open_display", "console_path", "known"})
+_NOT_CALLED: Final = frozenset({"open", "close", "open_console", "open_display", "known"})
 
 METHODS: Final[dict[str, Method]] = {
     name: _method(function)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TypeVar
 
 from interlock.core.errors import Refused
@@ -68,7 +67,7 @@ class SenseCalls(Calls):
         if not streams:
             self._streams.pop(instance_id, None)
 
-    def console_path(self, instance_id: str) -> Path | None:  # noqa: ARG002 - no simulated guest has one
+    async def console_tail(self, instance_id: str, length: int) -> bytes | None:  # noqa: ARG002 - none has one
         return None
 
 
