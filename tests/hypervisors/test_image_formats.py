@@ -53,7 +53,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 def given_as(disk: Path, form: str) -> Path:
-    driver, options = FORMS[form]
+    driver, options = FORMS.get(form, (form, "cluster_size=65536"))
     made = disk.with_name(f"given.{form}")
     command = ["qemu-img", "convert", "-f", "raw", "-O", driver, "-o", options, str(disk), str(made)]
     subprocess.run(command, check=True)
@@ -109,6 +109,17 @@ async def test_an_iso_is_kept_as_it_is_also_one_that_a_stick_can_boot(images: Im
         assert Path(image.path).read_bytes() == content
         assert image.path.endswith(".iso")
         await images.remove(image)
+    assert kept(images) == []
+
+
+@pytest.mark.parametrize("form", ["qcow2", *(form for form in FORMS if form != "fixed.vhd")])
+async def test_an_image_that_is_cut_short_is_refused(images: ImageFolder, disk: Path, form: str) -> None:
+    given = given_as(disk, form)
+    whole = given.read_bytes()
+    given.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(Invalid) as refused:
+        await images.bring_disk("i1", "disk", given)
+    assert refused.value.message.startswith(f"{given.name}: "), "the folder that it came through is nobody's affair"
     assert kept(images) == []
 
 

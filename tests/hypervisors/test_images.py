@@ -254,7 +254,7 @@ async def only_invalid(images: ImageFolder, source: Path, content: bytes) -> Non
     try:
         image = await images.bring_disk("fuzzed", "fuzzed", source)
     except Invalid as error:
-        if str(source) not in error.message:
+        if not error.message.startswith(f"{source.name}: "):
             raise
     else:
         await images.remove(image)

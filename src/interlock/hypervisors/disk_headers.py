@@ -82,7 +82,7 @@ def check(path: Path, named: Path, image_format: str) -> None:
         try:
             judge(_Header(file, path.stat().st_size))
         except _Unsafe as reason:
-            raise Invalid(f"{named}: the image is refused: {reason}.") from None
+            raise Invalid(f"{named.name}: the image is refused: {reason}.") from None
 
 
 def is_fixed_vhd(footer: bytes, length: int) -> bool:
@@ -198,14 +198,18 @@ def _vhdx_region(header: _Header, wanted: bytes) -> int:
 
 def _vdi(header: _Header) -> None:
     (kind,) = header.fields("<I", 76)
-    (map_at,) = header.fields("<I", 340)
-    size, block, _, blocks = header.fields("<QIII", 368)
+    map_at, data_at = header.fields("<II", 340)
+    size, block, _, blocks, kept = header.fields("<QIIII", 368)
     link, parent = header.fields("<16s16s", 424)
     if kind not in _VDI_KINDS or any(link) or any(parent):
         raise _Unsafe("it is the difference to a parent")
     if block != _VDI_BLOCK_BYTES or blocks * block > DISK_BYTES_MAX + block or blocks * block < size:
         raise _Unsafe(f"its disk of {size} bytes is said to have {blocks} blocks of {block} bytes")
     header.must_hold("table of blocks", map_at, blocks * 4)
+    if kept > blocks:
+        raise _Unsafe(f"it is said to keep {kept} of {blocks} blocks")
+    # QEMU reads what is missing at the end as zeros, and finds nothing wrong with that.
+    header.must_hold("content", data_at, kept * block)
 
 
 _JUDGES: Final[dict[str, Callable[[_Header], None]]] = {

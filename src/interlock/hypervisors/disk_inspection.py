@@ -6,6 +6,7 @@ image that it has passed is shown to QEMU's own tool, under limits, for a second
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,10 @@ _RAW = frozenset({"raw", "gpt"})
 """The inspector's names for bytes as they are: without, and with, a partition table."""
 _USABLE = _RAW | {"qcow2", "vmdk", "vhd", "vhdx", "vdi", "iso"}
 _READABLE = 0o644
+_CHECKED = {"qcow2": "qcow2", "vmdk": "vmdk", "vhdx": "vhdx", "vdi": "vdi"}
+"""What QEMU's tool calls the formats that it can check."""
+_SOUND = frozenset({0, 3})
+"""What it ends with where nothing is wrong, or only room is lost."""
 _DANGERS = {
     "backing_file": "it names a backing file, whose content a guest could read",
     "descriptor": "its content is, at least in part, in other files, or its kind is none that can be used",
@@ -59,6 +64,7 @@ class Inspection:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._name = path.name  # the folder that it came through is nobody's affair
         self._head = b""
         self._tail = b""
         self._length = 0
@@ -95,13 +101,13 @@ class Inspection:
             return Verdict(format="vhd", size_bytes=self._length - SECTOR_BYTES, footer_bytes=SECTOR_BYTES)
         self._refuse_mismatch(name)
         if name == "iso" and found.virtual_size > self._length:
-            raise Invalid(f"{self._path}: the image is cut short.")
+            raise Invalid(f"{self._name}: the image is cut short.")
         if name != "iso":
             self._refuse_dangers(found)
         size = self._length if name in {"raw", "iso"} else found.virtual_size
         if not SECTOR_BYTES <= size <= DISK_BYTES_MAX or size % SECTOR_BYTES:
             raise Invalid(
-                f"{self._path}: a disk of {size} bytes is not possible; it must be whole sectors of {SECTOR_BYTES} "
+                f"{self._name}: a disk of {size} bytes is not possible; it must be whole sectors of {SECTOR_BYTES} "
                 f"bytes, and no more than {DISK_BYTES_MAX >> 40} TiB."
             )
         return Verdict(format=name, size_bytes=size)
@@ -120,27 +126,27 @@ class Inspection:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> Invalid:
-        return Invalid(f"{self._path}: the image cannot be made sense of ({str(error) or type(error).__name__}).")
+        return Invalid(f"{self._name}: the image cannot be made sense of ({str(error) or type(error).__name__}).")
 
     def _refuse_unless_usable(self, formats: list[format_inspector.FileInspector]) -> None:
         names = {found.NAME for found in formats}
         if len(names) > 1 and not names <= _RAW | {"iso"}:
             raise Invalid(
-                f"{self._path}: the image can be read as {' and as '.join(sorted(names))}, which is refused as a trick."
+                f"{self._name}: the image can be read as {' and as '.join(sorted(names))}, which is refused as a trick."
             )
         for name in sorted(names - _USABLE):
             raise Invalid(
-                f"{self._path}: this is a {name} image; raw, qcow2, vmdk, vhd, vhdx, vdi and iso are what can be used.",
+                f"{self._name}: this is a {name} image; raw, qcow2, vmdk, vhd, vhdx, vdi and iso are what can be used.",
                 remedy=f"Convert it: `qemu-img convert -f {name} -O qcow2 FILE NEW.qcow2`.",
             )
 
     def _refuse_mismatch(self, name: str) -> None:
         if name == "raw" and self._head == _QCOW2_MAGIC:
-            raise Invalid(f"{self._path}: the image begins as qcow2 and is cut short.")
+            raise Invalid(f"{self._name}: the image begins as qcow2 and is cut short.")
         claimed = _CLAIMS.get(self._path.suffix.lower(), name)
         if claimed != name:
             raise Invalid(
-                f"{self._path}: the file is named {self._path.suffix} and holds a {name} image.",
+                f"{self._name}: the file is named {self._path.suffix} and holds a {name} image.",
                 remedy="See that it is the right file and complete, then give it the name that fits.",
             )
 
@@ -149,7 +155,7 @@ class Inspection:
             found.safety_check()
         except format_inspector.SafetyCheckFailed as error:
             reasons = [_DANGERS.get(name, str(failure)) for name, failure in sorted(error.failures.items())]
-            raise Invalid(f"{self._path}: the image is refused: {'; '.join(reasons)}.") from error
+            raise Invalid(f"{self._name}: the image is refused: {'; '.join(reasons)}.") from error
         except Exception as error:
             raise self._unreadable(error) from error
 
@@ -157,6 +163,30 @@ class Inspection:
 def check_headers(path: Path, named: Path, verdict: Verdict) -> None:
     """Look again at an image that has passed, now that all of it is in `path`. Raises `Invalid`."""
     disk_headers.check(path, named, verdict.format)
+
+
+def refuse_damaged(path: Path, named: Path, verdict: Verdict, tool: ImageTool, abandoned: Callable[[], bool]) -> None:
+    """Have QEMU's tool follow every pointer of an image: one that was cut short has some that lead beyond its end.
+
+    A raw disk, an ISO and a VHD have nothing that it could follow. `path` and `named` are as for `second_opinion`.
+
+    Raises:
+        Invalid: something in it is not where it is said to be, or looking took too long.
+        Abandoned: `abandoned` said so.
+    """
+    driver = _CHECKED.get(verdict.format)
+    if driver is None or not tool.usable:
+        return
+    path.chmod(_READABLE)
+    try:
+        ended = tool.run(["check", "-q", "-f", driver, f"./{path.name}"], path.parent, tool.timeout_ms, abandoned)
+    except NotResponding as error:
+        raise Invalid(f"{named.name}: QEMU's tool took too long to check the image.") from error
+    if ended.status not in _SOUND:
+        raise Invalid(
+            f"{named.name}: the image is damaged, or was cut short.",
+            remedy="Fetch it again, and name its SHA-256; `qemu-img check FILE` says what is wrong with it.",
+        )
 
 
 def second_opinion(path: Path, named: Path, verdict: Verdict, tool: ImageTool) -> None:
@@ -174,12 +204,12 @@ def second_opinion(path: Path, named: Path, verdict: Verdict, tool: ImageTool) -
     try:
         ended = tool.run(words, path.parent, tool.look_timeout_ms)
     except NotResponding as error:
-        raise Invalid(f"{named}: QEMU's tool took too long to open the image.") from error
+        raise Invalid(f"{named.name}: QEMU's tool took too long to open the image.") from error
     if ended.status != 0:
         reason = ended.complaint.rpartition(f"{path.name}': ")[2] or "no reason given"
-        raise Invalid(f"{named}: QEMU cannot use the image: {reason}.")
+        raise Invalid(f"{named.name}: QEMU cannot use the image: {reason}.")
     said = msgspec.json.decode(ended.output)
     if said.get("encrypted"):
-        raise Invalid(f"{named}: the image is encrypted, which is not supported.")
+        raise Invalid(f"{named.name}: the image is encrypted, which is not supported.")
     if said.get("virtual-size") != verdict.size_bytes or "backing-filename" in said:
-        raise Invalid(f"{named}: the image reads differently to two readers, which is refused as a trick.")
+        raise Invalid(f"{named.name}: the image reads differently to two readers, which is refused as a trick.")

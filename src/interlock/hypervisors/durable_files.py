@@ -43,14 +43,14 @@ def opened_source(path: Path) -> Iterator[tuple[IO[bytes], int]]:
         # Without O_NONBLOCK, opening a FIFO would wait for somebody to write to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:
-        raise Invalid(f"{path}: {_why_not_opened(error)}.") from error
+        raise Invalid(f"{path.name}: {_why_not_opened(error)}.") from error
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        raise Invalid(f"{path}: this is {_kind(found.st_mode)}, not a file.")
+        raise Invalid(f"{path.name}: this is {_kind(found.st_mode)}, not a file.")
     with os.fdopen(descriptor, "rb", buffering=0) as source:
         if found.st_size == 0:
-            raise Invalid(f"{path}: the file is empty.")
+            raise Invalid(f"{path.name}: the file is empty.")
         yield source, found.st_size
 
 
@@ -63,7 +63,7 @@ def chunks(source: IO[bytes], size: int, path: Path) -> Iterator[bytes]:
             break
         yield chunk
     if left != 0:
-        raise Invalid(f"{path}: the file was changed while it was read.", remedy="Try again when it is complete.")
+        raise Invalid(f"{path.name}: the file was changed while it was read.", remedy="Try again when it is complete.")
 
 
 class HalfMade:

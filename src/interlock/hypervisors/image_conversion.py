@@ -53,20 +53,20 @@ def convert(
         ended = tool.run(words, source.parent, tool.timeout_ms, abandoned)
     except NotResponding as error:
         raise Invalid(
-            f"{named}: converting the image took longer than {tool.timeout_ms} ms.",
+            f"{named.name}: converting the image took longer than {tool.timeout_ms} ms.",
             remedy="Convert it to qcow2 elsewhere, or have image_conversion_timeout_ms raised.",
         ) from error
     if ended.status == 0:
         return
     if ended.status in {-signal.SIGXFSZ, 128 + signal.SIGXFSZ} or "File too large" in ended.complaint:
         raise Invalid(
-            f"{named}: the image would become larger than {tool.bytes_max} bytes.",
+            f"{named.name}: the image would become larger than {tool.bytes_max} bytes.",
             remedy="Have image_bytes_max raised, if it is to be trusted with that much room.",
         )
     if "No space left" in ended.complaint or "quota exceeded" in ended.complaint:
         raise full(source.parent)
     reason = ended.complaint.rpartition("': ")[2] or f"it ended with status {ended.status}"
-    raise Invalid(f"{named}: QEMU cannot convert the image: {reason.rstrip('.')}.")
+    raise Invalid(f"{named.name}: QEMU cannot convert the image: {reason.rstrip('.')}.")
 
 
 def _give(path: Path, tool: ImageTool, mode: int) -> None:

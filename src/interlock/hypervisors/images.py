@@ -158,7 +158,7 @@ class ImageFolder:
             verdict = inspection.verdict()
             if sha256 is not None and digest.hexdigest() != sha256.lower():
                 raise Invalid(
-                    f"{source}: its SHA-256 is {digest.hexdigest()}, not {sha256.lower()}.",
+                    f"{source.name}: its SHA-256 is {digest.hexdigest()}, not {sha256.lower()}.",
                     remedy="Fetch the image again, and the sum from where its makers publish it.",
                 )
             if verdict.footer_bytes:
@@ -191,9 +191,11 @@ class ImageFolder:
         """Keep an image that has passed as it is, or what it was converted to; where, and what is kept."""
         if not image_conversion.needs_conversion(verdict.format):
             disk_inspection.second_opinion(copy.path, source, verdict, self._tool)
+            disk_inspection.refuse_damaged(copy.path, source, verdict, self._tool, abandoned)
             return copy.keep(f"{image_id}.{verdict.format}"), verdict
         with HalfMade(self._folder, mode=_MODE) as made:
             image_conversion.convert(self._tool, copy.path, made.path, source, verdict.format, abandoned)
+            disk_inspection.refuse_damaged(copy.path, source, verdict, self._tool, abandoned)
             # It is made by a program that read what a stranger wrote: it is judged like a stranger's.
             inspection = disk_inspection.Inspection(made.path)
             with opened_source(made.path) as (content, size):
@@ -201,7 +203,7 @@ class ImageFolder:
                     inspection.feed(chunk)
             found = inspection.verdict()
             if found.format != "qcow2":
-                raise Invalid(f"{source}: what it was converted to is no qcow2 image.")
+                raise Invalid(f"{source.name}: what it was converted to is no qcow2 image.")
             disk_inspection.check_headers(made.path, source, found)
             made.take_back()
             return made.keep(f"{image_id}.qcow2"), found
@@ -218,7 +220,7 @@ class ImageFolder:
                 digest.update(chunk)
         verdict = inspection.verdict()
         if verdict.format != "qcow2":
-            raise Invalid(f"{source}: the export is no qcow2 image.")
+            raise Invalid(f"{source.name}: the export is no qcow2 image.")
         disk_inspection.check_headers(source, source, verdict)
         disk_inspection.second_opinion(source, source, verdict, self._tool)
         if source is draft:
@@ -271,10 +273,10 @@ class ImageFolder:
         digest = hashlib.sha256()
         with opened_source(source) as (content, size), HalfMade(self._folder, mode=_MODE) as copy:
             if size > bytes_max:
-                raise Invalid(f"{source}: {size} bytes are too many for {what}; the limit is {bytes_max}.")
+                raise Invalid(f"{source.name}: {size} bytes are too many for {what}; the limit is {bytes_max}.")
             for index, chunk in enumerate(chunks(content, size, source)):
                 if index == 0 and not accepts(chunk):
-                    raise Invalid(f"{source}: this is not {what}.")
+                    raise Invalid(f"{source.name}: this is not {what}.")
                 digest.update(chunk)
                 copy.append(chunk)
             return copy.keep(name), size, digest.hexdigest()
