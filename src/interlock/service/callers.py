@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from interlock.core.errors import Forbidden, Invalid, NotFound
+from interlock.core.errors import Forbidden, Invalid, NameTaken, NotFound
 from interlock.core.restarting import UPKEEP
 from interlock.ports import Role, Store, Token
 from interlock.service.wishes import check_name
@@ -44,6 +44,8 @@ class Callers:
         self._new_id = new_id
         self._new_secret = new_secret
         self._known: dict[str, Caller] = {}
+        # Keeping one is a wait; of two who make one of the same name at once, one loses.
+        self._being_made: set[str] = set()
 
     async def open(self) -> None:
         for token in await self._store.tokens():
@@ -70,17 +72,23 @@ class Callers:
 
         Raises:
             Forbidden: the caller is not an admin.
-            Invalid: the name or project is no name, or the name is in use.
+            Invalid: the name or project is no name.
+            NameTaken: there is a token of that name, or one is being made.
         """
         caller.require(Role.ADMIN, "make tokens")
         check_name(name, "name")
         check_name(project, "project")
         if name == UPKEEP:
             raise Invalid(f"{UPKEEP} is the name under which the server asks by itself.", remedy="Choose another name.")
-        if any(known.name == name for known in self._known.values()):
-            raise Invalid(f"There is a token named {name} already.", remedy="Choose another name, or delete that one.")
+        if name in self._being_made or any(known.name == name for known in self._known.values()):
+            taken = f"There is a token named {name} already."
+            raise NameTaken(taken, remedy="Choose another name, or delete that one.")
         secret = self._new_secret()
-        return await self._keep(name, role, project, secret), secret
+        self._being_made.add(name)
+        try:
+            return await self._keep(name, role, project, secret), secret
+        finally:
+            self._being_made.discard(name)
 
     async def _keep(self, name: str, role: Role, project: str, secret: str) -> Token:
         token = Token(
