@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -123,6 +124,15 @@ async def test_a_deleted_token_opens_nothing(door: Door, admin: httpx.AsyncClien
     assert (await other.get("/v1/instances")).status_code == 200
     assert (await admin.delete("/v1/tokens/other")).status_code == 204
     problem(await other.get("/v1/instances"), 401, "unauthorized")
+
+
+async def test_of_two_who_make_a_token_of_one_name_at_once_one_does(admin: httpx.AsyncClient) -> None:
+    wish = {"name": "twice", "role": "reader", "project": "default"}
+    answers = await asyncio.gather(*(admin.post("/v1/tokens", json=wish) for _ in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
+    problem(next(answer for answer in answers if answer.status_code == 409), 409, "name-taken")
+    tokens = (await admin.get("/v1/tokens")).json()["items"]
+    assert [token["name"] for token in tokens].count("twice") == 1
 
 
 async def test_unknown_paths_and_methods(admin: httpx.AsyncClient) -> None:

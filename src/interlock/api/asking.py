@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.datastructures import QueryParams
@@ -16,7 +15,7 @@ from starlette.requests import Request
 from interlock.api.problems import Bad
 from interlock.core.errors import Invalid
 from interlock.policies.durations import parse_duration
-from interlock.service.expectations import in_words
+from interlock.service.expectations import in_words, what_instead
 from interlock.service.wishes import PATTERNS
 
 BodyT = TypeVar("BodyT")
@@ -28,7 +27,6 @@ _LINGER_S: Final = 2.0
 """For how long, and how much, is read of a body that is too large before it is answered."""
 _LINGER_BYTES: Final = 1024 * 1024
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?:$|[,;\s])", re.IGNORECASE)
-_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]*)`")
 _DECODERS: Final[dict[Any, msgspec.json.Decoder[Any]]] = {}
 
 
@@ -50,7 +48,7 @@ async def body(request: Request, kind: type[BodyT], bytes_max: int) -> BodyT:
         value: BodyT = decoder.decode(content)
     except msgspec.ValidationError as error:
         raise Invalid(
-            f"The body is wrong: {in_words(str(error), PATTERNS)}.", remedy=_nearest(str(error), kind)
+            f"The body is wrong: {in_words(str(error), PATTERNS)}.", remedy=what_instead(str(error), kind)
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Bad("not-json", f"The body is not JSON: {error}.") from None
@@ -101,25 +99,6 @@ async def too_large(request: Request, bytes_max: int) -> Bad:
                 if thrown_away > _LINGER_BYTES:
                     break
     return Bad("too-large", f"The body is larger than {bytes_max} bytes.", Connection="close")
-
-
-def _nearest(message: str, kind: Any) -> str | None:
-    """What to do about an unknown field: the name that was meant, or the names there are."""
-    found = _UNKNOWN_FIELD.search(message)
-    if found is None:
-        return None
-    names = sorted(set(_names(kind)))
-    near = difflib.get_close_matches(found.group(1), names, n=1)
-    return f"Did you mean `{near[0]}`?" if near else f"The fields are: {', '.join(names)}."
-
-
-def _names(kind: Any) -> Iterator[str]:
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        for field in msgspec.structs.fields(kind):
-            yield field.encode_name
-            yield from _names(field.type)
-    for part in get_args(kind):
-        yield from _names(part)
 
 
 def only(query: QueryParams, *names: str) -> None:

@@ -17,7 +17,8 @@ from interlock.core.errors import Invalid
 from interlock.core.records import Image
 from interlock.ports import Role
 from interlock.service.callers import Caller
-from interlock.service.wishes import NewVolume
+from interlock.service.expectations import in_words, what_instead
+from interlock.service.wishes import PATTERNS, NewVolume
 
 _FIELDS: Final = frozenset(field.name for field in msgspec.structs.fields(schemas.ImageUpload))
 _FILES: Final = frozenset({"disk", "kernel", "initrd"})
@@ -45,7 +46,8 @@ def _check(texts: dict[str, str], files: Collection[str]) -> schemas.ImageUpload
     try:
         upload = msgspec.convert(texts, schemas.ImageUpload)
     except msgspec.ValidationError as error:
-        raise Invalid(f"The form is wrong: {error}.", remedy=f"The fields are: {', '.join(sorted(_FIELDS))}.") from None
+        remedy = what_instead(str(error), schemas.ImageUpload) or f"The fields are: {', '.join(sorted(_FIELDS))}."
+        raise Invalid(f"The form is wrong: {in_words(str(error), PATTERNS)}.", remedy=remedy) from None
     needed, optional = ({"disk"}, set[str]()) if upload.kind == "disk" else ({"kernel"}, {"initrd"})
     if not needed <= set(files) <= needed | optional:
         what = "the file `disk`" if upload.kind == "disk" else "the file `kernel`, and `initrd` if it has one"

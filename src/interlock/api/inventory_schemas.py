@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from interlock.ports import Role, SmallForm
-from interlock.service.wishes import Name
+from interlock.service.wishes import SHA256_PATTERN, Name
 
 Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
 ImageKind = Literal["disk", "kernel", "iso"]
@@ -70,7 +70,7 @@ class ImageUpload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     name: Name
     kind: Literal["disk", "kernel"]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")] | None = None
+    sha256: Annotated[str, Meta(pattern=SHA256_PATTERN)] | None = None
     """Of a disk: what its SHA-256 must be."""
     cmdline: Annotated[str, Meta(max_length=2048)] = ""
     """Of a kernel: its command line."""

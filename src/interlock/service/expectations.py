@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Final
+from collections.abc import Iterator
+from enum import Enum
+from types import UnionType
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
-_MESSAGE: Final = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<key>key in )?\.?(?P<place>[^`]*)`)?", re.DOTALL)
+import msgspec
+
+_MESSAGE: Final = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$\.?(?P<place>[^`]*)`)?", re.DOTALL)
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `(?P<name>[^`]*)`")
+_NO_MEMBER: Final = re.compile(r"Invalid enum value (?P<value>'.*')", re.DOTALL)
+_STEP: Final = re.compile(r"[^.\[\]]+|\[[^\]]*\]")
+_GUESSES_MAX: Final = 50
+"""Of more names than these none are listed."""
 _PATTERN: Final = re.compile(r"Expected `str` matching regex (?P<pattern>'.*')", re.DOTALL)
 _KINDS: Final = {
     "int": "a whole number",
@@ -45,8 +56,58 @@ def in_words(message: str, patterns: dict[str, str]) -> str:
         pattern = matching["pattern"]
         known = {repr(one): meaning for one, meaning in patterns.items()}
         what = f"expected {known.get(pattern) or f'a text that matches {pattern}'}"
+    elif (stranger := _NO_MEMBER.fullmatch(what)) is not None:
+        what = f"{stranger['value'][:80]} is not known"
     else:
         what = _QUOTED.sub(_kind, what)
         for theirs, ours in _WORDS:
             what = what.replace(theirs, ours)
-    return f"{found['place']}: {what}" if found["place"] else what
+    place = f"a name in {found['place']}" if found["key"] else found["place"]
+    return f"{place}: {what}" if place else what
+
+
+def what_instead(message: str, kind: Any) -> str | None:
+    """What to do about a name that `msgspec.ValidationError` does not know: the one that was meant, or all there are.
+
+    Args:
+        message: the validator's own.
+        kind: the type as which the whole was to be read.
+    """
+    found = _MESSAGE.fullmatch(message)
+    assert found is not None, "every part of it may be missing"
+    field, member = _UNKNOWN_FIELD.search(found["what"]), _NO_MEMBER.fullmatch(found["what"])
+    kinds = list(_within(kind, _STEP.findall(found["place"] or "")))
+    if field is not None:
+        wrong, title = field["name"], "The fields are"
+        names = {one.encode_name for struct in kinds if _is_struct(struct) for one in msgspec.structs.fields(struct)}
+    elif member is not None:
+        wrong, title = member["value"].strip("'"), "It is one of"
+        names = {str(one.value) for enum in kinds if isinstance(enum, type) and issubclass(enum, Enum) for one in enum}
+    else:
+        return None
+    near = difflib.get_close_matches(wrong, names, n=1)
+    if near:
+        return f"Did you mean `{near[0]}`?"
+    return f"{title}: {', '.join(sorted(names))}." if 0 < len(names) <= _GUESSES_MAX else None
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _within(kind: Any, steps: list[str]) -> Iterator[Any]:
+    """The types that the value at a place of a `kind` may have: of a union all parts."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        for part in get_args(kind):
+            yield from _within(part, steps)
+    elif get_origin(kind) is Annotated:
+        yield from _within(get_args(kind)[0], steps)
+    elif not steps:
+        yield kind
+    elif _is_struct(kind):
+        for field in msgspec.structs.fields(kind):
+            if field.encode_name == steps[0]:
+                yield from _within(field.type, steps[1:])
+    else:
+        for part in get_args(kind):
+            yield from _within(part, steps[1:])

@@ -14,7 +14,7 @@ from interlock.core.operations import Operation
 from interlock.core.restart_policy import RestartPolicy
 from interlock.core.states import VmState
 from interlock.policies.durations import parse_duration
-from interlock.service.expectations import in_words
+from interlock.service.expectations import in_words, what_instead
 
 NAME_PATTERN: Final = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 END: Final = r"$(?!\n)"
@@ -24,6 +24,7 @@ MAC_PATTERN: Final = "^(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5
 TAG_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f]+" + END
 USER_PATTERN: Final = r"^[^\x00-\x20:,/\x7f]+" + END
 PASSWORD_PATTERN: Final = r"^[^\x00\n\r]+" + END
+SHA256_PATTERN: Final = "^[0-9a-fA-F]{64}$"
 BACKUP_PATTERN: Final = "^[a-z0-9]+(-[a-z0-9]+)*" + END
 PATTERNS: Final = {
     NAME_PATTERN: "a name: 1 to 63 lower-case letters, digits and hyphens, starting and ending with a letter or digit",
@@ -31,6 +32,7 @@ PATTERNS: Final = {
     MAC_PATTERN: "the address of one interface, as in 52:54:00:12:34:56",
     USER_PATTERN: "the name of a user, without spaces, commas, colons and slashes",
     PASSWORD_PATTERN: "a password of one line",
+    SHA256_PATTERN: "64 hexadecimal digits",
     BACKUP_PATTERN: "lower-case letters, digits and single hyphens, as in daily",
 }
 """What the patterns mean, for who is told that something does not match."""
@@ -308,7 +310,8 @@ def check_parameters(operation: Operation, parameters: dict[str, Any]) -> dict[s
     except msgspec.ValidationError as error:
         names = ", ".join(field.name for field in msgspec.structs.fields(kind)) or "none"
         wrong = in_words(str(error), PATTERNS)
-        raise Invalid(f"parameters of {operation.value}: {wrong}.", remedy=f"It takes: {names}.") from None
+        remedy = what_instead(str(error), kind) or f"It takes: {names}."
+        raise Invalid(f"parameters of {operation.value}: {wrong}.", remedy=remedy) from None
     if isinstance(wish, ResetStateParameters) and wish.vm_state not in _RESETTABLE:
         raise Invalid(
             f"parameters of reset_state: vm_state {wish.vm_state.value!r}; expected active, stopped or error."
