@@ -171,7 +171,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hypervisor: Literal["qemu", "simulated"] = "qemu"
     """What holds the guests. `simulated` holds none for real, and is for trying things out."""
     policy: str = "standard"
-    """A built-in policy's name, or a policy file."""
+    """A built-in policy's name, or a policy file. One that is broken at a start leaves the last one in force."""
     policy_explore_ms: int = 5_000
     """For how long the reachable states of a policy are walked before it is put in force, where nobody says, in ms;
     0: not at all."""

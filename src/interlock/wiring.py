@@ -46,10 +46,10 @@ from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
 from interlock.hypervisors.shared_folder import shared_roots_of
 from interlock.hypervisors.volumes import VolumeFolder
 from interlock.policies.in_force import PolicyInForce
-from interlock.policies.sources import Source
 from interlock.ports import Clock, Hypervisor, RemoteHost
 from interlock.service.callers import Callers
 from interlock.service.capacity import Capacity, limits_of
+from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.dumps import Dumps
 from interlock.service.hosts import HostVerbs
 from interlock.service.instances import Instances
@@ -111,23 +111,25 @@ async def recover_admin_token(config: Config) -> Path:
 class Server:
     """Everything that runs in one server process: the store, the agent of this host, and the HTTP door."""
 
-    def __init__(self, config: Config, hypervisor: Hypervisor | None = None, clock: Clock | None = None) -> None:
-        """Put the parts together; nothing is touched before `open`. A test may bring its own hypervisor and clock."""
+    def __init__(
+        self,
+        config: Config,
+        hypervisor: Hypervisor | None = None,
+        clock: Clock | None = None,
+        prover: Prover | None = None,
+    ) -> None:
+        """Put the parts together; nothing is touched before `open`. A test may bring parts of its own."""
         self.config = config
         self.folder = config.folder
         self.store = SqliteStore(self.folder / DATABASE, clock)
         self.hypervisor = hypervisor or hypervisor_of(config)
-        source = Source.read(config.policy)
-        self.in_force = PolicyInForce(CompiledPolicy(source.policy, PERFORMS))
+        configured = ConfiguredPolicy(config.policy)
+        self.in_force = PolicyInForce(CompiledPolicy(configured.at_first, PERFORMS))
         host = config.host or platform.node() or "localhost"
-        upkeep = Upkeep(self.store, self.in_force, config.upkeep, new_id)
         self.hosts = Hosts(host, self.hypervisor, self._remote)
+        wait = config.hosts
         self.leases = Leases(
-            self.store,
-            self.hosts,
-            lease_ms=config.hosts.lease_ms,
-            margin_ms=config.hosts.lease_margin_ms,
-            silence_ms=config.hosts.silence_ms,
+            self.store, self.hosts, lease_ms=wait.lease_ms, margin_ms=wait.lease_margin_ms, silence_ms=wait.silence_ms
         )
         self.callers = Callers(self.store, new_id, new_secret)
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
@@ -143,7 +145,7 @@ class Server:
             passwords=self.passwords,
             config=config.driver,
         )
-        self.agent = Agent(self.means, self.in_force, upkeep)
+        self.agent = Agent(self.means, self.in_force, Upkeep(self.store, self.in_force, config.upkeep, new_id))
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder), self.leases)
         self.shared_roots = shared_roots_of(config)
         self.other_hosts = self._host_verbs()
@@ -161,9 +163,7 @@ class Server:
             config.instance_memory_mib_max,
         )
         self.image_copies = ImageCopies(self.store, self.hosts, config.hosts.image_unused_ms)
-        self.inventory.image_deleted = self.image_copies.ring
-        self.leases.changed = lambda _host: self.image_copies.ring()
-        self.policies = self._policies(source)
+        self.policies = self._policies(configured, prover)
         self.metrics = Metrics()
         self.ready = False
         self.url = ""
@@ -185,13 +185,13 @@ class Server:
         agent, shared = self.agent, self.shared_roots
         return HostVerbs(self.store, self.leases, self.hosts, self.capacity, agent.join, agent.catch_up, shared)
 
-    def _policies(self, source: Source) -> Policies:
+    def _policies(self, configured: ConfiguredPolicy, prover: Prover | None) -> Policies:
         config = self.config
         return Policies(
             self.store,
             self.in_force,
-            source,
-            Prover(PERFORMS, config.policy_check_ms_max, config.policy_memory_mib_max),
+            configured,
+            prover or Prover(PERFORMS, config.policy_check_ms_max, config.policy_memory_mib_max),
             performs=PERFORMS,
             explore_ms=config.policy_explore_ms,
             explore_ms_max=config.policy_explore_ms_max,
@@ -207,7 +207,7 @@ class Server:
         """Open what it is made of, inspect before serving, and see that there is an admin token.
 
         Raises:
-            StoreError, Unavailable: with what to do about it; nothing is left open.
+            StoreError, Unavailable, PolicyError: with what to do about it; nothing is left open.
         """
         make_folder(self.folder)
         await self.store.open()
@@ -222,6 +222,8 @@ class Server:
             await self.agent.open()
             self._tell_accelerator()
             await self.leases.open()
+            self.leases.changed = lambda _host: self.image_copies.ring()
+            self.inventory.image_deleted = self.image_copies.ring
             await self.image_copies.open()
             await self.callers.open()
             await self._first_token()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,12 +10,18 @@ import httpx
 import pytest
 
 from interlock.config import Config
+from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.states import VmState
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Role
 from interlock.service.callers import Caller
+from interlock.service.configured_policy import ConfiguredPolicy
+from interlock.service.policies import Policies
 from interlock.stores.schema import upgrade
+from interlock.stores.sqlite import SqliteStore
 from interlock.testing.embedded import IMAGE, QUICK
+from interlock.testing.trusting_prover import TrustingProver
 from interlock.wiring import DATABASE, Server
 
 BODY_BYTES_MAX = 4096
@@ -79,10 +86,37 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def settled_database(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A database in which the policy of these tests is in force already, so that no start has it proved."""
+    folder = tmp_path_factory.mktemp("settled")
+    shutil.copy(empty_database, folder / DATABASE)
+    (folder / "patient.toml").write_text(POLICY)
+
+    async def settle() -> None:
+        store = SqliteStore(folder / DATABASE)
+        await store.open()
+        policies = Policies(
+            store,
+            PolicyInForce(CompiledPolicy(Policy(name="none", rules=()))),
+            ConfiguredPolicy(str(folder / "patient.toml")),
+            TrustingProver(),
+            performs=(),
+            explore_ms=0,
+            explore_ms_max=0,
+            wake=lambda _: None,
+        )
+        await policies.open()
+        await store.close()
+
+    asyncio.run(settle())
+    return folder / DATABASE
+
+
 @pytest.fixture
-async def door(tmp_path: Path, host: SimulatedHost, empty_database: Path) -> AsyncIterator[Door]:
+async def door(tmp_path: Path, host: SimulatedHost, settled_database: Path) -> AsyncIterator[Door]:
     (tmp_path / "data").mkdir(mode=0o711)
-    shutil.copy(empty_database, tmp_path / "data" / DATABASE)
+    shutil.copy(settled_database, tmp_path / "data" / DATABASE)
     policy = tmp_path / "patient.toml"
     policy.write_text(POLICY)
     config = Config(

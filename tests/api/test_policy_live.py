@@ -14,9 +14,10 @@ from msgspec.structs import replace
 from api.conftest import Door, make
 from api.test_gate_by_http import ask, freeze_in_pause
 from interlock.config import Config
-from interlock.core.errors import StoreFull
+from interlock.core.errors import PolicyError, StoreFull
 from interlock.core.policy_switches import PolicyBundle
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.policies import sources
 from interlock.policies.proving import BrokenLaw, Proof, Walk
 from interlock.policies.reading import load as read_policy
 from interlock.ports import Role
@@ -488,11 +489,12 @@ class House:
             policy_explore_ms=0,
             driver=QUICK,
         )
+        self.prover: Prover | None = None
         self.server: Server
 
     async def start(self) -> str:
         """Start a server, and the name of the policy that is then in force."""
-        self.server = Server(self.config, SimulatedHypervisor(SimulatedHost()))
+        self.server = Server(self.config, SimulatedHypervisor(SimulatedHost()), prover=self.prover)
         await self.server.open()
         return self.server.policy.policy.name
 
@@ -541,9 +543,6 @@ async def test_a_start_that_changes_nothing_adds_nothing_to_the_history(house: H
 async def test_a_loaded_policy_that_cannot_be_read_any_more_makes_way_for_the_configured_one(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interlock.core.errors import PolicyError
-    from interlock.policies import sources
-
     await house.start()
     await house.load(sent(NO_PAUSE))
     await house.server.close()
@@ -559,8 +558,6 @@ async def test_a_loaded_policy_that_cannot_be_read_any_more_makes_way_for_the_co
 async def test_a_text_that_means_something_else_to_a_later_version_is_kept_with_its_new_digest(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from interlock.policies import sources
-
     await house.start()
     await house.load(sent(NO_PAUSE))
     await house.server.close()
@@ -599,6 +596,147 @@ async def test_a_reload_brings_the_configured_policy_back_after_another_was_load
     await house.load({"name": "propolis"})
     await house.server.policies.reload()
     assert house.server.policy.policy.name == "first"
+    await house.server.close()
+
+
+# --------------------------------------------------------------------------------------- what is configured is broken
+
+
+async def seen(house: House) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What the server says of its policy: `/v1/policy`, `/readyz`, and the lines about it in `/metrics`."""
+    door = Door(house.server, SimulatedHost())
+    client = door.client((house.server.folder / "admin.token").read_text().strip())
+    policy, ready = (await client.get("/v1/policy")).json(), await client.get("/readyz")
+    assert ready.status_code == 200
+    figures = (await client.get("/metrics")).text.splitlines()
+    return policy, ready.json(), [line for line in figures if line.startswith("interlock_policy_configured")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (WRONG, ":8:"),
+        ("[policy", "TOML"),
+        (CONTRADICTION, "site.toml:13"),
+        (None, "There is no such file"),
+    ],
+)
+async def test_a_configured_policy_that_is_broken_at_the_start_leaves_the_last_one_in_force(
+    house: House, wrong: str | None, said: str
+) -> None:
+    await house.start()
+    await house.server.close()
+    good = house.file.read_text()
+    if wrong is None:
+        house.file.unlink()
+    else:
+        house.file.write_text(wrong)
+    for _ in range(2):  # it is told at every start
+        assert await house.start() == "first"
+        policy, ready, figures = await seen(house)
+        refused = policy["configured_refused"]
+        assert (policy["name"], policy["number"], refused["name"]) == ("first", 1, str(house.file))
+        assert said in refused["why"], refused
+        assert ready["ready"] is True
+        assert refused["why"] in ready["reasons"][0]
+        assert ready["reasons"][0].endswith("first is in force.")
+        assert figures == ["interlock_policy_configured_refused 1.0"]
+        if _ == 0:
+            await house.server.close()
+    house.file.write_text(good.replace("first", "mended"))
+    await house.server.policies.reload()
+    policy, ready, figures = await seen(house)
+    assert (policy["name"], policy["source"], policy["configured_refused"]) == ("mended", "reloaded", None)
+    assert (ready["reasons"], figures) == ([], ["interlock_policy_configured_refused 0.0"])
+    await house.server.close()
+    assert await house.start() == "mended"
+    await house.server.close()
+
+
+async def test_one_that_is_mended_to_what_it_was_is_taken_as_that(house: House) -> None:
+    await house.start()
+    await house.server.close()
+    good = house.file.read_text()
+    house.file.write_text(WRONG)
+    await house.start()
+    house.file.write_text(good)
+    await house.server.policies.reload()
+    assert house.server.policies.refused is None
+    await house.server.close()
+    house.file.write_text(WRONG)
+    await house.start()
+    await house.server.close()
+    house.file.write_text(good)
+    assert await house.start() == "first"
+    assert house.server.policies.refused is None
+    await house.server.close()
+
+
+async def test_what_was_loaded_live_stays_too_where_the_configured_one_is_broken(house: House) -> None:
+    await house.start()
+    await house.load(sent(NO_PAUSE))
+    await house.server.close()
+    house.file.write_text(WRONG)
+    assert await house.start() == "no-pause"
+    assert house.server.policies.refused is not None
+    await house.load({"name": "propolis"})
+    assert house.server.policies.refused is not None, "that another was loaded does not mend the configured one"
+    await house.server.close()
+    assert await house.start() == "propolis"
+    await house.server.close()
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(WRONG, "site.toml:8:"), (CONTRADICTION, "site.toml:13")])
+async def test_where_nothing_was_ever_in_force_a_broken_policy_keeps_the_server_from_starting(
+    house: House, wrong: str, said: str
+) -> None:
+    house.file.write_text(wrong)
+    for _ in range(2):
+        with pytest.raises(PolicyError, match=said):
+            await house.start()
+    house.file.write_text(NO_PAUSE)
+    assert await house.start() == "no-pause"
+    await house.server.close()
+
+
+async def test_where_the_last_one_cannot_be_read_any_more_either_both_are_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.start()
+    await house.server.close()
+    house.file.write_text(WRONG)
+
+    def fail(_: PolicyBundle) -> None:
+        raise PolicyError("site.toml:1:1: The language has no such word any more.")
+
+    monkeypatch.setattr(sources, "read", fail)
+    told = "first, which was in force last, cannot be read any more either"
+    with pytest.raises(PolicyError, match=rf"site\.toml:8.*{told}"):
+        await house.start()
+
+
+async def test_a_hangup_that_finds_the_file_broken_is_told_until_it_is_mended(house: House) -> None:
+    await house.start()
+    good = house.file.read_text()
+    house.file.write_text(CONTRADICTION)
+    await house.server.policies.reload()
+    policy, _, _ = await seen(house)
+    assert "site.toml:13" in policy["configured_refused"]["why"]
+    house.file.write_text(good)
+    await house.server.policies.reload()
+    policy, _, _ = await seen(house)
+    assert (policy["configured_refused"], policy["number"]) == (None, 1)
+    await house.server.close()
+
+
+async def test_one_that_cannot_be_checked_is_taken_only_where_there_is_no_other(house: House) -> None:
+    house.prover = FixedProver(Proof(wrong="Checking the policy did not end within 30 seconds."))
+    assert await house.start() == "first"
+    await house.server.close()
+    house.file.write_text(NO_PAUSE)
+    assert await house.start() == "first"
+    assert house.server.policies.refused is not None
+    assert "did not end" in house.server.policies.refused.why
     await house.server.close()
 
 

@@ -222,6 +222,24 @@ def test_a_policy_is_loaded_brought_back_and_listed(site: Site, tmp_path: Path) 
     assert (refused.code, "never" in refused.err, site.in_force()) == (1, True, "site")
 
 
+def test_a_server_that_starts_with_a_broken_file_goes_on_by_the_last_policy_and_says_so(site: Site) -> None:
+    site.server.stop()
+    site.file.write_text(BASE.replace('"pause"', '"puase"'))
+    site.server.start()
+    assert site.in_force() == "base"
+    logged = next(json.loads(line) for line in site.server.log.read_text().splitlines() if "last one stays" in line)
+    assert (logged["level"], logged["stays"]) == ("error", "base")
+    assert logged["why"].startswith(f"{site.file}:8:")
+    shown = site.interlock("policy", "show").out.splitlines()
+    assert shown[0] == f"The configured policy {site.file} is refused; base stays in force."
+    assert shown[1].strip().startswith(f"{site.file}:8:")
+    assert shown[4].startswith("Policy base: ")
+    site.file.write_text(BASE.replace('"base"', '"mended"'))
+    site.hang_up("another policy is in force")
+    assert site.in_force() == "mended"
+    assert site.interlock("policy", "show").out.startswith("Policy mended: ")
+
+
 def test_a_hangup_has_the_file_read_again_and_what_is_wrong_with_it_logged(site: Site) -> None:
     site.file.write_text(BASE.replace('"base"', '"after"'))
     said = site.hang_up("another policy is in force")

@@ -7,24 +7,25 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core.errors import NotFound
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy
+from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
-from interlock.policies import sources
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.proving import Proof
-from interlock.policies.sources import Source
 from interlock.ports import Role
 from interlock.service.callers import Caller
-from interlock.service.policies import NewPolicy, OldPolicy, Policies
-from interlock.service.proving import Prover
+from interlock.service.configured_policy import ConfiguredPolicy
+from interlock.service.policies import Policies
+from interlock.service.policy_wishes import NewPolicy, OldPolicy
 from interlock.stores.schema import upgrade
 from interlock.stores.sqlite import SqliteStore
+from interlock.testing.trusting_prover import TrustingProver
 
 ADMIN = Caller(token_id="t", name="admin", role=Role.ADMIN, project="default")
 MAIN = "site.toml"
@@ -35,16 +36,18 @@ TEXTS = tuple(
     for number, decides in enumerate(DECIDES)
 )
 """Four policies, of which the first two decide the same."""
+BROKEN, DOUBTED = -1, -2
+"""What the file may hold besides: a text that is no policy, and one that does not hold."""
+_FILES = {BROKEN: "[policy", DOUBTED: TEXTS[0].replace("r0", "doubted"), **dict(enumerate(TEXTS))}
 
 
-class TrustingProver(Prover):
-    """Reads what it is given, and finds nothing wrong with it."""
-
-    def __init__(self) -> None:
-        pass
+class DoubtingProver(TrustingProver):
+    """Finds something wrong with one text only."""
 
     async def prove(self, bundle: PolicyBundle, explore_ms: int) -> Proof:
-        return Proof(policy=sources.read(bundle))
+        proof = await super().prove(bundle, explore_ms)
+        doubted = bundle.files[MAIN] == _FILES[DOUBTED]
+        return msgspec.structs.replace(proof, wrong="It does not hold.") if doubted else proof
 
 
 class Model:
@@ -52,8 +55,10 @@ class Model:
 
     def __init__(self) -> None:
         self.file = 0
-        self.read = 0
-        """What the running server has read of the file."""
+        self.read: int | None = 0
+        """What the running server has taken of the file; None if it refused what was there when it started."""
+        self.refused = False
+        """Whether it refused what was there when it last looked."""
         self.switches: list[tuple[int, bool, int]] = []
         """Of each: the text, whether it was live, and the text that was configured then."""
 
@@ -61,8 +66,15 @@ class Model:
     def now(self) -> int:
         return self.switches[-1][0]
 
+    @property
+    def configured(self) -> int:
+        return self.switches[-1][2] if self.read is None else self.read
+
     def start(self) -> None:
-        self.read = self.file
+        self.refused = self.file < 0
+        self.read = None if self.refused else self.file
+        if self.refused:
+            return
         if self.switches:
             text, live, configured = self.switches[-1]
             if DECIDES[configured] == DECIDES[self.file] and (live or text == self.file):
@@ -71,15 +83,18 @@ class Model:
 
     def load(self, text: int) -> None:
         if text != self.now:
-            self.switches.append((text, True, self.read))
+            self.switches.append((text, True, self.configured))
 
     def roll_back(self) -> bool:
         before = [text for text, _, _ in self.switches if text != self.now]
         if before:
-            self.switches.append((before[-1], True, self.read))
+            self.switches.append((before[-1], True, self.configured))
         return bool(before)
 
     def reload(self) -> None:
+        self.refused = self.file < 0
+        if self.refused:
+            return
         if self.file != self.read or self.now != self.file:
             self.switches.append((self.file, False, self.file))
         self.read = self.file
@@ -97,14 +112,13 @@ class Running:
     async def start(self) -> None:
         self.store = SqliteStore(self.database)
         await self.store.open()
-        source = Source.read(str(self.file))
         performs = frozenset(Operation)
-        self.in_force = PolicyInForce(CompiledPolicy(source.policy, performs))
+        self.in_force = PolicyInForce(CompiledPolicy(Policy(name="none", rules=()), performs))
         self.policies = Policies(
             self.store,
             self.in_force,
-            source,
-            TrustingProver(),
+            ConfiguredPolicy(str(self.file)),
+            DoubtingProver(),
             performs=performs,
             explore_ms=0,
             explore_ms_max=0,
@@ -115,7 +129,8 @@ class Running:
 
 deeds = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["load", "edit"]), st.integers(0, len(TEXTS) - 1)),
+        st.tuples(st.just("load"), st.integers(0, len(TEXTS) - 1)),
+        st.tuples(st.just("edit"), st.sampled_from(sorted(_FILES))),
         st.tuples(st.sampled_from(["roll back", "reload", "restart"]), st.just(0)),
     ),
     max_size=12,
@@ -154,7 +169,7 @@ async def _follow(running: Running, model: Model, deeds: list[tuple[str, int]]) 
                     went = False
                 assert model.roll_back() == went
             case "edit":
-                running.file.write_text(TEXTS[text])
+                running.file.write_text(_FILES[text])
                 model.file = text
             case "reload":
                 await running.policies.reload()
@@ -171,6 +186,7 @@ async def _agree(running: Running, model: Model) -> None:
     name = f"p{model.now}"
     assert running.in_force.compiled.policy.name == running.policies.now.name == name
     assert running.policies.bundle.files == {MAIN: TEXTS[model.now]}
+    assert (running.policies.refused is not None) == model.refused
     history = await running.policies.history(100)
     assert [one.name for one in reversed(history)] == [f"p{text}" for text, _, _ in model.switches]
     assert running.policies.now == history[0]

@@ -28,6 +28,7 @@ from interlock.hypervisors.qemu.process import find_in
 from interlock.ports import Clock
 from interlock.stores.clock import SystemClock
 from interlock.testing.nano_guest import nano_guest
+from interlock.testing.trusting_prover import TrustingProver
 from interlock.wiring import Server
 
 pytestmark = pytest.mark.qemu
@@ -79,7 +80,7 @@ class Story:
         driver = DriverConfig(guest_shutdown_timeout_ms=20_000, inspect_retry_ms=50, heartbeat_ms=200, drain_ms=1)
         config = Config(data_dir=str(folder / "data"), policy=str(policy), driver=driver)
         self.hypervisor = QemuHypervisor(QemuSettings(folder=folder / "data" / "guests", qmp_timeout_ms=300))
-        self.server = Server(config, self.hypervisor, self.clock)
+        self.server = Server(config, self.hypervisor, self.clock, TrustingProver())
 
     async def open(self) -> None:
         await self.server.open()

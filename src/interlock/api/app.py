@@ -139,16 +139,25 @@ def _authenticate(parts: ApiParts, request: Request) -> Caller:
     return caller
 
 
+def _not_as_configured(parts: ApiParts) -> tuple[str, ...]:
+    """What people should look into although the server does its work."""
+    refused = parts.policies.refused
+    if refused is None:
+        return ()
+    return (f"The configured policy {refused.name} is refused: {refused.why} {parts.policies.now.name} is in force.",)
+
+
 def _about(parts: ApiParts, document: bytes) -> list[Route | Mount]:
     async def health(_: Request) -> Response:
         return answer(schemas.Health(status="alive", version=parts.version))
 
     async def readiness(_: Request) -> Response:
         ready = parts.ready()
-        reasons = () if ready else ("The server is starting or stopping.",)
+        reasons = _not_as_configured(parts) if ready else ("The server is starting or stopping.",)
         return answer(schemas.Readiness(ready=ready, reasons=reasons), 200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
+        parts.metrics.note_refused_policy(refused=parts.policies.refused is not None)
         parts.metrics.note_stuck(len(await parts.instances.stuck(None)))
         stands = await parts.capacity.occupancy()
         parts.metrics.note_host({"total": stands.total, "promised": stands.promised, "free": stands.free})

@@ -163,6 +163,17 @@ class PolicyRule(Wire, frozen=True, kw_only=True, omit_defaults=True):
     """Where it stands: file and line."""
 
 
+class RefusedConfiguration(Wire, frozen=True, kw_only=True):
+    """The policy that the configuration names is not the one in force, because something is wrong with it."""
+
+    name: str
+    """As the configuration has it: a built-in's, or the path of a file."""
+    at: Timestamp
+    """When it was last tried: at the start, or on SIGHUP."""
+    why: str
+    remedy: str | None
+
+
 class Policy(Wire, frozen=True, kw_only=True):
     """The policy that this server decides by; of its rules the first that matches decides."""
 
@@ -181,6 +192,8 @@ class Policy(Wire, frozen=True, kw_only=True):
     """The name of its own file among `files`."""
     files: tuple[str, ...] = ()
     """The files that it was read from; see `/v1/policy/text`."""
+    configured_refused: RefusedConfiguration | None = None
+    """Why what the configuration names is not taken; null where nothing is known to be wrong with it."""
     rules: tuple[PolicyRule, ...]
 
 
@@ -196,4 +209,4 @@ class Readiness(Wire, frozen=True, kw_only=True):
 
     ready: bool
     reasons: tuple[str, ...] = ()
-    """What is missing, one sentence each."""
+    """What is missing, one sentence each; of a server that is ready, what somebody should look into."""

@@ -40,6 +40,9 @@ class Metrics:
         self._fenced = Counter("fenced_reports", "Reports of workers that had lost the right to act.", **made)
         self._guest = Counter("guest_events", "What guests did of their own accord.", ["kind"], **made)
         self._stuck = Gauge("instances_stuck", "Instances that something could take over now.", **made)
+        self._refused = Gauge(
+            "policy_configured_refused", "1 while the configured policy is refused, and another is in force.", **made
+        )
         self._policy = Gauge("policy_info", "The policy in force: always 1.", ["name", "digest"], **made)
         self._host = Gauge(
             "host_capacity", "Of this host: MiB of memory and disk, and virtual processors.", ["what", "of"], **made
@@ -51,6 +54,10 @@ class Metrics:
         for state, count in states.items():
             self._instances.labels(state).set(count)
         self._outstanding.set(outstanding)
+
+    def note_refused_policy(self, *, refused: bool) -> None:
+        """Set whether the policy that the configuration names is refused, so that another is in force."""
+        self._refused.set(1 if refused else 0)
 
     def note_policy(self, switch: PolicySwitch) -> None:
         """Set which policy is in force."""

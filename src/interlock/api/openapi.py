@@ -14,7 +14,7 @@ import msgspec
 
 from interlock.api import policy_schemas, problems, schemas
 from interlock.api.doors import Door
-from interlock.service import policies, wishes
+from interlock.service import policy_wishes, wishes
 
 _TEMPLATE: Final = "#/components/schemas/{name}"
 _EVERYWHERE: Final = (401, 403, 422, 503)
@@ -55,7 +55,7 @@ def document(doors: Iterable[Door], version: str, in_words: str) -> dict[str, An
 
 def _describe_fields(components: dict[str, Any]) -> None:
     """Give every field the sentence that stands under it in the source."""
-    for module in (schemas, policy_schemas, wishes, policies):
+    for module in (schemas, policy_schemas, wishes, policy_wishes):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name in components:
                 properties = components[name].get("properties", {})

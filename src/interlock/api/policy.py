@@ -31,7 +31,9 @@ from interlock.policies.findings import Severity
 from interlock.policies.proving import Proof
 from interlock.ports import Role
 from interlock.service.callers import Caller
-from interlock.service.policies import Loaded, NewPolicy, OldPolicy, Terms
+from interlock.service.configured_policy import RefusedPolicy
+from interlock.service.policies import Loaded
+from interlock.service.policy_wishes import NewPolicy, OldPolicy, Terms
 
 WishT = TypeVar("WishT", bound=Terms)
 
@@ -56,8 +58,16 @@ async def policy(parts: ApiParts, _caller: Caller, request: Request) -> Response
         loaded_by=now.by,
         main=bundle.main,
         files=tuple(sorted(bundle.files)),
+        configured_refused=_refused_configuration(parts.policies.refused),
     )
     return answer(shown, headers=_etag(now.digest))
+
+
+def _refused_configuration(refused: RefusedPolicy | None) -> schemas.RefusedConfiguration | None:
+    if refused is None:
+        return None
+    at = timestamp(refused.at_ms)
+    return schemas.RefusedConfiguration(name=refused.name, at=at, why=refused.why, remedy=refused.remedy)
 
 
 def described(compiled: CompiledPolicy) -> schemas.Policy:

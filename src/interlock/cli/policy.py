@@ -13,7 +13,7 @@ from interlock.api.schemas import Policy, PolicyRule
 from interlock.cli.exit_codes import ExitCode
 from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
-from interlock.cli.wording import duration, printable
+from interlock.cli.wording import clock, duration, printable
 from interlock.core.errors import PolicyError
 
 _BLOCK_BYTES: Final = 64 * 1024
@@ -36,6 +36,15 @@ def show(invocation: Invocation) -> None:
     if invocation.answer(reply):
         return
     policy = reply.decode(Policy)
+    refused = policy.configured_refused
+    if refused is not None:
+        head = f"The configured policy {printable(refused.name)} is refused; {printable(policy.name)} stays in force."
+        invocation.say(click.style(head, fg="red", bold=True))
+        tried = clock(refused.at, invocation.client.now)
+        invocation.say(f"  {printable(refused.why)}")
+        if refused.remedy:
+            invocation.say(f"  {printable(refused.remedy)}")
+        invocation.say(f"  Tried at {tried}; mend it, and have it read again (SIGHUP).")
     invocation.say(f"Policy {policy.name}: {len(policy.rules)} rules; the first that matches decides, none denies.")
     invocation.say(f"At most {policy.outstanding_max} requests may be outstanding for one VM.")
     invocation.table(

@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 import structlog
-from msgspec import Meta
 
 from interlock.core import lifecycle
 from interlock.core.errors import InUse, Invalid, NotFound, PolicyError, PolicyMismatch, StoreError
@@ -21,13 +20,14 @@ from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
 from interlock.core.records import Change, Instance
 from interlock.policies import sources
-from interlock.policies.findings import Severity
 from interlock.policies.in_force import PolicyInForce
 from interlock.policies.proving import Proof
 from interlock.policies.sources import Source
 from interlock.ports import Role, Store
 from interlock.service import promises
 from interlock.service.callers import Caller
+from interlock.service.configured_policy import ConfiguredPolicy, RefusedPolicy, against
+from interlock.service.policy_wishes import NewPolicy, OldPolicy, Terms, bundle_of
 from interlock.service.proving import Prover
 
 _LOG = structlog.get_logger(__name__)
@@ -38,40 +38,6 @@ _DIGEST_LEAST: Final = 16
 _AT_ONCE: Final = 500
 """How many instances are judged again in one go."""
 _HISTORY_PAGE: Final = 100
-
-FileName = Annotated[
-    str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$", description="No control characters.")
-]
-Seconds = Annotated[float, Meta(ge=0, le=86_400)]
-
-
-class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """On which terms a policy is put in force."""
-
-    outstanding: Outstanding = Outstanding.KEEP
-    """Whether requests admitted before keep their promise (`keep`) or are judged again (`rejudge`)."""
-    explore_seconds: Seconds | None = None
-    """How long its reachable states are walked before; 0 does not. What is left out is what the server is told."""
-    dry_run: bool = False
-    """Only prove it, and change nothing."""
-
-
-class NewPolicy(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A policy to put in force: a built-in by its name, or the text of one."""
-
-    name: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
-    """Of a built-in policy."""
-    main: FileName | None = None
-    """The name of the policy's own file among `files`."""
-    files: Annotated[dict[FileName, str], Meta(max_length=64)] | None = None
-    """The texts of the policy's own file and of those that it extends, by name."""
-
-
-class OldPolicy(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An earlier policy to bring back."""
-
-    to: Annotated[int, Meta(ge=1)] | None = None
-    """The number of the switch that put it in force; if left out, what was in force before the present one."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +56,7 @@ class Policies:
         self,
         store: Store,
         in_force: PolicyInForce,
-        source: Source,
+        configured: ConfiguredPolicy,
         prover: Prover,
         *,
         performs: Iterable[Operation],
@@ -98,10 +64,10 @@ class Policies:
         explore_ms_max: int,
         wake: Callable[[str], None],
     ) -> None:
-        """`source` is what the configuration names, as read; `wake` has an instance looked at."""
+        """`configured` is what the configuration names; `wake` has an instance looked at."""
         self._store = store
         self._in_force = in_force
-        self._source = source
+        self._configured = configured
         self._prover = prover
         self._performs = tuple(performs)
         self._explore_ms = explore_ms
@@ -109,7 +75,7 @@ class Policies:
         self._wake = wake
         self._loading = asyncio.Lock()
         self._listeners: list[Callable[[PolicySwitch], None]] = []
-        self.bundle = source.bundle
+        self.bundle: PolicyBundle
         """The text of the policy in force."""
         self.now: PolicySwitch
         """The switch that put it in force."""
@@ -117,37 +83,88 @@ class Policies:
     # ------------------------------------------------------------------------------------------------- at the start
 
     async def open(self) -> None:
-        """Find which policy is in force: the configured one, or one that was loaded live since it was configured.
+        """Find which policy is in force: the configured one, one that was loaded live since it was configured, or the
+        last one where the configured one cannot be read or does not hold.
 
         Raises:
+            PolicyError: the configured one is refused, and there is no other.
             StoreError: that could not be kept.
         """
         last = next(iter(await self._store.policy_switches(1)), None)
-        if last is None or last.configured_digest != self._source.policy.digest:
-            why = "it is new here" if last is None else f"it has changed since {last.name} came into force"
-            await self._begin(last, why)
+        source, wrong = self._configured.source, self._configured.wrong
+        if source is None:
+            assert wrong is not None
+            await self._stay(last, wrong.message, wrong.remedy)
             return
-        self.bundle = await self._store.policy_bundle(last.number) or self._source.bundle
+        if last is None or last.configured_digest != source.policy.digest:
+            proof = await self._speaks_against(source, last)
+            if proof is not None:
+                self._configured.source = None
+                await self._stay(last, against(proof), proof.remedy)
+                return
+            why = "it is new here" if last is None else f"it has changed since {last.name} came into force"
+            await self._begin(source, last, why)
+            return
+        bundle = await self._store.policy_bundle(last.number) or source.bundle
         live = last.source in {SwitchSource.LOADED, SwitchSource.ROLLED_BACK}
-        if not live and self.bundle != self._source.bundle:
-            await self._begin(last, "its text has changed")
+        if not live and bundle != source.bundle:
+            await self._begin(source, last, "its text has changed")
             return
         try:
-            policy = await asyncio.to_thread(sources.read, self.bundle) if live else self._source.policy
+            policy = await asyncio.to_thread(sources.read, bundle) if live else source.policy
         except PolicyError as error:
-            await self._begin(last, f"{last.name}, which was loaded live, cannot be read any more: {error.message}")
+            why = f"{last.name}, which was loaded live, cannot be read any more: {error.message}"
+            await self._begin(source, last, why)
             return
-        self.now = last if policy.digest == last.digest else await self._with_its_meaning(last, policy)
-        await self._bind(policy)
         what = "loaded live, stays in force" if live else "configured, is in force"
         _LOG.info(f"the policy that was {what}", policy=policy.name, digest=policy.digest, since_switch=last.number)
+        await self._go_on(last, policy, bundle)
+
+    async def _speaks_against(self, source: Source, last: PolicySwitch | None) -> Proof | None:
+        """Prove the configured policy, which is new here; its proof if that does not hold."""
+        if self._configured.is_builtin:
+            return None
+        proof = await self._prover.prove(source.bundle, self._explore_for_ms(None))
+        if last is None and proof.policy is None:
+            # It could be read, and there is no other to fall back to.
+            _LOG.warning("the configured policy was not checked", policy=source.policy.name, why=proof.wrong)
+            return None
+        return None if proof.holds else proof
+
+    async def _stay(self, last: PolicySwitch | None, why: str, remedy: str | None) -> None:
+        """Go on by what was in force last, since the configured policy is refused. Raises `PolicyError`."""
+        bundle = None if last is None else await self._store.policy_bundle(last.number)
+        if last is None or bundle is None:
+            raise PolicyError(why, remedy=remedy)
+        try:
+            policy = await asyncio.to_thread(sources.read, bundle)
+        except PolicyError as error:
+            also = f"{last.name}, which was in force last, cannot be read any more either: {error.message}"
+            raise PolicyError(f"{why} {also}", remedy=remedy) from None
+        refused = self._configured.refuse(why, remedy, self._store.now_ms())
+        _LOG.error(
+            "the configured policy is refused, and the last one stays in force",
+            configured=refused.name,
+            why=why,
+            remedy=remedy,
+            stays=policy.name,
+            digest=policy.digest,
+            since_switch=last.number,
+        )
+        await self._go_on(last, policy, bundle)
+
+    async def _go_on(self, last: PolicySwitch, policy: Policy, bundle: PolicyBundle) -> None:
+        """Put in force what was in force when the last server ended."""
+        self.bundle = bundle
+        self.now = last if policy.digest == last.digest else await self._with_its_meaning(last, policy)
+        await self._bind(policy)
         if last.outstanding is Outstanding.REJUDGE and last.cancelled is None:
             await self._judge_again()
 
-    async def _begin(self, last: PolicySwitch | None, why: str) -> None:
+    async def _begin(self, source: Source, last: PolicySwitch | None, why: str) -> None:
         """Put the configured policy in force, whatever was before."""
-        policy, self.bundle = self._source.policy, self._source.bundle
-        switch = self._switch(policy, self._source, SwitchSource.CONFIGURED, _SERVER)
+        policy, self.bundle = source.policy, source.bundle
+        switch = self._switch(policy, policy.digest, SwitchSource.CONFIGURED, _SERVER)
         self.now = msgspec.structs.replace(switch, number=await self._store.switch_policy(switch, self.bundle))
         await self._bind(policy)
         _LOG.info("the configured policy comes into force", policy=policy.name, digest=policy.digest, why=why)
@@ -175,7 +192,7 @@ class Policies:
             StoreError (it could not be kept, and is not in force).
         """
         caller.require(Role.ADMIN, "load a policy")
-        bundle = await asyncio.to_thread(_bundle_of, wish)
+        bundle = await asyncio.to_thread(bundle_of, wish)
         async with self._alone(if_digest):
             return await self._load(bundle, wish, SwitchSource.LOADED, caller.name)
 
@@ -194,16 +211,28 @@ class Policies:
         """Read again what the configuration names and put it in force; the log says what became of it."""
         async with self._loading:
             try:
-                source = await asyncio.to_thread(Source.read, self._source.name)
-                if source == self._source and source.bundle == self.bundle:
+                source = await asyncio.to_thread(Source.read, self._configured.name)
+                if source == self._configured.source and source.bundle == self.bundle:
+                    self._configured.take(source)
                     _LOG.info("the policy was read again, and is the one in force", policy=self.now.name)
                     return
                 loaded = await self._load(source.bundle, Terms(), SwitchSource.RELOADED, _SERVER, source)
-            except (PolicyError, StoreError) as error:
+            except PolicyError as error:
+                self._not_reloaded(error.message, error.remedy)
+            except StoreError as error:
                 _LOG.error("the policy was not reloaded", why=error.message, remedy=error.remedy, stays=self.now.name)
-                return
-        if not loaded.proof.holds:
-            _LOG.error("the policy was not reloaded", stays=self.now.name, **_against(loaded.proof))
+            else:
+                if not loaded.proof.holds:
+                    self._not_reloaded(against(loaded.proof), loaded.proof.remedy)
+
+    def _not_reloaded(self, why: str, remedy: str | None) -> None:
+        self._configured.refuse(why, remedy, self._store.now_ms())
+        _LOG.error("the policy was not reloaded", why=why, remedy=remedy, stays=self.now.name)
+
+    @property
+    def refused(self) -> RefusedPolicy | None:
+        """Why what the configuration names is not taken as it is now; None if nothing is known to be wrong with it."""
+        return self._configured.refused
 
     @asynccontextmanager
     async def _alone(self, if_digest: str | None) -> AsyncIterator[None]:
@@ -227,12 +256,15 @@ class Policies:
         same = bundle == self.bundle and terms.outstanding is Outstanding.KEEP and configured is None
         if proof.policy is None or not proof.holds or terms.dry_run or same:
             return Loaded(proof=proof, before=before, after=before)
-        where = configured or self._source
-        switch = self._switch(proof.policy, where, source, by, terms.outstanding)
+        taken = configured or self._configured.source
+        digest = before.configured_digest if taken is None else taken.policy.digest
+        switch = self._switch(proof.policy, digest, source, by, terms.outstanding)
         compiled = CompiledPolicy(proof.policy, self._performs)
         number = await self._store.switch_policy(switch, bundle)
         # From here to the end of `replace` nothing waits, so that no decision is made in between.
-        self.now, self.bundle, self._source = msgspec.structs.replace(switch, number=number), bundle, where
+        self.now, self.bundle = msgspec.structs.replace(switch, number=number), bundle
+        if configured is not None:
+            self._configured.take(configured)
         keeps = terms.outstanding is Outstanding.KEEP
         earlier = promises.with_latest(self._in_force, self._store.now_ms()) if keeps else ()
         self._in_force.replace(compiled, earlier)
@@ -243,7 +275,7 @@ class Policies:
     def _switch(
         self,
         policy: Policy,
-        configured: Source,
+        configured_digest: str,
         source: SwitchSource,
         by: str,
         outstanding: Outstanding = Outstanding.KEEP,
@@ -254,7 +286,7 @@ class Policies:
             at_ms=self._store.now_ms(),
             by=by,
             source=source,
-            configured_digest=configured.policy.digest,
+            configured_digest=configured_digest,
             outstanding=outstanding,
         )
 
@@ -345,26 +377,3 @@ class Policies:
                     return bundle
                 before = switch.number
         raise NotFound("No other policy was in force before this one.", remedy="Load one by name or file.")
-
-
-def _bundle_of(wish: NewPolicy) -> PolicyBundle:
-    """The text of the policy that is wished for. Raises `Invalid`, `PolicyError`."""
-    if (wish.name is None) == (wish.main is None) or (wish.main is None) != (wish.files is None):
-        raise Invalid(
-            "A policy is named by `name`, or sent by `main` and `files`; one of the two.",
-            remedy='Send {"name": "take2"}, or {"main": "site.toml", "files": {"site.toml": "…"}}.',
-        )
-    if wish.name is not None:
-        return sources.builtin(wish.name)
-    assert wish.main is not None
-    assert wish.files is not None
-    if wish.main not in wish.files:
-        raise Invalid(f"main: there is no {wish.main[:80]!r} among the files.", remedy="Send the main file too.")
-    return PolicyBundle(main=wish.main, files=wish.files)
-
-
-def _against(proof: Proof) -> dict[str, object]:
-    """What speaks against a policy, for the log."""
-    errors = [f"{one.place}: {one.message}" for one in proof.findings if one.severity is Severity.ERROR]
-    laws = [f"law {one.law}: {one.what}" for one in proof.violations]
-    return {"why": proof.wrong or "; ".join((*errors, *laws)), "remedy": proof.remedy}

@@ -19,6 +19,7 @@ from interlock.ports import Role, Volume
 from interlock.service.answers import Answer
 from interlock.service.callers import Caller
 from interlock.service.wishes import NewInstance, NewRequest
+from interlock.testing.trusting_prover import TrustingProver
 from interlock.wiring import Server
 
 IMAGE = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
@@ -41,7 +42,7 @@ class Embedded:
 
     async def start(self) -> None:
         """Start a server; the one before it must have been closed or crashed."""
-        self.server = Server(self._config, SimulatedHypervisor(self.host, **self._simulated))
+        self.server = Server(self._config, SimulatedHypervisor(self.host, **self._simulated), prover=TrustingProver())
         await self.server.open()
         if not await self.server.store.images():
             await self.put_image(IMAGE)

@@ -25,6 +25,7 @@ from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import FaultRates, Method, SimulatedHost, SimulatedHypervisor
 from interlock.ports import InstanceFilter, Volume
 from interlock.service.server_log import configure_logging
+from interlock.testing.trusting_prover import TrustingProver
 from interlock.wiring import ADMIN_TOKEN, Server
 
 IMAGE: Final = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
@@ -85,7 +86,7 @@ async def _serve(folder: Path, seed: int) -> None:
     configure_logging(config)
     host = SimulatedHost(seed=seed, rates=RATES)
     hypervisor = SimulatedHypervisor(host, delays_ms=_DELAYS_MS, power_off_ms=50, answer_timeout_s=_ANSWER_TIMEOUT_S)
-    server = Server(config, hypervisor)
+    server = Server(config, hypervisor, prover=TrustingProver())
     started = asyncio.Event()
     serving = asyncio.create_task(server.serve(started))
     waiting = asyncio.create_task(started.wait())
