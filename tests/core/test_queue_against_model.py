@@ -9,7 +9,7 @@ from core_samples import ORDINARY, ask, instance_in
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from queue_model import BESIDE, GOES_BACK, KEEPS_WHERE_IT_WAS, LEADS_TO, NOTES, Model
+from queue_model import BESIDE, GOES_BACK, KEEPS_WHERE_IT_WAS, LEADS_TO, NOTES, PERMITTED, Model
 
 from interlock.core import lifecycle
 from interlock.core.admission import admit
@@ -119,12 +119,13 @@ class Lives(RuleBasedStateMachine):
         self.compare_report(change, None if allowed else "stale", name)
 
     @precondition(lambda self: not self.model.outstanding)
-    @rule(operations=st.lists(st.sampled_from(UNDOING), min_size=1, max_size=4))
-    def do_and_undo(self, operations: list[str]) -> None:
-        """Some that keep where it was, or go back there, one after the other as far as they are admitted."""
-        for operation in operations:
-            self.submit(operation)
-            if self.model.outstanding:
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def do_and_undo(self, data: st.DataObject, count: int) -> None:
+        """Some that keep where it was or go back there, one after the other: each that the state permits."""
+        for _ in range(count):
+            permitted = [operation for operation in UNDOING if self.model.state in PERMITTED[operation]]
+            if permitted:
+                self.submit(data.draw(st.sampled_from(permitted)))
                 self.take("state")
                 name, fence = self.workers[-1]
                 change = lifecycle.finish(self.instance, name, fence, Outcome.SUCCEEDED, POLICY, self.now)
