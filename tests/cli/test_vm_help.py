@@ -13,7 +13,7 @@ from interlock.cli.sections import SECTIONS
 from interlock.cli.vm import vm_commands
 from interlock.core.operations import Operation
 from interlock.core.records import Status
-from interlock.core.states import VmState
+from interlock.core.states import PowerState, VmState
 
 DUE = schemas.Due(operation=Operation.CONFIRM_RESIZE, at=AT)
 
@@ -37,6 +37,18 @@ def test_the_help_lists_each_command_once_under_a_heading(interlock: Interlock) 
         (
             {"vm_state": VmState.RESIZED, "due": DUE},
             "the old one back; confirmed by itself at 12:00",
+        ),
+        (
+            {"vm_state": VmState.RESIZED, "power_state": PowerState.SHUTDOWN},
+            "brings the old one back; `vm start` boots it with its new size, and keeps that",
+        ),
+        (
+            {
+                "vm_state": VmState.SOFT_DELETED,
+                "prior_vm_state": VmState.RESIZED,
+                "further_vm_states": (VmState.ACTIVE, VmState.STOPPED),
+            },
+            "resized, before it was soft_deleted; active, before it was resized\n",
         ),
         ({"vm_state": VmState.SHELVED}, "`vm unshelve` brings it back"),
         ({"vm_state": VmState.SOFT_DELETED}, "`vm restore` brings it back"),

@@ -62,12 +62,15 @@ PERFORMABLE = {
     "reboot": {"active", "stopped", "paused", "suspended", "error", "rescued"},
     "delete": PERMITTED["delete"],
 }
-POWERED = {"active", "paused", "rescued", "resized"}
+POWERED = {"active", "paused", "rescued"}
 NOTES = {"lock", "unlock", "reset_state"}
 
 
 Place = tuple[str, ...]
-"""Where an instance is, and behind it where it goes back to: a stopped one that is rescued is `rescued, stopped`."""
+"""Where an instance is, and behind it where it goes back to: a stopped one that is rescued is `rescued, stopped`.
+
+One that was resized, and whose guest has ended since, is `resized, active, stopped`.
+"""
 
 
 @dataclass
@@ -117,6 +120,10 @@ class Model:
         return self.place[0]
 
     def lands(self, operation: str, place: Place) -> Place:
+        if operation == "confirm_resize" and place[2:] == ("stopped",):
+            return ("stopped",)
+        if operation == "revert_resize":
+            return place[1:2] or ("active",)
         if operation in GOES_BACK:
             return place[1:] or ("active",)
         if operation in KEEPS_WHERE_IT_WAS:
@@ -307,6 +314,8 @@ class Model:
             return
         if self.state in POWERED:
             self.place = ("stopped" if event == "stopped" else "error",)
+        elif self.state == "resized" and "stopped" not in self.place:
+            self.place = (*self.place, "stopped")
         self.reconsider()
 
     def withdraw(self, name: str) -> str:

@@ -79,6 +79,8 @@ def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_s
                 assert state is (V.ACTIVE if vm_state is V.ERROR else vm_state)
             case Landing.PRIOR:
                 assert state is (memory[0] if memory else V.ACTIVE)
+            case Landing.PRESENT:
+                assert (state, kept) == ((memory[-1] if memory else V.ACTIVE), ())
             case expected:
                 assert state is expected
         if entry.remembers:

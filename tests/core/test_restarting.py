@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, GuestEvent, Instance, Outcome, Request, Submission
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts
-from interlock.core.states import VmState
+from interlock.core.states import PowerState, VmState
 from interlock.core.upkeep import UpkeepTimes
 from interlock.driver.operations import PERFORMS
 from interlock.policies.sources import Source
@@ -247,6 +248,57 @@ class BootLoop(RuleBasedStateMachine):
 
 BootLoop.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
 TestBootLoop = BootLoop.TestCase
+
+
+# ---------------------------------------------------------------------------------------- resized, and not settled
+
+
+def resized(policy: RestartPolicy | None) -> Instance:
+    return msgspec.structs.replace(
+        running(policy), vm_state=V.RESIZED, prior_vm_state=V.ACTIVE, power_state=PowerState.RUNNING, state_since_ms=T0
+    )
+
+
+@pytest.mark.parametrize("event", [GuestEvent.CRASHED, GuestEvent.VANISHED, GuestEvent.STOPPED])
+def test_what_was_resized_waits_on_without_its_guest(event: GuestEvent) -> None:
+    instance = ended(resized(None), event, T0)
+    assert (instance.vm_state, instance.memory, instance.error) == (V.RESIZED, (V.ACTIVE, V.STOPPED), None)
+    assert not instance.executing
+    assert ended(instance, event, T0 + 1).memory == instance.memory
+    confirmed = served(asked(instance, O.CONFIRM_RESIZE, T0 + 1), Outcome.SUCCEEDED, T0 + 2)
+    assert (confirmed.vm_state, confirmed.memory) == (V.STOPPED, ())
+    reverted = served(asked(instance, O.REVERT_RESIZE, T0 + 1), Outcome.SUCCEEDED, T0 + 2)
+    assert (reverted.vm_state, reverted.memory) == (V.ACTIVE, ())
+    assert served(asked(instance, O.START, T0 + 1), Outcome.SUCCEEDED, T0 + 2).vm_state is V.ACTIVE
+
+
+def test_what_waits_behind_a_confirmation_is_judged_again_when_the_guest_ends() -> None:
+    """A pause that was promised on a guest that runs makes no sense on one that does not."""
+    waiting = asked(asked(resized(None), O.CONFIRM_RESIZE, T0), O.PAUSE, T0 + 1)
+    assert [request.operation for request in waiting.outstanding] == [O.CONFIRM_RESIZE, O.PAUSE]
+    left = ended(waiting, GuestEvent.STOPPED, T0 + 2)
+    assert [request.operation for request in left.outstanding] == [O.CONFIRM_RESIZE]
+
+
+@pytest.mark.parametrize(
+    ("event", "policy", "wish"),
+    [
+        (GuestEvent.CRASHED, RestartPolicy(on_crash=OnCrash.RESTART), O.START),
+        (GuestEvent.VANISHED, RestartPolicy(on_crash=OnCrash.RESTART), O.START),
+        (GuestEvent.STOPPED, RestartPolicy(on_crash=OnCrash.RESTART), None),
+        (GuestEvent.STOPPED, ALWAYS, O.START),
+        (GuestEvent.CRASHED, RestartPolicy(on_crash=OnCrash.STOP), None),
+        (GuestEvent.CRASHED, RestartPolicy(), None),
+    ],
+)
+def test_a_resized_guest_is_started_again_if_its_owner_said_so(
+    event: GuestEvent, policy: RestartPolicy, wish: Operation | None
+) -> None:
+    """By a start, which keeps the new size; otherwise it is confirmed in its time."""
+    due = upkeep.due(ended(resized(policy), event, T0), TIMES)
+    assert due is not None
+    expected = (T0 + 10, O.CONFIRM_RESIZE) if wish is None else (T0 + 1_000, wish)
+    assert (due.at_ms, due.wishes[0].operation) == expected
 
 
 # ------------------------------------------------------------------------------------------------- what time brings

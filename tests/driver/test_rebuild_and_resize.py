@@ -173,23 +173,69 @@ async def test_a_start_confirms_a_resize(fleet: Embedded, host: SimulatedHost) -
     assert len(host.guests[vm].roots) == 1
 
 
-@pytest.mark.parametrize("remedy", ["start", "reboot"])
-@pytest.mark.parametrize("end", ["crash", "vanish", "power off"])
-async def test_a_resize_whose_guest_ended_by_itself_is_confirmed_by_what_boots_it_again(
-    fleet: Embedded, host: SimulatedHost, end: str, remedy: str
-) -> None:
+async def ended_while_resized(fleet: Embedded, host: SimulatedHost, end: str) -> str:
+    """A resized instance whose guest has ended since, and had written before the resize and after."""
     vm = await made(fleet)
+    host.guest_writes(vm, "before")
     await fleet.carry_out(vm, O.RESIZE, vcpus=2)
     host.guest_writes(vm, "after")
     {"crash": host.guest_panics, "vanish": host.vanish, "power off": host.guest_powers_off}[end](vm)
-    await fleet.until(vm, vm_state=VmState.STOPPED if end == "power off" else VmState.ERROR)
-    assert (await now(fleet, vm)).prior_spec is not None
-    parameters = {"hard": True} if remedy == "reboot" else {}
-    assert (await fleet.carry_out(vm, O(remedy), **parameters)).status is Status.SUCCEEDED
+    instance = await fleet.until(vm, power_state=_POWER_AT_END[end])
+    assert (instance.vm_state, instance.prior_vm_state, instance.error) == (VmState.RESIZED, VmState.ACTIVE, None)
+    return vm
+
+
+_POWER_AT_END = {"crash": PowerState.CRASHED, "vanish": PowerState.NONE, "power off": PowerState.SHUTDOWN}
+_SETTLED = {
+    O.START: (VmState.ACTIVE, PowerState.RUNNING, 2, ("before", "after")),
+    O.CONFIRM_RESIZE: (VmState.STOPPED, PowerState.NONE, 2, ("before", "after")),
+    O.REVERT_RESIZE: (VmState.ACTIVE, PowerState.RUNNING, 1, ("before",)),
+}
+"""What settles a resize whose guest has ended; and where that leads: vm_state, power_state, vcpus, what was written."""
+
+
+@pytest.mark.parametrize("away", [(), (O.SOFT_DELETE, O.RESTORE)])
+@pytest.mark.parametrize("settled_by", list(_SETTLED))
+@pytest.mark.parametrize("end", list(_POWER_AT_END))
+async def test_a_resize_whose_guest_ended_by_itself_can_still_be_confirmed_and_reverted(
+    fleet: Embedded, host: SimulatedHost, end: str, settled_by: Operation, away: tuple[Operation, ...]
+) -> None:
+    vm = await ended_while_resized(fleet, host, end)
+    for operation in (*away, settled_by):
+        assert (await fleet.carry_out(vm, operation)).status is Status.SUCCEEDED
     instance = await now(fleet, vm)
     assert instance.spec is not None
-    assert (instance.vm_state, instance.prior_spec, instance.spec.vcpus) == (VmState.ACTIVE, None, 2)
-    assert (len(host.guests[vm].roots), root(host, vm).written) == (1, ("after",))
+    assert (instance.prior_spec, instance.memory) == (None, ())
+    power = host.guests[vm].power
+    assert (instance.vm_state, power, instance.spec.vcpus, root(host, vm).written) == _SETTLED[settled_by]
+
+
+@pytest.mark.parametrize("end", list(_POWER_AT_END))
+async def test_the_end_of_a_resized_guest_is_no_news_for_the_next_server(
+    fleet: Embedded, host: SimulatedHost, end: str
+) -> None:
+    vm = await ended_while_resized(fleet, host, end)
+    before = await now(fleet, vm)
+    await fleet.crash()
+    await fleet.start()
+    await fleet.create("other")
+    assert (await now(fleet, vm)) == before
+
+
+async def test_a_guest_that_ends_while_its_resize_is_confirmed_is_stopped_then(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await made(fleet)
+    await fleet.carry_out(vm, O.RESIZE, vcpus=2)
+    host.faults.script(vm, Method.DROP_ROOT_DISKS, Slow(200))
+    request = admitted(await fleet.submit(vm, O.CONFIRM_RESIZE))
+    await fleet.until(vm, task_state="resize_confirming")
+    host.guest_powers_off(vm)
+    assert (await fleet.ended(request)).status is Status.SUCCEEDED
+    instance = await fleet.until(vm, vm_state=VmState.STOPPED, power_state=PowerState.SHUTDOWN)
+    assert (instance.prior_spec, instance.memory) == (None, ())
+    assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
+    assert host.guests[vm].power is PowerState.RUNNING
 
 
 async def test_a_guest_that_does_not_come_up_with_its_new_size_has_its_old_one_again(

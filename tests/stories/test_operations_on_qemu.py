@@ -6,7 +6,9 @@ own tool.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -146,6 +148,24 @@ def test_a_rescue_survives_a_soft_delete_and_ends_where_it_began(server: RealSer
     asked = server.submit(VM, "delete")
     assert server.ended(asked.json()["request"]["id"])["status"] == "succeeded"
     assert not place_of(server, instance_id).exists()
+
+
+def test_a_resize_whose_process_was_killed_is_reverted(server: RealServer) -> None:
+    instance_id = marked(server, 0xAB)
+    carry_out(server, "start")
+    until_says(server, instance_id, "booted first", times=2)
+    before = carry_out(server, "resize", vcpus=2)
+    until_says(server, instance_id, "booted first", times=3)
+    pid = find_in(place_of(server, instance_id) / "inside")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    ended = server.get(f"/v1/instances/{VM}", wait="30s", after_generation=before["generation"])
+    assert (ended["vm_state"], ended["power_state"], ended["prior_vm_state"]) == ("resized", "none", "active")
+    reverted = carry_out(server, "revert_resize")
+    assert (reverted["vm_state"], reverted["power_state"], reverted["vcpus"]) == ("active", "running", 1)
+    until_says(server, instance_id, "booted first", times=4)
+    (disk,) = root_disks(server, instance_id)
+    assert reads_far(disk, 0xAB)
 
 
 def test_a_resize_is_reverted_then_made_again_and_confirmed(server: RealServer) -> None:

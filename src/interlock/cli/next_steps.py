@@ -8,7 +8,7 @@ from typing import Final
 from interlock.api.schemas import Due, Instance, Size
 from interlock.cli.wording import clock
 from interlock.core.operations import Operation
-from interlock.core.states import VmState
+from interlock.core.states import PowerState, VmState
 
 _STEPS: Final = {
     VmState.BUILDING: "`vm start` makes and boots it",
@@ -33,6 +33,8 @@ _DUE: Final = {
 def next_steps(one: Instance, now: float | None) -> str | None:
     """What can be done next, in words; None while something is being done, or where everything can."""
     parts = [] if one.outstanding or one.vm_state not in _STEPS else [_STEPS[one.vm_state]]
+    if parts and one.vm_state is VmState.RESIZED and one.power_state is not PowerState.RUNNING:
+        parts.append("`vm start` boots it with its new size, and keeps that")
     if one.due is not None:
         parts.append(_due(one.due, now))
     return "; ".join(parts) or None
@@ -55,4 +57,6 @@ def state_text(one: Instance) -> str | None:
     if one.prior_vm_state is None:
         return None
     states = (one.vm_state, one.prior_vm_state, *one.further_vm_states)
+    if VmState.RESIZED in states:
+        states = states[: states.index(VmState.RESIZED) + 2]  # what is behind that is where its guest is now
     return "; ".join(f"{before.value}, before it was {state.value}" for state, before in pairwise(states))

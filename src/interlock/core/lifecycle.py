@@ -13,7 +13,7 @@ import msgspec
 from interlock.core import restarting
 from interlock.core.errors import BrokenInvariant
 from interlock.core.holding import judge_held
-from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Memory, Operation, land
+from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Memory, Operation, land, without_guest
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     SERVED,
@@ -31,7 +31,7 @@ from interlock.core.records import (
 )
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
 from interlock.core.restart_policy import RestartPolicy
-from interlock.core.states import EXECUTING_STATES, PowerState, VmState
+from interlock.core.states import LEFT_AT_END, PowerState, VmState
 
 
 def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
@@ -217,11 +217,12 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
     """Note what the hypervisor told of its own accord, and judge what waits again.
 
     A guest that powers itself off is stopped; one that panicked, or whose process is gone, is in error, since only its
-    owner can say what it should be: what they said beforehand (`restart`) is planned here. What is in flight goes on:
-    its worker finds what is there.
+    owner can say what it should be: what they said beforehand (`restart`) is planned here. One that was resized stays
+    so, and can be confirmed or reverted as before. What is in flight goes on: its worker finds what is there.
     """
     draft = Draft(instance, now_ms)
-    state, power, error = instance.vm_state, instance.power_state, None
+    state, memory = instance.vm_state, instance.memory
+    power, error = instance.power_state, None
     match event:
         case GuestEvent.STOPPED:
             state, power = VmState.STOPPED, PowerState.SHUTDOWN
@@ -231,12 +232,14 @@ def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_m
             state, power, error = VmState.ERROR, PowerState.NONE, "What held the guest ended unexpectedly."
         case GuestEvent.RESET:
             pass
-    if instance.vm_state not in EXECUTING_STATES:
+    if instance.vm_state not in LEFT_AT_END:
         state, error = instance.vm_state, None
+    if event is not GuestEvent.RESET:
+        memory = without_guest(state, memory)
     draft.alive()
     draft.tell(f"guest.{event.value}")
     draft.instance = replace(draft.instance, power_state=power)
-    _move(draft, state, instance.memory, error)
+    _move(draft, state, memory, error)
     restarting.heed_end(draft, instance, event)
     if event is not GuestEvent.RESET:
         judge_again(draft, policy)

@@ -79,6 +79,8 @@ class Landing(Enum):
     """The vm_state does not change, but an instance in error becomes active."""
     PRIOR = "prior"
     """The vm_state that held before the operation that this one undoes."""
+    PRESENT = "present"
+    """The vm_state that holds for the guest now, whatever held before."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,7 +220,7 @@ _ENTRIES = (
         on_failure=_V.ERROR,
         remembers=True,
     ),
-    _state(_O.CONFIRM_RESIZE, "resize_confirming", {_V.RESIZED}, Landing.PRIOR, on_failure=_V.ERROR),
+    _state(_O.CONFIRM_RESIZE, "resize_confirming", {_V.RESIZED}, Landing.PRESENT, on_failure=_V.ERROR),
     _state(_O.REVERT_RESIZE, "resize_reverting", {_V.RESIZED}, Landing.PRIOR, on_failure=_V.ERROR),
     _state(
         _O.SHELVE,
@@ -312,6 +314,7 @@ Memory = tuple[VmState, ...]
 """What an instance remembers: first the vm_state that held before what can be undone now, behind it those before that.
 
 One that was rescued, resized or shelved remembers one; a soft delete puts that state before them, and undoes nothing.
+One that was resized has `stopped` behind it where its guest has ended since.
 """
 
 REMEMBERING: Final[frozenset[VmState]] = frozenset(
@@ -326,8 +329,18 @@ def remembered_in(vm_state: VmState, memory: Memory) -> Memory:
 
 
 def rests(vm_state: VmState, memory: Memory) -> bool:
-    """Whether no guest is held in a state that holds one otherwise: one resized while it was stopped is not started."""
+    """Whether no guest is held in a state that holds one otherwise.
+
+    What was resized while it was stopped is not started, and one whose guest has ended since is left so.
+    """
     return vm_state is VmState.RESIZED and memory[-1:] == (VmState.STOPPED,)
+
+
+def without_guest(vm_state: VmState, memory: Memory) -> Memory:
+    """What is remembered in a vm_state that the end of the guest does not lead out of, once it has ended."""
+    if vm_state is not VmState.RESIZED or rests(vm_state, memory):
+        return memory
+    return (*(memory or (VmState.ACTIVE,)), VmState.STOPPED)
 
 
 def land(operation: Operation, vm_state: VmState, memory: Memory) -> tuple[VmState, Memory]:
@@ -344,6 +357,8 @@ def land(operation: Operation, vm_state: VmState, memory: Memory) -> tuple[VmSta
             state = VmState.ACTIVE if vm_state is VmState.ERROR else vm_state
         case Landing.PRIOR:
             state, memory = (memory[0], memory[1:]) if memory else (VmState.ACTIVE, ())
+        case Landing.PRESENT:
+            state, memory = (memory[-1] if memory else VmState.ACTIVE), ()
         case state:
             if state is not vm_state:
                 known = memory if vm_state in entry.sources else ()

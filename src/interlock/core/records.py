@@ -176,7 +176,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
     further_vm_states: tuple[VmState, ...] = ()
     """What it remembers beyond that, the nearest first: of one that was soft-deleted while it was rescued, resized or
-    shelved, what had held before that."""
+    shelved, what had held before that; `stopped`, of one resized whose guest has ended since."""
     generation: int = 0
     fence: int = 0
     created_at_ms: int = 0

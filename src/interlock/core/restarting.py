@@ -12,7 +12,7 @@ from interlock.core.operations import CATALOGUE, Landing, Lane, Operation
 from interlock.core.records import GuestEvent, Instance, Outcome, Request
 from interlock.core.request_queue import Draft, replace
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts
-from interlock.core.states import EXECUTING_STATES, VmState
+from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 
 UPKEEP: Final = "interlock"
 """By whom that is asked for which nobody asked for; no token may have this name."""
@@ -28,12 +28,12 @@ _TAKES_DOWN: Final = frozenset(
 def heed_end(draft: Draft, before: Instance, event: GuestEvent) -> None:
     """Plan what is to be done about a guest that has just ended; `before` is the instance while it ran."""
     policy = before.restart
-    if policy is None or before.vm_state not in EXECUTING_STATES or event is GuestEvent.RESET:
+    if policy is None or not before.executing or event is GuestEvent.RESET:
         return
     asked_down = before.restarts is not None and before.restarts.asked_down
     if asked_down or any(request.operation in _TAKES_DOWN for request in before.outstanding):
         return
-    if _wanted(policy, draft.instance.vm_state) is not None:
+    if _wanted(policy, draft.instance) is not None:
         _plan(draft, policy)
 
 
@@ -44,7 +44,7 @@ def heed_request(draft: Draft, request: Request, outcome: Outcome) -> None:
     if request.requested_by == UPKEEP:
         restarts = instance.restarts is not None and request.operation in {Operation.START, Operation.REBOOT}
         failed = restarts and outcome is Outcome.FAILED
-        if failed and policy is not None and _wanted(policy, instance.vm_state) is not None:
+        if failed and policy is not None and _wanted(policy, instance) is not None:
             _plan(draft, policy)
     elif policy is not None and CATALOGUE[request.operation].to is not Landing.SAME:
         half_down = request.operation in _TAKES_DOWN and outcome is not Outcome.SUCCEEDED
@@ -61,7 +61,7 @@ def pending(instance: Instance) -> OnCrash | None:
     """What is to be done about its guest at `restarts.due_at_ms`: restart or stop; None if nothing is."""
     if instance.restart is None or instance.restarts is None or instance.restarts.due_at_ms is None:
         return None
-    return _wanted(instance.restart, instance.vm_state)
+    return _wanted(instance.restart, instance)
 
 
 def noted(before: Instance, after: Instance) -> Instance:
@@ -73,12 +73,14 @@ def noted(before: Instance, after: Instance) -> Instance:
     return replace(after, restarts=replace(restarts, count=counted, due_at_ms=None))
 
 
-def _wanted(policy: RestartPolicy, vm_state: VmState) -> OnCrash | None:
-    """What its owner wants, by where the end of the guest has led."""
-    if vm_state is VmState.ERROR and policy.on_crash is not OnCrash.LEAVE:
-        return policy.on_crash
-    if vm_state is VmState.STOPPED and policy.on_power_off is OnPowerOff.RESTART:
-        return OnCrash.RESTART
+def _wanted(policy: RestartPolicy, instance: Instance) -> OnCrash | None:
+    """What its owner wants, by how its guest has ended. What was resized is not stopped: that would settle nothing."""
+    resized = instance.vm_state is VmState.RESIZED
+    powered_off = instance.power_state is PowerState.SHUTDOWN if resized else instance.vm_state is VmState.STOPPED
+    if powered_off:
+        return OnCrash.RESTART if policy.on_power_off is OnPowerOff.RESTART else None
+    if instance.vm_state is VmState.ERROR or (resized and policy.on_crash is OnCrash.RESTART):
+        return None if policy.on_crash is OnCrash.LEAVE else policy.on_crash
     return None
 
 
@@ -86,7 +88,7 @@ def _plan(draft: Draft, policy: RestartPolicy) -> None:
     """Say when it is restarted or stopped, or that it was restarted often enough."""
     instance, now_ms = draft.instance, draft.now_ms
     restarts = (instance.restarts or Restarts()).at_end(policy, now_ms)
-    if _wanted(policy, instance.vm_state) is OnCrash.STOP:
+    if _wanted(policy, instance) is OnCrash.STOP:
         draft.instance = replace(instance, restarts=replace(restarts, due_at_ms=now_ms))
     elif restarts.count < policy.restarts_max:
         due_at_ms = now_ms + restarts.put_off_ms(policy)

@@ -26,7 +26,7 @@ class VmState(StrEnum):
     RESCUED = "rescued"
     """Running from a rescue image, its own disk attached beside it."""
     RESIZED = "resized"
-    """Running with its new size, waiting for the owner to confirm or revert."""
+    """With its new size, waiting for the owner to confirm or revert, also where its guest has ended meanwhile."""
     SHELVED = "shelved"
     """Powered off, with an image of its disk; the disk is still on its host."""
     SHELVED_OFFLOADED = "shelved_offloaded"
@@ -59,3 +59,8 @@ NO_TASK: Final = "none"
 
 EXECUTING_STATES: Final = frozenset({VmState.ACTIVE, VmState.PAUSED, VmState.RESCUED, VmState.RESIZED})
 """The states in which a hypervisor holds the guest, so that the end of the guest is news."""
+
+LEFT_AT_END: Final = EXECUTING_STATES - {VmState.RESIZED}
+"""The states that the end of the guest leads out of, to stopped or error.
+
+What was resized goes on waiting for its owner to confirm or revert: both disks are there."""

@@ -54,7 +54,7 @@ def due(instance: Instance, times: UpkeepTimes) -> Due | None:
         return None
     match instance.vm_state:
         case VmState.RESIZED:
-            return _after(instance, times.resize_confirm_window_ms, _CONFIRM)
+            return _restart(instance) or _after(instance, times.resize_confirm_window_ms, _CONFIRM)
         case VmState.SOFT_DELETED:
             return _after(instance, times.reclaim_after_ms, _RECLAIM)
         case VmState.SHELVED:

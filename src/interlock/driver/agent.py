@@ -28,6 +28,8 @@ _WAKING = frozenset(
 )
 
 _ENDED = frozenset(f"request.{end.value}" for end in ENDS)
+_RESTING = frozenset({VmState.STOPPED, VmState.RESIZED})
+"""Where the empty machine of a guest that powered itself off may be left."""
 _FENCING = frozenset({"instance.fenced", "instance.adopted"})
 """Events after which an older worker may not act any more."""
 
@@ -199,7 +201,7 @@ class Agent:
         try:
             if instance.vm_state is VmState.DELETED or (elsewhere and not travels):
                 await hypervisor.undefine(permit, instance_id)
-            elif instance.vm_state is VmState.STOPPED and not instance.outstanding:
+            elif instance.vm_state in _RESTING and not instance.executing and not instance.outstanding:
                 seen = await hypervisor.inspect(instance_id)
                 if seen.power_state is PowerState.SHUTDOWN:
                     await hypervisor.power_off(permit, instance_id)

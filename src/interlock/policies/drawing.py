@@ -73,7 +73,7 @@ def transitions(policy: CompiledPolicy) -> Transitions:
         name = ", ".join(policy.policy.names.get(variant.word, (variant.word,)))
         if entry.on_failure is VmState.ERROR:
             failing.update(sources)
-        if entry.to is Landing.PRIOR:
+        if entry.to in {Landing.PRIOR, Landing.PRESENT}:
             for source in sources:
                 returning.setdefault(source, []).append(name)
             continue

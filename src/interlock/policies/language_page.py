@@ -20,6 +20,7 @@ _LED: Final = {
     Landing.SAME: "stays",
     Landing.REPAIRED: "stays; `error` becomes `active`",
     Landing.PRIOR: "what was before",
+    Landing.PRESENT: "what was before; `stopped` if the guest has ended since",
 }
 _LISTS: Final = {
     Takes.OPERATIONS: "list of operations",

@@ -215,6 +215,8 @@ def _landing(request: Request, state: VmState, memory: list[VmState]) -> tuple[V
     known = memory.copy()
     if entry.to is Landing.PRIOR:
         there = known.pop() if known else VmState.ACTIVE
+    elif entry.to is Landing.PRESENT:
+        there = known[0] if known else VmState.ACTIVE
     elif isinstance(entry.to, VmState):
         there = entry.to
         if there is not state and state not in entry.sources:

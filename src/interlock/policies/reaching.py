@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import Rule, View
-from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
 from interlock.policies.regions import Literal, Region, meet, members, miss
 from interlock.policies.vocabulary import ROLES
 
@@ -267,7 +267,7 @@ def can_be_together(vm_state: VmState, task_state: str) -> bool:
     if task_state == NO_TASK:
         return True
     sources = CATALOGUE[TASK_OPERATION[task_state]].sources
-    ended = {VmState.STOPPED, VmState.ERROR} if sources & EXECUTING_STATES else set()
+    ended = {VmState.STOPPED, VmState.ERROR} if sources & LEFT_AT_END else set()
     return vm_state in sources | ended
 
 

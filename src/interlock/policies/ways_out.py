@@ -12,7 +12,7 @@ from typing import Final
 
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Landing, Lane, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
-from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
 from interlock.policies.durations import DURATION_MAX_MS
 from interlock.policies.findings import Finding, Severity, states_text
 from interlock.policies.reaching import TASKS, Cell, Reaching, can_be_together
@@ -69,7 +69,7 @@ class WaysOut:
         return frozenset(found)
 
     def _led_to(self, state: VmState, found: Iterable[VmState]) -> set[VmState]:
-        there = {VmState.STOPPED, VmState.ERROR} if state in EXECUTING_STATES else set()
+        there = {VmState.STOPPED, VmState.ERROR} if state in LEFT_AT_END else set()
         for operation in self._permitted_in(state):
             entry = CATALOGUE[operation]
             if entry.on_failure is not None:
@@ -79,7 +79,7 @@ class WaysOut:
                     pass
                 case Landing.REPAIRED:
                     there |= {VmState.ACTIVE} if state is VmState.ERROR else set()
-                case Landing.PRIOR:
+                case Landing.PRIOR | Landing.PRESENT:
                     there |= {VmState.ACTIVE, *(each for each in found if each not in _ENDS)}
                 case target:
                     there.add(target)

@@ -74,8 +74,7 @@ async def boot(work: Work) -> Done:
 async def boot_own(work: Work) -> Done:
     """Run the guest from its own disk, as something else than a resize or its reversion asked.
 
-    A rescue ends with that, and a resize that nobody has confirmed is confirmed: nothing else settles one whose guest
-    ended by itself.
+    A rescue ends with that, and a resize that nobody has confirmed is confirmed.
     """
     await leave_rescue(work)
     done = await boot(work)

@@ -77,9 +77,13 @@ def smallest_root_bytes(spec: Spec) -> int:
 
 
 async def confirm(work: Work) -> Done:
-    """Let go of what the instance was before; its guest runs on."""
+    """Let go of what the instance was before; its guest runs on. What is left of one that has ended is removed."""
     await settle_resize(work)
-    return Done()
+    await work.refresh()
+    if work.instance.executing:
+        return Done()
+    await work.hypervisor.power_off(work.permit, work.id)
+    return Done(power_state=PowerState.NONE)
 
 
 async def revert(work: Work) -> Done:

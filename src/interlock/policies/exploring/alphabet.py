@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Lane, Operation, remembered_in
+from interlock.core.operations import CATALOGUE, Lane, Operation, remembered_in, without_guest
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
 from interlock.core.records import Request
 from interlock.core.request_queue import Foreseen, judge_in, permits
-from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.core.states import EXECUTING_STATES, LEFT_AT_END, NO_TASK, VmState
 from interlock.policies.likeness import phases_told_apart, told_apart
 
 VM_STATES = tuple(VmState)
@@ -203,8 +203,9 @@ class Alphabet:
         return self.canonical(footing.after(operation))
 
     def guest_ends(self, footing: Foreseen, state: VmState) -> Foreseen:
-        """Where the end of the guest leads; nowhere, if no guest was held."""
-        return self._come_to(state, footing) if footing.vm_state in EXECUTING_STATES else footing
+        """Where the end of the guest leads."""
+        there = footing._replace(memory=without_guest(footing.vm_state, footing.memory))
+        return self._come_to(state if footing.vm_state in LEFT_AT_END else footing.vm_state, there)
 
     def reset(self, footing: Foreseen, target: VmState) -> Foreseen:
         return self._come_to(target, footing)
