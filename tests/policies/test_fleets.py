@@ -72,7 +72,8 @@ def instances(draw: st.DrawFn) -> Instance:
         project="p",
         host=draw(st.sampled_from(("h", "gone"))),
         vm_state=draw(st.sampled_from(tuple(VmState))),
-        prior_vm_state=draw(st.sampled_from((None, VmState.ACTIVE, VmState.STOPPED, VmState.BUILDING))),
+        prior_vm_state=draw(st.sampled_from((None, *VmState))),
+        further_vm_states=draw(st.sampled_from(((), (VmState.STOPPED,), (VmState.ACTIVE, VmState.STOPPED)))),
         updated_at_ms=START_MS - draw(AGES_MS),
         locked_by=draw(st.sampled_from((None, "somebody"))),
         blocked_operations=tuple(draw(KINDS)),
@@ -118,7 +119,7 @@ def rules(draw: st.DrawFn, number: int) -> Rule:
 
 VARIED = (
     *("vm_state", "updated_at_ms", "locked_by", "blocked_operations", "tags", "launched_at_ms", "held", "host"),
-    *("prior_vm_state", "outstanding"),
+    *("prior_vm_state", "further_vm_states", "outstanding"),
 )
 
 
@@ -182,7 +183,7 @@ def as_the_fleet_says(
     return answer.disposition, answer.rule.id, answer.reason, answer.foreseen, answer.allowed_in_ms
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.one_of(fleets(), st.lists(instances(), min_size=1, max_size=5)),
     policies(),
