@@ -222,7 +222,6 @@ class Server:
             await self.agent.open()
             self._tell_accelerator()
             await self.leases.open()
-            self.leases.changed = lambda _host: self.image_copies.ring()
             self.inventory.image_deleted = self.image_copies.ring
             await self.image_copies.open()
             await self.callers.open()

@@ -228,7 +228,7 @@ def test_each_held_request_ends_or_is_admitted_exactly_once(steps: list[str]) ->
             assert next_deadline_ms(instance) is not None
     now_ms += 86_400_000
     if instance.held:
-        change = judge_held(instance, POLICY, now_ms)  # type: ignore[assignment]
+        change = judge_held(instance, POLICY, now_ms, host_reachable=True)  # type: ignore[assignment]
         told += change.events
         assert change.instance.held == ()
     for name in {event.request_id for event in told if event.kind == "request.held"}:

@@ -6,12 +6,14 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from interlock.core.operations import Operation
-from interlock.core.records import Admitted, Denied
+from interlock.core.records import Admitted, Denied, Held, Status
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.service.wishes import NewInstance
+from interlock.ports import HostState
+from interlock.service.wishes import NewInstance, NewRequest
 from interlock.testing.embedded import IMAGE, Embedded, admitted
 from interlock.testing.neighbour import Neighbour
 
@@ -86,3 +88,33 @@ async def test_whatever_is_asked_is_answered_as_was_said(
             break  # what was admitted waits for a host that is gone
         if isinstance(answer.disposition, Admitted):
             await house.ended(answer.disposition.request)
+
+
+async def test_an_evacuation_that_is_held_is_admitted_when_its_host_is_fenced(
+    house: Embedded, north: Neighbour
+) -> None:
+    vm = await on_north(house)
+    wish = NewRequest(operation=O.EVACUATE, hold="10m")
+    answer = await house.server.instances.submit(house.caller, vm, wish)
+    assert isinstance(answer.disposition, Held)
+    await north.disconnect()
+    assert len((await house.server.instances.describe(house.caller, vm)).held) == 1
+    await house.server.other_hosts.fence(house.caller, "north")
+    ended = await house.ended(answer.disposition.request)
+    assert ended.status is Status.SUCCEEDED
+    assert (await house.server.instances.describe(house.caller, vm)).host == "here"
+
+
+async def test_one_that_is_held_when_the_server_starts_again_finds_its_host_fenced(
+    house: Embedded, north: Neighbour
+) -> None:
+    vm = await on_north(house)
+    wish = NewRequest(operation=O.EVACUATE, hold="10m")
+    answer = await house.server.instances.submit(house.caller, vm, wish)
+    assert isinstance(answer.disposition, Held)
+    await north.disconnect()
+    (host,) = await house.server.store.hosts()
+    await house.server.store.put_host(msgspec.structs.replace(host, state=HostState.FENCED))
+    await house.crash()
+    await house.start()
+    assert (await house.ended(answer.disposition.request)).status is Status.SUCCEEDED

@@ -13,7 +13,9 @@ from interlock.core.records import Admitted, Change, Event, Instance, Redundant,
 from interlock.core.request_queue import Draft, replace
 
 
-def judge_held(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
+def judge_held(
+    instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool
+) -> Change[tuple[str, ...]]:
     """Judge what is held, in the order held: admit what the policy allows now, and give up what has waited too long.
 
     The answer is the ids of those that are held no longer. What holds already, without anyone doing it, ends too.
@@ -21,7 +23,7 @@ def judge_held(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Chang
     before, requests, events, settled = instance, dict[str, Request](), list[Event](), list[str]()
     while True:
         for request in instance.held:
-            change = _judge_one_held(instance, request, policy, now_ms)
+            change = _judge_one_held(instance, _submission(request, host_reachable), request, policy, now_ms)
             if change is not None:
                 break
         else:
@@ -30,7 +32,10 @@ def judge_held(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Chang
         requests.update((one.id, one) for one in change.requests)
         events.extend(change.events)
         settled.append(request.id)
-    due_ms = [_next_judged_ms(instance, request, policy, now_ms) for request in instance.held]
+    due_ms = [
+        _next_judged_ms(instance, _submission(request, host_reachable), request, policy, now_ms)
+        for request in instance.held
+    ]
     generation = instance.generation if settled else before.generation + 1
     return Change(
         instance=replace(instance, held_due_ms=min(due_ms, default=None), generation=generation),
@@ -40,10 +45,12 @@ def judge_held(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Chang
     )
 
 
-def _judge_one_held(instance: Instance, request: Request, policy: CompiledPolicy, now_ms: int) -> Change[Any] | None:
+def _judge_one_held(
+    instance: Instance, submission: Submission, request: Request, policy: CompiledPolicy, now_ms: int
+) -> Change[Any] | None:
     """What becomes of a held request now; None if it goes on waiting."""
     alone = replace(instance, held=tuple(other for other in instance.held if other.id != request.id))
-    change = admit(alone, _submission(request), policy, now_ms)
+    change = admit(alone, submission, policy, now_ms)
     answer = change.answer
     if isinstance(answer, Admitted):
         return change
@@ -57,19 +64,22 @@ def _judge_one_held(instance: Instance, request: Request, policy: CompiledPolicy
     return draft.change(None)
 
 
-def _next_judged_ms(instance: Instance, request: Request, policy: CompiledPolicy, now_ms: int) -> int:
+def _next_judged_ms(
+    instance: Instance, submission: Submission, request: Request, policy: CompiledPolicy, now_ms: int
+) -> int:
     """When time alone may have it admitted, or ends it."""
     alone = replace(instance, held=tuple(other for other in instance.held if other.id != request.id))
-    wait_ms = policy.changes_in_ms(look(alone, _submission(request), now_ms))
+    wait_ms = policy.changes_in_ms(look(alone, submission, now_ms))
     until_ms = request.held_until_ms or now_ms
     return until_ms if wait_ms is None else min(until_ms, now_ms + wait_ms)
 
 
-def _submission(held: Request) -> Submission:
+def _submission(held: Request, host_reachable: bool) -> Submission:
     return Submission(
         request_id=held.id,
         operation=held.operation,
         parameters=held.parameters,
         requested_by=held.requested_by,
         role=held.role,
+        host_reachable=host_reachable,
     )

@@ -266,7 +266,9 @@ def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str,
     return Change(instance=instance, answer=Cancellation.STOPPING)
 
 
-def expire(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
+def expire(
+    instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
+) -> Change[tuple[str, ...]]:
     """Do what time demands: fence what was asked to stop and did not confirm, and judge what is held.
 
     The answer is the ids of the requests that ended or were admitted. Where there is nothing to do, the instance comes
@@ -275,13 +277,20 @@ def expire(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tu
     deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
         if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
-            return judge_held(instance, policy, now_ms)
+            return judge_held(instance, policy, now_ms, host_reachable=host_reachable)
         return Change(instance=instance, answer=())
     draft = Draft(instance, now_ms)
     due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)
     fenced = draft.fence_off(due.interrupted_for, "It was asked to stop and did not confirm in time.")
     judge_again(draft, policy)
     return draft.change(fenced)
+
+
+def stir(instance: Instance, now_ms: int) -> Change[None]:
+    """Have `expire` judge what is held at once: something has changed that is not kept with the instance."""
+    if not instance.held:
+        return Change(instance=instance, answer=None)
+    return Draft(instance, now_ms).change(None)
 
 
 def next_deadline_ms(instance: Instance) -> int | None:

@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 
 from interlock.core import lifecycle
-from interlock.core.errors import Fenced, HypervisorError
+from interlock.core.errors import Fenced, HypervisorError, StoreError
 from interlock.core.operations import TRAVELS, Lane
 from interlock.core.records import ENDS, Change, Event, Instance
 from interlock.core.states import PowerState, VmState
@@ -17,7 +17,7 @@ from interlock.driver.state_driver import ENDED, StateDriver
 from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit, Means
 from interlock.policies.in_force import PolicyInForce
-from interlock.ports import HypervisorEvent, InstanceFilter, every_instance
+from interlock.ports import Host, HypervisorEvent, InstanceFilter, every_instance
 
 _LOG = structlog.get_logger(__name__)
 _WAKING = frozenset(
@@ -71,6 +71,7 @@ class Agent:
         await self._reconcile(own, told)
         self._serving = True
         self._unlisten = self._store.listen(self._heed)
+        self._hosts.listen(self._heed_host)
         # What is performed again starts from what it finds; what the guest did before that is no news after it.
         resumed = {instance.id for instance in adopted if instance.served(Lane.STATE) is not None}
         for host, event in self._early:
@@ -128,6 +129,21 @@ class Agent:
                 self._driver(event.instance_id).wake()
             if event.kind in _ENDED:
                 self._tidy_again(event.instance_id)
+
+    def _heed_host(self, host: Host) -> None:
+        """Have what is held for the instances of a host judged again, of which something has changed."""
+        task = asyncio.create_task(self._judge_held(host.name), name=f"judge what is held on {host.name}")
+        self._tidying.add(task)
+        task.add_done_callback(self._tidying.discard)
+
+    async def _judge_held(self, host: str) -> None:
+        try:
+            for instance in await self._store.unsettled(host):
+                if instance.held:
+                    await self._store.change(instance.id, lifecycle.stir)
+                    self.wake(instance.id)
+        except StoreError as error:
+            _LOG.error("what is held was not judged again", host=host, why=error.message)
 
     def _tidy_again(self, instance_id: str) -> None:
         for place in [place for place in self._travelling if place[1] == instance_id]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from interlock.ports import Hypervisor, RemoteHost
+from interlock.ports import Host, Hypervisor, RemoteHost
 
 
 class Hosts:
@@ -22,6 +22,9 @@ class Hosts:
         self._hypervisor = hypervisor
         self._make = make
         self._others: dict[str, RemoteHost] = {}
+        self._listeners: list[Callable[[Host], None]] = []
+        self.reachable: Callable[[str], bool] = _always
+        """False of a host whose guests have ended for certain. Who keeps the leases says so."""
 
     def __contains__(self, name: object) -> bool:
         return name == self.own or name in self._others
@@ -43,6 +46,15 @@ class Hosts:
         other = self._others.get(name)
         return other is None or other.linked
 
+    def listen(self, listener: Callable[[Host], None]) -> None:
+        """Call `listener` whenever another host is taken for something else than before, or its agent has come."""
+        self._listeners.append(listener)
+
+    def tell(self, host: Host) -> None:
+        """Tell those who listen. For who keeps the leases."""
+        for listener in self._listeners:
+            listener(host)
+
     def all_linked(self) -> dict[str, RemoteHost]:
         """The other hosts that can be asked now, by name."""
         return {name: host for name, host in self._others.items() if host.linked}
@@ -61,3 +73,8 @@ class Hosts:
         """Let go of all hosts; their guests are not disturbed."""
         await asyncio.gather(*(other.close() for other in self._others.values()))
         await self._hypervisor.close()
+
+
+def _always(_name: str) -> bool:
+    """Where nobody keeps leases, guests may run on every host."""
+    return True

@@ -41,6 +41,7 @@ class ImageCopies:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
+        self._hosts.listen(lambda _host: self.ring())
         self._task = asyncio.create_task(self._run(), name="copies of images on hosts")
 
     async def close(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -43,7 +42,7 @@ class Leases:
         self._seen_at_ms: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
-        self.changed: Callable[[Host], None] = _nobody
+        hosts.reachable = self.reachable
 
     async def open(self) -> None:
         """Take it that each host got a lease at the last moment before this server started."""
@@ -51,6 +50,8 @@ class Leases:
         for host in await self._store.hosts():
             self._known[host.name] = host
             self._granted[host.name] = now
+            # What was decided until now took it for one whose guests may run.
+            self._hosts.tell(host)
         self._task = asyncio.create_task(self._run(), name="leases of hosts")
 
     async def close(self) -> None:
@@ -157,9 +158,5 @@ class Leases:
         await self._store.put_host(host)
         self._known[host.name] = host
         self._news.set()
-        self.changed(host)
+        self._hosts.tell(host)
         return host
-
-
-def _nobody(_host: Host) -> None:
-    """Hears of changes while nobody else does."""

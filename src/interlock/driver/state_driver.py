@@ -158,7 +158,8 @@ class StateDriver:
         overdue = any(deadline is not None and deadline <= now_ms for deadline in deadlines)
         # What waits may have the promise of an earlier policy; what is held has none yet.
         policy = self._policy.for_waiting(instance) if overdue else self._policy.compiled
-        expired = lifecycle.expire(instance, policy, now_ms)
+        reachable = self._means.hosts.reachable(instance.host)
+        expired = lifecycle.expire(instance, policy, now_ms, host_reachable=reachable)
         if expired.instance is not instance:
             return _with_instance(expired, None, more=True)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None

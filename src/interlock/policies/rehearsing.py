@@ -108,7 +108,7 @@ class Rehearsal:
 
     def _judge_held(self, answer: Answer) -> None:
         """Do what a driver does after every change: what may be admitted by now, or is no longer held, is told."""
-        change = lifecycle.expire(self.instance, self._policy, self.now_ms)
+        change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self._host_reachable)
         if change.instance is self.instance:
             return
         self._follow(change)
@@ -243,7 +243,7 @@ class Rehearsal:
         while (due_ms := lifecycle.next_deadline_ms(self.instance)) is not None and due_ms <= until_ms:
             # Each thing happens at its own moment, also where time passes in one go.
             self.now_ms = max(self.now_ms, due_ms)
-            change = lifecycle.expire(self.instance, self._policy, self.now_ms)
+            change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self._host_reachable)
             ended.update(self._follow(change))
             admitted.update((one.id, one.rule) for one in change.requests if one.status is Status.QUEUED)
         self.now_ms = until_ms

@@ -8,7 +8,7 @@ from pathlib import Path
 from interlock.hypervisors.remote import HostService
 from interlock.hypervisors.remote.wire import Exchange, Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.ports import Host, Limits
+from interlock.ports import Limits
 from interlock.testing.embedded import Embedded
 
 _CLOSED = b""
@@ -69,13 +69,7 @@ class Neighbour:
         serving = hosts.link(house.caller, self.name, _End(servers, agents))
         speaking = self._service.run(_End(agents, servers), self._welcomed, lambda _number: None)
         known = asyncio.Event()
-        others = house.server.leases.changed
-
-        def changed(host: Host) -> None:
-            others(host)
-            known.set()
-
-        house.server.leases.changed = changed
+        house.server.hosts.listen(lambda host: known.set() if host.name == self.name else None)
         self._tasks = (asyncio.create_task(serving), asyncio.create_task(speaking))
         async with asyncio.timeout(10):
             await known.wait()
