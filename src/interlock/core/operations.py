@@ -347,7 +347,8 @@ def land(operation: Operation, vm_state: VmState, memory: Memory) -> tuple[VmSta
     """Where a successful operation leads from `vm_state`: the new vm_state, and what is remembered there.
 
     An operation that undoes another lands on what was remembered, or on active where nothing was. What is there already
-    keeps what it remembers, and so does what came from where it could be asked.
+    keeps what it remembers. A memory goes along with what is asked where the catalogue has it asked, and no further: so
+    no policy can make one longer and longer.
     """
     entry = CATALOGUE[operation]
     match entry.to:
