@@ -212,6 +212,7 @@ DOORS: Final = (
         summary="Make a token; its secret is shown this once",
         body=schemas.NewToken,
         answers={201: schemas.MadeToken},
+        problems=(409,),
         tag="tokens",
     ),
     Door(
