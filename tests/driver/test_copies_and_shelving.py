@@ -335,3 +335,24 @@ async def test_what_was_suspended_is_stopped_once_its_memory_was_given_up(fleet:
     await fleet.carry_out(vm, O.SHELVE_OFFLOAD)
     await fleet.carry_out(vm, O.UNSHELVE)
     assert (await now(fleet, vm)).vm_state is VmState.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("operation", "parameters", "state"),
+    [
+        (O.SNAPSHOT, {"name": "golden"}, VmState.STOPPED),
+        (O.BACKUP, {"backup_type": "daily", "rotation": 1}, VmState.STOPPED),
+        (O.SHELVE, {}, VmState.SHELVED),
+        (O.RESIZE, {"memory_mib": 256}, VmState.RESIZED),
+    ],
+)
+async def test_what_was_stopped_before_its_disk_was_made_has_one_to_copy(
+    fleet: Embedded, operation: Operation, parameters: dict[str, object], state: VmState
+) -> None:
+    await put_images(fleet)
+    vm = await fleet.create("web", image="disk", start=False)
+    await fleet.carry_out(vm, O.STOP, hard=True)
+    assert (await now(fleet, vm)).vm_state is VmState.STOPPED
+    ended = await fleet.carry_out(vm, operation, **parameters)
+    assert ended.status is Status.SUCCEEDED, ended.message
+    assert (await now(fleet, vm)).vm_state is state

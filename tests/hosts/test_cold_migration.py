@@ -46,6 +46,16 @@ def test_what_is_on_a_stopped_instance_s_disk_comes_along(fleet: Fleet) -> None:
     fleet.carry_out("one", "start")
 
 
+def test_one_that_was_stopped_before_its_disk_was_made_goes_and_starts_there(fleet: Fleet) -> None:
+    north = fleet.add("north")
+    body = {"name": "one", "image": "nano", "root_gib": 1, "start": False}
+    fleet.server.client.post("/v1/instances", json=body).raise_for_status()
+    fleet.carry_out("one", "stop", hard=True)
+    fleet.carry_out("one", "migrate", host="north")
+    fleet.carry_out("one", "start")
+    assert len(north.guests()) == 1
+
+
 def test_an_instance_without_a_disk_goes_too(fleet: Fleet) -> None:
     north = fleet.add("north")
     fleet.create("one", "here")

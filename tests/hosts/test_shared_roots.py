@@ -83,6 +83,16 @@ def fleet() -> Iterator[SharingFleet]:
             one.clear()
 
 
+def test_one_that_was_stopped_before_its_disk_was_made_goes_and_starts_there(fleet: SharingFleet) -> None:
+    fleet.share("north")
+    body = {"name": "one", "image": "nano", "root_gib": 1, "start": False}
+    fleet.server.client.post("/v1/instances", json=body).raise_for_status()
+    fleet.carry_out("one", "stop", hard=True)
+    fleet.carry_out("one", "migrate", host="north")
+    fleet.carry_out("one", "start")
+    assert fleet.running() == {"here": 0, "north": 1}
+
+
 def test_a_guest_goes_from_host_to_host_without_its_disk(fleet: SharingFleet) -> None:
     for name in ("north", "south"):
         fleet.share(name)

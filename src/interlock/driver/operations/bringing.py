@@ -62,6 +62,12 @@ async def remove_all(work: Work) -> None:
     await work.hypervisor.undefine(work.permit, work.id)
 
 
+async def make_disk(work: Work) -> None:
+    """Make the root disk of an instance that was stopped before it had one, for whatever copies it."""
+    if not work.instance.launched:
+        await work.hypervisor.define(work.permit, work.id, work.spec)
+
+
 async def boot(work: Work) -> Done:
     """Make what is missing, and run the guest as the spec says, with what was swapped or plugged in beside this."""
     await work.refresh()

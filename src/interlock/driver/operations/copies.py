@@ -12,6 +12,7 @@ import msgspec
 
 from interlock.core.errors import Fenced, InterlockError, NameTaken, NotResponding, Refused
 from interlock.core.records import Image
+from interlock.driver.operations.bringing import make_disk
 from interlock.driver.work import Done, Work
 from interlock.ports import every_instance
 
@@ -63,6 +64,7 @@ async def export(work: Work, name: str, uploading: str | None) -> Image:
     """
     image_id = work.request.id
     try:
+        await make_disk(work)
         async with work.moving() as report:
             target = work.images.draft_path(image_id)
             await work.hypervisor.export_root_disk(work.permit, work.id, work.spec, target, report)

@@ -76,10 +76,11 @@ def _known_roots(work: Work) -> frozenset[int]:
 async def require_root(work: Work, hypervisor: Hypervisor) -> None:
     """Raise `Refused` where a host lacks the instance's shared root disk, which would begin as its image there.
 
-    To be called before the instance is defined on another host than its own.
+    One that never ran may have none yet, and has nothing to lose. To be called before the instance is defined on
+    another host than its own.
     """
     spec = work.spec
-    if spec.shared is not None and spec.has_root:
+    if spec.shared is not None and spec.has_root and work.instance.launched:
         # One that stands by itself is never made anew; this one is not made here either.
         await hypervisor.define(work.permit, work.id, msgspec.structs.replace(spec, root_is_whole=True))
 

@@ -13,7 +13,7 @@ import msgspec
 from interlock.core.errors import Fenced, HypervisorError, InterlockError, NotResponding, Refused
 from interlock.core.records import Kept, Spec
 from interlock.core.states import VmState
-from interlock.driver.operations.bringing import bring_to, settle_resize, shut_down
+from interlock.driver.operations.bringing import bring_to, make_disk, settle_resize, shut_down
 from interlock.driver.operations.migrating import answering, drop_there, require_other, require_root
 from interlock.driver.work import Done, Work
 
@@ -48,19 +48,17 @@ async def undo_migrate(work: Work) -> None:
 
 async def _bring(work: Work, target: str) -> str | None:
     """Have everything of the instance on the target; what to tell people if its guest did not power itself off."""
-    there, here, spec = work.hosts.of(target), work.hypervisor, work.spec
+    there, spec = work.hosts.of(target), work.spec
     with answering(target):
         await there.undefine(work.permit, work.id)
-        if work.instance.vm_state is not VmState.BUILDING:
-            await require_root(work, there)
+        await require_root(work, there)
         if spec.shared is not None or not spec.root_is_whole:
             # Whatever the target has not is told before the guest is asked to power off.
             await there.define(work.permit, work.id, spec)
     if work.instance.vm_state is VmState.ACTIVE:
         await work.tell("the guest is to power off")
     message = await shut_down(work)
-    if work.instance.vm_state is VmState.BUILDING:
-        await here.define(work.permit, work.id, spec)
+    await make_disk(work)
     moved = _moved(spec)
     if moved.root != spec.root:
         await _carry(work, target, moved)

@@ -12,7 +12,7 @@ import msgspec
 from interlock.core.errors import Refused
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import boot, bring_back, settle_resize, shut_down
+from interlock.driver.operations.bringing import boot, bring_back, make_disk, settle_resize, shut_down
 from interlock.driver.work import Done, Work
 
 _GIB = 1 << 30
@@ -52,6 +52,7 @@ async def _migrate(work: Work) -> str | None:
     await work.phase("resize_migrating")
     old, new = work.spec, _resized(work)
     if old.has_root:
+        await make_disk(work)
         async with work.moving() as report:
             await work.hypervisor.copy_root_disk(work.permit, work.id, old, new, report)
     await work.keep(Kept(spec=new, prior_spec=old), phase="resize_migrated")
