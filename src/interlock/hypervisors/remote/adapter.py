@@ -7,7 +7,6 @@ carries the fence. While no agent is connected every call is `NotResponding`, wh
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -307,8 +306,10 @@ class RemoteHypervisor(ImageCalls):
         if await asyncio.to_thread(target.exists):
             return
         session = self._there()
-        await session.call("dump_memory", instance_id, (), permit=permit, report=report)
-        await files.fetch(session, permit, files.target_of(instance_id), target, report)
+        name = files.target_of(instance_id)
+        async with files.spooled(session, permit, name):
+            await session.call("dump_memory", instance_id, (), permit=permit, report=report)
+            await files.fetch(session, permit, name, target, report)
 
     # -------------------------------------------------------------------------------------------- the root disk
 
@@ -319,12 +320,9 @@ class RemoteHypervisor(ImageCalls):
     async def root_disk_from(self, permit: Permit, instance_id: str, spec: Spec, source: Path, report: Report) -> None:
         session = self._there()
         name = files.source_of(instance_id)
-        await files.send(session, permit, name, source, report=report)
-        try:
+        async with files.spooled(session, permit, name):
+            await files.send(session, permit, name, source, report=report)
             await session.call("root_disk_from", instance_id, (spec,), permit=permit, report=report)
-        finally:
-            with contextlib.suppress(NotResponding):  # an agent that starts removes it
-                await session.call("file_drop", "", (name,), None)
 
     async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
         await self._call("drop_root_disks", permit, instance_id, spec, kept)
@@ -335,8 +333,10 @@ class RemoteHypervisor(ImageCalls):
         if await asyncio.to_thread(target.exists):
             return
         session = self._there()
-        await session.call("export_root_disk", instance_id, (spec,), permit=permit, report=report)
-        await files.fetch(session, permit, files.target_of(instance_id), target, report)
+        name = files.target_of(instance_id)
+        async with files.spooled(session, permit, name):
+            await session.call("export_root_disk", instance_id, (spec,), permit=permit, report=report)
+            await files.fetch(session, permit, name, target, report)
 
     # --------------------------------------------------------------------------------------------- travelling
 

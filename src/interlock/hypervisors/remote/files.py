@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from interlock.core.errors import Refused
+from interlock.core.errors import InterlockError, Refused
 from interlock.core.records import Image, Spec
 from interlock.hypervisors.durable_files import sync_file, sync_folder
 from interlock.hypervisors.remote.session import Session
@@ -80,8 +80,23 @@ async def send(
     await session.call("file_keep", "", (place, name, offset, digest.hexdigest()), None)
 
 
+@contextlib.asynccontextmanager
+async def spooled(session: Session, permit: Permit, name: str) -> AsyncIterator[None]:
+    """Have the host's file of that name removed in the end, whole or not.
+
+    One that cannot be told removes it when it is connected again. Whoever has lost the permit leaves it to who has it
+    now, and may have another file under that name already.
+    """
+    try:
+        yield
+    finally:
+        with contextlib.suppress(InterlockError):
+            permit.check()
+            await session.call("file_drop", "", (name,), None)
+
+
 async def fetch(session: Session, permit: Permit, name: str, target: Path, report: Report) -> None:
-    """Fetch a file to `target`, which is there whole or not at all, and have it removed where it was."""
+    """Fetch a file to `target`, which is there whole or not at all."""
     draft = target.with_name(target.name + ".fetched")
     try:
         with draft.open("wb") as content:
@@ -100,7 +115,6 @@ async def fetch(session: Session, permit: Permit, name: str, target: Path, repor
         raise Refused(f"{target} cannot be written: {error.strerror}.", remedy="Make room there.") from error
     finally:
         draft.unlink(missing_ok=True)
-    await session.call("file_drop", "", (name,), None)
 
 
 def _sync(descriptor: int) -> None:
@@ -126,11 +140,15 @@ class Shelf:
         """The copies of images that were asked for or arrived since they were last listed."""
 
     def open(self) -> None:
-        """Make the folders, and remove what was only on its way."""
+        """Make the folders, and remove what an agent before this one left on its way."""
         for place in self._places.values():
             place.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what was only on its way when the connection ended."""
         for left in (*self._places["cache"].glob(f"*{_DRAFT}"), *self._places["spool"].iterdir()):
-            left.unlink()
+            left.unlink(missing_ok=True)
 
     def reaches(self, path: str) -> bool:
         """Whether a file of the server is the same file here."""
@@ -243,7 +261,9 @@ class Shelf:
             return os.pread(content.fileno(), CHUNK_BYTES, offset)
 
     def drop(self, name: str) -> None:
-        self.spooled(name).unlink(missing_ok=True)
+        path = self.spooled(name)
+        for one in (path, _draft(path)):
+            one.unlink(missing_ok=True)
 
 
 def _draft(path: Path) -> Path:

@@ -147,6 +147,7 @@ class HostService:
             exchange.post(told)
         exchange.post(CaughtUp())
         self._exchange = exchange
+        self._shelf.clear()  # a piece that was being written as the connection ended may have come later
         welcomed(exchange, answer)
         try:
             await exchange.run(lambda message: self._heed(exchange, message, renewed))
@@ -166,6 +167,7 @@ class HostService:
         for stream in tuple(self._streams.values()):
             await stream.close()
         self._streams.clear()
+        self._shelf.clear()
 
     def _heed(self, exchange: Exchange, message: Message, renewed: Callable[[int], None]) -> None:
         match message:
