@@ -23,7 +23,8 @@ def test_nothing_is_stuck_doubled_damaged_or_left_over_after_random_operations_a
     with tempfile.TemporaryDirectory(prefix="interlock-soak-") as name:
         folder = Path(name)
         folder.chmod(0o711)  # QEMU runs as another user if we are root
-        soak = Soak(folder, vms=5, small=1, hosts=2, seed=20_26, packages=packages if packages.exists() else None)
+        kept = packages if packages.exists() else None
+        soak = Soak(folder, vms=5, small=1, hosts=2, shared=False, seed=20_26, packages=kept)
         try:
             soak.run(SECONDS, callers=4, kill_every_s=5.0)
         finally:

@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--vms", type=int, default=20)
     parser.add_argument("--small", type=int, default=4, help="how many of them are a Linux that boots from its disk")
     parser.add_argument("--hosts", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--shared", action="store_true", help="have the disks of all VMs where both hosts reach them")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--callers", type=int, default=3)
     parser.add_argument("--kill-every", type=float, default=20.0, metavar="S", help="on average, in seconds")
@@ -33,7 +34,14 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _end)  # so that nothing is left running
     with _folder(options.folder) as folder:
-        soak = Soak(folder, vms=options.vms, small=options.small, hosts=options.hosts, seed=options.seed)
+        soak = Soak(
+            folder,
+            vms=options.vms,
+            small=options.small,
+            hosts=options.hosts,
+            shared=options.shared,
+            seed=options.seed,
+        )
         try:
             soak.run(options.minutes * 60, options.callers, options.kill_every)
         finally:

@@ -12,17 +12,28 @@ import httpx
 from interlock.testing.soak.book import Book
 from interlock.testing.soak.ground import SMALL, VOLUMES, Ground, Vm
 
-_RARELY: Final = {"delete": 0.05, "force_delete": 0.05, "soft_delete": 0.1, "lock": 0.5}
-"""How often an operation that ends a VM, or keeps others off it, is taken when it was drawn."""
-_OFTEN: Final = {"live_migrate": 4, "migrate": 2, "evacuate": 8, "unrescue": 2}
+_RARELY: Final = {"delete": 0.05, "force_delete": 0.05, "soft_delete": 0.1}
+"""How often an operation that ends a VM is taken when it was drawn."""
+_OFTEN: Final = {
+    "live_migrate": 4.0,
+    "migrate": 2.0,
+    "evacuate": 8.0,
+    "unrescue": 2.0,
+    # What only changes the record is always admitted.
+    "set_metadata": 0.3,
+    "lock": 0.3,
+    "unlock": 0.6,
+}
 """How many times as often as another an operation is drawn."""
-_OF_IMAGES: Final = {"snapshot": 3, "backup": 3, "shelve": 2, "rebuild": 2}
+_OF_IMAGES: Final = {"snapshot": 3.0, "backup": 3.0, "shelve": 2.0, "rebuild": 2.0}
 """The same for a VM that boots from its disk."""
 _NEVER: Final = {"reset_state", "create"}
 """An administrator's lie about the state, and what is asked for by another door."""
 _ONLY_OF_IMAGES: Final = {"snapshot", "backup"}
 """What a VM that boots a kernel is refused."""
 _ONLY_BETWEEN_HOSTS: Final = {"migrate", "live_migrate"}
+_BEGIN_AGAIN: Final = {"rebuild", "delete", "force_delete"}
+"""After these a VM of that name may have another disk."""
 _COPIES_MAX: Final = 10
 """How many snapshots and backups there may be before some are deleted."""
 _WAITS: Final = 0.5
@@ -69,9 +80,10 @@ class Asking:
         operation = self._choose(found.json().get("operations", ()), vm, chance)
         if operation is None:
             return
-        if operation in {"rebuild", "evacuate", "delete", "force_delete"}:
+        parameters = self._parameters(operation, vm, chance)
+        if operation in _BEGIN_AGAIN or parameters.get("from_image"):
             self.disturbed.add(vm.name)
-        answer = self._ground.server.submit(vm.name, operation, **self._parameters(operation, vm, chance))
+        answer = self._ground.server.submit(vm.name, operation, **parameters)
         self._note_failure(answer, f"{operation} of {vm.name}")
         if not answer.is_success:
             self._book.count(f"{operation}: refused")
@@ -138,7 +150,7 @@ class Asking:
             "set_password": lambda: {"user": "root", "password": "a secret of the soak"},
             "migrate": lambda: {"host": self._elsewhere(vm)},
             "live_migrate": lambda: {"host": self._elsewhere(vm)},
-            "evacuate": lambda: {"host": self._elsewhere(vm), "from_image": True},
+            "evacuate": lambda: {"host": self._elsewhere(vm), "from_image": self._ground.shared is None},
         }
         return makers.get(operation, dict)()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random  # noqa: TID251 - the seed is an argument
+import random  # noqa: TID251 - ports are not drawn by the seed
 import socket
 import subprocess
 import time
@@ -76,7 +76,7 @@ class Ground:
         vms: how many.
         small: how many of them boot from a disk.
         hosts: 1 or 2.
-        chance: draws ports.
+        shared: whether the hosts have all disks in common.
         packages: where packages for the small guest, and what was built of them, are kept already; None: nowhere.
     """
 
@@ -84,20 +84,24 @@ class Ground:
         self,
         folder: Path,
         book: Book,
-        chance: random.Random,
         *,
         vms: int,
         small: int,
         hosts: int,
+        shared: bool,
         packages: Path | None,
     ) -> None:
         self.folder = folder
+        self.shared = folder / HERE / "shared" if shared else None
+        """Where root disks are that both hosts can reach; None where each has its own."""
         self.book = book
         self._packages = packages
-        ports = _free_ports(chance, vms + 1)
+        ports = _free_ports(vms + 1)
         address = {"INTERLOCK_LISTEN_PORT": str(ports.pop())}
-        self.server = RealServer(folder / HERE, {**_QUICK, **address})
-        self.agent = RealAgent(self.server, FAR, folder / FAR) if hosts > 1 else None
+        sharing = {"INTERLOCK_HOSTS_SHARED_DIR": str(self.shared)} if self.shared else {}
+        self.server = RealServer(folder / HERE, {**_QUICK, **address, **sharing})
+        options = ("--shared", str(folder / HERE)) if self.shared else ()
+        self.agent = RealAgent(self.server, FAR, folder / FAR, options) if hosts > 1 else None
         self.folders = {HERE: folder / HERE} | ({FAR: folder / FAR} if self.agent else {})
         self.vms = {one.name: one for one in _plan(vms, small, tuple(self.folders), ports)}
 
@@ -108,8 +112,10 @@ class Ground:
 
     def open(self) -> None:
         """Start both hosts and make everything, each small guest with its mark."""
+        self.server.folder.mkdir(mode=0o711)
+        if self.shared is not None:
+            self.shared.mkdir(mode=0o711)
         if self._packages is not None:
-            self.server.folder.mkdir(mode=0o711)
             (self.server.folder / "packages").symlink_to(self._packages)
         self.server.start()
         if self.agent is not None:
@@ -204,7 +210,8 @@ class Ground:
         """What is written in that place of a VM that is off."""
         instance = self.instance(name)
         assert instance is not None
-        disks = sorted(self.files(instance["host"], instance["id"]).glob("root*.qcow2"))
+        own = self.files(instance["host"], instance["id"])
+        disks = sorted((own if self.shared is None else self.shared / "instances" / instance["id"]).glob("root*.qcow2"))
         assert len(disks) == 1, f"{name} has the root disks {[one.name for one in disks]}"
         words = ["qemu-io", "-r", "-f", "qcow2", "-c", f"read -v {_MARK_AT} {_SECTOR}", str(disks[0])]
         said = subprocess.run(words, capture_output=True, check=True).stdout.decode()  # noqa: S603 - our own command
@@ -256,7 +263,9 @@ def _talk(console: ClientConnection, words: str, answer: str) -> None:
             said += piece if isinstance(piece, bytes) else piece.encode()
 
 
-def _free_ports(chance: random.Random, number: int) -> list[int]:
+def _free_ports(number: int) -> list[int]:
+    """So many ports on which nobody listens, others than those of a soak of the same seed that runs beside this one."""
+    chance = random.SystemRandom()
     found: list[int] = []
     while len(found) < number:
         port = chance.choice(_PORTS)

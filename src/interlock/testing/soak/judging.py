@@ -218,6 +218,9 @@ class Judging:
             for place in (folder / "guests" / "vms", *(folder / kind for kind in kinds)):
                 for path in place.glob("*"):
                     self._book.complain(f"left over on {host}: {path}")
+        if self._ground.shared is not None:
+            for path in (self._ground.shared / "instances").glob("*"):
+                self._book.complain(f"left over: {path}")
         for process_id, words in self._processes():
             self._book.complain(f"left over: process {process_id}: {words}")
 

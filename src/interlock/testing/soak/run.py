@@ -24,16 +24,25 @@ class Soak:
         vms: how many.
         small: how many of them are a Linux that boots from its disk; the others are the smallest guest there is.
         hosts: 1, or 2 for an agent of another host beside the server.
+        shared: whether the hosts have all disks in common.
         packages: where packages for that Linux are kept already.
         seed: of everything that is drawn. What is asked for in which order also depends on the machine.
     """
 
     def __init__(
-        self, folder: Path, *, vms: int, small: int, hosts: int, seed: int, packages: Path | None = None
+        self,
+        folder: Path,
+        *,
+        vms: int,
+        small: int,
+        hosts: int,
+        shared: bool,
+        seed: int,
+        packages: Path | None = None,
     ) -> None:
         self.book = Book()
         self._chance = random.Random(seed)  # noqa: S311 - not for secrets
-        self.ground = Ground(folder, self.book, self._chance, vms=vms, small=small, hosts=hosts, packages=packages)
+        self.ground = Ground(folder, self.book, vms=vms, small=small, hosts=hosts, shared=shared, packages=packages)
         self._seed = seed
 
     def run(self, seconds: float, callers: int, kill_every_s: float) -> None:
