@@ -288,6 +288,42 @@ def test_a_guest_that_powered_itself_off_is_started_again_and_one_that_was_stopp
     in_house(story)
 
 
+async def _resized_and_ended(house: House, *blocked: Operation) -> None:
+    """An instance that restarts always, with its resize not settled; its guest has ended an hour after that."""
+    await house.put(VmState.STOPPED, restart=ALWAYS)
+    await house.ask(O.START)
+    await asyncio.sleep(1)
+    await house.ask(O.RESIZE, vcpus=2)
+    await asyncio.sleep(3_600)
+    await house.store.change("vm", lambda one, now: lifecycle.relabel(one, "ann", now, blocked_operations=blocked))
+    assert house.vm().vm_state is VmState.RESIZED
+    house.host.guest_panics("vm")
+
+
+def test_a_resized_guest_that_ended_is_started_again_long_before_its_resize_would_be_confirmed() -> None:
+    async def story(house: House) -> None:
+        await _resized_and_ended(house)
+        await asyncio.sleep(10)
+        assert [operation for operation, _ in house.asked] == [O.START]
+        assert (house.vm().vm_state, house.vm().prior_spec) == (VmState.ACTIVE, None)
+
+    in_house(story)
+
+
+def test_a_resize_is_confirmed_in_time_also_where_its_guest_may_not_be_started_again() -> None:
+    async def story(house: House) -> None:
+        await _resized_and_ended(house, O.START, O.REBOOT)
+        await asyncio.sleep(22 * 3_600)
+        assert (house.asked, house.vm().vm_state) == ([], VmState.RESIZED)
+        await asyncio.sleep(2 * 3_600)
+        assert [operation for operation, _ in house.asked] == [O.CONFIRM_RESIZE]
+        assert (house.vm().vm_state, house.vm().prior_spec) == (VmState.STOPPED, None)
+        await asyncio.sleep(DAY_S)
+        assert len(house.asked) == 1
+
+    in_house(story)
+
+
 def test_a_crashed_guest_can_be_powered_off() -> None:
     async def story(house: House) -> None:
         await house.put(VmState.STOPPED, restart=RestartPolicy(on_crash=OnCrash.STOP))

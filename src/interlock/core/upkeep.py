@@ -29,6 +29,8 @@ class Wish(msgspec.Struct, frozen=True):
 
     operation: Operation
     parameters: dict[str, Any] = {}
+    from_ms: int = 0
+    """Not before that moment."""
 
 
 class Due(msgspec.Struct, frozen=True):
@@ -54,7 +56,8 @@ def due(instance: Instance, times: UpkeepTimes) -> Due | None:
         return None
     match instance.vm_state:
         case VmState.RESIZED:
-            return _restart(instance) or _after(instance, times.resize_confirm_window_ms, _CONFIRM)
+            confirm = _after(instance, times.resize_confirm_window_ms, _CONFIRM)
+            return _otherwise(_restart(instance), confirm)
         case VmState.SOFT_DELETED:
             return _after(instance, times.reclaim_after_ms, _RECLAIM)
         case VmState.SHELVED:
@@ -66,6 +69,14 @@ def due(instance: Instance, times: UpkeepTimes) -> Due | None:
 def _after(instance: Instance, length_ms: int, wishes: tuple[Wish, ...]) -> Due | None:
     since_ms = instance.state_since_ms or instance.updated_at_ms
     return Due(since_ms + length_ms, wishes) if length_ms else None
+
+
+def _otherwise(first: Due | None, second: Due | None) -> Due | None:
+    """The first, and in its place the second in its time: the policy may never admit the first."""
+    if first is None or second is None:
+        return first or second
+    later = (msgspec.structs.replace(wish, from_ms=second.at_ms) for wish in second.wishes)
+    return Due(first.at_ms, (*first.wishes, *later))
 
 
 def _restart(instance: Instance) -> Due | None:

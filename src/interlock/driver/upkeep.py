@@ -94,7 +94,7 @@ class Upkeep:
             return True
         instance_id = event.instance_id
         if instance_id in self._moments or instance_id in self._tried or instance_id in self._busy:
-            return event.kind in _ENDS or event.kind in _FORGIVING or event.kind == "request.redundant"
+            return event.kind in _NEWS | _ENDS | _FORGIVING or event.kind == "request.redundant"
         return event.kind in _NEWS
 
     # ---------------------------------------------------------------------------------------------------- its task
@@ -224,6 +224,7 @@ class Upkeep:
         changes = (
             admission.admit(instance, _submission(wish, request_id), self._policy.compiled, now_ms)
             for wish in due.wishes
+            if wish.from_ms <= now_ms
         )
         first = next(changes)
         if isinstance(first.answer, Admitted):
