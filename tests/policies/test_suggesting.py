@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from interlock.core.errors import Invalid
 from interlock.core.operations import TASK_OPERATION, Operation
@@ -459,3 +460,21 @@ def test_one_value_and_a_silence_of_nothing_can_be_drawn(tmp_path: Path) -> None
     today = policy(STOP_RULE)
     recorded = filled(today, {O.STOP: [0]})
     assert draw(suggest(today, recorded), recorded, tmp_path / "a.png") == 1
+
+
+def test_what_the_lines_mean_has_room_below_one_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    today = policy(STOP_RULE)
+    recorded = filled(today, {O.STOP: [0]})
+    draw(suggest(today, recorded), recorded, tmp_path / "a.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.x1

@@ -111,7 +111,7 @@ def _draw(suggestion: Suggestion, panels: list[_Panel], kind: str) -> bytes:
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         figure.suptitle(_title(suggestion), fontsize=11)
-        _legend(figure)
+        _legend(figure, columns)
         out = io.BytesIO()
         figure.savefig(out, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
     return out.getvalue()
@@ -126,6 +126,7 @@ def _limits(panels: list[_Panel]) -> tuple[float, float]:
 
 def _draw_panel(axis: Axes, panel: _Panel, limits: tuple[float, float]) -> None:
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     finding, values = panel
     measured = np.maximum(np.asarray(values, dtype=float), 1.0)
@@ -137,6 +138,7 @@ def _draw_panel(axis: Axes, panel: _Panel, limits: tuple[float, float]) -> None:
     axis.set_xticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=7.5)
     axis.minorticks_off()
     axis.tick_params(axis="y", labelsize=7.5)
+    axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.set_xlabel(f"{_AXIS[finding.measured_from]} (log scale)", fontsize=8)
     axis.set_ylabel("operations", fontsize=8)
     axis.set_title(_name(finding), fontsize=9, fontweight="bold", loc="left")
@@ -187,7 +189,7 @@ def _title(suggestion: Suggestion) -> str:
     )
 
 
-def _legend(figure: Any) -> None:
+def _legend(figure: Any, columns: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -199,7 +201,8 @@ def _legend(figure: Any) -> None:
             Line2D([], [], color=_PROPOSED, lw=1.8, label="proposed threshold"),
         ],
         loc="outside lower center",
-        ncols=4,
+        # All in one line are wider than one panel.
+        ncols=2 if columns == 1 else 4,
         fontsize=8,
         frameon=False,
     )
