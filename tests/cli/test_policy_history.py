@@ -137,6 +137,8 @@ def test_a_line_for_each_operation_and_each_threshold(policy: Policy, database: 
     assert "again-power.stop" in lines
     assert "3m" in lines["again-power.stop"]
     assert "Never seen to succeed: backup" in ran.out
+    never = next(line for line in ran.out.splitlines() if line.startswith("Never seen"))
+    assert not set(never.partition(": ")[2].rstrip(".").split(", ")) & set(lines)
 
 
 def test_programs_get_the_numbers(policy: Policy, database: Path) -> None:

@@ -149,9 +149,9 @@ def _show_suggestion(invocation: Invocation, suggestion: Suggestion, out: Path |
     measured = ("HEALTHY", "MEDIAN", f"P{aim.percentile:g}", "BOUND", "LONGEST")
     titles = ("OPERATION", *measured, "PROPOSED", "TODAY", "CUT SHORT", "MEASURED")
     invocation.table(titles, (_finding_row(finding) for finding in seen))
-    unseen = sorted({finding.operation for finding in suggestion.findings if not finding.healthy})
+    unseen = sorted({_watched(finding) for finding in suggestion.findings} - {_watched(finding) for finding in seen})
     if unseen:
-        invocation.say(f"Never seen to succeed: {', '.join(spoken(operation) for operation in unseen)}.")
+        invocation.say(f"Never seen to succeed: {', '.join(unseen)}.")
     invocation.say("")
     _show_proposals(invocation, suggestion.proposals)
     if suggestion.fixed:
@@ -162,6 +162,12 @@ def _show_suggestion(invocation: Invocation, suggestion: Suggestion, out: Path |
         invocation.say(f"The picture is in {picture}.")
 
 
+def _watched(finding: Finding) -> str:
+    """What a finding is about: an operation, or some of its phases."""
+    phases = "" if finding.all_phases else f" ({', '.join(map(spoken, finding.phases))})"
+    return f"{spoken(finding.operation)}{phases}"
+
+
 def _finding_row(finding: Finding) -> tuple[str | Cell, ...]:
     from interlock.policies.suggested_policies import shown, written
 
@@ -170,9 +176,8 @@ def _finding_row(finding: Finding) -> tuple[str | Cell, ...]:
 
     proposed = "too few" if finding.proposed_ms is None else written(finding.proposed_ms)
     cut_short = "-" if finding.proposed_ms is None else str(finding.cut_short)
-    name = spoken(finding.operation) + ("" if finding.all_phases else f" ({', '.join(map(spoken, finding.phases))})")
     return (
-        name,
+        _watched(finding),
         str(finding.healthy),
         length(finding.median_ms),
         length(finding.percentile_ms),
