@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from api.conftest import Door
+from api.conftest import Door, make
 from interlock.ports import Limits
 from interlock.testing.embedded import IMAGE
 
@@ -66,3 +66,16 @@ async def test_no_token_speaks_in_the_name_of_the_upkeep(admin: httpx.AsyncClien
     answer = await admin.post("/v1/tokens", json={"name": "interlock", "role": "member", "project": "default"})
     assert answer.status_code == 422
     assert "by itself" in answer.json()["detail"]
+
+
+async def test_who_has_a_volume_is_told_by_name(admin: httpx.AsyncClient) -> None:
+    await make(admin, "one")
+    await make(admin, "two")
+    assert (await admin.post("/v1/volumes", json={"name": "data", "size_mib": 1})).status_code == 201
+    wish = {"operation": "attach_volume", "parameters": {"volume": "data"}}
+    attached = await admin.post("/v1/instances/one/requests", json=wish, headers={"Prefer": "wait=20"})
+    assert attached.status_code == 200, attached.text
+    refused = await admin.post("/v1/instances/two/requests", json=wish)
+    kept = await admin.delete("/v1/volumes/data")
+    assert (refused.status_code, kept.status_code) == (409, 409)
+    assert refused.json()["detail"] == kept.json()["detail"] == "The volume data is attached to the instance one."

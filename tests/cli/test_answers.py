@@ -136,6 +136,19 @@ def test_a_list_is_aligned_and_leads_through_all_pages(interlock: Interlock, ser
     ]
 
 
+def test_a_list_of_vms_on_several_hosts_says_on_which(interlock: Interlock, server: ScriptedServer) -> None:
+    here, there = instance(), instance(id="i-2", name="other", host="north")
+    server.on(
+        "GET",
+        "/v1/instances",
+        Given(value={"items": [here], "next_cursor": None}),
+        Given(value={"items": [here, there], "next_cursor": None}),
+    )
+    assert "HOST" not in interlock("vm", "list").out
+    titles, _, second = interlock("vm", "list").out.splitlines()
+    assert second.index("north") == titles.index("HOST")
+
+
 def test_why_says_what_would_be_answered_and_what_instead(interlock: Interlock, server: ScriptedServer) -> None:
     shared: dict[str, Any] = {
         "rule": "r",

@@ -17,7 +17,12 @@ _VNC_PORT = 5900
 
 @click.command()
 @vm_argument
-@click.option("--output", "-o", metavar="FILE", help="Where to; - for standard output. Default: NAME.png.")
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    help="Where to; - for standard output. Default: NAME.png; in a pipe, standard output.",
+)
 @needs_invocation
 def screenshot(invocation: Invocation, *, vm: str, output: str | None) -> None:
     """Save what a VM's screen shows, as a PNG."""

@@ -72,7 +72,9 @@ def seed_options(command: Callable[..., Any]) -> Callable[..., Any]:
             callback=_joined,
             help="Who may log in: a .pub file, or a key itself. May be repeated.",
         ),
-        click.option("--hostname", help="What the guest calls itself, by cloud-init; default: NAME."),
+        click.option(
+            "--hostname", help="What the guest calls itself, by cloud-init; default: NAME, where it is told anything."
+        ),
     ):
         command = option(command)
     return command

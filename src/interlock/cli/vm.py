@@ -161,8 +161,13 @@ def list_(invocation: Invocation, /, **where: str | None) -> None:
 
 def _print_list(invocation: Invocation, rows: list[Instance]) -> None:
     now = invocation.client.now
+    apart = len({one.host for one in rows}) > 1
     invocation.table(
-        ("NAME", "STATE", "TASK", "POWER", "WAITING", "PROTECTED FROM", "LAST CHANGE", "IMAGE", "ID"),
+        (
+            *("NAME", "STATE", "TASK", "POWER", "WAITING", "PROTECTED FROM", "LAST CHANGE", "IMAGE"),
+            *(("HOST",) if apart else ()),
+            "ID",
+        ),
         (
             (
                 one.name,
@@ -173,6 +178,7 @@ def _print_list(invocation: Invocation, rows: list[Instance]) -> None:
                 ", ".join(spoken(operation) for operation in one.blocked_operations) or "-",
                 age(one.updated_at, now),
                 one.image.name if one.image is not None else "-",
+                *((one.host,) if apart else ()),
                 one.id,
             )
             for one in rows

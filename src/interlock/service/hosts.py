@@ -126,7 +126,7 @@ class HostVerbs:
         seen = await self._seen(self._book.host(name))
         if seen.instances:
             raise Invalid(
-                f"{seen.instances} instances are recorded on the host {name}.", remedy="Evacuate or delete them first."
+                f"Instances are recorded on the host {name}: {seen.instances}.", remedy="Evacuate or delete them first."
             )
         await self._book.forget(name)
 

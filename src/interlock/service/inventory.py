@@ -207,12 +207,19 @@ class Inventory:
                 return volume
         raise NotFound(f"There is no volume {reference[:80]}.", remedy="List them with `interlock volume list`.")
 
+    async def holder(self, volume: Volume) -> str:
+        """The instance that has the volume, which is of the same project, by its name where that is known."""
+        held = await self._store.volume(volume.id)
+        found = None if held is None or held.attached_to is None else await self._store.instance(held.attached_to)
+        return "an instance" if found is None else f"the instance {found.name}"
+
     async def delete_volume(self, caller: Caller, reference: str) -> None:
         """Remove a volume that no instance has. Raises `NotFound`, `InUse`."""
         caller.require(Role.MEMBER, "delete volumes")
         volume = await self.find_volume(caller, reference)
         if not await self._store.delete_volume(volume.id):
-            raise InUse(f"The volume {volume.name} is attached to an instance.", remedy="Detach it first.")
+            holder = await self.holder(volume)
+            raise InUse(f"The volume {volume.name} is attached to {holder}.", remedy="Detach it first.")
         await self._volume_files.remove(volume.id)
         self._capacity.release_volume(volume.id)
 

@@ -67,7 +67,7 @@ class Resolving:
             if name in found:
                 volume = await self._inventory.find_volume(caller, found[name])
                 if name == "new" or operation is Operation.ATTACH_VOLUME:
-                    _require_free(volume, instance_id)
+                    await self._require_free(volume, instance_id)
                 found[name] = volume.id
         if operation is Operation.SNAPSHOT:
             await self._inventory.check_image_name(caller, found["name"])
@@ -77,10 +77,7 @@ class Resolving:
             found["image"] = (await self._inventory.find_image(caller, found["image"])).id
         return found
 
-
-def _require_free(volume: Volume, instance_id: str) -> None:
-    if volume.attached_to not in {None, instance_id}:
-        raise InUse(
-            f"The volume {volume.name} is attached to the instance {volume.attached_to}.",
-            remedy="Detach it there first.",
-        )
+    async def _require_free(self, volume: Volume, instance_id: str) -> None:
+        if volume.attached_to not in {None, instance_id}:
+            holder = await self._inventory.holder(volume)
+            raise InUse(f"The volume {volume.name} is attached to {holder}.", remedy="Detach it there first.")
