@@ -31,6 +31,26 @@ def test_a_guest_goes_from_host_to_host_as_it_runs(fleet: Fleet) -> None:
     fleet.carry_out("one", "stop")
 
 
+def test_one_whose_root_disk_stands_by_itself_stays_and_is_told_the_way_that_it_can_go(fleet: Fleet) -> None:
+    """Nobody is told to rebuild a guest that only cannot go this way."""
+    fleet.add("north")
+    instance = fleet.create("one", "here", root_gib=1)
+    fleet.carry_out("one", "shelve")
+    fleet.carry_out("one", "shelve_offload")
+    fleet.carry_out("one", "unshelve")
+    (before,) = guests_in(fleet.server.folder)
+    request = fleet.server.submit("one", "live_migrate", host="north").json()["request"]["id"]
+    ended = fleet.server.ended(request)
+    assert ended["status"] == "failed"
+    assert ended["message"] == (
+        "The root disk of one stands by itself on here, and cannot be sent as its guest runs. "
+        "Migrate it cold: its guest is powered off, and started again on north."
+    )
+    assert guests_in(fleet.server.folder) == [before]
+    assert fleet.holds("north", instance) == []
+    fleet.carry_out("one", "migrate", host="north")
+
+
 def test_a_paused_guest_stays_paused(fleet: Fleet) -> None:
     north = fleet.add("north")
     fleet.create("one", "here")

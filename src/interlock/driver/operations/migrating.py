@@ -108,6 +108,7 @@ async def live_migrate(work: Work) -> Done:
 async def _bring(work: Work, target: str) -> None:
     """Send the guest; it stands still on both hosts when this returns."""
     here, there = _travelling(work, work.instance.host), _travelling(work, target)
+    _require_layer(work, target)
     # Whatever an earlier attempt left: here a guest that may stand still, there one that never ran.
     await here.keep_guest(work.permit, work.id)
     machine = await here.machine_kind(work.id)
@@ -120,6 +121,17 @@ async def _bring(work: Work, target: str) -> None:
         await _send(work, here, passage, report)
     with answering(target):
         await there.await_guest(work.id)
+
+
+def _require_layer(work: Work, target: str) -> None:
+    """Raise `Refused` for a root disk of which the other host cannot make the part that is not sent."""
+    spec = work.spec
+    if spec.has_root and spec.root_is_whole and spec.shared is None:
+        raise Refused(
+            f"The root disk of {work.instance.name} stands by itself on {work.instance.host}, and cannot be sent as "
+            "its guest runs.",
+            remedy=f"Migrate it cold: its guest is powered off, and started again on {target}.",
+        )
 
 
 def require_other(work: Work, target: str) -> None:
