@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,17 @@ from interlock.core.errors import Refused
 from interlock.core.records import SharedFolder, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.root_disks import keep_new
 from interlock.hypervisors.shared_folder import MARKER, MarkedFolder
 from interlock.ports.travelling import Arrival
-from interlock.testing.disk_hands import Progress, has_pattern, is_whole, write_as_guest, write_pattern
+from interlock.testing.disk_hands import (
+    Progress,
+    has_pattern,
+    is_whole,
+    small_file_system,
+    write_as_guest,
+    write_pattern,
+)
 from interlock.testing.qemu_workbench import QemuWorkbench
 
 from .test_passages import PERMIT, opened, ticks
@@ -178,6 +187,50 @@ async def test_nothing_is_made_in_a_folder_that_is_not_the_shared_one(pair: Pair
     remount(folder)
     await here.power_on(PERMIT, "one", pair.spec)
     await end(here, there)
+
+
+async def test_a_folder_that_cannot_be_written_is_told_of_and_nothing_is_left_in_it(pair: Pair, tmp_path: Path) -> None:
+    here, there = await pair.start()
+    await here.power_off(PERMIT, "one")
+    try:
+        with small_file_system(tmp_path / "small") as small:
+            marked = MarkedFolder(small, tmp_path / "small.json", reserved_gib=0)
+            marked.open()
+            shared = await marked.folder()
+            await here.define(PERMIT, "two", replace(pair.spec, shared=shared))
+            read_only(small)
+            for spec in (replace(pair.spec, shared=shared), replace(pair.spec, shared=shared, root=1)):
+                with pytest.raises(Refused, match="Read-only file system"):
+                    await boot(there, spec)
+            assert names_in(small / "instances" / "two") == ["root.qcow2"]
+            await here.undefine(PERMIT, "two")
+            await there.undefine(PERMIT, "two")
+    except PermissionError as error:
+        pytest.skip(str(error))
+    await end(here, there)
+
+
+async def boot(hypervisor: QemuHypervisor, spec: Spec) -> None:
+    await hypervisor.define(PERMIT, "two", spec)
+    await hypervisor.power_on(PERMIT, "two", spec)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_only(folder: Path) -> None:
+    subprocess.check_call(["mount", "-o", "remount,ro", str(folder)])
+
+
+async def test_a_disk_that_another_host_has_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """As by one that stood still while it made the same."""
+    disk, mine = tmp_path / "root.qcow2", tmp_path / "root.mine-0.new"
+    disk.write_text("theirs")
+    mine.write_text("mine")
+    await keep_new(PERMIT, mine, disk)
+    assert disk.read_text() == "theirs"
+    assert names_in(tmp_path) == [disk.name]
 
 
 async def test_a_layer_is_read_over_the_image_where_this_host_has_it(pair: Pair, tmp_path: Path) -> None:

@@ -70,12 +70,14 @@ class SharingFleet(Fleet):
 
 
 @pytest.fixture
-def fleet() -> Iterator[SharingFleet]:
+def fleet(request: pytest.FixtureRequest) -> Iterator[SharingFleet]:
+    """`request.param` may be how long leases are, in ms."""
+    lease = {"INTERLOCK_HOSTS_LEASE_MS": str(request.param)} if hasattr(request, "param") else {}
     with tempfile.TemporaryDirectory(prefix="interlock-shared-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)
         (folder / "shared").mkdir()
-        one = SharingFleet(folder, {"INTERLOCK_HOSTS_SHARED_DIR": str(folder / "shared")})
+        one = SharingFleet(folder, {"INTERLOCK_HOSTS_SHARED_DIR": str(folder / "shared"), **lease})
         try:
             one.start()
             yield one
@@ -152,6 +154,29 @@ def test_an_evacuation_goes_on_with_what_was_on_the_disk(fleet: SharingFleet) ->
     assert is_whole(fleet.disk(instance))
 
 
+@pytest.mark.parametrize("fleet", [6_000], indirect=True)
+def test_a_host_whose_lease_runs_out_lets_go_of_the_disk_before_another_has_it(fleet: SharingFleet) -> None:
+    fleet.share("north")
+    instance = fleet.written("north", 7)
+    fleet.carry_out("one", "start")
+    north = fleet.agents["north"]
+    north.kill()
+    deadline = time.monotonic() + 40
+    while fleet.server.get("/v1/hosts/north")["state"] != "fenced":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert north.guests() == []
+    fleet.carry_out("one", "evacuate")
+    assert fleet.running() == {"here": 1, "north": 0}
+    north.start()
+    fleet.until_linked("north")
+    fleet.until_gone("north", instance)
+    fleet.carry_out("one", "live_migrate", host="north")
+    fleet.carry_out("one", "stop")
+    assert has_pattern(fleet.disk(instance), 7, 1, at_mib=500)
+    assert is_whole(fleet.disk(instance))
+
+
 def test_an_evacuation_can_begin_with_the_image_again(fleet: SharingFleet) -> None:
     fleet.share("north")
     instance = fleet.written("north", 7)
@@ -186,6 +211,8 @@ def test_a_guest_that_runs_on_a_host_which_was_called_fenced_keeps_its_disk(flee
     ended = fleet.server.ended(fleet.server.submit("one", "evacuate").json()["request"]["id"])
     assert ended["status"] == "failed"
     assert "lock" in ended["message"], ended
+    one = fleet.server.get("/v1/instances/one")
+    assert (one["host"], one["vm_state"]) == ("here", "error")
     assert fleet.running() == {"here": 0, "north": 1}
     for process in north.guests():
         os.kill(process, signal.SIGKILL)
@@ -328,6 +355,28 @@ def test_a_machine_that_is_killed_leaves_at_most_one_with_the_disk(
     fleet.carry_out("one", "reboot", hard=True)
     assert sum(fleet.running().values()) == 1
     fleet.carry_out("one", "stop", hard=True)
+    assert is_whole(fleet.disk(instance))
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.15])
+@pytest.mark.parametrize("whose", ["north", "south"])
+def test_an_agent_that_is_killed_leaves_one_guest_with_the_disk(
+    fleet: SharingFleet, whose: str, after_s: float
+) -> None:
+    """The guest goes from north to south."""
+    for name in ("north", "south"):
+        fleet.share(name)
+    instance = fleet.create("one", "north", root_gib=1)
+    request = fleet.server.submit("one", "live_migrate", host="south").json()["request"]["id"]
+    time.sleep(after_s)  # how far it has come is what is tried
+    fleet.agents[whose].kill()
+    fleet.agents[whose].start()
+    fleet.until_linked(whose)
+    ended = fleet.server.ended(request)
+    host = fleet.server.get("/v1/instances/one")["host"]
+    assert (host, ended["status"]) in {("south", "succeeded"), ("north", "failed")}, ended
+    stands(fleet, host, "active")
+    fleet.carry_out("one", "stop")
     assert is_whole(fleet.disk(instance))
 
 
