@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from qemu.qmp import QMPClient
 
+from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.testing.real_fleet import Fleet
 from interlock.testing.real_server import guests_in
+from interlock.testing.soak.book import Book
+from interlock.testing.soak.doubles import Doubles, moves
+from interlock.testing.soak.ground import until
 
 pytestmark = pytest.mark.qemu
 
@@ -115,6 +121,24 @@ def test_a_machine_that_is_killed_leaves_at_most_one_copy_that_can_be_started(
         time.sleep(0.02)
     fleet.carry_out("one", "reboot", hard=True)
     assert len(guests_in(fleet.server.folder)) + len(north.guests()) == 1
+
+
+async def test_a_guest_that_nobody_could_tell_to_go_on_does_so_when_its_host_is_back(fleet: Fleet) -> None:
+    """Its migration was broken off while its agent was away: it was sent, stands still, and is nowhere else."""
+    north = fleet.add("north")
+    instance = fleet.create("one", "north")
+    folder = InstanceFolder(fleet.guest_folder("north", instance))
+    north.kill()
+    client = QMPClient("one")
+    await client.connect(folder.call_monitor())
+    await client.execute("stop")
+    await client.disconnect()
+    (folder.path / "sent").write_text("ran")
+    (holder,) = Doubles({"north": folder.path.parent}, Book()).holders()[instance]
+    assert not moves(holder)
+    await asyncio.to_thread(north.start)
+    assert until(lambda: moves(holder)), "it is said to be active, and stands still"
+    assert fleet.server.get("/v1/instances/one")["vm_state"] == "active"
 
 
 def test_an_abort_leaves_the_guest_where_it_is_or_tells_that_it_has_come(fleet: Fleet) -> None:

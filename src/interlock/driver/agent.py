@@ -18,6 +18,7 @@ from interlock.driver.upkeep import Upkeep
 from interlock.driver.work import FencePermit, Means
 from interlock.policies.in_force import PolicyInForce
 from interlock.ports import Host, HypervisorEvent, InstanceFilter, every_instance
+from interlock.ports.travelling import Travelling
 
 _LOG = structlog.get_logger(__name__)
 _WAKING = frozenset(
@@ -198,7 +199,8 @@ class Agent:
     async def _tidy(self, host: str, instance_id: str) -> None:
         """Remove what is left of an instance that is deleted or went to another host.
 
-        The empty machine of one that powered itself off is ended. What is on its way is left to who sends it.
+        The empty machine of one that powered itself off is ended. What is on its way is left to who sends it. A guest
+        that was sent, and whose migration was broken off while its host could not be told, goes on here.
 
         What the store has never heard of is left alone: it may be younger than a database that was put back.
         """
@@ -221,5 +223,7 @@ class Agent:
                 seen = await hypervisor.inspect(instance_id)
                 if seen.power_state is PowerState.SHUTDOWN:
                     await hypervisor.power_off(permit, instance_id)
+            elif instance.executing and serving is None and isinstance(hypervisor, Travelling):
+                await hypervisor.keep_guest(permit, instance_id)
         except (HypervisorError, Fenced) as error:
             _LOG.warning("cannot tidy up", instance=instance_id, why=error.message)

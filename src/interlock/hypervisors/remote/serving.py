@@ -224,6 +224,8 @@ class HostService:
 
     async def _on_guest(self, exchange: Exchange, call: Call) -> Any:
         method = METHODS[call.method]
+        if not hasattr(self._hypervisor, call.method):
+            raise Refused(f"What holds the guests of {self._name} cannot do {call.method}.")
         words = self._at_home(msgspec.msgpack.decode(call.arguments, type=method.arguments))
         words = [*([self._permit(call)] if method.permitted else []), call.instance_id, *words]
         if method.file == "target":
