@@ -11,7 +11,7 @@ import httpx
 
 from interlock.testing.soak.asking import ROTATION, Asking
 from interlock.testing.soak.book import Book
-from interlock.testing.soak.doubles import Doubles
+from interlock.testing.soak.doubles import Doubles, moves
 from interlock.testing.soak.ground import FAR, Ground, Vm, is_free, until
 
 _WAYS_TO_ACTIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -47,6 +47,7 @@ class Judging:
         """All of it; nothing of the soak is left when this returns."""
         with self._book.timed("settling"):
             self._settle()
+        self._judge_guests()
         self._judge_backups()
         with self._book.timed("reaching"), ThreadPoolExecutor(_AT_A_TIME) as pool:
             list(pool.map(self._judge_vm, self._ground.vms.values()))
@@ -96,6 +97,25 @@ class Judging:
         ended = self._carry_out(vm.name, "delete")
         if ended != "succeeded":
             self._book.complain(f"{vm.name} can neither be reached ({trouble}) nor deleted: {ended}")
+
+    def _judge_guests(self) -> None:
+        """Guests do what their records say, on the host that they name, before anything more is asked of them."""
+        for name in self._ground.vms:
+            if not until(lambda name=name: self._is_as_told(name)):  # type: ignore[misc]
+                instance = self._ground.instance(name) or {}
+                told = f"{instance.get('vm_state')} on {instance.get('host')}, {instance.get('power_state')}"
+                holders = self._doubles.holders().get(instance.get("id", ""), [])
+                found = [f"{one.host}: {'runs' if moves(one) else 'stands still'}" for one in holders]
+                self._book.complain(f"{name} is said to be {told}, and is found {found}")
+
+    def _is_as_told(self, name: str) -> bool:
+        """Whether a VM that is active runs, and one that is paused stands still."""
+        instance = self._ground.instance(name)
+        if instance is None or instance["vm_state"] not in {"active", "paused"}:
+            return True
+        holders = self._doubles.holders().get(instance["id"], [])
+        self._book.count(f"seen to be {instance['vm_state']}")
+        return [(one.host, moves(one)) for one in holders] == [(instance["host"], instance["vm_state"] == "active")]
 
     def _reach(self, vm: Vm) -> str | None:
         """Bring it up and have it greet; what is in the way of that."""
