@@ -73,6 +73,7 @@ class HostAgent:
         self._sent: dict[int, int] = {}
         self._answered = asyncio.Event()
         self._guarded = False
+        self._pause_s = _PAUSE_S
 
     def _may_hold(self) -> None:
         """Raise `NotResponding` unless this host may hold guests now."""
@@ -114,28 +115,30 @@ class HostAgent:
 
     async def _serve(self) -> None:
         """Be connected with the server, again and again."""
-        pause_s, let_in = _PAUSE_S, False
+        let_in = False
         while True:
             try:
                 link = await dial(
                     self._contact.server, self._contact.name, self._contact.token, self._contact.certificate
                 )
-                _LOG.info("connected", server=self._contact.server, host=self._contact.name)
-                let_in, pause_s = True, _PAUSE_S
+                let_in = True
                 await self._converse(link)
             except ConnectionError as error:
                 _LOG.info("not connected", server=self._contact.server, why=str(error))
             except InterlockError as error:
                 if not let_in and isinstance(error, Forbidden):
                     raise
-                _LOG.warning("turned away", server=self._contact.server, why=error.message)
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, _PAUSE_MAX_S)
+                _LOG.warning("turned away", server=self._contact.server, why=error.message, remedy=error.remedy)
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(self._pause_s * 2, _PAUSE_MAX_S)
 
     async def _converse(self, link: Link) -> None:
         renewing: list[asyncio.Task[None]] = []
 
         def welcomed(exchange: Exchange, welcome: Welcome) -> None:
+            _LOG.info("connected", server=self._contact.server, host=self._contact.name)
+            # Only now: a server that wants no such agent is not to be asked again at once, for as long as both run.
+            self._pause_s = _PAUSE_S
             self._lease_ms = welcome.lease_ms
             renewing.append(asyncio.create_task(self._renew(exchange, link), name="renew the lease"))
 

@@ -300,7 +300,7 @@ class Server:
             return socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
             raise Unavailable(
-                f"Cannot listen on {host}:{port}: {error.strerror}.",
+                f"Cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}.",
                 remedy="Stop what listens there, or choose another address with --listen or listen_port.",
             ) from None
 

@@ -107,12 +107,13 @@ def link_route(parts: ApiParts) -> WebSocketRoute:
             return
         await websocket.accept()
         connection = _Link(websocket)
+        _LOG.info("an agent calls", host=name)
         try:
             await parts.hosts.link(caller, name, connection)
         except InterlockError as error:
-            _LOG.warning("an agent was turned away", host=name, why=error.message)
-        except (ConnectionError, TimeoutError):
-            pass
+            _LOG.warning("an agent was turned away", host=name, why=error.message, remedy=error.remedy)
+        except (ConnectionError, TimeoutError) as error:
+            _LOG.info("an agent has gone", host=name, why=str(error) or type(error).__name__)
         finally:
             try:
                 await connection.close()

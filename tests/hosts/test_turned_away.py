@@ -1,0 +1,43 @@
+"""An agent that its server does not want: it asks again, and not all the time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from interlock import hosting
+from interlock.config import Config
+from interlock.core.errors import InterlockError
+from interlock.hosting import Contact, HostAgent
+from interlock.ports import Hypervisor
+
+TIMES = 6
+
+
+async def test_an_agent_that_is_turned_away_asks_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def reached(*_: object) -> None:
+        """The server can be reached, each time."""
+
+    async def turned_away(*_: object) -> None:
+        raise InterlockError("The agent speaks another language than this server.")
+
+    async def noted(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == TIMES:
+            raise asyncio.CancelledError
+
+    contact = Contact(server="http://127.0.0.1:7420", token="t", name="north")
+    agent = HostAgent(Config(data_dir=str(tmp_path)), contact, cast("Hypervisor", cast("Any", None)))
+    monkeypatch.setattr(hosting, "dial", reached)
+    monkeypatch.setattr(agent._service, "run", turned_away)
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    with pytest.raises(asyncio.CancelledError):
+        await agent._serve()
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.0, 3.0]
