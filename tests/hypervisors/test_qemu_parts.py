@@ -120,6 +120,15 @@ def test_a_reset_of_ours_is_no_news_nor_is_what_follows_it() -> None:
     assert meaning.of(reset(12_200)) is GuestEvent.RESET
 
 
+def test_a_guest_that_stands_still_for_lack_of_room_is_known_from_one_that_was_paused() -> None:
+    meaning = Meaning(settle_ms=2000)
+    full = event("BLOCK_IO_ERROR", action="stop", nospace=True)
+    told = event("BLOCK_IO_ERROR", action="report", nospace=False)
+    happened = [event("STOP"), event("RESUME"), full, full, event("STOP"), event("RESUME"), event("STOP")]
+    assert [meaning.halts_for_room(one) for one in happened] == [False, False, False, False, True, False, False]
+    assert [meaning.halts_for_room(one) for one in (told, event("STOP"))] == [False, False]
+
+
 def test_a_wall_clock_that_is_set_back_hides_no_reset() -> None:
     meaning = Meaning(settle_ms=2000)
     assert meaning.of(reset(100_000)) is GuestEvent.RESET

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
+import structlog
+
 from interlock.core.errors import InterlockError, NotResponding, NotThere
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
@@ -22,6 +24,8 @@ from interlock.hypervisors.qemu.networks import interface_of_device
 from interlock.hypervisors.qemu.process import Process
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent, Permit
+
+_LOG = structlog.get_logger(__name__)
 
 POWER_STATES: Final = {
     "running": PowerState.RUNNING,
@@ -154,6 +158,7 @@ class Guest:
             self._answer_let_go(event.data["device"], let_go=False)
         if event.event == "JOB_STATUS_CHANGE":
             self.job_news.set()
+        self._tell_of_a_full_disk(event)
         news = self._meaning.of(event)
         if news is None:
             return
@@ -161,6 +166,14 @@ class Guest:
             self.last_seen = PowerState.SHUTDOWN if news is GuestEvent.STOPPED else PowerState.CRASHED
             self.rests.set()
         self._say(news)
+
+    def _tell_of_a_full_disk(self, event: QemuEvent) -> None:
+        if self._meaning.halts_for_room(event):
+            _LOG.warning(
+                "a guest stands still: there is no room for what it writes",
+                instance=self.instance_id,
+                remedy="make room on the file system of its disks; then pause and unpause it, and it goes on",
+            )
 
     def _say(self, news: GuestEvent) -> None:
         if self.phase is not Phase.RUNNING:

@@ -97,6 +97,22 @@ class Meaning:
     def __init__(self, settle_ms: int) -> None:
         self._settle_ms = settle_ms
         self._last_reset_ms: int | None = None
+        self._no_room = False
+
+    def halts_for_room(self, event: QemuEvent) -> bool:
+        """Whether by this the guest stands still since QEMU found no room for what it wrote.
+
+        Nothing of it is lost: QEMU keeps the writes, and does them when the guest is let go on.
+        """
+        match event.event:
+            case "BLOCK_IO_ERROR":
+                self._no_room = event.data.get("action") == "stop"
+                return False
+            case "STOP" | "RESUME":
+                halted, self._no_room = self._no_room and event.event == "STOP", False
+                return halted
+            case _:
+                return False
 
     def of(self, event: QemuEvent) -> GuestEvent | None:
         """The news in an event, or None."""
