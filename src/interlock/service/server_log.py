@@ -32,6 +32,15 @@ def configure_logging(config: Config) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    if not any(isinstance(handler, _OfLibraries) for handler in logging.root.handlers):
+        logging.root.addHandler(_OfLibraries(logging.WARNING))
+
+
+class _OfLibraries(logging.Handler):
+    """Has what libraries say by Python's own logging come out as everything else does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _LOG.log(record.levelno, record.getMessage(), library=record.name, exc_info=record.exc_info)
 
 
 def warn_of_variables(environment: Mapping[str, str]) -> None:
