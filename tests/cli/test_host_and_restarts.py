@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
-from cli.wire_samples import instance, problem
+from cli.wire_samples import AT, instance, problem
 from interlock.api.host_schemas import HostAmounts, HostStands
+from interlock.api.other_host_schemas import OtherHost
 from interlock.core.restart_policy import OnCrash, RestartPolicy
+from interlock.ports import HostState
 
 VM = "/v1/instances/demo"
 
@@ -56,3 +60,36 @@ def test_what_does_not_fit_is_told_in_words(interlock: Interlock, server: Script
     ran = interlock("vm", "create", "demo", "--image", "small", "--memory", "4096")
     assert ran.code != 0
     assert said in ran.err
+
+
+def test_a_vm_whose_host_is_lost_says_so(interlock: Interlock, server: ScriptedServer) -> None:
+    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
+    north = OtherHost(
+        name="north",
+        state=HostState.UP,
+        linked=True,
+        last_seen_at=AT,
+        fenced_by=None,
+        address=None,
+        shared=None,
+        instances=1,
+        total=nothing,
+        promised=nothing,
+        free=nothing,
+        disk_free_mib=None,
+    )
+    states = [
+        north,
+        replace(north, linked=False),
+        replace(north, state=HostState.LOST, linked=False),
+        replace(north, state=HostState.FENCED, linked=False),
+    ]
+    server.on("GET", VM, *[Given(value=instance(host="north")) for _ in states])
+    server.on("GET", "/v1/hosts/north", *[Given(value=host) for host in states])
+    shown = [interlock("vm", "show", "demo").out.partition("Host:")[2].splitlines()[0].strip() for _ in states]
+    assert shown == [
+        "north",
+        "north (its agent is away: what is asked waits until it is back)",
+        "north (lost: nothing tells whether its guests run)",
+        "north (fenced: its guests have ended; `vm evacuate` takes a VM up elsewhere)",
+    ]

@@ -8,9 +8,12 @@ import click
 
 from interlock.api.host_schemas import HostStands
 from interlock.api.other_host_schemas import Fencing, OtherHost, OtherHostList
+from interlock.cli.client import Client
+from interlock.cli.failures import Failure
 from interlock.cli.invocation import Invocation, json_option, needs_invocation
 from interlock.cli.naming import completer, path_of, suggesting
 from interlock.cli.wording import age
+from interlock.ports import HostState
 
 HOSTS = "/v1/hosts"
 _WORDS: Final = {"memory_mib": "Memory (MiB)", "vcpus": "Virtual processors", "disk_mib": "Disk (MiB)"}
@@ -40,6 +43,21 @@ def list_hosts(invocation: Invocation) -> None:
         ),
     )
     invocation.say(f"The server runs on {found.own}.", error=True)
+
+
+def host_text(client: Client, name: str) -> str:
+    """A host by its name, with what is wrong with it. With the server's own, which is not listed, nothing is."""
+    try:
+        host = client.get(path_of(HOSTS, name)).decode(OtherHost)
+    except Failure:
+        return name
+    match host.state:
+        case HostState.FENCED:
+            return f"{name} (fenced: its guests have ended; `vm evacuate` takes a VM up elsewhere)"
+        case HostState.LOST:
+            return f"{name} (lost: nothing tells whether its guests run)"
+        case HostState.UP:
+            return name if host.linked else f"{name} (its agent is away: what is asked waits until it is back)"
 
 
 def show_other(invocation: Invocation, name: str) -> None:

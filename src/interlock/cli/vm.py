@@ -11,6 +11,7 @@ from interlock.cli.failures import Failure
 from interlock.cli.invocation import Cell, Invocation, json_option, needs_invocation
 from interlock.cli.naming import IMAGES, INSTANCES, OperationName, completer, path_of, suggesting, vm_argument
 from interlock.cli.next_steps import next_steps, size_text, state_text
+from interlock.cli.other_hosts import host_text
 from interlock.cli.refusals import explain_failure
 from interlock.cli.restart_option import WORDS, restart_option, spoken_policy
 from interlock.cli.sections import Sectioned
@@ -195,7 +196,8 @@ def show(invocation: Invocation, *, vm: str) -> None:
     with suggesting(invocation.client, INSTANCES, vm):
         reply = invocation.client.get(path_of(INSTANCES, vm))
     if not invocation.answer(reply):
-        print_vm(invocation, reply.decode(Instance))
+        one = reply.decode(Instance)
+        print_vm(invocation, one, host_text(invocation.client, one.host))
 
 
 @vm_commands.command()
@@ -235,8 +237,11 @@ def label(
         print_vm(invocation, reply.decode(Instance))
 
 
-def print_vm(invocation: Invocation, one: Instance) -> None:
-    """Print a VM: one fact a line, then its outstanding requests in the order in which they are served."""
+def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> None:
+    """Print a VM: one fact a line, then its outstanding requests in the order in which they are served.
+
+    `host` is what is said of where it is; None: only the name.
+    """
     now = invocation.client.now
     facts = {
         "Name": one.name,
@@ -247,7 +252,7 @@ def print_vm(invocation: Invocation, one: Instance) -> None:
         "Power": one.power_state.value,
         "Error": printable(one.error) if one.error else None,
         "Next": next_steps(one, now),
-        "Host": one.host,
+        "Host": host or one.host,
         "Project": one.project,
         "Image": one.image.name if one.image is not None else None,
         "Size": size_text(one),
