@@ -271,6 +271,18 @@ def test_what_is_deleted_by_force_needs_no_folder(fleet: SharingFleet) -> None:
     assert (fleet.folder / "mounted" / "instances" / instance).exists()
 
 
+def test_the_server_removes_the_disk_for_a_host_that_shares_no_more(fleet: SharingFleet) -> None:
+    fleet.share("north")
+    instance = fleet.create("one", "north", root_gib=1)
+    fleet.agents["north"].stop()
+    fleet.add("north")
+    assert fleet.disk(instance).exists()
+    fleet.carry_out("one", "delete")
+    fleet.until_gone("north", instance)
+    assert list((fleet.shared / "instances").iterdir()) == []
+    assert fleet.agents["north"].guests() == []
+
+
 def test_servers_that_share_a_folder_leave_each_other_s_instances_alone(fleet: SharingFleet) -> None:
     other = Fleet(fleet.folder / "other", {"INTERLOCK_HOSTS_SHARED_DIR": str(fleet.shared)})
     other.folder.mkdir(mode=0o711)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from interlock.core.errors import NotResponding, NotThere
+from interlock.core.errors import NotResponding, NotThere, Refused
 from interlock.core.operations import Memory, land, rests
 from interlock.core.records import Kept, Spec
 from interlock.core.states import PowerState, VmState
@@ -58,8 +58,19 @@ async def remove_all(work: Work) -> None:
     """Remove everything of the instance, its root disks in a shared folder too; a running guest is ended first."""
     if work.spec.shared is not None:
         await work.hypervisor.power_off(work.permit, work.id)
-        await work.hypervisor.drop_root_disks(work.permit, work.id, work.spec, frozenset())
+        await _drop_shared(work)
     await work.hypervisor.undefine(work.permit, work.id)
+
+
+async def _drop_shared(work: Work) -> None:
+    """Remove the root disks from the shared folder: where its host has that no more, the server's own host does it."""
+    own = work.hosts.of(work.hosts.own)
+    try:
+        await work.hypervisor.drop_root_disks(work.permit, work.id, work.spec, frozenset())
+    except Refused:
+        if own is work.hypervisor:
+            raise
+        await own.drop_root_disks(work.permit, work.id, work.spec, frozenset())
 
 
 async def make_disk(work: Work) -> None:
