@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from api.conftest import BODY_BYTES_MAX, UPLOAD_BYTES_MAX, Door, make
+from interlock.api.uploading import FOLDER_PREFIX
 from interlock.core.errors import BrokenInvariant, InterlockError, StoreFull, Unavailable
 from interlock.ports import Role
 from interlock.testing.embedded import IMAGE
@@ -299,6 +300,13 @@ class TestUploads:
         media_type = {"Content-Type": "multipart/form-data; boundary=b"}
         problem(await admin.post("/v1/images", content=endless(), headers=media_type), 413, "too-large")
         assert sent < 2 * UPLOAD_BYTES_MAX
+        self.nothing_left(door)
+
+    async def test_what_a_killed_server_had_received_goes_when_the_next_one_begins(self, door: Door) -> None:
+        left = door.server.folder / f"{FOLDER_PREFIX}left"
+        left.mkdir()
+        (left / "disk.raw").write_bytes(b"half")
+        door.server.app()
         self.nothing_left(door)
 
     @staticmethod

@@ -30,6 +30,7 @@ from interlock.api import (
     problems,
     requests,
     schemas,
+    uploading,
 )
 from interlock.api.doors import ApiParts, Door, answer
 from interlock.api.metrics import CONTENT_TYPE
@@ -72,7 +73,8 @@ _DOCS = """<!doctype html>
 
 
 def create_app(parts: ApiParts) -> Starlette:
-    """The application that serves these parts."""
+    """The application that serves these parts, on a data folder that nobody else serves."""
+    uploading.sweep(parts.config.folder)
     document = msgspec.json.encode(openapi.document(DOORS, parts.version, console.IN_WORDS))
     by_path: dict[str, dict[str, Door]] = {}
     for door in DOORS:

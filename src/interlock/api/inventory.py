@@ -34,7 +34,7 @@ async def images(parts: ApiParts, caller: Caller, request: Request) -> Response:
 async def add_image(parts: ApiParts, caller: Caller, request: Request) -> Response:
     """Take an upload to a folder that goes when this is over, and have the service bring in what is in it."""
     caller.require(Role.ADMIN, "add images")
-    with tempfile.TemporaryDirectory(prefix="upload-", dir=parts.config.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix=uploading.FOLDER_PREFIX, dir=parts.config.folder) as folder:
         bytes_max = parts.config.upload_bytes_max
         texts, files = await uploading.receive(request, Path(folder), _FIELDS, _FILES, bytes_max)
         image = await _keep(parts, caller, _check(texts, files), files)

@@ -10,6 +10,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -28,8 +29,16 @@ _SUFFIX: Final = re.compile(rb"\.[A-Za-z0-9]{1,8}\Z")
 """What a file's name says of its format; that much of the name is kept."""
 _ENVELOPE_BYTES: Final = 64 * 1024
 """What the boundaries, headers and text fields of a form may add to the files."""
+FOLDER_PREFIX: Final = "upload-"
+"""How the names of the folders begin that uploads are received in."""
 _BUFFER_BYTES: Final = 1024 * 1024
 """How much is gathered before a thread writes it to the disk."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a server that was killed had received of uploads in `folder`. Only while none is under way."""
+    for left in folder.glob(f"{FOLDER_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 async def receive(
