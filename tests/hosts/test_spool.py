@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from interlock.core.records import Spec
+from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.remote import RemoteHypervisor
 from interlock.testing.check_hypervisor import GivenPermit, Told
 from interlock.testing.remote_host import RemoteUnderTest
@@ -101,3 +103,36 @@ async def test_an_export_that_is_broken_off_on_its_way_back(host: RemoteUnderTes
         await asyncio.wait({exporting})
         assert exporting.cancelled()
         assert spool(tmp_path) == []
+
+
+async def test_what_a_server_was_fetching_as_it_was_killed_goes_with_the_image(
+    host: RemoteUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageFolder(tmp_path / "images", cache=tmp_path / "packages")
+    layer = msgspec.structs.replace(host.spec(), root_gib=1)
+    async with serving(host) as adapter:
+        await adapter.define(PERMIT, "one", layer)
+        with monkeypatch.context() as killed:
+            for name in ("rename", "unlink"):
+                killed.setattr(Path, name, dying(getattr(Path, name)))
+            with pytest.raises(Killed):
+                await adapter.export_root_disk(PERMIT, "one", layer, images.draft_path("two"), UnderWay())
+    assert len(list((tmp_path / "images").iterdir())) == 1
+    assert await images.ids() == {"two"}
+    await images.discard("two")
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+class Killed(Exception):
+    """Ends whatever is done, as the end of its process does: nothing is tidied up."""
+
+
+def dying(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, which ends the process where it would be called with what is being fetched."""
+
+    def die(path: Path, *words: Any, **named: Any) -> None:
+        if path.name.endswith("fetched"):
+            raise Killed
+        function(path, *words, **named)
+
+    return die

@@ -18,6 +18,8 @@ from typing import IO, Self
 
 from interlock.core.errors import Invalid, StoreError, StoreFull
 
+FETCHED = ".fetched"
+"""What a file is called, after its id, while it is on its way here from another host."""
 CHUNK_BYTES = 1 << 20
 _ZEROS = bytes(CHUNK_BYTES)
 _HALF_MADE = ".half-made-"

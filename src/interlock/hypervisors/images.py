@@ -19,6 +19,7 @@ from interlock.core.errors import Invalid
 from interlock.core.records import Image
 from interlock.hypervisors import disk_inspection, image_conversion, kernel_payload, small_guest
 from interlock.hypervisors.durable_files import (
+    FETCHED,
     HalfMade,
     checked_id,
     chunks,
@@ -43,7 +44,7 @@ _MODE = 0o644
 _BLOCK_BYTES = 512
 """In which the operating system counts the room that a file takes."""
 _DRAFT = ".export"
-_SUFFIXES = frozenset({".raw", ".qcow2", ".iso", ".kernel", ".initrd", _DRAFT})
+_SUFFIXES = frozenset({".raw", ".qcow2", ".iso", ".kernel", ".initrd", _DRAFT, FETCHED})
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH_MAX - 1}}}")
 _CMDLINE = re.compile(rf"[\x20-\x7e]{{0,{CMDLINE_LENGTH_MAX}}}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")

@@ -68,6 +68,8 @@ class RemoteUnderTest:
         assert self._server is not None
         self._agent.cancel()
         await asyncio.wait({self._agent})
+        if self._adapter is not None:
+            self._adapter.cancel()  # a connection may wait for one that does not come any more
         self._server.close()
         await self._server.wait_closed()
         await self._service.close()

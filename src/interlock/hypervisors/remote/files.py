@@ -19,7 +19,7 @@ import msgspec
 
 from interlock.core.errors import InterlockError, Refused
 from interlock.core.records import Image, Spec
-from interlock.hypervisors.durable_files import sync_file, sync_folder
+from interlock.hypervisors.durable_files import FETCHED, sync_file, sync_folder
 from interlock.hypervisors.remote.session import Session
 from interlock.hypervisors.remote.wire import CHUNK_BYTES
 from interlock.ports import Permit, Report
@@ -97,7 +97,7 @@ async def spooled(session: Session, permit: Permit, name: str) -> AsyncIterator[
 
 async def fetch(session: Session, permit: Permit, name: str, target: Path, report: Report) -> None:
     """Fetch a file to `target`, which is there whole or not at all."""
-    draft = target.with_name(target.name + ".fetched")
+    draft = target.with_suffix(FETCHED)
     try:
         with draft.open("wb") as content:
             offset = 0
