@@ -64,6 +64,13 @@ async def test_an_unknown_field_names_the_one_that_was_meant(admin: httpx.AsyncC
     assert said["remedy"] == "Did you mean `vm_state`?"
 
 
+async def test_a_query_says_each_thing_once(admin: httpx.AsyncClient) -> None:
+    said = problem(await admin.get("/v1/instances?name=one&name=two"), 422, "invalid")
+    assert "'name' is there twice" in str(said["detail"])
+    said = problem(await admin.get("/v1/policy/history/newest"), 404, "not-found")
+    assert "newest" in str(said["detail"])
+
+
 async def test_a_name_that_is_none_is_told_in_words(admin: httpx.AsyncClient) -> None:
     said = problem(await admin.post("/v1/instances", json={"name": "Bad Name", "image": "nothing"}), 422, "invalid")
     assert "lower-case letters, digits and hyphens" in str(said["detail"])

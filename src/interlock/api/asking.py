@@ -102,12 +102,14 @@ async def too_large(request: Request, bytes_max: int) -> Bad:
 
 
 def only(query: QueryParams, *names: str) -> None:
-    """Raise `Invalid` for a query parameter that the path does not know."""
+    """Raise `Invalid` for a query parameter that the path does not know, or that is there twice."""
     for name in query:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             known = f"Did you mean `{near[0]}`?" if near else f"It takes: {', '.join(names) or 'none'}."
             raise Invalid(f"There is no query parameter {name[:80]!r} here.", remedy=known)
+        if len(query.getlist(name)) > 1:
+            raise Invalid(f"The query parameter {name!r} is there twice.", remedy="Ask once for each.")
 
 
 def number(query: QueryParams, name: str, default: int, least: int, most: int) -> int:

@@ -250,7 +250,9 @@ def _switch(one: policy_switches.PolicySwitch) -> PolicySwitch:
 async def former_text(parts: ApiParts, _caller: Caller, request: Request) -> Response:
     asking.only(request.query_params)
     named = request.path_params["number"]
-    number = int(named) if named.isascii() and named.isdecimal() and len(named) <= len(str(_NUMBER_MAX)) - 1 else 0
+    if not (named.isascii() and named.isdecimal() and len(named) <= len(str(_NUMBER_MAX)) - 1):
+        raise NotFound(f"There is no switch of the policy with the number {named[:80]}.")
+    number = int(named)
     bundle = await parts.policies.text(number)
     return answer(PolicyText(number=number, main=bundle.main, files=bundle.files))
 

@@ -60,7 +60,7 @@ async def follow(guest: Guest, job_id: str, what: str, report: Report, *, until:
         if job is None:
             raise NotThere(f"{what}: the job is not there any more.")
         if job.error is not None:
-            raise Refused(f"{what} failed: {job.error}", remedy=_remedy(job.error))
+            raise Refused(f"{what} failed: {job.error.rstrip('.')}.", remedy=_remedy(job.error))
         if job.total_progress:
             report(job.current_progress, job.total_progress)
         if job.status in {until, ENDED}:

@@ -130,7 +130,7 @@ async def _make_empty(permit: Permit, path: Path, size_bytes: int, settings: Qem
     command = [settings.image_tool_binary, "create", "-q", "-f", "qcow2", str(path), str(size_bytes)]
     ended = await whole(lambda: run(command, timeout_s=settings.image_tool_timeout_ms / 1000))
     if ended.status != 0:
-        raise Refused(f"{_WHAT} failed: {ended.complaint}", remedy=f"Check the room in {path.parent}.")
+        raise Refused(f"{_WHAT} failed: {ended.complaint.rstrip('.')}.", remedy=f"Check the room in {path.parent}.")
 
 
 async def _use(guest: Guest, permit: Permit, node: str) -> None:
