@@ -134,7 +134,11 @@ class Judging:
         if ended != "succeeded":
             return f"reboot: {ended}"
         if not until(lambda: self._ground.greetings(vm.name) > before):
-            return "its guest says nothing"
+            holders = self._doubles.holders().get(self._ground.server.get(f"/v1/instances/{vm.name}")["id"], [])
+            found = " and ".join(
+                "its processors run" if moves(one) else "its processors stand still" for one in holders
+            )
+            return f"its guest says nothing, {found or 'and nothing holds it'}"
         return self._unanswered(vm)
 
     def _unanswered(self, vm: Vm) -> str | None:
