@@ -38,6 +38,10 @@ class SharingFleet(Fleet):
         (found,) = (self.shared / "instances" / instance).iterdir()
         return found
 
+    def instances(self) -> list[str]:
+        """The ids of those that have anything in the shared folder."""
+        return sorted(one.name for one in (self.shared / "instances").glob("*"))
+
     def hosts(self) -> dict[str, Path]:
         return {"here": self.server.folder} | {name: agent.folder for name, agent in self.agents.items()}
 
@@ -111,7 +115,7 @@ def test_a_guest_goes_from_host_to_host_without_its_disk(fleet: SharingFleet) ->
     assert disk.stat().st_ino == before
     assert is_whole(disk)
     fleet.carry_out("one", "delete")
-    assert list((fleet.shared / "instances").iterdir()) == []
+    assert fleet.instances() == []
 
 
 @pytest.mark.parametrize("state", ["active", "stopped"])
@@ -279,7 +283,7 @@ def test_the_server_removes_the_disk_for_a_host_that_shares_no_more(fleet: Shari
     assert fleet.disk(instance).exists()
     fleet.carry_out("one", "delete")
     fleet.until_gone("north", instance)
-    assert list((fleet.shared / "instances").iterdir()) == []
+    assert fleet.instances() == []
     assert fleet.agents["north"].guests() == []
 
 
@@ -295,7 +299,7 @@ def test_servers_that_share_a_folder_leave_each_other_s_instances_alone(fleet: S
             server.stop()
             server.start()
         fleet.carry_out("one", "delete")
-        assert [one.name for one in (fleet.shared / "instances").iterdir()] == [theirs]
+        assert fleet.instances() == [theirs]
         assert mine != theirs
         assert (fleet.shared / MARKER).read_text() == marker
         other.carry_out("one", "reboot", hard=True)
@@ -315,7 +319,7 @@ def test_a_create_that_is_killed_leaves_nothing_once_it_is_deleted(fleet: Sharin
     fleet.agents["north"].start()
     fleet.until_linked("north")
     fleet.carry_out("one", "delete")
-    assert list((fleet.shared / "instances").iterdir()) == []
+    assert fleet.instances() == []
 
 
 # --------------------------------------------------------------------------------------------- killed on the way
@@ -422,7 +426,7 @@ def test_resize_rebuild_and_shelving_leave_one_disk_in_the_folder(fleet: Sharing
     assert has_pattern(fleet.disk(instance), 7, 1, at_mib=500)
     fleet.carry_out("one", "shelve")
     fleet.carry_out("one", "shelve_offload")
-    assert list((fleet.shared / "instances").iterdir()) == []
+    assert fleet.instances() == []
     fleet.carry_out("one", "unshelve")
     assert has_pattern(fleet.disk(instance), 7, 1, at_mib=500)
     fleet.carry_out("one", "start")
