@@ -15,7 +15,7 @@ from interlock.core.errors import Refused
 from interlock.core.records import SharedFolder, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.hypervisors.qemu.root_disks import keep_new
+from interlock.hypervisors.qemu.root_disks import half_made, keep_new
 from interlock.hypervisors.shared_folder import MARKER, MarkedFolder
 from interlock.ports.travelling import Arrival
 from interlock.testing.disk_hands import (
@@ -221,6 +221,19 @@ def names_in(folder: Path) -> list[str]:
 
 def read_only(folder: Path) -> None:
     subprocess.check_call(["mount", "-o", "remount,ro", str(folder)])
+
+
+async def test_what_a_cancelled_worker_left_half_made_goes_with_the_last_disk(pair: Pair) -> None:
+    """Its image tool may go on for a moment after it, and belongs to the process that removes the disk."""
+    here, there = await pair.start()
+    with half_made(pair.disk) as mine:
+        mine.touch()
+        await here.define(PERMIT, "one", pair.spec)
+        assert names_in(pair.disk.parent) == sorted([mine.name, pair.disk.name])
+        await here.power_off(PERMIT, "one")
+        await here.drop_root_disks(PERMIT, "one", pair.spec, frozenset())
+        assert names_in(pair.disk.parent.parent) == []
+    await end(here, there)
 
 
 async def test_a_disk_that_another_host_has_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:

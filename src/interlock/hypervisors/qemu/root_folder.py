@@ -38,8 +38,13 @@ class SharedRootFolder(RootFolder):
             path.mkdir(mode=0o700, exist_ok=True)
 
     def remove(self, permit: Permit) -> None:
-        """Remove it, if nothing is in it any more."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
+        """Remove it with what is half-made in it, whoever's that is, unless a root disk is in it."""
+        if not self.path.is_dir() or self.disks():
+            return
+        for path in self.path.glob("*.new"):
+            permit.check()
+            path.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
             permit.check()
             self.path.rmdir()
 
