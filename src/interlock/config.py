@@ -126,6 +126,9 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     disk that is under way; after that the export fails, and not the guest."""
     migration_address: str = "127.0.0.1"
     """The address of this host at which other hosts bring guests as they run; on any free TCP port."""
+    firmware_ms: int = 250
+    """How long a machine that begins to boot is not reset, in ms: at first its firmware lays itself out in memory, and
+    a machine whose reset meets that half done hangs for good, also after further resets."""
     reset_settle_ms: int = 2_000
     """Resets that follow one another within this time count as one, in ms: the firmware resets the machine itself as
     it starts, and cannot be told from the guest."""

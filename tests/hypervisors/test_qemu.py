@@ -100,6 +100,16 @@ async def test_the_process_of_a_guest_has_no_privileges_and_nothing_of_ours(
     assert host.instance_folder("one").path.stat().st_mode & 0o777 == 0o700
 
 
+async def test_a_guest_that_is_reset_as_it_begins_to_boot_comes_up(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
+    # Not every such reset did harm.
+    for _ in range(4):
+        await start(hypervisor, host.spec())
+        await hypervisor.reset(PERMIT, "one")
+        await hypervisor.reset(PERMIT, "one")
+        await host.until_up("one")
+        await hypervisor.power_off(PERMIT, "one")
+
+
 async def test_a_root_disk_is_a_layer_over_its_image(hypervisor: Hypervisor, host: QemuWorkbench) -> None:
     image = disk_image(host.folder)
     spec = Spec(image=image, memory_mib=MEMORY_MIB, root_gib=1, disks=(host.disk("v1"),))

@@ -115,6 +115,7 @@ class QemuHypervisor(Passages):
         with refused(guest.folder):
             await memory.make_way(permit, guest, SavedMemory(guest.folder))
         await guest.tell(permit, "cont")
+        guest.boots()
 
     async def _look_unless_gone(self, guest: Guest) -> PowerState:
         """What state the guest is in; as good as powered off when its process has just ended."""
@@ -187,7 +188,9 @@ class QemuHypervisor(Passages):
             if guest is not None and guest.phase is not Phase.STARTING:
                 with refused(guest.folder):
                     await memory.make_way(permit, guest, SavedMemory(guest.folder))
+                await guest.past_firmware()
                 await guest.tell(permit, "system_reset")
+                guest.boots()
                 await guest.tell(permit, "cont")
                 return
         except (NotResponding, NotThere):

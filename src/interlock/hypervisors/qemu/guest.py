@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
@@ -78,6 +79,7 @@ class Guest:
         self._record = folder.process_record() or ProcessRecord(phase=Phase.STARTING)
         self.has_run = self.phase is not Phase.STARTING
         """False only if its processors are known never to have run in this process."""
+        self._boots_since = -math.inf
         self._meaning = Meaning(settings.reset_settle_ms)
         self.monitor = Monitor(instance_id, folder.call_monitor, settings.qmp_timeout_ms)
         self.process = Process(process_id, self._process_ended)
@@ -128,6 +130,15 @@ class Guest:
         self.journal.drain()
         self.watching = True
         self.journal.watch()
+
+    def boots(self) -> None:
+        """Note that the machine has just begun to boot."""
+        self._boots_since = asyncio.get_running_loop().time()
+
+    async def past_firmware(self) -> None:
+        """Wait until the machine can be reset: see `firmware_ms`."""
+        firmware_s = self.settings.firmware_ms / 1000
+        await asyncio.sleep(self._boots_since + firmware_s - asyncio.get_running_loop().time())
 
     @contextlib.contextmanager
     def events(self, kind: str) -> Iterator[asyncio.Queue[QemuEvent | None]]:
