@@ -6,9 +6,8 @@ from msgspec.structs import replace
 
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
-from cli.wire_samples import AT, instance, problem
+from cli.wire_samples import instance, other_host, problem
 from interlock.api.host_schemas import HostAmounts, HostStands
-from interlock.api.other_host_schemas import OtherHost
 from interlock.core.restart_policy import OnCrash, RestartPolicy
 from interlock.ports import HostState
 
@@ -63,21 +62,7 @@ def test_what_does_not_fit_is_told_in_words(interlock: Interlock, server: Script
 
 
 def test_a_vm_whose_host_is_lost_says_so(interlock: Interlock, server: ScriptedServer) -> None:
-    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
-    north = OtherHost(
-        name="north",
-        state=HostState.UP,
-        linked=True,
-        last_seen_at=AT,
-        fenced_by=None,
-        address=None,
-        shared=None,
-        instances=1,
-        total=nothing,
-        promised=nothing,
-        free=nothing,
-        disk_free_mib=None,
-    )
+    north = other_host("north", HostState.UP, linked=True)
     states = [
         north,
         replace(north, linked=False),

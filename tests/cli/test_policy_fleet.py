@@ -13,8 +13,7 @@ import pytest
 from cli import wire_samples
 from cli.conftest import Ran
 from cli.scripted_server import Given, ScriptedServer
-from interlock.api.host_schemas import HostAmounts
-from interlock.api.other_host_schemas import OtherHost, OtherHostList
+from interlock.api.other_host_schemas import OtherHostList
 from interlock.api.policy import described
 from interlock.api.schemas import InstancePage
 from interlock.cli.application import build, run
@@ -53,24 +52,7 @@ def shown() -> dict[str, Any]:
 
 def hosts(**states: HostState) -> OtherHostList:
     """The hosts that are in these states, and a server's own."""
-    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
-    others = tuple(
-        OtherHost(
-            name=name,
-            state=state,
-            linked=state is HostState.UP,
-            last_seen_at=wire_samples.AT,
-            fenced_by=None,
-            address=None,
-            shared=None,
-            instances=1,
-            total=nothing,
-            promised=nothing,
-            free=nothing,
-            disk_free_mib=None,
-        )
-        for name, state in states.items()
-    )
+    others = tuple(wire_samples.other_host(name, state, linked=state is HostState.UP) for name, state in states.items())
     return OtherHostList(own="here", items=others)
 
 

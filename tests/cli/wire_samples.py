@@ -7,9 +7,12 @@ from typing import Any
 import msgspec
 
 from interlock.api import schemas
+from interlock.api.host_schemas import HostAmounts
+from interlock.api.other_host_schemas import OtherHost
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import PowerState, VmState
+from interlock.ports import HostState
 
 AT = "2026-03-01T12:00:03.000Z"
 NOW = 1_772_366_422.0
@@ -112,4 +115,23 @@ def problem(status: int, detail: str, **more: Any) -> dict[str, Any]:
 def event(sequence: int, kind: str, **data: Any) -> schemas.Event:
     return schemas.Event(
         sequence=sequence, kind=kind, instance="i-1", request="r-1", at=AT, generation=sequence, data=data
+    )
+
+
+def other_host(name: str, state: HostState, *, linked: bool) -> OtherHost:
+    """A host of which no limits are known."""
+    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
+    return OtherHost(
+        name=name,
+        state=state,
+        linked=linked,
+        last_seen_at=AT,
+        fenced_by=None,
+        address=None,
+        shared=None,
+        instances=1,
+        total=nothing,
+        promised=nothing,
+        free=nothing,
+        disk_free_mib=None,
     )

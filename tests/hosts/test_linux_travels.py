@@ -19,9 +19,8 @@ from interlock.core.errors import HypervisorError
 from interlock.core.records import Forward, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.images import ImageFolder
-from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.check_hypervisor import GivenPermit
+from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 pytestmark = [
@@ -36,14 +35,10 @@ STALL_MS = 2_000
 
 @pytest.fixture
 def benches(tmp_path: Path) -> Iterator[tuple[QemuWorkbench, QemuWorkbench]]:
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir(mode=0o711)
-    pair = QemuWorkbench(tmp_path / "here"), QemuWorkbench(tmp_path / "there")
-    for bench in pair:
-        bench.settings = replace(bench.settings, memory_stall_timeout_ms=STALL_MS, copy_silence_timeout_ms=STALL_MS)
-    yield pair
-    for bench in pair:
-        bench.end_everything()
+    with two_benches(tmp_path) as pair:
+        for bench in pair:
+            bench.settings = replace(bench.settings, memory_stall_timeout_ms=STALL_MS, copy_silence_timeout_ms=STALL_MS)
+        yield pair
 
 
 class Journey:
@@ -88,13 +83,6 @@ class Journey:
     async def status(self, host: int = 0) -> dict[str, Any]:
         found: dict[str, Any] = (await self.ask("status", host)).json()
         return found
-
-
-async def opened(bench: QemuWorkbench) -> QemuHypervisor:
-    hypervisor = bench.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    return hypervisor
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.ports.travelling import Arrival, Passage
 from interlock.testing import nano_guest
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.check_hypervisor import GivenPermit
+from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
 
 pytestmark = [
     pytest.mark.qemu,
@@ -26,12 +26,8 @@ PERMIT = GivenPermit()
 
 @pytest.fixture
 def benches(tmp_path: Path) -> Iterator[tuple[QemuWorkbench, QemuWorkbench]]:
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir(mode=0o711)
-    pair = QemuWorkbench(tmp_path / "here"), QemuWorkbench(tmp_path / "there")
-    yield pair
-    for bench in pair:
-        bench.end_everything()
+    with two_benches(tmp_path) as pair:
+        yield pair
 
 
 def nothing(done: int, total: int | None = None) -> None:
@@ -45,13 +41,6 @@ async def ticks(hypervisor: QemuHypervisor) -> int:
     words = {"command-line": f"xp /1wd {nano_guest._TICKS:#x}"}
     answer = await guest.tell(PERMIT, "human-monitor-command", words)
     return int(str(answer).rpartition(":")[2])
-
-
-async def opened(bench: QemuWorkbench) -> QemuHypervisor:
-    hypervisor = bench.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    return hypervisor
 
 
 async def test_five_times_to_and_fro_and_it_counts_on(benches: tuple[QemuWorkbench, QemuWorkbench]) -> None:

@@ -26,9 +26,9 @@ from interlock.testing.disk_hands import (
     write_as_guest,
     write_pattern,
 )
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
 
-from .test_passages import PERMIT, opened, ticks
+from .test_passages import PERMIT, ticks
 
 pytestmark = [
     pytest.mark.qemu,
@@ -78,16 +78,13 @@ async def end(*hypervisors: QemuHypervisor) -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    for name in ("here", "there", "shared"):
-        (tmp_path / name).mkdir(mode=0o711)
-    benches = QemuWorkbench(tmp_path / "here"), QemuWorkbench(tmp_path / "there")
+    (tmp_path / "shared").mkdir(mode=0o711)
     marked = MarkedFolder(tmp_path / "shared", tmp_path / "kept.json", reserved_gib=0)
     marked.open()
     shared = asyncio.run(marked.folder())
     assert shared is not None
-    yield Pair(tmp_path, benches, shared)
-    for bench in benches:
-        bench.end_everything()
+    with two_benches(tmp_path) as benches:
+        yield Pair(tmp_path, benches, shared)
 
 
 async def test_it_counts_on_and_only_its_memory_is_moved(pair: Pair) -> None:

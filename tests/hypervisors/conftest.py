@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.check_hypervisor import GivenPermit
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 
 @pytest.fixture
@@ -21,9 +21,7 @@ def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
 
 @pytest.fixture
 async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
+    hypervisor = await opened(host)
     yield hypervisor
     for instance_id in await hypervisor.known():
         await hypervisor.undefine(GivenPermit(), instance_id)

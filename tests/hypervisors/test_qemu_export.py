@@ -22,7 +22,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.testing.boot_sector import bootable_image
-from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.check_hypervisor import GivenPermit
 from interlock.testing.disk_hands import (
     MIB,
     SLOW_BYTES_PER_S,
@@ -37,7 +37,7 @@ from interlock.testing.disk_hands import (
     write_pattern,
 )
 from interlock.testing.nano_guest import MEMORY_MIB
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 pytestmark = [
     pytest.mark.qemu,
@@ -70,13 +70,6 @@ async def hypervisor(host: QemuWorkbench) -> AsyncIterator[QemuHypervisor]:
     for instance_id in await hypervisor.known():
         await hypervisor.undefine(PERMIT, instance_id)
     await hypervisor.close()
-
-
-async def opened(host: QemuWorkbench) -> QemuHypervisor:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    return hypervisor
 
 
 @pytest.fixture
@@ -378,7 +371,7 @@ DOOMED = """
 import asyncio, os, signal, sys
 from pathlib import Path
 import msgspec
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 from interlock.core.records import Spec
 
 class Permit:

@@ -28,7 +28,7 @@ from interlock.hypervisors.qemu.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.saved_memory import SavedMemory
 from interlock.testing.check_hypervisor import GivenPermit, Told
 from interlock.testing.nano_guest import GREETING
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 pytestmark = [
     pytest.mark.qemu,
@@ -67,13 +67,6 @@ async def hypervisor(host: QemuWorkbench, told: Told) -> AsyncIterator[QemuHyper
     for instance_id in await hypervisor.known():
         await hypervisor.undefine(PERMIT, instance_id)
     await hypervisor.close()
-
-
-async def opened(host: QemuWorkbench, told: Told) -> QemuHypervisor:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(told)
-    return hypervisor
 
 
 async def started(hypervisor: QemuHypervisor, host: QemuWorkbench, spec: Spec | None = None) -> None:
@@ -458,7 +451,7 @@ from interlock.hypervisors.qemu import launch, memory, saved_memory
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 steps = int(sys.argv[2])
 
@@ -684,6 +677,9 @@ async def test_a_dump_is_not_over_before_its_guest_goes_on(
     monkeypatch.setattr(guest, "ask", late)
     dumping = asyncio.ensure_future(hypervisor.dump_memory(PERMIT, "one", tmp_path / "dump", nobody_reads))
     await asyncio.wait_for(held.wait(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await ask("query-status"))["status"] != "running":
+            pass  # what is paused before QEMU itself has let it go on would be undone
     monkeypatch.setattr(guest, "ask", ask)
     assert not dumping.done()
     await hypervisor.pause(PERMIT, "one")

@@ -19,7 +19,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.ports import Permit
-from interlock.testing.check_hypervisor import GivenPermit, Told
+from interlock.testing.check_hypervisor import GivenPermit
 from interlock.testing.disk_hands import (
     MIB,
     SLOW_BYTES_PER_S,
@@ -32,7 +32,7 @@ from interlock.testing.disk_hands import (
     write_as_guest,
     write_pattern,
 )
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 pytestmark = [
     pytest.mark.qemu,
@@ -52,13 +52,6 @@ def host(tmp_path: Path) -> Iterator[QemuWorkbench]:
 
 def slow(host: QemuWorkbench) -> None:
     host.settings = msgspec.structs.replace(host.settings, copy_bytes_per_s=SLOW_BYTES_PER_S)
-
-
-async def opened(host: QemuWorkbench) -> QemuHypervisor:
-    hypervisor = host.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    return hypervisor
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from interlock.core.records import Spec
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.testing.check_hypervisor import GivenPermit
+from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
 from interlock.testing.soak.book import Book
 from interlock.testing.soak.doubles import Doubles
 
@@ -24,19 +24,8 @@ PERMIT = GivenPermit()
 
 @pytest.fixture
 def benches(tmp_path: Path) -> Iterator[tuple[QemuWorkbench, QemuWorkbench]]:
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir(mode=0o711)
-    pair = QemuWorkbench(tmp_path / "here"), QemuWorkbench(tmp_path / "there")
-    yield pair
-    for bench in pair:
-        bench.end_everything()
-
-
-async def opened(bench: QemuWorkbench) -> QemuHypervisor:
-    hypervisor = bench.make()
-    assert isinstance(hypervisor, QemuHypervisor)
-    await hypervisor.open(Told())
-    return hypervisor
+    with two_benches(tmp_path) as pair:
+        yield pair
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from qemu.qmp import QMPClient
@@ -19,6 +19,7 @@ from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process import find_in
 from interlock.ports import Hypervisor
+from interlock.testing.check_hypervisor import Told
 from interlock.testing.disk_hands import first_byte, write_pattern
 from interlock.testing.nano_guest import HERE, MEMORY_MIB, nano_guest
 
@@ -185,3 +186,24 @@ class _Always:
 
     def check(self) -> None:
         return
+
+
+async def opened(bench: QemuWorkbench, told: Told | None = None) -> QemuHypervisor:
+    """An adapter in charge of the workbench, that tells `told`; nobody, if that is None."""
+    hypervisor = bench.make()
+    assert isinstance(hypervisor, QemuHypervisor)
+    await hypervisor.open(told or Told())
+    return hypervisor
+
+
+@contextlib.contextmanager
+def two_benches(folder: Path) -> Iterator[tuple[QemuWorkbench, QemuWorkbench]]:
+    """Two hosts in a folder, `here` and `there`; nothing of them is left behind."""
+    for name in ("here", "there"):
+        (folder / name).mkdir(mode=0o711)
+    pair = QemuWorkbench(folder / "here"), QemuWorkbench(folder / "there")
+    try:
+        yield pair
+    finally:
+        for bench in pair:
+            bench.end_everything()
