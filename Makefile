@@ -2,16 +2,22 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
-WORKERS ?= 2
+# More than cores: tests of real VMs wait half of their time.
+WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lock
+.PHONY: help setup run check docs test test-long coverage lock package
 
 help:
-	@echo 'make run     set up what is missing, then serve on loopback with a demo VM; Ctrl-C ends the server'
-	@echo 'make test    set up what is missing, then run every check and test'
-	@echo 'make setup   set up what is missing; after it $(BIN)/interlock works'
-	@echo 'make lock    resolve the dependencies of pyproject.toml anew into requirements.lock'
+	@echo 'make run         set up what is missing, then serve on loopback with a demo VM; Ctrl-C ends the server'
+	@echo 'make check       set up what is missing, then lint, format, types and imports: seconds, for the inner loop'
+	@echo 'make docs        draw the pages of docs/ that are made from the program'
+	@echo 'make test        set up what is missing, then make check and the tests: before every commit'
+	@echo 'make test-long   the same with long walks, kill rounds, load and proofs: every night'
+	@echo 'make coverage    the tests of make test, then which lines and branches none of them reached'
+	@echo 'make setup       set up what is missing; after it $(BIN)/interlock works'
+	@echo 'make package     make dist/: wheel, sdist, Containerfile and systemd units'
+	@echo 'make lock        resolve the dependencies of pyproject.toml anew into requirements.lock'
 
 setup:
 	@setup/setup.sh
@@ -19,13 +25,23 @@ setup:
 run: setup
 	@exec $(BIN)/interlock demo
 
-# One stage after the other; the first that fails is the last that runs.
+check: setup
+	@setup/stages.sh check
+
+docs: setup
+	@$(BIN)/python tools/draw_docs.py
+
 test: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	@setup/stages.sh test $(WORKERS)
+
+test-long: setup
+	@setup/stages.sh test-long $(WORKERS)
+
+coverage: setup
+	@setup/stages.sh coverage $(WORKERS)
+
+package: setup
+	@setup/package.sh
 
 lock: setup
 	@setup/lock.sh

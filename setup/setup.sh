@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly OLDEST="3.11"
-readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "dot:graphviz")
+readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "dot:graphviz"
+    "systemd-analyze:systemd" "debootstrap:debootstrap")
 readonly STAMP=.venv/set-up
 
 say() { echo "setup: $*"; }
@@ -88,13 +89,39 @@ make_environment() {
 
 environment_works() { [[ -x .venv/bin/python ]] && .venv/bin/python -m pip --version >/dev/null 2>&1; }
 
+# Pip's output as one line that goes on, or as a line now and then where there is no terminal.
+show_progress() {
+    local line seen=0 total
+    total=$(grep -c '^[a-zA-Z0-9].*==' requirements.lock)
+    while IFS= read -r line; do
+        case $line in
+            Collecting*)
+                seen=$((seen + 1))
+                if [[ -t 1 ]]; then
+                    printf '\rsetup: fetching package %d of at most %d  ' "$seen" "$total"
+                elif ((seen % 20 == 0)); then
+                    say "fetching package $seen of at most $total"
+                fi
+                ;;
+            Installing*)
+                [[ ! -t 1 ]] || echo
+                say "installing $seen packages; this can take a minute or two"
+                ;;
+        esac
+    done
+}
+
 install_project() {
     environment_works || make_environment
     say "installing what requirements.lock lists, and Interlock, into .venv"
     rm -f "$STAMP"
-    local pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-input)
-    "${pip[@]}" --require-hashes --only-binary :all: -r requirements.lock
-    "${pip[@]}" --no-deps --no-build-isolation --editable .
+    local pip=(.venv/bin/python -m pip install --disable-pip-version-check --no-input)
+    "${pip[@]}" --progress-bar off --require-hashes --only-binary :all: -r requirements.lock 2>&1 |
+        tee .venv/pip.log | show_progress || {
+        tail -n 40 .venv/pip.log >&2
+        fail "pip could not install what requirements.lock lists; what it said is above"
+    }
+    "${pip[@]}" -qq --no-deps --no-build-isolation --editable .
     state >"$STAMP"
 }
 
@@ -112,6 +139,8 @@ is_set_up() {
 
 install_programs() {
     local pair missing=()
+    # Where debootstrap is, though not for everybody.
+    PATH=$PATH:/usr/sbin
     for pair in "${PROGRAMS[@]}"; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done

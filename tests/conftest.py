@@ -1,10 +1,56 @@
-"""What all tests share: a process in which Ctrl-C means what it means in a terminal."""
+"""What all tests share: how many examples a property gets, their order, and a process that obeys Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
+
+from tiers import tier
+
+# Without it, each of the hundreds of processes that tests start compiles all of Interlock anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Processes that tests start run code of the tests too.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+
+# Neither how long an example takes nor how long it takes to be drawn says anything on a busy machine; a test that hangs
+# is ended by its time-out.
+settings.register_profile(
+    "interlock", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=tier(100, 1000)
+)
+settings.load_profile("interlock")
+
+
+SHARING = {
+    *("test_house_rules.py", "test_laws_under_load.py", "test_linux_travels.py", "test_operations_on_guests.py"),
+    *("test_qemu_console.py", "test_small_disk.py", "test_small_guest.py"),
+}
+"""Files whose tests share a fixture that takes long: one worker runs all of them."""
+
+
+class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Gives tests to workers one by one, and those of a file that shares a fixture together.
+
+    The marks of xdist for that have no effect: pytest 9 does not let it rename tests.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return path if path.rpartition("/")[2] in SHARING else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return WholeFiles(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what boots VMs: it takes longest and mostly waits, and what is short fills the workers at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("qemu") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from in_process.embedded import Embedded
 from interlock.core.records import Image, Instance
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.hypervisors.simulated.contents import Content
-from interlock.testing.embedded import Embedded
+from interlock.hypervisors.simulated.disk_content import Content
 
 DISK = Image(id="disk", name="disk", kind="disk", path="", size_bytes=1 << 20, sha256="0" * 64)
 OTHER = Image(id="other", name="other", kind="disk", path="", size_bytes=1 << 20, sha256="0" * 64)

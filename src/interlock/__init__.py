@@ -1,3 +1,3 @@
 """Interlock keeps the state of virtual machines."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The program `interlock`. The only place that knows both the command line and what is shipped for testing."""
+"""The program `interlock`. The only place that knows both the command line and the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bench(arguments: tuple[str, ...]) -> None:
 
     `interlock bench --help` says what can be measured.
     """
-    from interlock.testing.bench import main as measure
+    from interlock.bench import main as measure
 
     if code := measure(arguments):
         raise click.exceptions.Exit(code)

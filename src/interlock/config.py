@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from interlock.core.errors import Invalid
-from interlock.core.upkeep import UpkeepTimes
+from interlock.core.scheduled_actions import UpkeepTimes
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
 _MAY_BE_ZERO = frozenset(
@@ -27,6 +27,7 @@ _MAY_BE_ZERO = frozenset(
         "reclaim_after_ms",
         "offload_after_ms",
         "lease_ms",
+        "converge_timeout_ms",
         "image_unused_ms",
     }
 )
@@ -39,34 +40,51 @@ class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How the state drivers serve requests. `[driver]` in the file, `INTERLOCK_DRIVER_*` in the environment."""
 
     guest_shutdown_timeout_ms: int = 30_000
-    """How long a soft stop or reboot waits for the guest to power itself off before the plug is pulled, in ms."""
+    """How long a soft stop or reboot waits for the guest to power itself off before it is powered off hard, in ms. The
+    time also runs while QEMU does not respond."""
+    guest_shutdown_retry_ms: int = 3_000
+    """How often the guest is asked to power off, by guest agent and power button in turn, in ms. A guest that still
+    boots misses the first request."""
     heartbeat_ms: int = 5_000
-    """How often a worker that waits for a guest looks whether it is still there, and says so, in ms."""
+    """How often a worker that waits for a guest checks it and reports that it is alive, in ms."""
     inspect_retry_ms: int = 500
-    """How long to wait before looking again at a guest that gives no answer, in ms; doubled up to 16 times this."""
+    """How long to wait before inspecting a guest again that does not respond, in ms; doubled up to 16 times this."""
+    unknown_attempts_max: int = 5
+    """How many times an operation is performed again whose guest does not respond, before it fails."""
+    unknown_timeout_ms: int = 300_000
+    """How long an operation waits in total for a guest that does not respond, before it fails, in ms. The time in which
+    the host is away does not count; its lease does."""
+    silence_timeout_ms: int = 1_800_000
+    """How long an operation may make no progress at all before it fails, in ms."""
     progress_interval_ms: int = 1_000
-    """How often the progress of something long is kept and told, in ms; what takes less is told only when it ends."""
+    """How often the progress of an operation is recorded and sent, in ms; of a shorter one only the end."""
+    converge_timeout_ms: int = 300_000
+    """How long a live migration may send again what its guest writes, after the first pass, in ms. Then it is
+    cancelled, and the guest continues at the source. 0: no limit."""
+    progress_interval_max_ms: int = 15_000
+    """The longest interval between progress events of an operation with little progress, in ms."""
     dumps_max: int = 5
-    """How many memory dumps are kept of an instance; once there is one more, the oldest is removed."""
+    """How many memory dumps are kept of an instance; one more removes the oldest."""
     drain_ms: int = 2_000
-    """How long a server that is being stopped lets what is in flight finish, in ms; the rest is taken up again."""
+    """How long a server that is being stopped waits for operations in flight, in ms; the next server resumes the
+    rest."""
 
 
 class UpkeepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a server asks for by itself. `[upkeep]` in the file, `INTERLOCK_UPKEEP_*` in the environment."""
+    """Scheduled actions of a server. `[upkeep]` in the file, `INTERLOCK_UPKEEP_*` in the environment."""
 
     resize_confirm_window_ms: int = 24 * 3_600_000
-    """How long after a resize it is confirmed, unless somebody reverted or confirmed it, in ms; 0: never."""
+    """How long after a resize it is confirmed, unless it was confirmed or reverted, in ms; 0: never."""
     reclaim_after_ms: int = 7 * 24 * 3_600_000
-    """How long after a soft delete what was deleted is deleted for good, in ms; 0: never."""
+    """How long after a soft delete the instance is deleted, in ms; 0: never."""
     offload_after_ms: int = 0
-    """How long after it was shelved an instance is offloaded, in ms; 0: never."""
+    """How long after a shelve the instance is offloaded, in ms; 0: never."""
     retry_ms: int = 10_000
-    """How long to wait before asking again what was refused or failed, in ms; doubled each time, up to an hour."""
+    """How long to wait before retrying an action that was denied or failed, in ms; doubled each time, up to an hour."""
 
     @property
     def times(self) -> UpkeepTimes:
-        """After how long in a state something is done."""
+        """Return the times after which an action is due."""
         return UpkeepTimes(
             resize_confirm_window_ms=self.resize_confirm_window_ms,
             reclaim_after_ms=self.reclaim_after_ms,
@@ -75,86 +93,113 @@ class UpkeepConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How guests are held by QEMU, and waited for. `[qemu]` in the file, `INTERLOCK_QEMU_*` in the environment."""
+    """QEMU processes and timeouts. `[qemu]` in the file, `INTERLOCK_QEMU_*` in the environment."""
 
     cpu_model: str = "auto"
-    """The processor that guests see, by QEMU's name for it. `auto`: `host` with KVM, `kvm64` without."""
+    """The CPU model of guests, as QEMU names it. `auto`: `host` with KVM, `kvm64` without."""
     translation_cache_mib: int = 32
     """How much translated guest code `tcg` keeps per VM, in MiB; counts on top of the guest's memory."""
     processes_max: int = 500
-    """How many guests this host holds at most."""
+    """The largest number of guests on this host."""
     open_files_max: int = 512
     """How many files a VM's process may have open: its disks, and one for each forwarded connection."""
     address_space_extra_mib: int = 2048
     """Address space that a VM's process may have beyond its guest's memory and translation cache, in MiB."""
     hotplug_ports: int = 8
-    """How many disks and further network interfaces a guest can have together, with a place for a root disk. One more
-    is refused when it is to be attached; what it has already it keeps."""
+    """How many disks and additional network interfaces a guest can have together, one of them a root disk. Attaching
+    more is denied; existing devices stay."""
     display: bool = True
-    """Whether guests have a screen, for screenshots and VNC; for those started from then on."""
+    """Whether guests have a display, for screenshots and VNC; applies from a guest's next start."""
     memory_stall_timeout_ms: int = 60_000
-    """The longest that writing or reading a guest's memory (suspend, resume, crash dump) may stand still, in ms."""
+    """How long saving or restoring a guest's memory (suspend, resume, crash dump) may make no progress, in ms."""
     memory_look_interval_ms: int = 200
-    """How often is looked how far writing or reading a guest's memory has come, in ms."""
+    """How often the progress of saving or restoring a guest's memory is checked, in ms."""
     console_bytes_max: int = 4 * 1024 * 1024
-    """Where a serial console's log is cut, in bytes: what is older is moved to `console.log.1`, replacing what was
-    there."""
+    """The size at which a serial console's log is rotated, in bytes: it is moved to `console.log.1`, which is
+    overwritten."""
     console_check_interval_ms: int = 5_000
-    """How often the size of the console logs is looked at while somebody is in charge of the guests, in ms."""
+    """How often the size of the console logs is checked, in ms."""
     console_reader_bytes_max: int = 262_144
-    """How much of a live console is kept for one who looks on and does not keep up, in bytes; the middle is lost."""
+    """How much of a live console is buffered for a slow reader, in bytes; of more, the middle is dropped."""
     agent_timeout_ms: int = 2_000
-    """How long a guest agent may take to answer before it counts as not there, in ms."""
+    """How long a guest agent may take to answer before it counts as absent, in ms."""
     freeze_timeout_ms: int = 10_000
-    """How long a guest agent may take to hold its file systems still for a copy, or to let them go on, in ms."""
+    """How long a guest agent may take to freeze its file systems for a copy, or to thaw them, in ms."""
     start_timeout_ms: int = 15_000
-    """How long a new process may take until it answers, in ms."""
+    """How long a new QEMU process may take until it responds, in ms."""
     detach_timeout_ms: int = 10_000
-    """How long a guest may take to let go of a disk or a network interface, in ms."""
+    """How long a guest may take to release a disk or a network interface, in ms."""
     kill_timeout_ms: int = 10_000
     """How long the kernel may take to end a killed process (it may wait for a disk), in ms."""
+    liveness_interval_ms: int = 5_000
+    """How often each guest's QEMU is checked, in ms."""
+    liveness_timeout_ms: int = 15_000
+    """How long a QEMU process may not respond before its guest counts as not responding, in ms; it is detected at
+    most two intervals later. While it saves or sends the guest's memory, `memory_stall_timeout_ms` applies."""
+    go_on_free_mib: int = 16
+    """How much free space the file systems of a guest's disks need before a guest that was paused on a full disk is
+    resumed automatically, in MiB. Checked every `liveness_interval_ms`, while there is such a guest."""
     image_tool_timeout_ms: int = 60_000
-    """How long making an empty disk may take, in ms."""
+    """How long the creation of an empty disk may take, in ms."""
     copy_silence_timeout_ms: int = 60_000
-    """How long copying a disk may make no progress at all before it is given up, in ms; it may take any time else."""
+    """How long the copy of a disk may make no progress before it fails, in ms. Its total time is not limited."""
     copy_look_interval_ms: int = 250
-    """How often the progress of copying a disk is looked at, in ms."""
+    """How often the progress of the copy of a disk is checked, in ms."""
     copy_bytes_per_s: int = 0
-    """How fast a disk of a running guest is copied, in bytes per second; 0: as fast as it can be."""
+    """How fast a disk of a running guest is copied, in bytes per second; 0: no limit."""
     export_write_timeout_ms: int = 10_000
-    """How long a guest that writes may have to wait, in ms, until what it overwrites is kept for the export of its
-    disk that is under way; after that the export fails, and not the guest."""
+    """How long a write of the guest may wait until the data that it overwrites is saved for an export of its disk, in
+    ms; after that the export fails, and the guest continues."""
+    migration_bytes_per_s: int = 0
+    """How fast the memory of a guest is sent to another host, in bytes per second; 0: no limit."""
     migration_address: str = "127.0.0.1"
-    """The address of this host at which other hosts bring guests as they run; on any free TCP port."""
+    """The address of this host for incoming live migrations; on any free TCP port."""
     firmware_ms: int = 250
-    """How long a machine that begins to boot is not reset, in ms: at first its firmware lays itself out in memory, and
-    a machine whose reset meets that half done hangs for good, also after further resets."""
+    """How long a guest that begins to boot is not reset, in ms: a reset while its firmware relocates itself in memory
+    makes it hang permanently, also after further resets."""
     reset_settle_ms: int = 2_000
-    """Resets that follow one another within this time count as one, in ms: the firmware resets the machine itself as
-    it starts, and cannot be told from the guest."""
+    """Resets within this time of one another count as one, in ms: the firmware resets the machine when it starts, which
+    looks like a reset by the guest."""
 
 
 class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The hosts beside the server's own. `[hosts]` in the file, `INTERLOCK_HOSTS_*` in the environment."""
 
     lease_ms: int = 15_000
-    """For how long an agent may hold its guests after it last reached the server, in ms; then it ends them, so that
-    they can be evacuated. 0: it holds them without end, and only an admin can say that a host is fenced."""
+    """How long an agent may run its guests after its last contact with the server, in ms; then it ends them, so that
+    they can be evacuated. 0: no limit; only an admin can then fence a host."""
     lease_margin_ms: int = 5_000
-    """How long after the end of its lease a host counts as fenced, in ms: for what it takes to end its guests."""
+    """How long after the end of its lease a host counts as fenced, in ms: the time needed to end its guests."""
     image_unused_ms: int = 7 * 24 * 3_600_000
-    """How long a copy of an image stays on a host on which no VM needs it, in ms; 0: for as long as the server has the
-    image."""
+    """How long a copy of an image stays on a host where no VM needs it, in ms; 0: until the image is deleted."""
     shared_dir: str = ""
-    """A folder that hosts have in common, under the same name on each, in which root disks of new VMs are kept: those
-    of this host, and of every host whose agent announces it or a folder above it (`--shared`). Empty: root disks are
-    kept in each host's own folder. An agent announces it where it is not told `--shared`."""
+    """A folder that hosts share, with the same path on each, for the root disks of new VMs on this host and on every
+    host whose agent announces it or a parent of it (`--shared`). Empty: root disks are in each host's own folder. An
+    agent without `--shared` announces it."""
+    own_in_any: bool = True
+    """Whether `any` can be the server's own host. With false, VMs are created there only by its name, or by default."""
+    evacuate: Literal["never", "auto", "from-image"] = "never"
+    """Whether VMs without a setting of their own are evacuated automatically once their host is fenced. `auto`: if no
+    root disk is lost; `from-image`: also if it is, starting again from the image."""
+    moves_max: int = 8
+    """How many VMs the server moves at a time from hosts that are drained or fenced."""
     silence_ms: int = 15_000
-    """How long an agent may say nothing before its connection counts as broken, in ms."""
+    """How long an agent may send nothing before its connection counts as broken, in ms."""
+
+
+class ClockConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The machine's wall clock. `[clock]` in the file, `INTERLOCK_CLOCK_*` in the environment."""
+
+    jump_ms: int = 10_000
+    """The difference from which the wall clock counts as having jumped, in ms. Jumps are reported; ages do not follow
+    them."""
+    grace_ms: int = 600_000
+    """How long after a jump forward, or after the machine was off, no irreversible action is scheduled, in ms: time to
+    correct the clock."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a server is told. Top level of the file, `INTERLOCK_*` in the environment."""
+    """Configuration of a server. Top level of the file, `INTERLOCK_*` in the environment."""
 
     data_dir: str = ""
     """The folder of the database, images, volumes and guests. Default: /var/lib/interlock as root, else
@@ -170,59 +215,67 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_plain_http: bool = False
     """Allow an address that is not loopback without TLS."""
     host: str = ""
-    """The name of this host. Default: what the system calls itself."""
+    """The name of this host. Default: the system's hostname."""
     hypervisor: Literal["qemu", "simulated"] = "qemu"
-    """What holds the guests. `simulated` holds none for real, and is for trying things out."""
+    """What runs the guests. `simulated` runs none, and is for trials."""
     policy: str = "standard"
-    """A built-in policy's name, or a policy file. One that is broken at a start leaves the last one in force."""
+    """A built-in policy's name, or a policy file. If it is invalid at a start, the last policy in force stays."""
     policy_explore_ms: int = 5_000
-    """For how long the reachable states of a policy are walked before it is put in force, where nobody says, in ms;
-    0: not at all."""
+    """How long the reachable states of a policy are walked by default before it is put in force, in ms; 0: not at
+    all."""
     policy_explore_ms_max: int = 60_000
-    """The longest that somebody who loads a policy may have it walked, in ms."""
+    """The longest walk that a request to load a policy may ask for, in ms."""
     policy_check_ms_max: int = 30_000
-    """How long reading and checking a policy that is to be put in force may take, beside walking it, in ms."""
+    """How long reading and checking a policy may take, besides the walk, in ms."""
     policy_memory_mib_max: int = 4_096
-    """How much memory (address space) the process may take that checks a policy, in MiB."""
+    """The address space of the process that checks a policy, in MiB."""
     policy_body_bytes_max: int = 4_194_304
-    """The largest body with which a policy is loaded, in bytes."""
+    """The largest body of a request to load a policy, in bytes."""
     qemu_binary: str = "qemu-system-x86_64"
     """QEMU's program: a name on the PATH, or a path."""
     accelerator: Literal["auto", "tcg", "kvm"] = "auto"
-    """What executes guests' code. `auto`: KVM where /dev/kvm works and the guests' user may open it, else `tcg`, QEMU's
-    own translation, which runs anywhere. With `kvm` the server does not start where it cannot be used."""
+    """What executes guest code. `auto`: KVM if /dev/kvm works and the guests' user may open it, else `tcg`, QEMU's
+    emulation, which runs anywhere. With `kvm` the server does not start without it."""
     qmp_timeout_ms: int = 5_000
-    """How long a guest's monitor has to answer before its outcome counts as unknown, in ms."""
+    """How long QEMU may take to answer a QMP command before the outcome is unknown, in ms."""
     request_body_bytes_max: int = 262_144
     """The largest body of a request that is not an upload, in bytes."""
     upload_bytes_max: int = 64 * 1024**3
     """The largest image that may be uploaded, in bytes."""
     image_bytes_max: int = 64 * 1024**3
-    """How large an image may become when it is converted, in bytes."""
+    """The largest size of an image after conversion, in bytes."""
     image_conversion_timeout_ms: int = 600_000
-    """How long converting an image may take, in ms."""
+    """How long the conversion of an image may take, in ms."""
+    image_fetch_timeout_ms: int = 21_600_000
+    """How long the download of an image may take, in ms."""
     instance_memory_mib_max: int = 65_536
-    """The most memory that one instance may have, in MiB."""
+    """The most memory of an instance, in MiB."""
     volume_gib_max: int = 16_384
     """The largest volume, in GiB."""
     log_format: Literal["text", "json"] = "text"
     """How the server writes its log, to standard error."""
     host_memory_mib: int = 0
-    """How much memory instances may be promised on this host, in MiB. 0: what the host has without
-    `host_memory_reserved_mib`; `simulated` guests need none, and are then not limited."""
+    """The memory that instances may claim on this host, in MiB. 0: the host's memory without
+    `host_memory_reserved_mib`, and no limit for `simulated` guests."""
     host_memory_reserved_mib: int = 512
-    """How much of the host's memory is kept for the host itself where `host_memory_mib` is 0, in MiB."""
+    """The memory that is reserved for the host if `host_memory_mib` is 0, in MiB."""
     host_vcpus_overcommit: float = 16.0
-    """How many virtual processors instances may be promised for each processor of this host."""
+    """How many vCPUs instances may claim for each CPU of this host."""
     host_disk_overcommit: float = 4.0
-    """How much disk may be promised to root disks and volumes, as a multiple of the data folder's file system: they
-    take only what was written to them."""
+    """How much disk root disks and volumes may claim, as a multiple of the data folder's file system. Disks are
+    sparse."""
     host_disk_reserved_gib: int = 1
-    """How much of the data folder's file system must stay free when a disk is promised, in GiB."""
+    """How much of the data folder's file system must stay free when a disk is claimed, in GiB."""
+    disk_low_mib: int = 512
+    """The free space on the data folder's file system below which `/readyz` and a gauge warn, in MiB."""
+    disk_reserve_mib: int = 4
+    """The space reserved inside the database for a full disk, so that some hundred VMs can still be stopped and
+    deleted, in MiB. Its log reserves as much again."""
     driver: DriverConfig = DriverConfig()
     upkeep: UpkeepConfig = UpkeepConfig()
     qemu: QemuConfig = QemuConfig()
     hosts: HostsConfig = HostsConfig()
+    clock: ClockConfig = ClockConfig()
 
     @property
     def folder(self) -> Path:

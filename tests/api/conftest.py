@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from in_process.embedded import IMAGE, QUICK
+from in_process.trusting_verifier import TrustingProver
 from interlock.config import Config
 from interlock.core.policy import CompiledPolicy, Policy
+from interlock.core.policy_switches import PolicyBundle
 from interlock.core.states import VmState
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.policies.in_force import PolicyInForce
+from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.verification import Proof
 from interlock.ports import Role
-from interlock.service.callers import Caller
+from interlock.server import DATABASE, Server
+from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.policies import Policies
+from interlock.service.policy_verifier import PolicyVerifier
 from interlock.stores.schema import upgrade
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.embedded import IMAGE, QUICK
-from interlock.testing.trusting_prover import TrustingProver
-from interlock.wiring import DATABASE, Server
 
 BODY_BYTES_MAX = 4096
 UPLOAD_BYTES_MAX = 3 * 1024 * 1024
@@ -46,8 +50,8 @@ because = "The pause may still come to an end."
 OPERATOR = Caller(token_id="operator", name="operator", role=Role.ADMIN, project="default")
 
 
-class Door:
-    """A whole server behind its HTTP door, in this process, and clients of several tokens."""
+class ApiServer:
+    """A whole server behind its HTTP api, in this process, and clients of several tokens."""
 
     def __init__(self, server: Server, host: SimulatedHost) -> None:
         self.server = server
@@ -71,6 +75,24 @@ class Door:
         for client in self.clients:
             await client.aclose()
         await self.server.close()
+
+
+_PROVED: dict[tuple[bytes, int, int, int], Proof] = {}
+
+
+@pytest.fixture(autouse=True)
+def _each_policy_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the same prover found of the same policy in an earlier test is not found out again."""
+    prove = PolicyVerifier.prove
+
+    async def remembered(prover: PolicyVerifier, bundle: PolicyBundle, explore_ms: int) -> Proof:
+        key = (msgspec.json.encode(bundle), explore_ms, prover._check_timeout_ms, prover._memory_mib_max)
+        proof = _PROVED.get(key) or await prove(prover, bundle, explore_ms)
+        if proof.policy is not None:  # the prover came to an end
+            _PROVED[key] = proof
+        return proof
+
+    monkeypatch.setattr(PolicyVerifier, "prove", remembered)
 
 
 @pytest.fixture
@@ -105,6 +127,7 @@ def settled_database(tmp_path_factory: pytest.TempPathFactory, empty_database: P
             explore_ms=0,
             explore_ms_max=0,
             wake=lambda _: None,
+            reachable=lambda _: True,
         )
         await policies.open()
         await store.close()
@@ -114,7 +137,7 @@ def settled_database(tmp_path_factory: pytest.TempPathFactory, empty_database: P
 
 
 @pytest.fixture
-async def door(tmp_path: Path, host: SimulatedHost, settled_database: Path) -> AsyncIterator[Door]:
+async def api(tmp_path: Path, host: SimulatedHost, settled_database: Path) -> AsyncIterator[ApiServer]:
     (tmp_path / "data").mkdir(mode=0o711)
     shutil.copy(settled_database, tmp_path / "data" / DATABASE)
     policy = tmp_path / "patient.toml"
@@ -130,15 +153,15 @@ async def door(tmp_path: Path, host: SimulatedHost, settled_database: Path) -> A
     )
     server = Server(config, SimulatedHypervisor(host))
     await server.open()
-    await server.store.put_image(IMAGE)
-    door = Door(server, host)
-    yield door
-    await door.close()
+    await server.store.images.put(IMAGE)
+    api = ApiServer(server, host)
+    yield api
+    await api.close()
 
 
 @pytest.fixture
-async def admin(door: Door) -> httpx.AsyncClient:
-    return door.client((door.server.folder / "admin.token").read_text().strip())
+async def admin(api: ApiServer) -> httpx.AsyncClient:
+    return api.client((api.server.folder / "admin.token").read_text().strip())
 
 
 async def make(client: httpx.AsyncClient, name: str, **fields: object) -> dict[str, Any]:
@@ -147,5 +170,5 @@ async def make(client: httpx.AsyncClient, name: str, **fields: object) -> dict[s
     answer = await client.post("/v1/instances", json=wish, headers={"Prefer": "wait=20"})
     assert answer.status_code == 201, answer.text
     instance: dict[str, Any] = answer.json()["instance"]
-    assert instance["vm_state"] == (VmState.ACTIVE if fields.get("start", True) else VmState.BUILDING)
+    assert instance["vm_state"] == (VmState.ACTIVE if fields.get("start", True) else VmState.STOPPED)
     return instance

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from api.conftest import BODY_BYTES_MAX, UPLOAD_BYTES_MAX, Door, make
-from interlock.api.uploading import FOLDER_PREFIX
+from api.conftest import BODY_BYTES_MAX, UPLOAD_BYTES_MAX, ApiServer, make
+from in_process.embedded import IMAGE
+from interlock.api.http.multipart_upload import FOLDER_PREFIX
 from interlock.core.errors import BrokenInvariant, InterlockError, StoreFull, Unavailable
 from interlock.ports import Role
-from interlock.testing.embedded import IMAGE
+from interlock.service import capacity
 
 JSON = {"Content-Type": "application/json"}
 REQUESTS = "/v1/instances/vm/requests"
@@ -36,6 +39,9 @@ def problem(answer: httpx.Response, status: int, name: str) -> dict[str, object]
         (b'{"operation": "stop"', 400, "not-json", "JSON"),
         (b'{"operation": "stop"} x', 400, "not-json", "JSON"),
         (b"\xff\xfe", 400, "not-json", "JSON"),
+        (b'{"operation": "stop", "operation": "delete"}', 400, "duplicate-key", "operation"),
+        (b'{"operation": "stop", "parameters": {"hard": false, "hard": true}}', 400, "duplicate-key", "hard"),
+        (b'{"operation": "stop", "\\u006fperation": "start"}', 400, "duplicate-key", "operation"),
         (b"[" * 3000, 422, "invalid", "object"),
         (b'{"operation": "stop", "parameters": ' + b'{"a":' * 600, 400, "not-json", "JSON"),
         (b"[]", 422, "invalid", "object"),
@@ -44,7 +50,7 @@ def problem(answer: httpx.Response, status: int, name: str) -> dict[str, object]
         (b'{"operation": "stop", "parameters": []}', 422, "invalid", "parameters: expected an object"),
         (b'{"operation": "stop", "parameters": {"hard": 1}}', 422, "invalid", "hard"),
         (b'{"operation": "stop", "parameters": {"soft": true}}', 422, "invalid", "soft"),
-        (b'{"operation": "attach_volume", "parameters": {"volume": "../../etc/passwd"}}', 404, "not-found", "volume"),
+        (b'{"operation": "attach_volume", "parameters": {"volume": "../../etc/passwd"}}', 404, "not-found", "Volume"),
     ],
 )
 async def test_a_wrong_body_is_told_where_it_is_wrong(
@@ -66,14 +72,14 @@ async def test_an_unknown_field_names_the_one_that_was_meant(admin: httpx.AsyncC
 
 async def test_a_query_says_each_thing_once(admin: httpx.AsyncClient) -> None:
     said = problem(await admin.get("/v1/instances?name=one&name=two"), 422, "invalid")
-    assert "'name' is there twice" in str(said["detail"])
+    assert "Duplicate query parameter 'name'" in str(said["detail"])
     said = problem(await admin.get("/v1/policy/history/newest"), 404, "not-found")
     assert "newest" in str(said["detail"])
 
 
 async def test_a_name_that_is_none_is_told_in_words(admin: httpx.AsyncClient) -> None:
     said = problem(await admin.post("/v1/instances", json={"name": "Bad Name", "image": "nothing"}), 422, "invalid")
-    assert "lower-case letters, digits and hyphens" in str(said["detail"])
+    assert "letters, digits, hyphens, dots and underscores" in str(said["detail"])
     assert "regex" not in str(said)
 
 
@@ -81,7 +87,11 @@ async def test_a_name_that_is_none_is_told_in_words(admin: httpx.AsyncClient) ->
     "wish",
     [
         {"name": "../up"},
-        {"name": "UPPER"},
+        {"name": ".hidden"},
+        {"name": "a/b"},
+        {"name": "_a"},
+        {"name": "a-"},
+        {"name": "naïve"},
         {"name": ""},
         {"name": "a\n"},
         {"name": "x" * 64},
@@ -119,16 +129,16 @@ async def test_a_body_of_another_type_is_refused(admin: httpx.AsyncClient) -> No
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer ilk_wrong", "Basic YTpi", "Bearer \xe9"])
-async def test_without_a_valid_token_nothing_is_answered(door: Door, authorization: str | None) -> None:
-    client = door.client(None)
+async def test_without_a_valid_token_nothing_is_answered(api: ApiServer, authorization: str | None) -> None:
+    client = api.client(None)
     headers = [] if authorization is None else [(b"Authorization", authorization.encode("latin-1"))]
     answer = await client.get("/v1/instances", headers=headers)
     problem(answer, 401, "unauthorized")
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-async def test_a_deleted_token_opens_nothing(door: Door, admin: httpx.AsyncClient) -> None:
-    other = await door.token("other", Role.READER)
+async def test_a_deleted_token_opens_nothing(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    other = await api.token("other", Role.READER)
     assert (await other.get("/v1/instances")).status_code == 200
     assert (await admin.delete("/v1/tokens/other")).status_code == 204
     problem(await other.get("/v1/instances"), 401, "unauthorized")
@@ -149,6 +159,45 @@ async def test_unknown_paths_and_methods(admin: httpx.AsyncClient) -> None:
     answer = await admin.delete("/v1/instances")
     problem(answer, 405, "method-not-allowed")
     assert {"GET", "POST"} <= set(answer.headers["allow"].split(", "))
+
+
+async def test_the_front_page_leads_to_the_documentation(api: ApiServer) -> None:
+    answer = await api.client(None).get("/", follow_redirects=True)
+    assert (answer.status_code, answer.url.path) == (200, "/docs")
+    assert "swagger" in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/instances",
+        "/v1/instances/vm",
+        "/v1/policy",
+        "/v1/images",
+        "/v1/host",
+        "/v1/stuck",
+    ],
+)
+async def test_who_has_the_present_answer_already_is_told_so(
+    admin: httpx.AsyncClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What others write to this machine's disk is another answer of `/v1/host`.
+    monkeypatch.setattr(capacity, "disk_free_mib", lambda _folder: 1_000)
+    await make(admin, "vm", start=False)
+    etag = (await admin.get(path)).headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        for method in ("GET", "HEAD"):
+            same = await admin.request(method, path, headers={"If-None-Match": known})
+            assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", etag)
+    assert (await admin.get(path, headers={"If-None-Match": '"other"'})).status_code == 200
+
+
+async def test_a_change_of_the_instance_is_another_answer(admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm", start=False)
+    etag = (await admin.get("/v1/instances/vm")).headers["etag"]
+    await admin.patch("/v1/instances/vm", json={"tags": ["new"]})
+    answer = await admin.get("/v1/instances/vm", headers={"If-None-Match": etag})
+    assert (answer.status_code, answer.json()["tags"]) == (200, ["new"])
 
 
 async def test_head_is_get_without_a_body(admin: httpx.AsyncClient) -> None:
@@ -178,6 +227,12 @@ async def test_head_is_get_without_a_body(admin: httpx.AsyncClient) -> None:
 async def test_a_wrong_query_is_told(admin: httpx.AsyncClient, path: str, name: str) -> None:
     await make(admin, "vm", start=False)
     problem(await admin.get(path), 422, name)
+
+
+async def test_an_option_of_the_body_is_rejected_in_the_query(admin: httpx.AsyncClient) -> None:
+    """Ignored, it would not be a dry run."""
+    answer = await admin.post("/v1/host-moves?dry_run=true", json={"dry_run": False})
+    assert "Unknown query parameter 'dry_run'" in str(problem(answer, 422, "invalid")["detail"])
 
 
 @pytest.mark.parametrize("reference", ["%00", "%ff%fe", "..%2f..%2fetc", "a" * 5000, "%F0%9F%92%A3"])
@@ -223,12 +278,12 @@ async def test_a_preference_that_makes_no_sense_is_passed_over(admin: httpx.Asyn
     ],
 )
 async def test_the_servers_own_trouble_is_told_without_its_insides(
-    admin: httpx.AsyncClient, door: Door, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, name: str
+    admin: httpx.AsyncClient, api: ApiServer, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, name: str
 ) -> None:
     async def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(door.server.instances, "stuck", fail)
+    monkeypatch.setattr(api.server.instances, "stuck", fail)
     said = problem(await admin.get("/v1/stuck"), status, name)
     assert "secret inside" not in json.dumps(said)
     if not isinstance(error, InterlockError) or status == 500:
@@ -236,15 +291,17 @@ async def test_the_servers_own_trouble_is_told_without_its_insides(
 
 
 class TestUploads:
-    async def test_an_image_arrives_and_can_be_deleted(self, admin: httpx.AsyncClient, door: Door) -> None:
+    async def test_an_image_arrives_and_can_be_deleted(self, admin: httpx.AsyncClient, api: ApiServer) -> None:
         answer = await admin.post(
-            "/v1/images", data={"name": "mine", "kind": "disk"}, files={"disk": ("d.img", b"\0" * 1024 * 1024)}
+            "/v1/images",
+            data={"name": "mine", "kind": "disk", "format": "raw"},
+            files={"disk": ("d.img", b"\0" * 1024 * 1024)},
         )
         assert answer.status_code == 201, answer.text
         assert (answer.json()["name"], answer.json()["size_bytes"]) == ("mine", 1024 * 1024)
         assert "mine" in {one["name"] for one in (await admin.get("/v1/images")).json()["items"]}
         assert (await admin.delete("/v1/images/mine")).status_code == 204
-        self.nothing_left(door)
+        self.nothing_left(api)
 
     @pytest.mark.parametrize(
         ("data", "files", "status", "name"),
@@ -262,7 +319,7 @@ class TestUploads:
     async def test_a_wrong_upload_leaves_nothing(
         self,
         admin: httpx.AsyncClient,
-        door: Door,
+        api: ApiServer,
         data: dict[str, str],
         files: dict[str, bytes],
         status: int,
@@ -270,7 +327,7 @@ class TestUploads:
     ) -> None:
         answer = await admin.post("/v1/images", data=data, files={key: (key, file) for key, file in files.items()})
         problem(answer, status, name)
-        self.nothing_left(door)
+        self.nothing_left(api)
 
     @pytest.mark.parametrize(
         ("content", "media_type", "status", "name"),
@@ -288,13 +345,13 @@ class TestUploads:
         ],
     )
     async def test_what_is_no_form_is_told(
-        self, admin: httpx.AsyncClient, door: Door, content: bytes, media_type: str, status: int, name: str
+        self, admin: httpx.AsyncClient, api: ApiServer, content: bytes, media_type: str, status: int, name: str
     ) -> None:
         answer = await admin.post("/v1/images", content=content, headers={"Content-Type": media_type})
         problem(answer, status, name)
-        self.nothing_left(door)
+        self.nothing_left(api)
 
-    async def test_an_endless_upload_is_cut_off(self, admin: httpx.AsyncClient, door: Door) -> None:
+    async def test_an_endless_upload_is_cut_off(self, admin: httpx.AsyncClient, api: ApiServer) -> None:
         sent = 0
 
         async def endless() -> AsyncIterator[bytes]:
@@ -307,17 +364,32 @@ class TestUploads:
         media_type = {"Content-Type": "multipart/form-data; boundary=b"}
         problem(await admin.post("/v1/images", content=endless(), headers=media_type), 413, "too-large")
         assert sent < 2 * UPLOAD_BYTES_MAX
-        self.nothing_left(door)
+        self.nothing_left(api)
 
-    async def test_what_a_killed_server_had_received_goes_when_the_next_one_begins(self, door: Door) -> None:
-        left = door.server.folder / f"{FOLDER_PREFIX}left"
+    async def test_what_a_killed_server_had_received_goes_when_the_next_one_begins(self, api: ApiServer) -> None:
+        left = api.server.folder / f"{FOLDER_PREFIX}left"
         left.mkdir()
         (left / "disk.raw").write_bytes(b"half")
-        door.server.app()
-        self.nothing_left(door)
+        api.server.app()
+        self.nothing_left(api)
 
     @staticmethod
-    def nothing_left(door: Door) -> None:
-        folder = door.server.folder
+    def nothing_left(api: ApiServer) -> None:
+        folder = api.server.folder
         assert not list(folder.glob("upload-*"))
         assert not [path for path in (folder / "images").glob("**/*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503)])
+async def test_what_the_servers_system_refuses_is_a_problem_with_path_and_remedy(
+    api: ApiServer, admin: httpx.AsyncClient, number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number), "/srv/interlock/images/one.new")
+
+    monkeypatch.setattr(api.server.image_files, "build_small", refuse)
+    answer = await admin.post("/v1/images/small", json={"name": "one"})
+    said = problem(answer, status, "no-space" if status == 507 else "system")
+    assert os.strerror(number) in str(said["detail"])
+    assert "/srv/interlock/images/one.new" in str(said["detail"])
+    assert said["remedy"]

@@ -9,32 +9,35 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
-from interlock.api.console import BEARER, MESSAGE_BYTES_MAX
-from interlock.core.errors import NotThere
-from interlock.hypervisors.qemu.console_log import end_of
-from interlock.hypervisors.remote.wire import FRAME_BYTES_MAX
+from interlock.api.routes.console import BEARER, MESSAGE_BYTES_MAX
+from interlock.core.errors import GuestNotFound
+from interlock.hypervisors.qemu.console.console_log import tail
+from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
 from interlock.ports import Role
-from interlock.service import seeing
+from interlock.service import console_service
+from interlock.service.server_log import CAUSED_BY_CLIENTS
 
-from .conftest import OPERATOR, Door, make
+from .conftest import OPERATOR, ApiServer, make
 
 PATIENCE_S = 20.0
 
 
 class Listening:
-    """The door, listening on a port of its own."""
+    """The api, listening on a port of its own."""
 
-    def __init__(self, door: Door, port: int) -> None:
-        self.door = door
+    def __init__(self, api: ApiServer, port: int) -> None:
+        self.api = api
         self.port = port
 
     async def secret(self, name: str, role: Role = Role.MEMBER, project: str = "default") -> str:
-        _, secret = await self.door.server.callers.make(OPERATOR, name, role, project)
+        host = name if role is Role.AGENT else None
+        _, secret = await self.api.server.callers.make(OPERATOR, name, role, project, host)
         return secret
 
     def call(self, path: str, secret: str | None = None, **options: object) -> connect:
@@ -59,10 +62,10 @@ class Serving(uvicorn.Server):
 
 
 @pytest.fixture
-async def listening(door: Door) -> AsyncIterator[Listening]:
+async def listening(api: ApiServer) -> AsyncIterator[Listening]:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         config = uvicorn.Config(
-            door.app,
+            api.app,
             ws="websockets-sansio",
             ws_max_size=FRAME_BYTES_MAX,
             lifespan="off",
@@ -72,7 +75,7 @@ async def listening(door: Door) -> AsyncIterator[Listening]:
         server = Serving(config)
         task = asyncio.create_task(server._serve([bound]))
         await server.listens.wait()
-        yield Listening(door, bound.getsockname()[1])
+        yield Listening(api, bound.getsockname()[1])
         server.should_exit = True
         await task
 
@@ -122,7 +125,18 @@ async def test_a_reader_may_look_on_and_not_type(listening: Listening, secret: s
         await admin.post("/v1/instances/one/requests", json={"operation": "pause"})
         await until(watching, b"paused")
         await watching.send(b"typed\r")
-        assert await closed(watching) == (4403, "A token with the role reader may look on, and not type.")
+        assert await closed(watching) == (4403, "Permission denied: a token with the role reader is read-only.")
+
+
+@pytest.mark.parametrize("path", ["console/live", "display"])
+async def test_a_quiet_connection_ends_as_soon_as_its_token_is_deleted(
+    listening: Listening, secret: str, path: str
+) -> None:
+    async with listening.call(f"one/{path}", secret) as talk:
+        if path == "display":
+            await talk.recv()  # what the screen says first
+        await listening.api.server.callers.delete(OPERATOR, "member")
+        assert await closed(talk) == (4401, "The token was deleted.")
 
 
 async def test_the_end_of_the_guest_closes_the_console_with_a_reason(
@@ -130,12 +144,12 @@ async def test_the_end_of_the_guest_closes_the_console_with_a_reason(
 ) -> None:
     async with listening.call("one/console/live", secret) as talk:
         await admin.post("/v1/instances/one/requests", json={"operation": "stop", "parameters": {"hard": True}})
-        assert await closed(talk) == (1000, "The guest has ended.")
+        assert await closed(talk) == (1000, "The guest has ended or closed the connection.")
 
 
 async def test_a_token_that_is_deleted_can_type_no_more(listening: Listening, secret: str) -> None:
     async with listening.call("one/console/live", secret) as talk:
-        await listening.door.server.callers.delete(OPERATOR, "member")
+        await listening.api.server.callers.delete(OPERATOR, "member")
         await talk.send(b"hello\r")
         assert await closed(talk) == (4401, "The token was deleted.")
 
@@ -217,21 +231,6 @@ async def test_a_message_that_is_too_large_ends_the_connection(listening: Listen
     assert code == 1009
 
 
-async def test_a_connection_that_is_gone_leaves_nothing_open(
-    listening: Listening, secret: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    silent = Silent()
-
-    async def open_console(_instance_id: str) -> Silent:
-        return silent
-
-    monkeypatch.setattr(listening.door.server.hypervisor, "open_console", open_console)
-    async with listening.call("one/console/live", secret):
-        assert not silent.closed.is_set()
-    async with asyncio.timeout(PATIENCE_S):
-        await silent.closed.wait()
-
-
 class Silent:
     """A console that never says anything."""
 
@@ -249,20 +248,98 @@ class Silent:
         self.closed.set()
 
 
+class Talkative(Silent):
+    """A console that never stops."""
+
+    async def read(self) -> bytes:
+        await asyncio.sleep(0)
+        return b"x"
+
+
+def frame(opcode: int, data: bytes, *, first: int = 0x80) -> bytes:
+    """A masked WebSocket frame with a payload of up to 65,535 bytes."""
+    length = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)
+    return bytes([first | opcode]) + length + bytes(4) + data
+
+
+GARBAGE = {
+    "invalid UTF-8": frame(1, b"\xff\xfe"),
+    "reserved opcode": frame(3, b"a"),
+    "oversized ping": frame(9, b"a" * 200),
+    "continuation of nothing": frame(0, b"a"),
+    "compressed without agreement": frame(2, b"a", first=0xC0),
+    "endless": b"\x82\xff" + b"\x7f" * 8,
+    "not masked": b"\x82\x05hello",
+    "close without a code": frame(8, b"a"),
+    "not a frame": b"GET / HTTP/1.1\r\n\r\n" * 100,
+    "nothing more": b"",
+}
+
+
+@pytest.mark.parametrize("talks", [False, True], ids=["a silent guest", "a guest that writes"])
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+async def test_garbage_on_a_connection_is_no_defect_of_the_server(
+    listening: Listening,
+    secret: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    garbage: bytes,
+    talks: bool,
+) -> None:
+    """Found with a raw VNC client: what it sent came out as a traceback in the log."""
+    stream = Talkative() if talks else Silent()
+
+    async def open_stream(_instance_id: str) -> Silent:
+        return stream
+
+    monkeypatch.setattr(listening.api.server.hypervisor, "open_display", open_stream)
+    with structlog.testing.capture_logs() as logged:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
+        writer.write(
+            b"GET /v1/instances/one/display HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            b"Authorization: Bearer " + secret.encode() + b"\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(garbage)
+        writer.write_eof()
+        async with asyncio.timeout(PATIENCE_S):
+            await stream.closed.wait()
+        writer.close()
+    assert [line for line in logged if line["log_level"] == "error"] == []
+    tracebacks = [one.getMessage() for one in caplog.records if one.exc_info]
+    assert [message for message in tracebacks if message not in CAUSED_BY_CLIENTS] == []
+
+
+async def test_a_connection_that_is_gone_leaves_nothing_open(
+    listening: Listening, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = Silent()
+
+    async def open_console(_instance_id: str) -> Silent:
+        return silent
+
+    monkeypatch.setattr(listening.api.server.hypervisor, "open_console", open_console)
+    async with listening.call("one/console/live", secret):
+        assert not silent.closed.is_set()
+    async with asyncio.timeout(PATIENCE_S):
+        await silent.closed.wait()
+
+
 async def test_a_screenshot_is_a_png_and_a_guest_that_is_off_has_none(
     listening: Listening, secret: str, admin: httpx.AsyncClient
 ) -> None:
-    reader = listening.door.client(await listening.secret("reader", Role.READER))
+    reader = listening.api.client(await listening.secret("reader", Role.READER))
     answer = await reader.get("/v1/instances/one/screenshot")
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
     assert answer.content.startswith(b"\x89PNG\r\n")
-    stranger = listening.door.client(await listening.secret("stranger", project="other"))
+    stranger = listening.api.client(await listening.secret("stranger", project="other"))
     assert (await stranger.get("/v1/instances/one/screenshot")).status_code == 404
     await make(admin, "off", start=False)
     gone = await admin.get("/v1/instances/off/screenshot")
     assert gone.status_code == 404
-    assert "no guest of it runs" in gone.json()["detail"]
+    assert "not running" in gone.json()["detail"]
 
 
 async def test_the_description_says_what_it_has_no_words_for(admin: httpx.AsyncClient) -> None:
@@ -286,14 +363,14 @@ async def test_the_description_says_what_it_has_no_words_for(admin: httpx.AsyncC
     ],
 )
 def test_history_is_the_last_lines(text: bytes, lines: int, expected: bytes) -> None:
-    assert seeing.last_lines(text, lines) == expected
+    assert console_service.last_lines(text, lines) == expected
 
 
 def test_the_end_of_a_log_has_a_limit_and_one_that_is_not_there_has_none(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
-    assert end_of(path, 1) is None
+    assert tail(path, 1) is None
     path.write_bytes(b"one, two")
-    assert (end_of(path, 3), end_of(path, 100)) == (b"two", b"one, two")
+    assert (tail(path, 3), tail(path, 100)) == (b"two", b"one, two")
 
 
 class Said:
@@ -307,7 +384,7 @@ class Said:
         return self._said.pop(0) if self._said else b""
 
     async def write(self, data: bytes) -> None:
-        raise NotThere("This one cannot be typed into.")
+        raise GuestNotFound("This one cannot be typed into.")
 
     async def close(self) -> None:
         self.closed = True
@@ -323,7 +400,7 @@ class Said:
     ],
 )
 async def test_what_was_written_while_both_were_fetched_comes_once(
-    door: Door, admin: httpx.AsyncClient, log: bytes, live: bytes, more: bytes
+    api: ApiServer, admin: httpx.AsyncClient, log: bytes, live: bytes, more: bytes
 ) -> None:
     await make(admin, "one")
 
@@ -332,10 +409,10 @@ async def test_what_was_written_while_both_were_fetched_comes_once(
             return Said(live, b"end\n")
 
         async def console_tail(self, _instance_id: str, length: int) -> bytes:
-            assert length == seeing.HISTORY_BYTES_MAX
+            assert length == console_service.HISTORY_BYTES_MAX
             return log
 
-    looking = seeing.Seeing(door.server.instances, lambda _host: Hypervisor())  # type: ignore[arg-type, return-value]
+    looking = console_service.ConsoleService(api.server.instances, lambda _host: Hypervisor())  # type: ignore[arg-type, return-value]
     history, stream = await looking.console(OPERATOR, "one", 100)
     assert history == log
     assert await stream.read() == more

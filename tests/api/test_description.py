@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+import apsw
 import httpx
 import pytest
 import schemathesis
@@ -21,13 +22,18 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Err
 from starlette.routing import Route
 
-from api.conftest import Door, make
-from interlock.api import problems, schemas
-from interlock.api.app import DOORS
+from api.conftest import ApiServer, make
+from interlock import server as wiring
+from interlock.api.app import ROUTES, _document
+from interlock.api.http import problems
+from interlock.api.schemas import responses
 from interlock.core import errors
+from interlock.core.operations import CATALOGUE, FIELDS
+from interlock.service import readiness
+from tiers import tier
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "http.md"
-EXAMPLES = 12
+EXAMPLES = tier(4, 50)
 """How many requests are tried per method and path."""
 
 
@@ -37,17 +43,34 @@ async def document(client: httpx.AsyncClient) -> dict[str, Any]:
     return described
 
 
-async def test_every_door_is_described_and_every_field_has_its_sentence(door: Door) -> None:
-    described = await document(door.client(None))
+async def test_every_route_is_described_and_every_field_has_its_sentence(api: ApiServer) -> None:
+    described = await document(api.client(None))
     assert described["openapi"].startswith("3.1")
-    routes = {route.path for route in door.app.routes if isinstance(route, Route) and route.path.startswith("/v1")}
-    assert set(described["paths"]) == routes
+    routes = {route.path for route in api.app.routes if isinstance(route, Route) and route.path.startswith("/v1")}
+    for_agents = {"/v1/hosts/{name}/files/{transfer}"}
+    assert set(described["paths"]) == routes - for_agents
     generation = described["components"]["schemas"]["Instance"]["properties"]["generation"]
-    assert generation["description"] == "Grows with every change; also the ETag."
+    assert generation["description"] == "Incremented by every change; the first part of the ETag."
+    fenced_by = described["components"]["schemas"]["Host"]["properties"]["fenced_by"]
+    assert fenced_by["description"] == "`lease`, or the admin who confirmed that its guests have ended."
 
 
-async def test_the_documentation_needs_no_network(door: Door) -> None:
-    client = door.client(None)
+async def test_every_operation_is_described_with_its_parameters(api: ApiServer) -> None:
+    """They are those of the catalogue: a new one is described without a word here."""
+    schemas = (await document(api.client(None)))["components"]["schemas"]
+    for entry in CATALOGUE.values():
+        assert f"* `{entry.operation.value}`: {entry.summary}" in schemas["Operation"]["description"]
+        shape = schemas[entry.parameters.__name__]
+        assert f"`{entry.operation.value}`" in shape["description"]
+        assert set(shape["properties"]) == {field.name for field in FIELDS[entry.operation]}
+        assert all(one["description"] for one in shape["properties"].values())
+        assert {"$ref": f"#/components/schemas/{entry.parameters.__name__}"} in schemas["NewRequest"]["properties"][
+            "parameters"
+        ]["anyOf"]
+
+
+async def test_the_documentation_needs_no_network(api: ApiServer) -> None:
+    client = api.client(None)
     page = await client.get("/docs")
     assert page.status_code == 200
     addresses = re.findall(r'(?:src|href|url:)\s*[=:]?\s*"([^"]+)"', page.text)
@@ -57,8 +80,8 @@ async def test_the_documentation_needs_no_network(door: Door) -> None:
         assert (await client.get(address)).status_code == 200
 
 
-async def test_health_readiness_and_figures_need_no_token(door: Door, admin: httpx.AsyncClient) -> None:
-    client = door.client(None)
+async def test_health_readiness_and_figures_need_no_token(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    client = api.client(None)
     await make(admin, "vm")
     await admin.post("/v1/instances/vm/requests", json={"operation": "start"})
     assert (await client.get("/healthz")).json()["status"] == "alive"
@@ -74,29 +97,31 @@ async def test_health_readiness_and_figures_need_no_token(door: Door, admin: htt
         "interlock_instances_stuck 0.0",
     ):
         assert line in figures.splitlines()
-    door.server.ready = False
+    api.server.accepting = False
     assert (await client.get("/readyz")).status_code == 503
 
 
 def test_every_error_has_its_kind_and_the_reference_names_it() -> None:
     text = REFERENCE.read_text()
-    kinds = [*problems.KINDS.values(), *problems.HTTP_KINDS.values()]
+    kinds = [*problems.PROBLEM_TYPES.values(), *problems.HTTP_PROBLEM_TYPES.values()]
     assert [kind.name for kind in kinds if f"`{kind.name}` | {kind.status}" not in text] == []
     raised = {errors.NotFound, errors.NameTaken, errors.KeyReused, errors.GenerationMismatch, errors.Invalid}
     raised |= {errors.Forbidden, errors.InUse, errors.StoreError, errors.StoreFull, errors.Unavailable}
     for error in raised:
-        assert problems.kind_of(error("x")).status != 500
-    assert problems.kind_of(errors.BrokenInvariant("x")).status == 500
+        assert problems.problem_type_of(error("x")).status != 500
+    assert problems.problem_type_of(errors.BrokenInvariant("x")).status == 500
 
 
-def test_every_door_is_in_the_reference() -> None:
+def test_every_route_is_in_the_reference() -> None:
     text = REFERENCE.read_text()
-    assert [door.path for door in DOORS if f"`{door.method} {door.path}`" not in text] == []
+    assert [route.path for route in ROUTES if f"`{route.method} {route.path}`" not in text] == []
 
 
-async def test_a_machine_that_believes_the_description_meets_no_surprise(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_a_machine_that_believes_the_description_meets_no_surprise(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
     """Every answer to made-up requests is one that is described, in the shape described, and none is a 5xx."""
-    await make(admin, "vm", start=False)
+    await make(admin, "vm")
     described = await document(admin)
     schema = schemathesis.openapi.from_dict(described)
     statuses = Counter[int]()
@@ -178,17 +203,40 @@ async def _send(client: httpx.AsyncClient, case: Any, operation: Any) -> int:
 
 
 def test_a_refusal_is_a_problem_with_more_to_say() -> None:
-    assert issubclass(schemas.Refusal, schemas.Problem)
-    assert {"reason", "rule", "blocked_by", "allowed_at", "allowed_instead"} <= set(schemas.Refusal.__struct_fields__)
+    assert issubclass(responses.Refusal, responses.Problem)
+    assert {"reason", "rule", "blocked_by", "allowed_at", "allowed_instead"} <= set(responses.Refusal.__struct_fields__)
 
 
 @pytest.mark.parametrize("policy", ["standard", "propolis", "take2"])
-async def test_the_policy_can_be_read(door: Door, admin: httpx.AsyncClient, policy: str) -> None:
-    from interlock.api.policy import described
+async def test_the_policy_can_be_read(api: ApiServer, admin: httpx.AsyncClient, policy: str) -> None:
+    from interlock.api.routes.policy import policy_view
     from interlock.core.policy import CompiledPolicy
-    from interlock.policies.reading import load
+    from interlock.policies.language.loader import load
 
-    shown = described(CompiledPolicy(load(policy)))
+    shown = policy_view(CompiledPolicy(load(policy)))
     assert shown.name == policy
     assert len(shown.rules) == len(load(policy).rules)
     assert (await admin.get("/v1/policy")).json()["name"] == "patient"
+
+
+async def test_a_server_whose_database_is_locked_is_not_ready(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "_WRITABLE_S", 0.1)
+    client = api.client(None)
+    other = apsw.Connection(str(api.server.folder / wiring.DATABASE))
+    other.execute("BEGIN IMMEDIATE")
+    refused = await client.get("/readyz")
+    assert refused.status_code == 503
+    assert "another program has it open" in refused.json()["reasons"][0]
+    other.execute("ROLLBACK")
+    other.close()
+    monkeypatch.setattr(readiness, "_WRITABLE_S", 20)
+    assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_it_is_made_when_it_is_first_asked_for(api: ApiServer) -> None:
+    """It takes as long as the rest of a start."""
+    _document.cache_clear()
+    api.server.app()
+    assert _document.cache_info().currsize == 0
+    await document(api.client(None))
+    assert _document.cache_info().currsize == 1

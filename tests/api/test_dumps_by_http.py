@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from api.conftest import Door, make
+from api.conftest import ApiServer, make
 from interlock.ports import Role
 
 
@@ -17,7 +17,7 @@ async def _dumped(client: httpx.AsyncClient, name: str) -> str:
     return made
 
 
-async def test_a_dump_is_listed_and_downloaded_by_its_owners_only(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_a_dump_is_listed_and_downloaded_by_its_owners_only(api: ApiServer, admin: httpx.AsyncClient) -> None:
     await make(admin, "one")
     made = await _dumped(admin, "one")
     (listed,) = (await admin.get("/v1/instances/one/dumps")).json()["items"]
@@ -27,21 +27,21 @@ async def test_a_dump_is_listed_and_downloaded_by_its_owners_only(door: Door, ad
     assert got.content.startswith(b"KDUMP   ")
     assert len(got.content) == listed["size_bytes"]
     assert (await admin.get("/v1/instances/one/dumps/another")).status_code == 404
-    reader = await door.token("reader", Role.READER)
+    reader = await api.token("reader", Role.READER)
     assert (await reader.get("/v1/instances/one/dumps")).status_code == 200
     assert (await reader.get(f"/v1/instances/one/dumps/{made}")).status_code == 403
-    stranger = await door.token("stranger", project="elsewhere")
+    stranger = await api.token("stranger", project="elsewhere")
     assert (await stranger.get("/v1/instances/one/dumps")).status_code == 404
     assert (await stranger.get(f"/v1/instances/one/dumps/{made}")).status_code == 404
 
 
-async def test_a_dump_is_deleted_by_its_owners_only(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_a_dump_is_deleted_by_its_owners_only(api: ApiServer, admin: httpx.AsyncClient) -> None:
     await make(admin, "one")
     made, kept = await _dumped(admin, "one"), await _dumped(admin, "one")
     path = f"/v1/instances/one/dumps/{made}"
-    assert (await (await door.token("reader", Role.READER)).delete(path)).status_code == 403
-    assert (await (await door.token("stranger", project="elsewhere")).delete(path)).status_code == 404
-    assert (await (await door.token("member", Role.MEMBER)).delete(path)).status_code == 204
+    assert (await (await api.token("reader", Role.READER)).delete(path)).status_code == 403
+    assert (await (await api.token("stranger", project="elsewhere")).delete(path)).status_code == 404
+    assert (await (await api.token("member", Role.MEMBER)).delete(path)).status_code == 204
     assert [dump["id"] for dump in (await admin.get("/v1/instances/one/dumps")).json()["items"]] == [kept]
     assert (await admin.delete(path)).status_code == 404
 

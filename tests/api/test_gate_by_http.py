@@ -8,10 +8,12 @@ from datetime import datetime
 import httpx
 import pytest
 
-from api.conftest import Door, make
+from api.conftest import ApiServer, make
+from in_process.embedded import IMAGE
+from interlock.api.app import ROUTES
+from interlock.api.http.route import Route
 from interlock.hypervisors.simulated.faults import Hangs, Method
 from interlock.ports import Role
-from interlock.testing.embedded import IMAGE
 
 
 async def ask(client: httpx.AsyncClient, operation: str, vm: str = "vm", **headers: str) -> httpx.Response:
@@ -19,10 +21,10 @@ async def ask(client: httpx.AsyncClient, operation: str, vm: str = "vm", **heade
     return await client.post(f"/v1/instances/{vm}/requests", json={"operation": operation}, headers=names)
 
 
-async def freeze_in_pause(door: Door, client: httpx.AsyncClient) -> httpx.Response:
+async def freeze_in_pause(api: ApiServer, client: httpx.AsyncClient) -> httpx.Response:
     """Ask for a pause whose guest hangs; it is in flight and shows no life when this returns."""
     instance = await make(client, "vm")
-    door.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
+    api.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
     answer = await ask(client, "pause")
     while (await client.get("/v1/instances/vm")).json()["task_state"] != "pausing":
         await client.get("/v1/instances/vm", params={"after_generation": 10**6, "wait": "10ms"})
@@ -42,10 +44,10 @@ async def test_an_admission_says_where_its_request_is(admin: httpx.AsyncClient) 
 
 
 async def test_a_refusal_says_what_blocks_whose_it_is_since_when_and_when_to_come_back(
-    door: Door, admin: httpx.AsyncClient
+    api: ApiServer, admin: httpx.AsyncClient
 ) -> None:
-    other = await door.token("other")
-    earlier = (await freeze_in_pause(door, other)).json()["request"]
+    other = await api.token("other")
+    earlier = (await freeze_in_pause(api, other)).json()["request"]
     answer = await ask(admin, "reboot")
     assert (answer.status_code, answer.headers["content-type"]) == (409, "application/problem+json")
     said = answer.json()
@@ -63,8 +65,10 @@ async def test_a_refusal_says_what_blocks_whose_it_is_since_when_and_when_to_com
         assert part in said["detail"]
 
 
-async def test_what_is_on_its_way_is_answered_with_the_earlier_request(door: Door, admin: httpx.AsyncClient) -> None:
-    earlier = (await freeze_in_pause(door, admin)).json()["request"]
+async def test_what_is_on_its_way_is_answered_with_the_earlier_request(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    earlier = (await freeze_in_pause(api, admin)).json()["request"]
     answer = await ask(admin, "pause")
     assert (answer.status_code, answer.json()["disposition"]) == (200, "redundant")
     assert answer.json()["request"]["id"] == earlier["id"]
@@ -106,12 +110,61 @@ async def test_a_key_answers_as_the_first_time_and_asks_nothing_anew(admin: http
     assert (other.status_code, other.json()["type"]) == (422, "urn:interlock:problem:key-reused")
 
 
+async def test_a_key_answers_although_the_name_is_gone_with_the_first_time(admin: httpx.AsyncClient) -> None:
+    """A client that lost the answer to its delete repeats it with the same path."""
+    await make(admin, "vm")
+    first = await ask(admin, "delete", Idempotency_Key="bye", Prefer="wait=20")
+    assert (await admin.get("/v1/instances/vm")).status_code == 404
+    again = await ask(admin, "delete", Idempotency_Key="bye")
+    assert again.json()["request"]["id"] == first.json()["request"]["id"]
+    for other in (await ask(admin, "delete", Idempotency_Key="new"), await ask(admin, "stop", Idempotency_Key="bye")):
+        assert (other.status_code, other.json()["type"]) == (404, "urn:interlock:problem:not-found")
+
+
 async def test_a_creation_with_a_key_makes_one_instance(admin: httpx.AsyncClient) -> None:
     wish = {"name": "vm", "image": IMAGE.name, "start": False}
     first, again = [await admin.post("/v1/instances", json=wish, headers={"Idempotency-Key": "once"}) for _ in range(2)]
     assert (first.status_code, again.status_code) == (201, 201)
     assert first.json()["instance"]["id"] == again.json()["instance"]["id"]
     assert first.json()["request"] is None
+
+
+async def test_names_take_capitals_dots_and_underscores(admin: httpx.AsyncClient) -> None:
+    for name in ("Web_Server.Example", "web_server.example", "9"):
+        made = await admin.post("/v1/instances", json={"name": name, "image": IMAGE.name, "start": False})
+        assert (made.status_code, made.json()["instance"]["name"]) == (201, name)
+        assert (await admin.get(f"/v1/instances/{name}")).json()["id"] == made.json()["instance"]["id"]
+
+
+async def test_what_happened_to_a_deleted_vm_is_found_by_its_last_name(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    for _ in range(2):
+        last = (await make(admin, "vm", start=False))["id"]
+        assert (await ask(admin, "delete", Prefer="wait=20")).status_code == 200
+    events = (await admin.get("/v1/instances/vm/events")).json()["items"]
+    assert {event["instance"] for event in events} == {last}
+    asked = (await admin.get("/v1/instances/vm/requests")).json()["items"]
+    assert [(one["operation"], one["instance"]) for one in asked] == [("delete", last)]
+    assert (await admin.get("/v1/instances/vm")).status_code == 404
+    stranger = await api.token("stranger", Role.ADMIN, "elsewhere")
+    assert (await stranger.get("/v1/instances/vm/events")).status_code == 404
+    again = (await make(admin, "vm", start=False))["id"]
+    events = (await admin.get("/v1/instances/vm/events")).json()["items"]
+    assert {event["instance"] for event in events} == {again}, "one that has the name comes first"
+
+
+async def test_an_admin_sees_the_instances_of_all_projects(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    member, other = await api.token("member"), await api.token("other", Role.ADMIN, "elsewhere")
+    for client, name in ((admin, "here"), (other, "there")):
+        made = await client.post("/v1/instances", json={"name": name, "image": IMAGE.name, "start": False})
+        assert made.status_code == 201, made.text
+    listed = (await admin.get("/v1/instances", params={"all_projects": "true"})).json()["items"]
+    assert [(one["name"], one["project"]) for one in listed] == [("here", "default"), ("there", "elsewhere")]
+    own = (await admin.get("/v1/instances", params={"all_projects": "false"})).json()["items"]
+    assert [one["name"] for one in own] == ["here"]
+    assert (await member.get("/v1/instances", params={"all_projects": "true"})).status_code == 403
+    assert (await admin.get("/v1/instances", params={"all_projects": "yes"})).status_code == 422
 
 
 async def test_a_decision_on_an_old_generation_is_not_carried_out(admin: httpx.AsyncClient) -> None:
@@ -126,8 +179,8 @@ async def test_a_decision_on_an_old_generation_is_not_carried_out(admin: httpx.A
     assert (await ask(admin, "reboot", If_Match="*")).status_code in {200, 202, 409}
 
 
-async def test_the_list_of_what_is_allowed_agrees_with_the_gate(door: Door, admin: httpx.AsyncClient) -> None:
-    await freeze_in_pause(door, admin)
+async def test_the_list_of_what_is_allowed_agrees_with_the_gate(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    await freeze_in_pause(api, admin)
     listed = (await admin.get("/v1/instances/vm/allowed")).json()
     answers = {one["operation"]: one for one in listed["operations"]}
     refused = (await ask(admin, "reboot")).json()
@@ -141,9 +194,9 @@ async def test_the_list_of_what_is_allowed_agrees_with_the_gate(door: Door, admi
     assert admitted == refused["allowed_instead"]
 
 
-async def test_a_reader_may_look_and_is_refused_everything_else(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_a_reader_may_look_and_is_refused_everything_else(api: ApiServer, admin: httpx.AsyncClient) -> None:
     await make(admin, "vm")
-    reader = await door.token("looker", Role.READER)
+    reader = await api.token("looker", Role.READER)
     assert (await reader.get("/v1/instances/vm")).status_code == 200
     answer = await ask(reader, "stop")
     assert (answer.status_code, answer.json()["type"]) == (403, "urn:interlock:problem:forbidden")
@@ -155,9 +208,9 @@ async def test_a_reader_may_look_and_is_refused_everything_else(door: Door, admi
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:interlock:problem:forbidden")
 
 
-async def test_instances_of_another_project_do_not_exist(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_instances_of_another_project_do_not_exist(api: ApiServer, admin: httpx.AsyncClient) -> None:
     instance = await make(admin, "vm")
-    stranger = await door.token("stranger", Role.ADMIN, "elsewhere")
+    stranger = await api.token("stranger", Role.ADMIN, "elsewhere")
     asked = (await admin.get("/v1/instances/vm/requests")).json()["items"][0]["id"]
     for path in (f"/v1/instances/{instance['id']}", "/v1/instances/vm", f"/v1/requests/{asked}"):
         assert (await stranger.get(path)).status_code == 404
@@ -166,8 +219,47 @@ async def test_instances_of_another_project_do_not_exist(door: Door, admin: http
     assert (await stranger.get("/v1/instances")).json()["items"] == []
 
 
-async def test_a_cancellation_says_plainly_what_became_of_it(door: Door, admin: httpx.AsyncClient) -> None:
-    in_flight = (await freeze_in_pause(door, admin)).json()["request"]["id"]
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/instances/{reference}": {"tags": ["x"]},
+    "/v1/instances/{reference}/requests": {"operation": "stop"},
+    "/v1/instances/{reference}/allowed": {"operation": "stop"},
+}
+
+
+async def test_an_instance_of_another_project_cannot_be_told_from_one_that_is_unknown(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    """Whatever is asked, and however: the same status, the same words, the same headers."""
+    foreign = str((await make(admin, "vm"))["id"])
+    unknown = foreign[:-12] + "0123456789ab"
+    stranger = await api.token("stranger", Role.ADMIN, "elsewhere")
+
+    async def told(one: Route, reference: str, body: dict[str, object] | None, headers: dict[str, str]) -> object:
+        path = one.path.replace("{reference}", reference).replace("{name}", "any")
+        answer = await stranger.request(one.method, path, json=body, headers=headers)
+        assert answer.status_code == 404, (one.path, answer.text)
+        return answer.text.replace(reference, "ID"), {name: answer.headers[name] for name in answer.headers}
+
+    for one in (route for route in ROUTES if "{reference}" in route.path and "instances" in route.path):
+        bodies = [BODIES.get(one.path) if one.method in {"POST", "PATCH", "PUT"} else None]
+        if one.path.endswith(("/requests", "/allowed")) and one.method == "POST":
+            bodies += [
+                {"operation": "attach_volume", "parameters": {"volume": "nothing"}},
+                {"operation": "rebuild", "parameters": {"image": "nothing"}},
+                {"operation": "snapshot", "parameters": {"name": "new"}},
+                {"operation": "resize", "parameters": {"vcpus": 2}},
+                {"operation": "stop", "hold": "10m"},
+            ]
+        for body in bodies:
+            for headers in ({}, {"If-Match": '"1"'}, {"Idempotency-Key": "once"}):
+                assert await told(one, foreign, body, headers) == await told(one, unknown, body, headers), one.path
+    for reference in (foreign, unknown):
+        answer = await stranger.get("/v1/events", params={"instance": reference})
+        assert answer.status_code == 404, answer.text
+
+
+async def test_a_cancellation_says_plainly_what_became_of_it(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    in_flight = (await freeze_in_pause(api, admin)).json()["request"]["id"]
     late = await admin.delete(f"/v1/requests/{in_flight}")
     assert (late.status_code, late.json()["type"]) == (409, "urn:interlock:problem:too-late")
     queued = await ask(admin, "unpause")

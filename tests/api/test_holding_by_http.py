@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from api.conftest import Door, make
+from api.conftest import ApiServer, make
 from interlock.hypervisors.simulated.faults import Hangs, Method
 
 
@@ -60,9 +60,11 @@ async def test_a_held_request_is_given_up_by_itself(admin: httpx.AsyncClient) ->
     assert (ended["status"], ended["reason"]) == ("cancelled", "hold_expired")
 
 
-async def test_behind_a_hung_operation_it_waits_until_it_may_take_over(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_behind_a_hung_operation_it_waits_until_it_may_take_over(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
     instance = await make(admin, "vm")
-    door.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
+    api.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
     await admin.post("/v1/instances/vm/requests", json={"operation": "pause"})
     while (await admin.get("/v1/instances/vm")).json()["task_state"] != "pausing":
         await admin.get("/v1/instances/vm", params={"after_generation": 10**6, "wait": "10ms"})

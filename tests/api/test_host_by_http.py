@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import httpx
 
-from api.conftest import Door, make
+from api.conftest import ApiServer, make
+from in_process.embedded import IMAGE
 from interlock.ports import Limits
-from interlock.testing.embedded import IMAGE
 
 
 async def test_what_does_not_fit_is_a_problem_with_what_is_needed_and_free(
-    door: Door, admin: httpx.AsyncClient
+    api: ApiServer, admin: httpx.AsyncClient
 ) -> None:
-    door.server.capacity._limits = Limits(memory_mib=300)
+    api.server.capacity._limits = Limits(memory_mib=300)
     answer = await admin.post("/v1/instances", json={"name": "big", "image": IMAGE.name, "memory_mib": 512})
     assert answer.status_code == 409
     problem = answer.json()
     assert problem["type"] == "urn:interlock:problem:no-room"
     assert (problem["needed"], problem["free"]) == ({"memory_mib": 512}, {"memory_mib": 300})
-    assert problem["detail"] == "big does not fit on the host here: needs 512 MiB of memory, 300 MiB are free."
+    assert problem["detail"] == "big does not fit on the host here: needs 512 MiB of memory, 300 MiB free."
 
 
-async def test_the_host_tells_how_it_stands(door: Door, admin: httpx.AsyncClient) -> None:
-    door.server.capacity._limits = Limits(memory_mib=1000)
+async def test_the_host_tells_how_it_stands(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    api.server.capacity._limits = Limits(memory_mib=1000)
     await admin.post("/v1/instances", json={"name": "one", "image": IMAGE.name, "memory_mib": 400})
-    reader = await door.token("reader")
+    reader = await api.token("reader")
     stands = (await reader.get("/v1/host")).json()
     assert (stands["name"], stands["hypervisor"], stands["accelerator"]) == ("here", "simulated", None)
     assert stands["guests"] == 1
@@ -65,7 +65,7 @@ async def test_a_window_in_which_the_limit_of_restarts_is_never_reached_is_refus
 async def test_no_token_speaks_in_the_name_of_the_upkeep(admin: httpx.AsyncClient) -> None:
     answer = await admin.post("/v1/tokens", json={"name": "interlock", "role": "member", "project": "default"})
     assert answer.status_code == 422
-    assert "by itself" in answer.json()["detail"]
+    assert "reserved" in answer.json()["detail"]
 
 
 async def test_who_has_a_volume_is_told_by_name(admin: httpx.AsyncClient) -> None:
@@ -78,4 +78,4 @@ async def test_who_has_a_volume_is_told_by_name(admin: httpx.AsyncClient) -> Non
     refused = await admin.post("/v1/instances/two/requests", json=wish)
     kept = await admin.delete("/v1/volumes/data")
     assert (refused.status_code, kept.status_code) == (409, 409)
-    assert refused.json()["detail"] == kept.json()["detail"] == "The volume data is attached to the instance one."
+    assert refused.json()["detail"] == kept.json()["detail"] == "The volume data is attached to the VM one."

@@ -11,20 +11,21 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
-from api.conftest import Door, make
+from api.conftest import ApiServer, make
 from api.test_gate_by_http import ask, freeze_in_pause
+from in_process.embedded import QUICK
 from interlock.config import Config
 from interlock.core.errors import PolicyError, StoreFull
 from interlock.core.policy_switches import PolicyBundle
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.policies import sources
-from interlock.policies.proving import BrokenLaw, Proof, Walk
-from interlock.policies.reading import load as read_policy
+from interlock.policies.language import bundle as bundles
+from interlock.policies.language.loader import load as read_policy
+from interlock.policies.verification import BrokenLaw, Proof, Walk
 from interlock.ports import Role
-from interlock.service.proving import Prover
+from interlock.server import DATABASE, Server
+from interlock.service.policy_verifier import PolicyVerifier
+from interlock.stores.policy_table import PolicyTable
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.embedded import QUICK
-from interlock.wiring import DATABASE, Server
 
 NO_PAUSE = """
 [policy]
@@ -77,7 +78,7 @@ async def in_force(client: httpx.AsyncClient) -> dict[str, Any]:
     return said
 
 
-class FixedProver(Prover):
+class FixedProver(PolicyVerifier):
     """Finds what a test has laid out, when the test lets it."""
 
     def __init__(self, proof: Proof) -> None:
@@ -94,14 +95,27 @@ class FixedProver(Prover):
         return self.proof
 
 
-def find(door: Door, **proof: Any) -> FixedProver:
+def find(api: ApiServer, **proof: Any) -> FixedProver:
     """Have the server's prover find this of a policy that reads as `take2`."""
     prover = FixedProver(Proof(policy=read_policy("take2"), **proof))
-    door.server.policies._prover = prover
+    api.server.policies._prover = prover
     return prover
 
 
 # -------------------------------------------------------------------------------------------------------- switching
+
+
+async def test_a_rule_may_ask_for_the_name_of_the_token(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm")
+    robot, person = await api.token("ci-1"), await api.token("alice")
+    await put(admin, NO_PAUSE.replace('verdict = "deny"', 'requested_by = ["ci-*"]\nverdict = "deny"'))
+    rules = {rule["id"]: rule for rule in (await in_force(admin))["rules"]}
+    assert rules["no-pause"]["requested_by"] == ["ci-*"]
+    for client, allowed in ((robot, False), (person, True)):
+        operations = (await client.get("/v1/instances/vm/allowed")).json()["operations"]
+        pause = next(one for one in operations if one["operation"] == "pause")
+        assert (pause["disposition"] == "admitted") is allowed
+        assert (await ask(client, "pause", Prefer="wait=20")).status_code == (200 if allowed else 409)
 
 
 async def test_a_policy_that_is_loaded_decides_from_then_on_and_is_told_with_each_decision(
@@ -165,9 +179,9 @@ async def test_a_text_may_be_sent_as_it_is_with_its_terms_in_the_query(admin: ht
     assert binary.status_code == 422
 
 
-async def test_only_an_admin_loads_a_policy_and_everybody_may_look(door: Door, admin: httpx.AsyncClient) -> None:
-    member = await door.token("member")
-    reader = await door.token("reader", Role.READER)
+async def test_only_an_admin_loads_a_policy_and_everybody_may_look(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    member = await api.token("member")
+    reader = await api.token("reader", Role.READER)
     for client in (member, reader):
         assert (await client.put("/v1/policy", json=sent(NO_PAUSE))).status_code == 403
         assert (await client.post("/v1/policy/rollback", json={})).status_code == 403
@@ -196,16 +210,16 @@ async def test_the_policy_in_force_is_among_the_figures(admin: httpx.AsyncClient
 
 
 async def test_a_disk_that_is_full_changes_nothing(
-    door: Door, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    api: ApiServer, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> int:
         raise StoreFull("There is no room.")
 
-    monkeypatch.setattr(SqliteStore, "switch_policy", fail)
+    monkeypatch.setattr(PolicyTable, "switch", fail)
     answer = await admin.put("/v1/policy", json=sent(NO_PAUSE))
     assert answer.status_code == 507
     assert (await in_force(admin))["name"] == "patient"
-    assert door.server.policy.policy.name == "patient"
+    assert api.server.policy.policy.name == "patient"
 
 
 # ----------------------------------------------------------------------------------------------------------- proving
@@ -232,7 +246,7 @@ async def test_a_policy_that_fails_its_check_is_refused_whole_with_what_was_foun
     assert (answer.status_code, said["type"]) == (422, "urn:interlock:problem:policy-refused")
     (error,) = (finding for finding in said["findings"] if finding["severity"] == "error")
     assert (error["rule"], error["place"].rpartition("/")[2].split(":")[:2]) == ("never-asked", ["site.toml", "13"])
-    assert said["detail"] == "The policy is refused: its check found 1 error. patient stays in force."
+    assert said["detail"] == "Policy rejected: its check found 1 error. patient stays in force."
     assert await stays(admin)
 
 
@@ -244,11 +258,11 @@ async def test_a_policy_is_walked_and_told_how_far(admin: httpx.AsyncClient) -> 
 
 
 async def test_a_policy_that_lets_a_law_be_broken_is_refused_with_the_story(
-    door: Door, admin: httpx.AsyncClient
+    api: ApiServer, admin: httpx.AsyncClient
 ) -> None:
     story = ('{"instance":{"vm_state":"active"}}', '{"submit":"stop"}')
     walk = Walk(states=7, transitions=9, complete=False, seconds=0.1)
-    find(door, walk=walk, violations=(BrokenLaw(law=5, what="stuck", story=story),))
+    find(api, walk=walk, violations=(BrokenLaw(law=5, what="stuck", story=story),))
     answer = await admin.put("/v1/policy", json=sent(NO_PAUSE))
     said = answer.json()
     assert (answer.status_code, said["type"]) == (422, "urn:interlock:problem:policy-refused")
@@ -260,9 +274,9 @@ async def test_a_policy_that_lets_a_law_be_broken_is_refused_with_the_story(
 
 @pytest.mark.parametrize(("asked", "walked_ms"), [({}, 5_000), ({"explore_seconds": 1.5}, 1_500)])
 async def test_who_loads_says_for_how_long_it_is_walked(
-    door: Door, admin: httpx.AsyncClient, asked: dict[str, float], walked_ms: int
+    api: ApiServer, admin: httpx.AsyncClient, asked: dict[str, float], walked_ms: int
 ) -> None:
-    prover = find(door)
+    prover = find(api)
     await admin.put("/v1/policy", json={"name": "take2", **asked})
     assert prover.explore_ms == walked_ms
     too_long = await admin.put("/v1/policy", json={"name": "take2", "explore_seconds": 60.5})
@@ -272,16 +286,16 @@ async def test_who_loads_says_for_how_long_it_is_walked(
 @pytest.mark.parametrize(
     ("timeout_ms", "code", "told"),
     [
-        (1, "", "did not end within"),
+        (1, "", "timed out after"),
         (60_000, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
         (60_000, "print('nonsense')", "exit code 0"),
         (60_000, "raise RuntimeError('as it were')", "exit code 1"),
     ],
 )
 async def test_a_prover_that_dies_or_does_not_end_is_told_and_changes_nothing(
-    admin: httpx.AsyncClient, door: Door, monkeypatch: pytest.MonkeyPatch, timeout_ms: int, code: str, told: str
+    admin: httpx.AsyncClient, api: ApiServer, monkeypatch: pytest.MonkeyPatch, timeout_ms: int, code: str, told: str
 ) -> None:
-    door.server.policies._prover = Prover((), timeout_ms, 4096)
+    api.server.policies._prover = PolicyVerifier((), timeout_ms, 4096)
     if code:
         run = asyncio.create_subprocess_exec
 
@@ -296,17 +310,17 @@ async def test_a_prover_that_dies_or_does_not_end_is_told_and_changes_nothing(
     assert await stays(admin)
 
 
-async def test_a_prover_that_wants_too_much_memory_is_stopped(admin: httpx.AsyncClient, door: Door) -> None:
-    door.server.policies._prover = Prover((), 60_000, 1)
+async def test_a_prover_that_wants_too_much_memory_is_stopped(admin: httpx.AsyncClient, api: ApiServer) -> None:
+    api.server.policies._prover = PolicyVerifier((), 60_000, 1)
     answer = await admin.put("/v1/policy", json=sent(NO_PAUSE))
     assert (answer.status_code, await stays(admin)) == (422, True)
 
 
 async def test_the_gate_goes_on_while_a_policy_is_proved_and_a_second_one_is_turned_away(
-    door: Door, admin: httpx.AsyncClient
+    api: ApiServer, admin: httpx.AsyncClient
 ) -> None:
     await make(admin, "vm")
-    prover = find(door)
+    prover = find(api)
     prover.go.clear()
     first = asyncio.create_task(admin.put("/v1/policy", json={"name": "take2"}))
     await prover.asked.wait()
@@ -388,9 +402,9 @@ async def test_the_history_tells_every_switch_newest_first(admin: httpx.AsyncCli
 # ------------------------------------------------------------------------------------------------- what is outstanding
 
 
-async def wait_in_line(door: Door, client: httpx.AsyncClient) -> tuple[str, str]:
+async def wait_in_line(api: ApiServer, client: httpx.AsyncClient) -> tuple[str, str]:
     """A pause that hangs and an unpause behind it: the ids of the instance and of the second."""
-    await freeze_in_pause(door, client)
+    await freeze_in_pause(api, client)
     behind = await ask(client, "unpause")
     assert behind.status_code == 202, behind.text
     vm = (await client.get("/v1/instances/vm")).json()["id"]
@@ -402,36 +416,36 @@ async def ended(client: httpx.AsyncClient, request_id: str) -> dict[str, Any]:
     return said
 
 
-async def test_what_is_admitted_keeps_its_promise(door: Door, admin: httpx.AsyncClient) -> None:
-    vm, behind = await wait_in_line(door, admin)
+async def test_what_is_admitted_keeps_its_promise(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    vm, behind = await wait_in_line(api, admin)
     await put(admin, NO_PAUSE)
-    door.host.thaw(vm)
+    api.host.thaw(vm)
     assert (await ended(admin, behind))["status"] == "succeeded"
     assert (await admin.get("/v1/instances/vm")).json()["vm_state"] == "active"
     assert (await ask(admin, "pause")).json()["reason"] == "no_pause"
 
 
-async def test_what_is_admitted_is_judged_again_where_that_is_wished(door: Door, admin: httpx.AsyncClient) -> None:
-    vm, behind = await wait_in_line(door, admin)
+async def test_what_is_admitted_is_judged_again_where_that_is_wished(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    vm, behind = await wait_in_line(api, admin)
     said = await put(admin, NO_PAUSE, outstanding="rejudge")
     assert said["cancelled"] == 1
     request = await ended(admin, behind)
     assert (request["status"], request["reason"]) == ("cancelled", "no_pause")
-    door.host.thaw(vm)
+    api.host.thaw(vm)
     while (await admin.get("/v1/instances/vm")).json()["vm_state"] != "paused":
         await admin.get("/v1/instances/vm", params={"after_generation": 10**6, "wait": "10ms"})
 
 
-async def test_a_promise_holds_over_a_restart(door: Door, admin: httpx.AsyncClient) -> None:
-    vm, behind = await wait_in_line(door, admin)
+async def test_a_promise_holds_over_a_restart(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    vm, behind = await wait_in_line(api, admin)
     await put(admin, NO_PAUSE)
-    await door.server.close()
-    again = Server(door.server.config, SimulatedHypervisor(door.host))
+    await api.server.close()
+    again = Server(api.server.config, SimulatedHypervisor(api.host))
     await again.open()
-    door.server = again
+    api.server = again
     assert again.policy.policy.name == "no-pause"
-    door.host.thaw(vm)
-    client = Door(again, door.host).client((again.folder / "admin.token").read_text().strip())
+    api.host.thaw(vm)
+    client = ApiServer(again, api.host).client((again.folder / "admin.token").read_text().strip())
     assert (await ended(client, behind))["status"] == "succeeded"
     assert again.in_force.earlier != ()
     await put(client, NO_PAUSE + "# again\n")
@@ -439,9 +453,9 @@ async def test_a_promise_holds_over_a_restart(door: Door, admin: httpx.AsyncClie
 
 
 async def test_what_was_to_be_judged_again_is_judged_at_the_next_start_if_the_server_ends_before(
-    door: Door, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    api: ApiServer, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, behind = await wait_in_line(door, admin)
+    _, behind = await wait_in_line(api, admin)
 
     async def fail(*_: object) -> None:
         raise StoreFull("There is no room.")
@@ -449,17 +463,17 @@ async def test_what_was_to_be_judged_again_is_judged_at_the_next_start_if_the_se
     with monkeypatch.context() as broken:
         broken.setattr(SqliteStore, "settled", fail)
         assert (await put(admin, NO_PAUSE, outstanding="rejudge"))["cancelled"] is None
-    await door.server.close()
-    again = Server(door.server.config, SimulatedHypervisor(door.host))
+    await api.server.close()
+    again = Server(api.server.config, SimulatedHypervisor(api.host))
     await again.open()
-    door.server = again
+    api.server = again
     request = await again.store.request(behind)
     assert request is not None
     assert (request.status.value, request.reason) == ("cancelled", "no_pause")
     assert again.policies.now.cancelled == 1
 
 
-async def test_what_is_held_is_judged_by_the_new_policy_at_once(door: Door, admin: httpx.AsyncClient) -> None:
+async def test_what_is_held_is_judged_by_the_new_policy_at_once(api: ApiServer, admin: httpx.AsyncClient) -> None:
     await put(admin, NO_PAUSE)
     await make(admin, "vm")
     held = await admin.post("/v1/instances/vm/requests", json={"operation": "pause", "hold": "10m"})
@@ -467,7 +481,7 @@ async def test_what_is_held_is_judged_by_the_new_policy_at_once(door: Door, admi
     assert held.json()["request"]["status"] == "held"
     await admin.post("/v1/policy/rollback", json={"explore_seconds": 0})
     assert (await ended(admin, held.json()["request"]["id"]))["status"] == "succeeded"
-    assert door.server.policy.policy.name == "patient"
+    assert api.server.policy.policy.name == "patient"
 
 
 # ---------------------------------------------------------------------------------------------------------- starting
@@ -489,7 +503,7 @@ class House:
             policy_explore_ms=0,
             driver=QUICK,
         )
-        self.prover: Prover | None = None
+        self.prover: PolicyVerifier | None = None
         self.server: Server
 
     async def start(self) -> str:
@@ -499,8 +513,8 @@ class House:
         return self.server.policy.policy.name
 
     async def load(self, body: dict[str, object]) -> None:
-        door = Door(self.server, SimulatedHost())
-        client = door.client((self.server.folder / "admin.token").read_text().strip())
+        api = ApiServer(self.server, SimulatedHost())
+        client = api.client((self.server.folder / "admin.token").read_text().strip())
         answer = await client.put("/v1/policy", json={"explore_seconds": 0, **body})
         assert answer.status_code == 200, answer.text
 
@@ -550,7 +564,7 @@ async def test_a_loaded_policy_that_cannot_be_read_any_more_makes_way_for_the_co
     def fail(_: PolicyBundle) -> None:
         raise PolicyError("site.toml:1:1: The language has no such word any more.")
 
-    monkeypatch.setattr(sources, "read", fail)
+    monkeypatch.setattr(bundles, "read", fail)
     assert await house.start() == "first"
     await house.server.close()
 
@@ -561,8 +575,8 @@ async def test_a_text_that_means_something_else_to_a_later_version_is_kept_with_
     await house.start()
     await house.load(sent(NO_PAUSE))
     await house.server.close()
-    read = sources.read
-    monkeypatch.setattr(sources, "read", lambda bundle: replace(read(bundle), digest="e" * 64))
+    read = bundles.read
+    monkeypatch.setattr(bundles, "read", lambda bundle: replace(read(bundle), digest="e" * 64))
     assert await house.start() == "no-pause"
     now, loaded, _ = await house.server.policies.history(10)
     assert (now.digest, now.name, now.by, now.source) == ("e" * 64, "no-pause", "server", loaded.source)
@@ -604,8 +618,8 @@ async def test_a_reload_brings_the_configured_policy_back_after_another_was_load
 
 async def seen(house: House) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What the server says of its policy: `/v1/policy`, `/readyz`, and the lines about it in `/metrics`."""
-    door = Door(house.server, SimulatedHost())
-    client = door.client((house.server.folder / "admin.token").read_text().strip())
+    api = ApiServer(house.server, SimulatedHost())
+    client = api.client((house.server.folder / "admin.token").read_text().strip())
     policy, ready = (await client.get("/v1/policy")).json(), await client.get("/readyz")
     assert ready.status_code == 200
     figures = (await client.get("/metrics")).text.splitlines()
@@ -618,7 +632,7 @@ async def seen(house: House) -> tuple[dict[str, Any], dict[str, Any], list[str]]
         (WRONG, ":8:"),
         ("[policy", "TOML"),
         (CONTRADICTION, "site.toml:13"),
-        (None, "There is no such file"),
+        (None, "File not found"),
     ],
 )
 async def test_a_configured_policy_that_is_broken_at_the_start_leaves_the_last_one_in_force(
@@ -709,8 +723,8 @@ async def test_where_the_last_one_cannot_be_read_any_more_either_both_are_told(
     def fail(_: PolicyBundle) -> None:
         raise PolicyError("site.toml:1:1: The language has no such word any more.")
 
-    monkeypatch.setattr(sources, "read", fail)
-    told = "first, which was in force last, cannot be read any more either"
+    monkeypatch.setattr(bundles, "read", fail)
+    told = "last active policy first cannot be read either"
     with pytest.raises(PolicyError, match=rf"site\.toml:8.*{told}"):
         await house.start()
 
@@ -730,13 +744,13 @@ async def test_a_hangup_that_finds_the_file_broken_is_told_until_it_is_mended(ho
 
 
 async def test_one_that_cannot_be_checked_is_taken_only_where_there_is_no_other(house: House) -> None:
-    house.prover = FixedProver(Proof(wrong="Checking the policy did not end within 30 seconds."))
+    house.prover = FixedProver(Proof(wrong="Checking the policy timed out after 30 seconds."))
     assert await house.start() == "first"
     await house.server.close()
     house.file.write_text(NO_PAUSE)
     assert await house.start() == "first"
     assert house.server.policies.refused is not None
-    assert "did not end" in house.server.policies.refused.why
+    assert "timed out" in house.server.policies.refused.why
     await house.server.close()
 
 
@@ -776,7 +790,8 @@ def _after(events: list[dict[str, Any]]) -> dict[str, int]:
     return {"after": events[-1]["sequence"] if events else 0, "limit": 500}
 
 
-async def test_a_rollback_needs_no_body(admin: httpx.AsyncClient) -> None:
+async def test_a_rollback_needs_no_body(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    api.server.policies._explore_ms = 100  # what is walked then is another test's
     await admin.put("/v1/policy", json={"name": "take2", "explore_seconds": 0})
     answer = await admin.post("/v1/policy/rollback")
     assert (answer.status_code, answer.json()["name"]) == (200, "patient")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 
-from api.conftest import OPERATOR, Door, make
+from api.conftest import OPERATOR, ApiServer, make
 from interlock.hypervisors.simulated.faults import Hangs, Method
 from interlock.ports import Role
 
@@ -21,11 +21,11 @@ from interlock.ports import Role
 class Loopback:
     """The application behind a real HTTP server on loopback."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, api: ApiServer) -> None:
+        self.api = api
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
-        settings = uvicorn.Config(door.app, http="httptools", log_config=None, lifespan="off")
+        settings = uvicorn.Config(api.app, http="httptools", log_config=None, lifespan="off")
         settings.timeout_graceful_shutdown = 5
         self.http = uvicorn.Server(settings)
         self.http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ class Loopback:
         try:
             yield self
         finally:
-            self.door.server.instances.watch.close()
+            self.api.server.instances.watch.close()
             self.http.should_exit = True
             await asyncio.wait_for(task, 10)
 
@@ -46,13 +46,13 @@ class Loopback:
 
 
 @pytest.fixture
-def secret(door: Door) -> str:
-    return (door.server.folder / "admin.token").read_text().strip()
+def secret(api: ApiServer) -> str:
+    return (api.server.folder / "admin.token").read_text().strip()
 
 
 @pytest.fixture
-async def loopback(door: Door) -> AsyncIterator[Loopback]:
-    async with Loopback(door).serving() as serving:
+async def loopback(api: ApiServer) -> AsyncIterator[Loopback]:
+    async with Loopback(api).serving() as serving:
         yield serving
 
 
@@ -82,21 +82,21 @@ async def stream(answer: httpx.Response, count: int) -> list[dict[str, Any]]:
     return events
 
 
-def waiting(door: Door) -> int:
-    return sum(len(one) for one in door.server.instances.watch._waiting.values())
+def waiting(api: ApiServer) -> int:
+    return sum(len(one) for one in api.server.instances.watch._waiting.values())
 
 
-async def until_waiting(door: Door, count: int) -> None:
+async def until_waiting(api: ApiServer, count: int) -> None:
     async with asyncio.timeout(10):
-        while waiting(door) != count:  # noqa: ASYNC110 - nothing tells of those who wait
+        while waiting(api) != count:  # noqa: ASYNC110 - nothing tells of those who wait
             await asyncio.sleep(0.005)
 
 
-async def test_a_wait_for_the_next_generation_ends_when_it_comes(door: Door, client: httpx.AsyncClient) -> None:
+async def test_a_wait_for_the_next_generation_ends_when_it_comes(api: ApiServer, client: httpx.AsyncClient) -> None:
     instance = await make(client, "vm", start=False)
     path = "/v1/instances/vm"
     held = asyncio.create_task(client.get(path, params={"after_generation": instance["generation"], "wait": "20s"}))
-    await until_waiting(door, 1)
+    await until_waiting(api, 1)
     await client.post(f"{path}/requests", json={"operation": "lock"})
     answer = await held
     assert answer.json()["generation"] > instance["generation"]
@@ -109,12 +109,12 @@ async def test_a_wait_that_nothing_ends_answers_with_what_there_is(client: httpx
     assert (answer.status_code, answer.json()["generation"]) == (200, instance["generation"])
 
 
-async def test_one_who_goes_away_waits_no_longer(door: Door, loopback: Loopback, secret: str) -> None:
+async def test_one_who_goes_away_waits_no_longer(api: ApiServer, loopback: Loopback, secret: str) -> None:
     async with loopback.client(secret) as client:
         instance = await make(client, "vm")
-        door.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
+        api.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
         asked = await client.post("/v1/instances/vm/requests", json={"operation": "pause"})
-        before = waiting(door)
+        before = waiting(api)
         long = {"wait": "100s"}
         tasks = [
             asyncio.create_task(client.get("/v1/instances/vm", params={**long, "after_generation": 10**6})),
@@ -124,10 +124,41 @@ async def test_one_who_goes_away_waits_no_longer(door: Door, loopback: Loopback,
             ),
             asyncio.create_task(client.get("/v1/events")),
         ]
-        await until_waiting(door, before + len(tasks))
+        await until_waiting(api, before + len(tasks))
         for task in tasks:
             task.cancel()
-        await until_waiting(door, before)
+        await until_waiting(api, before)
+
+
+async def test_whoever_waits_or_follows_is_turned_away_as_soon_as_the_token_is_deleted(
+    api: ApiServer, loopback: Loopback, client: httpx.AsyncClient
+) -> None:
+    callers = api.server.callers
+    _, secret = await callers.make(OPERATOR, "guest", Role.MEMBER, "default")
+    instance = await make(client, "vm")
+    api.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
+    asked = await client.post("/v1/instances/vm/requests", json={"operation": "pause"})
+    before = waiting(api)
+    async with loopback.client(secret) as guest, guest.stream("GET", "/v1/events") as stream_:
+        long = {"wait": "100s"}
+        lines = stream_.aiter_lines()
+        assert await anext(lines) == ": interlock"
+        held = [
+            asyncio.create_task(guest.get("/v1/instances/vm", params={**long, "after_generation": 10**6})),
+            asyncio.create_task(guest.get(asked.headers["location"], params=long)),
+            asyncio.create_task(
+                guest.post("/v1/instances/vm/requests", json={"operation": "unpause"}, headers={"Prefer": "wait=100"})
+            ),
+        ]
+        other = asyncio.create_task(client.get(asked.headers["location"], params={"wait": "1s"}))
+        await until_waiting(api, before + len(held) + 2)
+        await callers.delete(OPERATOR, "guest")
+        async with asyncio.timeout(5):
+            async for _ in lines:
+                pass  # what was told before it ended
+            assert [(await one).status_code for one in held] == [401, 401, 401]
+        assert (await other).status_code == 200, "it was asked with another token"
+    assert callers._uses == {}
 
 
 async def test_events_are_told_as_they_come_and_can_be_taken_up_again(client: httpx.AsyncClient) -> None:
@@ -145,9 +176,9 @@ async def test_events_are_told_as_they_come_and_can_be_taken_up_again(client: ht
 
 
 async def test_events_of_another_project_are_not_told(
-    door: Door, loopback: Loopback, client: httpx.AsyncClient
+    api: ApiServer, loopback: Loopback, client: httpx.AsyncClient
 ) -> None:
-    _, secret = await door.server.callers.make(OPERATOR, "stranger", Role.MEMBER, "elsewhere")
+    _, secret = await api.server.callers.make(OPERATOR, "stranger", Role.MEMBER, "elsewhere")
     await make(client, "vm")
     async with loopback.client(secret) as stranger, stranger.stream("GET", "/v1/events?after=0") as answer:
         await make(client, "other", start=False)
@@ -156,16 +187,16 @@ async def test_events_of_another_project_are_not_told(
     assert first["data"]["name"] == "theirs"
 
 
-async def test_streams_and_waits_end_with_the_server(door: Door, secret: str) -> None:
-    async with Loopback(door).serving() as serving, serving.client(secret) as client:
+async def test_streams_and_waits_end_with_the_server(api: ApiServer, secret: str) -> None:
+    async with Loopback(api).serving() as serving, serving.client(secret) as client:
         instance = await make(client, "vm", start=False)
         path = "/v1/instances/vm"
         held = asyncio.create_task(
             client.get(path, params={"after_generation": instance["generation"], "wait": "100s"})
         )
         async with client.stream("GET", "/v1/events") as answer:
-            await until_waiting(door, 2)
-            door.server.instances.watch.close()
+            await until_waiting(api, 2)
+            api.server.instances.watch.close()
             async with asyncio.timeout(10):
                 assert [line async for line in answer.aiter_lines() if not line.startswith(":")] == ["", ""]
         assert (await held).status_code == 200

@@ -8,7 +8,7 @@ import sys
 from interlock.config import Config, DriverConfig
 from interlock.hypervisors.simulated import SimulatedHypervisor
 from interlock.hypervisors.simulated.faults import Method
-from interlock.wiring import Server
+from interlock.server import Server
 
 SAVING_MS = 8000
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.cli.reference import configuration_page
 from interlock.config import Config, QemuConfig, load, unknown_variables
 from interlock.core.errors import Invalid
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.server import Server
 from interlock.service.server_log import warn_of_variables
-from interlock.wiring import Server
+from reference_pages import configuration_page
 
 _NUMBERS = ("_timeout_ms", "_max", "_interval_ms", "_ms", "_mib")
 
@@ -33,7 +33,7 @@ def test_every_key_of_every_table_is_in_the_reference() -> None:
         keys = [field.name for field in msgspec.structs.fields(type(table.default))]
         missing = [key for key in keys if f"`INTERLOCK_{table.name.upper()}_{key.upper()}`" not in page]
         assert keys
-        assert not missing, f"[{table.name}] in interlock.cli.reference"
+        assert not missing, f"[{table.name}] in tools/reference_pages.py"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_is_set_of_qemu_reaches_the_adapter(tmp_path: Path) -> None:
     environment = {"INTERLOCK_QEMU_KILL_TIMEOUT_MS": "77", "INTERLOCK_DATA_DIR": str(tmp_path)}
     server = Server(load(file, environment))
     assert isinstance(server.hypervisor, QemuHypervisor)
-    settings = server.hypervisor._settings
+    settings = server.hypervisor.registry.settings
     assert (settings.start_timeout_ms, settings.kill_timeout_ms, settings.qemu_binary) == (1234, 77, "my-qemu")
     assert settings.qmp_timeout_ms == Config().qmp_timeout_ms
 

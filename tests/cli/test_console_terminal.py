@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from interlock.cli.exit_codes import ExitCode
-from interlock.testing.real_server import RealServer
+from interlock.cli.failures import ExitCode
+from processes.real_server import RealServer
 
 PATIENCE_S = 30.0
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -104,7 +104,7 @@ def terminals() -> Iterator[list[Terminal]]:
 def sit(server: RealServer, terminals: list[Terminal], *words: str) -> Terminal:
     terminal = Terminal(server, "vm", "console", "one", *words)
     terminals.append(terminal)
-    terminal.until(b"-- at the console of one")
+    terminal.until(b"-- connected to the console of one")
     terminal.until(b"\n")
     terminal.press(b"hello\r")
     terminal.until(b"hello")
@@ -117,7 +117,7 @@ def test_every_key_goes_to_the_guest_until_the_one_that_detaches(server: RealSer
     terminal.press(b"\x03again\r")
     terminal.until(b"again")
     terminal.press(b"\x1d")
-    terminal.until(b"detached from one; it goes on")
+    terminal.until(b"detached from one")
     assert terminal.end() == 0
 
 
@@ -145,7 +145,7 @@ def test_the_end_of_the_server_leaves_the_terminal_as_it_was_and_is_told(
     terminal = sit(server, terminals)
     server.kill()
     try:
-        terminal.until(b"was lost")
+        terminal.until(b"Connection to the console lost")
         assert terminal.end() == ExitCode.NOT_REACHABLE
     finally:
         server.start()
@@ -186,13 +186,13 @@ def test_a_screenshot_is_saved(server: RealServer, tmp_path: Path) -> None:
     assert run(server, "vm", "screenshot", "one").stdout.startswith(PNG)
     ran = run(server, "vm", "screenshot", "one", "--output", str(tmp_path / "none" / "x.png"))
     assert ran.returncode == 2
-    assert b"cannot be written" in ran.stderr
+    assert b"Cannot write" in ran.stderr
 
 
 def test_a_vnc_viewer_finds_the_display_until_ctrl_c(server: RealServer, terminals: list[Terminal]) -> None:
     terminal = Terminal(server, "vm", "vnc", "one", "--listen", "127.0.0.1:0")
     terminals.append(terminal)
-    port = int(terminal.until(b" for a VNC viewer").rpartition(b":")[2])
+    port = int(terminal.until(b"; Ctrl-C ends it").rpartition(b":")[2])
     for _ in range(2):
         with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as viewer:
             assert viewer.recv(12) == b"RFB 003.008\n"

@@ -9,10 +9,12 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import instance, problem
-from interlock.api.schemas import NewForward
-from interlock.cli import demo
-from interlock.cli.demo import free_port
+from interlock.cli.commands import demo
+from interlock.cli.commands.demo import free_port
 from interlock.cli.failures import Failure
+from interlock.core.operations import Operation
+from interlock.core.states import PowerState, VmState
+from interlock.service.request_models import NewForward
 
 
 def test_a_second_demo_says_that_one_runs_and_shows_its_vm(interlock: Interlock, server: ScriptedServer) -> None:
@@ -21,17 +23,37 @@ def test_a_second_demo_says_that_one_runs_and_shows_its_vm(interlock: Interlock,
     server.on("GET", "/v1/instances/demo", Given(value=instance(forwards=forwards)))
     ran = interlock("demo")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith(f"A server runs already at {server.url}")
+    assert ran.out.startswith(f"A server already runs at {server.url}")
     assert "curl http://127.0.0.1:8083/" in ran.out
     assert {asked.method for asked in server.asked} == {"GET"}
 
 
 def test_a_second_demo_without_its_vm_changes_nothing_either(interlock: Interlock, server: ScriptedServer) -> None:
     server.on("GET", "/healthz", Given(value={"status": "alive"}))
-    server.on("GET", "/v1/instances/demo", Given(404, problem(404, "There is no instance demo.")))
+    server.on("GET", "/v1/instances/demo", Given(404, problem(404, "VM not found: demo.")))
     ran = interlock("demo")
     assert ran.code == 0
-    assert "It has no VM demo" in ran.out
+    assert "VM demo not found: stop the server with Ctrl-C, and run `interlock demo` again" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("state", "power", "operation"),
+    [
+        (VmState.ACTIVE, PowerState.RUNNING, None),
+        (VmState.RESIZED, PowerState.RUNNING, None),
+        (VmState.RESIZED, PowerState.NONE, Operation.START),
+        (VmState.STOPPED, PowerState.NONE, Operation.START),
+        (VmState.PAUSED, PowerState.PAUSED, Operation.UNPAUSE),
+        (VmState.SUSPENDED, PowerState.NONE, Operation.RESUME),
+        (VmState.RESCUED, PowerState.RUNNING, Operation.UNRESCUE),
+        (VmState.SHELVED_OFFLOADED, PowerState.NONE, Operation.UNSHELVE),
+        (VmState.SOFT_DELETED, PowerState.NONE, Operation.RESTORE),
+    ],
+)
+def test_a_demo_vm_is_made_to_run_again_from_every_state(
+    state: VmState, power: PowerState, operation: Operation | None
+) -> None:
+    assert demo.runs_again_by(instance(vm_state=state, power_state=power)) is operation
 
 
 def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,5 +64,5 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(demo, "_FIRST_PORT", port)
         assert free_port() > port
         monkeypatch.setattr(demo, "_PORTS", 1)
-        with pytest.raises(Failure, match="taken"):
+        with pytest.raises(Failure, match="No free port"):
             free_port()

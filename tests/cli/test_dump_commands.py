@@ -17,7 +17,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     one.start()
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1024 * 1024))
-    one.json("image", "add", "empty", "--disk", str(disk))
+    one.json("image", "add", "empty", "--disk", str(disk), "--format", "raw")
     yield one
     if one.process.poll() is None:
         one.stop()
@@ -41,5 +41,5 @@ def test_a_dump_is_made_downloaded_listed_and_gone_with_its_vm(serving: Serving,
     assert serving.json("vm", "dumps", "demo")["items"] == []
     assert serving.run("vm", "dumps", "demo", "--delete", dump["id"]).returncode == 4
     assert serving.run("vm", "dump", "demo", "--output", str(tmp_path / "third.kdump")).returncode == 0
-    assert serving.run("vm", "delete", "demo", "--wait").returncode == 0
+    assert serving.run("vm", "delete", "demo", "--yes", "--wait").returncode == 0
     assert not any((serving.folder / "dumps").iterdir())

@@ -35,7 +35,10 @@ def test_the_admin_token_is_not_shown_to_another_server(interlock: Interlock, se
 
 
 def test_without_a_server_it_says_how_to_start_one(interlock: Interlock, tmp_path: Path) -> None:
-    ran = interlock("vm", "list", INTERLOCK_DATA_DIR=str(tmp_path / "other"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+        ran = interlock("vm", "list", INTERLOCK_DATA_DIR=str(tmp_path / "other"), INTERLOCK_LISTEN_PORT=port)
     assert (ran.code, ran.out) == (5, "")
     assert "interlock serve" in ran.err
 
@@ -46,7 +49,7 @@ def test_a_server_that_was_there_and_is_not_any_more_is_not_reachable(interlock:
         (folder / "server.json").write_text(json.dumps({"url": f"http://127.0.0.1:{unused.getsockname()[1]}"}))
         ran = interlock("vm", "list", "--json")
     assert ran.code == 5
-    assert "not running now" in json.loads(ran.err)["detail"]
+    assert "server is not running" in json.loads(ran.err)["detail"]
 
 
 def test_a_token_of_another_user_is_named_with_its_owner(
@@ -62,7 +65,7 @@ def test_a_token_of_another_user_is_named_with_its_owner(
     monkeypatch.setattr(Path, "read_text", forbid)
     ran = interlock("vm", "list")
     assert ran.code == 6
-    assert f"may be read only by {(folder / 'admin.token').owner()}" in ran.err
+    assert f"is readable only by {(folder / 'admin.token').owner()}" in ran.err
 
 
 def test_what_is_no_url_is_said_to_be_none(interlock: Interlock) -> None:

@@ -6,23 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
 import pytest
 
 from cli.conftest import Interlock, Ran
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import NOW
-from interlock.api import views
-from interlock.api.policy import described
+from interlock.api.routes.policy import policy_view
+from interlock.api.schemas import serializers
 from interlock.cli.application import run
-from interlock.cli.policy_checks import COMMANDS
+from interlock.cli.commands.policy.group import policy_commands
 from interlock.config import UpkeepConfig
+from interlock.core.admission import admit_there
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Submission
 from interlock.core.states import VmState
-from interlock.policies.explaining import dispositions, imagined
-from interlock.policies.reading import compile_named
+from interlock.policies.explanation.explainer import NOT_SUBMITTED, imagined
+from interlock.policies.language.loader import compile_named
 
 BROKEN = Path(__file__).parents[1] / "policies" / "broken"
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my-cloud.toml"
@@ -32,7 +33,7 @@ NOW_MS = round(NOW * 1000)
 @pytest.fixture
 def policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run one of the commands, against the scripted server where there is one to ask."""
-    group = click.Group(commands=COMMANDS)
+    group = policy_commands
 
     def call(*arguments: str) -> Ran:
         code = run(group, arguments, {"INTERLOCK_DATA_DIR": str(folder)})
@@ -46,7 +47,7 @@ def test_findings_are_lines_that_an_editor_understands(policy: Any) -> None:
     path = BROKEN / "dead-rule.toml"
     ran = policy("check", str(path))
     assert ran.code == 1
-    assert ran.out.startswith(f"{path}:12: error: 'members-may-stop' never decides anything")
+    assert ran.out.startswith(f"{path}:12: error: 'members-may-stop' never decides")
     assert "[unreachable]\n    Move it before 'no-stops'" in ran.out
     assert "of them with --verbose" in ran.out.splitlines()[-1]
     assert "stop-harder" not in ran.out
@@ -66,7 +67,9 @@ def test_a_file_that_is_no_policy_is_a_finding_with_its_position(policy: Any) ->
     assert "Did you mean 'pause'?" in ran.out
 
 
-@pytest.mark.parametrize(("name", "says"), [("standart", "Did you mean 'standard'?"), ("x.toml", "no file 'x.toml'")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("standart", "Did you mean 'standard'?"), ("x.toml", "File 'x.toml' not found")]
+)
 def test_a_name_that_stands_for_nothing_is_a_slip_on_the_command_line(policy: Any, name: str, says: str) -> None:
     ran = policy("check", name)
     assert (ran.code, ran.out) == (2, "")
@@ -112,19 +115,37 @@ def test_no_scenarios_at_all_is_a_slip(policy: Any, tmp_path: Path) -> None:
     assert policy("test", str(tmp_path / "none.toml")).code == 2
 
 
+def test_a_caller_is_explained_by_name(policy: Any, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "robots"\noperations = ["stop"]\nrequested_by = ["ci-*"]\n'
+        'verdict = "deny"\n'
+    )
+    robot = policy("explain", "active", "stop", "--policy", str(site), "--requested-by", "ci-1")
+    assert robot.out.startswith("Denied: stop in active, requested with the role member by ci-1 (not_allowed)")
+    person = policy("explain", "active", "stop", "--policy", str(site), "--requested-by", "alice")
+    assert person.out.startswith("Allowed: stop in active, requested with the role member by alice")
+    tables = [
+        policy("table", str(site), "--format", "csv", "--operation", "stop", *more).out
+        for more in ((), ("--requested-by", "ci-1"))
+    ]
+    assert ["stop,active,none,true,deny,,robots,not_allowed" in text for text in tables] == [False, True]
+    assert policy("check", str(site)).code == 0
+
+
 def test_a_state_is_explained_without_a_server(policy: Any) -> None:
     ran = policy("explain", "active/rebooting", "stop", "--silent", "20s")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("Refused: stop in active/rebooting, asked by a caller with the role member")
+    assert ran.out.startswith("Denied: stop in active/rebooting, requested with the role member")
     assert "roles: wants reader, found member" in ran.out
     assert "→ silent-power.stop" in ran.out
-    assert "in 2 min 40 s, if nothing shows life until then  (rule silent-power.stop)" in ran.out
+    assert "in 2 min 40 s, unless there is progress before  (rule silent-power.stop)" in ran.out
 
 
 def test_rules_that_fail_for_the_same_cause_are_folded(policy: Any) -> None:
     folded, everything = (policy("explain", "active", "unrescue", *more).out for more in ((), ("--all",)))
     assert len(everything) > len(folded)
-    assert "if it is rescued, to which rescue leads, allowed now  (rule unrescue)" in folded
+    assert "if it is rescued: rescue leads there, and is allowed now  (rule unrescue)" in folded
 
 
 def test_the_options_describe_the_instance(policy: Any) -> None:
@@ -138,7 +159,7 @@ def test_the_options_describe_the_instance(policy: Any) -> None:
 def test_what_is_admitted_in_turn_shows_both_looks(policy: Any) -> None:
     ran = policy("explain", "stopped", "reboot", "--outstanding", "start")
     assert ran.out.startswith("Allowed: ")
-    assert "Asked again of active, where all that is outstanding leads:" in ran.out
+    assert "Evaluated again in the foreseen state active:" in ran.out
     assert "It would be admitted" not in ran.out
 
 
@@ -148,12 +169,12 @@ def test_what_is_admitted_in_turn_shows_both_looks(policy: Any) -> None:
         (("activ/rebooting", "stop"), "Did you mean 'active'?"),
         (("active/reboot", "stop"), "The phases of reboot are rebooting"),
         (("active", "stpo"), "Did you mean stop"),
-        (("active", "stop", "--silent", "-3m"), "is no length of time"),
+        (("active", "stop", "--silent", "-3m"), "Invalid duration"),
         (("active", "stop", "--outstanding", "lock"), "is never outstanding"),
         (("active", "stop", "--outstanding", "strt"), "Did you mean start"),
-        (("active", "stop", "--policy", "nowhere.toml"), "There is no such file"),
-        (("demo", "stop", "--locked"), "--locked describes a state, and 'demo' is the name of a VM"),
-        (("demo", "stop", "--hard"), "With --policy NAME|FILE the VM is judged here"),
+        (("active", "stop", "--policy", "nowhere.toml"), "File not found"),
+        (("demo", "stop", "--locked"), "--locked requires a STATE; 'demo' is the name of a VM"),
+        (("demo", "stop", "--hard"), "Add --policy NAME|FILE to evaluate a policy locally"),
     ],
 )
 def test_wrong_input_is_refused_in_words(
@@ -166,7 +187,7 @@ def test_wrong_input_is_refused_in_words(
 
 
 def wire_instance(vm_state: VmState, task: str, **more: Any) -> Any:
-    return views.instance(named(vm_state, task, **more), UpkeepConfig().times)
+    return serializers.instance(named(vm_state, task, **more), UpkeepConfig().times)
 
 
 def named(vm_state: VmState, task: str, **more: Any) -> Any:
@@ -185,11 +206,17 @@ def serve(
 ) -> None:
     """A server that has one VM, and answers by that policy as a real one does."""
     instance = named(vm_state, task, **more)
-    answers = dispositions(instance, role, "me", by, NOW_MS, host_reachable=reachable)
-    allowed = views.allowed(instance, answers, NOW_MS, host_reachable=reachable)
-    server.on("GET", "/v1/instances/demo", Given(200, views.instance(instance, UpkeepConfig().times)))
+    asked = Submission(
+        request_id=NOT_SUBMITTED, operation=Operation.STOP, requested_by="me", role=role, host_reachable=reachable
+    )
+    answers = {
+        operation: admit_there(instance, msgspec.structs.replace(asked, operation=operation), by, NOW_MS).answer
+        for operation in Operation
+    }
+    allowed = serializers.allowed(instance, answers, NOW_MS, host_reachable=reachable)
+    server.on("GET", "/v1/instances/demo", Given(200, serializers.instance(instance, UpkeepConfig().times)))
     server.on("GET", "/v1/instances/i-1/allowed", Given(200, allowed))
-    server.on("GET", "/v1/policy", Given(200, described(by)))
+    server.on("GET", "/v1/policy", Given(200, policy_view(by)))
 
 
 @pytest.mark.parametrize("options", [(), ("--policy", "standard")])
@@ -205,7 +232,7 @@ def test_a_vm_whose_host_is_lost_is_explained_as_that(
     assert ran.out.startswith("Allowed: evacuate of demo"), ran.out
     assert "changed meanwhile" not in ran.out
     serve(server, by, "admin", vm_state=VmState.ACTIVE, task="none")
-    assert policy("explain", "demo", "evacuate", *options, *role).out.startswith("Refused: evacuate of demo")
+    assert policy("explain", "demo", "evacuate", *options, *role).out.startswith("Denied: evacuate of demo")
 
 
 @pytest.mark.parametrize("role", ["member", "admin"])
@@ -216,7 +243,7 @@ def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: Scri
     )  # fmt: skip
     ran = policy("explain", "demo", "stop")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("Refused: stop of demo (no_sign_of_life)")
+    assert ran.out.startswith("Denied: stop of demo (no_sign_of_life)")
     assert "→ silent-power.stop" in ran.out
     assert "in 2 min 40 s, at 12:03:02" in ran.out.replace("2026-03-01 ", "")
     document = json.loads(policy("explain", "demo", "stop", "--json").out)
@@ -230,16 +257,16 @@ def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, ser
     serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
     server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none", tags=["gpu"])))
     ran = policy("explain", "demo", "pause", "--policy", str(EXAMPLE))
-    assert ran.out.startswith("Refused: pause of demo, asked by a caller with the role member (idle_gpu)")
+    assert ran.out.startswith("Denied: pause of demo, requested with the role member (idle_gpu)")
     assert "if it has no tag 'gpu'  (rule pause-suspend)" in ran.out
 
 
 def test_an_answer_that_its_rules_do_not_lead_to_is_not_explained_wrongly(policy: Any, server: ScriptedServer) -> None:
     serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
-    server.on("GET", "/v1/policy", Given(200, described(compile_named("propolis"))))
+    server.on("GET", "/v1/policy", Given(200, policy_view(compile_named("propolis"))))
     ran = policy("explain", "demo", "pause")
     assert ran.out.startswith("Allowed: pause of demo")
-    assert "Ask again." in ran.out
+    assert "Retry." in ran.out
     assert "The rules asked" not in ran.out
 
 
@@ -252,4 +279,4 @@ def test_every_state_and_operation_can_be_explained(policy: Any) -> None:
 def test_a_misspelt_state_is_helped_where_no_vm_has_that_name(interlock: Interlock) -> None:
     ran = interlock("policy", "explain", "activ", "start")
     assert ran.code == 4
-    assert "did you mean 'active'?" in ran.err
+    assert "Did you mean the state 'active'?" in ran.err

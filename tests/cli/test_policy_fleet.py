@@ -13,15 +13,15 @@ import pytest
 from cli import wire_samples
 from cli.conftest import Ran
 from cli.scripted_server import Given, ScriptedServer
-from interlock.api.other_host_schemas import OtherHostList
-from interlock.api.policy import described
-from interlock.api.schemas import InstancePage
-from interlock.cli.application import build, run
-from interlock.cli.policy_fleet import COMMANDS
+from interlock.api.routes.policy import policy_view
+from interlock.api.schemas.hosts import HostList
+from interlock.api.schemas.responses import InstancePage
+from interlock.cli.application import run
+from interlock.cli.commands.policy.group import policy_commands
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import VmState
-from interlock.policies.reading import compile_named
+from interlock.policies.language.loader import compile_named
 from interlock.ports import HostState
 
 Fleet = Callable[..., Ran]
@@ -46,20 +46,20 @@ def vm(number: int, **changes: Any) -> Any:
 def shown() -> dict[str, Any]:
     """The policy of the server."""
     policy = compile_named("standard", frozenset(Operation) - {Operation.BACKUP})
-    document: dict[str, Any] = msgspec.to_builtins(described(policy))
+    document: dict[str, Any] = msgspec.to_builtins(policy_view(policy))
     return document
 
 
-def hosts(**states: HostState) -> OtherHostList:
+def hosts(**states: HostState) -> HostList:
     """The hosts that are in these states, and a server's own."""
     others = tuple(wire_samples.other_host(name, state, linked=state is HostState.UP) for name, state in states.items())
-    return OtherHostList(own="here", items=others)
+    return HostList(own="here", items=others)
 
 
 @pytest.fixture
 def fleet(folder: Path, server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> Fleet:
     """Run the command in this process, against a server that performs everything but a backup."""
-    root = build(*COMMANDS)
+    root = policy_commands
     server.on("GET", "/v1/policy", Given(200, shown()))
     server.on("GET", "/v1/hosts", Given(200, hosts()))
     rebooting = wire_samples.request(
@@ -117,7 +117,7 @@ def test_an_admin_is_not_bound_by_a_lock(fleet: Fleet) -> None:
 def test_people_see_one_line_for_each_operation(fleet: Fleet) -> None:
     ran = fleet()
     assert ran.code == 0, ran.err
-    assert "Policy standard on 5 VMs, asked by the role member." in ran.out
+    assert "Policy standard on 5 VMs, role member." in ran.out
     (line,) = [line for line in ran.out.splitlines() if line.startswith("stop ")]
     assert line.split()[1:4] == ["2", "1", "2"]
     assert "locked 1" in line
@@ -158,7 +158,7 @@ def test_the_vms_of_a_fenced_host_could_be_evacuated(fleet: Fleet, server: Scrip
 def test_no_vm_is_no_error(fleet: Fleet, server: ScriptedServer) -> None:
     server.on("GET", "/v1/instances", Given(200, InstancePage(items=(), next_cursor=None)))
     ran = fleet("--policy", "take2")
-    assert (ran.code, ran.out) == (0, "Policy standard on 0 VMs, asked by the role member.\n")
+    assert (ran.code, ran.out) == (0, "Policy standard on 0 VMs, role member.\n")
 
 
 def test_a_policy_that_is_wrong_is_told_before_the_server_is_asked(fleet: Fleet, server: ScriptedServer) -> None:

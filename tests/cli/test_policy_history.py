@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from cli.conftest import Ran
-from interlock.cli.application import build, run
-from interlock.cli.policy_history import COMMANDS
-from interlock.policies.reading import compile_named, load
+from interlock.bench.recorded_history import Plan, record_history
+from interlock.cli.application import run
+from interlock.cli.commands.policy.group import policy_commands
+from interlock.policies.language.loader import compile_named, load
+from interlock.server import DATABASE
 from interlock.stores import schema
 from interlock.stores.history import History
-from interlock.testing.recorded_history import Plan, record_history
-from interlock.wiring import DATABASE
 
 Policy = Callable[..., Ran]
 PLAN = Plan(submissions=3_000, instances=30, between_ms=90_000)
@@ -43,7 +43,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Policy:
     """Run one of the two commands in this process, with a data folder that has nothing in it."""
-    root = build(*COMMANDS)
+    root = policy_commands
 
     def call(*arguments: str | Path, **environment: str) -> Ran:
         code = run(root, [str(one) for one in arguments], {"INTERLOCK_DATA_DIR": str(tmp_path), **environment})
@@ -73,14 +73,14 @@ def test_the_policy_that_decided_would_decide_the_same(policy: Policy, database:
     ran = policy("replay", "--policy", "standard", "--database", database)
     assert ran.code == 0
     assert "Policy standard on 3000 submissions" in ran.out
-    assert "3000  100.0 %  would be answered the same" in ran.out
+    assert "3000  100.0 %  would be decided the same" in ran.out
     assert "HOW MANY" not in ran.out
 
 
 def test_a_rule_of_ones_own_shows_who_it_would_have_refused(policy: Policy, database: Path, my_cloud: Path) -> None:
     ran = policy("replay", "--policy", my_cloud, "--database", database)
     assert ran.code == 0
-    assert "would be refused, and were not" in ran.out
+    assert "would be denied, and were not" in ran.out
     assert "denied by no-stop (never)" in ran.out
     document = of(policy("replay", "--policy", my_cloud, "--database", database, "--json"))
     stops = document["operations"]["stop"]
@@ -190,21 +190,21 @@ def test_the_picture_is_drawn(policy: Policy, database: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--database", "{folder}/nothing.db"), "There is no database"),
-        (("--database", "{folder}"), "There is no database"),
-        ((), "There is no database"),
-        (("--database", "{folder}/fresh.db"), "Nothing was ever recorded"),
+        (("--database", "{folder}/nothing.db"), "not found"),
+        (("--database", "{folder}"), "not found"),
+        ((), "not found"),
+        (("--database", "{folder}/fresh.db"), "No events in"),
         (("--database", "{folder}/text.db"), "is not an SQLite database"),
-        (("--database", "{database}", "--since", "yesterday"), "since: 'yesterday' is no moment."),
-        (("--database", "{database}", "--since", "-3d"), "since: '-3d' is no moment."),
-        (("--database", "{database}", "--until", "1e99"), "until: '1e99' is no moment."),
-        (("--database", "{database}", "--since", "2026-13-45"), "is no moment."),
-        (("--database", "{database}", "--since", "0001-01-01T00:00:00+14:00"), "is no moment."),
+        (("--database", "{database}", "--since", "yesterday"), "Invalid --since 'yesterday'."),
+        (("--database", "{database}", "--since", "-3d"), "Invalid --since '-3d'."),
+        (("--database", "{database}", "--until", "1e99"), "Invalid --until '1e99'."),
+        (("--database", "{database}", "--since", "2026-13-45"), "Invalid --since"),
+        (("--database", "{database}", "--since", "0001-01-01T00:00:00+14:00"), "Invalid --since"),
         (("--database", "{database}", "--since", "1h", "--until", "2h"), "is not before"),
         (("--database", "{database}", "--since", "2030-01-01"), "was recorded between"),
         (("--database", "{database}", "--until", "2020-01-01"), "was recorded between"),
-        (("--database", "{database}", "--policy", "standrad"), "There is no built-in policy 'standrad'"),
-        (("--database", "{database}", "--policy", "{folder}/none.toml"), "There is no such file"),
+        (("--database", "{database}", "--policy", "standrad"), "Built-in policy 'standrad' not found"),
+        (("--database", "{database}", "--policy", "{folder}/none.toml"), "File not found"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_what_to_do(
@@ -229,11 +229,11 @@ def test_a_project_that_asked_for_nothing_is_told(policy: Policy, database: Path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--out", "{folder}/there.toml"), "is there already"),
-        (("--out", "{folder}/new.txt"), "is no name of a policy file"),
-        (("--out", "{folder}/no/new.toml"), "There is no folder"),
+        (("--out", "{folder}/there.toml"), "already exists"),
+        (("--out", "{folder}/new.txt"), "expected a name that ends in .toml"),
+        (("--out", "{folder}/no/new.toml"), "not found"),
         (("--picture", "{folder}/a.gif"), "names no kind of picture"),
-        (("--picture", "{folder}/no/a.png"), "There is no folder"),
+        (("--picture", "{folder}/no/a.png"), "not found"),
         (("--percentile", "100"), "percentile"),
         (("--confidence", "x"), "confidence"),
         (("--factor", "0"), "factor"),
@@ -254,7 +254,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
 def test_a_file_that_would_be_no_policy_is_not_left_behind(
     policy: Policy, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("interlock.policies.suggested_policies.policy_text", lambda *_: "nonsense = 1\n")
+    monkeypatch.setattr("interlock.policies.history.suggested_policies.policy_text", lambda *_: "nonsense = 1\n")
     ran = policy("suggest", "--policy", "standard", "--database", database, "--out", tmp_path / "new.toml")
     assert ran.code == 2
     assert "new.toml:1" in ran.err
@@ -264,7 +264,7 @@ def test_a_file_that_would_be_no_policy_is_not_left_behind(
 def test_failures_are_json_for_programs(policy: Policy, tmp_path: Path) -> None:
     ran = policy("replay", "--json", "--policy", "standard", "--database", tmp_path / "none.db")
     assert ran.code == 2
-    assert json.loads(ran.err)["detail"].startswith("There is no database")
+    assert json.loads(ran.err)["detail"].endswith("not found.")
 
 
 def test_history_is_not_loaded_before_it_is_asked_for() -> None:
@@ -273,7 +273,7 @@ def test_history_is_not_loaded_before_it_is_asked_for() -> None:
     import sys
 
     code = (
-        "import sys; import interlock.cli.policy_history; "
+        "import sys; import interlock.cli.application; "
         "print([name for name in ('apsw', 'matplotlib', 'numpy', 'uvicorn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ import pytest
 
 from cli.conftest import Interlock, Ran
 from cli.scripted_server import Given, ScriptedServer
-from interlock.api.policy_schemas import PolicyLoaded, PolicyName, PolicyWalk
+from interlock.api.schemas.policy import PolicyLoaded, PolicyName, PolicyWalk
 from interlock.core.policy_switches import Outstanding
-from interlock.testing.real_server import RealServer
+from processes.real_server import RealServer
 
 SITE = '[policy]\nname = "site"\nextends = "./base.toml"\n'
 BASE = """
@@ -69,17 +69,15 @@ def test_a_file_is_sent_with_what_it_extends_on_the_terms_that_were_asked_for(
     assert (sent["outstanding"], sent["explore_seconds"], sent["dry_run"]) == ("rejudge", 5, False)
     assert asked.headers["if-match"] == f'"{"cd" * 8}"'
     outcome, walk = ran.out.splitlines()
-    assert outcome.startswith(
-        f"site ({'ab' * 8}) is in force, instead of standard ({'cd' * 8}). What waited was judged "
-    )
+    assert outcome.startswith(f"site ({'ab' * 8}) is in force, instead of standard ({'cd' * 8}). Queued requests were ")
     assert outcome.endswith("again: 2 requests were cancelled.")
-    assert walk.startswith("Explored: 12,345 states in 5 s, and no law broken in them; there are more")
+    assert walk.startswith("Explored: 12,345 states in 5 s; no violations, incomplete.")
 
 
 @pytest.mark.parametrize(
     ("arguments", "answer", "said"),
     [
-        ((), loaded(), "What was admitted keeps its promise."),
+        ((), loaded(), "Admitted requests are kept."),
         (("--dry-run",), loaded(changed=False), "can be put in force; nothing was changed."),
         ((), loaded(changed=False), "is in force already."),
     ],
@@ -100,9 +98,9 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
     story = ['{"instance":{"vm_state":"active"}}', '{"submit":"stop"}']
     problem = {
         "type": "urn:interlock:problem:policy-refused",
-        "title": "The policy is refused",
+        "title": "Policy rejected",
         "status": 422,
-        "detail": "The policy is refused: its check found 1 error. standard stays in force.",
+        "detail": "Policy rejected: its check found 1 error. standard stays in force.",
         "findings": [finding],
         "violations": [{"law": 5, "what": "nothing is ever admitted", "story": story}],
         "exploration": None,
@@ -111,10 +109,10 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
     ran = interlock("policy", "load", "take2", NO_COLOR="1")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.splitlines() == [
-        "Refused: The policy is refused: its check found 1 error. standard stays in force.",
+        "Rejected: Policy rejected: its check found 1 error. standard stays in force.",
         "s.toml:9: error: Dead.",
         "  Go.",
-        "Law 5 can be broken: nothing is ever admitted. How, for `interlock rehearse`:",
+        "Law 5 is violated: nothing is ever admitted. Counterexample, for `interlock rehearse`:",
         *(f"  {line}" for line in story),
     ]
     as_json = interlock("policy", "load", "take2", "--json")
@@ -227,30 +225,32 @@ def test_a_server_that_starts_with_a_broken_file_goes_on_by_the_last_policy_and_
     site.file.write_text(BASE.replace('"pause"', '"puase"'))
     site.server.start()
     assert site.in_force() == "base"
-    logged = next(json.loads(line) for line in site.server.log.read_text().splitlines() if "last one stays" in line)
+    logged = next(
+        json.loads(line) for line in site.server.log.read_text().splitlines() if "last active policy kept" in line
+    )
     assert (logged["level"], logged["stays"]) == ("error", "base")
     assert logged["why"].startswith(f"{site.file}:8:")
     shown = site.interlock("policy", "show").out.splitlines()
-    assert shown[0] == f"The configured policy {site.file} is refused; base stays in force."
+    assert shown[0] == f"The configured policy {site.file} is rejected; base stays in force."
     assert shown[1].strip().startswith(f"{site.file}:8:")
     assert shown[4].startswith("Policy base: ")
     site.file.write_text(BASE.replace('"base"', '"mended"'))
-    site.hang_up("another policy is in force")
+    site.hang_up("policy switched")
     assert site.in_force() == "mended"
     assert site.interlock("policy", "show").out.startswith("Policy mended: ")
 
 
 def test_a_hangup_has_the_file_read_again_and_what_is_wrong_with_it_logged(site: Site) -> None:
     site.file.write_text(BASE.replace('"base"', '"after"'))
-    said = site.hang_up("another policy is in force")
+    said = site.hang_up("policy switched")
     assert (said["policy"], said["before"], said["source"]) == ("after", "base", "reloaded")
     assert site.in_force() == "after"
     site.file.write_text(BASE.replace('"pause"', '"puase"'))
-    wrong = site.hang_up("was not reloaded")
+    wrong = site.hang_up("policy reload failed")
     assert (wrong["level"], wrong["stays"]) == ("error", "after")
     assert wrong["why"].startswith(f"{site.file}:8:")
     site.file.write_text(DEAD_RULE)
-    dead = site.hang_up("was not reloaded")
+    dead = site.hang_up("policy reload failed")
     assert "site.toml:12" in dead["why"]
     assert site.in_force() == "after"
     assert site.server.get("/v1/policy/history")["items"][0]["name"] == "after"

@@ -8,18 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 from cli.conftest import Ran
 from interlock.cli.application import run
-from interlock.cli.policy_tables import COMMANDS
+from interlock.cli.commands.policy.group import policy_commands
 
 
 @pytest.fixture
 def policy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("COLUMNS", "100")
-    group = click.Group(commands=[*COMMANDS, click.Command("other")])
+    group = policy_commands
 
     def call(*arguments: str) -> Ran:
         code = run(group, arguments, {})
@@ -37,16 +36,21 @@ def test_the_standard_policy_is_shown_where_none_is_named(policy: Any) -> None:
     assert lines[2] == "With no task"
     stop = next(line for line in lines if line.startswith("stop "))
     assert stop.split() == ["stop", "yes", "yes", "yes", "·", "same", "yes", "·", "·", "·", "·", "·", "yes"]
-    assert "Everything is refused in: deleted" in lines
-    assert any(line.startswith("Always refused: evacuate, reset_state") for line in lines)
+    assert "Everything is denied in: deleted" in lines
+    assert any(line.startswith("Always denied: evacuate, reset_state") for line in lines)
     assert "--task TASK" in ran.out
     assert not [line for line in lines if line.endswith(" ")]
+
+
+def test_the_title_names_the_caller(policy: Any) -> None:
+    ran = policy("table", "--requested-by", "ci-7")
+    assert ran.out.splitlines()[0] == "Policy standard: what a member named ci-7 is answered"
 
 
 def test_a_policy_is_named_by_argument_or_option_but_once(policy: Any) -> None:
     assert policy("table", "take2").out == policy("table", "--policy", "take2").out
     ran = policy("table", "take2", "--policy", "standard")
-    assert (ran.code, ran.err.splitlines()[0]) == (2, "Error: Two policies are named, 'take2' and 'standard'.")
+    assert (ran.code, ran.err.splitlines()[0]) == (2, "Error: Two policies given: 'take2' and 'standard'.")
 
 
 def test_the_text_fits_a_terminal_and_can_be_narrowed_to_a_task(policy: Any) -> None:
@@ -107,18 +111,18 @@ def test_a_table_is_written_to_a_file_whole_or_not_at_all(policy: Any, tmp_path:
     assert list(tmp_path.iterdir()) == [path]
     ran = policy("table", "--out", str(tmp_path / "missing" / "x"))
     assert ran.code == 2
-    assert ran.err.startswith(f"Error: {tmp_path / 'missing' / 'x'} cannot be written: ")
+    assert ran.err.startswith(f"Error: Cannot write {tmp_path / 'missing' / 'x'}: ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nope",), "There is no built-in policy 'nope'."),
-        (("--operation", "rebot"), "'rebot' is no operation."),
-        (("--vm-state", "activ"), "'activ' is no vm_state."),
-        (("--task", "rebootin"), "'rebootin' is no task_state."),
-        (("--silent", "-3m"), "is not a length of time"),
-        (("--silent", "1e99s"), "is not a length of time"),
+        (("nope",), "Built-in policy 'nope' not found."),
+        (("--operation", "rebot"), "Unknown operation 'rebot'."),
+        (("--vm-state", "activ"), "Unknown vm_state 'activ'."),
+        (("--task", "rebootin"), "Unknown task_state 'rebootin'."),
+        (("--silent", "-3m"), "expected a duration"),
+        (("--silent", "1e99s"), "expected a duration"),
         (("--format", "pdf"), "Invalid value for '--format'"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import instance
+from interlock import __version__
 
 PROGRAM = (sys.executable, "-m", "interlock")
 
@@ -46,6 +47,22 @@ def test_a_rehearsal_of_many_blocks_answers_every_line_in_order(tmp_path: Path) 
     answers = ran.stdout.splitlines()
     assert len(script) > 3 * 64 * 1024
     assert [b"disposition" in answer for answer in answers] == [False, True] * 5_000
+
+
+@pytest.mark.parametrize("asked", [("--version",), ("-V",), ("version",)])
+def test_the_version_is_told_however_one_asks(interlock: Interlock, asked: tuple[str, ...]) -> None:
+    ran = interlock(*asked)
+    assert (ran.code, ran.out.strip()) == (0, f"interlock {__version__}")
+
+
+def test_help_can_be_asked_for_by_a_word_too(interlock: Interlock) -> None:
+    for words in ((), ("vm",), ("vm", "create")):
+        ran = interlock("help", *words)
+        assert ran.code == 0
+        assert ran.out == interlock(*words, "--help").out
+    wrong = interlock("help", "vm", "creat")
+    assert wrong.code == 2
+    assert "Did you mean 'create'?" in wrong.err
 
 
 def test_a_policy_that_is_wrong_is_told_with_its_place(tmp_path: Path) -> None:
@@ -106,4 +123,4 @@ def test_a_listing_imports_nothing_of_the_server() -> None:
     code = "import sys; from interlock.__main__ import root; root(); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     loaded = set(ran.stdout.split())
-    assert loaded.isdisjoint({"asyncio", "httpx", "rich", "uvicorn", "structlog", "apsw", "interlock.wiring"})
+    assert loaded.isdisjoint({"asyncio", "httpx", "rich", "uvicorn", "structlog", "apsw", "interlock.server"})

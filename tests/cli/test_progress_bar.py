@@ -21,14 +21,13 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from interlock.cli import live_line
-from interlock.cli.live_line import LiveLine, Standing
-from interlock.cli.progress_bar import ProgressBar
+from interlock.cli.output import progress
+from interlock.cli.output.progress import LiveLine, Progress, ProgressBar
 
 PATIENCE_S = 30.0
 MIB = 1 << 20
-SNAPSHOT = Standing("snapshot of demo: image uploading", 0.42, 1200 * MIB, 2900 * MIB, 31 * MIB)
-STOP = Standing("stop of demo: waiting for the guest to power off, for 30 s at most")
+SNAPSHOT = Progress("snapshot of demo: image uploading", 0.42, 1200 * MIB, 2900 * MIB, 31 * MIB)
+STOP = Progress("stop of demo: waiting for the guest to power off, for 30 s at most")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
@@ -108,7 +107,7 @@ def test_ctrl_c_leaves_the_operation_going_and_says_how_to_watch_and_cancel_it(s
     process = subprocess.Popen(line, env=environment, stdout=terminal.theirs, stderr=terminal.theirs)
     terminal.until(b"/128 MiB")
     process.send_signal(signal.SIGINT)
-    for expected in (b"Suspend of two goes on.", b"interlock request show ", b"interlock request cancel "):
+    for expected in (b"Suspend of two continues.", b"interlock request show ", b"interlock request cancel "):
         terminal.until(expected)
     assert process.wait(PATIENCE_S) == 130
     (going,) = json.loads(run(slow, "vm", "show", "two", "--json"))["outstanding"]
@@ -136,10 +135,10 @@ def test_the_bytes_that_a_phase_has_moved_go_over_the_wire_and_into_the_history(
 
 
 def test_what_ends_soon_paints_nothing(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_line, "_QUIET_S", PATIENCE_S)
+    monkeypatch.setattr(progress, "_QUIET_S", PATIENCE_S)
     with os.fdopen(os.dup(terminal.theirs), "w") as stream:
         with LiveLine(stream) as line:
-            line.tell("pause of one: pausing")
+            line.update("pause of one: pausing")
         stream.write("Done\n")
     terminal.until(b"\n")
     assert terminal.said == b"Done\r\n"
@@ -150,12 +149,12 @@ def test_a_terminal_that_cannot_move_its_cursor_is_told_in_lines(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with os.fdopen(os.dup(terminal.theirs), "w") as stream, LiveLine(stream) as line:
-        line.tell("pause of one: pausing")
+        line.update("pause of one: pausing")
         terminal.until(b"\n")
     assert terminal.said.endswith(b" s  pause of one: pausing\r\n")
 
 
-def drawn(standing: Standing, columns: int, monkeypatch: pytest.MonkeyPatch, **settings: bool) -> str:
+def drawn(standing: Progress, columns: int, monkeypatch: pytest.MonkeyPatch, **settings: bool) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = io.StringIO()
@@ -170,9 +169,9 @@ def test_with_room_everything_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("standing", [SNAPSHOT, STOP, Standing("日本語" * 30, 0.5)])
+@pytest.mark.parametrize("standing", [SNAPSHOT, STOP, Progress("日本語" * 30, 0.5)])
 @pytest.mark.parametrize("columns", [1, 20, 40, 60, 80, 100, 140])
-def test_a_bar_fits_whatever_the_terminal(standing: Standing, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_fits_whatever_the_terminal(standing: Progress, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     line = drawn(standing, columns, monkeypatch)
     assert "\n" not in line
     assert line.startswith("\r")
@@ -194,7 +193,7 @@ def test_what_is_left_is_told_by_how_long_the_rest_took(monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "100")
     stream = io.StringIO()
     bar = ProgressBar(stream)
-    bar.draw(Standing("x", 0.0), 0.0)
+    bar.draw(Progress("x", 0.0), 0.0)
     assert "left" not in stream.getvalue()
-    bar.draw(Standing("x", 0.25), 10.0)
+    bar.draw(Progress("x", 0.25), 10.0)
     assert "30 s left" in stream.getvalue()

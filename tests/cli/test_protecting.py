@@ -5,7 +5,7 @@ from __future__ import annotations
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, instance, problem, request
-from interlock.api import schemas
+from interlock.api.schemas import responses
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 
@@ -21,8 +21,7 @@ def test_protecting_adds_to_what_is_protected_already(interlock: Interlock, serv
     ran = interlock("vm", "protect", "demo", "--from", "delete,rebuild", "--from", "stop")
     assert ran.code == 0
     assert ran.out == (
-        "demo is protected from: stop, delete, rebuild\n"
-        "  Not from: soft delete, force delete, by which it can be deleted too.\n"
+        "demo is protected from: stop, delete, rebuild\n  Not from: soft delete, force delete, which also delete it.\n"
     )
     patch = server.asked[-1]
     assert patch.json == {"blocked_operations": ["stop", "delete", "rebuild"]}
@@ -56,11 +55,11 @@ def test_a_misspelt_operation_is_refused_before_anything_is_asked(interlock: Int
 
 
 def test_a_held_request_says_why_it_waits_and_until_when(interlock: Interlock, server: ScriptedServer) -> None:
-    held = schemas.Held(
+    held = responses.Held(
         request=request(status=Status.HELD, held_until_at="2026-03-01T12:10:22.000Z"),
         rule="silent-power",
         reason="no_sign_of_life",
-        because="What is being done shows no life.",
+        because="The operation in progress has stalled.",
         detail="",
         blocked_by=None,
         allowed_at="2026-03-01T12:03:03.000Z",
@@ -72,9 +71,9 @@ def test_a_held_request_says_why_it_waits_and_until_when(interlock: Interlock, s
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == (
         "Held: reboot of demo (no_sign_of_life), request r-1\n"
-        "  What is being done shows no life.\n"
-        "  It will be admitted at 12:03:03, if nothing changes before.\n"
-        "  Asked until 12:10:22; `interlock request cancel r-1` ends it.\n"
+        "  The operation in progress has stalled.\n"
+        "  It will be admitted at 12:03:03, unless something changes before.\n"
+        "  Held until 12:10:22; `interlock request cancel r-1` cancels it.\n"
     )
     assert server.asked[-1].json == {"operation": "reboot", "parameters": {}, "hold": "10m"}
 

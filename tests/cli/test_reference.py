@@ -1,6 +1,6 @@
 """The reference says what the program says.
 
-To draw a page anew: `interlock reference PAGE > docs/reference/PAGE.md`.
+To draw the pages again: `make docs`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import click
 import pytest
 
 from interlock.__main__ import root
-from interlock.cli.exit_codes import MEANINGS, ExitCode
-from interlock.cli.reference import cli_page, configuration_page
+from interlock.cli.failures import MEANINGS, ExitCode
+from reference_pages import BEGIN, cli_page, configuration_page, http_page
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -24,6 +24,12 @@ def test_the_command_line_reference_is_what_the_program_says() -> None:
 
 def test_the_configuration_reference_is_what_the_program_says() -> None:
     assert (REFERENCE / "configuration.md").read_text() == configuration_page()
+
+
+def test_the_operations_in_the_http_reference_are_those_of_the_catalogue() -> None:
+    written = (REFERENCE / "http.md").read_text()
+    assert BEGIN in written
+    assert written == http_page(written)
 
 
 def test_every_exit_code_has_a_meaning() -> None:

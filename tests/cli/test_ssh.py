@@ -11,8 +11,8 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import instance
-from interlock.api import schemas
-from interlock.service.wishes import NewForward
+from interlock.api.schemas import responses
+from interlock.service.request_models import NewForward
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDdtZ1Zt5vDc5h3pTBWG8Yv6kBQ3Gk0k0kq5mV1n5u1x me@here"
 
@@ -80,7 +80,7 @@ def test_a_new_vm_is_told_what_the_files_say(interlock: Interlock, server: Scrip
     server.on(
         "POST",
         "/v1/instances",
-        Given(201, schemas.Created(instance=instance(), request=None, rule="recorded", because=None)),
+        Given(201, responses.Created(instance=instance(), request=None, rule="recorded", because=None)),
     )
     ran = interlock(
         *("vm", "create", "demo", "--image", "debian", "--hostname", "web-1", "--no-start"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from email.parser import BytesParser
 from email.policy import HTTP
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT
-from interlock.api import schemas
+from interlock.api.schemas import inventory
 
-IMAGE = schemas.Image(
+IMAGE = inventory.Image(
     id="im-1", name="mine", kind="kernel", format="raw", cmdline="x", size_bytes=1536, sha256="0" * 64, created_at=AT
 )
 
@@ -56,3 +58,56 @@ def test_the_small_guest_is_asked_for_in_the_form_that_is_wished(
     server.on("POST", "/v1/images/small", Given(201, IMAGE))
     assert interlock("image", "build-small", "mine", *options).code == 0
     assert [asked.json for asked in server.asked] == [{"name": "mine", "form": form}]
+
+
+FETCH = inventory.ImageFetch(
+    id="f-1", name="web", url="https://example.org/a.qcow2", status="running", phase="downloading", received_bytes=1,
+    total_bytes=9, begun_at=AT, image=None, error=None, remedy=None,
+)  # fmt: skip
+URL = ("image", "add", "web", "--url", FETCH.url)
+
+
+def test_an_image_is_fetched_to_its_end_also_across_a_restart_of_the_server(
+    interlock: Interlock, server: ScriptedServer
+) -> None:
+    missing = Given(404, {"type": "x", "title": "Not found", "status": 404, "detail": "no"}, "application/problem+json")
+    again, done = msgspec.structs.replace(FETCH, id="f-2"), msgspec.structs.replace(FETCH, id="f-2", status="succeeded")
+    server.on("POST", "/v1/image-fetches", Given(202, FETCH), Given(202, again))
+    server.on("GET", "/v1/image-fetches/f-1", Given(200, FETCH), missing)
+    server.on("GET", "/v1/image-fetches/f-2", Given(200, msgspec.structs.replace(done, image=IMAGE)))
+    ran = interlock(*URL, "--checksum-file", "https://example.org/SHA512SUMS", "--min-memory", "256")
+    assert ran.code == 0
+    assert ran.out.endswith("Added: image mine (kernel, 1.5 KiB), id im-1\n")
+    posted = [asked.json for asked in server.asked if asked.method == "POST"]
+    assert posted[0] == posted[1]
+    assert posted[0]["checksum_url"] == "https://example.org/SHA512SUMS"
+    assert posted[0]["min_memory_mib"] == 256
+
+
+def test_a_fetch_that_fails_says_why(interlock: Interlock, server: ScriptedServer) -> None:
+    failed = msgspec.structs.replace(FETCH, status="failed", error="It answers 404.", remedy="Look.")
+    server.on("POST", "/v1/image-fetches", Given(202, failed))
+    ran = interlock(*URL)
+    assert ran.code == 1
+    assert "It answers 404." in ran.err
+    assert "Look." in ran.err
+
+
+@pytest.mark.parametrize("extra", [("--disk", "F"), ("--cmdline", "x"), ("--kernel", "F")])
+def test_a_url_goes_with_nothing_of_a_file(
+    interlock: Interlock, server: ScriptedServer, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    (tmp_path / "F").touch()
+    assert interlock(*URL, *(word.replace("F", str(tmp_path / "F")) for word in extra)).code == 2
+    assert server.asked == []
+
+
+def test_an_image_is_downloaded_with_its_sum(interlock: Interlock, server: ScriptedServer, tmp_path: Path) -> None:
+    content = b"{}"
+    sha256 = hashlib.sha256(content).hexdigest()
+    server.on("GET", "/v1/images/mine", Given(200, msgspec.structs.replace(IMAGE, kind="disk", sha256=sha256)))
+    server.on("GET", "/v1/images/im-1/content", Given(200, {}))
+    ran = interlock("image", "download", "mine", str(tmp_path / "out"))
+    assert (ran.code, (tmp_path / "out").read_bytes()) == (0, content)
+    assert f"SHA-256: {sha256} (as the original)" in ran.out
+    assert interlock("image", "download", "mine", str(tmp_path / "out")).code == 2

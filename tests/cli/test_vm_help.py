@@ -8,14 +8,14 @@ from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, admitted, instance, request
 from interlock.__main__ import root
-from interlock.api import schemas
-from interlock.cli.sections import SECTIONS
-from interlock.cli.vm import vm_commands
+from interlock.api.schemas import responses
+from interlock.cli.commands.vm import vm_commands
+from interlock.cli.output.grouped_help import SECTIONS
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import PowerState, VmState
 
-DUE = schemas.Due(operation=Operation.CONFIRM_RESIZE, at=AT)
+DUE = responses.Due(operation=Operation.CONFIRM_RESIZE, at=AT)
 
 
 def test_the_help_lists_each_command_once_under_a_heading(interlock: Interlock) -> None:
@@ -32,15 +32,15 @@ def test_the_help_lists_each_command_once_under_a_heading(interlock: Interlock) 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vm_state": VmState.SUSPENDED}, "`vm resume` lets it go on where it was"),
+        ({"vm_state": VmState.SUSPENDED}, "`vm resume` restores its memory and continues it"),
         ({"vm_state": VmState.RESCUED, "prior_vm_state": VmState.ACTIVE}, "`vm unrescue`"),
         (
             {"vm_state": VmState.RESIZED, "due": DUE},
-            "the old one back; confirmed by itself at 12:00",
+            "restores the old one; confirmed automatically at 12:00",
         ),
         (
             {"vm_state": VmState.RESIZED, "power_state": PowerState.SHUTDOWN},
-            "brings the old one back; `vm start` boots it with its new size, and keeps that",
+            "restores the old one; `vm start` boots it with its new size, and confirms that",
         ),
         (
             {
@@ -50,8 +50,8 @@ def test_the_help_lists_each_command_once_under_a_heading(interlock: Interlock) 
             },
             "resized, before it was soft_deleted; active, before it was resized\n",
         ),
-        ({"vm_state": VmState.SHELVED}, "`vm unshelve` brings it back"),
-        ({"vm_state": VmState.SOFT_DELETED}, "`vm restore` brings it back"),
+        ({"vm_state": VmState.SHELVED}, "`vm unshelve` restores it"),
+        ({"vm_state": VmState.SOFT_DELETED}, "`vm restore` undeletes it"),
         (
             {
                 "vm_state": VmState.SOFT_DELETED,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +65,7 @@ def test_waiting_goes_on_when_the_server_comes_back(interlock: Interlock, server
     server.on("GET", "/v1/instances/i-1", Given(value=instance()))
     ran = interlock("vm", "reboot", "demo", "--wait")
     assert ran.code == 0
-    assert "the server is away" in ran.out
+    assert "connection lost; reconnecting" in ran.out
 
 
 def test_ctrl_c_ends_the_waiting_with_130(interlock: Interlock, server: ScriptedServer) -> None:
@@ -76,3 +78,30 @@ def test_ctrl_c_ends_the_waiting_with_130(interlock: Interlock, server: Scripted
     server.on("POST", REQUESTS, Given(202, admitted()))
     server.on("GET", "/v1/requests/r-1", interrupt)
     assert interlock("vm", "reboot", "demo", "--wait").code == 130
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_wait_that_loses_the_server_says_that_the_operation_continues(
+    interlock: Interlock, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    times = itertools.count(0, 40)
+    clock = SimpleNamespace(monotonic=lambda: next(times), sleep=lambda _s: None)
+    monkeypatch.setattr("interlock.cli.commands.request_waiter.time", clock)
+    server.on("POST", REQUESTS, Given(202, admitted()))
+    server.on("GET", "/v1/requests/r-1", HANG_UP)
+    ran = interlock("vm", "reboot", "demo", "--wait", *options)
+    assert ran.code == 5
+    continues = "Reboot of demo continues.\n  Watch it:  interlock request show r-1 --wait\n"
+    assert (continues in ran.err) is not bool(options)
+
+
+def test_where_nothing_moves_it_is_said_what_can_be_done(
+    interlock: Interlock, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.cli.commands.request_waiter._STILL_S", 0.0)
+    server.on("POST", REQUESTS, Given(202, admitted()))
+    server.on("GET", "/v1/requests/r-1", Given(value=request(status=Status.UNKNOWN)), ENDED)
+    server.on("GET", "/v1/instances/i-1", Given(value=instance()))
+    ran = interlock("vm", "stop", "demo", "--wait")
+    assert "No progress: `interlock why demo` shows what can take over and when" in ran.out
+    assert "`interlock vm stop demo --hard`" in ran.out

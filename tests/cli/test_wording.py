@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from interlock.cli.wording import age, clock, duration, printable, size
+from interlock.cli.output.formatting import age, clock, duration, escape_all, escape_line, for_terminal, printable, size
 
 AT = "2026-03-01T12:00:03.000Z"
 NOON = 1_772_366_400.0
@@ -44,3 +44,28 @@ def test_a_size_has_the_unit_that_fits(size_bytes: int, said: str) -> None:
 
 def test_escape_sequences_are_made_harmless() -> None:
     assert printable("a\x1b[2Jb\n\tc\u202e") == "a\ufffd[2Jb\n\tc\ufffd"
+
+
+def test_what_people_gave_stays_on_its_line_and_means_nothing_to_a_terminal() -> None:
+    assert escape_line("v\nState: deleted") == "v\\nState: deleted"
+    assert escape_line("\x1b[2J\r\x9b\u202e\u2028") == "\\x1b[2J\\r\\x9b\\u202e\\u2028"
+    assert escape_line("naïve 名前\u3000\u00a0 ok") == "naïve 名前\u3000\u00a0 ok"
+    given = {"k\n": ["a\x07", {"n": 1}], "none": None}
+    assert escape_all(given) == {"k\\n": ["a\\x07", {"n": 1}], "none": None}
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (b"\x1b[31mred\x1b[0m\r\n", "red\n"),
+        (b"\x1b]0;owned\x07title", "title"),
+        (b"\x1b]52;c;AAAA\x1b\\clip", "clip"),
+        (b"\x1bPq#0\x1b\\sixel", "sixel"),
+        (b"\x1bcreset\x1b(Bset", "resetset"),
+        (b"10%\r20%", "10%\n20%"),
+        (b"\xff\x1b", "\ufffd\ufffd"),
+        ("\u202eright\x9b".encode(), "\ufffdright\ufffd"),
+    ],
+)
+def test_a_terminal_is_not_told_to_do_anything_by_a_guest(written: bytes, shown: str) -> None:
+    assert for_terminal(written) == shown

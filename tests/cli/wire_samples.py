@@ -6,9 +6,8 @@ from typing import Any
 
 import msgspec
 
-from interlock.api import schemas
-from interlock.api.host_schemas import HostAmounts
-from interlock.api.other_host_schemas import OtherHost
+from interlock.api.schemas import responses
+from interlock.api.schemas.hosts import Host, Resources
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.states import PowerState, VmState
@@ -19,7 +18,7 @@ NOW = 1_772_366_422.0
 """2026-03-01 12:00:22 UTC, the scripted server's clock."""
 
 
-def request(**changes: Any) -> schemas.Request:
+def request(**changes: Any) -> responses.Request:
     fields: dict[str, Any] = {
         "id": "r-1",
         "instance": "i-1",
@@ -32,11 +31,11 @@ def request(**changes: Any) -> schemas.Request:
         "preempts": False,
         "admitted_at": AT,
     }
-    optional = {field.name: None for field in msgspec.structs.fields(schemas.Request) if field.name not in fields}
-    return schemas.Request(**{**optional, **fields, **changes})
+    optional = {field.name: None for field in msgspec.structs.fields(responses.Request) if field.name not in fields}
+    return responses.Request(**{**optional, **fields, **changes})
 
 
-def instance(**changes: Any) -> schemas.Instance:
+def instance(**changes: Any) -> responses.Instance:
     fields: dict[str, Any] = {
         "id": "i-1",
         "name": "demo",
@@ -59,7 +58,7 @@ def instance(**changes: Any) -> schemas.Instance:
         "restart": None,
         "restarts": 0,
         "restart_due_at": None,
-        "image": schemas.ImageReference(id="im-1", name="small"),
+        "image": responses.ImageReference(id="im-1", name="small"),
         "vcpus": 1,
         "memory_mib": 128,
         "root_gib": 0,
@@ -68,10 +67,10 @@ def instance(**changes: Any) -> schemas.Instance:
         "outstanding": (),
         "held": (),
     }
-    return schemas.Instance(**{**fields, **changes})
+    return responses.Instance(**{**fields, **changes})
 
 
-def refusal(**changes: Any) -> schemas.Refusal:
+def refusal(**changes: Any) -> responses.Refusal:
     fields: dict[str, Any] = {
         "type": "urn:interlock:problem:refused",
         "title": "Refused",
@@ -88,10 +87,10 @@ def refusal(**changes: Any) -> schemas.Refusal:
         "retry_after_s": None,
         "allowed_instead": (Operation.DELETE, Operation.ATTACH_VOLUME),
     }
-    return schemas.Refusal(**{**fields, **changes})
+    return responses.Refusal(**{**fields, **changes})
 
 
-def blocker(**changes: Any) -> schemas.Blocker:
+def blocker(**changes: Any) -> responses.Blocker:
     fields: dict[str, Any] = {
         "request": "r-0",
         "operation": Operation.STOP,
@@ -101,28 +100,29 @@ def blocker(**changes: Any) -> schemas.Blocker:
         "last_sign_of_life": None,
         "by": "alice",
     }
-    return schemas.Blocker(**{**fields, **changes})
+    return responses.Blocker(**{**fields, **changes})
 
 
-def admitted(one: schemas.Request | None = None) -> schemas.Admitted:
-    return schemas.Admitted(rule="reboot", because=None, request=one or request(), supersedes=(), cancels=())
+def admitted(one: responses.Request | None = None) -> responses.Admitted:
+    return responses.Admitted(rule="reboot", because=None, request=one or request(), supersedes=(), cancels=())
 
 
 def problem(status: int, detail: str, **more: Any) -> dict[str, Any]:
     return {"type": "urn:interlock:problem:x", "title": "X", "status": status, "detail": detail, **more}
 
 
-def event(sequence: int, kind: str, **data: Any) -> schemas.Event:
-    return schemas.Event(
+def event(sequence: int, kind: str, **data: Any) -> responses.Event:
+    return responses.Event(
         sequence=sequence, kind=kind, instance="i-1", request="r-1", at=AT, generation=sequence, data=data
     )
 
 
-def other_host(name: str, state: HostState, *, linked: bool) -> OtherHost:
+def other_host(name: str, state: HostState, *, linked: bool) -> Host:
     """A host of which no limits are known."""
-    nothing = HostAmounts(memory_mib=None, vcpus=None, disk_mib=None)
-    return OtherHost(
+    nothing = Resources(memory_mib=None, vcpus=None, disk_mib=None)
+    return Host(
         name=name,
+        identity=None,
         state=state,
         linked=linked,
         last_seen_at=AT,

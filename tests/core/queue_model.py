@@ -289,7 +289,12 @@ class Model:
             elif outcome == "failed" and asked.operation in FAILS_TO_ERROR:
                 self.place = ("error",)
         interrupted = "superseded" if asked.for_another else "cancelled"
-        self.ends[name] = {"succeeded": "succeeded", "failed": "failed", "interrupted": interrupted}[outcome]
+        self.ends[name] = {
+            "succeeded": "succeeded",
+            "failed": "failed",
+            "untouched": "failed",
+            "interrupted": interrupted,
+        }[outcome]
         self.reconsider()
         return self.ends[name]
 

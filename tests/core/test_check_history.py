@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 from core_samples import ORDINARY, STUCK_MS, O, V, ask, instance_in
 
+from check_history import HistoryViolation, check_history
 from interlock.core import lifecycle
 from interlock.core.admission import admit
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, Event, GuestEvent, Instance, Outcome, Request, Status
-from interlock.testing.check_history import HistoryViolation, check_history
 
 POLICY = CompiledPolicy(ORDINARY)
 replace = msgspec.structs.replace

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from interlock.core.claims import Claim, claim_of, claims_of
 from interlock.core.operations import Operation
 from interlock.core.records import Disk, Forward, Image, Instance, Interface, Request, SharedFolder, Spec
+from interlock.core.resource_claims import Claim, claim_of, claims_of
 from interlock.core.states import VmState
 
 GIB = 1024**3

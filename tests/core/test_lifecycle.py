@@ -21,7 +21,17 @@ from core_samples import (
 
 from interlock.core.admission import admit
 from interlock.core.errors import BrokenInvariant
-from interlock.core.lifecycle import adopt, cancel, expire, finish, known_by, next_deadline_ms, observe, progress, take
+from interlock.core.lifecycle import (
+    adopt,
+    apply_update,
+    cancel,
+    expire,
+    finish,
+    next_deadline_ms,
+    observe,
+    progress,
+    take,
+)
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
@@ -31,13 +41,13 @@ from interlock.core.records import (
     GuestEvent,
     Image,
     Instance,
-    Kept,
-    Moved,
+    InstanceUpdate,
     Outcome,
     Request,
     Spec,
     StaleFence,
     Status,
+    TransferProgress,
 )
 from interlock.core.request_queue import replace
 from interlock.core.states import PowerState, VmState
@@ -178,7 +188,13 @@ def test_progress_is_life_and_is_told_only_when_it_says_something() -> None:
     assert beat.instance.outstanding[0].last_progress_at_ms == beat.instance.updated_at_ms == START_MS + 9
     assert not beat.events
     step = progress(
-        beat.instance, "r0", 1, START_MS + 10, phase="reboot_started", moved=Moved(done=1, total=2), detail="half"
+        beat.instance,
+        "r0",
+        1,
+        START_MS + 10,
+        phase="reboot_started",
+        moved=TransferProgress(done=1, total=2),
+        detail="half",
     )
     assert step.instance.task_state == "reboot_started"
     assert step.events[0].data == {
@@ -194,7 +210,9 @@ def test_progress_is_life_and_is_told_only_when_it_says_something() -> None:
 
 def test_a_new_phase_starts_without_the_progress_of_the_old_one() -> None:
     """Progress is of the phase."""
-    half = progress(serving(O.REBOOT), "r0", 1, START_MS, moved=Moved(done=1, total=2), detail="half").instance
+    half = progress(
+        serving(O.REBOOT), "r0", 1, START_MS, moved=TransferProgress(done=1, total=2), detail="half"
+    ).instance
     assert progress(half, "r0", 1, START_MS).instance.outstanding[0].progress == 0.5
     moved = progress(half, "r0", 1, START_MS, phase="reboot_pending").instance.outstanding[0]
     assert (moved.progress, moved.detail) == (None, None)
@@ -336,8 +354,8 @@ def test_what_is_plugged_in_beside_a_state_change_is_not_undone_by_it() -> None:
     plugged = replace(read, disks=(Disk(id="v", path="/v"),))
     grown = replace(read, memory_mib=256)
     instance = replace(instance_in(V.ACTIVE), spec=read)
-    instance = known_by(instance, Kept(spec=plugged), Lane.COMPONENT)
-    instance = known_by(instance, Kept(spec=grown), Lane.STATE)
+    instance = apply_update(instance, InstanceUpdate(spec=plugged), Lane.COMPONENT)
+    instance = apply_update(instance, InstanceUpdate(spec=grown), Lane.STATE)
     assert instance.spec == replace(grown, disks=plugged.disks)
-    instance = known_by(instance, Kept(spec=read), Lane.COMPONENT)
+    instance = apply_update(instance, InstanceUpdate(spec=read), Lane.COMPONENT)
     assert instance.spec == grown

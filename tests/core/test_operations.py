@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from core_samples import O, V
 
-from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Entry, Landing, Lane, Operation, land
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.operations import BIT, CATALOGUE, FIELDS, TASK_OPERATION, TASK_STATES, Entry, Lane, Operation
+from interlock.core.record_operations import RECORD_OPERATIONS
+from interlock.core.state_stack import resolve_target
+from interlock.core.states import NO_TASK, Target, VmState
+from interlock.driver.operations import PERFORMS
 
 EVERY = sorted(CATALOGUE.values(), key=lambda entry: entry.operation.value)
 
@@ -15,6 +18,11 @@ def test_every_operation_has_an_entry_of_its_own() -> None:
     """The catalogue is complete."""
     assert set(CATALOGUE) == set(Operation)
     assert all(entry.operation is operation for operation, entry in CATALOGUE.items())
+
+
+def test_what_changes_the_record_only_is_performed_by_the_core() -> None:
+    """Each by its own entry: an operation that has none is an error, never another one."""
+    assert set(RECORD_OPERATIONS) == {entry.operation for entry in EVERY if entry.lane is Lane.RECORD}
 
 
 def test_a_phase_belongs_to_one_operation() -> None:
@@ -43,6 +51,27 @@ def test_an_entry_makes_sense(entry: Entry) -> None:
     assert not entry.hard_phases or len(entry.hard_phases) == len(entry.phases)
 
 
+@pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.operation.value)
+def test_a_definition_says_what_people_read(entry: Entry) -> None:
+    """Its command, the reference and the OpenAPI description are made from it."""
+    assert entry.summary.endswith(".")
+    assert entry.confirm is None or "{vm}" in entry.confirm
+    for field in FIELDS[entry.operation]:
+        assert field.description, field.name
+        assert entry.command is None or field.form is not None, field.name
+    names = [field.name for field in FIELDS[entry.operation]]
+    assert entry.parameters.secret is None or entry.parameters.secret in names
+
+
+def test_no_two_operations_have_one_command() -> None:
+    commands = [entry.command for entry in EVERY if entry.command is not None]
+    assert len(set(commands)) == len(commands)
+
+
+def test_every_operation_is_performed_by_somebody() -> None:
+    assert set(Operation) == PERFORMS
+
+
 def test_a_delete_can_be_performed_anywhere() -> None:
     """Law 5: delete always gets there."""
     for operation in (O.DELETE, O.FORCE_DELETE):
@@ -62,24 +91,35 @@ def test_a_bit_means_for_ever_what_it_meant_when_it_was_recorded() -> None:
     assert {operation: BIT[operation].bit_length() - 1 for operation in recorded} == recorded
 
 
-UNDOING = [entry for entry in CATALOGUE.values() if entry.to is Landing.PRIOR]
+EVACUATED = {
+    V.BUILDING: V.ACTIVE,
+    V.ERROR: V.ACTIVE,
+    V.SUSPENDED: V.STOPPED,
+    V.SHELVED: V.SHELVED_OFFLOADED,
+    V.RESIZED: V.ACTIVE,
+}
+"""What an instance is without the host that it was on; what was resized is what it was before."""
+
+UNDOING = [entry for entry in CATALOGUE.values() if entry.to is Target.PRIOR]
 
 
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize("vm_state", list(VmState))
 def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_state: VmState) -> None:
-    """`land` is total, and leads where the catalogue says."""
+    """`resolve_target` is total, and leads where the catalogue says."""
     for memory in ((), (V.STOPPED,), (V.RESCUED, V.STOPPED)):
-        state, kept = land(operation, vm_state, memory)
+        state, kept = resolve_target(operation, vm_state, memory)
         entry = CATALOGUE[operation]
         match entry.to:
-            case Landing.SAME:
+            case Target.SAME:
                 assert state is vm_state
-            case Landing.REPAIRED:
+            case Target.REPAIRED:
                 assert state is (V.ACTIVE if vm_state is V.ERROR else vm_state)
-            case Landing.PRIOR:
+            case Target.PRIOR:
                 assert state is (memory[0] if memory else V.ACTIVE)
-            case Landing.PRESENT:
+            case Target.EVACUATED:
+                assert state is (memory[-1] if vm_state is V.RESIZED and memory else EVACUATED.get(vm_state, vm_state))
+            case Target.PRESENT:
                 assert (state, kept) == ((memory[-1] if memory else V.ACTIVE), ())
             case expected:
                 assert state is expected
@@ -95,7 +135,7 @@ def test_a_landing_is_a_state_whatever_was_remembered(operation: Operation, vm_s
 def test_what_is_undone_leads_back(there: Operation, back: Operation) -> None:
     """To where the instance was before, running or not."""
     for before in (V.ACTIVE, V.STOPPED):
-        assert land(back, *land(there, before, ())) == (before, ())
+        assert resolve_target(back, *resolve_target(there, before, ())) == (before, ())
 
 
 @pytest.mark.parametrize(
@@ -104,17 +144,17 @@ def test_what_is_undone_leads_back(there: Operation, back: Operation) -> None:
 def test_a_soft_delete_and_a_restore_change_nothing(there: Operation, back: Operation) -> None:
     """What could be undone before can be undone after."""
     for before in (V.ACTIVE, V.STOPPED):
-        was = land(there, before, ())
-        deleted = land(O.SOFT_DELETE, *was)
+        was = resolve_target(there, before, ())
+        deleted = resolve_target(O.SOFT_DELETE, *was)
         assert deleted == (V.SOFT_DELETED, (was[0], before))
-        assert land(O.RESTORE, *deleted) == was
-        assert land(back, *was) == (before, ())
+        assert resolve_target(O.RESTORE, *deleted) == was
+        assert resolve_target(back, *was) == (before, ())
 
 
 def test_what_is_offloaded_goes_back_to_where_it_was_shelved() -> None:
-    assert land(O.SHELVE_OFFLOAD, V.SHELVED, (V.SUSPENDED,)) == (V.SHELVED_OFFLOADED, (V.SUSPENDED,))
+    assert resolve_target(O.SHELVE_OFFLOAD, V.SHELVED, (V.SUSPENDED,)) == (V.SHELVED_OFFLOADED, (V.SUSPENDED,))
 
 
 def test_what_came_from_where_it_could_not_be_asked_has_no_way_back_beyond_that() -> None:
     """So that a policy that admits anything makes no memory longer and longer."""
-    assert land(O.RESCUE, V.SHELVED, (V.STOPPED,)) == (V.RESCUED, (V.SHELVED,))
+    assert resolve_target(O.RESCUE, V.SHELVED, (V.STOPPED,)) == (V.RESCUED, (V.SHELVED,))

@@ -8,8 +8,8 @@ from interlock.core.admission import admit
 from interlock.core.lifecycle import finish, take
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy, Policy, Verdict
-from interlock.core.records import Admitted, Outcome, Request, Status
-from interlock.core.request_queue import first_phase, foresee, next_served
+from interlock.core.records import Admitted, Instance, Outcome, Request, Status
+from interlock.core.request_queue import Draft, first_phase, foresee, judge_again, next_served, replace
 
 POLICY = CompiledPolicy(ORDINARY)
 ANYTHING = CompiledPolicy(
@@ -146,3 +146,57 @@ def test_a_full_queue_refuses_and_lets_delete_in() -> None:
     refused = admit(instance, ask(O.PAUSE, "q3"), policy, START_MS).answer
     assert getattr(refused, "reason", None) == "queue_full"
     assert isinstance(admit(instance, ask(O.DELETE, "q3"), policy, START_MS).answer, Admitted)
+
+
+OUT_OF_TURN = CompiledPolicy(
+    Policy(
+        name="out of turn",
+        rules=(
+            rule("stop", {O.STOP}, Verdict.ADMIT, vm_states=frozenset({V.ACTIVE}), in_turn=False),
+            rule("swap", {O.SWAP_VOLUME}, Verdict.ADMIT, vm_states=frozenset({V.ACTIVE}), in_turn=False),
+            rule("start", {O.START}, Verdict.ADMIT, vm_states=frozenset({V.STOPPED})),
+            rule("others", {O.MIGRATE, O.PAUSE}, Verdict.ADMIT),
+        ),
+    )
+)
+
+
+def _after(instance: Instance, outcome: Outcome) -> Instance:
+    """Take what comes first, and finish it."""
+    taken = take(instance, None, START_MS)
+    assert taken.answer is not None
+    request = taken.answer
+    return finish(taken.instance, request.id, request.fence, outcome, OUT_OF_TURN, START_MS).instance
+
+
+def test_what_was_not_admitted_in_turn_is_not_cancelled_for_where_the_queue_leads() -> None:
+    """It was admitted wherever the queue leads, so it stays while the present state permits it."""
+    instance = queue(instance_in(), OUT_OF_TURN, O.PAUSE, O.MIGRATE, O.STOP, O.SWAP_VOLUME)
+    again = Draft(instance, START_MS)
+    assert judge_again(again, OUT_OF_TURN) == ()
+    # A pause that failed leaves it active, and the queue is judged again with a migration still before the stop.
+    instance = _after(instance, Outcome.FAILED)
+    assert waiting_for(instance) == ["migrate", "stop", "swap_volume"]
+    instance = _after(instance, Outcome.FAILED)
+    assert waiting_for(instance) == ["stop", "swap_volume"]
+
+
+def test_what_was_not_admitted_in_turn_is_cancelled_where_no_state_permits_it() -> None:
+    """Nothing is served where it is not permitted: after the migration there is nothing to stop."""
+    instance = queue(instance_in(), OUT_OF_TURN, O.MIGRATE, O.STOP, O.SWAP_VOLUME)
+    instance = _after(instance, Outcome.SUCCEEDED)
+    assert instance.vm_state is V.MIGRATED_OUT
+    assert waiting_for(instance) == []
+
+
+def test_what_was_not_admitted_in_turn_stays_where_only_the_foreseen_state_permits_it() -> None:
+    """A guest that ended by itself is started again by what waits before the stop."""
+    instance = queue(instance_in(V.STOPPED), OUT_OF_TURN, O.START)
+    stop = Request(
+        id="q2", instance_id="i-1", operation=O.STOP, requested_by="ada", rule="stop", admitted_at_ms=START_MS,
+        in_turn=False,
+    )  # fmt: skip
+    instance = replace(instance, outstanding=(*instance.outstanding, stop))
+    assert judge_again(Draft(instance, START_MS), OUT_OF_TURN) == ()
+    kept_in_turn = replace(instance, outstanding=(replace(stop, in_turn=True),))
+    assert judge_again(Draft(kept_in_turn, START_MS), OUT_OF_TURN) == ("q2",)

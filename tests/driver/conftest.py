@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from in_process.embedded import Embedded
+from in_process.in_memory_agent import Neighbour
+from in_process.three_hosts import SMALL, Street
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.testing.embedded import Embedded
+from interlock.ports import Limits
 
 IMPATIENT = """
 [policy]
@@ -22,7 +25,7 @@ silent_for = "150ms"
 verdict = "after"
 threshold = "600ms"
 reason = "no_sign_of_life"
-because = "What is in flight has shown no life."
+because = "The operation in progress has stalled."
 """
 
 
@@ -39,3 +42,40 @@ async def fleet(tmp_path: Path, host: SimulatedHost) -> AsyncIterator[Embedded]:
     await embedded.start()
     yield embedded
     await embedded.server.close()
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Embedded]:
+    """A server under `standard`, whose host is called `here`."""
+    embedded = Embedded(tmp_path / "data", SimulatedHost())
+    await embedded.start()
+    yield embedded
+    await embedded.server.close()
+
+
+@pytest.fixture
+async def north(house: Embedded, tmp_path: Path) -> AsyncIterator[Neighbour]:
+    """Another host of `house`."""
+    neighbour = Neighbour("north", tmp_path / "north")
+    await neighbour.open()
+    await neighbour.connect(house)
+    yield neighbour
+    await neighbour.close()
+
+
+@pytest.fixture
+def limits() -> Limits:
+    """What may be promised of the other hosts of `street`."""
+    return SMALL
+
+
+@pytest.fixture
+async def street(tmp_path: Path, limits: Limits) -> AsyncIterator[Street]:
+    one = Street(tmp_path, limits)
+    for other in (one.north, one.south):
+        await other.open()
+    await one.start()
+    yield one
+    for other in (one.north, one.south):
+        await other.close()
+    await one.house.server.close()

@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import InUse, Invalid, NameTaken, NoRoom
+from in_process.embedded import IMAGE, Embedded
+from interlock.core.errors import InsufficientCapacity, InUse, Invalid, NameTaken
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Change, Event, Instance
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.ports import Limits
-from interlock.service.answers import Answer
-from interlock.service.wishes import NewInstance, NewVolume
-from interlock.testing.embedded import IMAGE, Embedded
+from interlock.service.request_models import NewInstance, NewVolume
+from interlock.service.submission_results import SubmissionResult
 
 O = Operation  # noqa: E741
 LIMITS = Limits(memory_mib=1024, vcpus=8, disk_mib=4096)
@@ -38,7 +38,7 @@ class Limited(Embedded):
         self.server.capacity._limits = LIMITS
 
 
-async def create(house: Embedded, name: str, memory_mib: int = 256, **more: object) -> Answer:
+async def create(house: Embedded, name: str, memory_mib: int = 256, **more: object) -> SubmissionResult:
     wish = msgspec.convert({"name": name, "image": IMAGE.name, "memory_mib": memory_mib, **more}, NewInstance)
     answer = await house.server.instances.create(house.caller, wish)
     if isinstance(answer.disposition, Admitted):
@@ -52,24 +52,24 @@ async def free_mib(house: Embedded) -> int | None:
 
 async def test_what_does_not_fit_is_refused_with_what_is_free_and_nothing_is_made(house: Embedded) -> None:
     await create(house, "one", 768)
-    with pytest.raises(NoRoom) as refusal:
+    with pytest.raises(InsufficientCapacity) as refusal:
         await create(house, "two", 512)
-    assert refusal.value.message == ("two does not fit on the host here: needs 512 MiB of memory, 256 MiB are free.")
+    assert refusal.value.message == ("two does not fit on the host here: needs 512 MiB of memory, 256 MiB free.")
     assert (refusal.value.needed, refusal.value.free) == ({"memory_mib": 512}, {"memory_mib": 256})
     assert await house.server.store.instance_named("default", "two") is None
     await create(house, "two", 256)
 
 
 async def test_every_shortage_is_named(house: Embedded) -> None:
-    with pytest.raises(NoRoom) as refusal:
+    with pytest.raises(InsufficientCapacity) as refusal:
         await create(house, "big", 2048, vcpus=9)
     assert refusal.value.needed == {"memory_mib": 2048, "vcpus": 9}
 
 
 async def test_two_who_ask_at_once_do_not_both_get_the_last_room(house: Embedded) -> None:
     answers = await asyncio.gather(*(create(house, f"vm{n}", 200) for n in range(20)), return_exceptions=True)
-    made = [answer for answer in answers if isinstance(answer, Answer)]
-    refused = [answer for answer in answers if isinstance(answer, NoRoom)]
+    made = [answer for answer in answers if isinstance(answer, SubmissionResult)]
+    refused = [answer for answer in answers if isinstance(answer, InsufficientCapacity)]
     assert (len(made), len(refused)) == (5, 15)
     assert await free_mib(house) == 24
 
@@ -97,15 +97,15 @@ async def test_a_restarted_server_counts_what_there_is(house: Embedded) -> None:
     await house.crash()
     await house.start()
     stands = await house.server.capacity.occupancy()
-    assert (stands.promised.memory_mib, stands.promised.disk_mib, stands.guests) == (768, 100, 1)
-    with pytest.raises(NoRoom):
+    assert (stands.claimed.memory_mib, stands.claimed.disk_mib, stands.guests) == (768, 100, 1)
+    with pytest.raises(InsufficientCapacity):
         await create(house, "two", 512)
 
 
 async def test_a_volume_takes_of_the_disk_and_gives_it_back(house: Embedded) -> None:
     inventory = house.server.inventory
     await inventory.make_volume(house.caller, NewVolume(name="data", size_mib=4000))
-    with pytest.raises(NoRoom) as refusal:
+    with pytest.raises(InsufficientCapacity) as refusal:
         await inventory.make_volume(house.caller, NewVolume(name="more", size_mib=100))
     assert refusal.value.free == {"disk_mib": 96}
     assert [volume.name for volume in await inventory.volumes(house.caller)] == ["data"]
@@ -115,9 +115,9 @@ async def test_a_volume_takes_of_the_disk_and_gives_it_back(house: Embedded) -> 
 
 async def test_the_disk_keeps_a_free_part_for_real(house: Embedded) -> None:
     house.server.capacity._limits = Limits(disk_reserved_mib=1 << 40)
-    with pytest.raises(NoRoom) as refusal:
+    with pytest.raises(InsufficientCapacity) as refusal:
         await create(house, "one", 64, root_gib=1)
-    assert "must stay free" in refusal.value.message
+    assert "no space left" in refusal.value.message
     await create(house, "two", 64)
 
 
@@ -133,7 +133,7 @@ async def test_a_port_that_another_instance_has_is_refused_before_it_is_started(
 
 async def test_a_port_that_is_named_twice_is_refused_before_anything_is_made(house: Embedded) -> None:
     forwards = ({"host_port": 2222, "guest_port": 22}, {"host_port": 2222, "guest_port": 80})
-    with pytest.raises(Invalid, match="host_port is named twice"):
+    with pytest.raises(Invalid, match="duplicate host_port"):
         await create(house, "one", 64, forwards=forwards)
     assert await house.server.store.instance_named("default", "one") is None
 

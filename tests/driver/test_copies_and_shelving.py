@@ -8,16 +8,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from in_process.embedded import Embedded, admitted, refused
 from instance_disks import image_files, now, put_images, root
-from interlock.core.errors import Forbidden, InUse, Invalid, NameTaken, NotFound
+from interlock.core.errors import Forbidden, InUse, NameTaken, NotFound
 from interlock.core.operations import Operation
-from interlock.core.records import Image, Status
+from interlock.core.records import Denied, Image, Status
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
 from interlock.ports import Role
-from interlock.service.callers import Caller
-from interlock.testing.embedded import Embedded, admitted
+from interlock.service.auth import Caller
 
 O = Operation  # noqa: E741
 
@@ -32,7 +32,7 @@ async def image_named(fleet: Embedded, name: str) -> Image:
 
 
 async def backups(fleet: Embedded, vm: str, backup_type: str) -> list[Image]:
-    kept = await fleet.server.store.images()
+    kept = await fleet.server.store.images.all()
     return [one for one in kept if (one.source_instance, one.backup_type) == (vm, backup_type)]
 
 
@@ -79,7 +79,7 @@ async def test_the_name_of_a_snapshot_is_taken_from_the_moment_it_is_asked_for(
     other = await fleet.create("two", image="disk")
     host.faults.script(vm, Method.EXPORT_ROOT_DISK, Slow(300))
     first = admitted(await fleet.submit(vm, O.SNAPSHOT, name="golden"))
-    with pytest.raises(NameTaken, match="is being made"):
+    with pytest.raises(NameTaken, match="is being created"):
         await fleet.submit(other, O.SNAPSHOT, name="golden")
     await fleet.ended(first)
     with pytest.raises(NameTaken, match="already"):
@@ -153,10 +153,12 @@ async def test_what_a_killed_server_left_of_a_snapshot_is_swept_at_the_next_star
 
 async def test_an_instance_that_boots_a_kernel_is_not_copied(fleet: Embedded) -> None:
     vm = await fleet.create("web")
-    with pytest.raises(Invalid, match="boots a kernel"):
-        await fleet.submit(vm, O.SNAPSHOT, name="golden")
-    with pytest.raises(Invalid, match="boots a kernel"):
-        await fleet.submit(vm, O.BACKUP, backup_type="daily", rotation=1)
+    answer = await fleet.submit(vm, O.SNAPSHOT, name="golden")
+    assert refused(answer) == "no_bootable_disk"
+    assert isinstance(answer.disposition, Denied)
+    assert answer.disposition.because is not None
+    assert "boots a kernel" in answer.disposition.because
+    assert refused(await fleet.submit(vm, O.BACKUP, backup_type="daily", rotation=1)) == "no_bootable_disk"
 
 
 async def test_backups_rotate_by_type_and_those_in_use_stay(fleet: Embedded) -> None:
@@ -173,7 +175,7 @@ async def test_backups_rotate_by_type_and_those_in_use_stay(fleet: Embedded) -> 
         await fleet.server.inventory.delete_image(fleet.caller, kept[0].id)
     ended = await fleet.carry_out(vm, O.BACKUP, backup_type="daily", rotation=1)
     assert ended.message is not None
-    assert "1 of its older daily backups are in use" in ended.message
+    assert "1 older daily backups are in use" in ended.message
     left = await backups(fleet, vm, "daily")
     assert kept[0] in left
     assert len(left) == 2
@@ -191,10 +193,10 @@ async def test_a_vm_is_shelved_offloaded_and_comes_back_with_what_was_on_its_dis
     shelved = await now(fleet, vm)
     assert (shelved.vm_state, host.guests[vm].power) == (VmState.SHELVED, PowerState.NONE)
     assert shelved.shelved_image is not None
-    assert shelved.shelved_image not in await fleet.server.store.images()
+    assert shelved.shelved_image not in await fleet.server.store.images.all()
     assert (await fleet.carry_out(vm, O.SHELVE_OFFLOAD)).status is Status.SUCCEEDED
     assert vm not in host.guests
-    kept = await fleet.server.store.volume("data")
+    kept = await fleet.server.store.volumes.get("data")
     assert kept is not None
     assert kept.attached_to == vm
     await fleet.crash()
@@ -351,7 +353,6 @@ async def test_what_was_stopped_before_its_disk_was_made_has_one_to_copy(
 ) -> None:
     await put_images(fleet)
     vm = await fleet.create("web", image="disk", start=False)
-    await fleet.carry_out(vm, O.STOP, hard=True)
     assert (await now(fleet, vm)).vm_state is VmState.STOPPED
     ended = await fleet.carry_out(vm, operation, **parameters)
     assert ended.status is Status.SUCCEEDED, ended.message

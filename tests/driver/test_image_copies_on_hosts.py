@@ -10,14 +10,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from in_process.embedded import IMAGE, Embedded, admitted
+from in_process.in_memory_agent import Neighbour
 from interlock.core.operations import Operation
 from interlock.core.records import Image
 from interlock.driver.image_copies import ImageCopies
-from interlock.hypervisors.remote.files import Shelf
+from interlock.hypervisors.remote.file_cache import FileCache
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.service.wishes import NewInstance
-from interlock.testing.embedded import IMAGE, Embedded, admitted
-from interlock.testing.neighbour import Neighbour
+from interlock.service.request_models import NewInstance
 
 O = Operation  # noqa: E741
 HOUR_MS = 3_600_000
@@ -133,12 +133,12 @@ async def test_what_a_guest_there_boots_or_a_disk_is_a_layer_over_never_goes(yar
     await yard.image("one")
     await yard.house.carry_out(await yard.create("vm", "one"), O.DELETE)
     (copy,) = yard.north.copies.iterdir()
-    yard.north.boots_from = frozenset({str(copy)})
-    await yard.house.server.store.delete_image("one")
+    yard.north.images_in_use = frozenset({str(copy)})
+    await yard.house.server.store.images.delete("one")
     yard.age(hours=1000)
     await yard.sweep()
     assert yard.copies() == ["one.kernel"]
-    yard.north.boots_from = frozenset()
+    yard.north.images_in_use = frozenset()
     await yard.sweep()
     assert yard.copies() == []
 
@@ -155,13 +155,15 @@ async def test_a_use_begins_the_time_afresh(yard: Yard) -> None:
 
 
 async def test_what_a_guest_used_until_now_counts_as_used_now(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, None)
-    shelf.open()
     copy = tmp_path / "images" / "copy"
+    used = {str(copy)}
+    cache = FileCache(tmp_path, None, lambda: used)
+    cache.open()
     copy.touch()
     os.utime(copy, (0, 0))
-    assert shelf.copies({str(copy)}) == {}
-    assert shelf.copies(())["copy"] < HOUR_MS
+    assert await cache.image_copies() == {}
+    used.clear()
+    assert (await cache.image_copies())["copy"] < HOUR_MS
 
 
 async def test_what_is_asked_for_between_listing_and_removing_stays(yard: Yard) -> None:

@@ -7,17 +7,17 @@ import os
 import msgspec
 import pytest
 
+from in_process.embedded import Embedded, admitted
 from interlock.config import DriverConfig
 from interlock.core import lifecycle
 from interlock.core.admission import admit
 from interlock.core.operations import Lane, Operation
 from interlock.core.records import Cancellation, Change, Instance, Status, Submission
 from interlock.core.states import PowerState, VmState
+from interlock.driver.operation_context import OperationContext
 from interlock.driver.operations import memory
-from interlock.driver.work import Work
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import GuestVanishes, Hangs, Method, Refuses, Slow
-from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 
@@ -66,11 +66,11 @@ async def test_undoing_a_suspension_that_was_done_already_restores_the_guest(
     vm = await fleet.create("web")
     submission = Submission(request_id="suspend", operation=O.SUSPEND, requested_by="tester")
 
-    def decide(instance: Instance, now_ms: int) -> Change[Work]:
+    def decide(instance: Instance, now_ms: int) -> Change[OperationContext]:
         change = lifecycle.take(admit(instance, submission, fleet.server.policy, now_ms).instance, Lane.STATE, now_ms)
         assert change.answer is not None
         taken = msgspec.structs.replace(change.instance, vm_state=before)
-        return Change(instance=taken, answer=Work(fleet.server.means, taken, change.answer))
+        return Change(instance=taken, answer=OperationContext(fleet.server.means, taken, change.answer))
 
     work = await fleet.server.store.change(vm, decide)
     await memory.suspend(work)
@@ -112,12 +112,17 @@ async def test_a_resume_that_is_refused_can_be_asked_again_or_given_up(fleet: Em
     )
 
 
-async def test_a_resume_without_saved_memory_starts_afresh_and_says_so(fleet: Embedded, host: SimulatedHost) -> None:
+async def test_a_resume_without_saved_memory_fails_and_says_what_gives_it_up(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
     vm = await suspended(fleet)
     host.guests[vm].memory_saved = False
     request = await fleet.carry_out(vm, O.RESUME)
-    assert request.status is Status.SUCCEEDED
-    assert "afresh" in (request.message or "")
+    assert request.status is Status.FAILED
+    assert "hard reboot" in (request.message or "")
+    assert (host.guests[vm].power, host.guests[vm].starts) == (PowerState.NONE, 1)
+    await fleet.until(vm, vm_state=VmState.SUSPENDED)
+    assert (await fleet.carry_out(vm, O.REBOOT, hard=True)).status is Status.SUCCEEDED
     assert (host.guests[vm].power, host.guests[vm].starts) == (PowerState.RUNNING, 2)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.errors import NoRoom
+from in_process.embedded import Embedded
+from in_process.in_memory_agent import Neighbour
+from interlock.core.errors import InsufficientCapacity
 from interlock.core.operations import Operation
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.ports import Limits
-from interlock.service.wishes import NewRequest
-from interlock.testing.embedded import Embedded
-from interlock.testing.neighbour import Neighbour
+from interlock.service.request_models import NewRequest
 
 O = Operation  # noqa: E741
 
@@ -43,11 +43,11 @@ async def test_what_finds_no_place_is_refused_in_words(house: Embedded, *, stopp
         await house.carry_out(vm, O.STOP)
     await house.make_volume("v2")
     for operation, more in ((O.ATTACH_VOLUME, {"volume": "v2"}), (O.ATTACH_INTERFACE, {})):
-        with pytest.raises(NoRoom) as refused:
+        with pytest.raises(InsufficientCapacity) as refused:
             await house.submit(vm, operation, **more)
         assert refused.value.message == (
-            "web does not fit on the host here: with this it has 3 volumes and further interfaces, and a guest there "
-            "has places for 2 beside its root disk."
+            "web does not fit on the host here: it needs hotplug ports for 3 volumes and additional interfaces; a "
+            "guest there has 2 beside its root disk."
         )
         assert (refused.value.needed, refused.value.free) == ({"devices": 1}, {"devices": 0})
     await house.carry_out(vm, O.DETACH_VOLUME, volume="v1")
@@ -60,10 +60,10 @@ async def test_what_is_on_its_way_has_its_place(house: Embedded) -> None:
     for number in range(2):
         await house.make_volume(f"v{number}")
         await house.submit(vm, O.ATTACH_VOLUME, volume=f"v{number}")
-    with pytest.raises(NoRoom, match="places for 2"):
+    with pytest.raises(InsufficientCapacity, match="there has 2 beside"):
         await house.submit(vm, O.ATTACH_INTERFACE)
     wish = NewRequest(operation=O.ATTACH_INTERFACE, hold="10m")
-    with pytest.raises(NoRoom, match="places for 2"):
+    with pytest.raises(InsufficientCapacity, match="there has 2 beside"):
         await house.server.instances.submit(house.caller, vm, wish)
     house.host.thaw(vm)
 
@@ -79,7 +79,7 @@ async def test_a_host_whose_guests_have_fewer_places_takes_only_what_fits(house:
     for other in others:
         await other.open()
         await other.connect(house)
-    with pytest.raises(NoRoom, match="the host narrow"):
+    with pytest.raises(InsufficientCapacity, match="the host narrow"):
         await house.submit(vm, O.MIGRATE, host="narrow")
     assert (await house.carry_out(vm, O.MIGRATE, host="any")).parameters["host"] == "wide"
     for other in others:

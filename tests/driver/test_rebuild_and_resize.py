@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from in_process.embedded import Embedded, admitted, refused
 from instance_disks import OTHER, now, put_images, root
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
@@ -13,7 +14,6 @@ from interlock.core.records import Status
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
-from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 
@@ -67,7 +67,7 @@ async def test_a_vanished_image_is_refused_before_anything_is_changed(fleet: Emb
     ended = await fleet.carry_out(vm, O.REBUILD, image="other")
     assert ended.status is Status.FAILED
     assert ended.message is not None
-    assert "other is not there any more; nothing was changed" in ended.message
+    assert "Image not found: other; nothing was changed" in ended.message
     assert (await now(fleet, vm)).vm_state is VmState.ERROR
     assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
     assert root(host, vm).written == ("precious",)
@@ -205,7 +205,7 @@ async def test_a_resize_whose_guest_ended_by_itself_can_still_be_confirmed_and_r
         assert (await fleet.carry_out(vm, operation)).status is Status.SUCCEEDED
     instance = await now(fleet, vm)
     assert instance.spec is not None
-    assert (instance.prior_spec, instance.memory) == (None, ())
+    assert (instance.prior_spec, instance.state_stack) == (None, ())
     power = host.guests[vm].power
     assert (instance.vm_state, power, instance.spec.vcpus, root(host, vm).written) == _SETTLED[settled_by]
 
@@ -233,7 +233,7 @@ async def test_a_guest_that_ends_while_its_resize_is_confirmed_is_stopped_then(
     host.guest_powers_off(vm)
     assert (await fleet.ended(request)).status is Status.SUCCEEDED
     instance = await fleet.until(vm, vm_state=VmState.STOPPED, power_state=PowerState.SHUTDOWN)
-    assert (instance.prior_spec, instance.memory) == (None, ())
+    assert (instance.prior_spec, instance.state_stack) == (None, ())
     assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
     assert host.guests[vm].power is PowerState.RUNNING
 
@@ -289,10 +289,10 @@ async def test_a_resize_is_finished_by_the_next_server_wherever_the_last_one_die
 
 async def test_a_size_that_makes_no_sense_is_told_at_once(fleet: Embedded) -> None:
     vm = await made(fleet)
-    for wrong in ({}, {"vcpus": 1}, {"memory_mib": 1 << 20}, {"vcpus": 0}):
+    assert refused(await fleet.submit(vm, O.RESIZE, vcpus=1)) == "same_size"
+    for wrong in ({}, {"memory_mib": 1 << 20}, {"vcpus": 0}):
         with pytest.raises(Invalid):
             await fleet.submit(vm, O.RESIZE, **wrong)
     await fleet.carry_out(vm, O.RESIZE, root_gib=2)
     await fleet.carry_out(vm, O.CONFIRM_RESIZE)
-    with pytest.raises(Invalid, match="never shrinks"):
-        await fleet.submit(vm, O.RESIZE, root_gib=1)
+    assert refused(await fleet.submit(vm, O.RESIZE, root_gib=1)) == "disk_would_shrink"

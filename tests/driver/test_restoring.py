@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from in_process.embedded import Embedded
 from instance_disks import image_files, now, put_images
 from interlock.core.operations import Operation
 from interlock.core.records import Instance, Status
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.testing.embedded import Embedded
 
 O = Operation  # noqa: E741
 V = VmState
@@ -49,7 +49,7 @@ def what_it_is(instance: Instance) -> tuple[object, ...]:
     """All of an instance that a soft delete and a restore leave as it was."""
     assert instance.spec is not None
     files = (instance.spec, instance.prior_spec, instance.shelved_image)
-    return (instance.vm_state, instance.power_state, instance.memory, instance.error, *files)
+    return (instance.vm_state, instance.power_state, instance.state_stack, instance.error, *files)
 
 
 CHAINS = (
@@ -78,7 +78,7 @@ async def test_a_soft_delete_forgets_nothing(
     guest = host.guests[vm]
     assert guest.power is _POWER.get(state, PowerState.NONE)
     assert guest.memory_saved is (state is V.SUSPENDED)
-    assert (await now(fleet, vm)).memory == ()
+    assert (await now(fleet, vm)).state_stack == ()
     (content,) = guest.roots.values()
     assert content.written == ("letter",)
 
@@ -90,7 +90,7 @@ async def test_what_had_nothing_to_undo_is_restored_as_it_was(
     vm = await brought(fleet, host, state)
     await carried_out(fleet, vm, O.SOFT_DELETE, O.RESTORE)
     instance = await fleet.until(vm, vm_state=state, power_state=_POWER.get(state, PowerState.NONE))
-    assert instance.memory == ()
+    assert instance.state_stack == ()
     assert instance.error == ("The guest crashed." if state is V.ERROR else None)
     assert host.guests[vm].memory_saved is (state is V.SUSPENDED)
 
@@ -103,4 +103,4 @@ async def test_nothing_is_left_of_what_is_deleted_for_good(
     await carried_out(fleet, vm, O.SOFT_DELETE, O.DELETE)
     assert vm not in host.guests
     assert image_files(fleet) == set()
-    assert (await now(fleet, vm)).memory == ()
+    assert (await now(fleet, vm)).state_stack == ()

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from in_process.embedded import Embedded, admitted
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Denied, Redundant, Status
 from interlock.core.states import PowerState, VmState
@@ -21,7 +22,6 @@ from interlock.hypervisors.simulated.faults import (
     Slow,
 )
 from interlock.ports import Permit
-from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 
@@ -76,11 +76,63 @@ async def test_a_guest_that_ignores_a_stop_loses_its_power_and_the_owner_is_told
     fleet: Embedded, host: SimulatedHost
 ) -> None:
     vm = await fleet.create("web")
-    host.faults.script(vm, Method.ASK_SHUTDOWN, GuestIgnores())
+    host.ignore_power_button(vm)
     request = await fleet.carry_out(vm, O.STOP)
     assert request.status is Status.SUCCEEDED
-    assert "did not power off" in (request.message or "")
+    assert "shutdown timed out" in (request.message or "")
     assert power(host, vm) is PowerState.NONE
+
+
+_SHUTS_DOWN: dict[Operation, dict[str, object]] = {
+    O.STOP: {},
+    O.REBOOT: {},
+    O.RESCUE: {},
+    O.RESIZE: {"memory_mib": 256},
+    O.SHELVE: {},
+}
+
+
+@pytest.mark.parametrize("operation", _SHUTS_DOWN)
+async def test_a_guest_that_misses_its_power_button_as_it_boots_is_asked_again(
+    fleet: Embedded, host: SimulatedHost, operation: Operation
+) -> None:
+    """It was pressed once, and the plug of a healthy guest was pulled at the deadline."""
+    vm = await fleet.create("web")
+    host.faults.script(vm, Method.ASK_SHUTDOWN, GuestIgnores())
+    request = await fleet.carry_out(vm, operation, **_SHUTS_DOWN[operation])
+    assert request.status is Status.SUCCEEDED, request.message
+    assert "shutdown timed out" not in (request.message or "")
+
+
+@pytest.mark.parametrize("operation", _SHUTS_DOWN)
+async def test_the_deadline_of_a_shutdown_runs_while_the_machine_gives_no_answer(
+    fleet: Embedded, host: SimulatedHost, operation: Operation
+) -> None:
+    """A stop of a frozen machine never ended: it waited to be able to ask its guest."""
+    vm = await fleet.create("web")
+    host.freeze(vm)
+    request = await fleet.carry_out(vm, operation, **_SHUTS_DOWN[operation])
+    assert request.status is Status.SUCCEEDED, request.message
+    assert request.message == "QEMU did not respond within 0.3 s; its process was ended."
+    assert power(host, vm) is not PowerState.PAUSED
+    assert not host.guests[vm].frozen
+
+
+async def test_a_machine_that_answers_again_before_the_deadline_is_shut_down_by_its_guest(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    host.freeze(vm)
+    stop = admitted(await fleet.submit(vm, O.STOP))
+
+    async def told() -> bool | None:
+        request = await fleet.server.store.request(stop.id)
+        return True if request is not None and "does not respond" in (request.detail or "") else None
+
+    assert await fleet.server.instances.watch.until(vm, told, 5_000)
+    host.thaw(vm)
+    ended = await fleet.ended(stop)
+    assert (ended.status, ended.message) == (Status.SUCCEEDED, None)
 
 
 async def test_a_hard_stop_ends_the_waiting_of_a_soft_one(fleet: Embedded, host: SimulatedHost) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from in_process.embedded import IMAGE, Embedded, admitted
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
-from interlock.hypervisors.simulated.senses import hashed
-from interlock.service.wishes import NewInstance, NewRequest
-from interlock.testing.embedded import IMAGE, Embedded, admitted
+from interlock.hypervisors.simulated.guest import hashed
+from interlock.service.request_models import NewInstance, NewRequest
 
 O = Operation  # noqa: E741
 WORD = "correct-horse-battery"
@@ -82,7 +82,7 @@ async def test_a_password_is_forgotten_with_the_server_and_the_request_says_so(
     await fleet.start()
     ended = await fleet.ended(request)
     assert ended.status is Status.FAILED
-    assert "only kept in memory" in (ended.message or "")
+    assert "kept in memory only" in (ended.message or "")
     assert host.guests[vm].passwords == {}
     assert (await fleet.carry_out(vm, O.SET_PASSWORD, user="ada", password=WORD)).status is Status.SUCCEEDED
 
@@ -94,10 +94,14 @@ async def test_a_password_that_is_refused_by_the_gate_is_forgotten_at_once(fleet
     assert fleet.server.passwords._kept == {}
 
 
-async def test_a_guest_without_an_agent_says_what_is_missing(fleet: Embedded, host: SimulatedHost) -> None:
+async def test_a_guest_whose_agent_has_gone_meanwhile_says_what_is_missing(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
     vm = await fleet.create("web")
+    host.faults.script(vm, Method.SET_PASSWORD, Slow(50))
+    asked = admitted(await fleet.submit(vm, O.SET_PASSWORD, password=WORD))
     host.guests[vm].has_agent = False
-    request = await fleet.carry_out(vm, O.SET_PASSWORD, password=WORD)
+    request = await fleet.ended(asked)
     assert request.status is Status.FAILED
     assert "agent" in (request.message or "")
 

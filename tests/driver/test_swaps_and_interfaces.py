@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from in_process.embedded import Embedded, admitted, refused
 from instance_disks import now
-from interlock.core.errors import InterlockError, InUse, Invalid, NoRoom, NotFound
+from interlock.core.errors import InterlockError, InUse, Invalid, NotFound
 from interlock.core.operations import Operation
-from interlock.core.records import Disk, Status
+from interlock.core.records import Denied, Disk, Status
 from interlock.core.specs import INTERFACES_MAX
 from interlock.core.states import PowerState, VmState
 from interlock.driver.operations.interfaces import mac_of
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Hangs, Method, Refuses, Slow
-from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 
@@ -29,7 +29,7 @@ async def with_volumes(fleet: Embedded, host: SimulatedHost) -> str:
 
 
 async def holders(fleet: Embedded) -> dict[str, str | None]:
-    return {one.id: one.attached_to for one in await fleet.server.store.volumes()}
+    return {one.id: one.attached_to for one in await fleet.server.store.volumes.all()}
 
 
 async def recorded(fleet: Embedded, vm: str) -> list[str]:
@@ -39,7 +39,7 @@ async def recorded(fleet: Embedded, vm: str) -> list[str]:
 
 
 def written(host: SimulatedHost, volume: str) -> tuple[str, ...]:
-    return host.storage.volume(Disk(id=volume, path=f"simulated:{volume}")).written
+    return host.storage.volume(Disk(id=volume, path=f"simulated:/{volume}")).written
 
 
 async def test_a_running_guest_goes_on_with_the_new_volume(fleet: Embedded, host: SimulatedHost) -> None:
@@ -109,8 +109,7 @@ async def test_a_start_that_cannot_end_because_of_a_volume_is_completed_by_a_swa
 
 async def test_a_running_guest_never_loses_what_is_on_its_volume(fleet: Embedded, host: SimulatedHost) -> None:
     vm = await with_volumes(fleet, host)
-    ended = await fleet.carry_out(vm, O.SWAP_VOLUME, old="old", new="new", copy=False)
-    assert ended.status is Status.FAILED
+    assert refused(await fleet.submit(vm, O.SWAP_VOLUME, old="old", new="new", copy=False)) == "guest_uses_volume"
     assert set(host.guests[vm].disks) == {"old"}
     assert await holders(fleet) == {"old": vm, "new": None}
 
@@ -143,15 +142,12 @@ async def test_a_swap_that_makes_no_sense_is_told_at_once(fleet: Embedded, host:
     other = await fleet.create("two")
     await fleet.make_volume("theirs")
     await fleet.carry_out(other, O.ATTACH_VOLUME, volume="theirs")
-    wrong: tuple[tuple[str, str, type[InterlockError]], ...] = (
-        ("old", "old", Invalid),
-        ("new", "old", InUse),
-        ("old", "theirs", InUse),
-        ("old", "nothing", NotFound),
-    )
-    for old, new, error in wrong:
+    for old, new, reason in (("old", "old", "same_volume"), ("new", "old", "already_attached")):
+        assert refused(await fleet.submit(vm, O.SWAP_VOLUME, old=old, new=new)) == reason
+    wrong: tuple[tuple[str, type[InterlockError]], ...] = (("theirs", InUse), ("nothing", NotFound))
+    for new, error in wrong:
         with pytest.raises(error):
-            await fleet.submit(vm, O.SWAP_VOLUME, old=old, new=new)
+            await fleet.submit(vm, O.SWAP_VOLUME, old="old", new=new)
 
 
 async def test_interfaces_come_and_go_with_the_guest_and_the_record(fleet: Embedded, host: SimulatedHost) -> None:
@@ -166,8 +162,7 @@ async def test_interfaces_come_and_go_with_the_guest_and_the_record(fleet: Embed
         (given.id, "52:54:00:aa:bb:cc"),
     ]
     assert set(host.guests[vm].interfaces) == {made_up.id, given.id}
-    again = await fleet.carry_out(vm, O.ATTACH_INTERFACE, mac="52:54:00:aa:bb:cc")
-    assert again.status is Status.FAILED
+    assert refused(await fleet.submit(vm, O.ATTACH_INTERFACE, mac="52:54:00:aa:bb:cc")) == "address_taken"
     assert (await fleet.carry_out(vm, O.DETACH_INTERFACE, interface=given.id)).status is Status.SUCCEEDED
     assert set(host.guests[vm].interfaces) == {made_up.id}
     await fleet.carry_out(vm, O.STOP)
@@ -181,15 +176,15 @@ async def test_an_instance_has_so_many_interfaces_and_no_more(fleet: Embedded) -
     await fleet.carry_out(vm, O.STOP)
     for _ in range(INTERFACES_MAX):
         assert (await fleet.carry_out(vm, O.ATTACH_INTERFACE)).status is Status.SUCCEEDED
-    with pytest.raises(NoRoom, match="web has 8 interfaces beyond its first, or soon will") as refused:
-        await fleet.submit(vm, O.ATTACH_INTERFACE)
-    assert (refused.value.needed, refused.value.free) == ({"interfaces": 1}, {"interfaces": 0})
+    answer = await fleet.submit(vm, O.ATTACH_INTERFACE)
+    assert refused(answer) == "too_many_interfaces"
+    assert isinstance(answer.disposition, Denied)
+    assert "web has the maximum of 8 interfaces" in (answer.disposition.because or "")
 
 
 async def test_an_interface_that_is_not_there_or_no_address_is_told_at_once(fleet: Embedded) -> None:
     vm = await fleet.create("web")
-    with pytest.raises(NotFound):
-        await fleet.submit(vm, O.DETACH_INTERFACE, interface="nobody")
+    assert refused(await fleet.submit(vm, O.DETACH_INTERFACE, interface="nobody")) == "no_such_interface"
     for mac in ("01:00:5e:00:00:01", "52:54:00:12:34", "00:00:00:00:00:00", "x"):
         with pytest.raises(Invalid):
             await fleet.submit(vm, O.ATTACH_INTERFACE, mac=mac)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from in_process.embedded import Embedded, admitted
 from interlock.core.errors import InUse
 from interlock.core.operations import Operation
 from interlock.core.records import Redundant
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Slow
-from interlock.testing.embedded import Embedded, admitted
 
 O = Operation  # noqa: E741
 _SLOW = Slow(60_000)

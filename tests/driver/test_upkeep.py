@@ -10,30 +10,30 @@ from typing import Any, cast
 
 import pytest
 
+from in_process.embedded import IMAGE, Embedded
+from in_process.memory_store import MemoryStore
+from in_process.virtual_time import LoopClock, run_in_virtual_time
 from interlock.config import DriverConfig, UpkeepConfig
 from interlock.core import admission, lifecycle
-from interlock.core.errors import Refused
+from interlock.core.errors import OperationRejected
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Change, Disposition, Event, Image, Instance, Spec, Status, Submission
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy
 from interlock.core.states import VmState
-from interlock.driver.agent import Agent
-from interlock.driver.hosts import Hosts
+from interlock.driver.dispatcher import Dispatcher
+from interlock.driver.host_registry import HostRegistry
+from interlock.driver.operation_context import DriverDependencies
 from interlock.driver.operations import PERFORMS
-from interlock.driver.upkeep import Upkeep
-from interlock.driver.work import Means
-from interlock.hypervisors.dumps import DumpFolder
-from interlock.hypervisors.images import ImageFolder
+from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.policies.in_force import PolicyInForce
-from interlock.policies.sources import Source
+from interlock.images.dump_folder import DumpFolder
+from interlock.images.image_folder import ImageFolder
+from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.language.bundle import Source
 from interlock.ports import Permit, RemoteHost, Store
-from interlock.service.passwords import PasswordBox
-from interlock.service.wishes import Labels, NewInstance
-from interlock.testing.embedded import IMAGE, Embedded
-from interlock.testing.memory_store import MemoryStore
-from interlock.testing.virtual_time import LoopClock, run_in_virtual_time
+from interlock.service.passwords import PendingPasswords
+from interlock.service.request_models import Labels, NewInstance
 
 O = Operation  # noqa: E741
 DAY_MS = 24 * 3_600_000
@@ -56,24 +56,24 @@ class House:
         self.config = config or UpkeepConfig()
         self.policy = PolicyInForce(CompiledPolicy(Source.read("standard").policy, PERFORMS))
         self.ids = itertools.count()
-        self.agent: Agent
+        self.agent: Dispatcher
         self.hypervisor: SimulatedHypervisor
 
     async def start(self) -> None:
         store = cast("Store", self.store)
-        upkeep = Upkeep(store, self.policy, self.config, lambda: f"upkeep-{next(self.ids)}")
+        upkeep = ScheduledActions(store, self.policy, self.config, lambda: f"upkeep-{next(self.ids)}", lambda _: True)
         self.hypervisor = SimulatedHypervisor(self.host)
-        hosts = Hosts("here", self.hypervisor, _no_other)
-        images = ImageFolder(Path("/nowhere"), cache=Path("/nowhere"))
-        means = Means(
+        hosts = HostRegistry("here", self.hypervisor, _no_other, lambda _: True)
+        images = ImageFolder(Path("/nowhere"))
+        means = DriverDependencies(
             store=store,
             hosts=hosts,
             images=images,
             dumps=DumpFolder(Path("/nowhere")),
-            passwords=PasswordBox(),
+            passwords=PendingPasswords(),
             config=DriverConfig(drain_ms=1),
         )
-        self.agent = Agent(means, self.policy, upkeep)
+        self.agent = Dispatcher(means, self.policy, upkeep)
         await self.agent.open()
 
     async def restart(self) -> None:
@@ -204,9 +204,39 @@ def test_what_the_policy_refuses_is_asked_again_with_longer_and_longer_pauses_an
     in_house(story)
 
 
+PATIENT = """
+[policy]
+name = "patient"
+extends = "standard"
+description = "standard, which deletes nothing that was changed lately."
+
+[[rule]]
+id = "changed-lately"
+operations = ["delete"]
+vm_state = ["soft_deleted"]
+verdict = "after"
+threshold = "2h"
+reason = "changed_lately"
+because = "It was changed lately."
+"""
+
+
+def test_what_is_refused_until_some_moment_is_asked_again_then_and_not_before(tmp_path: Path) -> None:
+    (tmp_path / "patient.toml").write_text(PATIENT)
+
+    async def story(house: House) -> None:
+        house.policy.replace(CompiledPolicy(Source.read(str(tmp_path / "patient.toml")).policy, PERFORMS))
+        await house.put(VmState.SOFT_DELETED, updated_at_ms=house.store.now_ms())
+        await asyncio.sleep(7_200 + 60)
+        assert house.asked == [(O.DELETE, 7_200_000)]
+        assert next(house.ids) == 2, "once when it was due, and once when it could be admitted"
+
+    in_house(story, UpkeepConfig(reclaim_after_ms=1_000))
+
+
 def test_what_failed_is_tried_again_later() -> None:
     async def story(house: House) -> None:
-        undefine, refusals = house.hypervisor.undefine, [Refused("No."), Refused("Not yet.")]
+        undefine, refusals = house.hypervisor.undefine, [OperationRejected("No."), OperationRejected("Not yet.")]
 
         async def reluctant(permit: Permit, instance_id: str) -> None:
             if refusals:
@@ -220,6 +250,25 @@ def test_what_failed_is_tried_again_later() -> None:
         assert house.vm().vm_state is VmState.DELETED
 
     in_house(story)
+
+
+def test_what_fell_due_behind_somebodys_request_is_asked_for_when_that_has_ended() -> None:
+    """The request fails, so that no change of state tells of it."""
+
+    async def story(house: House) -> None:
+        async def fails_late(_permit: Permit, _instance_id: str, _spec: Spec) -> None:
+            await asyncio.sleep(5)
+            raise OperationRejected("No.")
+
+        house.hypervisor.define = fails_late  # type: ignore[assignment, method-assign]
+        await house.put(VmState.SOFT_DELETED, prior_vm_state=VmState.ACTIVE)
+        await asyncio.sleep(0.5)
+        await house.ask(O.RESTORE)
+        await asyncio.sleep(10)
+        assert house.asked == [(O.DELETE, 5_500)]
+        assert house.vm().vm_state is VmState.DELETED
+
+    in_house(story, UpkeepConfig(reclaim_after_ms=1_000))
 
 
 # ------------------------------------------------------------------------------------------------------- restarts
@@ -322,6 +371,26 @@ def test_a_resize_is_confirmed_in_time_also_where_its_guest_may_not_be_started_a
         assert len(house.asked) == 1
 
     in_house(story)
+
+
+def test_a_restart_waits_for_nothing_that_was_refused_before_it() -> None:
+    """The confirmation of its resize is put off longer and longer; that is no reason to put the restart off."""
+
+    async def story(house: House) -> None:
+        blocked = (O.CONFIRM_RESIZE,)
+        await house.put(VmState.STOPPED, restart=ALWAYS, blocked_operations=blocked)
+        await house.ask(O.START)
+        await asyncio.sleep(1)
+        await house.ask(O.RESIZE, vcpus=2)
+        await asyncio.sleep(DAY_S)
+        assert house.asked == []
+        tries = next(house.ids)
+        assert tries > 3, "it was refused again and again"
+        house.host.guest_panics("vm")
+        await asyncio.sleep(2)
+        assert [operation for operation, _ in house.asked] == [O.START]
+
+    in_house(story, UpkeepConfig(resize_confirm_window_ms=1_000))
 
 
 def test_a_crashed_guest_can_be_powered_off() -> None:

@@ -11,10 +11,10 @@ from random import Random
 import pytest
 from websockets.sync.client import connect
 
-from interlock.hypervisors.qemu.images_in_use import images_in_use
-from interlock.testing.boot_sector import bootable_image
-from interlock.testing.nano_guest import GREETING
-from interlock.testing.real_fleet import Fleet
+from boot_sector import bootable_image
+from interlock.bench.nano_guest import GREETING
+from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
+from processes.real_fleet import Fleet
 
 pytestmark = pytest.mark.qemu
 
@@ -124,12 +124,12 @@ def test_a_guest_outlives_its_agent_and_its_server(fleet: Fleet) -> None:
 def test_a_second_agent_on_the_same_folder_refuses_to_start(fleet: Fleet) -> None:
     north = fleet.add("north")
     command = [sys.executable, "-m", "interlock", "agent", "--server", str(fleet.server.client.base_url)]
-    command += ["--token-file", str(fleet.server.folder / "admin.token"), "--name", "south"]
+    command += ["--token-file", str(north.token_file()), "--name", "north"]
     second = subprocess.run(
         [*command, "--data-dir", str(north.folder)], capture_output=True, text=True, timeout=60, check=False
     )
     assert second.returncode != 0
-    assert "Another server is in charge of the guests" in second.stderr
+    assert "is locked by another server or agent" in second.stderr
 
 
 def test_what_is_asked_while_the_agent_is_away_is_done_when_it_is_back(fleet: Fleet) -> None:
@@ -143,7 +143,8 @@ def test_what_is_asked_while_the_agent_is_away_is_done_when_it_is_back(fleet: Fl
 
 
 def test_a_token_of_the_role_agent_speaks_for_a_host_and_does_nothing_else(fleet: Fleet) -> None:
-    made = fleet.server.client.post("/v1/tokens", json={"name": "north", "role": "agent", "project": "default"})
+    wish = {"name": "north", "role": "agent", "project": "default", "host": "north"}
+    made = fleet.server.client.post("/v1/tokens", json=wish)
     secret = made.json()["secret"]
     token = fleet.folder / "agent.token"
     token.write_text(secret)

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from interlock.testing.disk_hands import has_pattern, write_pattern
-from interlock.testing.real_fleet import Fleet
-from interlock.testing.real_server import guests_in
+from conformance.disk_patterns import has_pattern, write_pattern
+from processes.real_fleet import Fleet
+from processes.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 
@@ -50,7 +50,6 @@ def test_one_that_was_stopped_before_its_disk_was_made_goes_and_starts_there(fle
     north = fleet.add("north")
     body = {"name": "one", "image": "nano", "root_gib": 1, "start": False}
     fleet.server.client.post("/v1/instances", json=body).raise_for_status()
-    fleet.carry_out("one", "stop", hard=True)
     fleet.carry_out("one", "migrate", host="north")
     fleet.carry_out("one", "start")
     assert len(north.guests()) == 1
@@ -64,6 +63,9 @@ def test_an_instance_without_a_disk_goes_too(fleet: Fleet) -> None:
     assert guests_in(fleet.server.folder) == []
 
 
+@pytest.mark.parametrize(
+    "fleet", [{"INTERLOCK_DRIVER_GUEST_SHUTDOWN_TIMEOUT_MS": "20000"}], indirect=True, ids=["patient"]
+)
 def test_a_cancelled_migration_leaves_the_instance_as_it_was(fleet: Fleet) -> None:
     """It is cancelled while its guest, which ignores that, was asked to power off."""
     north = fleet.add("north")
@@ -89,10 +91,8 @@ def test_one_with_a_volume_that_the_host_cannot_reach_stays_and_runs(fleet: Flee
     fleet.server.client.post("/v1/volumes", json={"name": "data", "size_mib": 8}).raise_for_status()
     fleet.carry_out("one", "attach_volume", volume="data")
     (before,) = guests_in(fleet.server.folder)
-    request = fleet.server.submit("one", "migrate", host="north").json()["request"]["id"]
-    ended = fleet.server.ended(request)
-    assert ended["status"] == "failed"
-    assert "cannot reach the volume" in ended["message"]
+    refusal = fleet.server.submit("one", "migrate", host="north")
+    assert (refusal.status_code, refusal.json()["reason"]) == (409, "host_lacks_volumes")
     one = fleet.server.get("/v1/instances/one")
     assert (one["host"], one["vm_state"]) == ("here", "active")
     assert guests_in(fleet.server.folder) == [before]
@@ -108,7 +108,7 @@ async def test_one_that_cannot_be_started_there_is_there_and_says_why(fleet: Fle
     with await asyncio.to_thread(taken, port):
         ended = fleet.server.ended(request)
         assert ended["status"] == "failed"
-        assert "is on north now, and could not be started there" in ended["message"]
+        assert "was migrated to host north, but failed to start there" in ended["message"]
         one = fleet.server.get("/v1/instances/one")
         while one["vm_state"] == "active":  # its host is looked at next
             one = fleet.server.get("/v1/instances/one", wait="20s", after_generation=one["generation"])

@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from interlock.testing.real_fleet import Fleet
-from interlock.testing.real_server import guests_in
+from interlock.api.schemas.responses import Instance
+from interlock.cli.output.hints import next_steps
+from processes.real_fleet import Fleet
+from processes.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 
@@ -100,3 +103,39 @@ def until_fenced(fleet: Fleet, name: str) -> None:
     while state_of(fleet, name) != "fenced":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_guest_that_ended_with_its_hosts_lease_says_so(short: Fleet) -> None:
+    """It is told from one that crashed: in the record, its events, and what is said of it while its host is away."""
+    north = short.add("north")
+    short.create("one", "north")
+    north.kill()
+    until_fenced(short, "north")
+    get = short.server.get
+    one = get("/v1/instances/one")
+    assert (one["vm_state"], one["power_state"], one["host_state"]) == ("active", "unknown", "fenced")
+    shown = msgspec.convert(one, Instance)
+    assert next_steps(shown, None) == "`vm evacuate` rebuilds it on another host"
+    (stuck,) = get("/v1/stuck")["items"]
+    assert (stuck["name"], stuck["host_state"]) == ("one", "fenced")
+    assert {"evacuate", "delete"} <= set(stuck["allowed"])
+    assert [event["kind"] for event in get("/v1/hosts/north/events")["items"]] == ["joined", "lost", "fenced"]
+    figures = short.server.client.get("/metrics").text
+    assert 'interlock_other_host_state{host="north",state="fenced"} 1.0' in figures
+    assert 'interlock_other_host_instances_to_evacuate{host="north"} 1.0' in figures
+    north.start()
+    short.until_linked("north")
+    deadline = time.monotonic() + 20
+    expected = {"instance.host_lost", "instance.host_fenced", "guest.lease_ended", "instance.host_back"}
+    while (found := what_ended(short)) != expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    one = get("/v1/instances/one")
+    assert one["vm_state"] == "error"
+    assert "because the lease of host north expired" in one["error"]
+
+
+def what_ended(fleet: Fleet) -> set[str]:
+    """The kinds of events that tell what became of the guest and its host."""
+    events = fleet.server.get("/v1/instances/one/events?limit=500")["items"]
+    return {event["kind"] for event in events if event["kind"].startswith(("guest.", "instance.host_"))}

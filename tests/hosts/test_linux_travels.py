@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
 from hypervisors.test_seeded_guest import cache_folder
 from interlock.core.errors import HypervisorError
 from interlock.core.records import Forward, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.images import ImageFolder
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
+from interlock.guests.small_guest import build
+from interlock.images.image_folder import ImageFolder
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.xdist_group("small_guest"),
     pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="QEMU or apt is not on this system"),
 ]
 PERMIT = GivenPermit()
@@ -66,9 +67,11 @@ class Journey:
         self.passage = await self.there.receive_guest(PERMIT, "one", self.specs[1], kind)
 
     async def send(self) -> None:
-        await self.here.send_guest(PERMIT, "one", self.passage, self._report)
+        await self.here.send_guest(PERMIT, "one", self.passage, 0, self._report)
 
-    def _report(self, done: int, total: int | None = None) -> None:
+    def _report(
+        self, done: int, total: int | None = None, *, detail: str | None = None, warning: str | None = None
+    ) -> None:
         self.moved.set()
 
     async def ask(self, path: str, host: int = 0) -> httpx.Response:
@@ -89,7 +92,9 @@ class Journey:
 async def journey(
     benches: tuple[QemuWorkbench, QemuWorkbench], tmp_path: Path, unused_tcp_port_factory: Any
 ) -> AsyncIterator[Journey]:
-    image = await ImageFolder(tmp_path / "images", cache=cache_folder()).build_small("small", "small")
+    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, cache_folder())).build_small(
+        "small", "small"
+    )
     spec = Spec(image=image, memory_mib=128, root_gib=1)
     made = Journey(benches, spec, (unused_tcp_port_factory(), unused_tcp_port_factory()))
     await made.begin()
@@ -105,7 +110,7 @@ async def test_it_is_the_same_guest_with_its_disk_and_its_network(journey: Journ
     await journey.awaited()
     await journey.send()
     await journey.there.await_guest("one")
-    await journey.there.take_guest(PERMIT, "one")
+    await journey.there.complete_incoming(PERMIT, "one")
     await journey.here.undefine(PERMIT, "one")
     after = await journey.status(1)
     assert after["boot_id"] == before["boot_id"]
@@ -126,11 +131,11 @@ async def test_one_that_dirties_its_memory_arrives_when_it_is_hurried(journey: J
     sending = asyncio.create_task(journey.send())
     async with asyncio.timeout(PATIENCE_S):
         await journey.moved.wait()
-    await journey.here.hurry_guest(PERMIT, "one")
+    await journey.here.force_converge(PERMIT, "one")
     async with asyncio.timeout(PATIENCE_S):
         await sending
     await journey.there.await_guest("one")
-    await journey.there.take_guest(PERMIT, "one")
+    await journey.there.complete_incoming(PERMIT, "one")
     await journey.here.undefine(PERMIT, "one")
     assert (await journey.status(1))["boot_id"] == before["boot_id"]
 
@@ -138,9 +143,9 @@ async def test_one_that_dirties_its_memory_arrives_when_it_is_hurried(journey: J
 @pytest.mark.parametrize(
     ("when", "why"),
     [
-        ("at the beginning", "gave no answer .* within 1000 ms"),
+        ("at the beginning", "did not respond within 1000 ms"),
         # Which of the two limits is over first depends on what was being asked of it at that moment.
-        ("on the way", f"made no progress for {STALL_MS} ms|gave no answer"),
+        ("on the way", f"made no progress for {STALL_MS} ms|did not respond"),
     ],
 )
 async def test_a_target_that_stalls_leaves_the_guest_running_here(journey: Journey, when: str, why: str) -> None:
@@ -161,7 +166,7 @@ async def test_a_target_that_stalls_leaves_the_guest_running_here(journey: Journ
         with pytest.raises(HypervisorError, match=why):
             async with asyncio.timeout(PATIENCE_S):
                 await sending
-        await journey.here.keep_guest(PERMIT, "one")
+        await journey.here.resume_source(PERMIT, "one")
         assert (await journey.here.inspect("one")).power_state is PowerState.RUNNING
         after = await journey.status()
         assert after["boot_id"] == before["boot_id"]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from interlock.core.errors import Refused
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
+from interlock.bench import nano_guest
+from interlock.core.errors import OperationRejected
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.ports.travelling import Arrival, Passage
-from interlock.testing import nano_guest
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench, opened, two_benches
+from interlock.ports.migration import IncomingState, MigrationEndpoint
 
 pytestmark = [
     pytest.mark.qemu,
@@ -30,7 +30,7 @@ def benches(tmp_path: Path) -> Iterator[tuple[QemuWorkbench, QemuWorkbench]]:
         yield pair
 
 
-def nothing(done: int, total: int | None = None) -> None:
+def nothing(done: int, total: int | None = None, *, detail: str | None = None, warning: str | None = None) -> None:
     return
 
 
@@ -39,7 +39,7 @@ async def ticks(hypervisor: QemuHypervisor) -> int:
     guest = hypervisor.guest("one")
     assert guest is not None
     words = {"command-line": f"xp /1wd {nano_guest._TICKS:#x}"}
-    answer = await guest.tell(PERMIT, "human-monitor-command", words)
+    answer = await guest.execute(PERMIT, "human-monitor-command", words)
     return int(str(answer).rpartition(":")[2])
 
 
@@ -53,14 +53,14 @@ async def test_five_times_to_and_fro_and_it_counts_on(benches: tuple[QemuWorkben
     for _ in range(5):
         await there.define(PERMIT, "one", spec)
         passage = await there.receive_guest(PERMIT, "one", spec, await here.machine_kind("one"))
-        await here.send_guest(PERMIT, "one", passage, nothing)
+        await here.send_guest(PERMIT, "one", passage, 0, nothing)
         await there.await_guest("one")
-        assert await there.arrival("one") is Arrival.AWAITED
+        assert await there.arrival("one") is IncomingState.AWAITED
         assert (await here.inspect("one")).power_state is PowerState.PAUSED
         assert (await there.inspect("one")).power_state is PowerState.NONE
-        await there.take_guest(PERMIT, "one")
+        await there.complete_incoming(PERMIT, "one")
         await here.undefine(PERMIT, "one")
-        assert await there.arrival("one") is Arrival.NONE
+        assert await there.arrival("one") is IncomingState.NONE
         now = await ticks(there)
         assert now >= counted
         counted = now
@@ -80,12 +80,12 @@ async def test_what_was_sent_goes_on_here_if_it_never_ran_there(
     await benches[0].until_up("one")
     await there.define(PERMIT, "one", spec)
     passage = await there.receive_guest(PERMIT, "one", spec, await here.machine_kind("one"))
-    await here.send_guest(PERMIT, "one", passage, nothing)
+    await here.send_guest(PERMIT, "one", passage, 0, nothing)
     await there.await_guest("one")
     counted = await ticks(here)
     await benches[1].kill("one")
-    assert await there.arrival("one") is Arrival.LOST
-    await here.keep_guest(PERMIT, "one")
+    assert await there.arrival("one") is IncomingState.LOST
+    await here.resume_source(PERMIT, "one")
     assert (await here.inspect("one")).power_state is PowerState.RUNNING
     await benches[0].until_up("one")
     assert await ticks(here) >= counted
@@ -102,9 +102,9 @@ async def test_who_does_not_know_the_secret_brings_nothing(benches: tuple[QemuWo
     await benches[0].until_up("one")
     await there.define(PERMIT, "one", spec)
     passage = await there.receive_guest(PERMIT, "one", spec, await here.machine_kind("one"))
-    wrong = Passage(host=passage.host, port=passage.port, secret="guessed")
-    with pytest.raises(Refused):
-        await here.send_guest(PERMIT, "one", wrong, nothing)
+    wrong = MigrationEndpoint(host=passage.host, port=passage.port, secret="guessed")
+    with pytest.raises(OperationRejected):
+        await here.send_guest(PERMIT, "one", wrong, 0, nothing)
     assert (await here.inspect("one")).power_state is PowerState.RUNNING
     for hypervisor in (here, there):
         await hypervisor.undefine(PERMIT, "one")

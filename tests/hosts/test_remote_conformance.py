@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from interlock.testing.check_hypervisor import CHECKS, Check, run
-from interlock.testing.remote_host import RemoteUnderTest
-from interlock.testing.simulated_host import SimulatedUnderTest
+from conformance.hypervisor import CHECKS, Check, run
+from conformance.remote_host import RemoteUnderTest
+from conformance.simulated_host import SimulatedUnderTest
 
 
 def name_of(promise: Check) -> str:
@@ -20,9 +20,10 @@ LATE = frozenset({"saving_needs_a_permit_at_every_moment"})
 later than it is lost, and what it did until then counts as done before; nothing of who comes next overtakes that."""
 
 
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "messages"])
 @pytest.mark.parametrize("promise", [one for one in CHECKS if name_of(one) not in LATE], ids=name_of)
-async def test_simulated_behind_a_connection(promise: Check, tmp_path: Path) -> None:
-    host = RemoteUnderTest(SimulatedUnderTest(), tmp_path)
+async def test_simulated_behind_a_connection(promise: Check, tmp_path: Path, *, ranges: bool) -> None:
+    host = RemoteUnderTest(SimulatedUnderTest(), tmp_path, ranges=ranges)
     await host.begin()
     try:
         await run(promise, host)

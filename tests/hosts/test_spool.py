@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from conformance.hypervisor import GivenPermit, Told
+from conformance.remote_host import RemoteUnderTest
+from conformance.simulated_host import SimulatedUnderTest
 from interlock.core.records import Spec
-from interlock.hypervisors.images import ImageFolder
 from interlock.hypervisors.remote import RemoteHypervisor
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.remote_host import RemoteUnderTest
-from interlock.testing.simulated_host import SimulatedUnderTest
+from interlock.images.image_folder import ImageFolder
 
 PERMIT = GivenPermit()
 SEVERAL_PIECES = 5 << 20
@@ -108,7 +108,7 @@ async def test_an_export_that_is_broken_off_on_its_way_back(host: RemoteUnderTes
 async def test_what_a_server_was_fetching_as_it_was_killed_goes_with_the_image(
     host: RemoteUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = ImageFolder(tmp_path / "images", cache=tmp_path / "packages")
+    images = ImageFolder(tmp_path / "images")
     layer = msgspec.structs.replace(host.spec(), root_gib=1)
     async with serving(host) as adapter:
         await adapter.define(PERMIT, "one", layer)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from interlock.testing.real_fleet import Fleet
-from interlock.testing.real_server import guests_in
+from processes.real_fleet import Fleet
+from processes.real_server import guests_in
 
 pytestmark = pytest.mark.qemu
 
@@ -39,7 +39,7 @@ def test_a_target_whose_agent_stalls_leaves_the_guest_running_here(hasty: Fleet,
         request = hasty.server.submit("one", operation, host="north").json()["request"]["id"]
         ended = hasty.server.ended(request)
         assert ended["status"] == "failed", ended
-        assert "The host north does not take the guest up" in ended["message"]
+        assert "Host north rejected the incoming migration" in ended["message"]
         assert guests_in(hasty.server.folder) == [before]
         hasty.carry_out("one", "pause")
         hasty.carry_out("one", "unpause")

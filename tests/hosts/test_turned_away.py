@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from interlock import hosting
+from interlock import agent as hosting
+from interlock.agent import Contact, HostAgent
 from interlock.config import Config
 from interlock.core.errors import InterlockError
-from interlock.hosting import Contact, HostAgent
 from interlock.ports import Hypervisor
 
-TIMES = 6
+TIMES = 11
 
 
 async def test_an_agent_that_is_turned_away_asks_less_and_less_often(
@@ -40,4 +40,4 @@ async def test_an_agent_that_is_turned_away_asks_less_and_less_often(
     monkeypatch.setattr(asyncio, "sleep", noted)
     with pytest.raises(asyncio.CancelledError):
         await agent._serve()
-    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.0, 3.0]
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 60.0, 60.0]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench, opened
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from interlock.core.errors import Unavailable
-from interlock.hypervisors.qemu import QemuSettings, accelerator
-from interlock.hypervisors.qemu.process import Account
+from interlock.hypervisors.qemu import QemuSettings
+from interlock.hypervisors.qemu.process import accelerator
+from interlock.images.subprocess_runner import Account
 
 NOBODY = Account(user_id=65534, group_id=65534)
 VERSION = 12
@@ -45,7 +46,7 @@ def test_no_kvm_is_tcg_with_the_reason(tmp_path: Path) -> None:
     assert (chosen.settings.accelerator, chosen.settings.cpu_model) == ("tcg", "kvm64")
     assert "No such file" in chosen.because
     (tmp_path / "kvm").touch()
-    assert "does not answer as KVM does" in accelerator.choose(settings(), None, tmp_path / "kvm").because
+    assert "is not KVM" in accelerator.choose(settings(), None, tmp_path / "kvm").because
 
 
 def test_another_version_of_its_interface_is_not_used(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from interlock.testing.check_hypervisor import CHECKS, Check, run
-from interlock.testing.simulated_host import SimulatedUnderTest
-from interlock.testing.virtual_time import run_in_virtual_time
+from conformance.hypervisor import CHECKS, Check, run
+from conformance.simulated_host import SimulatedUnderTest
+from in_process.virtual_time import run_in_virtual_time
 
 
 def name_of(promise: Check) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterator
 
 import pytest
 
-from interlock.core.errors import NotThere
-from interlock.hypervisors.qemu.console import Console
+from interlock.core.errors import GuestNotFound
+from interlock.hypervisors.qemu.console.serial_console import Console
 
 PATIENCE_S = 30.0
 
@@ -28,8 +29,11 @@ class Line:
 
 
 @pytest.fixture
-def line() -> Line:
-    return Line()
+def line() -> Iterator[Line]:
+    line = Line()
+    yield line
+    for end in line.ends:
+        end.close()
 
 
 async def test_all_users_share_one_connection_and_each_sees_everything(line: Line) -> None:
@@ -44,6 +48,7 @@ async def test_all_users_share_one_connection_and_each_sees_everything(line: Lin
     assert await second.read() == b"again"
     await second.write(b"typed")
     assert await asyncio.to_thread(line.ends[0].recv, 100) == b"typed"
+    await second.close()
 
 
 async def test_the_connection_goes_with_the_last_user_and_the_next_gets_another(line: Line) -> None:
@@ -71,7 +76,7 @@ async def test_who_does_not_read_loses_the_middle_is_told_and_holds_up_nobody(li
         seen += await quick.read()
     await sending
     late = await slow.read()
-    assert late.startswith(b"\r\n[interlock: 999000 bytes of the console were left out here]\r\n")
+    assert late.startswith(b"\r\n[interlock: 999000 bytes of the console were dropped here]\r\n")
     assert late.endswith(sent[-1000:])
     await slow.close()
     await quick.close()
@@ -84,7 +89,7 @@ async def test_the_end_of_the_guest_ends_it_for_all(line: Line) -> None:
     line.ends[0].close()
     assert await stream.read() == b"last words"
     assert await stream.read() == b""
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await stream.write(b"hello?")
 
 
@@ -104,5 +109,5 @@ async def test_nobody_there_is_told() -> None:
     def refuse() -> socket.socket:
         raise ConnectionRefusedError
 
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await Console("one", refuse, 1000).open()

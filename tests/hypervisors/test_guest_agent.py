@@ -13,13 +13,13 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from interlock.core.errors import Fenced, NotThere, Refused
+from conformance.hypervisor import GivenPermit
+from interlock.core.errors import Fenced, GuestNotFound, OperationRejected
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import guest_agent
-from interlock.hypervisors.qemu.guest import Guest
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest, no_guest
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.testing.check_hypervisor import GivenPermit
 
 PERMIT = GivenPermit()
 Say = Callable[[dict[str, Any]], bytes | None]
@@ -36,8 +36,8 @@ class FakeGuest:
         self.instance_id = "one"
         self.settings = QemuSettings(folder=folder, agent_timeout_ms=agent_timeout_ms, freeze_timeout_ms=300)
         self.folder = InstanceFolder(folder)
-        self.agent_turn = asyncio.Lock()
-        self.rests = asyncio.Event()
+        self.agent_lock = asyncio.Lock()
+        self.powered_off = asyncio.Event()
         self.state = PowerState.RUNNING
         self.listens = True
         self.heard: list[str] = []
@@ -46,19 +46,24 @@ class FakeGuest:
         self.words: dict[str, Say] = {}
         self.frozen = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.folder.call = self._call  # type: ignore[method-assign]
+        self.folder.connect = self._call  # type: ignore[method-assign]
 
     def guest(self) -> Guest:
         return cast("Guest", self)
 
-    async def look(self) -> PowerState:
+    async def query_power_state(self) -> PowerState:
         return self.state
 
-    async def ask(self, question: str) -> Any:
+    async def require_running(self) -> PowerState:
+        if self.state in ENDED_STATES:
+            raise no_guest(self.instance_id)
+        return self.state
+
+    async def query(self, question: str) -> Any:
         assert question == "query-chardev"
         return [{"label": "agent", "frontend-open": self.listens}]
 
-    async def tell(self, permit: GivenPermit, command: str) -> None:
+    async def execute(self, permit: GivenPermit, command: str) -> None:
         permit.check()
         self.told.append(command)
 
@@ -73,8 +78,11 @@ class FakeGuest:
     async def _answer(self, theirs: socket.socket) -> None:
         reader, writer = await asyncio.open_unix_connection(sock=theirs)
         with contextlib.suppress(OSError):
-            await self.serve(reader, writer)
-        writer.close()
+            try:
+                await self.serve(reader, writer)
+            finally:
+                writer.transport.abort()
+                await writer.wait_closed()
 
     async def behave(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """An agent as it should be, but for the answers that a test puts in `words`."""
@@ -178,17 +186,60 @@ async def test_an_agent_that_misbehaves_counts_as_none_in_time(
     async with asyncio.timeout(5):
         assert not await guest_agent.answers(fake.guest())
         await guest_agent.ask_shutdown(fake.guest(), PERMIT)
-        with pytest.raises(Refused, match="No guest agent answers"):
+        with pytest.raises(OperationRejected, match="No guest agent answers"):
             await guest_agent.set_password(fake.guest(), PERMIT, "root", "secret")
         async with guest_agent.frozen(fake.guest(), PERMIT) as still:
             assert not still
     assert fake.told == ["system_powerdown"]
 
 
+_AFTER_THE_SYNC = {
+    "a line that is too long": b"x" * 200_000 + b"\n",
+    "an answer that is too long": b'{"return": "' + b"x" * 200_000 + b'"}\n',
+    "no end": b"x" * 70_000,
+    "half an answer": b'{"return": {"a"',
+    "nesting": b'{"return": ' + b"[" * 60_000 + b"\n",
+    "no UTF-8": b'{"return": "\xc3\x28\xfe"}\n' * 100,
+    "huge numbers": b'{"return": 1' + b"0" * 5_000 + b"}\n" + b'{"return": 1e999999}\n',
+    "another shape": b'{"error": "no"}\n{"error": {"desc": 5}}\n[]\n"return"\nnull\n17\n',
+    "an event": b'{"event": "RESET", "return": null, "error": null}\n',
+    "zero bytes": b"\x00" * 50_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("bytes_", _AFTER_THE_SYNC.values(), ids=_AFTER_THE_SYNC.keys())
+async def test_whatever_an_agent_says_after_it_was_recognised_costs_only_the_agent(
+    fake: FakeGuest, bytes_: bytes
+) -> None:
+    """A line of 200 kB after a correct sync made stop and reboot fail with an internal error."""
+    for command in ("guest-shutdown", "guest-set-user-password", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"):
+        fake.words[command] = lambda _: bytes_
+    async with asyncio.timeout(10):
+        await guest_agent.ask_shutdown(fake.guest(), PERMIT)
+        with contextlib.suppress(OperationRejected):  # what looks like an answer is one
+            await guest_agent.set_password(fake.guest(), PERMIT, "root", "secret")
+        async with guest_agent.frozen(fake.guest(), PERMIT):
+            pass
+        fake.folder.note_frozen()
+        await guest_agent.thaw_forgotten(fake.guest())
+
+
+async def test_an_agent_that_hangs_up_as_it_is_called_counts_as_none(fake: FakeGuest) -> None:
+    def refuse(name: str) -> socket.socket:
+        assert name == "agent"
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        ours.close()
+        return ours
+
+    fake.folder.connect = refuse  # type: ignore[method-assign]
+    assert not await guest_agent.answers(fake.guest())
+
+
 async def test_a_shutdown_that_the_agent_takes_on_presses_no_button(fake: FakeGuest) -> None:
     def power_off(wish: dict[str, Any]) -> None:
         assert wish == {"mode": "powerdown"}
-        fake.rests.set()
+        fake.powered_off.set()
 
     fake.words["guest-shutdown"] = power_off
     await guest_agent.ask_shutdown(fake.guest(), PERMIT)
@@ -229,7 +280,7 @@ async def test_a_password_is_sent_as_the_protocol_has_it(fake: FakeGuest) -> Non
 
 async def test_what_an_agent_says_about_an_error_is_told_within_limits(fake: FakeGuest) -> None:
     fake.words["guest-set-user-password"] = lambda _: line({"error": {"desc": "no\x1b[2J user" + "!" * 10_000}})
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(OperationRejected) as refused:
         await guest_agent.set_password(fake.guest(), PERMIT, "root", "secret")
     assert "no [2J user!!" in refused.value.message
     assert len(refused.value.message) < 400
@@ -237,7 +288,7 @@ async def test_what_an_agent_says_about_an_error_is_told_within_limits(fake: Fak
 
 async def test_a_guest_that_does_not_run_has_no_password_to_set(fake: FakeGuest) -> None:
     fake.state = PowerState.SHUTDOWN
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await guest_agent.set_password(fake.guest(), PERMIT, "root", "secret")
 
 

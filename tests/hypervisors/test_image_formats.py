@@ -16,9 +16,9 @@ import pytest
 
 from interlock.core.errors import Invalid, Unavailable
 from interlock.core.records import Seed
-from interlock.hypervisors import image_tool, seed_iso
-from interlock.hypervisors.image_tool import ImageTool
-from interlock.hypervisors.images import ImageFolder
+from interlock.images import cloud_init, qemu_img
+from interlock.images.image_folder import ImageFolder
+from interlock.images.qemu_img import ImageTool
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -38,7 +38,7 @@ FORMS = {
 def images(tmp_path: Path) -> ImageFolder:
     # As the server's folder is: its own, not to be entered by the tool's user.
     (tmp_path / "server").mkdir(mode=0o700)
-    return ImageFolder(tmp_path / "server" / "images", cache=tmp_path / "cache")
+    return ImageFolder(tmp_path / "server" / "images")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ async def test_what_is_kept_needs_no_other_file(images: ImageFolder, disk: Path)
 
 
 async def test_an_iso_is_kept_as_it_is_also_one_that_a_stick_can_boot(images: ImageFolder, tmp_path: Path) -> None:
-    content = bytearray(seed_iso.build(Seed(hostname="h"), "i"))
+    content = bytearray(cloud_init.build(Seed(hostname="h"), "i"))
     for name, head in {"a.iso": b"", "b.iso": b"\x80" + bytes(3) + b"\x17" + bytes(59) + b"\x55\xaa"}.items():
         if head:
             content[446 : 446 + 16] = head[:16]
@@ -124,9 +124,9 @@ async def test_an_image_that_is_cut_short_is_refused(images: ImageFolder, disk: 
 
 
 async def test_an_iso_that_is_cut_short_is_refused(images: ImageFolder, tmp_path: Path) -> None:
-    content = seed_iso.build(Seed(hostname="h"), "i")
+    content = cloud_init.build(Seed(hostname="h"), "i")
     (tmp_path / "a.iso").write_bytes(content[:-2048])
-    with pytest.raises(Invalid, match="cut short"):
+    with pytest.raises(Invalid, match="truncated"):
         await images.bring_disk("i1", "disc", tmp_path / "a.iso")
 
 
@@ -152,7 +152,7 @@ async def test_without_the_tool_the_remedy_says_how_to_get_it(
 
 async def test_an_image_may_not_become_larger_than_is_allowed(tmp_path: Path, disk: Path) -> None:
     disk.write_bytes(os.urandom(4 << 20))
-    images = ImageFolder(tmp_path / "images", cache=tmp_path, tool=ImageTool(bytes_max=2 << 20))
+    images = ImageFolder(tmp_path / "images", tool=ImageTool(bytes_max=2 << 20))
     with pytest.raises(Invalid, match="larger than 2097152"):
         await images.bring_disk("i1", "disk", given_as(disk, "stream.vmdk"))
     assert kept(images) == []
@@ -194,10 +194,10 @@ async def test_the_tool_has_no_privileges_no_network_and_limits(
     put(stand_in, "false")
     with pytest.raises(Invalid, match="cannot convert"):
         await images.bring_disk("i1", "disk", given)
-    tool = image_tool.unprivileged()
+    tool = qemu_img.unprivileged()
     assert tool is not None
     assert int((stand_in / "user").read_text()) == tool.user_id != 0
-    if image_tool._without_network():
+    if qemu_img._without_network():
         assert set((stand_in / "network").read_text().split()) & {"eth0:", "ens3:", "enp0s1:"} == set()
         assert (stand_in / "network").read_text().count(":") == 1
     limits = (stand_in / "limits").read_text()
@@ -209,7 +209,7 @@ async def test_the_tool_has_no_privileges_no_network_and_limits(
 async def test_a_tool_that_does_not_end_is_ended(tmp_path: Path, disk: Path, stand_in: Path) -> None:
     given = given_as(disk, "vmdk")
     put(stand_in, "sleep 1000")
-    images = ImageFolder(tmp_path / "images", cache=tmp_path, tool=ImageTool(timeout_ms=300))
+    images = ImageFolder(tmp_path / "images", tool=ImageTool(timeout_ms=300))
     with pytest.raises(Invalid, match="longer than 300 ms"):
         await images.bring_disk("i1", "disk", given)
     assert not Path(f"/proc/{(stand_in / 'begun').read_text().strip()}").exists()

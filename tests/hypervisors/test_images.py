@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from interlock.core.errors import Invalid, StoreFull
-from interlock.hypervisors import durable_files
-from interlock.hypervisors.images import ImageFolder
+from interlock.images import atomic_files
+from interlock.images.image_folder import ImageFolder
+from tiers import tier
 
 QCOW2_MAGIC = b"QFI\xfb"
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
@@ -35,13 +36,13 @@ def qcow2_header(
 
 @pytest.fixture
 def images(tmp_path: Path) -> ImageFolder:
-    return ImageFolder(tmp_path / "images", cache=tmp_path / "cache")
+    return ImageFolder(tmp_path / "images")
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
-    path.write_bytes(b"\x01" * 512 + bytes(4 << 20) + b"\x02" * 512)
+    path.write_bytes(b"\x01" * 510 + b"\x55\xaa" + bytes(4 << 20) + b"\x02" * 512)
     return path
 
 
@@ -71,7 +72,7 @@ async def test_a_raw_disk_is_copied_whole_readable_by_a_guests_process_and_spars
 async def test_a_disk_that_ends_in_zeros_keeps_its_length(images: ImageFolder, tmp_path: Path) -> None:
     source = tmp_path / "zeros.img"
     source.write_bytes(bytes((3 << 20) + 512))
-    image = await images.bring_disk("i1", "disk", source)
+    image = await images.bring_disk("i1", "disk", source, claimed="raw")
     assert Path(image.path).stat().st_size == source.stat().st_size
 
 
@@ -123,14 +124,14 @@ async def test_what_the_inspector_passes_and_qemu_cannot_open_is_refused(images:
     ("name", "content", "why"),
     [
         ("disk.qcow2", qcow2_header(features=1 << 9), "features"),
-        ("disk.qcow2", qcow2_header(version=7), "features"),
-        ("disk.qcow2", qcow2_header(size=1 << 60), "not possible"),
-        ("disk.qcow2", qcow2_header(size=0), "not possible"),
-        ("disk.raw", qcow2_header(), "holds a qcow2 image"),
-        ("disk.qcow2", bytes(1024), "holds a raw image"),
-        ("disk.vmdk", bytes(1024), "holds a raw image"),
-        ("disk.img", qcow2_header()[:200], "cut short"),
-        ("disk.img", bytes(1000), "whole sectors"),
+        ("disk.qcow2", qcow2_header(version=7), "version 7"),
+        ("disk.qcow2", qcow2_header(size=1 << 60), "invalid disk size"),
+        ("disk.qcow2", qcow2_header(size=0), "invalid disk size"),
+        ("disk.raw", qcow2_header(), "contains a qcow2 image"),
+        ("disk.qcow2", bytes(1024), "contains a raw image"),
+        ("disk.vmdk", bytes(1024), "contains a raw image"),
+        ("disk.img", qcow2_header()[:200], "truncated"),
+        ("disk.img", bytes(1000), "blank at its beginning"),
         ("disk.img", b"", "empty"),
     ],
 )
@@ -189,7 +190,7 @@ async def test_a_bad_name_is_refused(images: ImageFolder, raw: Path, bad: str) -
 async def test_an_image_is_never_written_over(images: ImageFolder, raw: Path, tmp_path: Path) -> None:
     first = await images.bring_disk("i1", "disk", raw)
     other = tmp_path / "other.raw"
-    other.write_bytes(bytes(512))
+    other.write_bytes(bytes(510) + b"\x55\xaa")
     with pytest.raises(Invalid, match="already"):
         await images.bring_disk("i1", "disk", other)
     assert Path(first.path).read_bytes() == raw.read_bytes()
@@ -210,15 +211,15 @@ async def test_what_a_crash_left_is_gone_after_the_next_start(images: ImageFolde
     pid = os.fork()
     if pid == 0:
         try:
-            durable_files.make_folder(images._folder)
-            durable_files.HalfMade(images._folder, mode=0o644).__enter__().append(b"half")
+            atomic_files.make_folder(images._folder)
+            atomic_files.DraftFile(images._folder, mode=0o644).__enter__().append(b"half")
         finally:
             os._exit(9)
     os.waitpid(pid, 0)
     assert len(kept(images)) == 1
     await images.bring_disk("i1", "disk", raw)
     assert kept(images) == ["i1.raw"]
-    again = ImageFolder(images._folder, cache=tmp_path / "cache")
+    again = ImageFolder(images._folder)
     await again.bring_disk("i2", "disk", raw)
     assert again.sweep({"i1"}) == ("i2.raw",)
     assert kept(again) == ["i1.raw"]
@@ -244,9 +245,7 @@ async def test_a_kernel_needs_to_be_one(images: ImageFolder, tmp_path: Path) -> 
     assert kept(images) == []
 
 
-fuzzing = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+fuzzing = settings(max_examples=tier(20, 400), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 async def only_invalid(images: ImageFolder, source: Path, content: bytes) -> None:
@@ -278,3 +277,12 @@ async def test_any_changed_qcow2_header_passes_or_is_invalid(
     for position, value in changes:
         content[position] = value
     await only_invalid(images, tmp_path / "fuzz.img", bytes(content[:length]))
+
+
+async def test_the_least_memory_of_a_kernel_is_told_by_its_size(images: ImageFolder, tmp_path: Path) -> None:
+    elf, packed, initrd = tmp_path / "elf", tmp_path / "packed", tmp_path / "initrd"
+    elf.write_bytes(b"\x7fELF" + bytes(40 << 20))
+    packed.write_bytes((b"MZ".ljust(510, b"\0") + b"\x55\xaa\0\0HdrS\x0f\x02").ljust(8 << 20, b"\0"))
+    initrd.write_bytes(b"070701" + bytes(5 << 20))
+    assert (await images.bring_kernel("k1", "k", elf, None, "")).min_memory_mib == 24 + 40
+    assert (await images.bring_kernel("k2", "k", packed, initrd, "")).min_memory_mib == 24 + 48 + 20

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.errors import Refused
+from interlock.core.errors import OperationRejected
 from interlock.core.records import Image, Spec
-from interlock.hypervisors.qemu.images_in_use import images_in_use
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 
 KERNEL = Image(id="k", name="k", kind="kernel", path="/c/k", initrd="/c/i", size_bytes=1, sha256="0" * 64)
 DISK = Image(id="d", name="d", kind="disk", path="/c/d", size_bytes=1, sha256="0" * 64)
@@ -34,7 +34,7 @@ def test_without_guests_no_image_is_in_use(tmp_path: Path) -> None:
 
 
 def test_what_a_guest_was_started_with_is_in_use(tmp_path: Path) -> None:
-    guest(tmp_path, "one").keep_spec(Spec(image=KERNEL, rescue_image=DISK))
+    guest(tmp_path, "one").write_spec(Spec(image=KERNEL, rescue_image=DISK))
     assert images_in_use(tmp_path) == {"/c/k", "/c/i", "/c/d"}
 
 
@@ -51,5 +51,5 @@ def test_what_a_root_or_rescue_disk_is_a_layer_over_is_in_use_whatever_its_guest
 
 def test_where_a_disk_cannot_be_understood_nothing_is_said(tmp_path: Path) -> None:
     guest(tmp_path, "one").roots(Spec(image=KERNEL)).disk(0).write_bytes(b"no disk at all")
-    with pytest.raises(Refused):
+    with pytest.raises(OperationRejected):
         images_in_use(tmp_path)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pycdlib import PyCdlib
 
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench
+from interlock.bench.nano_guest import MEMORY_MIB
 from interlock.core.records import Spec
-from interlock.hypervisors.images import ImageFolder
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.nano_guest import MEMORY_MIB
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.images.image_folder import ImageFolder
 
 pytestmark = [
     pytest.mark.qemu,
@@ -41,7 +41,7 @@ def bootable(path: Path) -> Path:
 async def test_a_disc_is_booted_beside_an_empty_root_disk_which_is_tried_first(
     host: QemuWorkbench, tmp_path: Path
 ) -> None:
-    images = ImageFolder(tmp_path / "images", cache=tmp_path)
+    images = ImageFolder(tmp_path / "images")
     image = await images.bring_disk("disc", "disc", bootable(tmp_path / "boot.iso"))
     spec = Spec(image=image, memory_mib=MEMORY_MIB * 4, root_gib=1)
     hypervisor = host.make()
@@ -55,7 +55,7 @@ async def test_a_disc_is_booted_beside_an_empty_root_disk_which_is_tried_first(
 
 
 async def test_an_instance_can_be_rescued_from_a_disc(host: QemuWorkbench, tmp_path: Path) -> None:
-    images = ImageFolder(tmp_path / "images", cache=tmp_path)
+    images = ImageFolder(tmp_path / "images")
     disc = await images.bring_disk("disc", "disc", bootable(tmp_path / "boot.iso"))
     spec = Spec(image=host.spec().image, rescue_image=disc, memory_mib=MEMORY_MIB * 4, root_gib=1)
     hypervisor = host.make()

@@ -7,7 +7,8 @@ import zlib
 
 import pytest
 
-from interlock.hypervisors import initramfs, kernel_payload, small_guest
+from interlock.guests import initramfs, small_guest
+from interlock.images import kernel_payload
 
 
 def elf_module(name: str, *depends: str) -> bytes:

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from interlock.testing.check_hypervisor import CHECKS, Check, run
-from interlock.testing.qemu_workbench import QemuWorkbench
+from conformance.hypervisor import CHECKS, Check, run
+from conformance.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,

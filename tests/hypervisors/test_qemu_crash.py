@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.hypervisors.qemu.instance_folder import Phase, ProcessRecord
-from interlock.hypervisors.qemu.process import started_ticks
+from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
+from interlock.hypervisors.qemu.process.qemu_process import started_ticks
 from interlock.ports import HypervisorEvent
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from tiers import tier
 
 pytestmark = [
     pytest.mark.qemu,
@@ -33,8 +34,8 @@ import asyncio, os, signal, sys
 from pathlib import Path
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu import launch
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
+from conformance.qemu_workbench import QemuWorkbench
 
 steps = int(sys.argv[2])
 
@@ -55,7 +56,7 @@ def stepping(function):
         return answer
     return stepped
 
-InstanceFolder.keep_process_record = stepping(InstanceFolder.keep_process_record)
+InstanceFolder.write_process_record = stepping(InstanceFolder.write_process_record)
 launch.spawn = stepping(launch.spawn)
 
 async def serve():
@@ -79,12 +80,11 @@ async def doomed(folder: Path, steps: int) -> int:
     return await server.wait()
 
 
-@pytest.mark.slow
 async def test_whatever_step_a_server_is_killed_at_its_work_can_be_completed(host: QemuWorkbench) -> None:
     steps = 0
     status = -signal.SIGKILL
     while status == -signal.SIGKILL:
-        steps += 1
+        steps += tier(5, 1)
         status = await doomed(host.folder, steps)
         hypervisor = host.make()
         told = Told()
@@ -138,7 +138,7 @@ async def test_news_that_was_read_and_not_told_is_told_from_what_is_seen(host: Q
     await host.until_up("one")
     await host.abandon(hypervisor)
     await host.guest_panic("one")
-    journal = host.instance_folder("one").open_journal("out")
+    journal = host.instance_folder("one").open_event_pipe("out")
     assert b"GUEST_PANICKED" in os.read(journal, 65536)
     os.close(journal)
     told = Told()
@@ -155,7 +155,7 @@ async def test_a_reused_process_id_is_not_taken_for_the_guest(host: QemuWorkbenc
     await hypervisor.define(PERMIT, "one", host.spec())
     await hypervisor.close()
     record = ProcessRecord(phase=Phase.RUNNING, process_id=os.getpid(), started_ticks=started_ticks(os.getpid()) or 0)
-    host.instance_folder("one").keep_process_record(record)
+    host.instance_folder("one").write_process_record(record)
     told = Told()
     hypervisor = host.make()
     await hypervisor.open(told)

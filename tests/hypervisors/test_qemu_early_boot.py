@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import Interface
-from interlock.hypervisors.qemu import QemuHypervisor, hotplug
+from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -30,8 +30,8 @@ async def reset_and_standing_still(hypervisor: QemuHypervisor) -> Guest:
     await hypervisor.pause(PERMIT, "one")
     guest = hypervisor.guest("one")
     assert guest is not None
-    await guest.tell(PERMIT, "system_reset")
-    found = await guest.ask("query-pci")
+    await guest.execute(PERMIT, "system_reset")
+    found = await guest.query("query-pci")
     assert not any(device.get("pci_bridge", {}).get("devices") for bus in found for device in bus["devices"])
     return guest
 
@@ -45,7 +45,7 @@ async def test_memory_is_saved_with_every_device_in_its_place(hypervisor: QemuHy
     await hypervisor.attach_disk(PERMIT, "one", first)
     await hypervisor.attach_interface(PERMIT, "one", interface)
     await hypervisor.attach_disk(PERMIT, "one", second)
-    before = await hotplug.places(guest)
+    before = await guest.device_ports()
     assert len(set(before.values())) == len(before) == 3
     spec = guest.folder.spec()
     assert spec is not None
@@ -53,4 +53,4 @@ async def test_memory_is_saved_with_every_device_in_its_place(hypervisor: QemuHy
     await hypervisor.restore_memory(PERMIT, "one", spec, nobody_reads)
     restored = hypervisor.guest("one")
     assert restored is not None
-    assert await hotplug.places(restored) == before
+    assert await restored.device_ports() == before

@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.core.errors import NotResponding, NotThere, Refused
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench
+from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Interface, Seed
-from interlock.hypervisors import seed_iso
 from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.command_line import first_mac, network_arguments
 from interlock.hypervisors.qemu.guest import Guest
-from interlock.hypervisors.qemu.networks import first_mac, network_arguments
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.images import cloud_init
 
 pytestmark = [
     pytest.mark.qemu,
@@ -38,7 +38,7 @@ async def start(hypervisor: QemuHypervisor, host: QemuWorkbench, instance_id: st
 
 
 async def networks(guest: Guest) -> str:
-    return str(await guest.tell(PERMIT, "human-monitor-command", {"command-line": "info network"}))
+    return str(await guest.execute(PERMIT, "human-monitor-command", {"command-line": "info network"}))
 
 
 async def test_an_interface_is_seen_by_its_address_and_leaves_nothing(
@@ -66,7 +66,7 @@ async def test_an_interface_is_seen_by_its_address_and_leaves_nothing(
 
 async def test_an_attachment_that_was_cut_short_is_completed(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     guest = await start(hypervisor, host)
-    await guest.tell(PERMIT, "netdev_add", network_arguments("n1"))
+    await guest.execute(PERMIT, "netdev_add", network_arguments("n1"))
     await hypervisor.attach_interface(PERMIT, "one", FIRST)
     assert (await hypervisor.inspect("one")).interfaces == ("n1",)
 
@@ -77,7 +77,7 @@ async def test_a_guest_that_holds_on_to_an_interface_can_be_asked_again(
     await start(hypervisor, host)
     await hypervisor.attach_interface(PERMIT, "one", FIRST)
     await host.guest_ignores("one")
-    with pytest.raises(NotResponding, match="did not let go of the interface n1"):
+    with pytest.raises(NotResponding, match="did not release the interface n1"):
         await hypervisor.detach_interface(PERMIT, "one", "n1")
     assert (await hypervisor.inspect("one")).interfaces == ("n1",)
     await host.guest_cooperates("one")
@@ -100,16 +100,16 @@ async def test_a_guest_is_started_with_its_interfaces_and_an_address_of_its_own(
 
 
 async def test_what_cannot_be_plugged_in_is_refused(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await hypervisor.attach_interface(PERMIT, "one", FIRST)
     await start(hypervisor, host)
     for bad in (Interface(id="n1", mac="52:54:00,netdev=x"), Interface(id="a,b", mac=FIRST.mac)):
-        with pytest.raises(Refused, match="cannot be used"):
+        with pytest.raises(OperationRejected, match="cannot be used"):
             await hypervisor.attach_interface(PERMIT, "one", bad)
     await hypervisor.attach_interface(PERMIT, "one", FIRST)
     for number in range(host.settings.hotplug_ports - 1):
         await hypervisor.attach_disk(PERMIT, "one", host.disk(f"v{number}"))
-    with pytest.raises(Refused, match="no free place"):
+    with pytest.raises(OperationRejected, match="no free port"):
         await hypervisor.attach_interface(PERMIT, "one", SECOND)
     assert (await hypervisor.inspect("one")).interfaces == ("n1",)
 
@@ -120,17 +120,17 @@ async def test_the_seed_is_a_disk_of_its_own_that_goes_with_the_spec(
     seed = Seed(hostname="web1")
     guest = await start(hypervisor, host, seed=seed, disks=(host.disk("v1"),))
     assert (await hypervisor.inspect("one")).disks == ("v1",), "it is none of the guest's disks"
-    (block,) = [one for one in await guest.ask("query-block") if "/seed/" in one.get("qdev", "")]
+    (block,) = [one for one in await guest.query("query-block") if "/seed/" in one.get("qdev", "")]
     assert block["inserted"]["ro"] is True
     disk = host.instance_folder("one").seed_disk
-    assert disk.read_bytes() == seed_iso.build(seed, "one")
+    assert disk.read_bytes() == cloud_init.build(seed, "one")
     inode = disk.stat().st_ino
     await hypervisor.define(PERMIT, "one", msgspec.structs.replace(host.spec(), seed=seed))
     assert disk.stat().st_ino == inode
     await hypervisor.define(PERMIT, "one", msgspec.structs.replace(host.spec(), seed=Seed(hostname="web2")))
-    assert disk.read_bytes() == seed_iso.build(Seed(hostname="web2"), "one")
+    assert disk.read_bytes() == cloud_init.build(Seed(hostname="web2"), "one")
     await hypervisor.define(PERMIT, "one", host.spec())
     assert not disk.exists()
     huge = Seed(hostname="web1", user_data="#" * (2 << 20))
-    with pytest.raises(Refused, match="limit"):
+    with pytest.raises(OperationRejected, match="limit"):
         await hypervisor.define(PERMIT, "one", msgspec.structs.replace(host.spec(), seed=huge))

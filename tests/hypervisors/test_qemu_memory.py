@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,16 +18,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.core.errors import HypervisorError, NotResponding, NotThere, Refused
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench, opened
+from interlock.bench.nano_guest import GREETING
+from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Forward, GuestEvent, Image, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors import small_guest
+from interlock.guests import small_guest
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.hypervisors.qemu.instance_folder import Phase, Saving
-from interlock.hypervisors.qemu.saved_memory import SavedMemory
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.nano_guest import GREETING
-from interlock.testing.qemu_workbench import QemuWorkbench, opened
+from interlock.hypervisors.qemu.files.instance_folder import Phase, Saving
+from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
+from small_file_systems import small_file_system
+from tiers import tier
 
 pytestmark = [
     pytest.mark.qemu,
@@ -87,7 +88,7 @@ async def ticks(hypervisor: QemuHypervisor) -> int:
     """How often the guest's timer has ticked since it booted."""
     guest = hypervisor.guest("one")
     assert guest is not None
-    answer = await guest.ask("human-monitor-command", **{"command-line": f"xp /1wx {TICKS:#x}"})
+    answer = await guest.query("human-monitor-command", **{"command-line": f"xp /1wx {TICKS:#x}"})
     return int(answer.split(":")[1], 16)
 
 
@@ -133,7 +134,6 @@ async def test_a_guest_goes_on_counting_and_does_not_boot_again(
     assert told.kinds() == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is not on this system")
 async def test_a_linux_goes_on_in_its_own_time(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     """Same boot id, a counter and an uptime that go on, its disk and its network; one boot line on the console."""
@@ -206,7 +206,7 @@ async def test_memory_is_not_put_beside_other_disks(hypervisor: QemuHypervisor, 
     await started(hypervisor, host)
     await hypervisor.save_memory(PERMIT, "one", nobody_reads)
     other = msgspec.structs.replace(host.spec(), disks=(host.disk("v1"),), vcpus=2)
-    with pytest.raises(Refused, match="vcpus, disks changed"):
+    with pytest.raises(OperationRejected, match="vcpus, disks changed"):
         await hypervisor.restore_memory(PERMIT, "one", other, nobody_reads)
     assert (await hypervisor.inspect("one")).memory_saved
     await hypervisor.restore_memory(PERMIT, "one", host.spec(), nobody_reads)
@@ -222,7 +222,7 @@ async def test_memory_that_cannot_be_read_is_still_saved(
     whole = saved.read_bytes()
     for damaged in (b"nothing of the kind", whole[: len(whole) // 2], whole[:100] + b"\xff" * 64 + whole[164:]):
         saved.write_bytes(damaged)
-        with pytest.raises(Refused, match="could not be read"):
+        with pytest.raises(OperationRejected, match="could not be read"):
             await hypervisor.restore_memory(PERMIT, "one", host.spec(), nobody_reads)
         seen = await hypervisor.inspect("one")
         assert (seen.power_state, seen.memory_saved) == (PowerState.NONE, True)
@@ -258,7 +258,7 @@ async def test_a_guest_starts_with_all_it_has_and_its_memory_belongs_to_a_machin
     try:
         await started(hypervisor, host, spec)
         assert len((await hypervisor.inspect("one")).disks) == 4
-        with pytest.raises(Refused, match="no free place"):
+        with pytest.raises(OperationRejected, match="no free port"):
             await hypervisor.attach_disk(PERMIT, "one", host.disk("v4"))
         await hypervisor.detach_disk(PERMIT, "one", "v3")
         fewer = msgspec.structs.replace(spec, disks=spec.disks[:3])
@@ -277,15 +277,8 @@ async def test_a_guest_starts_with_all_it_has_and_its_memory_belongs_to_a_machin
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for nothing as large as a guest's memory."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with small_file_system(tmp_path / "small", "640k") as place:
+        yield place
 
 
 @pytest.mark.parametrize("state", [PowerState.RUNNING, PowerState.PAUSED])
@@ -300,12 +293,12 @@ async def test_a_full_disk_leaves_the_guest_as_it_was(tmp_path: Path, small_disk
             await hypervisor.pause(PERMIT, "one")
         before = await ticks(hypervisor)
         for _ in range(2):
-            with pytest.raises(Refused, match="No space left") as refusal:
+            with pytest.raises(OperationRejected, match="No space left") as refusal:
                 await hypervisor.save_memory(PERMIT, "one", nobody_reads)
             assert "room" in str(refusal.value.remedy)
             seen = await hypervisor.inspect("one")
             assert (seen.power_state, seen.memory_saved, memory_files(host)) == (state, False, set())
-        with pytest.raises(Refused, match="could not be dumped"):
+        with pytest.raises(OperationRejected, match="could not be dumped"):
             await hypervisor.dump_memory(PERMIT, "one", small_disk / "dump", nobody_reads)
         assert names_in(small_disk) == {"qemu"}
         assert (await hypervisor.inspect("one")).power_state is state
@@ -353,7 +346,7 @@ async def stalls(
     hypervisor: QemuHypervisor, host: QemuWorkbench, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Slowly]:
     """QEMU writes into a pipe that nobody reads: what it writes stands still after 64 KiB."""
-    monkeypatch.setattr("interlock.hypervisors.qemu.memory.os.lseek", lambda *_: 0)
+    monkeypatch.setattr("interlock.hypervisors.qemu.memory.guest_memory.os.lseek", lambda *_: 0)
     slowly = Slowly(files_of(host), monkeypatch)
     yield slowly
     slowly.close()
@@ -363,7 +356,7 @@ async def until_writing(hypervisor: QemuHypervisor) -> None:
     guest = hypervisor.guest("one")
     assert guest is not None
     async with asyncio.timeout(PATIENCE_S):
-        while (await guest.ask("query-migrate")).get("status") != "active":
+        while (await guest.query("query-migrate")).get("status") != "active":
             pass
 
 
@@ -395,7 +388,7 @@ async def test_qemu_killed_while_it_writes_is_a_guest_that_vanished(
     saving = asyncio.ensure_future(hypervisor.save_memory(PERMIT, "one", nobody_reads))
     await until_writing(hypervisor)
     await host.kill("one")
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await saving
     await told.until(GuestEvent.VANISHED, PATIENCE_S)
     seen = await hypervisor.inspect("one")
@@ -404,7 +397,7 @@ async def test_qemu_killed_while_it_writes_is_a_guest_that_vanished(
 
 async def test_writing_that_stands_still_comes_to_an_end(host: QemuWorkbench, monkeypatch: pytest.MonkeyPatch) -> None:
     host.settings = msgspec.structs.replace(host.settings, memory_stall_timeout_ms=200, memory_look_interval_ms=20)
-    monkeypatch.setattr("interlock.hypervisors.qemu.memory.os.lseek", lambda *_: 0)
+    monkeypatch.setattr("interlock.hypervisors.qemu.memory.guest_memory.os.lseek", lambda *_: 0)
     slowly = Slowly(files_of(host), monkeypatch)
     hypervisor = await opened(host, Told())
     try:
@@ -447,11 +440,12 @@ async def test_a_guest_whose_memory_was_being_written_can_be_let_run(
 DOOMED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from interlock.hypervisors.qemu import launch, memory, saved_memory
+from interlock.hypervisors.qemu import launch
+from interlock.hypervisors.qemu.memory import guest_memory, saved_memory
 from interlock.hypervisors.qemu.guest import Guest
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.qemu_workbench import QemuWorkbench, opened
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench, opened
 
 steps = int(sys.argv[2])
 
@@ -483,14 +477,14 @@ async def serve():
     host = QemuWorkbench(Path(sys.argv[1]))
     hypervisor = host.make()
     await hypervisor.open(print)
-    InstanceFolder.keep_process_record = stepping(InstanceFolder.keep_process_record)
+    InstanceFolder.write_process_record = stepping(InstanceFolder.write_process_record)
     launch.spawn = stepping(launch.spawn)
     saved_memory.SavedMemory.new_part = stepping(saved_memory.SavedMemory.new_part)
-    saved_memory.SavedMemory.keep = waiting(saved_memory.SavedMemory.keep)
-    saved_memory.SavedMemory.spend = waiting(saved_memory.SavedMemory.spend)
-    saved_memory.SavedMemory.drop = waiting(saved_memory.SavedMemory.drop)
-    Guest.tell = waiting(Guest.tell)
-    memory._follow = waiting(memory._follow)
+    saved_memory.SavedMemory.commit = waiting(saved_memory.SavedMemory.commit)
+    saved_memory.SavedMemory.mark_used = waiting(saved_memory.SavedMemory.mark_used)
+    saved_memory.SavedMemory.remove = waiting(saved_memory.SavedMemory.remove)
+    Guest.execute = waiting(Guest.execute)
+    guest_memory._follow = waiting(guest_memory._follow)
     if sys.argv[3] == "save":
         await hypervisor.save_memory(Permit, "one", lambda *_: None)
     else:
@@ -525,17 +519,21 @@ async def restore_from_there(hypervisor: QemuHypervisor) -> None:
         await save_again(hypervisor)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("then", [save_again, run_again, restore_from_there])
+AFTER_SAVING = (save_again, run_again, restore_from_there)
+
+
+@pytest.mark.parametrize("then", AFTER_SAVING)
 async def test_saving_can_be_completed_whatever_step_a_server_is_killed_at(
     host: QemuWorkbench, then: Callable[[QemuHypervisor], Any]
 ) -> None:
+    """In the quick tier each step is gone on from in one of the ways; in the long one, in all of them."""
     told = Told()
     hypervisor = await opened(host, told)
     await started(hypervisor, host)
-    before, steps, status = 0, 0, -signal.SIGKILL
+    first, every = tier((AFTER_SAVING.index(then), len(AFTER_SAVING)), (0, 1))
+    before, steps, status = 0, first, -signal.SIGKILL
     while status == -signal.SIGKILL:
-        steps += 1
+        steps += every
         before = await ticks(hypervisor)
         await hypervisor.close()
         status = await doomed(host, steps, "save")
@@ -567,17 +565,21 @@ async def power_off_and_restore(hypervisor: QemuHypervisor, host: QemuWorkbench)
     await restore_again(hypervisor, host)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("then", [restore_again, power_off_and_restore])
+AFTER_RESTORING = (restore_again, power_off_and_restore)
+
+
+@pytest.mark.parametrize("then", AFTER_RESTORING)
 async def test_restoring_can_be_completed_whatever_step_a_server_is_killed_at(
     host: QemuWorkbench, then: Callable[[QemuHypervisor, QemuWorkbench], Any]
 ) -> None:
+    """In the quick tier each step is gone on from in one of the ways; in the long one, in both."""
     told = Told()
     hypervisor = await opened(host, told)
     await started(hypervisor, host)
-    steps, status = 0, -signal.SIGKILL
+    first, every = tier((AFTER_RESTORING.index(then), len(AFTER_RESTORING)), (0, 1))
+    steps, status = first, -signal.SIGKILL
     while status == -signal.SIGKILL:
-        steps += 1
+        steps += every
         before = await ticks(hypervisor)
         await hypervisor.save_memory(PERMIT, "one", nobody_reads)
         await hypervisor.close()
@@ -604,7 +606,7 @@ async def test_memory_from_which_a_guest_may_have_run_is_not_run_from_again(
     files = files_of(host)
     files.saved.rename(files.used)
     assert not (await hypervisor.inspect("one")).memory_saved
-    with pytest.raises(NotThere, match="begun to run"):
+    with pytest.raises(GuestNotFound, match="begun to run"):
         await hypervisor.restore_memory(PERMIT, "one", host.spec(), nobody_reads)
     await hypervisor.power_on(PERMIT, "one", host.spec())
     assert memory_files(host) == set()
@@ -649,7 +651,7 @@ async def test_a_dump_that_another_left_behind_is_waited_for(
     guest = hypervisor.guest("one")
     assert guest is not None
     async with asyncio.timeout(PATIENCE_S):
-        while (await guest.ask("query-dump"))["status"] == "none":
+        while (await guest.query("query-dump"))["status"] == "none":
             pass
     first.cancel()
     await asyncio.wait({first})
@@ -665,7 +667,7 @@ async def test_a_dump_is_not_over_before_its_guest_goes_on(
     await started(hypervisor, host)
     guest = hypervisor.guest("one")
     assert guest is not None
-    ask, held = guest.ask, asyncio.Event()
+    ask, held = guest.query, asyncio.Event()
 
     async def late(command: str, *more: Any) -> Any:
         """As QEMU answers for a moment after it has told that the dump is complete."""
@@ -674,13 +676,13 @@ async def test_a_dump_is_not_over_before_its_guest_goes_on(
         held.set()
         return {"status": "save-vm"}
 
-    monkeypatch.setattr(guest, "ask", late)
+    monkeypatch.setattr(guest, "query", late)
     dumping = asyncio.ensure_future(hypervisor.dump_memory(PERMIT, "one", tmp_path / "dump", nobody_reads))
     await asyncio.wait_for(held.wait(), PATIENCE_S)
     async with asyncio.timeout(PATIENCE_S):
         while (await ask("query-status"))["status"] != "running":
             pass  # what is paused before QEMU itself has let it go on would be undone
-    monkeypatch.setattr(guest, "ask", ask)
+    monkeypatch.setattr(guest, "query", ask)
     assert not dumping.done()
     await hypervisor.pause(PERMIT, "one")
     await hypervisor.unpause(PERMIT, "one")

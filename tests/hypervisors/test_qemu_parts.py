@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import Refused
+from interlock.core.errors import OperationRejected
 from interlock.core.records import Disk, Forward, GuestEvent, Image, Spec
 from interlock.hypervisors.qemu import QemuSettings
 from interlock.hypervisors.qemu.command_line import (
@@ -21,8 +21,8 @@ from interlock.hypervisors.qemu.command_line import (
     machine_uuid,
     node_name,
 )
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder
-from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.qmp.qmp_events import EventInterpreter, QemuEvent, QmpEventLog
 
 SETTINGS = QemuSettings(folder=Path("/unused"))
 VOLUME = "6f2e0c5e-2a5c-4b44-9f0c-6f5b1d3b2a10"
@@ -95,7 +95,7 @@ def test_names_fit_and_lead_back() -> None:
 
 @pytest.mark.parametrize("bad", ["", "a,b", "a=b", "../a", "a b", "-a", "a" * 65])
 def test_a_disk_id_that_qemu_could_misread_is_refused(bad: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(OperationRejected):
         device_name(bad)
 
 
@@ -109,48 +109,61 @@ def reset(at_ms: int, *, guest: bool = True) -> QemuEvent:
 
 
 def test_the_resets_of_the_firmware_belong_to_the_one_before() -> None:
-    meaning = Meaning(settle_ms=2000)
+    meaning = EventInterpreter(settle_ms=2000)
     moments = [10_000, 10_050, 11_900, 13_800, 15_801]
-    assert [meaning.of(reset(at_ms)) for at_ms in moments] == [GuestEvent.RESET, None, None, None, GuestEvent.RESET]
+    assert [meaning.interpret(reset(at_ms)) for at_ms in moments] == [
+        GuestEvent.RESET,
+        None,
+        None,
+        None,
+        GuestEvent.RESET,
+    ]
 
 
 def test_a_reset_of_ours_is_no_news_nor_is_what_follows_it() -> None:
-    meaning = Meaning(settle_ms=2000)
-    assert meaning.of(reset(10_000, guest=False)) is None
-    assert meaning.of(reset(10_100)) is None
-    assert meaning.of(reset(12_200)) is GuestEvent.RESET
+    meaning = EventInterpreter(settle_ms=2000)
+    assert meaning.interpret(reset(10_000, guest=False)) is None
+    assert meaning.interpret(reset(10_100)) is None
+    assert meaning.interpret(reset(12_200)) is GuestEvent.RESET
 
 
 def test_a_guest_that_stands_still_for_lack_of_room_is_known_from_one_that_was_paused() -> None:
-    meaning = Meaning(settle_ms=2000)
+    meaning = EventInterpreter(settle_ms=2000)
     full = event("BLOCK_IO_ERROR", action="stop", nospace=True)
     told = event("BLOCK_IO_ERROR", action="report", nospace=False)
     happened = [event("STOP"), event("RESUME"), full, full, event("STOP"), event("RESUME"), event("STOP")]
-    assert [meaning.halts_for_room(one) for one in happened] == [False, False, False, False, True, False, False]
-    assert [meaning.halts_for_room(one) for one in (told, event("STOP"))] == [False, False]
+    assert [meaning.halt(one) for one in happened] == [None, None, None, None, GuestEvent.NO_SPACE, None, None]
+    assert [meaning.halt(one) for one in (told, event("STOP"))] == [None, None]
+    failed = event("BLOCK_IO_ERROR", action="stop", nospace=False)
+    assert [meaning.halt(one) for one in (failed, event("STOP"))] == [None, GuestEvent.IO_ERROR]
 
 
 def test_a_wall_clock_that_is_set_back_hides_no_reset() -> None:
-    meaning = Meaning(settle_ms=2000)
-    assert meaning.of(reset(100_000)) is GuestEvent.RESET
-    assert meaning.of(reset(10_000)) is GuestEvent.RESET
+    meaning = EventInterpreter(settle_ms=2000)
+    assert meaning.interpret(reset(100_000)) is GuestEvent.RESET
+    assert meaning.interpret(reset(10_000)) is GuestEvent.RESET
 
 
 def test_only_a_guest_that_powers_itself_off_has_stopped() -> None:
-    meaning = Meaning(settle_ms=2000)
-    assert meaning.of(event("SHUTDOWN", guest=True, reason="guest-shutdown")) is GuestEvent.STOPPED
-    assert meaning.of(event("SHUTDOWN", guest=False, reason="host-signal")) is None
-    assert meaning.of(event("GUEST_PANICKED", action="pause")) is GuestEvent.CRASHED
-    assert meaning.of(event("STOP")) is None
+    meaning = EventInterpreter(settle_ms=2000)
+    assert meaning.interpret(event("SHUTDOWN", guest=True, reason="guest-shutdown")) is GuestEvent.STOPPED
+    assert meaning.interpret(event("SHUTDOWN", guest=False, reason="host-signal")) is None
+    assert meaning.interpret(event("GUEST_PANICKED", action="pause")) is GuestEvent.CRASHED
+    assert meaning.interpret(event("STOP")) is None
 
 
 async def test_a_journal_gives_whole_events_and_passes_over_the_rest(tmp_path: Path) -> None:
     folder = InstanceFolder(tmp_path / "one")
     folder.inside.mkdir(parents=True)
-    folder.make_journal(None)
+    folder.make_event_pipes(None)
     heard: asyncio.Queue[str] = asyncio.Queue()
-    journal = Journal(folder.open_journal("in"), folder.open_journal("out"), lambda told: heard.put_nowait(told.event))
-    writer = folder.open_journal("out")
+    journal = QmpEventLog(
+        folder.open_event_pipe("in"),
+        folder.open_event_pipe("out"),
+        lambda told: heard.put_nowait(told.event),
+        lambda: None,
+    )
+    writer = folder.open_event_pipe("out")
     stop = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\r\n'
     os.write(writer, b'{"return": {}}\r\nnonsense\r\n' + stop + stop[:20])
     journal.drain()

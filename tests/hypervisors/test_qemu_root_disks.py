@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.core.errors import Refused
+from boot_sector import bootable_image
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench
+from interlock.bench.nano_guest import GREETING, MEMORY_MIB
+from interlock.core.errors import OperationRejected
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.testing.boot_sector import bootable_image
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.nano_guest import GREETING, MEMORY_MIB
-from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -84,10 +84,10 @@ async def test_an_image_that_is_gone_is_refused_before_anything_changes(
 ) -> None:
     rescue = bootable_image(host.folder, "rescue-system")
     lose(rescue)
-    with pytest.raises(Refused, match="rescue-system is not there any more"):
+    with pytest.raises(OperationRejected, match="rescue-system no longer exists"):
         await hypervisor.define(PERMIT, "one", spec_of(image, rescue_image=rescue))
     lose(image)
-    with pytest.raises(Refused, match="base is not there any more"):
+    with pytest.raises(OperationRejected, match="base no longer exists"):
         await hypervisor.define(PERMIT, "one", spec_of(image))
     assert await hypervisor.known() == frozenset()
 
@@ -106,7 +106,7 @@ async def test_a_rescued_guest_boots_the_rescue_disk_and_has_its_own_beside_it(
     assert (seen.power_state, set(seen.disks)) == (PowerState.RUNNING, {"rescue", "root", "v1"})
     guest = hypervisor.guest("one")
     assert guest is not None
-    order = [block["qdev"].split("/")[3] for block in await guest.ask("query-block")]
+    order = [block["qdev"].split("/")[3] for block in await guest.query("query-block")]
     assert order == ["disk-rescue", "disk-root", "disk-v1"]
     await hypervisor.define(PERMIT, "one", rescued)
     await hypervisor.power_off(PERMIT, "one")

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import NotThere, Refused
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench
+from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.ports import Stream
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
 
 pytestmark = [
     pytest.mark.qemu,
@@ -66,10 +66,10 @@ async def test_a_screenshot_is_a_png(hypervisor: QemuHypervisor) -> None:
         assert height >= 400
     guest = hypervisor.guest("one")
     assert guest is not None
-    before = await guest.ask("query-fdsets")
+    before = await guest.query("query-fdsets")
     for _ in range(5):
         await hypervisor.screenshot("one")
-    assert await guest.ask("query-fdsets") == before, "what was handed over must not pile up"
+    assert await guest.query("query-fdsets") == before, "what was handed over must not pile up"
 
 
 async def test_vnc_is_spoken_with_any_number_at_once(hypervisor: QemuHypervisor) -> None:
@@ -96,15 +96,15 @@ async def test_a_guest_without_a_screen_says_so(host: QemuWorkbench) -> None:
     hypervisor = host.make()
     await hypervisor.open(Told())
     try:
-        with pytest.raises(NotThere):
+        with pytest.raises(GuestNotFound):
             await hypervisor.screenshot("one")
         await hypervisor.define(PERMIT, "one", host.spec())
-        with pytest.raises(NotThere):
+        with pytest.raises(GuestNotFound):
             await hypervisor.open_display("one")
         await hypervisor.power_on(PERMIT, "one", host.spec())
-        with pytest.raises(Refused, match="no screen"):
+        with pytest.raises(OperationRejected, match="no display"):
             await hypervisor.screenshot("one")
-        with pytest.raises(Refused, match="no screen"):
+        with pytest.raises(OperationRejected, match="no display"):
             await hypervisor.open_display("one")
     finally:
         await hypervisor.undefine(PERMIT, "one")

@@ -13,14 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from interlock.core.errors import HypervisorError, NotResponding, NotThere, Refused
-from interlock.core.records import Disk
-from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
-from interlock.hypervisors.qemu.guest import Guest
-from interlock.ports import Permit
-from interlock.testing.check_hypervisor import GivenPermit
-from interlock.testing.disk_hands import (
+from conformance.disk_patterns import (
     MIB,
     SLOW_BYTES_PER_S,
     Progress,
@@ -28,11 +21,18 @@ from interlock.testing.disk_hands import (
     has_open,
     has_pattern,
     is_whole,
-    small_file_system,
     write_as_guest,
     write_pattern,
 )
-from interlock.testing.qemu_workbench import QemuWorkbench, opened
+from conformance.hypervisor import GivenPermit
+from conformance.qemu_workbench import QemuWorkbench, opened
+from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
+from interlock.core.records import Disk
+from interlock.core.states import PowerState
+from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.ports import Permit
+from small_file_systems import small_file_system
 
 pytestmark = [
     pytest.mark.qemu,
@@ -92,7 +92,7 @@ async def start(hypervisor: QemuHypervisor, host: QemuWorkbench, *disks: Disk) -
 
 
 async def nodes(guest: Guest) -> set[str]:
-    return {node["node-name"] for node in await guest.ask("query-named-block-nodes", flat=True)}
+    return {node["node-name"] for node in await guest.query("query-named-block-nodes", flat=True)}
 
 
 async def test_the_guest_goes_on_with_the_new_disk_and_what_it_wrote(
@@ -166,7 +166,7 @@ async def test_a_larger_disk_is_seen_whole_and_a_smaller_one_refused(
     await start(hypervisor, host, old)
     guest = guest_of(hypervisor)
     before = await nodes(guest)
-    with pytest.raises(Refused, match="has 32505856 bytes"):
+    with pytest.raises(OperationRejected, match="has 32505856 bytes"):
         await hypervisor.swap_disk(PERMIT, "one", old, smaller, Progress())
     assert (await hypervisor.inspect("one")).disks == ("old",)
     assert await nodes(guest) >= before
@@ -179,16 +179,16 @@ async def test_a_larger_disk_is_seen_whole_and_a_smaller_one_refused(
 
 async def test_what_cannot_be_swapped_is_refused(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     old, new = volume(host, "old"), volume(host, "new")
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     await start(hypervisor, host)
-    with pytest.raises(Refused, match="has no disk old"):
+    with pytest.raises(OperationRejected, match="has no disk old"):
         await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     await hypervisor.attach_disk(PERMIT, "one", old)
-    with pytest.raises(Refused, match="cannot be opened"):
+    with pytest.raises(OperationRejected, match="cannot be opened"):
         await hypervisor.swap_disk(PERMIT, "one", old, Disk(id="absent", path="/absent"), Progress())
     await hypervisor.attach_disk(PERMIT, "one", new)
-    with pytest.raises(Refused, match="beside"):
+    with pytest.raises(OperationRejected, match="beside"):
         await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert (await hypervisor.inspect("one")).disks == ("new", "old")
 
@@ -207,7 +207,7 @@ async def test_a_cancelled_worker_leaves_the_guest_with_the_old_disk(
     swap.cancel()
     with pytest.raises(asyncio.CancelledError):
         await swap
-    assert await guest.ask("query-jobs") == []
+    assert await guest.query("query-jobs") == []
     assert (await hypervisor.inspect("one")).disks == ("old",)
     assert is_whole(new.path)
     await write_as_guest(PERMIT, guest, "old", "write -P 2 0 1M")
@@ -228,21 +228,21 @@ async def test_a_swap_that_stalls_and_does_not_end_is_not_refused(
     hypervisor = await opened(host)
     await start(hypervisor, host, old)
     guest = guest_of(hypervisor)
-    told = guest.tell
+    execute = guest.execute
 
-    async def tell(
+    async def refuse(
         permit: Permit, command: str, arguments: dict[str, Any] | None = None, *, attach: int | None = None
     ) -> Any:
         if command == ignored:
-            raise Refused("It is busy.")
-        return await told(permit, command, arguments, attach=attach)
+            raise OperationRejected("It is busy.")
+        return await execute(permit, command, arguments, attach=attach)
 
     with monkeypatch.context() as patched:
-        patched.setattr(guest, "tell", tell)
+        patched.setattr(guest, "execute", refuse)
         with pytest.raises(NotResponding, match="does not"):
             await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
         assert has_open(host.process_id("one"), new.path)
-    with pytest.raises(Refused, match="made no progress"):
+    with pytest.raises(OperationRejected, match="made no progress"):
         await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert not has_open(host.process_id("one"), new.path)
     assert (await hypervisor.inspect("one")).disks == ("old",)
@@ -255,7 +255,7 @@ async def test_a_full_disk_leaves_the_guest_with_the_old_disk(
 ) -> None:
     old, new = volume(host, "old", pattern=1), volume(host, "new", folder=small)
     await start(hypervisor, host, old)
-    with pytest.raises(Refused, match="No space left on device") as refusal:
+    with pytest.raises(OperationRejected, match="No space left on device") as refusal:
         await hypervisor.swap_disk(PERMIT, "one", old, new, Progress())
     assert "Make room" in str(refusal.value.remedy)
     seen = await hypervisor.inspect("one")
@@ -267,11 +267,8 @@ async def test_a_full_disk_leaves_the_guest_with_the_old_disk(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    try:
-        with small_file_system(tmp_path / "small") as folder:
-            yield folder
-    except PermissionError as cannot:
-        pytest.skip(str(cannot))
+    with small_file_system(tmp_path / "small", "4m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("new_mib", [32, 48])
@@ -293,14 +290,14 @@ async def test_a_swap_goes_on_when_its_server_is_gone_and_is_taken_up(
     await host.abandon(hypervisor)
     hypervisor = await opened(host)
     guest = guest_of(hypervisor)
-    (job,) = await guest.ask("query-jobs")
+    (job,) = await guest.query("query-jobs")
     assert job["current-progress"] > 0, "the copy goes on by itself"
     assert (await hypervisor.inspect("one")).disks == ("old",)
     await full_speed(PERMIT, guest)
     again = Progress()
     await hypervisor.swap_disk(PERMIT, "one", old, new, again)
     assert (await hypervisor.inspect("one")).disks == ("new",)
-    assert await guest.ask("query-jobs") == []
+    assert await guest.query("query-jobs") == []
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
     assert has(new, 1)
@@ -323,9 +320,9 @@ async def test_a_disk_that_is_being_swapped_can_be_swapped_for_another_or_detach
         swap.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await swap
-    assert len(await guest.ask("query-jobs")) == 1
+    assert len(await guest.query("query-jobs")) == 1
     await hypervisor.detach_disk(PERMIT, "one", "old")
-    assert await guest.ask("query-jobs") == []
+    assert await guest.query("query-jobs") == []
     assert (await hypervisor.inspect("one")).disks == ()
     assert has(old, 1), "it is free"
     for disk in (first, second):

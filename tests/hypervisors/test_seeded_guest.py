@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import Seed, Spec
-from interlock.hypervisors.images import ImageFolder
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.guests.small_guest import build
+from interlock.images.image_folder import ImageFolder
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.xdist_group("small_guest"),
     pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="QEMU or apt is not on this system"),
 ]
 PERMIT = GivenPermit()
@@ -29,7 +30,9 @@ def cache_folder() -> Path:
 
 
 async def test_a_small_guest_takes_its_seed_to_heart(host: QemuWorkbench, tmp_path: Path) -> None:
-    image = await ImageFolder(tmp_path / "images", cache=cache_folder()).build_small("small", "small")
+    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, cache_folder())).build_small(
+        "small", "small"
+    )
     seed = Seed(hostname="web-1", user_data="#!/bin/sh\necho told to $(hostname)\n")
     spec = Spec(image=image, memory_mib=128, seed=seed)
     hypervisor = host.make()

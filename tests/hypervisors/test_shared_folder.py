@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.errors import NoRoom, Refused, Unavailable
+from interlock.core.errors import InsufficientCapacity, OperationRejected, Unavailable
 from interlock.core.records import SharedFolder
-from interlock.hypervisors.shared_folder import MARKER, MarkedFolder, instance_place
+from interlock.core.resource_claims import shared_markers, shared_place
+from interlock.images.shared_folder import MARKER, MarkedFolder, instance_place
 
 
 def opened(folder: Path, kept: Path, reserved_gib: int = 0) -> MarkedFolder:
@@ -53,9 +54,32 @@ def test_a_folder_that_was_marked_and_is_not_mounted_is_not_marked_again(shared:
     shared.mkdir()
     with pytest.raises(Unavailable, match="is not there"):
         found(opened(shared, tmp_path / "kept.json"))
-    with pytest.raises(Refused, match="is not there"):
+    with pytest.raises(OperationRejected, match="is not there"):
         instance_place(known, "vm")
     assert list(shared.iterdir()) == []
+
+
+def test_a_folder_in_which_vms_have_their_disks_is_not_marked_again_though_nobody_knows_its_marker(
+    shared: Path, tmp_path: Path
+) -> None:
+    """An empty mount point, and a data folder from which the note was lost with it."""
+    known = found(opened(shared, tmp_path / "kept.json"))
+    for lost in (shared / MARKER, tmp_path / "kept.json"):
+        lost.unlink()
+    recorded = shared_markers({shared_place(known), "another /elsewhere"}, str(shared))
+    assert recorded == {known.id}
+    marked = MarkedFolder(shared, tmp_path / "kept.json", reserved_gib=0)
+    marked.open(recorded)
+    assert list(shared.iterdir()) == []
+    with pytest.raises(Unavailable, match="is not there"):
+        found(marked)
+    (shared / MARKER).write_text("another\n")
+    marked.open(recorded)
+    with pytest.raises(Unavailable, match="is not there"):
+        found(marked)
+    (shared / MARKER).write_text(f"{known.id}\n")
+    marked.open(recorded)
+    assert found(marked) == known
 
 
 def test_another_folder_of_the_same_name_is_not_used(shared: Path, tmp_path: Path) -> None:
@@ -63,7 +87,7 @@ def test_another_folder_of_the_same_name_is_not_used(shared: Path, tmp_path: Pat
     (shared / MARKER).write_text("another\n")
     with pytest.raises(Unavailable, match="Another folder"):
         found(opened(shared, tmp_path / "kept.json"))
-    with pytest.raises(Refused, match="is not the one"):
+    with pytest.raises(OperationRejected, match="is not the one"):
         instance_place(known, "vm")
 
 
@@ -77,7 +101,7 @@ def test_a_folder_that_is_not_there_at_first_is_found_later(shared: Path, tmp_pa
 
 
 def test_nothing_is_put_into_a_folder_that_is_as_good_as_full(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoRoom, match="must stay free"):
+    with pytest.raises(InsufficientCapacity, match="No space left"):
         found(opened(shared, tmp_path / "kept.json", reserved_gib=1 << 40))
 
 

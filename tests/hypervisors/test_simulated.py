@@ -9,7 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import Fenced, HypervisorError, NotResponding, NotThere, Refused, Unavailable
+from conformance.hypervisor import GivenPermit, Told
+from conformance.simulated_host import IMAGE, SimulatedUnderTest
+from in_process.virtual_time import VirtualClock, run_in_virtual_time, settle
+from interlock.core.errors import Fenced, GuestNotFound, HypervisorError, NotResponding, OperationRejected, Unavailable
 from interlock.core.records import GuestEvent, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated import (
@@ -26,9 +29,6 @@ from interlock.hypervisors.simulated import (
     SimulatedHypervisor,
     Slow,
 )
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.simulated_host import IMAGE, SimulatedUnderTest
-from interlock.testing.virtual_time import VirtualClock, run_in_virtual_time, settle
 
 SPEC = Spec(image=IMAGE)
 PERMIT = GivenPermit()
@@ -99,7 +99,7 @@ async def test_a_lost_answer_is_not_responding_although_it_was_done() -> None:
 async def test_a_refusal_changes_nothing_and_befalls_one_call() -> None:
     hypervisor, _ = await running()
     hypervisor.host.faults.script("one", Method.ATTACH_DISK, Refuses("No room."))
-    with pytest.raises(Refused, match="No room"):
+    with pytest.raises(OperationRejected, match="No room"):
         await hypervisor.attach_disk(PERMIT, "one", DISK)
     assert "v1" not in (await hypervisor.inspect("one")).disks
     await hypervisor.attach_disk(PERMIT, "one", DISK)
@@ -117,7 +117,7 @@ async def test_a_guest_panics_after_the_effect_and_that_is_told() -> None:
 async def test_a_guest_vanishes_under_a_command() -> None:
     hypervisor, told = await running()
     hypervisor.host.faults.script("one", Method.PAUSE, GuestVanishes())
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await hypervisor.pause(PERMIT, "one")
     await told.until(GuestEvent.VANISHED, 5)
     assert await power(hypervisor) is PowerState.NONE
@@ -184,15 +184,15 @@ async def test_whoever_waits_for_a_hung_guest_hears_at_once_when_the_plug_is_pul
     assert not worker.done()
     await hypervisor.power_off(PERMIT, "one")
     await settle()
-    assert isinstance(worker.exception(), NotThere)
-    assert hypervisor.host.guests["one"].unread == []
+    assert isinstance(worker.exception(), GuestNotFound)
+    assert hypervisor.host.guests["one"].waiting_commands == []
 
 
 async def test_a_fault_that_cannot_befall_a_call_is_an_error_of_the_script() -> None:
     host = SimulatedHost()
-    with pytest.raises(ValueError, match="cannot meet"):
+    with pytest.raises(ValueError, match="does not apply"):
         host.faults.script("one", Method.POWER_OFF, Refuses())
-    with pytest.raises(ValueError, match="together 1"):
+    with pytest.raises(ValueError, match="whose sum is 1"):
         FaultRates(slow=0.6, hangs=0.6)
 
 
@@ -246,7 +246,7 @@ async def _life(hypervisor: SimulatedHypervisor, instance_id: str) -> list[str]:
 def test_one_seed_is_one_history_however_others_interleave() -> None:
     alone = run_in_virtual_time(history(7, others=0))
     assert run_in_virtual_time(history(7, others=5)) == alone
-    assert {line.split()[1] for line in alone} >= {"done", "Refused", "NotResponding"}
+    assert {line.split()[1] for line in alone} >= {"done", "OperationRejected", "NotResponding"}
 
 
 def test_another_seed_is_another_history() -> None:
@@ -313,7 +313,7 @@ async def test_a_disk_is_in_use_by_one_guest_at_a_time() -> None:
     hypervisor, _ = await running()
     await hypervisor.attach_disk(PERMIT, "one", DISK)
     await hypervisor.define(PERMIT, "two", SPEC)
-    with pytest.raises(Refused, match="in use by instance one"):
+    with pytest.raises(OperationRejected, match="in use by VM one"):
         await hypervisor.power_on(PERMIT, "two", msgspec.structs.replace(SPEC, disks=(DISK,)))
     await hypervisor.power_off(PERMIT, "one")
     await hypervisor.power_on(PERMIT, "two", msgspec.structs.replace(SPEC, disks=(DISK,)))

@@ -9,7 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.core.errors import Fenced, NotResponding, NotThere, Refused
+from conformance.hypervisor import GivenPermit, Told
+from conformance.simulated_host import IMAGE, SimulatedUnderTest
+from in_process.virtual_time import VirtualClock
+from interlock.core.errors import Fenced, GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import GuestEvent, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated import (
@@ -21,9 +24,6 @@ from interlock.hypervisors.simulated import (
     SimulatedHost,
     SimulatedHypervisor,
 )
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.simulated_host import IMAGE, SimulatedUnderTest
-from interlock.testing.virtual_time import VirtualClock
 
 SPEC = Spec(image=IMAGE)
 PERMIT = GivenPermit()
@@ -92,7 +92,7 @@ async def test_something_long_that_comes_to_no_end_leaves_what_was(method: Metho
         permit.revoke()
     await clock.advance(1)
     await asyncio.wait({worker})
-    assert worker.cancelled() or isinstance(worker.exception(), Fenced | Refused)
+    assert worker.cancelled() or isinstance(worker.exception(), Fenced | OperationRejected)
     seen = await hypervisor.inspect("one")
     if how == "fenced" and method in {Method.SAVE_MEMORY, Method.DUMP_MEMORY}:
         # Whoever took over finds the guest halted, and decides.
@@ -112,7 +112,7 @@ async def test_a_guest_that_hangs_or_vanishes_ends_something_long(method: Method
         await LONG[method](hypervisor, PERMIT, Reports(), tmp_path / "target")
     hypervisor.host.thaw("one")
     hypervisor.host.faults.script("one", method, GuestVanishes())
-    with pytest.raises(NotThere):
+    with pytest.raises(GuestNotFound):
         await LONG[method](hypervisor, PERMIT, Reports(), tmp_path / "target")
     assert not (await hypervisor.inspect("one")).memory_saved
 

@@ -6,22 +6,23 @@ import os
 import shutil
 import struct
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import Image, Spec
-from interlock.hypervisors import small_disk
-from interlock.hypervisors.images import ImageFolder
-from interlock.hypervisors.kernel_payload import UnreadableKernel
-from interlock.testing.check_hypervisor import GivenPermit, Told
-from interlock.testing.qemu_workbench import QemuWorkbench
+from interlock.guests import small_disk
+from interlock.guests.small_guest import build
+from interlock.images.image_folder import ImageFolder
+from interlock.images.kernel_payload import UnreadableKernel
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 REAL = [
     pytest.mark.qemu,
-    pytest.mark.xdist_group("small_guest"),
     pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="QEMU or apt is not on this system"),
 ]
 PERMIT = GivenPermit()
@@ -90,7 +91,7 @@ async def host(tmp_path: Path) -> AsyncIterator[QemuWorkbench]:
 @pytest.fixture
 async def image(tmp_path: Path) -> Image:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    images = ImageFolder(tmp_path / "images", cache=Path(base) / "interlock-tests" / "packages")
+    images = ImageFolder(tmp_path / "images", small_guest=partial(build, Path(base) / "interlock-tests" / "packages"))
     return await images.build_small("small", "small", "disk")
 
 

@@ -19,13 +19,14 @@ from qemu.qmp import QMPClient
 
 from interlock.core.errors import Unavailable
 from interlock.core.records import Seed
-from interlock.hypervisors import packages, seed_iso, small_guest
+from interlock.guests import packages, small_guest
+from interlock.images import cloud_init
+from interlock.images.image_folder import GuestFiles
 
 QEMU = shutil.which("qemu-system-x86_64")
 BUILT_FROM = ("apt-get", "apt-cache", "dpkg-deb")
 MARKS = [
     pytest.mark.qemu,
-    pytest.mark.xdist_group("small_guest"),
     pytest.mark.skipif(not all(map(shutil.which, BUILT_FROM)), reason="apt is not on this system"),
 ]
 
@@ -85,7 +86,7 @@ def cache_folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def guest() -> small_guest.SmallGuest:
+def guest() -> GuestFiles:
     return small_guest.build(cache_folder())
 
 
@@ -111,10 +112,13 @@ class Booted:
         self.folder = folder
         self.console = Console(output)
         self.monitor = QMPClient()
+        self.connections = contextlib.AsyncExitStack()
 
     async def agent(self) -> GuestAgent:
         """The guest's agent, once it listens."""
-        return GuestAgent(*await asyncio.open_unix_connection(self.folder / "agent"))
+        reader, writer = await asyncio.open_unix_connection(self.folder / "agent")
+        self.connections.push_async_callback(closed, writer)
+        return GuestAgent(reader, writer)
 
     async def get(self, path: str) -> str:
         """What the guest's web server answers, through the port that is forwarded to it."""
@@ -131,6 +135,12 @@ class Booted:
     async def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await self.get("cgi-bin/status"))
         return found
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 class GuestAgent:
@@ -165,11 +175,11 @@ MACHINE = (
 
 
 @contextlib.asynccontextmanager
-async def booting(guest: small_guest.SmallGuest, folder: Path, seed: Seed) -> AsyncIterator[Booted]:
+async def booting(guest: GuestFiles, folder: Path, seed: Seed) -> AsyncIterator[Booted]:
     assert QEMU is not None
     with (folder / "disk").open("wb") as disk:
         disk.truncate(8 << 20)
-    seed_iso.write(folder / "seed.iso", seed, "tested")
+    cloud_init.write(folder / "seed.iso", seed, "tested")
     process = await asyncio.create_subprocess_exec(
         *(QEMU, *MACHINE.split(), "-kernel", str(guest.kernel), "-initrd", str(guest.initrd)),
         *("-append", f"{guest.cmdline} interlock.hostname=tested", "-qmp", "unix:qmp,server=on,wait=off"),
@@ -187,12 +197,13 @@ async def booting(guest: small_guest.SmallGuest, folder: Path, seed: Seed) -> As
         if process.returncode is None:
             process.kill()
         await process.wait()
+        await booted.connections.aclose()
         with contextlib.suppress(Exception):
             await booted.monitor.disconnect()
 
 
 @pytest.fixture
-async def booted(guest: small_guest.SmallGuest, tmp_path: Path) -> AsyncIterator[Booted]:
+async def booted(guest: GuestFiles, tmp_path: Path) -> AsyncIterator[Booted]:
     async with booting(guest, tmp_path, Seed(hostname="seeded")) as running:
         yield running
 
@@ -202,7 +213,8 @@ class TestBuilt:
 
     pytestmark = MARKS
 
-    def test_the_same_packages_make_the_same_bytes(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+    @pytest.mark.long
+    def test_the_same_packages_make_the_same_bytes(self, guest: GuestFiles, tmp_path: Path) -> None:
         for package in cache_folder().glob("*.deb"):
             (tmp_path / package.name).hardlink_to(package)
         again = small_guest.build(tmp_path)
@@ -211,13 +223,13 @@ class TestBuilt:
         assert again.initrd.read_bytes() == guest.initrd.read_bytes()
 
     def test_nothing_is_read_again_for_versions_that_were_built(
-        self, guest: small_guest.SmallGuest, monkeypatch: pytest.MonkeyPatch
+        self, guest: GuestFiles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(packages, "read_members", None)
         assert small_guest.build(cache_folder()) == guest
 
     def test_packages_in_the_cache_are_enough_where_apt_has_no_lists(
-        self, guest: small_guest.SmallGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, guest: GuestFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stand_in(tmp_path, "apt-cache", "exit 100")
         stand_in(tmp_path, "apt-get", "exit 100")
@@ -337,7 +349,7 @@ class TestBooted:
         await booted.console.until("interlock-guest: agent powerdown")
         assert await agent.line() == b""
 
-    async def test_it_takes_a_seed_to_heart(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+    async def test_it_takes_a_seed_to_heart(self, guest: GuestFiles, tmp_path: Path) -> None:
         script = "#!/bin/sh\necho ran as $(hostname)\ncat /root/.ssh/authorized_keys\n"
         keys = ("ssh-ed25519 AAAAC3Nza me@there", "ecdsa-sha2-nistp256 AAAAE2V= you")
         async with booting(guest, tmp_path, Seed(hostname="web-1", ssh_keys=keys, user_data=script)) as booted:
@@ -347,7 +359,7 @@ class TestBooted:
                 assert await booted.console.until("ssh-|ecdsa") == key
             assert (await booted.status())["hostname"] == "web-1"
 
-    async def test_it_does_what_a_simple_cloud_config_says(self, guest: small_guest.SmallGuest, tmp_path: Path) -> None:
+    async def test_it_does_what_a_simple_cloud_config_says(self, guest: GuestFiles, tmp_path: Path) -> None:
         config = "#cloud-config\nhostname: db-1\nruncmd:\n  - echo one $((1 + 1))\n  - echo three\nother: 1\n"
         async with booting(guest, tmp_path, Seed(hostname="web-1", user_data=config)) as booted:
             await booted.console.until("interlock-guest: seed db-1")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
-from interlock.testing.virtual_time import VirtualClock, run_in_virtual_time
+from in_process.virtual_time import VirtualClock, VirtualTimeLoop, run_in_virtual_time
 
 
 async def test_sleepers_wake_in_order_and_at_their_moment() -> None:
@@ -34,3 +35,26 @@ def test_a_loop_in_virtual_time_jumps_over_waits() -> None:
         return asyncio.get_running_loop().time()
 
     assert run_in_virtual_time(main()) == pytest.approx(3_600, abs=1)
+
+
+def test_virtual_time_stands_still_while_threads_work() -> None:
+    told = threading.Event()
+
+    async def main() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        timer = loop.call_later(3_600, told.set)
+        await asyncio.to_thread(told.wait, 0.05)
+        in_executor = loop.time()
+        ended = asyncio.Event()
+        loop.thread_begins()
+        thread = threading.Thread(target=lambda: (told.wait(0.05), loop.call_soon_threadsafe(ended.set)))
+        thread.start()
+        await ended.wait()
+        loop.thread_ends()
+        timer.cancel()
+        thread.join()
+        return in_executor, loop.time()
+
+    assert run_in_virtual_time(main()) == (0, 0)
+    assert not told.is_set()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from interlock.core.errors import Invalid, StoreFull, Unavailable
-from interlock.hypervisors import commands
-from interlock.hypervisors.volumes import VolumeFolder
+from interlock.images import subprocess_runner
+from interlock.images.volume_folder import VolumeFolder
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -56,7 +56,7 @@ async def test_who_may_not_give_a_volume_away_is_told_so_and_nothing_is_left(
 
     monkeypatch.setattr(os, "chown", denied)
     other = VolumeFolder(volumes._folder, uid=65534, gid=65534)
-    with pytest.raises(Unavailable, match="may not give"):
+    with pytest.raises(Unavailable, match="Permission denied"):
         await other.make("v1", 1 << 20)
     assert kept(other) == []
 
@@ -89,8 +89,8 @@ async def test_without_qemu_img_the_remedy_names_the_package(
 
 async def test_a_full_disk_is_told_as_such(volumes: VolumeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     complaint = "qemu-img: v: Could not write: No space left on device"
-    ended = commands.Ended(status=1, output=b"", complaint=complaint)
-    monkeypatch.setattr(commands, "run", lambda *_a, **_k: ended)
+    ended = subprocess_runner.Ended(status=1, output=b"", complaint=complaint)
+    monkeypatch.setattr(subprocess_runner, "run", lambda *_a, **_k: ended)
     with pytest.raises(StoreFull):
         await volumes.make("v1", 1 << 20)
     assert kept(volumes) == []

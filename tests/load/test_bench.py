@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from interlock.testing import bench
+from interlock import bench
 
 FIGURES = {
     "decisions": {
@@ -14,13 +14,16 @@ FIGURES = {
         *("decide_short_policy_us", "decide_long_policy_us", "decide_piled_policy_us"),
     },
     "fleet_decisions": {
-        *("instances", "situations", "decisions_per_s", "unalike_decisions_per_s"),
-        *("short_policy_decisions_per_s", "long_policy_decisions_per_s", "instances_read_per_s"),
+        *("instances", "situations", "decisions_per_s"),
+        *("short_policy_decisions_per_s", "long_policy_decisions_per_s"),
     },
     "exploring": {"states", "transitions", "states_per_s", "explore_s"},
     "replaying": {"submissions", "rows_per_s", "replay_s"},
-    "durable_admissions": {"callers", "admissions_per_s"},
-    "http_admissions": {"connections", "admissions_per_s", "median_ms", "p99_ms"},
+    "durable_admissions": {"callers", "admissions_per_s", "raw_sqlite_per_s", "of_raw_sqlite"},
+    "http_admissions": {
+        *("connections", "admissions_per_s", "median_ms", "p99_ms"),
+        *("bare_server_per_s", "of_bare_server"),
+    },
     "whole_operations": {"callers", "operations_per_s"},
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.admission import admit
+from interlock.core.admission import admit, admit_there
 from interlock.core.lifecycle import expire, finish, observe, take
 from interlock.core.operations import TASK_OPERATION, Lane, Operation
 from interlock.core.policy import CompiledPolicy
@@ -91,9 +91,10 @@ class Play:
         taken: Request | None = self._keep(take(self.instance, lane, self.now_ms))
         return taken
 
-    def finish(self, request_id: str, outcome: Outcome = Outcome.SUCCEEDED) -> Any:
+    def finish(self, request_id: str, outcome: Outcome = Outcome.SUCCEEDED, *, arrived: bool = False) -> Any:
         fence = self.requests[request_id].fence
-        return self._keep(finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms))
+        change = finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms, arrived=arrived)
+        return self._keep(change)
 
     def observe(self, event: GuestEvent) -> None:
         self._keep(observe(self.instance, event, self.policy, self.now_ms))
@@ -101,6 +102,23 @@ class Play:
     def advance(self, milliseconds: int) -> None:
         self.now_ms += milliseconds
         self._keep(expire(self.instance, self.policy, self.now_ms))
+
+
+def dispositions(
+    start: Instance, role: str, by: str, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool
+) -> dict[Operation, Disposition]:
+    """What each operation would be answered now, asked without parameters."""
+    return {
+        operation: admit_there(
+            start,
+            Submission(
+                request_id="judged", operation=operation, requested_by=by, role=role, host_reachable=host_reachable
+            ),
+            policy,
+            now_ms,
+        ).answer
+        for operation in Operation
+    }
 
 
 def said(answer: Disposition) -> tuple[str, str | None]:

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core.errors import PolicyError
-from interlock.policies.bundles import read_bundle
-from interlock.policies.positions import Positions
-from interlock.policies.reading import PolicyText, builtin_names, load
+from interlock.policies.language.bundle import read_bundle
+from interlock.policies.language.loader import PolicyText, builtin_names, load
+from interlock.policies.language.toml_positions import Positions
+from tiers import tier
 
 RULE = '[[rule]]\nid = "r"\noperations = ["stop"]\nverdict = "admit"\n'
 PLACED = re.compile(r"[^\n]+?:[1-9]\d*:[1-9]\d*: [^\n]", re.DOTALL)
@@ -31,7 +32,7 @@ ONE_READING = """
 import re, sys, time
 from pathlib import Path
 from interlock.core.errors import PolicyError
-from interlock.policies.reading import load
+from interlock.policies.language.loader import load
 
 begun = time.process_time()
 try:
@@ -72,30 +73,45 @@ LARGE: dict[str, tuple[Callable[[], str], str]] = {
         "2000 rules",
     ),
     "rules for each operation": (lambda: rules(250, *SAME), "rules"),
-    "too many rules for each operation": (lambda: rules(2_000, *SAME), "stand for more than 10000"),
+    "too many rules for each operation": (lambda: rules(2_000, *SAME), "expand to more than 10000"),
     "many sets": (lambda: "[sets]\n" + "".join(f's{i} = ["stop"]\n' for i in range(20_000)), "at most 200 sets"),
     "a long set": (lambda: "[sets]\nx = [" + '"stop",' * 70_000 + "]\n" + RULE.replace("stop", "@x"), "1 rules"),
     "a long list": (lambda: RULE.replace('"stop"', '"stop",' * 70_000), "1 rules"),
-    "a wrong word in a long list": (lambda: RULE.replace('"stop"', '"stop",' * 70_000 + '"stpo"'), ":3:490015: 'stpo'"),
-    "a long word": (lambda: RULE.replace("stop", "s" * 500_000), ":3:15: 'sss"),
-    "a long key": (lambda: "k" * 500_000 + " = 1", ":1:1: A policy has no part"),
-    "a long dotted key": (lambda: "a" + ".a" * 250_000 + " = 1", ":1:1: This is not TOML that a policy could be"),
+    "a wrong word in a long list": (
+        lambda: RULE.replace('"stop"', '"stop",' * 70_000 + '"stpo"'),
+        ":3:490015: Unknown operation 'stpo'",
+    ),
+    "a long word": (lambda: RULE.replace("stop", "s" * 500_000), ":3:15: Unknown operation 'sss"),
+    "a long key": (lambda: "k" * 500_000 + " = 1", ":1:1: Unknown section"),
+    "a long dotted key": (
+        lambda: "a" + ".a" * 250_000 + " = 1",
+        ":1:1: This is not TOML within the limits of a policy",
+    ),
     "many dotted keys": (
         lambda: "".join(f"[{'.'.join([f'a{i}'] * 15)}]\n" for i in range(4_500)),
         "more than 60000 keys, lists and tables",
     ),
-    "many keys": (lambda: "".join(f"k{i} = 1\n" for i in range(45_000)), ":1:1: A policy has no part 'k0'"),
-    "many numbers": (lambda: "x = [" + "1," * 250_000 + "]", ":1:1: A policy has no part 'x'"),
+    "many keys": (lambda: "".join(f"k{i} = 1\n" for i in range(45_000)), ":1:1: Unknown section 'k0'"),
+    "many numbers": (lambda: "x = [" + "1," * 250_000 + "]", ":1:1: Unknown section 'x'"),
     "many tables": (lambda: "x = [" + "{a={b={}}}," * 45_000 + "]", "more than 60000 keys, lists and tables"),
-    "deep lists": (lambda: "x = " + "[" * 500_000, ":1:37: This is not TOML that a policy could be: Lists or tables"),
-    "deep tables": (lambda: "x = " + "{a = " * 100_000, ":1:165: This is not TOML that a policy could be: Lists or"),
-    "a long number": (lambda: f"x = {'9' * 500_000}", ":1:5: This is not TOML that a policy could be: A number"),
-    "a long number in a list": (lambda: f"x = [1, {'9' * 500_000}]", ":1:9: This is not TOML that a policy could be"),
-    "a long number in base 16": (lambda: RULE + f"silent_for = 0x{'F' * 500_000}", ":5:14: This is not TOML that"),
+    "deep lists": (
+        lambda: "x = " + "[" * 500_000,
+        ":1:37: This is not TOML within the limits of a policy: Lists or tables",
+    ),
+    "deep tables": (
+        lambda: "x = " + "{a = " * 100_000,
+        ":1:165: This is not TOML within the limits of a policy: Lists or",
+    ),
+    "a long number": (lambda: f"x = {'9' * 500_000}", ":1:5: This is not TOML within the limits of a policy: A number"),
+    "a long number in a list": (
+        lambda: f"x = [1, {'9' * 500_000}]",
+        ":1:9: This is not TOML within the limits of a policy",
+    ),
+    "a long number in base 16": (lambda: RULE + f"silent_for = 0x{'F' * 500_000}", ":5:14: This is not TOML within"),
     "a string that does not end": (lambda: 'x = """' + '""a' * 150_000, "This is not TOML: Unterminated string"),
     "many thresholds": (
         lambda: '[policy]\nextends = "standard"\n[thresholds]\n' + "".join(f'k{i} = "5m"\n' for i in range(35_000)),
-        ":4:1: What this policy extends has no rule 'k0'",
+        ":4:1: Rule 'k0' not found in the extended policy",
     ),
     "many names": (lambda: "[names]\nreboot = [" + '"a",' * 100_000 + "]", ":2:10: reboot must be a name, or a list"),
     "many empty lines": (lambda: "\n" * 500_000 + "x", ":500001:2: This is not TOML"),
@@ -109,9 +125,7 @@ def test_much_of_anything_takes_little_time_and_memory(tmp_path: Path, name: str
     text, expected = LARGE[name]
     path = tmp_path / "large.toml"
     path.write_text(text())
-    ran = subprocess.run(
-        [sys.executable, "-c", ONE_READING, path], capture_output=True, text=True, timeout=60, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", ONE_READING, path], capture_output=True, text=True, check=True)
     seconds, memory_mib, said = ran.stdout.split(" ", 2)
     assert expected in said.replace(str(path), "")
     assert len(said) < 1_000
@@ -143,7 +157,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> No
         assert caught.value.message.startswith(f"{main}:2:11: "), caught.value.message
     listening.close()
     for name, kind in (("pipe", "a pipe"), ("folder", "a directory"), ("zero", "a device")):
-        with pytest.raises(PolicyError, match=f"There is no such file: that is {kind}"):
+        with pytest.raises(PolicyError, match=f"Not a regular file: {kind}"):
             load(tmp_path / f"{name}.toml")
 
 
@@ -161,7 +175,7 @@ def test_a_long_chain_of_policies_is_refused_where_it_becomes_too_long(tmp_path:
     for i in range(40):
         text = f'[policy]\nextends = "{i + 1}.toml"\n' + RULE.replace('"r"', f'"r{i}"')
         (tmp_path / f"{i}.toml").write_text(text)
-    with pytest.raises(PolicyError, match=r"16\.toml:2:11: More than 16 policies extend one another"):
+    with pytest.raises(PolicyError, match=r"16\.toml:2:11: More than 16 policies extend each other"):
         load(tmp_path / "0.toml")
 
 
@@ -173,23 +187,23 @@ def test_a_long_chain_of_policies_is_refused_where_it_becomes_too_long(tmp_path:
 )
 def test_an_odd_time_is_refused_at_its_place(time: str) -> None:
     text = RULE.replace("admit", "after") + f'threshold = "{time}"\n'
-    assert refusal(text).startswith("a.toml:5:13: threshold is '")
-    assert refusal(RULE + f'  silent_for = "{time}"').startswith("a.toml:5:16: silent_for is '")
+    assert refusal(text).startswith("a.toml:5:13: Invalid threshold: '")
+    assert refusal(RULE + f'  silent_for = "{time}"').startswith("a.toml:5:16: Invalid silent_for: '")
 
 
 @pytest.mark.parametrize(
     "time", ["15", "1979-05-27", "1979-05-27T07:32:00Z", "07:32:00", "1e999", "nan", "true", '["3m"]', "{s = 3}"]
 )
 def test_what_is_no_text_is_no_time(time: str) -> None:
-    assert refusal(RULE + f"silent_for = {time}").startswith("a.toml:5:14: silent_for is ")
+    assert refusal(RULE + f"silent_for = {time}").startswith("a.toml:5:14: Invalid silent_for: ")
 
 
 @pytest.mark.parametrize(
     "name", ["p\u0430use", "\uff50", "r\u00e9", "a b", "-a", "", "\\u0000", "a\\nb", "x" * 101, "\u200br", "\\ue000"]
 )
 def test_an_id_of_other_letters_is_refused_at_its_place(name: str) -> None:
-    assert refusal(RULE.replace('"r"', f'"{name}"')).startswith("a.toml:2:6: id ")
-    assert refusal(RULE + f'reason = "{name}"').startswith("a.toml:5:10: reason ")
+    assert refusal(RULE.replace('"r"', f'"{name}"')).startswith("a.toml:2:6: ")
+    assert refusal(RULE + f'reason = "{name}"').startswith("a.toml:5:10: ")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +297,7 @@ def mutations(draw: st.DrawFn) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=tier(80, 2000))
 @given(mutations())
 def test_a_policy_that_was_changed_at_random_is_read_or_refused_with_a_place(text: str) -> None:
     said = None
@@ -316,7 +330,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tier(40, 1000))
 @given(
     before=st.lists(VALUES, max_size=3), wanted=VALUES, inside=st.lists(VALUES, max_size=3), spaces=st.integers(0, 3)
 )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from interlock.core.errors import PolicyError
-from interlock.policies.bundles import bundle_of, read_bundle
-from interlock.policies.language import FILE_SIZE_MAX_BYTES
-from interlock.policies.reading import load, read
+from interlock.policies.language.bundle import bundle_of, read_bundle
+from interlock.policies.language.loader import load, read
+from interlock.policies.language.schema import FILE_SIZE_MAX_BYTES
 
 RULE = '[[rule]]\nid = "{}"\noperations = ["stop"]\nverdict = "deny"\n'
 
@@ -45,7 +45,8 @@ def extending(extends: str, rule: str) -> str:
 )  # fmt: skip
 def test_a_policy_that_is_sent_is_the_same(tmp_path: Path, main: str, files: dict[str, str], names: set[str]) -> None:
     write(tmp_path, files)
-    sent, sent_main = bundle_of(tmp_path / main)
+    bundle = bundle_of(tmp_path / main)
+    sent, sent_main = bundle.files, bundle.main
     assert (set(sent), sent_main) == (names, main)
     there, here = read_bundle(sent, sent_main), read(tmp_path / main)
     assert there.policy.digest == here.policy.digest
@@ -68,7 +69,7 @@ def test_the_text_of_a_policy_is_kept_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extends", ["/etc/hostname.toml", "../b.toml", "b.toml", "./../../etc/passwd", "~/b.toml"])
 def test_nothing_outside_the_files_is_reached(tmp_path: Path, extends: str) -> None:
     write(tmp_path, {"b.toml": RULE.format("b")})
-    with pytest.raises(PolicyError, match=r"a\.toml:2:11: extends names .* no such file among those that were sent"):
+    with pytest.raises(PolicyError, match=r"a\.toml:2:11: The extended file .* is not found in the bundle"):
         read_bundle({"a.toml": extending(extends, "a")}, "a.toml")
 
 
@@ -82,8 +83,8 @@ def test_a_file_may_have_the_name_of_a_built_in_policy() -> None:
 @pytest.mark.parametrize(
     ("files", "main", "said"),
     [
-        ({"a.toml": RULE.format("a")}, "b.toml", r"no file 'b\.toml' among those"),
-        ({}, "b.toml", r"no file 'b\.toml' among those"),
+        ({"a.toml": RULE.format("a")}, "b.toml", r"File 'b\.toml' not found in the bundle"),
+        ({}, "b.toml", r"File 'b\.toml' not found in the bundle"),
         ({"a.toml": extending("./a.toml", "a")}, "a.toml", r"a\.toml:2:11: The policy extends itself"),
         (
             {"a.toml": extending("b.toml", "a"), "b.toml": extending("x/../a.toml", "b")},
@@ -96,19 +97,19 @@ def test_a_file_may_have_the_name_of_a_built_in_policy() -> None:
         (
             {"a.toml": extending("b.toml", "a"), "b.toml": "#" * (FILE_SIZE_MAX_BYTES - 10)},
             "a.toml",
-            r"a\.toml:2:11: The policy and what it extends are larger",
+            r"a\.toml:2:11: The policy and the files it extends are larger",
         ),
         (
             {f"{i}.toml": extending(f"{i + 1}.toml", f"r{i}") for i in range(30)},
             "0.toml",
-            r"16\.toml:2:11: More than 16 policies extend one another",
+            r"16\.toml:2:11: More than 16 policies extend each other",
         ),
         (
             {f"{i}.toml": f"[policy]\nextends = './{i + 1}.toml'\n" + "".join(
                 f'[[rule]]\nid = "r{i}-{j}"\noperations = "*"\noutstanding = ["@same"]\nverdict = "deny"\n'
                 for j in range(100)) for i in range(3)} | {"3.toml": RULE.format("last")},
             "0.toml",
-            r"0\.toml:\d+:1: The rules up to here stand for more than 10000",
+            r"0\.toml:\d+:1: The rules up to here expand to more than 10000",
         ),
     ],
 )  # fmt: skip

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_samples import instance
 
 from interlock.core.admission import judge
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict, View
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Denied, Submission
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.checking import check, check_file
-from interlock.policies.dead_rules import DeadRules
-from interlock.policies.findings import Finding, Severity, states_text, written
-from interlock.policies.reaching import TASKS, Cell, Reaching
-from interlock.policies.reading import builtin_names, read
+from interlock.core.views import View
+from interlock.policies.language.loader import builtin_names, read
+from interlock.policies.lint.checker import check, check_file
+from interlock.policies.lint.dead_rules import DeadRules
+from interlock.policies.lint.findings import Finding, Severity, states_text, written
+from interlock.policies.lint.reachability import TASKS, Cell, Reaching
+from tiers import tier
 
 O = Operation  # noqa: E741
 V = VmState
@@ -164,10 +166,10 @@ def test_a_built_in_policy_has_no_error(name: str) -> None:
 
 def test_a_check_takes_less_than_a_second() -> None:
     text = read("standard")
-    began = time.perf_counter()
+    began_s = time.process_time()
     check(text)
-    # Five times what is promised, for machines that are busy.
-    assert time.perf_counter() - began < 5
+    # Thrice what is promised, for machines that are slow.
+    assert time.process_time() - began_s < 3
 
 
 def test_a_check_of_the_compiled_policy_is_the_same_as_of_its_text() -> None:
@@ -186,7 +188,7 @@ def test_a_gap_is_a_submission_that_the_gate_admits_in_that_state() -> None:
 def test_states_are_told_in_few_words() -> None:
     assert states_text([(V.ERROR, NO_TASK), (V.STOPPED, NO_TASK)]) == "stopped, error"
     assert states_text([(V.ACTIVE, "pausing")]) == "active while @pause"
-    assert states_text([(V.DELETED, task) for task in TASKS]) == "deleted, whatever is being done"
+    assert states_text([(V.DELETED, task) for task in TASKS]) == "deleted, during any task"
 
 
 FEW_OPERATIONS = [O.STOP, O.START, O.DELETE, O.SNAPSHOT]
@@ -262,7 +264,7 @@ def dead_in(policy: Policy) -> set[str | None]:
     return {one.rule for one in DeadRules(Reaching(policy.rules), "small.toml").findings() if one.code in never}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tier(20, 300))
 @given(policy=small_policies(), views=st.lists(real_views(), min_size=40, max_size=80))
 def test_what_is_called_dead_never_decides_any_view(policy: Policy, views: list[View]) -> None:
     dead = dead_in(policy)
@@ -271,7 +273,7 @@ def test_what_is_called_dead_never_decides_any_view(policy: Policy, views: list[
         assert compiled.decide(view).id not in dead
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tier(20, 300))
 @given(policy=small_policies())
 def test_what_is_called_alive_decides_the_view_that_is_shown_for_it(policy: Policy) -> None:
     """So the search is complete, too: for whatever it does not call dead, it has a proof."""
@@ -310,10 +312,10 @@ def test_a_region_too_intricate_to_take_apart_counts_as_reachable() -> None:
         id="last", source="x.toml:99", operations=frozenset({O.STOP}), verdict=Verdict.ADMIT,
         outstanding=frozenset(O), tags=frozenset(f"t{number}" for number in range(30)),
     )  # fmt: skip
-    began = time.perf_counter()
+    began_s = time.process_time()
     reaching = Reaching((*blocking, last))
     assert reaching.decides(30, Cell(O.STOP, V.ACTIVE, NO_TASK)) is not None
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began_s < 5
 
 
 def test_findings_become_json() -> None:

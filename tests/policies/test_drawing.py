@@ -9,21 +9,20 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 from interlock.cli.application import run
-from interlock.cli.policy_tables import COMMANDS
+from interlock.cli.commands.policy.group import policy_commands
 from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies import drawing
-from interlock.policies.drawing import digest_of, dot_source, svg_of, transitions
-from interlock.policies.grids import of_states, of_tasks, svg_grid
-from interlock.policies.policy_pages import page
-from interlock.policies.reading import builtin_names, compile_named
-from interlock.policies.tables import Circumstances, table
+from interlock.policies.language.loader import builtin_names, compile_named
+from interlock.policies.rendering import state_diagram
+from interlock.policies.rendering.answer_grid_svg import of_states, of_tasks, svg_grid
+from interlock.policies.rendering.state_diagram import digest_of, dot_source, svg_of, transitions
+from interlock.policies.rendering.tables import Circumstances, table
+from policy_pages import files, page
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies"
 STANDARD = compile_named("standard")
@@ -63,7 +62,7 @@ def test_what_is_told_of_a_diagram_is_all_that_is_admitted(name: str) -> None:
     kinds = {each: kind for kind in Operation for each in policy.policy.names.get(kind.value, (kind.value,))}
     admitted = {
         (row.vm_state, row.operation)
-        for row in table(policy, Circumstances(role="admin"))
+        for row in table(policy, Circumstances(caller={"role": "admin"}))
         if row.task_state == NO_TASK
         and row.launched is (row.vm_state != V.BUILDING)
         and row.verdict in (Verdict.ADMIT, Verdict.PREEMPT)
@@ -119,14 +118,14 @@ def test_without_graphviz_it_is_said_what_to_install(monkeypatch: pytest.MonkeyP
 @needs_graphviz
 def test_what_graphviz_cannot_draw_is_a_sentence() -> None:
     with pytest.raises(Invalid, match="Graphviz cannot draw it"):
-        drawing.svg_of("this is no graph")
+        state_diagram.svg_of("this is no graph")
 
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_the_drawings_in_the_documentation_are_current(name: str) -> None:
-    """Draw them again with `interlock policy pages`. The layout may differ, the source of it may not."""
+    """Draw them again with `python tools/draw_docs.py policies`. The layout may differ, the source of it may not."""
     policy = compile_named(name)
-    remedy = "Run `interlock policy pages`."
+    remedy = "Run `.venv/bin/python tools/draw_docs.py policies`."
     assert (DOCS / f"{name}.md").read_text() == page(name), remedy
     assert (DOCS / f"{name}-table.svg").read_text() == svg_grid(of_states(policy)), remedy
     assert (DOCS / f"{name}-tasks.svg").read_text() == svg_grid(of_tasks(policy)), remedy
@@ -147,7 +146,7 @@ def test_every_picture_of_a_page_is_there() -> None:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(click.Group(commands=COMMANDS), arguments, {})
+        code = run(policy_commands, arguments, {})
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -166,7 +165,7 @@ def test_a_diagram_can_be_had_as_dot_or_as_a_picture(command: Any, tmp_path: Pat
 def test_wrong_input_of_a_diagram_is_a_sentence(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("diagram", "nope")[0] == 2
     code, _out, err = command("diagram", "take2", "--of", "table", "--format", "dot")
-    assert (code, err.splitlines()[0]) == (2, "Error: Only the diagram of states can be had as dot.")
+    assert (code, err.splitlines()[0]) == (2, "Error: The format dot is available for states only.")
     monkeypatch.setenv("PATH", "")
     code, _out, err = command("diagram", "take2")
     assert code == 2
@@ -174,6 +173,5 @@ def test_wrong_input_of_a_diagram_is_a_sentence(command: Any, monkeypatch: pytes
 
 
 @needs_graphviz
-def test_the_pages_are_drawn_by_one_command(command: Any, tmp_path: Path) -> None:
-    assert command("pages", "--out", str(tmp_path))[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in DOCS.iterdir()}
+def test_every_file_of_the_folder_is_drawn() -> None:
+    assert {name for name, _ in files()} == {path.name for path in DOCS.iterdir()}

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, View
+from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Instance, Request
 from interlock.core.request_queue import permits
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.in_force import Earlier, PolicyInForce
-from interlock.policies.reading import compile_named
+from interlock.core.views import View
+from interlock.policies.active_policy import Earlier, PolicyInForce
+from interlock.policies.language.loader import compile_named
 
 NAMES = ("standard", "take2", "propolis")
 COMPILED = {name: compile_named(name) for name in NAMES}

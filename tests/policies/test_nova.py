@@ -11,11 +11,11 @@ from nova_gates import GATES, TASK_STATES, VM_STATES
 from policy_samples import Play, instance, said, serving
 
 from interlock.cli.application import build
-from interlock.cli.invocation import Invocation
+from interlock.cli.context import Invocation
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.states import VmState
-from interlock.policies.reading import compile_named
+from interlock.policies.language.loader import compile_named
 
 O = Operation  # noqa: E741
 V = VmState

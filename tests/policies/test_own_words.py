@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from interlock.core.errors import PolicyError
 from interlock.core.operations import CATALOGUE, Operation
-from interlock.core.policy import CompiledPolicy, Policy, View
+from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.states import VmState
-from interlock.policies.bundles import read_bundle
-from interlock.policies.reading import load
+from interlock.core.views import View
+from interlock.policies.language.bundle import read_bundle
+from interlock.policies.language.loader import load
+from tiers import tier
 
 O = Operation  # noqa: E741
 RULE = '[[rule]]\nid = "r"\noperations = ["stop"]\nverdict = "admit"\n'
@@ -71,13 +73,13 @@ def test_a_rule_may_ask_whether_an_instance_was_launched_and_what_is_held() -> N
         ("same.stop", frozenset({O.STOP})),
     ]
     compiled = CompiledPolicy(policy)
-    assert compiled.decide(View(O.STOP, VmState.ACTIVE, "none", launched=False)).id == "unlaunched"
-    assert compiled.decide(View(O.STOP, VmState.ACTIVE, "none")).id == "none-held"
+    assert compiled.decide(View(operation=O.STOP, vm_state=VmState.ACTIVE, launched=False)).id == "unlaunched"
+    assert compiled.decide(View(operation=O.STOP, vm_state=VmState.ACTIVE)).id == "none-held"
 
 
 def test_none_cannot_stand_beside_other_kinds_that_are_held() -> None:
     message, _ = refused(RULE + 'held = ["stop", "none"]\n')
-    assert message == 'mine.toml:5:17: "none" means that nothing is held, and cannot stand beside other kinds.'
+    assert message == 'mine.toml:5:17: "none" means that nothing is held, and cannot be combined with operations.'
 
 
 @pytest.mark.parametrize(
@@ -127,15 +129,15 @@ def test_a_change_of_a_threshold_reaches_through_a_policy_between() -> None:
     [
         ('always = "5m"', "4:1: The rule 'always', at base.toml:2, is fixed", ""),
         ('admitted = "5m"', "4:1: The rule 'admitted', at base.toml:20, has no threshold", "after"),
-        ('takes-ovre = "5m"', "4:1: What this policy extends has no rule 'takes-ovre'.", "'takes-over'"),
+        ('takes-ovre = "5m"', "4:1: Rule 'takes-ovre' not found in the extended policy.", "'takes-over'"),
         ('r = "5m"', "4:1: 'r' is a rule of this file", "in the rule"),
-        ('alone = "-3m"', "4:9: alone is '-3m'.", "length of time"),
-        ('alone = "1e99s"', "4:9: alone is '1e99s'.", "length of time"),
-        ('alone = "3 m"', "4:9: alone is '3 m'.", "length of time"),
-        ('alone = "٣m"', "4:9: alone is '٣m'.", "length of time"),
-        ("alone = 5", "4:9: alone is 5.", "length of time"),
-        ('alone = "0s"', "4:9: alone needs a threshold of more than nothing.", ""),
-        ('alone = ["5m"]', "4:9: alone is a list.", "length of time"),
+        ('alone = "-3m"', "4:9: Invalid alone: '-3m'.", "duration"),
+        ('alone = "1e99s"', "4:9: Invalid alone: '1e99s'.", "duration"),
+        ('alone = "3 m"', "4:9: Invalid alone: '3 m'.", "duration"),
+        ('alone = "٣m"', "4:9: Invalid alone: '٣m'.", "duration"),
+        ("alone = 5", "4:9: Invalid alone: 5.", "duration"),
+        ('alone = "0s"', "4:9: Invalid threshold of alone: it must be greater than zero.", ""),
+        ('alone = ["5m"]', "4:9: Invalid alone: a list.", "duration"),
     ],
 )
 def test_a_threshold_that_cannot_be_changed_is_refused(line: str, said: str, remedy: str) -> None:
@@ -145,7 +147,7 @@ def test_a_threshold_that_cannot_be_changed_is_refused(line: str, said: str, rem
 
 
 def test_thresholds_without_anything_extended_are_refused() -> None:
-    assert refused("[thresholds]\nr = '3m'\n" + RULE)[0].startswith("mine.toml:1:1: [thresholds] changes what")
+    assert refused("[thresholds]\nr = '3m'\n" + RULE)[0].startswith("mine.toml:1:1: [thresholds] changes the rules")
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -187,20 +189,20 @@ def test_what_extends_a_policy_has_its_names_and_may_change_them() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (NAMES + RULE.replace("stop", "freeze"), "13:15: 'freeze' may be pause or suspend."),
-        (NAMES + RULE.replace("stop", "reboot_soft"), "13:15: 'reboot_soft' is not all of 'reboot'."),
-        (NAMES + RULE.replace("stop", "reboot_hard"), "13:15: 'reboot_hard' is not all of 'reboot'."),
-        (NAMES + RULE.replace("stop", "trigger_crash_dmp"), "13:15: 'trigger_crash_dmp' is no operation."),
-        (NAMES + RULE + "task_state = ['freeze']\n", "15:15: 'freeze' is no task_state."),
-        ("[names]\nrebot = 'x'\n" + RULE, "2:1: 'rebot' is no operation, hard variant or task state to name."),
-        ("[names]\nactive = 'x'\n" + RULE, "2:1: 'active' is no operation, hard variant or task state to name."),
-        ("[names]\npause = 'suspend'\n" + RULE, "2:9: 'suspend' is a word of the language already"),
-        ("[names]\npause = ['x', 'powering-off']\n" + RULE, "2:15: 'powering-off' is a word of the language"),
+        (NAMES + RULE.replace("stop", "freeze"), "13:15: Ambiguous name 'freeze': pause or suspend."),
+        (NAMES + RULE.replace("stop", "reboot_soft"), "13:15: 'reboot_soft' is only one variant of 'reboot'."),
+        (NAMES + RULE.replace("stop", "reboot_hard"), "13:15: 'reboot_hard' is only one variant of 'reboot'."),
+        (NAMES + RULE.replace("stop", "trigger_crash_dmp"), "13:15: Unknown operation 'trigger_crash_dmp'."),
+        (NAMES + RULE + "task_state = ['freeze']\n", "15:15: Unknown task_state 'freeze'."),
+        ("[names]\nrebot = 'x'\n" + RULE, "2:1: Unknown operation, hard variant or task state 'rebot'."),
+        ("[names]\nactive = 'x'\n" + RULE, "2:1: Unknown operation, hard variant or task state 'active'."),
+        ("[names]\npause = 'suspend'\n" + RULE, "2:9: Invalid name 'suspend' for pause: it is a word of the language"),
+        ("[names]\npause = ['x', 'powering-off']\n" + RULE, "2:15: Invalid name 'powering-off' for pause"),
         ("[names]\npause = []\n" + RULE, "2:9: pause must be a name, or a list of 1 to 8 names."),
         ("[names]\npause = 7\n" + RULE, "2:9: pause must be a name"),
         ("[names]\npause = ['x', 'x']\n" + RULE, "2:15: pause has the name 'x' twice."),
-        ("[names]\npause = ['x', 'a b']\n" + RULE, "2:15: The name 'a b' may hold only letters"),
-        (f"[names]\npause = '{'x' * 65}'\n" + RULE, "2:9: The name"),
+        ("[names]\npause = ['x', 'a b']\n" + RULE, "2:15: Invalid name 'a b': expected at most 64 letters"),
+        (f"[names]\npause = '{'x' * 65}'\n" + RULE, "2:9: Invalid name"),
         ("[names]\npowering-off = 'x'\npowering_off = 'y'\n" + RULE, "2:1: 'powering_off' is named twice."),
         ("names = 1\n" + RULE, "1:1: names must be a table"),
     ],
@@ -253,13 +255,13 @@ def test_sets_that_name_one_another_many_times_cost_no_more_than_once() -> None:
 
 def test_a_group_that_there_is_not_is_found_in_a_set_that_nobody_uses() -> None:
     message, remedy = refused("[sets]\nmine = ['stop', '@sttae']\n" + RULE)
-    assert message == "mine.toml:2:17: There is no group @sttae."
+    assert message == "mine.toml:2:17: Unknown group @sttae."
     assert "'state'" in remedy
 
 
 def test_a_letter_that_only_looks_right_is_named() -> None:
     message, remedy = refused(RULE.replace('"r"', '"p\u0430use"'))
-    assert message.startswith("mine.toml:2:6: id 'p\u0430use' may hold only letters")
+    assert message.startswith("mine.toml:2:6: Invalid id 'p\u0430use': expected at most 100 letters")
     assert remedy == "The '\u0430' in it is CYRILLIC SMALL LETTER A."
     _, remedy = refused(RULE.replace("stop", "\uff53\uff54\uff4f\uff50"))
     assert remedy == "Did you mean 'stop'? The '\uff53' in it is FULLWIDTH LATIN SMALL LETTER S."
@@ -268,7 +270,7 @@ def test_a_letter_that_only_looks_right_is_named() -> None:
 WORDS = st.sampled_from(["stop", "start", "reboot", "@state", "@component", "@a", "@b", "*"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tier(40, 1000))
 @given(
     a=st.lists(WORDS.filter(lambda word: word not in {"@a", "@b"}), min_size=1, max_size=4),
     b=st.lists(WORDS.filter(lambda word: word != "@b"), min_size=1, max_size=4),
@@ -297,7 +299,7 @@ def test_a_list_means_what_a_plain_reading_of_it_means(
     if expected:
         assert read(text).rules[0].operations == expected
     else:
-        assert "names no operation at all" in refused(text)[0]
+        assert "matches no operation" in refused(text)[0]
 
 
 def test_the_same_files_mean_the_same_on_a_disk(tmp_path: Path) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from interlock.cli.policy_schema import schema_page
+from interlock.cli.commands.policy.group import schema_page
 from interlock.core import policy as core_policy
 from interlock.core.operations import Operation
 from interlock.core.policy import Rule, Verdict
+from interlock.core.preconditions import PRECONDITIONS
 from interlock.core.states import VmState
-from interlock.policies.language import HEADER_KEYS, SECTIONS
-from interlock.policies.language_page import language_page
-from interlock.policies.reading import builtin_names, compile_named, load
-from interlock.policies.rehearsal_events import VERBS
-from interlock.policies.rehearsing import rehearse
-from interlock.policies.rules import KEYS
-from interlock.policies.vocabulary import KNOWN_WORDS
+from interlock.policies.language.loader import builtin_names, compile_named, load
+from interlock.policies.language.schema import HEADER_KEYS, SECTIONS
+from interlock.policies.language.section_parser import KEYS
+from interlock.policies.language.vocabulary import KNOWN_WORDS
+from interlock.policies.rehearsal.events import VERBS
+from interlock.policies.rehearsal.runner import rehearse
+from language_page import language_page
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "reference" / "policies.md").read_text()
 
@@ -29,7 +31,7 @@ def code_in_first_column(heading: str) -> list[str]:
 
 
 def test_the_pages_that_are_drawn_are_what_the_language_says() -> None:
-    """To draw them anew: `interlock reference policy-language`, and `interlock policy schema`."""
+    """To draw them again: `make docs`."""
     folder = Path(__file__).parents[2] / "docs" / "reference"
     assert (folder / "policy-language.md").read_text() == language_page()
     assert (folder / "policy.schema.json").read_text() == schema_page()
@@ -58,6 +60,18 @@ def test_every_reason_is_listed_and_no_other() -> None:
     rules += [value for value in vars(core_policy).values() if isinstance(value, Rule)]
     refusing = {rule.code for rule in rules if rule.verdict not in (Verdict.ADMIT, Verdict.PREEMPT)}
     assert set(code_in_first_column("### Reasons")) == refusing | {"not_performed"}
+
+
+def test_every_precondition_is_listed_with_its_operations() -> None:
+    listed = {(reason, operation) for reason, operation in _preconditions()}
+    assert listed == {(one.reason, operation.value) for operation, some in PRECONDITIONS.items() for one in some}
+
+
+def _preconditions() -> Iterator[tuple[str, str]]:
+    section = REFERENCE.split("## Preconditions", 1)[1]
+    for reason, operations in re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE):
+        for operation in re.findall(r"`(\w+)`", operations):
+            yield reason, operation
 
 
 def test_every_event_of_a_rehearsal_is_described() -> None:

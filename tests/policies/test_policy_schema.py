@@ -12,15 +12,15 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from click.testing import CliRunner
 
-from interlock.cli.invocation import Invocation
-from interlock.cli.policy_schema import schema_command
+from interlock.cli.commands.policy.group import schema_command
+from interlock.cli.context import Invocation
 from interlock.core.errors import PolicyError
 from interlock.core.operations import TASK_STATES, Operation
 from interlock.core.states import VmState
-from interlock.policies.bundles import read_bundle
-from interlock.policies.language import HEADER_KEYS, RULE_KEYS
-from interlock.policies.reading import builtin_names, read
-from interlock.policies.schema_for_editors import schema
+from interlock.policies.language.bundle import read_bundle
+from interlock.policies.language.json_schema import schema
+from interlock.policies.language.loader import builtin_names, read
+from interlock.policies.language.schema import HEADER_KEYS, RULE_KEYS
 
 SCHEMA = schema()
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
@@ -39,6 +39,7 @@ GOOD = (
     '[policy]\nextends = "standard"\noutstanding_max = 3\nname = "x"\ndescription = "y"\n',
     '[names]\ncrash_dump = "dump"\nreboot_hard = ["x", "y"]\npowering-off = "z"\n' + RULE.replace("stop", "dump"),
     '[policy]\nextends = "nova"\n' + RULE.replace("stop", "trigger_crash_dump"),
+    RULE + 'requested_by = ["alice", "ci-*"]\n',
     RULE + 'tags = ["x"]\nroles = ["member"]\nlocked = true\nsilent_for = "1m30s"\nlaunched = false\n',
 )
 BROKEN = (

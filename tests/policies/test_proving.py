@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from interlock.core.operations import Operation
 from interlock.core.policy_switches import PolicyBundle
-from interlock.policies.proving import Question, prove
-from interlock.policies.sources import builtin
+from interlock.policies.language.bundle import builtin
+from interlock.policies.verification import Question, prove
+from tiers import tier
 
 
 def asked(bundle: PolicyBundle, explore_ms: int = 3_000) -> Question:
@@ -13,18 +14,18 @@ def asked(bundle: PolicyBundle, explore_ms: int = 3_000) -> Question:
 
 
 def test_a_built_in_policy_is_walked() -> None:
-    proof = prove(asked(builtin("propolis")))
+    proof = prove(asked(builtin("propolis"), explore_ms=30_000))
     assert proof.holds
     assert proof.walk is not None
     assert proof.walk.complete
     assert proof.walk.states > 100
 
 
-def test_a_policy_of_fifteen_hundred_rules_about_one_cell_is_proved() -> None:
+def test_a_policy_of_hundreds_of_rules_about_one_cell_is_proved() -> None:
     rules = "".join(
         f'[[rule]]\nid = "r{number}"\noperations = ["stop"]\ntask_state = ["@backup"]\ntags = ["t{number}"]\n'
         f'silent_for = "{number}s"\nverdict = "deny"\n'
-        for number in range(1, 1_500)
+        for number in range(1, tier(500, 1_500))
     )
     text = '[policy]\nname = "many"\nextends = "standard"\n' + rules
     proof = prove(asked(PolicyBundle(main="many.toml", files={"many.toml": text})))

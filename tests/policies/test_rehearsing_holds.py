@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from interlock.policies.reading import compile_named
-from interlock.policies.rehearsing import rehearse
+from interlock.policies.language.loader import compile_named
+from interlock.policies.rehearsal.runner import rehearse
 
 
 def played(*events: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,9 +26,10 @@ from interlock.core.records import (
     Submission,
 )
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.reading import builtin_names, compile_named
-from interlock.policies.recorded_submissions import Answer, Untold
-from interlock.policies.replaying import DISPOSITIONS, RecordedRow, Replay, replay
+from interlock.policies.history.recorded_submissions import RecordedAnswer, Untold
+from interlock.policies.history.replay import DISPOSITIONS, RecordedRow, Replay, replay
+from interlock.policies.language.loader import builtin_names, compile_named
+from tiers import tier
 
 O = Operation  # noqa: E741
 V = VmState
@@ -41,26 +42,26 @@ def row(told: Event, sequence: int = 1, number: int = 1, project: str = "p") -> 
     return (sequence, number, project, told.kind, told.at_ms, msgspec.json.encode(told.data).decode())
 
 
-def in_words(answer: Disposition) -> Answer:
+def in_words(answer: Disposition) -> RecordedAnswer:
     match answer:
         case Admitted(rule=rule):
-            return Answer("admitted", rule)
+            return RecordedAnswer("admitted", rule)
         case Redundant(rule=rule, reason=reason):
-            return Answer("redundant", rule, reason)
+            return RecordedAnswer("redundant", rule, reason)
         case Denied(rule=rule, reason=reason):
-            return Answer("denied", rule, reason)
+            return RecordedAnswer("denied", rule, reason)
         case Held(denied=denied):
-            return Answer("held", denied.rule, denied.reason)
+            return RecordedAnswer("held", denied.rule, denied.reason)
 
 
-def replayed(told: Event, policy: CompiledPolicy) -> Answer | Untold:
+def replayed(told: Event, policy: CompiledPolicy) -> RecordedAnswer | Untold:
     """What the replay of one event says, read back from its totals and its one difference.
 
     Where nothing differs for the caller, it does not say by which rule; the recorded one stands for it.
     """
     result = replay([row(told)], policy)
     assert (result.totals.submissions, result.unreadable) == (1, 0)
-    recorded = Answer(
+    recorded = RecordedAnswer(
         DISPOSITIONS[told.kind], told.data["rule"], None if told.kind == "request.admitted" else told.data["reason"]
     )
     if result.untold:
@@ -173,13 +174,13 @@ def moments(draw: st.DrawFn) -> tuple[Play, Submission]:
     return play, submission
 
 
-def told_of(play: Play, submission: Submission) -> tuple[Event, Answer]:
+def told_of(play: Play, submission: Submission) -> tuple[Event, RecordedAnswer]:
     change = admit(play.instance, submission, play.policy, play.now_ms)
     (told,) = (one for one in change.events if one.kind in DISPOSITIONS)
     return told, in_words(change.answer)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tier(60, 1500))
 @given(moments())
 def test_the_policy_that_answered_answers_the_same_again(moment: tuple[Play, Submission]) -> None:
     play, submission = moment
@@ -188,7 +189,7 @@ def test_the_policy_that_answered_answers_the_same_again(moment: tuple[Play, Sub
     assert replayed(told, play.policy) == answer
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=tier(100, 2500))
 @given(moments(), policies())
 def test_another_policy_answers_as_it_would_have_on_the_instance_itself(
     moment: tuple[Play, Submission], other: CompiledPolicy
@@ -203,7 +204,7 @@ def test_another_policy_answers_as_it_would_have_on_the_instance_itself(
         assert any(request.operation is submission.operation for request in play.instance.outstanding)
         assert expected.disposition in {"admitted", "redundant"}
         return
-    assert isinstance(found, Answer)
+    assert isinstance(found, RecordedAnswer)
     # Whether a refusal is held besides depends on what was asked, and on the room for it, which no event tells.
     refusals = {"denied", "held"}
     assert found.disposition == expected.disposition or {found.disposition, expected.disposition} == refusals
@@ -298,7 +299,10 @@ def test_differences_are_counted_by_operation_rule_and_project_the_most_first() 
     (difference,) = result.differences
     assert (difference.operation, difference.effect, difference.submissions) == ("stop", "admitted", 3)
     assert list(difference.projects.items()) == [("blue", 2), ("green", 1)]
-    assert (difference.recorded, difference.candidate) == (Answer("denied", "r", "x"), Answer("admitted", "only"))
+    assert (difference.recorded, difference.candidate) == (
+        RecordedAnswer("denied", "r", "x"),
+        RecordedAnswer("admitted", "only"),
+    )
     assert (difference.example.sequence, difference.example.instance, difference.example.at_ms) == (1, "seven", 101)
     assert {name: totals.admitted for name, totals in result.operations.items()} == {"stop": 3, "reboot": 0}
     assert {name: totals.submissions for name, totals in result.projects.items()} == {"blue": 2, "green": 2}

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.core.errors import Invalid
-from interlock.policies.checking import check_file
-from interlock.policies.findings import Severity
-from interlock.policies.reading import read
-from interlock.policies.scenarios import (
-    Difference,
+from interlock.policies.language.loader import read
+from interlock.policies.lint.checker import check_file
+from interlock.policies.lint.findings import Severity
+from interlock.policies.rehearsal.scenarios import (
+    Mismatch,
     Played,
     ScenarioResults,
     files_beside,
@@ -24,6 +24,7 @@ from interlock.policies.scenarios import (
     read_scenarios,
     run,
 )
+from tiers import tier
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 ACTIVE = {"instance": {"vm_state": "active"}}
@@ -53,8 +54,8 @@ def test_a_difference_is_told_with_its_line_and_both_values(tmp_path: Path) -> N
     assert played.failed is not None
     assert played.failed.place.endswith("site.tests.jsonl:4")
     assert played.failed.differences == (
-        Difference(key="disposition", expected="admitted", got="redundant"),
-        Difference(key="rule", expected="start", got="active-already"),
+        Mismatch(key="disposition", expected="admitted", got="redundant"),
+        Mismatch(key="rule", expected="start", got="active-already"),
     )
     assert '"submit": "start"' in played.failed.event
 
@@ -187,7 +188,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tier(30, 750))
 @given(lines=st.lists(json_values.map(json.dumps) | st.text(max_size=40), max_size=8))
 def test_no_line_whatever_makes_it_crash(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("any") / "any.jsonl"

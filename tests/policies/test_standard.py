@@ -11,7 +11,7 @@ from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, La
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Denied, GuestEvent, Instance, Outcome, Redundant, Status
 from interlock.core.states import VmState
-from interlock.policies.reading import compile_named
+from interlock.policies.language.loader import compile_named
 
 O = Operation  # noqa: E741
 V = VmState

@@ -6,11 +6,12 @@ import pytest
 from policy_samples import Play, instance, said, serving
 
 from interlock.core.operations import CATALOGUE, Operation
-from interlock.core.policy import CompiledPolicy, Verdict, View
+from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Instance
 from interlock.core.request_queue import permits
-from interlock.core.states import NO_TASK, VmState
-from interlock.policies.reading import compile_named
+from interlock.core.states import VmState
+from interlock.core.views import View
+from interlock.policies.language.loader import compile_named
 
 O = Operation  # noqa: E741
 V = VmState
@@ -31,7 +32,7 @@ def test_nothing_is_admitted_that_the_catalogue_says_cannot_be_performed(standar
     for vm_state in V:
         for operation in O:
             for hard in (False, True):
-                rule = standard.decide(View(operation, vm_state, NO_TASK, role="admin", hard=hard))
+                rule = standard.decide(View(operation=operation, vm_state=vm_state, role="admin", hard=hard))
                 if permits(rule) and (operation, vm_state) not in excepted:
                     assert vm_state in CATALOGUE[operation].sources, (operation, vm_state)
 

@@ -17,17 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from interlock.bench.recorded_history import Plan, record_history
+from interlock.core.durations import parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Request, Status
-from interlock.policies.durations import parse_duration
-from interlock.policies.histograms import draw
-from interlock.policies.order_statistics import rank_of_bound, rank_of_percentile, values_needed
-from interlock.policies.reading import builtin_names, load, read
-from interlock.policies.silences import Measures, ServiceRow, Watch, measure, watches_of
-from interlock.policies.suggested_policies import policy_text, shown, titled, written
-from interlock.policies.suggesting import (
+from interlock.policies.history.progress_gaps import Measures, ServiceRow, Watch, measure, watches_of
+from interlock.policies.history.quantile_bounds import rank_of_bound, rank_of_percentile, values_needed
+from interlock.policies.history.suggested_policies import policy_text, shown, titled, written
+from interlock.policies.history.threshold_advisor import (
     THRESHOLD_MIN_MS,
     Aim,
     Proposal,
@@ -37,8 +36,9 @@ from interlock.policies.suggesting import (
     rounded_up,
     suggest,
 )
+from interlock.policies.history.threshold_plot import draw
+from interlock.policies.language.loader import builtin_names, load, read
 from interlock.stores.history import History
-from interlock.testing.recorded_history import Plan, record_history
 
 O = Operation  # noqa: E741
 LAST, STARTED = MeasuredFrom.LAST_PROGRESS, MeasuredFrom.TASK_STARTED

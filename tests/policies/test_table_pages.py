@@ -10,9 +10,9 @@ from typing import Any
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.reading import compile_named
-from interlock.policies.table_pages import html_page, markdown_lines
-from interlock.policies.tables import TASKS, Circumstances, select, table
+from interlock.policies.language.loader import compile_named
+from interlock.policies.rendering.table_pages import html_page, markdown_lines
+from interlock.policies.rendering.tables import TASKS, Circumstances, select, table
 
 STANDARD = compile_named("standard")
 
@@ -99,7 +99,7 @@ def test_answers_explain_what_happens_when() -> None:
 
 def test_markdown_has_a_line_for_each_operation_that_is_not_always_refused() -> None:
     chosen = select(STANDARD, operations=["stop", "evacuate"], tasks=["none"])
-    lines = list(markdown_lines(STANDARD, Circumstances(role="admin"), chosen))
+    lines = list(markdown_lines(STANDARD, Circumstances(caller={"role": "admin"}), chosen))
     assert lines[0] == "What an admin is answered by standard."
     assert lines[2] == "**With no task**"
     header, rule, *rest = lines[4:]

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_samples import START_MS, instance, serving
 
-from interlock.core.admission import look
+from interlock.core.durations import short_time
 from interlock.core.errors import Invalid
 from interlock.core.operations import TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.records import Submission
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.matrices import matrix, short_time, sign, title_of
-from interlock.policies.reading import compile_named
-from interlock.policies.tables import (
+from interlock.core.views import build_view
+from interlock.policies.language.loader import compile_named
+from interlock.policies.rendering.matrices import matrix, sign, title_of
+from interlock.policies.rendering.tables import (
     COLUMNS,
     TASKS,
     Circumstances,
@@ -78,7 +79,7 @@ def test_a_row_is_what_the_gate_decides_for_an_instance_that_is_so(
     submission = Submission(
         request_id="r", operation=operation, parameters={"hard": True} if hard else {}, requested_by="me"
     )
-    decided = STANDARD.decide(look(there, submission, START_MS))
+    decided = STANDARD.decide(build_view(there, submission, START_MS))
     variant = Variant(operation, hard)
     word = variant.word if variant in variants(STANDARD) else operation.value
     row = STANDARD_ROWS[word, vm_state.value, task, launched]
@@ -158,8 +159,8 @@ def test_circumstances_are_those_of_every_row() -> None:
     assert answered() == "host_reachable"
     assert answered(host_reachable=False) == ""
     assert answered(locked=True) == "locked"
-    assert answered(locked=True, role="admin") == "host_reachable"
-    assert answered(role="reader") == "role_required"
+    assert answered(locked=True, caller={"role": "admin"}) == "host_reachable"
+    assert answered(caller={"role": "reader"}) == "role_required"
 
 
 def test_what_changes_with_silence_is_answered_for_now_and_marked() -> None:
@@ -230,9 +231,9 @@ def test_a_selection_understands_the_names_of_the_policy() -> None:
 @pytest.mark.parametrize(
     ("words", "message", "remedy"),
     [
-        ({"operations": ["rebot"]}, "'rebot' is no operation.", "Did you mean 'reboot'?"),
-        ({"vm_states": ["activ"]}, "'activ' is no vm_state.", "Did you mean 'active'?"),
-        ({"tasks": ["rebootin"]}, "'rebootin' is no task_state.", "Did you mean 'rebooting'?"),
+        ({"operations": ["rebot"]}, "Unknown operation 'rebot'.", "Did you mean 'reboot'?"),
+        ({"vm_states": ["activ"]}, "Unknown vm_state 'activ'.", "Did you mean 'active'?"),
+        ({"tasks": ["rebootin"]}, "Unknown task_state 'rebootin'.", "Did you mean 'rebooting'?"),
     ],
 )
 def test_a_word_that_names_nothing_is_refused_with_the_nearest(

@@ -11,7 +11,7 @@ from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Admitted, Denied
 from interlock.core.request_queue import permits
 from interlock.core.states import VmState
-from interlock.policies.reading import compile_named
+from interlock.policies.language.loader import compile_named
 
 O = Operation  # noqa: E741
 V = VmState

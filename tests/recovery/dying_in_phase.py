@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import msgspec
 
+from in_process.embedded import Embedded, admitted
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.records import Event, Request
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.service.wishes import NewInstance
-from interlock.testing.embedded import Embedded, admitted
+from interlock.service.request_models import NewInstance
 from recovery.simulated_server import MEDIC
 
 O = Operation  # noqa: E741
@@ -57,7 +57,7 @@ STORIES: Final[dict[Operation, Story]] = {
     O.RESCUE: after(image=MEDIC.name),
     O.UNRESCUE: Story(before=((O.RESCUE, {"image": MEDIC.name}),)),
     O.CRASH_DUMP: after(),
-    O.SET_PASSWORD: Story(parameters={"user": "ada", "password": "a word"}, fails="only kept in memory"),
+    O.SET_PASSWORD: Story(parameters={"user": "ada", "password": "a word"}, fails="kept in memory only"),
     O.SOFT_DELETE: after(),
     O.RESTORE: after(O.SOFT_DELETE),
     O.DELETE: Story(before=(_DATA,)),

@@ -10,13 +10,13 @@ import random
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from in_process.embedded import Embedded
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Image, Instance, Spec
 from interlock.core.states import PowerState, VmState
-from interlock.hypervisors.simulated import Guest, SimulatedHost
+from interlock.hypervisors.simulated import SimulatedGuest, SimulatedHost
 from interlock.hypervisors.simulated.faults import Method
 from interlock.ports import InstanceFilter
-from interlock.testing.embedded import Embedded
 
 ASKED = (
     Operation.START,
@@ -56,9 +56,9 @@ async def _run(folder: Path, chance: random.Random, acknowledged: list[str], pip
     requests = [await store.request(request_id) for request_id in acknowledged]
     pipe.send(("ends", [(one.id, one.status.value) if one else None for one in requests]))
     pipe.send(("differences", await differences(fleet, host)))
-    if not any(volume.id == "data" for volume in await store.volumes()):
+    if not any(volume.id == "data" for volume in await store.volumes.all()):
         await fleet.make_volume("data")
-    if not any(image.id == MEDIC.id for image in await store.images()):
+    if not any(image.id == MEDIC.id for image in await store.images.all()):
         await fleet.put_image(MEDIC)
     while True:
         await _ask(fleet, chance, pipe)
@@ -80,23 +80,23 @@ async def differences(fleet: Embedded, host: SimulatedHost) -> list[str]:
     for instance in living.values():
         guest = host.guests.get(instance.id)
         found += _differences_of(
-            instance, guest or Guest(instance_id=instance.id, spec=instance.spec or Spec(image=MEDIC))
+            instance, guest or SimulatedGuest(instance_id=instance.id, spec=instance.spec or Spec(image=MEDIC))
         )
         if await fleet.server.dump_files.dumps(instance.id) and instance.vm_state is VmState.DELETED:
             found.append(f"{instance.name} is deleted and has dumps")
     return found
 
 
-def _differences_of(instance: Instance, guest: Guest) -> list[str]:
+def _differences_of(instance: Instance, guest: SimulatedGuest) -> list[str]:
     found = []
     runs = guest.power in {PowerState.RUNNING, PowerState.PAUSED}
     if runs != instance.executing:
         found.append(f"{instance.name} is {instance.vm_state.value}, and its guest {guest.power.value}")
     if runs and (guest.power is PowerState.PAUSED) != (instance.vm_state is VmState.PAUSED):
         found.append(f"{instance.name} is {instance.vm_state.value}, and its guest {guest.power.value}")
-    if guest.starting or guest.standing_still:
+    if guest.starting or guest.paused_for_memory:
         found.append(f"the guest of {instance.name} is still held")
-    suspended = VmState.SUSPENDED in {instance.vm_state, *instance.memory}
+    suspended = VmState.SUSPENDED in {instance.vm_state, *instance.state_stack}
     if guest.memory_saved and not suspended:
         found.append(f"{instance.name} is {instance.vm_state.value}, and its memory is saved")
     if instance.vm_state is VmState.SUSPENDED and not guest.memory_saved:
@@ -125,7 +125,7 @@ async def _chosen(fleet: Embedded, chance: random.Random, name: str) -> Operatio
 async def _ask(fleet: Embedded, chance: random.Random, pipe: Connection) -> None:
     name = chance.choice(VMS)
     if await fleet.server.store.instance_named(fleet.caller.project, name) is None:
-        from interlock.service.wishes import NewInstance
+        from interlock.service.request_models import NewInstance
 
         answer = await fleet.server.instances.create(fleet.caller, NewInstance(name=name, image="nothing"))
     else:

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.operations import CATALOGUE, TRAVELS, Operation, land
+from in_process.embedded import Embedded
+from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.records import Instance, Request, Status
+from interlock.core.references import MIGRATIONS
+from interlock.core.state_stack import resolve_target
 from interlock.core.states import VmState
-from interlock.driver.operations import PERFORMANCES
+from interlock.driver.operations import HANDLERS
 from interlock.hypervisors.simulated import SimulatedHost
+from interlock.server import DATABASE
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.embedded import Embedded
-from interlock.wiring import DATABASE
 from recovery import dying_in_phase
 from recovery.dying_in_phase import CASES, PASSED_OVER, STORIES, opened
 from recovery.simulated_server import differences
@@ -50,7 +52,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_operation_and_every_phase_is_killed() -> None:
     """One that is performed and not in the table, or in a phase that no test dies in, fails here."""
-    performed = set(PERFORMANCES) - TRAVELS  # those have two hosts, and are killed in tests/hosts
+    performed = set(HANDLERS) - MIGRATIONS  # those have two hosts, and are killed in tests/hosts
     assert set(STORIES) == performed
     phases = {
         (operation, phase)
@@ -91,7 +93,8 @@ async def _recover(folder: Path, operation: Operation, phase: str) -> None:
         assert fails is None or fails in (ended.message or "")
         instance = await fleet.server.store.instance(before.id)
         assert instance is not None
-        expected = land(operation, before.vm_state, before.memory)[0] if fails is None else before.vm_state
+        there = resolve_target(operation, before.vm_state, before.state_stack)[0]
+        expected = there if fails is None else before.vm_state
         assert instance.vm_state is expected
         assert await differences(fleet, host) == []
         await _check_content(fleet, host, instance, operation)
@@ -117,7 +120,7 @@ async def _check_content(fleet: Embedded, host: SimulatedHost, instance: Instanc
     guest = host.guests.get(instance.id)
     if instance.vm_state is VmState.DELETED:
         assert guest is None
-        assert all(volume.attached_to is None for volume in await fleet.server.store.volumes())
+        assert all(volume.attached_to is None for volume in await fleet.server.store.volumes.all())
     elif guest is not None and operation is not Operation.CREATE:
         assert instance.spec is not None
         kept = () if operation is Operation.REBUILD else ("letter",)

@@ -5,7 +5,6 @@ Real processes, real SIGKILLs, a real database and real QEMU; the guest is the s
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import time
@@ -15,13 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from interlock.hypervisors.qemu.process import find_in
-from interlock.testing.nano_guest import nano_guest
-from interlock.testing.real_server import RealServer, end_guests, guests_in
+from interlock.bench.nano_guest import nano_guest
+from interlock.hypervisors.qemu.process.qemu_process import find_in
+from processes.real_server import RealServer, end_guests, guests_in
+from tiers import tier
 
 pytestmark = pytest.mark.qemu
 
-ROUNDS = int(os.environ.get("INTERLOCK_KILL_ROUNDS", "5"))
+ROUNDS = tier(5, 50)
 VM = "vm"
 LIVES_S = 0.4
 """The longest that a server lives after the round's request was acknowledged: each operation takes less."""

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from recovery import simulated_server
+from tiers import tier
 
-ROUNDS = int(os.environ.get("INTERLOCK_KILL_ROUNDS_SIMULATED", "200"))
+ROUNDS = tier(40, 400)
 _PATIENCE_S = 30
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from interlock.policies.reading import compile_named
-from interlock.policies.rehearsing import rehearse
+from interlock.policies.language.loader import compile_named
+from interlock.policies.rehearsal.runner import rehearse
 
 FOLDER = Path(__file__).parent
 TRANSCRIPTS = sorted(FOLDER.glob("*.txt"))

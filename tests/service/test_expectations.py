@@ -10,8 +10,8 @@ import pytest
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.states import VmState
-from interlock.service.expectations import what_instead
-from interlock.service.wishes import check_parameters
+from interlock.service.request_models import check_parameters
+from interlock.service.validation_messages import what_instead
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,11 @@ from interlock.service.wishes import check_parameters
     [
         (Operation.RESIZE, {"memory_mib": 3}, "memory_mib: expected a whole number of at least 64"),
         (Operation.RESIZE, {"vcpus": "two"}, "vcpus: expected a whole number or null, got a text"),
-        (Operation.SNAPSHOT, {"name": "a b"}, "name: expected a name: 1 to 63 lower-case letters, digits and hyphens"),
+        (
+            Operation.SNAPSHOT,
+            {"name": "a b"},
+            "name: expected a name: 1 to 63 letters, digits, hyphens, dots and",
+        ),
         (Operation.SNAPSHOT, {"name": ""}, "name: expected a text with a length of at least 1"),
         (
             Operation.ATTACH_INTERFACE,

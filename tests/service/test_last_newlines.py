@@ -9,7 +9,7 @@ import pytest
 
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
-from interlock.service.wishes import NewInstance, check_parameters
+from interlock.service.request_models import NewInstance, check_parameters
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import struct
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from interlock.core.errors import Invalid
 from interlock.core.records import Seed
-from interlock.service.seeding import seed_of
-from interlock.service.wishes import NewInstance
+from interlock.service.cloud_init import seed_of, warnings_of
+from interlock.service.request_models import USER_DATA_LENGTH_MAX, NewInstance
 
 
 def key(kind: str = "ssh-ed25519", claimed: str | None = None) -> str:
@@ -31,6 +32,24 @@ def test_nothing_said_is_no_seed() -> None:
 def test_the_hostname_is_the_name_unless_another_is_said(kind: str) -> None:
     assert seed_of(wish(ssh_keys=(key(kind),))) == Seed(hostname="web", ssh_keys=(key(kind),))
     assert seed_of(wish(hostname="web-1.example.org")) == Seed(hostname="web-1.example.org")
+
+
+@pytest.mark.parametrize(
+    ("name", "hostname"),
+    [
+        ("web", "web"),
+        ("Web_Server.Example", "web-server.example"),
+        ("A__b", "a--b"),
+        ("a._b", "a.b"),
+        ("a..b", "a.b"),
+        ("a.-_-.b", "a.b"),
+        ("9.9", "9.9"),
+    ],
+)
+def test_the_hostname_is_made_of_a_name_that_cannot_be_one(name: str, hostname: str) -> None:
+    assert seed_of(NewInstance(name=name, image="debian", ssh_keys=(key(),))) == Seed(
+        hostname=hostname, ssh_keys=(key(),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,13 +81,36 @@ def test_user_data_is_what_cloud_init_knows(text: str) -> None:
         ("ssh_keys", (f'command="x" {key()}',), "public key"),
         ("ssh_keys", (key(claimed="ssh-rsa"),), "damaged"),
         ("ssh_keys", ("ssh-ed25519 AAA",), "damaged"),
-        ("user_data", "hello", "beginning"),
-        ("user_data", "#!/bin/sh\n\0", "no text"),
-        ("user_data", "\x1f\x8b\x08", "no text"),
+        ("user_data", "#!/bin/sh\n\0", "not text"),
+        ("user_data", "\x1f\x8b\x08", "not text"),
         ("network_config", "ethernets: {}", "version"),
-        ("network_config", "version: 2\x07", "no text"),
+        ("network_config", "version: 2\x07", "not text"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_its_field(field: str, value: Any, why: str) -> None:
     with pytest.raises(Invalid, match=why):
         seed_of(wish(**{field: value}))
+
+
+def test_user_data_may_be_bytes_which_stay_as_they_are() -> None:
+    data = gzip.compress(b"#cloud-config\n{}\n")
+    wished = wish(user_data_base64=base64.encodebytes(data).decode())
+    assert seed_of(wished) == Seed(hostname="web", user_data_bytes=data)
+    assert warnings_of(wished) == ()
+    assert warnings_of(wish()) == ()
+    assert warnings_of(wish(user_data="hello"))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"user_data_base64": "???"}, "invalid base64"),
+        ({"user_data_base64": "QQ"}, "invalid base64"),
+        ({"user_data_base64": "\u00e4"}, "invalid base64"),
+        ({"user_data_base64": "QQ==", "user_data": "#!/bin/sh"}, "mutually exclusive"),
+        ({"user_data_base64": base64.b64encode(bytes(USER_DATA_LENGTH_MAX + 1)).decode()}, "the limit is"),
+    ],
+)
+def test_bytes_that_cannot_be_taken_are_refused(given: dict[str, str], why: str) -> None:
+    with pytest.raises(Invalid, match=why):
+        seed_of(wish(**given))

@@ -15,6 +15,10 @@ configure_logging(Config(log_format="json"))
 logging.getLogger("uvicorn.error").warning("Invalid %s request received.", "HTTP")
 logging.getLogger("uvicorn.error").info("nobody wants to know")
 try:
+    b"\\xff".decode()
+except UnicodeDecodeError:
+    logging.getLogger("uvicorn.error").exception("Invalid UTF-8 sequence received from client.")
+try:
     raise ValueError("broken")
 except ValueError:
     logging.getLogger("some.library").exception("it broke")
@@ -23,8 +27,10 @@ except ValueError:
 
 def test_what_a_library_says_is_a_line_of_json_too() -> None:
     ran = subprocess.run([sys.executable, "-c", SAYS], capture_output=True, text=True, check=True, timeout=60)
-    warned, broke = (json.loads(line) for line in ran.stderr.splitlines())
+    warned, garbage, broke = (json.loads(line) for line in ran.stderr.splitlines())
     assert (warned["event"], warned["level"]) == ("Invalid HTTP request received.", "warning")
     assert warned["library"] == "uvicorn.error"
     assert "timestamp" in warned
+    assert (garbage["event"], garbage["level"]) == ("Invalid UTF-8 sequence received from client.", "info")
+    assert "exception" not in garbage, "what a client sends is no defect of the server"
     assert (broke["event"], broke["level"], "ValueError: broken" in broke["exception"]) == ("it broke", "error", True)

@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from conformance.store.harness import admitting, creating, ending
 from interlock.ports import IdempotencyKey
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.check_store.bench import admitting, creating, ending
 
 TASKS = 16
 

@@ -11,18 +11,18 @@ import apsw
 import msgspec
 import pytest
 
+from conformance.store.harness import creating
+from interlock.bench.recorded_history import START_MS, Plan, record_history
 from interlock.core.admission import admit
 from interlock.core.errors import Invalid, StoreError, StoreNewer
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Change, Disposition, Instance, Submission
-from interlock.policies.reading import compile_named
+from interlock.policies.language.loader import compile_named
 from interlock.stores import history as history_module
 from interlock.stores import schema
 from interlock.stores.history import History
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.check_store.bench import creating
-from interlock.testing.recorded_history import START_MS, Plan, record_history
 
 STANDARD = compile_named("standard")
 PLAN = Plan(submissions=400, instances=20, seed=5)
@@ -129,7 +129,7 @@ def test_pieces_join_without_a_gap(recorded: Path, monkeypatch: pytest.MonkeyPat
         whole = list(history.submissions())
         served = list(history.service())
         for size in (1, 7, 1_000):
-            monkeypatch.setattr(history_module, "_AT_ONCE", size)
+            monkeypatch.setattr(history_module, "_BATCH", size)
             assert list(history.submissions()) == whole
             assert list(history.service()) == served
 
@@ -179,9 +179,9 @@ def test_service_tells_how_requests_were_served(recorded: Path) -> None:
 
 
 def test_where_there_is_no_database_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match="There is no database"):
+    with pytest.raises(Invalid, match="not found"):
         History(tmp_path / "nothing.db")
-    with pytest.raises(Invalid, match="There is no database"):
+    with pytest.raises(Invalid, match="not found"):
         History(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -210,7 +210,7 @@ def test_another_programs_database_is_refused(tmp_path: Path) -> None:
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE music (title TEXT)")
     connection.close()
-    with pytest.raises(StoreError, match="another program's"):
+    with pytest.raises(StoreError, match="not an Interlock database"):
         History(path)
 
 
@@ -236,7 +236,7 @@ def test_an_older_layout_is_read_as_long_as_it_has_what_is_read(recorded: Path, 
     with History(path) as history:
         assert sum(1 for _ in history.submissions()) == 400
     layout(path, "ALTER TABLE events RENAME COLUMN data TO body")
-    with pytest.raises(StoreError, match="older layout") as refused:
+    with pytest.raises(StoreError, match="is older than this Interlock") as refused:
         History(path)
     assert "db upgrade" in (refused.value.remedy or "")
 

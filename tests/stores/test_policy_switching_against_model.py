@@ -12,20 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from in_process.trusting_verifier import TrustingProver
 from interlock.core.errors import NotFound
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
-from interlock.policies.in_force import PolicyInForce
-from interlock.policies.proving import Proof
+from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.verification import Proof
 from interlock.ports import Role
-from interlock.service.callers import Caller
+from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.policies import Policies
-from interlock.service.policy_wishes import NewPolicy, OldPolicy
+from interlock.service.policy_requests import NewPolicy, OldPolicy
 from interlock.stores.schema import upgrade
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.trusting_prover import TrustingProver
+from tiers import tier
 
 ADMIN = Caller(token_id="t", name="admin", role=Role.ADMIN, project="default")
 MAIN = "site.toml"
@@ -123,6 +124,7 @@ class Running:
             explore_ms=0,
             explore_ms_max=0,
             wake=lambda _: None,
+            reachable=lambda _: True,
         )
         await self.policies.open()
 
@@ -144,7 +146,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tier(20, 300))
 @given(deeds=deeds)
 def test_the_policy_in_force_is_the_one_that_the_model_names(empty: Path, deeds: list[tuple[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -7,11 +7,11 @@ from pathlib import Path
 import apsw
 import pytest
 
-from interlock.core.errors import StoreBusy, StoreError
+from conformance.store.harness import creating
+from interlock.core.errors import StoreBusy, StoreCorrupt, StoreError
 from interlock.core.states import VmState
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.check_store.bench import creating
 
 
 @pytest.fixture
@@ -24,12 +24,6 @@ def test_a_fresh_database_has_the_newest_layout(path: Path) -> None:
     assert (made.before, made.after, made.copy) == (None, schema.HEAD, None)
     assert schema.look(path) == (schema.Age.CURRENT, schema.HEAD)
     assert schema.upgrade(path).before == schema.HEAD
-
-
-def test_the_newest_revision_is_the_one_that_is_named() -> None:
-    from alembic.script import ScriptDirectory
-
-    assert ScriptDirectory(str(schema._MIGRATIONS)).get_heads() == [schema.HEAD]
 
 
 async def test_a_layout_is_not_changed_beside_a_live_server(path: Path) -> None:
@@ -63,8 +57,8 @@ async def test_what_an_older_interlock_remembered_is_read(path: Path) -> None:
     await store.close()
     assert deleted is not None
     assert started is not None
-    assert (deleted.vm_state, deleted.memory) == (VmState.SOFT_DELETED, (VmState.RESCUED,))
-    assert (started.vm_state, started.memory) == (VmState.ACTIVE, ())
+    assert (deleted.vm_state, deleted.state_stack) == (VmState.SOFT_DELETED, (VmState.RESCUED,))
+    assert (started.vm_state, started.state_stack) == (VmState.ACTIVE, ())
 
 
 def test_a_database_that_could_not_be_made_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +84,39 @@ def test_an_upgrade_that_fails_half_way_leaves_the_old_layout(path: Path) -> Non
         assert tables == {"tokens", "kept"}
         assert connection.execute("SELECT id FROM kept").get == "as it was"
     connection.close()
+
+
+def test_a_database_that_is_lost_is_not_hidden_by_a_new_one(path: Path) -> None:
+    schema.upgrade(path)
+    vm = path.parent / "guests" / "vms" / "one"
+    vm.mkdir(parents=True)
+    schema.upgrade(path)
+    for loss in (path.unlink, lambda: path.write_bytes(b""), lambda: empty_database(path)):
+        loss()
+        with pytest.raises(StoreCorrupt, match=str(vm.parent)) as refused:
+            schema.upgrade(path)
+        assert "interlock db new" in (refused.value.remedy or "")
+        assert not path.exists() or path.stat().st_size == 0 or schema.look(path)[0] is schema.Age.FRESH
+    schema.make_new(path)
+    assert schema.look(path)[0] is schema.Age.CURRENT
+    assert vm.is_dir()
+    with pytest.raises(StoreError, match="already exists"):
+        schema.make_new(path)
+
+
+def test_a_log_without_its_database_is_not_hidden_by_a_new_one(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    log.write_bytes(b"\x37\x7f\x06\x82" + bytes(60))
+    with pytest.raises(StoreCorrupt, match=str(log)):
+        schema.upgrade(path)
+    schema.make_new(path)
+    assert log.with_name(f"{log.name}.old").exists()
+    assert schema.look(path)[0] is schema.Age.CURRENT
+
+
+def empty_database(path: Path) -> None:
+    """What a program leaves that opens a database that is not there."""
+    path.unlink()
+    with apsw.Connection(str(path)) as database:
+        database.execute("CREATE TABLE t (x)")
+        database.execute("DROP TABLE t")

@@ -6,25 +6,38 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
 
+from conformance.store import GivenClock
+from conformance.store.harness import admitting, creating, ending, growing, putting
+from in_process.trusting_verifier import TrustingProver
+from interlock.config import Config
 from interlock.core.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreNewer
+from interlock.core.operations import Operation
 from interlock.core.records import Change, Instance
-from interlock.ports import IdempotencyKey, InstanceFilter
+from interlock.core.states import VmState
+from interlock.ports import IdempotencyKey, InstanceFilter, Tally, Volume
+from interlock.server import DATABASE, Server
+from interlock.stores import row_codec
 from interlock.stores import sqlite as sqlite_store
 from interlock.stores.file_lock import FileLock
-from interlock.stores.sqlite import KEY_KEPT_MS, SqliteStore
-from interlock.testing.check_store import GivenClock
-from interlock.testing.check_store.bench import admitting, creating, growing, putting
+from interlock.stores.idempotency_keys import KEY_KEPT_MS
+from interlock.stores.reserve import LOG_PAGES, has_changes
+from interlock.stores.sqlite import SqliteStore
+from interlock.stores.writer import RESERVE_MIB
+from small_file_systems import fill, small_file_system
 
 ACKNOWLEDGING = Path(__file__).with_name("acknowledging.py")
 
@@ -112,23 +125,9 @@ async def test_a_key_answers_after_kill_9(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting needs privileges that this user does not have")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(ballast: Path) -> None:
-    """Write to a file until there is no room."""
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
+    """A file system of sixteen megabytes."""
+    with small_file_system(tmp_path / "small", "16m") as folder:
+        yield folder
 
 
 async def test_a_full_disk_keeps_nothing_and_works_again_when_there_is_room(small_disk: Path) -> None:
@@ -146,6 +145,109 @@ async def test_a_full_disk_keeps_nothing_and_works_again_when_there_is_room(smal
     await store_opens_with(small_disk / "store.db", {"a": 1, "b": 0})
 
 
+async def test_when_the_disk_is_full_guests_can_still_be_stopped_and_deleted(small_disk: Path) -> None:
+    """Many in a row, with their bookkeeping, while everything else is refused before it takes anything from that."""
+    store = SqliteStore(small_disk / "store.db")
+    await store.open()
+    names = [f"vm{number}" for number in range(60)]
+    for name in names:
+        await store.create(creating(name))
+    fill(small_disk / "ballast")
+    refused = 0
+    for attempt in range(400):
+        try:
+            await store.change(names[attempt % 60], admitting(f"reboot{attempt}"))
+        except StoreFull:
+            refused += 1
+    assert refused > 100
+    assert store.full
+    with pytest.raises(StoreFull):
+        await store.create(creating("another"))
+    with pytest.raises(StoreFull):
+        await store.volumes.put(Volume(id="v", name="v", project="p", path="/v", size_bytes=1, created_at_ms=0))
+    for name in names:
+        fill(small_disk / "ballast")
+        await store.change(name, admitting(f"stop-{name}", Operation.STOP))
+        await store.change(name, ending(f"stop-{name}"))
+        await store.change(name, admitting(f"delete-{name}", Operation.DELETE))
+        await store.volumes.release("volume", name)
+    answers = await asyncio.gather(
+        *(store.change(name, admitting(f"again-{name}", Operation.FORCE_DELETE)) for name in names)
+    )
+    assert len(answers) == 60
+    await store.close()
+    fill(small_disk / "ballast")
+
+    # Another process finds it as full, and as able.
+    store = SqliteStore(small_disk / "store.db")
+    await store.open()
+    await store.change("vm1", ending("delete-vm1"))
+    with pytest.raises(StoreFull):
+        await store.create(creating("another"))
+    assert store.full
+    (small_disk / "ballast").unlink()
+    assert (await store.create(creating("another"))).id == "another"
+    assert not store.full
+    await store.close()
+    database = apsw.Connection(str(small_disk / "store.db"))
+    assert database.execute("SELECT sum(length(content)) FROM reserve").get == RESERVE_MIB << 20
+    assert database.pragma("integrity_check") == "ok"
+    database.close()
+
+
+async def test_a_log_that_has_outgrown_the_reserve_keeps_no_guest_from_being_stopped(small_disk: Path) -> None:
+    """As a killed process leaves it: how long it is, the next one knows only after its first commit."""
+    store = SqliteStore(small_disk / "store.db")
+    await store.open()
+    await store.create(creating("a"))
+    log = small_disk / "store.db-wal"
+    for number in count():
+        await store.change("a", admitting(f"before{number}", Operation.STOP))
+        await store.change("a", ending(f"before{number}"))
+        if log.stat().st_size > LOG_PAGES * 5_000:
+            break
+    fill(small_disk / "ballast")
+    store._database.writer._log_pages = 0
+    for number in range(5):
+        await store.change("a", admitting(f"stop{number}", Operation.STOP))
+        await store.change("a", ending(f"stop{number}"))
+    await store.close()
+
+
+async def test_what_may_use_the_reserve_does_not_fail_with_what_may_not(small_disk: Path) -> None:
+    store = SqliteStore(small_disk / "store.db")
+    await store.open()
+    for name in ("a", "b"):
+        await store.create(creating(name))
+    fill(small_disk / "ballast")
+    for attempt in count():
+        answers = await asyncio.gather(
+            store.change("a", growing),
+            store.change("b", admitting(f"stop{attempt}", Operation.STOP)),
+            return_exceptions=True,
+        )
+        assert not isinstance(answers[1], BaseException)
+        await store.change("b", ending(f"stop{attempt}"))
+        if isinstance(answers[0], StoreFull):
+            break
+    await store.close()
+
+
+async def test_a_log_that_stays_beside_the_database_does_not_change_a_backup(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.create(creating("a"))
+    await store.close()
+    backup = path.read_bytes()
+    store = SqliteStore(path)
+    await store.open()
+    await store.create(creating("b"))
+    await store.close()
+    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+    path.write_bytes(backup)
+    await store_opens_with(path, {"a": 0})
+
+
 async def test_a_database_that_may_not_grow_keeps_nothing(path: Path) -> None:
     """The same by SQLite's own limit, where nothing can be mounted."""
     store = SqliteStore(path)
@@ -153,7 +255,9 @@ async def test_a_database_that_may_not_grow_keeps_nothing(path: Path) -> None:
     await store.create(creating("a"))
 
     def limit(pages: int) -> None:
-        store._writer.submit(lambda c: c.execute(f"PRAGMA max_page_count = {pages}").fetchall(), lambda *_: None)
+        store._database.writer.submit(
+            lambda c: c.execute(f"PRAGMA max_page_count = {pages}").fetchall(), lambda *_: None
+        )
 
     limit(1)  # SQLite makes it as many pages as there are
     await check_full(store)
@@ -181,14 +285,16 @@ async def check_full(store: SqliteStore) -> None:
         store.change("a", admitting("r1"), key),
         store.change("a", admitting("r2"), key),
         store.create(creating("b")),
+        store.change("a", putting(host="h9")),
         store.change("a", lambda instance, _: Change(instance=instance, answer="nothing")),
         return_exceptions=True,
     )
-    assert [type(answer) for answer in answers] == [StoreFull] * 6, answers
+    assert [type(answer) for answer in answers] == [StoreFull] * 7, answers
     assert all(isinstance(answer, StoreFull) and answer.remedy for answer in answers)
     instance = await store.instance("a")
     assert instance is not None
     assert (instance.generation, instance.outstanding, told) == (0, (), [])
+    assert store.tallies(Tally.RECORDED) == {"h1": 1}
     assert await store.instance("b") is None
     assert await store.request("r1") is None
     assert await store.last_event() == 1
@@ -220,7 +326,7 @@ async def test_another_programs_database_is_left_alone(path: Path) -> None:
         connection.execute("CREATE TABLE recipes (name TEXT)")
     connection.close()
     before = path.read_bytes()
-    assert "another program" in (await refused(path)).message
+    assert "not an Interlock database" in (await refused(path)).message
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == [path]
 
@@ -296,9 +402,13 @@ async def test_a_second_server_is_told_who_has_the_database(path: Path) -> None:
     await store_opens_with(path, {"a": 0})
 
 
-async def test_nothing_but_the_database_is_left_after_closing(path: Path) -> None:
+async def test_everything_is_in_the_database_after_closing(path: Path) -> None:
+    """Its log stays, since the blocks that it has are kept for a full disk, but is void."""
     await made(path)
-    assert sorted(path.parent.iterdir()) == [path]
+    log = path.with_name(f"{path.name}-wal")
+    assert sorted(path.parent.iterdir()) == [path, path.with_name(f"{path.name}-shm"), log]
+    assert not has_changes(log)
+    assert log.stat().st_blocks * 512 > 4_000_000
 
 
 def test_the_lock_is_held_by_one_at_a_time(path: Path) -> None:
@@ -314,10 +424,11 @@ def test_the_lock_is_held_by_one_at_a_time(path: Path) -> None:
             except StoreBusy:
                 continue
             inside.append(1)
+            time.sleep(0)  # for another thread that holds the lock too
             if len(inside) > 1:
                 overlaps.append(1)
             inside.pop()
-            lock.let_go()
+            lock.unlock()
 
     threads = [threading.Thread(target=take_and_leave) for _ in range(4)]
     for thread in threads:
@@ -328,6 +439,40 @@ def test_the_lock_is_held_by_one_at_a_time(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- keys and batches
+
+
+async def test_an_instance_is_never_seen_older_than_its_requests_and_events(path: Path) -> None:
+    """Also in the moment in which the transaction is on the disk, and the event loop has not been told."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.create(creating("a"))
+    written, submit = threading.Event(), store._database.writer.submit
+
+    def submit_and_notice(job: Any, done: Any, *space: Any) -> None:
+        def noticed(connection: apsw.Connection) -> Any:
+            try:
+                return job(connection)
+            finally:
+                written.set()
+
+        submit(noticed, done, *space)
+
+    store._database.writer.submit = submit_and_notice  # type: ignore[assignment,method-assign]
+    decisions: dict[str, Any] = {"queued": admitting("r1"), "succeeded": ending("r1")}
+    for status, decide in decisions.items():
+        written.clear()
+        changing = asyncio.create_task(store.change("a", decide))
+        while not store._writing:  # noqa: ASYNC110 - a few turns of the loop
+            await asyncio.sleep(0)
+        assert written.wait(10)  # the loop stands still until it is there
+        request, instance = await store.request("r1"), await store.instance("a")
+        assert request is not None
+        assert instance is not None
+        assert not changing.done()
+        assert request.status == status
+        assert [one.id for one in instance.outstanding] == (["r1"] if status == "queued" else [])
+        await changing
+    await store.close()
 
 
 async def test_a_key_is_forgotten_after_its_time(path: Path) -> None:
@@ -373,3 +518,124 @@ async def test_what_is_not_in_memory_is_found_on_the_disk(path: Path, monkeypatc
     await store_opens_with(path, {f"i{number}": 2 for number in range(100)})
     with apsw.Connection(str(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").get == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------------- sums
+
+
+async def test_sums_that_another_version_made_are_made_anew(path: Path) -> None:
+    await made(path, 7)
+    with apsw.Connection(str(path)) as connection:
+        connection.execute("UPDATE tallies SET amount = 99; UPDATE tallies SET of = 'older' WHERE what = 'version'")
+        connection.execute("INSERT INTO host_ports VALUES ('h1', 80, 'gone')")
+    for _ in range(2):
+        store = SqliteStore(path)
+        await store.open()
+        assert store.tallies(Tally.STATES) == {"active": 7}
+        assert store.tallies(Tally.RECORDED) == {"h1": 7}
+        assert store.port_user("h1", 80) is None
+        await store.close()
+
+
+async def test_opening_reads_no_instance_that_is_at_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: what is read of each of a million takes minutes."""
+    await made(path, 500)
+    store = SqliteStore(path)
+    await store.open()
+    await store.change("i7", admitting("r1"))
+    await store.close()
+    decoded: list[str] = []
+    decode = row_codec.decode_instance
+
+    def noted(text: str) -> Instance:
+        decoded.append(text)
+        return decode(text)
+
+    monkeypatch.setattr(row_codec, "decode_instance", noted)
+    folder = path.parent
+    path.rename(folder / DATABASE)
+    config = Config(data_dir=str(folder), hypervisor="simulated", host="here")
+    server = Server(config, prover=TrustingProver())
+    await server.open()
+    await server.close()
+    assert {decode(text).id for text in decoded} == {"i7"}
+
+
+@pytest.mark.parametrize("host", [None, "h1"])
+async def test_what_is_outstanding_is_found_by_its_index(path: Path, host: str | None) -> None:
+    """In the order of its rows SQLite would rather read all of the table."""
+    await made(path)
+    store = SqliteStore(path)
+    await store.open()
+    plans: list[str] = []
+    connection, ask = store._database.read._connection, store._database.read._all
+
+    def explain(statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        plans.extend(row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values))
+        return ask(statement, *values)
+
+    store._database.read._all = explain  # type: ignore[method-assign]
+    await store.unsettled(host)
+    await store.instances(InstanceFilter(upkeep=True), 10)
+    await store.instances(InstanceFilter(host="h1", vm_state=VmState.ACTIVE), 10)
+    await store.close()
+    used = [re.search(r"INDEX (\w+)", plan) for plan in plans]
+    indexes = [None if found is None else found[1] for found in used]
+    assert indexes == ["instances_unsettled", "instances_upkeep", "instances_by_state"]
+
+
+# ------------------------------------------------------------------------------------------------------------ locks
+
+
+async def test_a_locked_database_is_noticed_and_so_is_that_it_is_free_again(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.writable()
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(store.writable(), 0.1)
+    other.execute("ROLLBACK")
+    other.close()
+    await asyncio.wait_for(store.writable(), 20)
+    await store.close()
+
+
+async def test_what_is_decided_on_the_hint_of_an_admission_shares_its_transaction(path: Path) -> None:
+    """A driver takes a request in the commit that admits it, and the hint comes for an idle instance only."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.create(creating("a"))
+    hinted: list[asyncio.Task[Any]] = []
+    unlisten = store.on_admission(lambda id_: hinted.append(asyncio.create_task(store.change(id_, growing))))
+    commits: list[list[str]] = []
+    store.listen(lambda events: commits.append([event.kind for event in events]))
+    await store.change("a", admitting("first"))
+    assert [await task for task in hinted] == [2]
+    assert commits == [["request.admitted", "instance.grown"]]
+    await store.change("a", growing)
+    await store.change("a", admitting("second"))
+    assert len(hinted) == 1, "it was not idle"
+    unlisten()
+    await store.create(creating("b"))
+    await store.change("b", admitting("third"))
+    assert len(hinted) == 1
+    await store.close()
+
+
+async def test_a_request_is_read_as_it_was_committed_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory as from the disk, for its own project only."""
+    monkeypatch.setattr(sqlite_store, "REQUESTS_IN_MEMORY", 3)
+    store = SqliteStore(path)
+    await store.open()
+    for name in "abcdef":
+        await store.create(creating(name))
+        await store.change(name, admitting(f"of-{name}"))
+    assert len(store._recent) == 3
+    for name in "abcdef":
+        request = await store.request(f"of-{name}", "one")
+        assert request is not None
+        assert (request.id, request.instance_id) == (f"of-{name}", name)
+        assert await store.request(f"of-{name}", "two") is None
+    await store.close()

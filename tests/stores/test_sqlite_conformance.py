@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from conformance.store import CHECKS, Check, run
 from interlock.ports import Clock
 from interlock.stores.sqlite import SqliteStore
-from interlock.testing.check_store import CHECKS, Check, run
 
 
 class SqliteUnderTest:

@@ -18,18 +18,19 @@ from typing import Any
 import httpx
 import pytest
 
+from in_process.trusting_verifier import TrustingProver
+from in_process.virtual_time import OneClock
+from interlock.bench.nano_guest import nano_guest
 from interlock.config import Config, DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced
 from interlock.core.records import Change, Event, Instance, Outcome, Request, StaleFence
-from interlock.driver.work import FencePermit
+from interlock.driver.operation_context import FencePermit
 from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
-from interlock.hypervisors.qemu.process import find_in
+from interlock.hypervisors.qemu.process.qemu_process import find_in
 from interlock.ports import Clock
+from interlock.server import Server
 from interlock.stores.clock import SystemClock
-from interlock.testing.nano_guest import nano_guest
-from interlock.testing.trusting_prover import TrustingProver
-from interlock.wiring import Server
 
 pytestmark = pytest.mark.qemu
 
@@ -47,11 +48,11 @@ task_state = ["@pause", "@reboot"]
 verdict = "after"
 threshold = "{THRESHOLD_MS}ms"
 reason = "no_sign_of_life"
-because = "What is in flight has shown no life."
+because = "The operation in progress has stalled."
 """
 
 
-class HeldClock:
+class HeldClock(OneClock):
     """The system's clock, which a test can hold still at a moment."""
 
     def __init__(self) -> None:
@@ -59,12 +60,12 @@ class HeldClock:
         self._held_at_ms: int | None = None
 
     def now_ms(self) -> int:
-        return self._clock.now_ms() if self._held_at_ms is None else self._held_at_ms
+        return self._clock.wall_ms() if self._held_at_ms is None else self._held_at_ms
 
     async def hold_at(self, moment_ms: int) -> None:
         """Let the clock run up to that moment, and stop there."""
         self._held_at_ms = None
-        if (left_ms := moment_ms - self._clock.now_ms()) > 0:
+        if (left_ms := moment_ms - self._clock.wall_ms()) > 0:
             await asyncio.sleep(left_ms / 1000)
         self._held_at_ms = moment_ms
 
@@ -72,12 +73,14 @@ class HeldClock:
 class Story:
     """A real server in this process, one real VM named vm, and a client of the HTTP door."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shutdown_timeout_ms: int = 20_000) -> None:
         policy = folder / "impatient.toml"
         policy.write_text(POLICY)
         self.clock = HeldClock()
         self.folder = folder
-        driver = DriverConfig(guest_shutdown_timeout_ms=20_000, inspect_retry_ms=50, heartbeat_ms=200, drain_ms=1)
+        driver = DriverConfig(
+            guest_shutdown_timeout_ms=shutdown_timeout_ms, inspect_retry_ms=50, heartbeat_ms=200, drain_ms=1
+        )
         config = Config(data_dir=str(folder / "data"), policy=str(policy), driver=driver)
         self.hypervisor = QemuHypervisor(QemuSettings(folder=folder / "data" / "guests", qmp_timeout_ms=300))
         self.server = Server(config, self.hypervisor, self.clock, TrustingProver())
@@ -88,7 +91,7 @@ class Story:
         transport = httpx.ASGITransport(self.server.app())
         headers = {"Authorization": f"Bearer {token}"}
         self.client = httpx.AsyncClient(transport=transport, base_url="http://interlock.test", headers=headers)
-        await self.server.store.put_image(nano_guest(self.folder))
+        await self.server.store.images.put(nano_guest(self.folder))
         wish = {"name": "vm", "image": "nano-nothing", "memory_mib": 64}
         made = await self.client.post("/v1/instances", json=wish, headers={"Prefer": "wait=60"})
         assert made.json()["request"]["status"] == "succeeded", made.text
@@ -113,12 +116,15 @@ class Story:
         return ended
 
     async def until_unknown(self, request_id: str) -> Instance:
-        """The instance when its worker has given up waiting for an answer: nothing after that is a sign of life."""
+        """The instance when its worker has found that nothing answers: nothing after that is a sign of life."""
 
         async def unknown() -> Instance | None:
             instance = await self.server.store.instance(self.id)
             request = await self.server.store.request(request_id)
-            return instance if request is not None and request.status.value == "unknown" else None
+            silent = request is not None and (
+                request.status.value == "unknown" or "does not respond" in (request.detail or "")
+            )
+            return instance if silent else None
 
         found = await self.server.instances.watch.until(self.id, unknown, 30_000)
         assert found is not None
@@ -130,11 +136,11 @@ class Story:
 
 
 @pytest.fixture
-async def story() -> AsyncIterator[Story]:
+async def story(request: pytest.FixtureRequest) -> AsyncIterator[Story]:
     with tempfile.TemporaryDirectory(prefix="interlock-frozen-") as name:
         folder = Path(name)
         folder.chmod(0o711)  # noqa: ASYNC240 - QEMU runs as another user if we are root
-        one = Story(folder)
+        one = Story(folder, *getattr(request, "param", ()))
         await one.open()
         try:
             yield one
@@ -248,3 +254,19 @@ async def test_what_thaws_as_it_is_taken_over_does_not_stay_as_the_old_worker_wa
     assert (seen.power_state.value, seen.responsive) == ("running", True)
     instance = (await story.client.get("/v1/instances/vm")).json()
     assert (instance["vm_state"], instance["power_state"]) == ("active", "running")
+
+
+@pytest.mark.parametrize("story", [(1_500,)], indirect=True)
+@pytest.mark.parametrize(("operation", "leads_to"), [("stop", "stopped"), ("reboot", "active")])
+async def test_a_soft_stop_or_reboot_of_a_frozen_qemu_ends_its_process_at_the_deadline(
+    story: Story, operation: str, leads_to: str
+) -> None:
+    """It waited for ever to be able to ask the guest."""
+    process = story.process()
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    ended = await story.ended((await story.ask(operation)).json()["request"]["id"])
+    assert ended["status"] == "succeeded", ended
+    assert ended["message"] == "QEMU did not respond within 1.5 s; its process was ended."
+    assert story.process() != process
+    assert (await story.client.get("/v1/instances/vm")).json()["vm_state"] == leads_to

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from interlock.hypervisors.qemu.process import find_in
-from interlock.testing.boot_sector import bootable_image
-from interlock.testing.real_server import RealServer, end_guests
+from boot_sector import bootable_image
+from interlock.hypervisors.qemu.process.qemu_process import find_in
+from processes.real_server import RealServer, end_guests
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not here")]
 

@@ -2,7 +2,8 @@
 
 A transcript is a text file. `policy NAME` comes first; `METHOD PATH BODY` asks, and the indented line after it says the
 status and the fields of the answer. `allowed` reads what is allowed now; the indented lines after it say which
-operations are denied or admitted, `*` being those not named. `until FIELD=VALUE` waits for the VM to come there.
+operations are denied or admitted, or admitted by the policy and refused for what the VM is `lacking`; `*` being those
+not named. `until FIELD=VALUE` waits for the VM to come there.
 `block METHOD` holds every such call on the host until `release METHOD`, and `advance MS` moves the store's clock, which
 stands still otherwise. `#` begins a comment.
 """
@@ -18,20 +19,22 @@ from typing import Any
 import httpx
 import pytest
 
+from in_process.embedded import IMAGE, QUICK
+from in_process.virtual_time import OneClock
 from interlock.config import Config
 from interlock.core.operations import Operation
+from interlock.core.preconditions import RULE
 from interlock.core.records import Spec
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Permit
-from interlock.testing.embedded import IMAGE, QUICK
-from interlock.wiring import Server
+from interlock.server import Server
 
 FOLDER = Path(__file__).parent
 TRANSCRIPTS = sorted(FOLDER.glob("*.txt"))
 _PATIENCE_S = 30
 
 
-class StillClock:
+class StillClock(OneClock):
     """A clock that moves only when it is told to."""
 
     def __init__(self) -> None:
@@ -86,7 +89,7 @@ class Player:
 
     async def open(self) -> None:
         await self.server.open()
-        await self.server.store.put_image(IMAGE)
+        await self.server.store.images.put(IMAGE)
         token = (self.server.folder / "admin.token").read_text().strip()
         transport = httpx.ASGITransport(self.server.app())
         headers = {"Authorization": f"Bearer {token}"}
@@ -108,7 +111,9 @@ class Player:
                 self.status, self.said = answer.status_code, answer.json()
             case "allowed":
                 answer = await self.client.get("/v1/instances/vm/allowed")
-                dispositions = {one["operation"]: one["disposition"] for one in answer.json()["operations"]}
+                operations = answer.json()["operations"]
+                dispositions = {one["operation"]: one["disposition"] for one in operations}
+                dispositions |= {one["operation"]: "lacking" for one in operations if one["rule"] == RULE}
                 assert set(dispositions) == set(Operation)
                 self.status, self.said = 0, dispositions
             case "until":
@@ -154,7 +159,7 @@ async def transcript(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Player, list[tuple[int, str]]]]:
     # The examples are about rules, so a rule is asked also about what this driver does not perform.
-    monkeypatch.setattr("interlock.wiring.PERFORMS", frozenset(Operation))
+    monkeypatch.setattr("interlock.server.PERFORMS", frozenset(Operation))
     lines = [(number, line.rstrip()) for number, line in enumerate(request.param.read_text().splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     (_, first), *rest = lines

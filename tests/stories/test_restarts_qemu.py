@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from interlock.bench.nano_guest import Act, nano_guest
 from interlock.config import Config
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Instance, Status
 from interlock.core.restart_policy import OnCrash, RestartPolicy
 from interlock.core.states import VmState
 from interlock.ports import Role
-from interlock.service.callers import Caller
-from interlock.service.wishes import Labels, NewInstance, NewRequest
-from interlock.testing.nano_guest import Act, nano_guest
-from interlock.wiring import Server
+from interlock.server import Server
+from interlock.service.auth import Caller
+from interlock.service.request_models import Labels, NewInstance, NewRequest
 
 pytestmark = pytest.mark.qemu
 
@@ -33,7 +33,7 @@ async def test_a_boot_loop_on_qemu_comes_to_an_end_and_the_owner_is_told() -> No
         server = Server(config)
         await server.open()
         image = nano_guest(folder, Act.PANIC, after_ms=200)
-        await server.store.put_image(image)
+        await server.store.images.put(image)
         wish = NewInstance(name="loop", image=image.name, memory_mib=64, restart=TWICE)
         vm = (await server.instances.create(ADMIN, wish)).instance.id
         # The second restart is left to another server.
@@ -44,7 +44,7 @@ async def test_a_boot_loop_on_qemu_comes_to_an_end_and_the_owner_is_told() -> No
         try:
             one = await _until(server, vm, gave_up=True)
             assert one.vm_state is VmState.ERROR
-            assert one.error == ("The guest crashed. It was restarted 2 times within 600 s, and is now left as it is.")
+            assert one.error == ("The guest crashed. It was restarted 2 times within 600 s; no more restarts.")
             page = await server.store.requests(vm, 100)
             mine = sorted(
                 (request for request in page.items if request.requested_by == "interlock"),
@@ -70,7 +70,7 @@ async def _until(server: Server, vm: str, *, restarts: int = 0, gave_up: bool = 
         instance = await server.store.instance(vm)
         assert instance is not None
         count = 0 if instance.restarts is None else instance.restarts.count
-        done = "now left as it is" in (instance.error or "") if gave_up else count >= restarts
+        done = "no more restarts" in (instance.error or "") if gave_up else count >= restarts
         return instance if done else None
 
     found = await server.instances.watch.until(vm, so, 60_000)

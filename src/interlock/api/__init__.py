@@ -1,1 +1,1 @@
-"""The HTTP door: what is asked comes in here, and what is answered goes out. It speaks to `service` only."""
+"""The HTTP API: routes, request parsing, wire types and error responses. Calls `service` only."""

@@ -1,56 +1,60 @@
-"""The ASGI application: every door with its caller, every error as a problem, and the pages about the server itself."""
+"""The ASGI application: authentication, error responses, ETags, and the health, metrics and documentation pages."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import uuid
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from hashlib import blake2b
+from typing import Any, Final
 
 import msgspec
 import structlog
-import swagger_ui
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount
+from starlette.routing import Route as PathRoute
 from starlette.staticfiles import StaticFiles
 
-from interlock.api import (
+from interlock.api.http import multipart_upload, openapi, problems, request_parsing, revocation
+from interlock.api.http.problems import HTTP_PROBLEM_TYPES, HttpProblem
+from interlock.api.http.route import ApiParts, Route, json_response
+from interlock.api.metrics import CONTENT_TYPE
+from interlock.api.routes import (
+    agent_files,
     console,
-    dumps,
     events,
-    host,
+    host_moves,
     hosts,
     instances,
     inventory,
-    openapi,
     policy,
-    problems,
     requests,
-    schemas,
-    uploading,
 )
-from interlock.api.doors import ApiParts, Door, answer
-from interlock.api.metrics import CONTENT_TYPE
-from interlock.api.problems import HTTP_KINDS, Bad
+from interlock.api.schemas import serializers
+from interlock.api.schemas.inventory import Health, Readiness
 from interlock.core.errors import Forbidden, InterlockError
 from interlock.ports import Role
-from interlock.service.callers import Caller
+from interlock.ports.system_errors import system_failure
+from interlock.service.auth import Caller, Use
 
-__all__ = ["DOORS", "ApiParts", "create_app"]
+__all__ = ["ROUTES", "ApiParts", "create_app"]
 
-DOORS: Final[tuple[Door, ...]] = (
-    *instances.DOORS,
-    *console.DOORS,
-    *dumps.DOORS,
-    *requests.DOORS,
-    *events.DOORS,
-    *inventory.DOORS,
-    *policy.DOORS,
-    *host.DOORS,
-    *hosts.DOORS,
+ROUTES: Final[tuple[Route, ...]] = (
+    *instances.routes,
+    *console.routes,
+    *requests.routes,
+    *events.routes,
+    *inventory.images_routes,
+    *inventory.volumes_routes,
+    *inventory.tokens_routes,
+    *policy.routes,
+    *hosts.own_routes,
+    *hosts.routes,
+    *host_moves.routes,
 )
 
 _LOG = structlog.get_logger(__name__)
@@ -72,130 +76,246 @@ _DOCS = """<!doctype html>
 """
 
 
-def create_app(parts: ApiParts) -> Starlette:
-    """The application that serves these parts, on a data folder that nobody else serves."""
-    uploading.sweep(parts.config.folder)
-    document = msgspec.json.encode(openapi.document(DOORS, parts.version, console.IN_WORDS))
-    by_path: dict[str, dict[str, Door]] = {}
-    for door in DOORS:
-        by_path.setdefault(door.path, {})[door.method] = door
+def create_app(parts: ApiParts) -> Application:
+    """Return the application. Call it only with the data folder locked: it removes leftovers of uploads."""
+    multipart_upload.remove_leftovers(parts.config.folder)
+    by_path = _by_path(ROUTES)
     # A fixed path before one with a parameter in the same place.
     paths = sorted(by_path, key=lambda path: [part.startswith("{") for part in path.split("/")])
-    hottest = "/v1/instances/{reference}/requests"
-    paths.sort(key=lambda path: path != hottest)
-    routes = [Route(path, _Path(parts, by_path[path]), methods=list(by_path[path])) for path in paths]
-    app = Starlette(
-        routes=[*routes, hosts.link_route(parts), *console.routes(parts), *_about(parts, document)],
-        exception_handlers={HTTPException: _http_exception, Exception: _bug},
+    endpoints = {path: _Path(parts, by_path[path]) for path in paths}
+    for path, by_method in _by_path(agent_files.routes).items():
+        endpoints[path] = _Path(parts, by_method, for_agents=True)
+    routes = [PathRoute(path, endpoint, methods=list(endpoint.methods)) for path, endpoint in endpoints.items()]
+    return Application(
+        endpoints,
+        routes=[*routes, hosts.link_route(parts), *console.socket_routes(parts), *_server_pages(parts)],
+        exception_handlers={HTTPException: _http_exception, Exception: _internal_error},
     )
-    # A path is known or it is not: a redirect would lose the body of what was asked for.
-    app.router.redirect_slashes = False
-    return app
+
+
+_Tree = dict[str, Any]
+_PARAMETER: Final = "{}"
+_ENDPOINT: Final = "/"
+"""Keys of a node for any segment, and for the names of the parameters and the endpoint that ends there."""
+
+
+class Application(Starlette):
+    """Starlette, with the paths of the interface found in a tree of their segments.
+
+    Starlette would try one pattern after the other, inside two layers that turn exceptions into responses, as `_Path`
+    does. It gets whatever is not found: other methods, other paths and WebSockets.
+    """
+
+    def __init__(self, endpoints: Mapping[str, _Path], **options: Any) -> None:
+        super().__init__(**options)
+        # A redirect would lose the request body.
+        self.router.redirect_slashes = False
+        self._tree: _Tree = {}
+        for path, endpoint in endpoints.items():
+            node, names = self._tree, []
+            for segment in path.split("/"):
+                if segment.startswith("{"):
+                    names.append(segment[1:-1])
+                node = node.setdefault(_PARAMETER if segment.startswith("{") else segment, {})
+            node[_ENDPOINT] = (names, endpoint)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        endpoint = self.find(scope) if scope["type"] == "http" else None
+        await (super().__call__ if endpoint is None else endpoint)(scope, receive, send)
+
+    def find(self, scope: Any) -> _Path | None:
+        """Return the endpoint of a path and method, and put its parameters into the scope; None if there is none."""
+        node = self._tree
+        values: list[str] = []
+        for segment in scope["path"].split("/"):
+            if segment in node and segment != _PARAMETER:
+                node = node[segment]
+            elif segment and _PARAMETER in node:
+                node = node[_PARAMETER]
+                values.append(segment)
+            else:
+                return None
+        names, endpoint = node.get(_ENDPOINT, ((), None))
+        if endpoint is None or scope["method"] not in endpoint.methods:
+            return None
+        scope["path_params"] = dict(zip(names, values, strict=True))
+        return endpoint  # type: ignore[no-any-return]
+
+
+def _by_path(routes: Iterable[Route]) -> dict[str, dict[str, Route]]:
+    """Return the routes by path and method."""
+    found: dict[str, dict[str, Route]] = {}
+    for route in routes:
+        found.setdefault(route.path, {})[route.method] = route
+    return found
 
 
 class _Path:
-    """One path, as an ASGI application: finds the door for the method, and turns errors into problems."""
+    """ASGI application of one path: dispatches on the method, and turns exceptions into problem details."""
 
-    def __init__(self, parts: ApiParts, doors: dict[str, Door]) -> None:
+    def __init__(self, parts: ApiParts, routes: dict[str, Route], *, for_agents: bool = False) -> None:
         self._parts = parts
-        self._endpoints = {method: door.endpoint for method, door in doors.items()}
+        self._routes = routes
+        self._for_agents = for_agents
+        self.methods: Final = {*routes, "HEAD"} if "GET" in routes else {*routes}
 
-    async def __call__(self, scope: object, receive: object, send: object) -> None:
-        request = Request(scope, receive)  # type: ignore[arg-type]
-        response = await self._answer(request)
-        await response(scope, receive, send)  # type: ignore[arg-type]
-
-    async def _answer(self, request: Request) -> Response:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        serializers.WALL_CLOCK.set(self._parts.instances.shown_ms)
         try:
-            caller = _authenticate(self._parts, request)
-            return await self._serve(caller, request)
+            caller = _authenticate(self._parts, request, for_agents=self._for_agents)
         except InterlockError as error:
-            if problems.kind_of(error) is HTTP_KINDS["internal"]:
-                return await _bug(request, error)
-            return problems.of_error(error, request.url.path)
+            await problems.from_error(error, request.url.path)(scope, receive, send)
+            return
+        with self._parts.callers.using(caller) as use:
+            receive = revocation.revocable_receive(use, scope, receive)
+            response = await self._respond(caller, Request(scope, receive), use)
+            revocable_send = revocation.RevocableSend(send, use)
+            try:
+                await response(scope, receive, revocable_send)
+            except ClientDisconnect:
+                _LOG.info("response aborted: token deleted", path=request.url.path)
+            if use.revoked:
+                await revocable_send.finish()
+
+    async def _respond(self, caller: Caller, request: Request, use: Use) -> Response:
+        try:
+            return await self._call_endpoint(caller, request)
+        except InterlockError as error:
+            if problems.problem_type_of(error) is HTTP_PROBLEM_TYPES["internal"]:
+                return await _internal_error(request, error)
+            return problems.from_error(error, request.url.path)
         except ClientDisconnect:
+            if use.revoked:
+                return problems.response(HTTP_PROBLEM_TYPES["unauthorized"], "The token was deleted.", request.url.path)
             return Response(status_code=400)
+        except OSError as error:
+            failed = system_failure(error, "the server's host")
+            if failed is None:
+                return await _internal_error(request, error)
+            _LOG.warning("request failed", path=request.url.path, why=failed.message)
+            return problems.from_error(failed, request.url.path)
         except Exception as error:  # noqa: BLE001 - the outermost frame of a request
-            return await _bug(request, error)
+            return await _internal_error(request, error)
 
-    async def _serve(self, caller: Caller, request: Request) -> Response:
-        if request.method != "HEAD":
-            return await self._endpoints[request.method](self._parts, caller, request)
-        response = await self._endpoints["GET"](self._parts, caller, request)
-        # What streams has no end to wait for.
-        return Response(headers=response.headers) if isinstance(response, StreamingResponse) else response
+    async def _call_endpoint(self, caller: Caller, request: Request) -> Response:
+        reads = request.method in {"GET", "HEAD"}
+        route = self._routes["GET" if reads else request.method]
+        if request.scope["query_string"]:
+            request_parsing.check_parameters(request.query_params, *route.query_names)
+        response = await route.endpoint(self._parts, caller, request)
+        if not isinstance(response, Response):
+            status = next(iter(route.responses))
+            response = Response(status_code=status) if response is None else json_response(response, status)
+        if not reads:
+            return response
+        if isinstance(response, (StreamingResponse, FileResponse)):
+            # A streamed body cannot be hashed for an ETag.
+            return Response(headers=response.headers) if request.method == "HEAD" else response
+        return _with_etag(request, response)
 
 
-def _authenticate(parts: ApiParts, request: Request) -> Caller:
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+def _with_etag(request: Request, response: Response) -> Response:
+    """Return the response with an ETag that covers its body, or 304 if `If-None-Match` has that ETag."""
+    if response.status_code != 200:  # noqa: PLR2004
+        return response
+    digest = blake2b(response.body, digest_size=8).hexdigest()
+    own = response.headers.get("etag")
+    etag = f'"{digest}"' if own is None else f'{own[:-1]}-{digest}"'
+    response.headers["etag"] = etag
+    return (
+        Response(status_code=304, headers={"etag": etag}) if request_parsing.matches_etag(request, etag) else response
+    )
+
+
+def _authenticate(parts: ApiParts, request: Request, *, for_agents: bool) -> Caller:
+    """Return the caller; an agent only on the paths for agents, which check their callers further."""
+    scheme, _, secret = request_parsing.header(request, "authorization", "").partition(" ")
     caller = parts.callers.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
     if caller is None:
-        raise Bad(
+        raise HttpProblem(
             "unauthorized",
-            "There is no valid bearer token in the Authorization header.",
-            remedy="Send `Authorization: Bearer <secret>`; the first start wrote one into the file admin.token.",
+            "Access token missing or invalid.",
+            remedy="Send `Authorization: Bearer <secret>`; the first start writes one to the file admin.token.",
             WWW_Authenticate='Bearer realm="interlock"',
         )
-    if caller.role is Role.AGENT:
-        raise Forbidden("A token with the role agent may only speak for a host.")
+    if caller.role is Role.AGENT and not for_agents:
+        raise Forbidden("Permission denied: a token with the role agent can only connect an agent.")
     return caller
 
 
-def _not_as_configured(parts: ApiParts) -> tuple[str, ...]:
-    """What people should look into although the server does its work."""
+def _configuration_warnings(parts: ApiParts) -> tuple[str, ...]:
+    """Return what an operator should look into although the server is ready."""
     refused = parts.policies.refused
     if refused is None:
-        return ()
-    return (f"The configured policy {refused.name} is refused: {refused.why} {parts.policies.now.name} is in force.",)
+        return parts.clock.reasons()
+    policy = f"The configured policy {refused.name} is rejected: {refused.why} {parts.policies.now.name} is in force."
+    return (policy, *parts.clock.reasons())
 
 
-def _about(parts: ApiParts, document: bytes) -> list[Route | Mount]:
+@functools.cache
+def _document(version: str) -> bytes:
+    """Return the OpenAPI document, generated on first use because that takes as long as the rest of a start."""
+    return msgspec.json.encode(openapi.document(ROUTES, version, console.WEBSOCKETS_DESCRIPTION))
+
+
+def _server_pages(parts: ApiParts) -> list[BaseRoute]:
     async def health(_: Request) -> Response:
-        return answer(schemas.Health(status="alive", version=parts.version))
+        return json_response(Health(status="alive", version=parts.version))
 
     async def readiness(_: Request) -> Response:
-        ready = parts.ready()
-        reasons = _not_as_configured(parts) if ready else ("The server is starting or stopping.",)
-        return answer(schemas.Readiness(ready=ready, reasons=reasons), 200 if ready else 503)
+        unready = await parts.readiness.missing()
+        reasons = unready or (*_configuration_warnings(parts), *await parts.disk_space.warnings())
+        return json_response(Readiness(ready=not unready, reasons=reasons), 503 if unready else 200)
 
     async def metrics(_: Request) -> Response:
-        parts.metrics.note_refused_policy(refused=parts.policies.refused is not None)
-        parts.metrics.note_stuck(len(await parts.instances.stuck(None)))
-        stands = await parts.capacity.occupancy()
-        parts.metrics.note_host({"total": stands.total, "promised": stands.promised, "free": stands.free})
+        parts.metrics.set_refused_policy(refused=parts.policies.refused is not None)
+        parts.metrics.set_space(await parts.disk_space.look())
+        parts.metrics.set_clock(parts.clock.offset_s, parts.clock.jumps, cautious=parts.clock.cautious)
+        parts.metrics.set_stuck(len(await parts.instances.stuck(None)))
+        parts.metrics.set_troubled(await parts.instances.troubled())
+        occupancy = await parts.capacity.occupancy()
+        parts.metrics.set_host({"total": occupancy.total, "promised": occupancy.claimed, "free": occupancy.free})
+        parts.metrics.set_hosts(await parts.hosts.every(), parts.instances.now_ms())
         return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    async def described(_: Request) -> Response:
+    async def openapi_document(_: Request) -> Response:
+        document = await asyncio.to_thread(_document, parts.version)
         return Response(document, media_type="application/json")
+
+    async def front(_: Request) -> Response:
+        return RedirectResponse("/docs")
 
     async def docs(_: Request) -> Response:
         return HTMLResponse(_DOCS)
 
     pages: dict[str, _Handler] = {
+        "/": front,
         "/healthz": health,
         "/readyz": readiness,
         "/metrics": metrics,
-        "/openapi.json": described,
+        "/openapi.json": openapi_document,
         "/docs": docs,
     }
-    static = StaticFiles(directory=Path(swagger_ui.__file__).parent / "static")
-    return [*(Route(path, handler) for path, handler in pages.items()), Mount("/docs/static", static)]
+    # By its name: importing it takes longer than everything else here.
+    static = StaticFiles(packages=[("swagger_ui", "static")])
+    return [*(PathRoute(path, handler) for path, handler in pages.items()), Mount("/docs/static", static)]
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
-    """What the router itself refuses, as a problem."""
+    """Return the problem for a path or method that the router does not know."""
     assert isinstance(error, HTTPException)
-    kind = HTTP_KINDS["method-not-allowed" if error.status_code == 405 else "no-such-path"]  # noqa: PLR2004
-    what = f"{request.method} {request.url.path[:200]}"
+    kind = HTTP_PROBLEM_TYPES["method-not-allowed" if error.status_code == 405 else "no-such-path"]  # noqa: PLR2004
+    detail = f"{request.method} {request.url.path[:200]}: {kind.title.lower()}."
     headers = dict(error.headers or {})
-    return problems.response(kind, f"{what} is not known here.", request.url.path, remedy="See /docs.", headers=headers)
+    return problems.response(kind, detail, request.url.path, remedy="See /docs.", headers=headers)
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    """An error that nobody meant: logged with an id, told without its insides."""
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Log an unexpected exception under a new id, and return a problem that names only the id."""
     occurrence = str(uuid.uuid1())
     _LOG.error("internal error", occurrence=occurrence, path=request.url.path, exc_info=error)
-    kind = HTTP_KINDS["internal"]
-    detail = "The server has met a defect of its own."
-    remedy = f"Report it, with what the server's log says of {occurrence}."
+    kind = HTTP_PROBLEM_TYPES["internal"]
+    detail = "Internal server error."
+    remedy = f"Report it, with the server's log entry {occurrence}."
     return problems.response(kind, detail, request.url.path, remedy=remedy, occurrence=occurrence)

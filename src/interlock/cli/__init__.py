@@ -1,5 +1,4 @@
-"""The command line: one function per command, and what they share.
+"""The command line: an HTTP client of the server, and the commands that run a server or work on policies locally.
 
-It speaks to a server over HTTP like any other client; only `serve`, `demo`, `db` and `rehearse` do their work in this
-process. Nothing here decides what is allowed. Whatever is slow to import is imported inside the command that needs it.
+Modules that are slow to import are imported inside the command that needs them.
 """

@@ -1,4 +1,4 @@
-"""The whole command line: the tree of commands, and how a run ends."""
+"""The tree of commands, and the entry point that maps exceptions to exit codes."""
 
 from __future__ import annotations
 
@@ -9,48 +9,53 @@ from typing import Any
 
 import click
 
-import interlock.cli.operations  # noqa: F401 - adds its commands
-from interlock.cli import (
+from interlock import __version__
+from interlock.cli.commands import (  # each adds its commands to a group
     agent,
-    console,
-    dumps,
-    host,
-    inquiries,
+    clone,  # noqa: F401
+    console,  # noqa: F401
+    dumps,  # noqa: F401
+    host_moves,  # noqa: F401
+    hosts,
     inventory,
-    other_hosts,
-    policy,
-    policy_checks,
-    policy_exploring,
-    policy_fleet,
-    policy_history,
-    policy_live,
-    policy_schema,
-    policy_tables,
-    protecting,
-    reference,
-    screen,
+    migrate,  # noqa: F401
+    operations,  # noqa: F401
+    protect,  # noqa: F401
+    screen,  # noqa: F401
     server,
-    ssh,
-    travelling,
-    watching,
+    ssh,  # noqa: F401
+    watch,
+    why,
 )
-from interlock.cli.demo import demo
-from interlock.cli.exit_codes import ExitCode
-from interlock.cli.failures import Failure
-from interlock.cli.invocation import Invocation
-from interlock.cli.refusals import failure_text
-from interlock.cli.vm import vm_commands
+from interlock.cli.commands.demo import demo
+from interlock.cli.commands.policy import (  # likewise
+    check,  # noqa: F401
+    diagram,  # noqa: F401
+    diff,  # noqa: F401
+    explain,  # noqa: F401
+    explore,  # noqa: F401
+    fleet,  # noqa: F401
+    load,  # noqa: F401
+    replay,  # noqa: F401
+    suggest,  # noqa: F401
+    table,  # noqa: F401
+)
+from interlock.cli.commands.policy import group as policy
+from interlock.cli.commands.vm import vm_commands
+from interlock.cli.context import Invocation
+from interlock.cli.failures import ExitCode, Failure, missing_extra
+from interlock.cli.output.refusals import failure_text
 
 COMMANDS: tuple[click.Command, ...] = (
     vm_commands,
-    inquiries.why,
-    watching.watch,
-    inquiries.stuck,
-    inquiries.request_commands,
+    why.why,
+    watch.watch,
+    why.stuck,
+    why.request_commands,
     inventory.image_commands,
     inventory.volume_commands,
     inventory.token_commands,
-    host.host_commands,
+    hosts.host_commands,
     policy.policy_commands,
     policy.rehearse,
     server.serve,
@@ -59,27 +64,15 @@ COMMANDS: tuple[click.Command, ...] = (
     server.db_commands,
     server.completion,
     server.version,
-    reference.reference,
 )
 
-POLICY_COMMANDS: tuple[click.Command, ...] = (
-    *policy_checks.COMMANDS,
-    *policy_tables.COMMANDS,
-    *policy_exploring.COMMANDS,
-    *policy_history.COMMANDS,
-    *policy_fleet.COMMANDS,
-    *policy_live.COMMANDS,
-    *policy_schema.COMMANDS,
-)
-"""What `interlock policy` has besides `show`, in the order in which a policy is written, tried and switched on."""
+
+class _BrokenPipe(Exception):
+    """The reader closed standard output. Not an `OSError`, which click would turn into an exit."""
 
 
-class _ReaderGone(Exception):
-    """Whoever read standard output has closed it. Not an `OSError`, of which click would make an exit of its own."""
-
-
-class InOrder(click.Group):
-    """A group that lists its commands in the order in which they were added: the most used first."""
+class OrderedGroup(click.Group):
+    """A group that lists its commands in the order added: the most used first."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
         return list(self.commands)
@@ -88,45 +81,48 @@ class InOrder(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise _ReaderGone from None
+            raise _BrokenPipe from None
+
+
+@click.command("help", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def help_of(context: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command, as its --help does."""
+    root = context.find_root()
+    root.command.main([*words, "--help"], prog_name=root.info_name, standalone_mode=False, obj=root.obj)
 
 
 def build(*more: click.Command) -> click.Group:
-    """The root of the tree, with the commands that only the outermost layer can offer."""
+    """Return the root command, with additional commands of the outermost layer."""
 
     @click.group(
-        cls=InOrder,
+        cls=OrderedGroup,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-        epilog="The server and its token are found by themselves where they run on this machine; "
-        "INTERLOCK_URL and INTERLOCK_TOKEN name others.",
+        epilog="A server on this machine and its token are found automatically; "
+        "set INTERLOCK_URL and INTERLOCK_TOKEN for another.",
     )
-    @click.option("--url", metavar="URL", help="The server, instead of INTERLOCK_URL or the one on this machine.")
+    @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
+    @click.option(
+        "--url", metavar="URL", help="URL of the server, instead of INTERLOCK_URL or the server on this machine."
+    )
     @click.pass_context
     def interlock(context: click.Context, url: str | None) -> None:
-        """Interlock keeps the state of virtual machines.
+        """Manage virtual machines.
 
-        One gate, a durable queue, and every answer says why.
+        One gate decides every request, a durable queue keeps it, and every
+        answer says why.
         """
         context.ensure_object(Invocation).url = url
 
-    for command in (*COMMANDS, *more):
+    for command in (*COMMANDS, *more, help_of):
         interlock.add_command(command)
     inventory.token_commands.add_command(server.recover_token)
-    for command in travelling.COMMANDS:
-        vm_commands.add_command(command)
-    for command in other_hosts.COMMANDS:
-        host.host_commands.add_command(command)
-    for command in POLICY_COMMANDS:
-        policy.policy_commands.add_command(command)
-    vm_commands.add_command(protecting.protect)
-    vm_commands.add_command(protecting.unprotect)
-    for command in (console.console, dumps.dump, dumps.dumps, screen.screenshot, screen.vnc, ssh.ssh):
-        vm_commands.add_command(command)
     return interlock
 
 
 def run(root: click.Group, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run one command line and give its exit code. Whatever goes wrong is told on standard error."""
+    """Run one command line and return its exit code. Errors are printed on standard error."""
     invocation = Invocation(os.environ if environment is None else environment)
     try:
         try:
@@ -139,28 +135,46 @@ def run(root: click.Group, arguments: Sequence[str], environment: Mapping[str, s
             )
             sys.stdout.flush()
         except Failure as failure:
-            _tell(invocation, failure)
+            _report(invocation, failure)
             return failure.code
         except click.ClickException as error:
             error.show()
             return ExitCode.USAGE
-        except click.exceptions.Exit as ending:
-            return ending.exit_code
+        except click.exceptions.Exit as exit_:
+            return exit_.exit_code
         except (click.Abort, KeyboardInterrupt):
             click.echo(err=True)
             return ExitCode.INTERRUPTED
-    except (_ReaderGone, BrokenPipeError):
-        return _quietly()
+        except BrokenPipeError:
+            raise
+        except (OSError, ModuleNotFoundError) as error:
+            not_here = _from_os_error(error) if isinstance(error, OSError) else missing_extra(error)
+            _report(invocation, not_here)
+            return not_here.code
+    except (_BrokenPipe, BrokenPipeError):
+        return _discard_output()
+    finally:
+        invocation.close()
     return ExitCode.DONE
 
 
-def _quietly() -> int:
-    """Whoever read the output has seen enough. Nothing may be written to it at the interpreter's end either."""
+def _from_os_error(error: OSError) -> Failure:
+    """Return the failure of a system call on this machine. Raises the error again if it is a bug."""
+    from interlock.ports.system_errors import system_failure
+
+    failed = system_failure(error, "this machine")
+    if failed is None:
+        raise error
+    return Failure(ExitCode.ENDED_OTHERWISE, failed.message, remedy=failed.remedy)
+
+
+def _discard_output() -> int:
+    """Redirect standard output to /dev/null, so that the interpreter's exit does not write to the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return ExitCode.DONE
 
 
-def _tell(invocation: Invocation, failure: Failure) -> None:
+def _report(invocation: Invocation, failure: Failure) -> None:
     sys.stdout.flush()
     if invocation.json:
         if failure.text != "":
@@ -170,4 +184,4 @@ def _tell(invocation: Invocation, failure: Failure) -> None:
         return
     text = failure_text(failure)
     if text:
-        invocation.say(text, error=True)
+        invocation.echo(text, error=True)

@@ -1,17 +1,62 @@
-"""The one exception with which a command ends other than well."""
+"""The exception with which a command fails, exit codes with their documentation, and missing extras as failures."""
 
 from __future__ import annotations
 
-from typing import Any
+from enum import IntEnum
+from typing import Any, Final
 
-from interlock.cli.exit_codes import ExitCode
+
+class ExitCode(IntEnum):
+    """The exit codes of every command."""
+
+    DONE = 0
+    ENDED_OTHERWISE = 1
+    USAGE = 2
+    REFUSED = 3
+    NOT_FOUND = 4
+    NOT_REACHABLE = 5
+    NOT_AUTHORISED = 6
+    REJECTED = 7
+    SERVER_ERROR = 8
+    INTERRUPTED = 130
+
+
+MEANINGS: Final = {
+    ExitCode.DONE: "Success: done, admitted, or redundant.",
+    ExitCode.ENDED_OTHERWISE: "The operation did not succeed (`--wait`); a check or test failed; two policies differ.",
+    ExitCode.USAGE: "Invalid command line, configuration or policy file; no request was sent.",
+    ExitCode.REFUSED: "Denied in this state (HTTP 409 or 412); the reason is on standard error.",
+    ExitCode.NOT_FOUND: "VM, request, image, volume or token not found.",
+    ExitCode.NOT_REACHABLE: "The server is not reachable, or its certificate is not trusted.",
+    ExitCode.NOT_AUTHORISED: "Permission denied: the token is missing, invalid, or its role does not allow this.",
+    ExitCode.REJECTED: "The server rejected the input as invalid.",
+    ExitCode.SERVER_ERROR: "The server failed or could not be started.",
+    ExitCode.INTERRUPTED: "Ctrl-C. Admitted requests continue.",
+}
+"""The meaning of every exit code."""
+
+_BY_STATUS: Final = {
+    401: ExitCode.NOT_AUTHORISED,
+    403: ExitCode.NOT_AUTHORISED,
+    404: ExitCode.NOT_FOUND,
+    409: ExitCode.REFUSED,
+    412: ExitCode.REFUSED,
+}
+_SERVER_ERRORS: Final = 500
+
+
+def of_status(status: int) -> ExitCode:
+    """Return the exit code for an HTTP error status."""
+    if status >= _SERVER_ERRORS:
+        return ExitCode.SERVER_ERROR
+    return _BY_STATUS.get(status, ExitCode.REJECTED)
 
 
 class Failure(Exception):
-    """What went wrong, for people and for programs, and the exit code that says so.
+    """A failed command: its exit code, message and remedy.
 
-    `text` replaces the message and the remedy where more than a sentence has to be said; `document` is what `--json`
-    prints, the server's own problem document where there is one.
+    `text` replaces the printed message and remedy; `document` is printed by `--json`: the server's problem details, if
+    there are any.
     """
 
     def __init__(
@@ -41,3 +86,37 @@ class Failure(Exception):
             "detail": self.message,
         }
         return document if self.remedy is None else {**document, "remedy": self.remedy}
+
+
+MODULES: Final = {
+    "policies": ("numpy",),
+    "plots": ("matplotlib",),
+    "server": (
+        *(
+            "apsw",
+            "httptools",
+            "httpx",
+            "lz4",
+            "oslo_utils",
+            "prometheus_client",
+            "pycdlib",
+            "python_multipart",
+            "qemu",
+        ),
+        *("starlette", "structlog", "swagger_ui", "uuid_utils", "uvicorn", "uvloop", "zstandard"),
+    ),
+}
+"""The modules that each extra of pyproject.toml installs, by their names in imports."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> Failure:
+    """Return the failure that names the extra to install. Raises the error again if no extra has the module."""
+    module = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in MODULES.items() if module in modules), None)
+    if extra is None:
+        raise error
+    return Failure(
+        ExitCode.ENDED_OTHERWISE,
+        f"This command needs the extra '{extra}', which is not installed (no module named '{module}').",
+        remedy=f"Install it with: pip install 'interlock[{extra}]'",
+    )

@@ -1,7 +1,7 @@
-"""The gate: what becomes of one submission.
+"""The gate: evaluates one submission and applies the policy's verdict.
 
-`admit` is the only way in. What the policy's verdicts mean is here, once; which verdict a submission gets is the
-policy's, and what happens to a request afterwards is in `lifecycle`.
+`admit` is the only way into the queue. The policy gives the verdict, and `lifecycle` has what happens to a request
+afterwards.
 """
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core import restarting
+from interlock.core import restarts
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import GONE, NOT_PERFORMED, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict, View
+from interlock.core.policy import (
+    GONE,
+    HOST_NOT_FENCED,
+    NOT_PERFORMED,
+    QUEUE_FULL,
+    Before,
+    CompiledPolicy,
+    Rule,
+    Verdict,
+)
+from interlock.core.preconditions import RULE, unmet
+from interlock.core.record_operations import RECORD_OPERATIONS
 from interlock.core.records import (
     SERVED,
     Admitted,
@@ -30,84 +41,99 @@ from interlock.core.request_queue import (
     Draft,
     Foreseen,
     at_present,
+    because_of,
     foresee,
     judge_again,
     judge_in,
-    kinds,
     permits,
     replace,
 )
-from interlock.core.states import NO_TASK, VmState
-
-
-def look(instance: Instance, submission: Submission, now_ms: int) -> View:
-    """What the rules see of a submission. Ages never come out negative, so a clock that jumps back only delays."""
-    serving = task_state = None
-    outstanding = 0
-    if instance.outstanding:
-        serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
-        task_state, outstanding = instance.task_state, kinds(instance.outstanding)
-    if serving is None:
-        silent_since = running_since = instance.updated_at_ms
-    else:
-        running_since = serving.taken_at_ms or 0
-        silent_since = serving.last_progress_at_ms or running_since
-    return View(
-        submission.operation,
-        instance.vm_state,
-        task_state or NO_TASK,
-        outstanding,
-        submission.role,
-        instance.locked_by is not None,
-        submission.operation in instance.blocked_operations,
-        instance.tags,
-        submission.host_reachable,
-        submission.parameters.get("hard") is True,
-        max(0, now_ms - silent_since),
-        max(0, now_ms - running_since),
-        instance.launched,
-        kinds(instance.held) if instance.held else 0,
-    )
+from interlock.core.states import VmState
+from interlock.core.view_classes import callers
+from interlock.core.views import View, build_view
 
 
 def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Disposition:
-    """The disposition that `admit` would give, without admitting."""
+    """Return the disposition that `admit` would give, without admitting."""
     return admit(instance, submission, policy, now_ms).answer
 
 
 def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Change[Disposition]:
-    """Judge a submission, and keep it if it is admitted, or held.
+    """Evaluate a submission, and enqueue it if it is admitted, or hold it.
 
-    The answer is one of the four dispositions. Every submission is told as an event with what it was judged on, so
-    that the history can be judged again by another policy.
+    Every submission is recorded as an event with the facts it was evaluated on, so that the history can be replayed
+    against another policy.
     """
-    view = look(instance, submission, now_ms)
-    asked = _Asked(Draft(instance, now_ms), view, submission, policy)
+    view = build_view(instance, submission, now_ms)
+    evaluation = _Evaluation(
+        Draft(instance, now_ms, host_reachable=submission.host_reachable), view, submission, policy
+    )
     rule = GONE if view.vm_state is VmState.DELETED else policy.decide(view)
     verdict = rule.verdict
-    if verdict is Verdict.AFTER and view.age_ms(rule.measured_from) < (rule.threshold_ms or 0):
-        return _too_early(asked, rule)
+    if verdict is Verdict.AFTER and rule.until_threshold_ms(view) > 0:
+        return _before_threshold(evaluation, rule)
     if verdict is Verdict.DENY:
-        return _deny(asked, rule)
+        return _deny(evaluation, rule)
     if verdict is Verdict.REDUNDANT:
-        change = _redundant(asked, rule, _latest(instance, submission.operation))
-        return _stay_down(asked, change) if submission.operation is Operation.STOP else change
+        change = _redundant(evaluation, rule, _latest(instance, submission.operation))
+        return _stay_down(evaluation, change) if submission.operation is Operation.STOP else change
     if CATALOGUE[submission.operation].lane is Lane.RECORD:
-        return _record(asked, rule)
+        return _check_preconditions(evaluation) or _record(evaluation, rule)
     if verdict is Verdict.PREEMPT and (waiting := _preempting(instance, view)) is not None:
-        return _redundant(asked, rule, waiting)
+        return _redundant(evaluation, rule, waiting)
     if verdict is Verdict.ADMIT:
         if len(instance.outstanding) >= policy.outstanding_max:
-            return _deny(asked, QUEUE_FULL)
+            return _deny(evaluation, QUEUE_FULL)
         if rule.in_turn and instance.outstanding:
-            refused = _judge_foreseen(asked)
+            refused = _judge_foreseen(evaluation)
             if refused is not None:
                 return refused
-    return _keep(asked, rule)
+    return _check_preconditions(evaluation) or _enqueue(evaluation, rule)
 
 
-class _Asked(NamedTuple):
-    """One submission while it is judged."""
+def admit_there(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Change[Disposition]:
+    """As `admit`, but never admit the evacuation of an instance whose host is not fenced, whatever the policy says.
+
+    A held evacuation is evaluated again before it is admitted.
+    """
+    change = admit(instance, submission, policy, now_ms)
+    evacuated = submission.operation is Operation.EVACUATE and isinstance(change.answer, Admitted)
+    if not evacuated or not submission.host_reachable:
+        return change
+    draft = Draft(instance, now_ms)
+    return _deny(_Evaluation(draft, build_view(instance, submission, now_ms), submission, policy), HOST_NOT_FENCED)
+
+
+def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy, now_ms: int) -> Instance | Denied:
+    """Return a new instance that is created without starting it, in the vm_state from which it can be started.
+
+    That is `stopped`, or `building` if the policy admits a start only there (change 880: an instance starts once, and
+    not again after it has stopped). Return a refusal if no caller could ever start it in either, since it could only
+    be deleted.
+    """
+    stopped = replace(instance, vm_state=VmState.STOPPED)
+    places = [replace(one, blocked_operations=()) for one in (stopped, instance)]
+    others = callers([rule for rule in policy.rules if Operation.START in rule.operations])
+    starts = [replace(creation, operation=Operation.START, **caller) for caller in ({}, *others)]
+    for start in starts:
+        for place, waiting in zip(places, (stopped, instance), strict=True):
+            if isinstance(judge(place, start, policy, now_ms), Admitted):
+                return waiting
+    if any(policy.changes_in_ms(build_view(place, start, now_ms)) is not None for place in places for start in starts):
+        return stopped
+    rule = policy.decide(build_view(places[0], starts[0], now_ms))
+    return Denied(
+        operation=Operation.CREATE,
+        reason="never_started",
+        rule=rule.id,
+        because=f"The policy {policy.stamp['name']} would never admit a start of it: {rule.because}",
+        vm_state=VmState.STOPPED,
+        remedy="Create it without --no-start, and stop it then.",
+    )
+
+
+class _Evaluation(NamedTuple):
+    """One submission during its evaluation."""
 
     draft: Draft
     view: View
@@ -129,7 +155,7 @@ class _Asked(NamedTuple):
         )
 
     def facts(self, rule: Rule) -> dict[str, Any]:
-        """What it was judged on, complete enough to judge it again by another policy."""
+        """Return the facts of the evaluation, complete enough to replay it against another policy."""
         instance = self.draft.instance
         facts: dict[str, Any] = {
             "operation": self.view.operation.value,
@@ -140,43 +166,72 @@ class _Asked(NamedTuple):
             "view": msgspec.structs.asdict(self.view),
         }
         if instance.outstanding:
-            there = foresee(instance)
-            facts["foreseen"] = {"vm_state": there.vm_state.value, "launched": there.launched}
+            foreseen = foresee(instance, host_reachable=self.submission.host_reachable)
+            facts["foreseen"] = {
+                "vm_state": foreseen.vm_state.value,
+                "launched": foreseen.launched,
+                "host_reachable": foreseen.host_reachable,
+            }
             facts["waiting"] = len(instance.outstanding)
         return facts
 
 
-def _judge_foreseen(asked: _Asked) -> Change[Disposition] | None:
-    """The refusal in the foreseen state, or None if it is permitted there too (law 2)."""
-    instance = asked.draft.instance
+def _check_preconditions(evaluation: _Evaluation) -> Change[Disposition] | None:
+    """Return the refusal for an unmet precondition, or None. It is never held: no policy could admit it."""
+    submission = evaluation.submission
+    found = unmet(evaluation.draft.instance, submission.operation, submission.parameters, submission.facts)
+    if found is None:
+        return None
+    rule = _verdict_on_record(evaluation, Verdict.DENY, found.reason, found.because)
+    instance = evaluation.draft.instance
+    answer = Denied(
+        operation=submission.operation,
+        reason=rule.code,
+        rule=rule.id,
+        because=because_of(rule, instance.host),
+        vm_state=instance.vm_state,
+        remedy=found.remedy,
+    )
+    return _unchanged(evaluation, "request.denied", rule, answer)
+
+
+def _verdict_on_record(evaluation: _Evaluation, verdict: Verdict, reason: str, because: str) -> Rule:
+    """Return the rule that is reported for a verdict on the record, which holds under every policy."""
+    operations = frozenset({evaluation.submission.operation})
+    return Rule(id=RULE, operations=operations, verdict=verdict, reason=reason, because=because, fixed=True)
+
+
+def _judge_foreseen(evaluation: _Evaluation) -> Change[Disposition] | None:
+    """Return the refusal in the foreseen state, or None if it is permitted there too (law 2)."""
+    instance = evaluation.draft.instance
     blocker = _last_state_change(instance)
     if blocker is None:
         return None
-    there = foresee(instance)
-    rule = judge_in(asked.policy, asked.request(NOT_KEPT), there, instance.tags)
+    foreseen = foresee(instance, host_reachable=evaluation.submission.host_reachable)
+    rule = judge_in(evaluation.policy, evaluation.request(NOT_KEPT), foreseen, instance.tags)
     if permits(rule):
         return None
     if rule.verdict is Verdict.REDUNDANT:
-        return _redundant(asked, rule, _brings_about(instance, there) or blocker)
-    return _deny(asked, rule, foreseen=there.vm_state, blocked_by=blocker)
+        return _redundant(evaluation, rule, _cause_of(foreseen, instance) or blocker)
+    return _deny(evaluation, rule, foreseen=foreseen.vm_state, blocked_by=blocker)
 
 
-def _brings_about(instance: Instance, foreseen: Foreseen) -> Request | None:
-    """The last outstanding request that leads to the foreseen state from another; None if it holds already."""
-    there = at_present(instance)
+def _cause_of(foreseen: Foreseen, instance: Instance) -> Request | None:
+    """Return the last outstanding request that changes the vm_state to the foreseen one; None if none does."""
+    state = at_present(instance)
     found = None
     for request in instance.outstanding:
         if request.lane is Lane.STATE:
-            before, there = there.vm_state, there.after(request.operation)
-            if there.vm_state is foreseen.vm_state and before is not foreseen.vm_state:
+            before, state = state.vm_state, state.after(request.operation)
+            if state.vm_state is foreseen.vm_state and before is not foreseen.vm_state:
                 found = request
     return found
 
 
-def _keep(asked: _Asked, rule: Rule) -> Change[Disposition]:
-    draft = asked.draft
-    facts = asked.facts(rule)
-    request = asked.request(rule)
+def _enqueue(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+    draft = evaluation.draft
+    facts = evaluation.facts(rule)
+    request = evaluation.request(rule)
     supersedes: tuple[str, ...] = ()
     cancels: tuple[str, ...] = ()
     if rule.verdict is Verdict.AFTER:
@@ -184,18 +239,20 @@ def _keep(asked: _Asked, rule: Rule) -> Change[Disposition]:
         supersedes = draft.fence_off(request.id, f"Taken over by {request.operation.value} ({request.id}).")
     elif rule.verdict is Verdict.PREEMPT:
         request = replace(request, preempts=True)
-        supersedes = _ask_to_stop(draft, request.id, rule.grace_ms)
+        supersedes = _interrupt_all(draft, request.id, rule.grace_ms)
     draft.enqueue(request)
     if request.preempts:
-        cancels = judge_again(draft, asked.policy)
-    draft.tell("request.admitted", request.id, **facts, supersedes=supersedes, cancels=cancels)
+        cancels = judge_again(draft, evaluation.policy)
+    facts["supersedes"] = supersedes
+    facts["cancels"] = cancels
+    draft.emit_facts("request.admitted", request.id, facts)
     return draft.change(
         Admitted(request=request, rule=rule.id, because=rule.because, supersedes=supersedes, cancels=cancels)
     )
 
 
-def _ask_to_stop(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
-    """Ask every worker of the instance to stop half-way; the ids of what they serve."""
+def _interrupt_all(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
+    """Ask every worker of the instance to stop; return the ids of their requests."""
     stopping = []
     for request in draft.instance.outstanding:
         if request.status in SERVED:
@@ -205,37 +262,21 @@ def _ask_to_stop(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
             draft.put(
                 replace(request, interrupt_at_ms=draft.now_ms, interrupt_deadline_ms=deadline, interrupted_for=by)
             )
-            draft.tell("request.interrupting", request.id, by=by, deadline_ms=deadline)
+            draft.emit("request.interrupting", request.id, by=by, deadline_ms=deadline)
             stopping.append(request.id)
     return tuple(stopping)
 
 
-def _record(asked: _Asked, rule: Rule) -> Change[Disposition]:
-    """Carry out an operation that changes only the record: it is done when it is admitted."""
-    draft, submission = asked.draft, asked.submission
-    instance = draft.instance
-    request = asked.request(rule)
-    supersedes: tuple[str, ...] = ()
-    cancels: tuple[str, ...] = ()
-    draft.tell("request.admitted", request.id, **asked.facts(rule))
-    match submission.operation:
-        case Operation.LOCK:
-            draft.instance = replace(instance, locked_by=submission.requested_by)
-        case Operation.UNLOCK:
-            draft.instance = replace(instance, locked_by=None)
-        case Operation.SET_METADATA:
-            draft.instance = replace(instance, metadata=_noted(instance.metadata, submission.parameters))
-        case Operation.LIVE_MIGRATE_ABORT | Operation.LIVE_MIGRATE_FORCE_COMPLETE:
-            _tell_migration(draft, submission)
-        case _:
-            supersedes = draft.fence_off(request.id, f"The state was reset by {submission.requested_by}.")
-            target = VmState(submission.parameters.get("vm_state", VmState.ERROR))
-            message = str(submission.parameters.get("reason", "reset")) if target is VmState.ERROR else None
-            there = draft.instance.come_to(target, instance.memory)
-            draft.instance = replace(restarting.called_off(there), error=message)
-            draft.alive()
-            draft.tell("instance.state", request.id, vm_state=target.value, before=instance.vm_state.value)
-            cancels = judge_again(draft, asked.policy)
+def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+    """Perform an operation that changes only the record: it is done when it is admitted."""
+    draft = evaluation.draft
+    perform, holds_already = RECORD_OPERATIONS[evaluation.submission.operation]
+    because = holds_already(draft.instance, evaluation.submission.parameters)
+    if because is not None:
+        return _redundant(evaluation, _verdict_on_record(evaluation, Verdict.REDUNDANT, "unchanged", because), None)
+    request = evaluation.request(rule)
+    draft.emit("request.admitted", request.id, **evaluation.facts(rule))
+    supersedes, cancels = perform(draft, request, evaluation.policy)
     draft.end(request, Status.SUCCEEDED)
     kept = draft.requests[request.id]
     return draft.change(
@@ -243,104 +284,104 @@ def _record(asked: _Asked, rule: Rule) -> Change[Disposition]:
     )
 
 
-def _tell_migration(draft: Draft, submission: Submission) -> None:
-    """Ask the live migration in flight to stop, or to end whatever that costs; without one, nothing happens."""
-    migration = draft.instance.served(Lane.STATE)
-    if migration is None or migration.operation is not Operation.LIVE_MIGRATE:
-        return
-    if submission.operation is Operation.LIVE_MIGRATE_ABORT:
-        draft.put(replace(migration, interrupt_at_ms=draft.now_ms))
-        draft.tell("request.interrupting", migration.id, by=submission.requested_by)
-    else:
-        draft.put(replace(migration, parameters={**migration.parameters, "force_complete": True}))
-
-
-def _noted(metadata: dict[str, str], parameters: dict[str, Any]) -> dict[str, str]:
-    removed = frozenset(parameters.get("remove", ()))
-    return {key: value for key, value in {**metadata, **parameters.get("set", {})}.items() if key not in removed}
-
-
-def _too_early(asked: _Asked, rule: Rule) -> Change[Disposition]:
-    draft, view = asked.draft, asked.view
-    allowed_at_ms = draft.now_ms - view.age_ms(rule.measured_from) + (rule.threshold_ms or 0)
+def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+    draft, view = evaluation.draft, evaluation.view
+    allowed_at_ms = draft.now_ms + rule.until_threshold_ms(view)
     if rule.before is Before.REDUNDANT:
         earlier = _latest(draft.instance, view.operation)
-        return _redundant(asked, rule, earlier, allowed_at_ms)
-    return _deny(asked, rule, allowed_at_ms=allowed_at_ms)
+        return _redundant(evaluation, rule, earlier, allowed_at_ms)
+    return _deny(evaluation, rule, allowed_at_ms=allowed_at_ms)
 
 
 def _deny(
-    asked: _Asked,
+    evaluation: _Evaluation,
     rule: Rule,
     *,
     foreseen: VmState | None = None,
     blocked_by: Request | None = None,
     allowed_at_ms: int | None = None,
 ) -> Change[Disposition]:
-    instance = asked.draft.instance
+    instance = evaluation.draft.instance
+    fenced_at_ms = _once_fenced_ms(evaluation) if allowed_at_ms is None else None
     answer = Denied(
-        operation=asked.submission.operation,
+        operation=evaluation.submission.operation,
         reason=rule.code,
         rule=rule.id,
-        because=rule.because,
+        because=because_of(rule, instance.host) if fenced_at_ms is None else _not_fenced_yet(instance.host),
         vm_state=foreseen or instance.vm_state,
         foreseen=foreseen is not None,
         blocked_by=blocked_by or _blocker(instance, rule),
-        allowed_at_ms=allowed_at_ms,
+        allowed_at_ms=fenced_at_ms if allowed_at_ms is None else allowed_at_ms,
     )
-    hold_ms = asked.submission.hold_ms
-    hopeless = rule is GONE or rule.id == NOT_PERFORMED
-    if hold_ms is not None and not hopeless and len(instance.held) < asked.policy.outstanding_max:
-        return _hold(asked, rule, answer, hold_ms)
-    return _unchanged(asked, "request.denied", rule, answer)
+    hold_ms = evaluation.submission.hold_ms
+    permanent = rule is GONE or rule.id == NOT_PERFORMED
+    if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
+        return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
+    return _unchanged(evaluation, "request.denied", rule, answer)
 
 
-def _hold(asked: _Asked, rule: Rule, denied: Denied, hold_ms: int) -> Change[Disposition]:
-    """Keep what was refused, until the policy admits it (see `lifecycle.expire`) or its time is over."""
-    draft = asked.draft
+def _once_fenced_ms(evaluation: _Evaluation) -> int | None:
+    """Return when the lost host is fenced, if the request would be admitted then; else None."""
+    submission = evaluation.submission
+    if submission.host_fenced_at_ms is None or not submission.host_reachable:
+        return None
+    then = replace(submission, host_reachable=False, host_fenced_at_ms=None, hold_ms=None)
+    answer = judge(evaluation.draft.instance, then, evaluation.policy, evaluation.draft.now_ms)
+    return submission.host_fenced_at_ms if isinstance(answer, Admitted) else None
+
+
+def _not_fenced_yet(host: str) -> str:
+    return f"Host {host} does not respond, and the guest may run there until the host's lease expires and it is fenced."
+
+
+def _hold(evaluation: _Evaluation, rule: Rule, denied: Denied, hold_ms: int) -> Change[Disposition]:
+    """Hold a denied request until the policy admits it (see `lifecycle.expire`) or the hold expires."""
+    draft = evaluation.draft
     until_ms = draft.now_ms + hold_ms
-    request = replace(asked.request(rule), status=Status.HELD, held_until_ms=until_ms)
+    request = replace(evaluation.request(rule), status=Status.HELD, held_until_ms=until_ms)
     draft.requests[request.id] = request
     draft.instance = replace(draft.instance, held=(*draft.instance.held, request))
-    draft.tell("request.held", request.id, **asked.facts(rule), reason=denied.reason, until_ms=until_ms)
+    draft.emit("request.held", request.id, **evaluation.facts(rule), reason=denied.reason, until_ms=until_ms)
     return draft.change(Held(request=request, denied=denied))
 
 
 def _redundant(
-    asked: _Asked, rule: Rule, earlier: Request | None, allowed_at_ms: int | None = None
+    evaluation: _Evaluation, rule: Rule, earlier: Request | None, allowed_at_ms: int | None = None
 ) -> Change[Disposition]:
     answer = Redundant(
         rule=rule.id,
-        # An `after` rule that answers so before its threshold has a code of its own for the takeover.
+        # The code of an `after` rule is for the takeover.
         reason=rule.reason or "already",
         because=rule.because,
         request=earlier,
         allowed_at_ms=allowed_at_ms,
     )
-    return _unchanged(asked, "request.redundant", rule, answer)
+    return _unchanged(evaluation, "request.redundant", rule, answer)
 
 
-def _stay_down(asked: _Asked, change: Change[Disposition]) -> Change[Disposition]:
-    """A stop of what is stopped changes nothing, except that it is not restarted any more if that was due."""
+def _stay_down(evaluation: _Evaluation, change: Change[Disposition]) -> Change[Disposition]:
+    """Cancel a scheduled restart when a stop is redundant."""
     instance = change.instance
-    staying = restarting.called_off(instance)
-    if staying is instance or asked.submission.requested_by == restarting.UPKEEP:
+    staying = restarts.without_scheduled_restart(instance)
+    if staying is instance or evaluation.submission.requested_by == restarts.SERVER_REQUESTER:
         return change
     after = instance.generation + 1
     events = tuple(replace(event, generation=after) for event in change.events)
     return replace(change, instance=replace(staying, generation=after), events=events)
 
 
-def _unchanged(asked: _Asked, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:
-    """A submission that changes nothing is still told, and leaves the generation as it was."""
-    draft = asked.draft
+def _unchanged(evaluation: _Evaluation, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:
+    """Record a submission that changes nothing as an event, with the generation unchanged."""
+    draft = evaluation.draft
     draft.generation = draft.instance.generation
-    draft.tell(kind, None, **asked.facts(rule), reason=answer.reason)
+    facts = evaluation.facts(rule)
+    facts["reason"] = answer.reason
+    draft.emit_facts(kind, None, facts)
     return Change(instance=draft.instance, events=tuple(draft.events), answer=answer)
 
 
 NOT_KEPT = QUEUE_FULL
-"""Stands for the rule of a request that is built only to be judged."""
+"""Placeholder rule of a request that is built only for its evaluation."""
 
 
 def _latest(instance: Instance, operation: Operation) -> Request | None:
@@ -349,7 +390,7 @@ def _latest(instance: Instance, operation: Operation) -> Request | None:
 
 
 def _preempting(instance: Instance, view: View) -> Request | None:
-    """The same request, if it waits at the front already. What preempts knows no limit, so it must not pile up."""
+    """Return the same preempting request if one is queued. They have no queue limit, so they must not pile up."""
     for request in instance.outstanding:
         waits = request.preempts and request.status is Status.QUEUED
         if waits and request.operation is view.operation and request.hard is view.hard:
@@ -362,7 +403,7 @@ def _last_state_change(instance: Instance) -> Request | None:
 
 
 def _blocker(instance: Instance, rule: Rule) -> Request | None:
-    """The outstanding request that a refusal names: the one the rule is about, or what is being served."""
+    """Return the outstanding request that a refusal names: the one the rule is about, or the one in flight."""
     if rule.outstanding:
         for request in reversed(instance.outstanding):
             if request.operation in rule.outstanding:

@@ -1,31 +1,34 @@
-"""The errors of the core. Refusals are values (`records.Denied`, `records.StaleFence`); these are not refusals.
+"""The error tree. Refusals by the policy are values (`records.Denied`, `records.StaleFence`), not errors.
 
     InterlockError
-    ├── PolicyError          a policy that cannot be used, with the place where it is wrong
-    ├── BrokenInvariant      a bug: something that the core promises does not hold
-    ├── NotFound             no such instance, request, image, volume or token (for this caller)
-    ├── NameTaken            the name is in use in the project
-    ├── KeyReused            an idempotency key came back with a different body
-    ├── GenerationMismatch   the caller's If-Match is not the instance's generation
-    ├── PolicyMismatch       the caller's If-Match is not the digest of the policy in force
-    ├── Invalid              the caller's input is wrong: what, where, and what was expected
-    ├── Forbidden            the caller's role may not do this at all
-    ├── NoRoom               it does not fit on the host: what it needs, and what is free
-    ├── InUse                something else uses it, so it cannot be removed or taken
-    ├── StoreError           the store cannot keep or give what was asked
+    ├── PolicyError              invalid policy, with file and line
+    ├── BrokenInvariant          a bug: an invariant of the core does not hold
+    ├── NotFound                 no such instance, request, image, volume or token (for this caller)
+    ├── NameTaken                the name is in use in the project
+    ├── KeyReused                an idempotency key was reused with a different body
+    ├── GenerationMismatch       If-Match is not the instance's generation
+    ├── PolicyMismatch           If-Match is not the digest of the active policy
+    ├── Invalid                  invalid input: which field, its value, and what was expected
+    ├── Forbidden                permission denied for the caller's role
+    ├── InsufficientCapacity     it does not fit on the host: what it needs, and what is free
+    ├── InUse                    something else uses it, so it cannot be removed or claimed
+    │   └── HostTaken            another agent has the host's name
+    ├── StoreError               the store cannot read or write
     │   ├── StoreCorrupt
-    │   ├── StoreNewer       written by a newer Interlock
-    │   ├── StoreBusy        another server holds it
-    │   ├── StoreClosed      this server has let go of it
-    │   └── StoreFull        the disk is full; nothing was kept
-    ├── HypervisorError      the hypervisor did not do what it was asked
-    │   ├── Refused          it said no; nothing was changed
-    │   ├── NotResponding    it gave no answer in time; the outcome is unknown
-    │   ├── NotThere         it holds no such instance
-    │   └── Unavailable      it cannot be used on this host at all (not installed, no permission)
-    └── Fenced               this worker has lost the right to act
+    │   ├── StoreNewer           written by a newer Interlock
+    │   ├── StoreBusy            locked by another server
+    │   ├── StoreClosed          closed by this server
+    │   └── StoreFull            no space left on device; nothing was written
+    ├── HypervisorError          the hypervisor did not perform the call
+    │   ├── OperationRejected    it rejected the call; nothing was changed
+    │   ├── NotResponding        it timed out; the outcome is unknown
+    │   ├── GuestNotFound        no such guest
+    │   ├── SystemFailed         a system call failed: permission denied, I/O error, too many open files
+    │   │   └── NoSpace          no space left on device, or quota exceeded
+    │   └── Unavailable          it cannot be used on this host (not installed, permission denied)
+    └── Fenced                   this worker has lost the right to act
 
-Every message is one sentence for people that says what is wrong; `remedy`, where there is one, says what to do.
+Every message is one sentence for people that says what is wrong; `remedy`, where set, says what to do.
 """
 
 from __future__ import annotations
@@ -41,52 +44,80 @@ class InterlockError(Exception):
 
 
 class PolicyError(InterlockError):
-    """A policy cannot be used; the message opens with file and line where they are known."""
+    """A policy is invalid; the message starts with file and line where they are known."""
 
 
 class BrokenInvariant(InterlockError):
-    """Something that the core promises does not hold. Always a bug."""
+    """An invariant of the core does not hold. Always a bug."""
 
 
 class NotFound(InterlockError):
-    """There is no such thing for this caller."""
+    """It does not exist, or is not visible to this caller."""
+
+
+def not_found(kind: str, reference: str) -> NotFound:
+    """Return the error for a resource that does not exist or is not visible to the caller: the two look the same.
+
+    `kind` is VM, Image, Volume, Token or Host; the command line has a command of that name.
+    """
+    return NotFound(f"{kind} not found: {reference[:80]}.", remedy=f"List them with `interlock {kind.lower()} list`.")
 
 
 class NameTaken(InterlockError):
     """The name is in use in the project."""
 
 
+def name_taken(project: str, name: str) -> NameTaken:
+    """Return the error for the name of an instance that another one has."""
+    return NameTaken(
+        f"A VM named {name} already exists in the project {project}.",
+        remedy="Choose another name, or delete that one.",
+    )
+
+
 class KeyReused(InterlockError):
-    """An idempotency key came back with a different request."""
+    """An idempotency key was reused with a different request."""
 
 
 class GenerationMismatch(InterlockError):
-    """The instance has changed since the generation that the caller named."""
+    """The instance has changed since the generation in If-Match."""
 
 
 class PolicyMismatch(InterlockError):
-    """Another policy is in force than the one that the caller named."""
+    """The active policy is not the one in If-Match."""
 
 
 class Invalid(InterlockError):
-    """The caller's input is wrong."""
+    """The caller's input is invalid."""
 
 
 class Forbidden(InterlockError):
-    """The caller's role may not do this at all."""
+    """Permission denied for the caller's role."""
 
 
 class InUse(InterlockError):
-    """Something else uses it, so it cannot be removed or taken."""
+    """Something else uses it, so it cannot be removed or claimed."""
 
 
-class NoRoom(InterlockError):
-    """It does not fit on the host. Nothing was made.
+class HostTaken(InUse):
+    """Another agent has the host's name.
 
     Args:
-        needed: how much more it needs of what there is too little of: `memory_mib`, `vcpus`, `disk_mib`, `devices`
-            (places for disks and interfaces in a guest) or `interfaces`.
-        free: how much of the same may still be promised.
+        retry_ms: after how many milliseconds the name may be free; None if unknown.
+    """
+
+    def __init__(self, message: str, *, remedy: str | None = None, retry_ms: int | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_ms = retry_ms
+
+
+class InsufficientCapacity(InterlockError):
+    """It does not fit on the host. Nothing was created.
+
+    Args:
+        needed: the additional amount needed of each scarce resource: `memory_mib`, `vcpus`, `disk_mib`, `devices`
+            (slots for disks and interfaces in a guest) or `interfaces`.
+        free: how much of each can still be allocated.
     """
 
     def __init__(
@@ -98,11 +129,11 @@ class NoRoom(InterlockError):
 
 
 class StoreError(InterlockError):
-    """The store cannot keep or give what was asked."""
+    """The store cannot read or write."""
 
 
 class StoreCorrupt(StoreError):
-    """What is in the file is not a whole database."""
+    """The database file is corrupt."""
 
 
 class StoreNewer(StoreError):
@@ -110,35 +141,43 @@ class StoreNewer(StoreError):
 
 
 class StoreBusy(StoreError):
-    """Another server holds the database."""
+    """Another server has the database locked."""
 
 
 class StoreClosed(StoreError):
-    """This server has let go of the store, and keeps nothing any more."""
+    """This server has closed the store."""
 
 
 class StoreFull(StoreError):
-    """There is no room; nothing was kept."""
+    """No space left on device; nothing was written."""
 
 
 class HypervisorError(InterlockError):
-    """The hypervisor did not do what it was asked."""
+    """The hypervisor did not perform the call."""
 
 
-class Refused(HypervisorError):
-    """The hypervisor said no, and nothing was changed."""
+class OperationRejected(HypervisorError):
+    """The hypervisor rejected the call, and nothing was changed."""
 
 
 class NotResponding(HypervisorError):
-    """The hypervisor gave no answer in time: the outcome is unknown."""
+    """The hypervisor timed out: the outcome is unknown."""
 
 
-class NotThere(HypervisorError):
-    """The hypervisor holds no such instance."""
+class GuestNotFound(HypervisorError):
+    """The hypervisor has no such guest."""
+
+
+class SystemFailed(HypervisorError):
+    """A system call failed."""
+
+
+class NoSpace(SystemFailed):
+    """No space left on device, or quota exceeded."""
 
 
 class Unavailable(HypervisorError):
-    """The hypervisor cannot be used on this host at all."""
+    """The hypervisor cannot be used on this host."""
 
 
 class Fenced(InterlockError):

@@ -1,7 +1,7 @@
-"""What happens to requests after they were admitted: taken, progressing, finished, cancelled, expired.
+"""The life cycle of admitted requests: taken, in progress, finished, cancelled, expired.
 
-Each function takes an instance and what happened, and returns what that leads to. Workers are told apart by fence: one
-that reports under another fence than the instance's has lost the right to act, and gets `StaleFence`.
+Each function takes an instance and an event, and returns the change. A worker that reports with another fence than the
+instance's has lost the right to act, and gets `StaleFence`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,37 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core import restarting
+from interlock.core import restarts
 from interlock.core.errors import BrokenInvariant
-from interlock.core.holding import judge_held
-from interlock.core.operations import ARRIVES, CATALOGUE, Lane, Memory, Operation, land, without_guest
+from interlock.core.holds import judge_held
+from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
+from interlock.core.reconciliation import without_devices
 from interlock.core.records import (
     SERVED,
     Cancellation,
     Change,
+    Evacuated,
     GuestEvent,
     Instance,
-    Kept,
-    Moved,
+    InstanceUpdate,
     Outcome,
     Request,
     Spec,
     StaleFence,
     Status,
+    TransferProgress,
 )
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
-from interlock.core.restart_policy import RestartPolicy
-from interlock.core.states import LEFT_AT_END, PowerState, VmState
+from interlock.core.restart_policy import Evacuate, RestartPolicy
+from interlock.core.state_stack import ARRIVES, Memory, resolve_target, without_guest
+from interlock.core.states import HALTS, LEFT_AT_END, GuestTrouble, PowerState, VmState
 
 
 def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
-    """Give the next request of `lane` (None: of any) to a worker, under the instance's present fence.
+    """Give the next request of `lane` (None: of any) to a worker, with the instance's present fence.
 
-    The answer is None where nothing can be served now; the instance is then unchanged.
+    The answer is None if no request can be performed now; the instance is then unchanged.
     """
     request = next_served(instance, lane)
     if request is None:
@@ -57,7 +60,7 @@ def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request |
     queued = tuple(other for other in rest if other.status not in SERVED)
     draft.instance = replace(draft.instance, outstanding=(*served, taken, *queued))
     draft.alive()
-    draft.tell("request.taken", taken.id, operation=taken.operation.value, phase=taken.phase, fence=taken.fence)
+    draft.emit("request.taken", taken.id, operation=taken.operation.value, phase=taken.phase, fence=taken.fence)
     return draft.change(taken)
 
 
@@ -68,13 +71,13 @@ def progress(
     now_ms: int,
     *,
     phase: str | None = None,
-    moved: Moved | None = None,
+    moved: TransferProgress | None = None,
     detail: str | None = None,
-    kept: Kept | None = None,
+    kept: InstanceUpdate | None = None,
 ) -> Change[Request | StaleFence]:
-    """Note a sign of life of a request in flight: a new phase, how far it is, or only that it lives.
+    """Record progress of a request in flight: a new phase, bytes transferred, a detail, or only a heartbeat.
 
-    `kept` is what the instance is known by from now on, for an operation that changes that step by step.
+    `kept` updates the instance, for an operation that changes it step by step.
 
     Raises:
         BrokenInvariant: the operation has no such phase.
@@ -96,15 +99,20 @@ def progress(
             bytes_done=moved.done,
             bytes_total=moved.total,
             bytes_per_s=moved.per_s,
+            detail=moved.detail or changed.detail,
+            warning=moved.warning,
         )
     if detail is not None:
         changed = replace(changed, detail=detail)
     draft.put(changed)
     draft.alive()
     if kept is not None:
-        draft.instance = known_by(draft.instance, kept, request.lane)
+        draft.instance = apply_update(draft.instance, kept, request.lane)
+        if isinstance(kept.evacuated, Evacuated):
+            lost = list(kept.evacuated.lost)
+            draft.emit("instance.evacuated", request_id, from_host=instance.host, host=draft.instance.host, lost=lost)
     if replace(changed, last_progress_at_ms=request.last_progress_at_ms) != request:
-        draft.tell(
+        draft.emit(
             "request.progress",
             request_id,
             operation=request.operation.value,
@@ -112,6 +120,7 @@ def progress(
             progress=changed.progress,
             detail=changed.detail,
             **({} if changed.bytes_done is None else _bytes(changed)),
+            **({} if changed.warning is None else {"warning": changed.warning}),
         )
     return draft.change(changed)
 
@@ -121,6 +130,7 @@ _NOTHING_MOVED: Final[dict[str, Any]] = {
     "bytes_done": None,
     "bytes_total": None,
     "bytes_per_s": None,
+    "warning": None,
 }
 
 
@@ -128,18 +138,39 @@ def _bytes(request: Request) -> dict[str, int | None]:
     return {"bytes_done": request.bytes_done, "bytes_total": request.bytes_total, "bytes_per_s": request.bytes_per_s}
 
 
-def known_by(instance: Instance, kept: Kept, lane: Lane) -> Instance:
-    """The instance with what is to be kept of it by a request of that lane.
+def apply_update(instance: Instance, kept: InstanceUpdate, lane: Lane) -> Instance:
+    """Return the instance with an update by a request of that lane.
 
-    What is plugged in is the component changes' to say, and all the rest of the spec the state changes': the two may be
-    served beside each other, and neither must undo what the other has kept since it read the spec.
+    Component changes own the disks and interfaces of the spec, and state changes the rest: the two may run
+    concurrently, and neither must overwrite the other's changes.
     """
     values = ((name, getattr(kept, name)) for name in kept.__struct_fields__)
     named = {name: value for name, value in values if value is not msgspec.UNSET}
     if isinstance(kept.spec, Spec) and instance.spec is not None:
         mine, theirs = (instance.spec, kept.spec) if lane is Lane.COMPONENT else (kept.spec, instance.spec)
         named["spec"] = replace(mine, disks=theirs.disks, interfaces=theirs.interfaces)
-    return replace(instance, **named)
+    after = replace(instance, **named)
+    if after.detaching and after.spec is not None:
+        there = {one.id for one in after.spec.disks} | {one.id for one in after.spec.interfaces}
+        after = replace(after, detaching=tuple(one for one in after.detaching if one in there))
+    return after
+
+
+def complete_detachments(instance: Instance, now_ms: int) -> Change[Instance]:
+    """Complete pending detachments after the guest was powered off."""
+    if not instance.detaching:
+        return Change(instance=instance, answer=instance)
+    draft = Draft(instance, now_ms)
+    _complete_detachments(draft)
+    change = draft.change(None)
+    return Change(instance=change.instance, events=change.events, answer=change.instance)
+
+
+def _complete_detachments(draft: Draft) -> None:
+    devices = draft.instance.detaching
+    if devices:
+        draft.instance = without_devices(draft.instance, devices)
+        draft.emit("guest.changed", None, detached=list(devices))
 
 
 def finish(
@@ -153,28 +184,31 @@ def finish(
     message: str | None = None,
     power_state: PowerState | None = None,
     arrived: bool = False,
+    host_reachable: bool = True,
 ) -> Change[Request | StaleFence]:
-    """Note how serving a request came out, and judge what waits again.
+    """Record the outcome of a request, and re-evaluate the queue.
 
-    `power_state` is what the hypervisor shows now, where the worker knows; `arrived` says of one of `ARRIVES` that
-    succeeded that the instance is on another host of ours, where its vm_state is what it was. An unknown outcome is not
-    an end (law 10): the request keeps its place until it is finished with another.
+    `power_state` is the hypervisor's, if the worker knows it; `arrived` says that the instance is now on another host
+    of this server with its vm_state unchanged (operations in `ARRIVES`). An unknown outcome does not end the request
+    (law 10): it keeps its place until it is finished with another.
     """
     request = _held(instance, request_id, fence)
     if request is None:
         return _stale(instance, request_id, fence, now_ms, "finish")
-    draft = Draft(instance, now_ms)
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     if power_state is not None:
         draft.instance = replace(draft.instance, power_state=power_state)
     if outcome is Outcome.UNKNOWN:
-        # No sign of life: its worker lives, but what it asked for gave no answer, and may be taken over.
+        # Not a sign of life: the hypervisor call timed out, and the request may be taken over.
         kept = draft.put(replace(request, status=Status.UNKNOWN, message=message))
-        draft.tell("request.unknown", request.id, operation=request.operation.value, message=message)
+        draft.emit("request.unknown", request.id, operation=request.operation.value, message=message)
         return draft.change(kept)
     draft.alive()
+    if outcome is Outcome.SUCCEEDED and draft.instance.guest_trouble is GuestTrouble.NOT_RESPONDING:
+        draft.instance = replace(draft.instance, guest_trouble=None, guest_trouble_since_ms=None)
     if request.lane is Lane.STATE:
         _settle(draft, request, outcome, message, arrived=arrived)
-        restarting.heed_request(draft, request, outcome)
+        restarts.on_request_end(draft, request, outcome)
     draft.end(request, *_end(request, outcome, message))
     judge_again(draft, policy)
     return draft.change(draft.requests[request.id])
@@ -185,19 +219,19 @@ def _end(request: Request, outcome: Outcome, message: str | None) -> tuple[Statu
         case Outcome.SUCCEEDED:
             return Status.SUCCEEDED, None, message
         case Outcome.INTERRUPTED if request.interrupted_for is not None:
-            return Status.SUPERSEDED, "superseded", message or f"Stopped half-way for {request.interrupted_for}."
+            return Status.SUPERSEDED, "superseded", message or f"Interrupted by request {request.interrupted_for}."
         case Outcome.INTERRUPTED:
-            return Status.CANCELLED, "interrupted", message or "Stopped half-way, and undone."
-        case _:
+            return Status.CANCELLED, "interrupted", message or "Interrupted and rolled back."
+        case Outcome.FAILED | Outcome.UNTOUCHED | Outcome.UNKNOWN:
             return Status.FAILED, "failed", message
 
 
 def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None, *, arrived: bool) -> None:
-    """Move the instance to where the outcome leads."""
+    """Set the vm_state that the outcome leads to."""
     before = draft.instance
-    state, memory = before.vm_state, before.memory
+    state, memory = before.vm_state, before.state_stack
     if outcome is Outcome.SUCCEEDED and not (arrived and request.operation in ARRIVES):
-        state, memory = land(request.operation, state, memory)
+        state, memory = resolve_target(request.operation, state, memory)
     elif outcome is Outcome.FAILED:
         state = CATALOGUE[request.operation].on_failure or state
     _move(draft, state, memory, message if outcome is Outcome.FAILED else None, request.id)
@@ -206,53 +240,133 @@ def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | Non
 def _move(draft: Draft, state: VmState, memory: Memory, error: str | None, request_id: str | None = None) -> None:
     before = draft.instance
     after = before.come_to(state, memory)
-    in_error = VmState.ERROR in (state, *after.memory)
+    in_error = VmState.ERROR in (state, *after.state_stack)
     draft.instance = replace(after, error=(error or before.error) if in_error else None)
     if state is not before.vm_state:
         draft.instance = replace(draft.instance, state_since_ms=draft.now_ms)
-        draft.tell("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
+        draft.emit("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
 
 
-def observe(instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_ms: int) -> Change[None]:
-    """Note what the hypervisor told of its own accord, and judge what waits again.
+def observe(
+    instance: Instance, event: GuestEvent, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
+) -> Change[None]:
+    """Record a hypervisor event, and re-evaluate the queue.
 
-    A guest that powers itself off is stopped; one that panicked, or whose process is gone, is in error, since only its
-    owner can say what it should be: what they said beforehand (`restart`) is planned here. One that was resized stays
-    so, and can be confirmed or reverted as before. What is in flight goes on: its worker finds what is there.
+    An instance whose guest powers itself off is stopped; one whose guest panicked or whose QEMU process is gone is in
+    error, and its restart policy is applied. A resized instance stays resized, and can still be confirmed or reverted.
+    Requests in flight go on.
+
+    `changed` changes nothing here: the guest has to be inspected, see `reconciliation`.
     """
-    draft = Draft(instance, now_ms)
-    state, memory = instance.vm_state, instance.memory
-    power, error = instance.power_state, None
+    if event in _STATE_UNCHANGED:
+        return _note_trouble(instance, event, now_ms)
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
+    state, power, error = _after_event(instance, event)
+    memory = instance.state_stack
+    if instance.vm_state not in LEFT_AT_END:
+        state, error = instance.vm_state, None
+    if event is not GuestEvent.RESET:
+        memory = without_guest(state, memory)
+    draft.alive()
+    draft.emit(f"guest.{event.value}")
+    if event in {GuestEvent.STOPPED, GuestEvent.VANISHED, GuestEvent.LEASE_ENDED}:
+        # The QEMU process of a crashed guest is kept, with its disks open.
+        _complete_detachments(draft)
+    draft.instance = replace(draft.instance, power_state=power)
+    _move(draft, state, memory, error)
+    restarts.on_guest_end(draft, instance, event)
+    if event is not GuestEvent.RESET:
+        judge_again(draft, policy)
+    return draft.change(None)
+
+
+def _after_event(instance: Instance, event: GuestEvent) -> tuple[VmState, PowerState, str | None]:
+    """Return the vm_state, the power state and the error of a running instance after an event of its guest."""
+    state, power, error = instance.vm_state, instance.power_state, None
     match event:
         case GuestEvent.STOPPED:
             state, power = VmState.STOPPED, PowerState.SHUTDOWN
         case GuestEvent.CRASHED:
             state, power, error = VmState.ERROR, PowerState.CRASHED, "The guest crashed."
         case GuestEvent.VANISHED:
-            state, power, error = VmState.ERROR, PowerState.NONE, "What held the guest ended unexpectedly."
-        case GuestEvent.RESET:
+            state, power, error = VmState.ERROR, PowerState.NONE, "The guest's QEMU process ended unexpectedly."
+        case GuestEvent.LEASE_ENDED:
+            error = f"The guest was ended because the lease of host {instance.host} expired: its agent lost the server."
+            state, power = VmState.ERROR, PowerState.NONE
+        case (
+            GuestEvent.RESET
+            | GuestEvent.NOT_RESPONDING
+            | GuestEvent.RESPONDING
+            | GuestEvent.NO_SPACE
+            | GuestEvent.IO_ERROR
+            | GuestEvent.WENT_ON
+            | GuestEvent.CHANGED
+        ):
             pass
-    if instance.vm_state not in LEFT_AT_END:
-        state, error = instance.vm_state, None
-    if event is not GuestEvent.RESET:
-        memory = without_guest(state, memory)
-    draft.alive()
-    draft.tell(f"guest.{event.value}")
-    draft.instance = replace(draft.instance, power_state=power)
-    _move(draft, state, memory, error)
-    restarting.heed_end(draft, instance, event)
-    if event is not GuestEvent.RESET:
-        judge_again(draft, policy)
+    return state, power, error
+
+
+_STATE_UNCHANGED: Final = frozenset({GuestEvent.NOT_RESPONDING, GuestEvent.RESPONDING, GuestEvent.CHANGED}) | {
+    GuestEvent.NO_SPACE,
+    GuestEvent.IO_ERROR,
+    GuestEvent.WENT_ON,
+}
+"""Events that do not change the vm_state, and are no sign of life."""
+
+
+def _note_trouble(instance: Instance, event: GuestEvent, now_ms: int) -> Change[None]:
+    """Record the beginning or end of a guest's fault: not responding, or halted. Repeated events change nothing."""
+    after = _troubled(instance, event, now_ms)
+    if after is instance:
+        return Change(instance=instance, answer=None)
+    draft = Draft(after, now_ms)
+    draft.emit(f"guest.{event.value}")
     return draft.change(None)
 
 
-def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str, now_ms: int) -> Change[Cancellation]:
-    """Withdraw a request: at once if it waits, by asking its worker if that can stop half-way, else not at all."""
+def _troubled(instance: Instance, event: GuestEvent, now_ms: int) -> Instance:
+    """Return the instance with the fault that the event begins or ends; the same object if it does neither."""
+    trouble, power = instance.guest_trouble, instance.power_state
+    match event:
+        case GuestEvent.NOT_RESPONDING:
+            begins = instance.executing and trouble is not GuestTrouble.NOT_RESPONDING
+            return _with_trouble(instance, GuestTrouble.NOT_RESPONDING, power, now_ms) if begins else instance
+        case GuestEvent.NO_SPACE | GuestEvent.IO_ERROR:
+            begins = instance.executing and trouble is not GuestTrouble(event.value)
+            halted = PowerState.PAUSED
+            return _with_trouble(instance, GuestTrouble(event.value), halted, now_ms) if begins else instance
+        case GuestEvent.RESPONDING:
+            ends = trouble is GuestTrouble.NOT_RESPONDING
+            return _with_trouble(instance, None, power, None) if ends else instance
+        case GuestEvent.WENT_ON:
+            power = power if instance.vm_state is VmState.PAUSED else PowerState.RUNNING
+            return _with_trouble(instance, None, power, None) if trouble in HALTS else instance
+        case (
+            GuestEvent.CHANGED
+            | GuestEvent.STOPPED
+            | GuestEvent.RESET
+            | GuestEvent.CRASHED
+            | GuestEvent.VANISHED
+            | GuestEvent.LEASE_ENDED
+        ):
+            return instance
+
+
+def _with_trouble(
+    instance: Instance, trouble: GuestTrouble | None, power: PowerState, since_ms: int | None
+) -> Instance:
+    return replace(instance, guest_trouble=trouble, guest_trouble_since_ms=since_ms, power_state=power)
+
+
+def cancel(
+    instance: Instance, request_id: str, policy: CompiledPolicy, by: str, now_ms: int, *, host_reachable: bool = True
+) -> Change[Cancellation]:
+    """Cancel a request: at once if it is queued or held, by interrupting its worker if that is possible, else not."""
     known = (*instance.outstanding, *instance.held)
     request = next((other for other in known if other.id == request_id), None)
     if request is None:
         return Change(instance=instance, answer=Cancellation.TOO_LATE)
-    draft = Draft(instance, now_ms)
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     if request.status not in SERVED:
         draft.end(request, Status.CANCELLED, "cancelled", f"Cancelled by {by}.")
         judge_again(draft, policy)
@@ -261,7 +375,7 @@ def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str,
         return Change(instance=instance, answer=Cancellation.TOO_LATE)
     if request.interrupt_at_ms is None:
         draft.put(replace(request, interrupt_at_ms=now_ms))
-        draft.tell("request.interrupting", request.id, by=by)
+        draft.emit("request.interrupting", request.id, by=by)
         return draft.change(Cancellation.STOPPING)
     return Change(instance=instance, answer=Cancellation.STOPPING)
 
@@ -269,32 +383,25 @@ def cancel(instance: Instance, request_id: str, policy: CompiledPolicy, by: str,
 def expire(
     instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
 ) -> Change[tuple[str, ...]]:
-    """Do what time demands: fence what was asked to stop and did not confirm, and judge what is held.
+    """Apply deadlines: fence workers that did not stop in time, and evaluate held requests.
 
-    The answer is the ids of the requests that ended or were admitted. Where there is nothing to do, the instance comes
-    back as it is; otherwise there may be more to do.
+    The answer is the ids of the requests that ended or were admitted. The instance is unchanged if no deadline has
+    passed; otherwise call again, since there may be more to do.
     """
     deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
         if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
             return judge_held(instance, policy, now_ms, host_reachable=host_reachable)
         return Change(instance=instance, answer=())
-    draft = Draft(instance, now_ms)
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)
-    fenced = draft.fence_off(due.interrupted_for, "It was asked to stop and did not confirm in time.")
+    fenced = draft.fence_off(due.interrupted_for, "It was interrupted and did not stop in time.")
     judge_again(draft, policy)
     return draft.change(fenced)
 
 
-def stir(instance: Instance, now_ms: int) -> Change[None]:
-    """Have `expire` judge what is held at once: something has changed that is not kept with the instance."""
-    if not instance.held:
-        return Change(instance=instance, answer=None)
-    return Draft(instance, now_ms).change(None)
-
-
 def next_deadline_ms(instance: Instance) -> int | None:
-    """When `expire` has something to do next, or None."""
+    """Return when to call `expire` next, or None."""
     moments = (_interrupt_deadline_ms(instance), instance.held_due_ms)
     return min((moment for moment in moments if moment is not None), default=None)
 
@@ -306,9 +413,11 @@ def _interrupt_deadline_ms(instance: Instance) -> int | None:
     return min(deadlines, default=None)
 
 
-def rejudge(instance: Instance, policy: CompiledPolicy, now_ms: int) -> Change[tuple[str, ...]]:
-    """Judge what waits again, by a policy that has just come into force; the answer is the ids of what is cancelled."""
-    draft = Draft(instance, now_ms)
+def rejudge(
+    instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
+) -> Change[tuple[str, ...]]:
+    """Re-evaluate the queue by a new policy; the answer is the ids of the cancelled requests."""
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     cancelled = judge_again(draft, policy)
     if not cancelled and not instance.held:
         return Change(instance=instance, answer=())
@@ -323,26 +432,34 @@ def relabel(
     tags: tuple[str, ...] | None = None,
     blocked_operations: tuple[Operation, ...] | None = None,
     restart: RestartPolicy | None = None,
+    evacuate: Evacuate | None = None,
+    apart_from: tuple[str, ...] | None = None,
 ) -> Change[Instance]:
-    """Change the tags of an instance, what is blocked for it, or its restart policy; None leaves them as they are."""
+    """Change settings that an owner may change at any time; None leaves one unchanged."""
     named = {
         name: value
-        for name, value in (("tags", tags), ("blocked_operations", blocked_operations), ("restart", restart))
+        for name, value in (
+            ("tags", tags),
+            ("blocked_operations", blocked_operations),
+            ("restart", restart),
+            ("evacuate", evacuate),
+            ("apart_from", apart_from),
+        )
         if value is not None and value != getattr(instance, name)
     }
     if not named:
         return Change(instance=instance, answer=instance)
     draft = Draft(replace(instance, **named), now_ms)
-    draft.tell("instance.relabelled", None, by=by, **msgspec.to_builtins(named))
+    draft.emit("instance.relabelled", None, by=by, **msgspec.to_builtins(named))
     change = draft.change(None)
     return Change(instance=change.instance, events=change.events, answer=change.instance)
 
 
 def adopt(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:
-    """Take over what a worker that is gone was serving; the answer is what has to be looked into.
+    """Take over the requests of a worker that is gone; the answer is those whose outcome has to be determined.
 
-    The fence grows, so that the old worker cannot act if it was only thought gone, and each request waits in `unknown`
-    under the new fence. Its age starts afresh: how long nobody watched says nothing about the guest (law 6).
+    The fence is incremented, so that the old worker cannot act if it still lives, and each request becomes `unknown`
+    with the new fence. Its age starts at 0: time without a worker says nothing about the guest (law 6).
     """
     if not any(request.status in SERVED for request in instance.outstanding):
         return Change(instance=instance, answer=())
@@ -354,12 +471,12 @@ def adopt(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:
             draft.put(replace(request, status=Status.UNKNOWN, fence=fence, last_progress_at_ms=now_ms))
     draft.alive()
     served = tuple(request for request in draft.instance.outstanding if request.status in SERVED)
-    draft.tell("instance.adopted", None, fence=fence, requests=[request.id for request in served])
+    draft.emit("instance.adopted", None, fence=fence, requests=[request.id for request in served])
     return draft.change(served)
 
 
 def _held(instance: Instance, request_id: str, fence: int) -> Request | None:
-    """The request, if its worker still has the right to act on it."""
+    """Return the request, if its worker still has the right to act on it."""
     if fence != instance.fence:
         return None
     for request in instance.outstanding:
@@ -369,9 +486,9 @@ def _held(instance: Instance, request_id: str, fence: int) -> Request | None:
 
 
 def _stale(instance: Instance, request_id: str, fence: int, now_ms: int, attempt: str) -> Change[Request | StaleFence]:
-    """Refuse a worker that has lost its right, and record that it tried (law 4)."""
+    """Reject a fenced worker, and record its attempt (law 4)."""
     draft = Draft(instance, now_ms)
     draft.generation = instance.generation
-    draft.tell("request.fenced", request_id, fence=fence, current_fence=instance.fence, attempt=attempt)
+    draft.emit("request.fenced", request_id, fence=fence, current_fence=instance.fence, attempt=attempt)
     answer = StaleFence(request_id=request_id, fence=fence, current_fence=instance.fence)
     return Change(instance=instance, events=tuple(draft.events), answer=answer)

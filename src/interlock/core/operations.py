@@ -1,33 +1,39 @@
-"""The catalogue: every operation that can be asked for, and what is true of it whatever the policy says.
+"""The operation catalogue: the definition of every operation.
 
-An entry says which phases (task states) serving it goes through, where it leads, and what it may be served beside. It
-does not say when it is allowed: that is the policy's. Names and phases are OpenStack Nova's wherever Nova has one
-(`nova/compute/task_states.py`), written with underscores.
+It holds under every policy; when an operation is allowed is up to the policy. Names and phases are OpenStack Nova's
+where Nova has one (`nova/compute/task_states.py`), written with underscores.
+
+What needs more than data is registered by the operation's name: `record_operations` and `preconditions` here, the
+handlers in `driver/operations`. The command line, the OpenAPI description and the documentation are made from this.
 """
 
 from __future__ import annotations
 
-from enum import Enum, StrEnum
-from typing import Final
+from enum import StrEnum
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 
-from interlock.core.states import VmState
+from interlock.core import parameters as given
+from interlock.core.command_forms import Topic
+from interlock.core.parameters import Field, NoParameters, Parameters, fields_of
+from interlock.core.states import Target, VmState
 
 
 class Lane(StrEnum):
-    """How an operation is served."""
+    """How an operation is scheduled."""
 
     STATE = "state"
     """A state change: at most one is in flight per instance, in the order admitted."""
     COMPONENT = "component"
-    """A component change: one at a time, also beside a state change that lists it as compatible."""
+    """A component change: one at a time, concurrently with a state change that it is compatible with."""
     RECORD = "record"
-    """Changes only what is recorded of the instance; done when it is admitted."""
+    """Changes only the record of the instance; done when it is admitted."""
 
 
 class Operation(StrEnum):
-    """What can be asked. A new one goes to the end: recorded history names kinds by their place here (`BIT`)."""
+    """The operations. Append new ones: recorded history refers to them by position (`BIT`)."""
 
     CREATE = "create"
     START = "start"
@@ -70,298 +76,414 @@ class Operation(StrEnum):
     LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
 
 
-class Landing(Enum):
-    """Where an operation leads when that depends on where the instance was."""
-
-    SAME = "same"
-    """The vm_state does not change."""
-    REPAIRED = "repaired"
-    """The vm_state does not change, but an instance in error becomes active."""
-    PRIOR = "prior"
-    """The vm_state that held before the operation that this one undoes."""
-    PRESENT = "present"
-    """The vm_state that holds for the guest now, whatever held before."""
-
-
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """What is true of one operation under every policy."""
+    """The definition of one operation."""
 
     operation: Operation
+    summary: str
+    """What it does, for the command line and the documentation: a sentence or two."""
+    topic: Topic
     lane: Lane
     phases: tuple[str, ...] = ()
-    """The task states that serving it goes through, in order; the first holds from the moment it is taken."""
+    """Its task states, in order; the first holds from the moment it is taken."""
     hard_phases: tuple[str, ...] = ()
-    """The same for its hard variant, for an operation that has one."""
+    """The task states of its hard variant, if it has one."""
     sources: frozenset[VmState]
-    """The vm_states from which a driver may be asked to perform it."""
-    to: VmState | Landing
-    """The vm_state once it has succeeded."""
+    """The vm_states in which a driver can perform it."""
+    to: VmState | Target
+    """The vm_state after success."""
     on_failure: VmState | None = None
-    """The vm_state once it has failed; None leaves it as it was, and the hypervisor tells if that is wrong."""
+    """The vm_state after failure; None: unchanged, unless the hypervisor reports otherwise."""
+    parameters: type[Parameters] = NoParameters
+    command: str | None
+    """Its command of `interlock vm`, made from this definition; None: it has none, or one written by hand."""
+    confirm: str | None = None
+    """The question before the command submits it; `{vm}` stands for the VM."""
     remembers: bool = False
-    """Whether the vm_state it was asked in is remembered, for a later operation that lands on `Landing.PRIOR`."""
+    """Whether the vm_state before it is pushed to the state stack, for a later operation with `Target.PRIOR`."""
     interruptible: bool = False
-    """Whether its worker can be asked to stop half-way and undo; otherwise it can only be fenced."""
+    """Whether its worker can be asked to stop and undo; otherwise it can only be fenced."""
+    details: bool = False
+    """For a record operation: whether it changes only what people read, on which no rule and no driver depends."""
+    guest_agent: bool = False
+    """Whether it needs a guest agent that responds."""
     compatible_with: frozenset[Operation] = frozenset()
-    """For a component change: the state changes beside which it may be served."""
+    """For a component change: the state changes that it may run concurrently with."""
 
 
 _V = VmState
 _O = Operation
+_T = Topic
 _ANYWHERE = frozenset(VmState) - {VmState.DELETED}
 _SETTLED = frozenset({_V.ACTIVE, _V.STOPPED, _V.PAUSED, _V.SUSPENDED})
 _PLUGGABLE = frozenset({_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.STOPPED, _V.RESIZED})
-# Where no process holds the guest, a volume is attached and detached by what is recorded.
+# Without a QEMU process, attaching and detaching a volume changes only the record.
 _WITH_VOLUMES = _PLUGGABLE | {_V.SHELVED, _V.SHELVED_OFFLOADED, _V.SOFT_DELETED}
 
 
-def _state(
+def _entry(
+    lane: Lane,
     operation: Operation,
-    phases: str,
-    sources: frozenset[VmState] | set[VmState],
-    to: VmState | Landing,
+    topic: Topic,
+    summary: str,
     *,
+    transition: tuple[frozenset[VmState] | set[VmState], VmState | Target],
+    phases: str = "",
     hard: str = "",
-    on_failure: VmState | None = None,
-    remembers: bool = False,
-    interruptible: bool = False,
+    **more: Any,
 ) -> Entry:
+    """Return a definition. The command has the operation's name unless `command` says otherwise."""
     return Entry(
         operation=operation,
-        lane=Lane.STATE,
+        topic=topic,
+        lane=lane,
+        summary=summary,
+        sources=frozenset(transition[0]),
+        to=transition[1],
         phases=tuple(phases.split()),
         hard_phases=tuple(hard.split()),
-        sources=frozenset(sources),
-        to=to,
-        on_failure=on_failure,
-        remembers=remembers,
-        interruptible=interruptible,
+        **{"command": operation.value.replace("_", "-"), **more},
     )
 
 
-def _component(
-    operation: Operation, phase: str, *beside: Operation, sources: frozenset[VmState] | set[VmState] | None = None
-) -> Entry:
-    return Entry(
-        operation=operation,
-        lane=Lane.COMPONENT,
-        phases=(phase,),
-        sources=_PLUGGABLE if sources is None else frozenset(sources),
-        to=Landing.SAME,
-        compatible_with=frozenset(beside),
-    )
+_state = partial(_entry, Lane.STATE)
+_record = partial(_entry, Lane.RECORD, transition=(_ANYWHERE, Target.SAME))
 
 
-def _record(operation: Operation) -> Entry:
-    return Entry(operation=operation, lane=Lane.RECORD, sources=_ANYWHERE, to=Landing.SAME)
+def _component(operation: Operation, summary: str, *beside: Operation, **more: Any) -> Entry:
+    more = {"transition": (_PLUGGABLE, Target.SAME), "compatible_with": frozenset(beside), **more}
+    return _entry(Lane.COMPONENT, operation, Topic.DISKS, summary, **more)
 
 
 _ENTRIES = (
     _state(
         _O.CREATE,
-        "scheduling block_device_mapping networking spawning",
-        {_V.BUILDING},
-        _V.ACTIVE,
+        _T.VMS,
+        "Create a VM and boot it.",
+        phases="scheduling block_device_mapping networking spawning",
+        transition=({_V.BUILDING}, _V.ACTIVE),
         on_failure=_V.ERROR,
         interruptible=True,
+        command=None,
     ),
-    # A start from `building` is change 880's: its instances are made not started. One that was resized while it was
-    # stopped is started with its new size.
+    # Change 880 starts instances from `building`: it creates them without starting them. An instance that was resized
+    # while stopped starts with its new size.
     _state(
         _O.START,
-        "powering_on",
-        {_V.BUILDING, _V.STOPPED, _V.RESIZED, _V.ERROR},
-        _V.ACTIVE,
+        _T.POWER,
+        "Boot a stopped VM. Confirms its resize, if it was resized.",
+        phases="powering_on",
+        transition=({_V.BUILDING, _V.STOPPED, _V.RESIZED, _V.ERROR}, _V.ACTIVE),
         on_failure=_V.ERROR,
         interruptible=True,
     ),
     _state(
         _O.STOP,
-        "powering_off",
-        {_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.STOPPED, _V.ERROR},
-        _V.STOPPED,
+        _T.POWER,
+        "Shut the guest down by ACPI; power it off after a timeout.",
+        phases="powering_off",
         hard="powering_off_hard",
+        transition=({_V.BUILDING, _V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.STOPPED, _V.ERROR}, _V.STOPPED),
         interruptible=True,
+        parameters=given.StopParameters,
     ),
     _state(
         _O.REBOOT,
-        "rebooting reboot_pending reboot_started",
-        _SETTLED | {_V.ERROR, _V.RESCUED},
-        _V.ACTIVE,
+        _T.POWER,
+        "Reboot the guest by ACPI; reset it after a timeout.",
+        phases="rebooting reboot_pending reboot_started",
         hard="rebooting_hard reboot_pending_hard reboot_started_hard",
+        transition=(_SETTLED | {_V.ERROR, _V.RESCUED}, _V.ACTIVE),
+        interruptible=True,
+        parameters=given.RebootParameters,
+    ),
+    _state(
+        _O.PAUSE,
+        _T.POWER,
+        "Pause a VM's vCPUs; its memory is kept.",
+        phases="pausing",
+        transition=({_V.ACTIVE}, _V.PAUSED),
+    ),
+    _state(_O.UNPAUSE, _T.POWER, "Unpause a VM.", phases="unpausing", transition=({_V.PAUSED}, _V.ACTIVE)),
+    _state(
+        _O.SUSPEND,
+        _T.POWER,
+        "Save a VM's memory to disk, and free its resources.",
+        phases="suspending",
+        transition=({_V.ACTIVE, _V.PAUSED}, _V.SUSPENDED),
         interruptible=True,
     ),
-    _state(_O.PAUSE, "pausing", {_V.ACTIVE}, _V.PAUSED),
-    _state(_O.UNPAUSE, "unpausing", {_V.PAUSED}, _V.ACTIVE),
-    _state(_O.SUSPEND, "suspending", {_V.ACTIVE, _V.PAUSED}, _V.SUSPENDED, interruptible=True),
-    # A memory that could not be read is still saved: it can be resumed again, or given up by a hard reboot.
-    _state(_O.RESUME, "resuming", {_V.SUSPENDED}, _V.ACTIVE),
+    # If restoring the memory fails, it is still saved: resume can be retried, or a hard reboot discards it.
+    _state(
+        _O.RESUME,
+        _T.POWER,
+        "Restore a suspended VM's memory, and continue it.",
+        phases="resuming",
+        transition=({_V.SUSPENDED}, _V.ACTIVE),
+    ),
     _state(
         _O.RESCUE,
-        "rescuing",
-        {_V.ACTIVE, _V.STOPPED, _V.ERROR},
-        _V.RESCUED,
+        _T.RECOVERY,
+        "Boot a rescue image, with the VM's own disk attached.",
+        phases="rescuing",
+        transition=({_V.ACTIVE, _V.STOPPED, _V.ERROR}, _V.RESCUED),
         on_failure=_V.ERROR,
         remembers=True,
+        parameters=given.RescueParameters,
     ),
-    _state(_O.UNRESCUE, "unrescuing", {_V.RESCUED}, Landing.PRIOR, on_failure=_V.ERROR),
+    _state(
+        _O.UNRESCUE,
+        _T.RECOVERY,
+        "End a rescue, and restore the VM's state before it.",
+        phases="unrescuing",
+        transition=({_V.RESCUED}, Target.PRIOR),
+        on_failure=_V.ERROR,
+    ),
+    _component(
+        _O.ATTACH_VOLUME,
+        "Attach a volume to a VM, running or not.",
+        _O.START,
+        phases="attaching_volume",
+        transition=(_WITH_VOLUMES, Target.SAME),
+        parameters=given.AttachVolumeParameters,
+        command="attach",
+    ),
+    _component(
+        _O.DETACH_VOLUME,
+        "Detach a volume from a VM.",
+        _O.START,
+        phases="detaching_volume",
+        transition=(_WITH_VOLUMES, Target.SAME),
+        parameters=given.DetachVolumeParameters,
+        command="detach",
+    ),
+    # A start, stop or migration may be blocked until a volume's backing is replaced (change 880).
+    _component(
+        _O.SWAP_VOLUME,
+        "Replace the attached volume OLD by NEW, copying its data. The guest sees the same device.",
+        *(_O.START, _O.STOP, _O.REBOOT, _O.MIGRATE),
+        phases="swapping_volume",
+        parameters=given.SwapVolumeParameters,
+    ),
+    _component(
+        _O.ATTACH_INTERFACE,
+        "Attach another network interface to a VM, running or not.",
+        _O.START,
+        phases="attaching_interface",
+        parameters=given.AttachInterfaceParameters,
+    ),
+    _component(
+        _O.DETACH_INTERFACE,
+        "Detach a network interface; `vm show` lists their ids.",
+        _O.START,
+        phases="detaching_interface",
+        parameters=given.DetachInterfaceParameters,
+    ),
     _state(
         _O.REBUILD,
-        "rebuilding rebuild_block_device_mapping rebuild_spawning",
-        {_V.ACTIVE, _V.STOPPED, _V.ERROR},
-        Landing.REPAIRED,
+        _T.DISKS,
+        "Recreate a VM's root disk. Its id, name, size and volumes are kept.",
+        phases="rebuilding rebuild_block_device_mapping rebuild_spawning",
+        transition=({_V.ACTIVE, _V.STOPPED, _V.ERROR}, Target.REPAIRED),
         on_failure=_V.ERROR,
+        parameters=given.RebuildParameters,
+        confirm="Rebuild {vm}, and lose the data on its root disk?",
     ),
     _state(
         _O.RESIZE,
-        "resize_prep resize_migrating resize_migrated resize_finish",
-        {_V.ACTIVE, _V.STOPPED},
-        _V.RESIZED,
+        _T.DISKS,
+        "Resize a VM, which is powered off for it; then confirm or revert that.",
+        phases="resize_prep resize_migrating resize_migrated resize_finish",
+        transition=({_V.ACTIVE, _V.STOPPED}, _V.RESIZED),
         on_failure=_V.ERROR,
         remembers=True,
+        parameters=given.ResizeParameters,
     ),
-    _state(_O.CONFIRM_RESIZE, "resize_confirming", {_V.RESIZED}, Landing.PRESENT, on_failure=_V.ERROR),
-    _state(_O.REVERT_RESIZE, "resize_reverting", {_V.RESIZED}, Landing.PRIOR, on_failure=_V.ERROR),
     _state(
-        _O.SHELVE,
-        "shelving shelving_image_pending_upload shelving_image_uploading",
-        _SETTLED,
-        _V.SHELVED,
+        _O.CONFIRM_RESIZE,
+        _T.DISKS,
+        "Confirm a resize, and delete the old disk.",
+        phases="resize_confirming",
+        transition=({_V.RESIZED}, Target.PRESENT),
         on_failure=_V.ERROR,
-        remembers=True,
-        interruptible=True,
     ),
-    _state(_O.SHELVE_OFFLOAD, "shelving_offloading", {_V.SHELVED}, _V.SHELVED_OFFLOADED),
-    _state(_O.UNSHELVE, "unshelving", {_V.SHELVED, _V.SHELVED_OFFLOADED}, Landing.PRIOR, interruptible=True),
+    _state(
+        _O.REVERT_RESIZE,
+        _T.DISKS,
+        "Revert a resize: restore the old size and disk.",
+        phases="resize_reverting",
+        transition=({_V.RESIZED}, Target.PRIOR),
+        on_failure=_V.ERROR,
+    ),
     _state(
         _O.SNAPSHOT,
-        "image_snapshot image_snapshot_pending image_pending_upload image_uploading",
-        _SETTLED,
-        Landing.SAME,
+        _T.COPIES,
+        "Snapshot a VM's root disk as the image NAME. The guest keeps running.",
+        phases="image_snapshot image_snapshot_pending image_pending_upload image_uploading",
+        transition=(_SETTLED, Target.SAME),
+        interruptible=True,
+        parameters=given.SnapshotParameters,
+    ),
+    _state(
+        _O.BACKUP,
+        _T.COPIES,
+        "Back a VM's root disk up as an image, and delete the oldest ones.",
+        phases="image_backup",
+        transition=(_SETTLED, Target.SAME),
+        interruptible=True,
+        parameters=given.BackupParameters,
+    ),
+    _state(
+        _O.SHELVE,
+        _T.COPIES,
+        "Power a VM off, and save an image of its root disk.",
+        phases="shelving shelving_image_pending_upload shelving_image_uploading",
+        transition=(_SETTLED, _V.SHELVED),
+        on_failure=_V.ERROR,
+        remembers=True,
         interruptible=True,
     ),
-    _state(_O.BACKUP, "image_backup", _SETTLED, Landing.SAME, interruptible=True),
-    # Out of this host, as change 880 means it. A start may still be outstanding there. Between hosts of one server the
-    # record goes along, and then it leads nowhere (`ARRIVES`); what is foreseen stays the worse of the two.
-    _state(_O.MIGRATE, "migrating_out", {_V.BUILDING, _V.ACTIVE, _V.STOPPED}, _V.MIGRATED_OUT, interruptible=True),
-    _state(_O.LIVE_MIGRATE, "migrating", {_V.ACTIVE, _V.PAUSED}, Landing.SAME, interruptible=True),
+    _state(
+        _O.SHELVE_OFFLOAD,
+        _T.COPIES,
+        "Remove a shelved VM from its host; the image is kept.",
+        phases="shelving_offloading",
+        transition=({_V.SHELVED}, _V.SHELVED_OFFLOADED),
+        command="offload",
+    ),
+    _state(
+        _O.UNSHELVE,
+        _T.COPIES,
+        "Restore a shelved VM.",
+        phases="unshelving",
+        transition=({_V.SHELVED, _V.SHELVED_OFFLOADED}, Target.PRIOR),
+        interruptible=True,
+    ),
+    # To another host, as in change 880. A start may still be outstanding there. Between hosts of one server the record
+    # moves too and the vm_state stays (`ARRIVES`); the foreseen state is the worse of the two.
+    _state(
+        _O.MIGRATE,
+        _T.MIGRATION,
+        "Migrate a VM cold, with its root disk, to another host.",
+        phases="migrating_out",
+        transition=({_V.BUILDING, _V.ACTIVE, _V.STOPPED}, _V.MIGRATED_OUT),
+        interruptible=True,
+        parameters=given.MigrateParameters,
+        command=None,
+    ),
+    _state(
+        _O.LIVE_MIGRATE,
+        _T.MIGRATION,
+        "Migrate a running or paused VM live, with its root disk, to another host.",
+        phases="migrating",
+        transition=({_V.ACTIVE, _V.PAUSED}, Target.SAME),
+        interruptible=True,
+        parameters=given.LiveMigrateParameters,
+        command=None,
+    ),
     _state(
         _O.EVACUATE,
-        "evacuating",
-        {_V.ACTIVE, _V.STOPPED, _V.ERROR},
-        Landing.REPAIRED,
+        _T.MIGRATION,
+        "Evacuate a VM from a fenced host to another.",
+        phases="evacuating",
+        transition=(_ANYWHERE - {_V.MIGRATED_OUT}, Target.EVACUATED),
         on_failure=_V.ERROR,
+        parameters=given.EvacuateParameters,
+        command=None,
     ),
     _state(
         _O.CRASH_DUMP,
-        "crash_dumping",
-        {_V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.ERROR},
-        Landing.SAME,
+        _T.RECOVERY,
+        "Dump the guest's memory for a debugger.",
+        phases="crash_dumping",
+        transition=({_V.ACTIVE, _V.PAUSED, _V.RESCUED, _V.RESIZED, _V.ERROR}, Target.SAME),
+        command=None,
     ),
-    _state(_O.SET_PASSWORD, "updating_password", {_V.ACTIVE}, Landing.SAME),
-    _state(_O.DELETE, "deleting", _ANYWHERE, _V.DELETED),
+    _state(
+        _O.SET_PASSWORD,
+        _T.ACCESS,
+        "Set a user's password by the guest agent.",
+        phases="updating_password",
+        transition=({_V.ACTIVE}, Target.SAME),
+        parameters=given.SetPasswordParameters,
+        guest_agent=True,
+    ),
+    _state(
+        _O.DELETE,
+        _T.DELETION,
+        "Delete a VM and its root disk. Volumes are kept.",
+        phases="deleting",
+        transition=(_ANYWHERE, _V.DELETED),
+        confirm="Delete {vm} and its root disk?",
+    ),
     _state(
         _O.SOFT_DELETE,
-        "soft_deleting",
-        _ANYWHERE,
-        _V.SOFT_DELETED,
+        _T.DELETION,
+        "Power a VM off, and delete it later unless it is restored.",
+        phases="soft_deleting",
+        transition=(_ANYWHERE, _V.SOFT_DELETED),
         remembers=True,
     ),
-    _state(_O.RESTORE, "restoring", {_V.SOFT_DELETED}, Landing.PRIOR),
-    _state(_O.FORCE_DELETE, "force_deleting", _ANYWHERE, _V.DELETED),
-    _component(_O.ATTACH_VOLUME, "attaching_volume", _O.START, sources=_WITH_VOLUMES),
-    _component(_O.DETACH_VOLUME, "detaching_volume", _O.START, sources=_WITH_VOLUMES),
-    # A start, a stop or a migration may be unable to end until a volume's backing is replaced (change 880).
-    _component(_O.SWAP_VOLUME, "swapping_volume", _O.START, _O.STOP, _O.REBOOT, _O.MIGRATE),
-    _component(_O.ATTACH_INTERFACE, "attaching_interface", _O.START),
-    _component(_O.DETACH_INTERFACE, "detaching_interface", _O.START),
-    # Told to the migration in flight: to stop, with the guest where it runs; or to end, whatever that costs the guest.
-    _record(_O.LIVE_MIGRATE_ABORT),
-    _record(_O.LIVE_MIGRATE_FORCE_COMPLETE),
-    _record(_O.SET_METADATA),
-    _record(_O.LOCK),
-    _record(_O.UNLOCK),
-    _record(_O.RESET_STATE),
+    _state(
+        _O.RESTORE,
+        _T.DELETION,
+        "Restore a soft-deleted VM.",
+        phases="restoring",
+        transition=({_V.SOFT_DELETED}, Target.PRIOR),
+    ),
+    _state(
+        _O.FORCE_DELETE,
+        _T.DELETION,
+        "Delete a VM whatever is in flight.",
+        phases="force_deleting",
+        transition=(_ANYWHERE, _V.DELETED),
+        confirm="Delete {vm} and its root disk?",
+    ),
+    _record(
+        _O.LIVE_MIGRATE_ABORT,
+        _T.MIGRATION,
+        "Abort the live migration in flight; the guest stays on the source.",
+        command=None,
+    ),
+    _record(
+        _O.LIVE_MIGRATE_FORCE_COMPLETE,
+        _T.MIGRATION,
+        "Complete the live migration in flight, with the guest paused for it.",
+        command=None,
+    ),
+    _record(
+        _O.SET_METADATA,
+        _T.VMS,
+        "Set or remove a VM's metadata.",
+        parameters=given.MetadataParameters,
+        details=True,
+        command=None,
+    ),
+    _record(_O.LOCK, _T.VMS, "Lock a VM: only the locker and admins can change it."),
+    _record(_O.UNLOCK, _T.VMS, "Unlock a VM."),
+    _record(
+        _O.RESET_STATE,
+        _T.RECOVERY,
+        "Correct the recorded state of a VM, ending whatever is outstanding. For admins.",
+        parameters=given.ResetStateParameters,
+    ),
 )
 
 CATALOGUE: Final[dict[Operation, Entry]] = {entry.operation: entry for entry in _ENTRIES}
-"""Every operation's entry. Complete: a test compares its keys with `Operation`."""
+"""Every operation's definition."""
+
+FIELDS: Final[dict[Operation, tuple[Field, ...]]] = {entry.operation: fields_of(entry.parameters) for entry in _ENTRIES}
+"""The parameters of each operation."""
 
 TASK_STATES: Final[tuple[str, ...]] = tuple(
     dict.fromkeys(phase for entry in _ENTRIES if entry.lane is Lane.STATE for phase in entry.phases + entry.hard_phases)
 )
-"""Every task_state but none: the phases of the state changes, in catalogue order."""
+"""Every task_state but `none`: the phases of the state changes, in catalogue order."""
 
 TASK_OPERATION: Final[dict[str, Operation]] = {
     phase: entry.operation for entry in _ENTRIES for phase in entry.phases + entry.hard_phases
 }
-"""Which operation a phase belongs to. No two operations share one."""
+"""The operation of each phase. No two operations share one."""
 
 BIT: Final[dict[Operation, int]] = {operation: 1 << index for index, operation in enumerate(Operation)}
-"""One bit an operation, so that a set of kinds is one number."""
-
-
-TRAVELS: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE, Operation.LIVE_MIGRATE, Operation.EVACUATE})
-"""The operations during which an instance is on two hosts."""
-
-
-ARRIVES: Final[frozenset[Operation]] = frozenset({Operation.MIGRATE})
-"""The operations that lead out of a host, and may tell at their end that the instance has arrived at another one that
-this record is kept of too: then its vm_state is what it was."""
-
-
-Memory = tuple[VmState, ...]
-"""What an instance remembers: first the vm_state that held before what can be undone now, behind it those before that.
-
-One that was rescued, resized or shelved remembers one; a soft delete puts that state before them, and undoes nothing.
-One that was resized has `stopped` behind it where its guest has ended since.
-"""
-
-REMEMBERING: Final[frozenset[VmState]] = frozenset(
-    state for entry in _ENTRIES if entry.to is Landing.PRIOR for state in entry.sources
-)
-"""The vm_states in which something can be undone. In every other one nothing is remembered."""
-
-
-def remembered_in(vm_state: VmState, memory: Memory) -> Memory:
-    """What is left of a memory once the instance has come to that vm_state."""
-    return memory if vm_state in REMEMBERING else ()
-
-
-def rests(vm_state: VmState, memory: Memory) -> bool:
-    """Whether no guest is held in a state that holds one otherwise.
-
-    What was resized while it was stopped is not started, and one whose guest has ended since is left so.
-    """
-    return vm_state is VmState.RESIZED and memory[-1:] == (VmState.STOPPED,)
-
-
-def without_guest(vm_state: VmState, memory: Memory) -> Memory:
-    """What is remembered in a vm_state that the end of the guest does not lead out of, once it has ended."""
-    if vm_state is not VmState.RESIZED or rests(vm_state, memory):
-        return memory
-    return (*(memory or (VmState.ACTIVE,)), VmState.STOPPED)
-
-
-def land(operation: Operation, vm_state: VmState, memory: Memory) -> tuple[VmState, Memory]:
-    """Where a successful operation leads from `vm_state`: the new vm_state, and what is remembered there.
-
-    An operation that undoes another lands on what was remembered, or on active where nothing was. What is there already
-    keeps what it remembers. A memory goes along with what is asked where the catalogue has it asked, and no further: so
-    no policy can make one longer and longer.
-    """
-    entry = CATALOGUE[operation]
-    match entry.to:
-        case Landing.SAME:
-            state = vm_state
-        case Landing.REPAIRED:
-            state = VmState.ACTIVE if vm_state is VmState.ERROR else vm_state
-        case Landing.PRIOR:
-            state, memory = (memory[0], memory[1:]) if memory else (VmState.ACTIVE, ())
-        case Landing.PRESENT:
-            state, memory = (memory[-1] if memory else VmState.ACTIVE), ()
-        case state:
-            if state is not vm_state:
-                known = memory if vm_state in entry.sources else ()
-                memory = (vm_state, *known) if entry.remembers else known
-    return state, remembered_in(state, memory)
+"""One bit for each operation, so that a set of operations is one integer."""

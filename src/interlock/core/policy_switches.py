@@ -1,4 +1,4 @@
-"""What is kept of the policies that came into force: their texts, and each switch from one to the next."""
+"""Records of policy activations: the policy texts, and each switch from one policy to the next."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ import msgspec
 
 
 class PolicyBundle(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of a policy: its main file, and those of the files that it extends."""
+    """The text of a policy: its main file and the files that it extends."""
 
     main: str
     """The main file's name among `files`."""
     files: dict[str, str]
-    """Texts by name. A built-in policy that is extended is not among them."""
+    """Texts by name, without the built-in policies that it extends."""
 
 
 class SwitchSource(StrEnum):
-    """How a policy came into force."""
+    """How a policy was activated."""
 
     CONFIGURED = "configured"
     """The server started with it."""
     RELOADED = "reloaded"
-    """The configured one was read again, because the server was told to (SIGHUP)."""
+    """The configured policy was reloaded (SIGHUP)."""
     LOADED = "loaded"
-    """An admin loaded it while the server ran."""
+    """An admin loaded it at run time."""
     ROLLED_BACK = "rolled_back"
-    """An admin brought an earlier one back."""
+    """An admin rolled back to an earlier policy."""
 
 
 class Outstanding(StrEnum):
-    """What a switch of the policy means to the requests that were admitted before it."""
+    """What a policy switch does to requests that were admitted before it."""
 
     KEEP = "keep"
-    """They keep their promise: none is cancelled that the policy by which it was admitted permits."""
+    """None is cancelled that the policy which admitted it permits."""
     REJUDGE = "rejudge"
-    """What waits is judged by the new policy at once, and cancelled where that refuses it."""
+    """Queued requests are evaluated by the new policy at once, and cancelled if it denies them."""
 
 
 class PolicySwitch(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy coming into force. The last switch says which policy is."""
+    """One policy activation. The last switch names the active policy."""
 
     number: int = 0
-    """Counts the switches of a store, from 1; given by the store."""
+    """Sequence number, from 1; assigned by the store."""
     digest: str
     name: str
     at_ms: int
     by: str
-    """Who did it: the name of a token, or of what in the server did."""
+    """Who did it: the name of a token or of a component of the server."""
     source: SwitchSource
     configured_digest: str
-    """The digest of the policy that the configuration named then."""
+    """The digest of the policy in the configuration at that time."""
     outstanding: Outstanding
     cancelled: int | None = None
-    """How many requests judging again has cancelled; None until that is done, and where nothing was judged."""
+    """How many requests were cancelled by re-evaluation; None until that is done, and if nothing was re-evaluated."""

@@ -1,20 +1,23 @@
-# ruff: noqa: PLC0414 - a record is made of them, and they are found here with it
-"""What is kept of an instance and of what was asked of it, and the shapes in which the core answers.
+# ruff: noqa: PLC0414 - the parts of a record are imported from here
+"""Persistent instance and request records, and gate results.
 
-Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`); they are
-compared only with other times of the same store. What a record means to a hypervisor (`Spec`) is data here. No record
-holds itself; those made for every request are therefore kept from the collector of cycles (`gc=False`).
+Everything is frozen: a change is a new value. Times are whole milliseconds on the store's clock (`*_at_ms`), comparable
+only with other times of the same store. Records have no reference cycles, so those created for every request are
+excluded from garbage collection (`gc=False`).
+
+Stores keep them without the fields that have their default (`omit_defaults`), which halves what is written: a default
+must never change.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
-from interlock.core.operations import CATALOGUE, Lane, Memory, Operation, remembered_in, rests
-from interlock.core.restart_policy import RestartPolicy, Restarts
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.restart_policy import Evacuate, RestartPolicy, Restarts
 from interlock.core.specs import Disk as Disk
 from interlock.core.specs import Forward as Forward
 from interlock.core.specs import Image as Image
@@ -22,21 +25,22 @@ from interlock.core.specs import Interface as Interface
 from interlock.core.specs import Seed as Seed
 from interlock.core.specs import SharedFolder as SharedFolder
 from interlock.core.specs import Spec as Spec
-from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
+from interlock.core.state_stack import Memory, remembered_in, rests
+from interlock.core.states import EXECUTING_STATES, NO_TASK, GuestTrouble, PowerState, VmState
 
 AnswerT = TypeVar("AnswerT")
 _AnswerT_co = TypeVar("_AnswerT_co", covariant=True)
 
 
 class Status(StrEnum):
-    """Where a request stands. The last four are ends, and a request reaches exactly one of them."""
+    """The status of a request. The last four are final, and a request reaches exactly one of them."""
 
     HELD = "held"
-    """Refused for now, and kept until the policy admits it or its time is over. It has no place in the queue."""
+    """Denied for now, and held until the policy admits it or the hold expires. It is not in the queue."""
     QUEUED = "queued"
     IN_FLIGHT = "in_flight"
     UNKNOWN = "unknown"
-    """In flight, with an outcome that cannot be known until the hypervisor has been inspected."""
+    """In flight, with an outcome that is unknown until the hypervisor has been inspected."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -48,17 +52,19 @@ SERVED = frozenset({Status.IN_FLIGHT, Status.UNKNOWN})
 
 
 class Outcome(StrEnum):
-    """What a worker says of a request that it served."""
+    """The outcome of a request, as reported by its worker."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     INTERRUPTED = "interrupted"
-    """It stopped half-way because it was asked to, and left the instance as it had found it."""
+    """It was interrupted and rolled back: the instance is unchanged."""
     UNKNOWN = "unknown"
+    UNTOUCHED = "untouched"
+    """It failed before it changed anything: the instance is unchanged."""
 
 
 class GuestEvent(StrEnum):
-    """What a hypervisor tells of its own accord."""
+    """An event from a hypervisor."""
 
     STOPPED = "stopped"
     """The guest powered itself off."""
@@ -67,11 +73,25 @@ class GuestEvent(StrEnum):
     CRASHED = "crashed"
     """The guest panicked."""
     VANISHED = "vanished"
-    """What held the guest is gone, and nobody asked for that."""
+    """The QEMU process ended unexpectedly."""
+    LEASE_ENDED = "lease_ended"
+    """The guest was ended because its host's lease expired."""
+    NOT_RESPONDING = "not_responding"
+    """The QEMU process does not respond."""
+    RESPONDING = "responding"
+    """The QEMU process responds again."""
+    NO_SPACE = "no_space"
+    """The guest was halted, because a write failed with ENOSPC."""
+    IO_ERROR = "io_error"
+    """The guest was halted, because reading or writing one of its disks failed."""
+    WENT_ON = "went_on"
+    """A guest halted for such an error runs again."""
+    CHANGED = "changed"
+    """An operation that had timed out took effect later; inspect the guest to see which."""
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One asked-for operation."""
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """One request for an operation."""
 
     id: str
     instance_id: str
@@ -84,38 +104,40 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     admitted_at_ms: int
     status: Status = Status.QUEUED
     preempts: bool = False
-    """Whether it goes before everything that waits."""
+    """Whether it goes before every other queued request."""
     in_turn: bool = True
-    """Whether it was judged on the foreseen state too, and so holds the promise of law 2."""
+    """Whether it was evaluated on the foreseen state too (law 2)."""
     phase: str | None = None
-    """The task state while it is served; the last one after it has ended."""
+    """Its task state; the last one after it has ended."""
     progress: float | None = None
-    """How much of the phase is done, 0 to 1, where the operation can tell."""
+    """The share of the phase that is done, 0 to 1; None if unknown."""
     bytes_done: int | None = None
-    """How many bytes the phase has moved so far, where it moves any."""
+    """Bytes transferred in the phase so far, if it transfers any."""
     bytes_total: int | None = None
-    """How many it has to move, as far as is known now."""
+    """Bytes to transfer, as far as is known now."""
     bytes_per_s: int | None = None
-    """How fast it moved them lately."""
+    """The recent transfer rate."""
     detail: str | None = None
-    """What the worker last said for people, such as `waiting for the guest to power off`."""
+    """The worker's last status text, such as `waiting for the guest to power off`."""
+    warning: str | None = None
+    """Why it will not complete as things are, such as `does not converge`; None if nothing is known."""
     fence: int = 0
     """The instance's fence when it was taken; its worker may act only while the two are equal."""
     taken_at_ms: int | None = None
     last_progress_at_ms: int | None = None
     interrupt_at_ms: int | None = None
-    """When its worker was asked to stop half-way; None while it was not."""
+    """When its worker was asked to stop; None if it was not."""
     interrupt_deadline_ms: int | None = None
-    """When it is fenced if its worker has not confirmed by then."""
+    """When it is fenced if its worker has not stopped by then."""
     held_until_ms: int | None = None
-    """For one that was submitted with a hold: when it was, or would have been, given up."""
+    """For one that was submitted with a hold: when the hold expires or would have expired."""
     interrupted_for: str | None = None
-    """The id of the request that preempts it; None when it is being cancelled by its owner."""
+    """The id of the request that preempts it; None if it was cancelled by its owner."""
     ended_at_ms: int | None = None
     reason: str | None = None
-    """Why it ended as it did, as a stable code; None when it succeeded."""
+    """Stable reason code of its end; None if it succeeded."""
     message: str | None = None
-    """The same for people."""
+    """The reason for people."""
 
     @property
     def lane(self) -> Lane:
@@ -127,42 +149,57 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def image_name(self) -> str | None:
-        """The name of the image that it makes, if it makes one that was given a name."""
+        """Return the name of the snapshot that it creates, if it was given one."""
         name = self.parameters.get("name")
         return name if self.operation is Operation.SNAPSHOT and isinstance(name, str) else None
 
 
-class Moved(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a phase is that moves bytes."""
+class TransferProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """The progress of a phase that transfers bytes."""
 
     done: int
     total: int | None = None
-    """None while it is not known."""
+    """None while unknown."""
     per_s: int | None = None
+    detail: str | None = None
+    """Status text; None leaves the last one."""
+    warning: str | None = None
+    """Why it will not complete as things are."""
 
     @property
     def fraction(self) -> float | None:
-        """How much of it is done, 0 to 1; None where the total is not known."""
+        """Return the share that is done, 0 to 1; None if the total is unknown."""
         return min(1.0, self.done / self.total) if self.total else None
 
 
-class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker found or made that the instance is to be known by from now on; what is not named stays."""
+class Evacuated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The last evacuation of an instance."""
+
+    from_host: str
+    at_ms: int
+    lost: tuple[str, ...] = ()
+    """What was lost with the host, as sentences for people."""
+
+
+class InstanceUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """An update of the instance record by a worker; unset fields stay."""
 
     spec: Spec | msgspec.UnsetType = msgspec.UNSET
     host: str | msgspec.UnsetType = msgspec.UNSET
     left_host: str | msgspec.UnsetType | None = msgspec.UNSET
     prior_spec: Spec | msgspec.UnsetType | None = msgspec.UNSET
     shelved_image: Image | msgspec.UnsetType | None = msgspec.UNSET
+    detaching: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     prior_vm_state: VmState | msgspec.UnsetType = msgspec.UNSET
-    """For what can no more be brought back as it was."""
+    """For an instance that can no longer return to the state before."""
+    evacuated: Evacuated | msgspec.UnsetType = msgspec.UNSET
 
 
-class Instance(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM, with everything outstanding for it.
+class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One instance, with its outstanding and held requests.
 
-    Invariants: at most one state change and one component change of `outstanding` are served, each under a fence no
-    greater than the instance's; what is served comes first in `outstanding`, then what preempts, then the rest in the
+    Invariants: at most one state change and one component change of `outstanding` are in flight, each with a fence no
+    greater than the instance's; those in flight come first in `outstanding`, then preempting ones, then the rest in the
     order admitted. `generation` grows with every change, `fence` whenever a worker loses the right to act.
     """
 
@@ -173,45 +210,57 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     vm_state: VmState = VmState.BUILDING
     power_state: PowerState = PowerState.NONE
     prior_vm_state: VmState | None = None
-    """What held before the rescue, resize, shelve or soft delete that is not undone yet."""
+    """The vm_state before the rescue, resize, shelve or soft delete that is not undone yet."""
     further_vm_states: tuple[VmState, ...] = ()
-    """What it remembers beyond that, the nearest first: of one that was soft-deleted while it was rescued, resized or
-    shelved, what had held before that; `stopped`, of one resized whose guest has ended since."""
+    """The rest of the state stack, latest first: the vm_state before a rescue, resize or shelve, if it was soft-deleted
+    after that; `stopped`, if it is resized and its guest has ended since."""
     generation: int = 0
     fence: int = 0
     created_at_ms: int = 0
     updated_at_ms: int = 0
-    """The last sign of life: a state change, a phase, or progress."""
+    """The time of the last state change, phase or progress."""
     locked_by: str | None = None
     blocked_operations: tuple[Operation, ...] = ()
     tags: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
-    """What its owner noted of it. Nothing here is decided by it."""
+    """The owner's own keys and values; not interpreted."""
     error: str | None = None
     """Why it is in error, or was when it was rescued or soft-deleted, for people."""
     launched_at_ms: int | None = None
-    """When it first reached a state in which a hypervisor holds the guest; None while it never did."""
+    """When its guest first ran; None if it never did."""
     state_since_ms: int = 0
-    """When its vm_state last became what it is; 0 for what was kept before that was noted."""
+    """When its vm_state last changed; 0: unknown (recorded by an older version)."""
+    detaching: tuple[str, ...] = ()
+    """Ids of the volumes and interfaces whose unplug was requested and that its guest has not released yet: they are
+    detached when it does, or when it is reset or ends."""
+    guest_trouble: GuestTrouble | None = None
+    """The present fault of its running guest; None: none known."""
+    guest_trouble_since_ms: int | None = None
     restart: RestartPolicy | None = None
-    """What is done when its guest ends by itself; None: nothing."""
+    """What is done when its guest ends on its own; None: nothing."""
     restarts: Restarts | None = None
-    """What was done of that lately; None: nothing."""
+    """Its recent automatic restarts; None: none."""
+    evacuate: Evacuate | None = None
+    """Whether it is evacuated automatically once its host is fenced; None: the server's configuration decides."""
+    apart_from: tuple[str, ...] = ()
+    """Its anti-affinity groups: no two instances of one are on one host."""
     spec: Spec | None = None
     left_host: str | None = None
-    """The host that it has just left, until what is there is removed."""
+    """The migration source, until it is cleaned up."""
+    evacuated: Evacuated | None = None
+    """Its last evacuation; None: none."""
     prior_spec: Spec | None = None
-    """What it was before the resize that is neither confirmed nor reverted."""
+    """Its spec before the resize that is neither confirmed nor reverted."""
     shelved_image: Image | None = None
-    """The image of its root disk that shelving made; it is the instance's own, and in no list."""
+    """The image of its root disk that shelving created; private to the instance, and in no list."""
     outstanding: tuple[Request, ...] = ()
     held: tuple[Request, ...] = ()
-    """What waits for the policy to admit it, in the order submitted."""
+    """The held requests, in the order submitted."""
     held_due_ms: int | None = None
-    """When what is held is judged next; None if only a change of the instance can make a difference."""
+    """When held requests are evaluated next; None: only after a change of the instance."""
 
     def served(self, lane: Lane) -> Request | None:
-        """The request that is being served in `lane`, or None."""
+        """Return the request in flight in `lane`, or None."""
         for request in self.outstanding:
             if request.status in SERVED and request.lane is lane:
                 return request
@@ -219,30 +268,35 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def task_state(self) -> str:
-        """The phase of the state change being served, or `none`."""
+        """Return the phase of the state change in flight, or `none`."""
         serving = self.served(Lane.STATE)
         return NO_TASK if serving is None else (serving.phase or NO_TASK)
 
     @property
-    def memory(self) -> Memory:
-        """What it remembers, so that it can be undone."""
+    def state_stack(self) -> Memory:
+        """Return the vm_states that it can return to, latest first."""
         prior = () if self.prior_vm_state is None else (self.prior_vm_state,)
         return remembered_in(self.vm_state, (*prior, *self.further_vm_states))
 
     def come_to(self, vm_state: VmState, memory: Memory) -> Instance:
-        """The instance in a vm_state, with what is left of a memory there."""
+        """Return the instance in `vm_state`, with the part of the state stack that is valid there."""
         left = remembered_in(vm_state, memory)
         prior = left[0] if left else None
         return msgspec.structs.replace(self, vm_state=vm_state, prior_vm_state=prior, further_vm_states=left[1:])
 
     @property
     def executing(self) -> bool:
-        """Whether a hypervisor should hold its guest."""
-        return self.vm_state in EXECUTING_STATES and not rests(self.vm_state, self.memory)
+        """Whether its guest should be running in a QEMU process."""
+        return self.vm_state in EXECUTING_STATES and not rests(self.vm_state, self.state_stack)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a request is outstanding or held, or its guest has a fault."""
+        return bool(self.outstanding or self.held or self.guest_trouble is not None)
 
     @property
     def image_ids(self) -> frozenset[str]:
-        """The images that must not go while it is there: what its disks are built on, or it boots, or soon will."""
+        """Return the ids of the images that it needs, now or after its requests: to boot, or as backing files."""
         specs = (spec for spec in (self.spec, self.prior_spec) if spec is not None)
         images = [image for spec in specs for image in (spec.image, spec.rescue_image) if image is not None]
         named = (request.parameters.get("image") for request in (*self.outstanding, *self.held))
@@ -250,12 +304,42 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def launched(self) -> bool:
-        """Whether a hypervisor has ever held its guest."""
+        """Whether its guest has ever run."""
         return self.launched_at_ms is not None or self.vm_state in EXECUTING_STATES
 
 
+class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Facts beyond the instance's record for the preconditions of a submission; an unknown fact refuses nothing."""
+
+    targets: tuple[str, ...] | None = None
+    """The hosts that are up and can access the instance's disks; None: unknown."""
+    target_lacks_root: bool = False
+    """Whether the target host does not have the shared folder with the instance's root disk."""
+    sends_guests: bool | None = None
+    """Whether its host supports live migration; None: unknown."""
+    target_lacks_volumes: bool = False
+    """Whether the target host cannot access one of the instance's volumes."""
+    host_lacks: frozenset[str] = frozenset()
+    """Those volumes of the parameters that the instance's host cannot access."""
+    agent_answers: bool | None = None
+    """Whether its guest agent responds; None: unknown."""
+    claimed: frozenset[str] = frozenset()
+    """Those volumes of the parameters that the instance has claimed."""
+    volume_bytes: dict[str, int] = {}
+    """The sizes of the volumes in the parameters."""
+    volume_paths: dict[str, str] = {}
+    """The paths of the volumes in the parameters, on the server."""
+    image: Image | None = None
+    """The image in the parameters."""
+    names: dict[str, str] = {}
+    """The names of the ids in the parameters."""
+
+
+NO_FACTS: Final = Facts()
+
+
 class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An operation that somebody asks for, with the id it will have as a request if it is admitted."""
+    """A submitted operation, with the id of its request if it is admitted."""
 
     request_id: str
     operation: Operation
@@ -263,51 +347,69 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     requested_by: str
     role: str = "member"
     host_reachable: bool = True
+    """False if the instance's host is fenced: its guests have ended for certain."""
+    host_fenced_at_ms: int | None = None
+    """When a host that does not respond will be fenced at the latest; None if it responds, or the time is unknown."""
+    facts: Facts = NO_FACTS
     hold_ms: int | None = None
-    """How long to wait for the policy to admit it, if it does not at once; None: not at all."""
+    """How long to hold it if the policy denies it now; None: not at all."""
+
+    @property
+    def hard(self) -> bool:
+        return self.parameters.get("hard") is True
 
 
-class Admitted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="admitted"):
-    """The request is kept, and will be permitted when its turn comes if everything before it succeeds."""
+class Admitted(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True, tag_field="disposition", tag="admitted"
+):
+    """The request is queued, and will be permitted when its turn comes if everything before it succeeds."""
 
     request: Request
     rule: str
     because: str | None = None
     supersedes: tuple[str, ...] = ()
-    """Ids of the requests in flight that it ends, or asks to end."""
+    """Ids of the requests in flight that it supersedes or interrupts."""
     cancels: tuple[str, ...] = ()
-    """Ids of the waiting requests that no longer make sense after it."""
+    """Ids of the queued requests that it cancels, because they are no longer permitted after it."""
 
 
-class Redundant(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="redundant"):
-    """What is asked for holds already, or is already on its way."""
+class Redundant(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True, tag_field="disposition", tag="redundant"
+):
+    """The requested state holds already, or is already requested."""
 
     rule: str
     reason: str
     because: str | None = None
     request: Request | None = None
-    """The earlier request that will bring it about; None when it holds already."""
+    """The earlier request for it; None if it holds already."""
     allowed_at_ms: int | None = None
-    """When asking again would take over from that request, if it shows no life until then."""
+    """When a new submission would take over from that request, if it makes no progress until then."""
 
 
-class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="denied"):
-    """Refused, with the rule that says so and, where there is one, the moment at which it would be admitted."""
+class Denied(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True, tag_field="disposition", tag="denied"
+):
+    """Denied, with the rule and, if known, the time at which it would be admitted."""
 
     operation: Operation
     reason: str
     rule: str
     because: str | None = None
     vm_state: VmState
-    """The state on which the rule decided: the instance's own, or the foreseen one."""
+    """The state on which the rule decided: the present or the foreseen one."""
     foreseen: bool = False
-    """Whether `vm_state` is the state that will hold when everything outstanding has succeeded."""
+    """Whether `vm_state` is the foreseen state, after everything outstanding has succeeded."""
     blocked_by: Request | None = None
     allowed_at_ms: int | None = None
+    remedy: str | None = None
+    """What to do about it, if known."""
 
 
-class Held(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag_field="disposition", tag="held"):
-    """Refused for now, and kept until the policy admits it."""
+class Held(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True, tag_field="disposition", tag="held"
+):
+    """Denied for now, and held until the policy admits it."""
 
     request: Request
     denied: Denied
@@ -318,7 +420,7 @@ Disposition = Admitted | Redundant | Denied | Held
 
 
 class StaleFence(msgspec.Struct, frozen=True, kw_only=True):
-    """The worker that reported has lost the right to act; what it said was recorded and changed nothing."""
+    """The reporting worker has been fenced; its attempt was recorded and changed nothing."""
 
     request_id: str
     fence: int
@@ -326,18 +428,18 @@ class StaleFence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cancellation(StrEnum):
-    """What became of the wish to cancel a request."""
+    """The result of cancelling a request."""
 
     CANCELLED = "cancelled"
-    """It was waiting, and has ended."""
+    """It was queued or held, and has ended."""
     STOPPING = "stopping"
-    """It is being served; its worker was asked to stop half-way."""
+    """It is in flight; its worker was asked to stop."""
     TOO_LATE = "too_late"
-    """It is being served and cannot be stopped half-way, or it has ended."""
+    """It is in flight and not interruptible, or it has ended."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Something that happened, as it is audited and told."""
+    """A recorded event, for the audit log and for listeners."""
 
     kind: str
     """`request.*`, `instance.*` or `guest.*`; the kinds are listed in docs/reference/events.md."""
@@ -348,14 +450,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     request_id: str | None = None
     data: dict[str, Any] = {}
     sequence: int = 0
-    """Its place in the store's history; given by the store when it is kept."""
+    """Its position in the store's history; assigned by the store."""
 
 
 class Change(msgspec.Struct, Generic[_AnswerT_co], frozen=True, kw_only=True, gc=False):
-    """What a decision leads to. A store keeps all of it in one transaction, or none."""
+    """The result of a decision. A store writes all of it in one transaction, or none."""
 
     instance: Instance
     requests: tuple[Request, ...] = ()
-    """The requests that are new or changed, as they are now."""
+    """The new and changed requests, in their new versions."""
     events: tuple[Event, ...] = ()
     answer: _AnswerT_co

@@ -1,7 +1,7 @@
-"""The queue of one instance: its order, what it will lead to, and which of its requests still make sense.
+"""The request queue of one instance: its order, the foreseen state, and re-evaluation of queued requests.
 
-What is in flight stands first, then what preempts, then the rest in the order admitted. The queue is judged again
-whenever something did not go as foreseen; deciding whether a new request may enter it is not here (see `admission`).
+Requests in flight come first, then preempting ones, then the rest in the order admitted. The queue is evaluated again
+whenever the state is not the foreseen one; `admission` decides whether a new request may enter it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from interlock.core.operations import BIT, CATALOGUE, Lane, Memory, Operation, land
-from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict, View
-from interlock.core.records import SERVED, AnswerT, Change, Event, Instance, Request, Status
-from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict
+from interlock.core.preconditions import RULE, unmet
+from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
+from interlock.core.references import MIGRATIONS
+from interlock.core.state_stack import Memory, resolve_target
+from interlock.core.states import EXECUTING_STATES, VmState
+from interlock.core.views import RequestLike, View, settled_view
 
 replace = msgspec.structs.replace
 
@@ -21,21 +25,27 @@ _STATE_OPERATIONS = frozenset(entry.operation for entry in CATALOGUE.values() if
 
 
 class Draft:
-    """One decision in the making: the instance as it becomes, what is to be kept, and what is to be told.
+    """Builder of a `Change`: the new instance, the changed requests and the events.
 
     Lives only inside one call of the core, and is the single place where a request ends.
     """
 
-    __slots__ = ("events", "generation", "instance", "now_ms", "requests")
+    __slots__ = ("events", "generation", "host_reachable", "instance", "now_ms", "requests")
 
-    def __init__(self, instance: Instance, now_ms: int) -> None:
+    def __init__(self, instance: Instance, now_ms: int, *, host_reachable: bool = True) -> None:
         self.instance = instance
         self.now_ms = now_ms
+        self.host_reachable = host_reachable
+        """False where the instance's host is fenced."""
         self.generation = instance.generation + 1
         self.requests: dict[str, Request] = {}
         self.events: list[Event] = []
 
-    def tell(self, kind: str, request_id: str | None = None, /, **data: Any) -> None:
+    def emit(self, kind: str, request_id: str | None = None, /, **data: Any) -> None:
+        self.emit_facts(kind, request_id, data)
+
+    def emit_facts(self, kind: str, request_id: str | None, data: dict[str, Any]) -> None:
+        """As `emit`, with the data in a dictionary that belongs to the event from now on."""
         self.events.append(
             Event(
                 kind=kind,
@@ -48,14 +58,14 @@ class Draft:
         )
 
     def put(self, request: Request) -> Request:
-        """Replace an outstanding request by what it is now."""
+        """Replace an outstanding request by its new version."""
         self.requests[request.id] = request
         outstanding = tuple(request if other.id == request.id else other for other in self.instance.outstanding)
         self.instance = replace(self.instance, outstanding=outstanding)
         return request
 
     def enqueue(self, request: Request) -> None:
-        """Add a request at its place: a preempting one before everything that waits."""
+        """Add a request to the queue: a preempting one before every queued one."""
         self.requests[request.id] = request
         waiting = self.instance.outstanding
         if not request.preempts:
@@ -68,7 +78,7 @@ class Draft:
     def end(
         self, request: Request, status: Status, reason: str | None = None, message: str | None = None, /, **more: Any
     ) -> None:
-        """The one way in which a request ends (law 3); `more` is told with it."""
+        """End a request, the only way to do so (law 3); `more` is added to the event."""
         ended = replace(
             request,
             status=status,
@@ -83,7 +93,7 @@ class Draft:
             outstanding=tuple(other for other in self.instance.outstanding if other.id != request.id),
             held=tuple(other for other in self.instance.held if other.id != request.id),
         )
-        self.tell(
+        self.emit(
             f"request.{status.value}",
             request.id,
             operation=request.operation.value,
@@ -93,24 +103,25 @@ class Draft:
         )
 
     def fence_off(self, by: str | None, message: str) -> tuple[str, ...]:
-        """Take the right to act from every worker of the instance, and end what they served; the ids of those.
+        """Fence every worker of the instance, and end their requests as superseded; return the ids.
 
-        The fence is one number an instance, so that nothing of the old world gets through: what one worker left
-        half-way, another must not build on.
+        There is one fence per instance, because a worker must not build on what another left unfinished.
         """
         served = [request for request in self.instance.outstanding if request.status in SERVED]
         self.instance = replace(self.instance, fence=self.instance.fence + 1)
         for request in served:
             self.end(request, Status.SUPERSEDED, "superseded", message)
-        self.tell("instance.fenced", by, fence=self.instance.fence, superseded=[request.id for request in served])
+        self.emit("instance.fenced", by, fence=self.instance.fence, superseded=[request.id for request in served])
         return tuple(request.id for request in served)
 
     def alive(self) -> None:
-        """Note a sign of life of the instance."""
+        """Record a sign of life of the instance."""
         self.instance = replace(self.instance, updated_at_ms=self.now_ms)
 
     def change(self, answer: AnswerT) -> Change[AnswerT]:
         self._note_launch()
+        if self.instance.guest_trouble is not None and not self.instance.executing:
+            self.instance = replace(self.instance, guest_trouble=None, guest_trouble_since_ms=None)
         if self.instance.held:
             self._note_held()
         return Change(
@@ -125,67 +136,62 @@ class Draft:
             self.instance = replace(self.instance, launched_at_ms=self.now_ms)
 
     def _note_held(self) -> None:
-        """Whatever has changed, what is held may be admitted now; and nothing will be of what is gone."""
+        """Have held requests evaluated again after any change; cancel them if the instance is deleted."""
         if self.instance.vm_state is VmState.DELETED:
             for request in self.instance.held:
                 self.end(request, Status.CANCELLED, GONE.code, GONE.because)
         self.instance = replace(self.instance, held_due_ms=self.now_ms if self.instance.held else None)
 
 
-def kinds(requests: tuple[Request, ...]) -> int:
-    """The kinds of some requests, as the union of their bits."""
-    mask = 0
-    for request in requests:
-        mask |= BIT[request.operation]
-    return mask
-
-
 class Foreseen(NamedTuple):
-    """Where an instance will be when what comes before has succeeded."""
+    """The state of an instance after earlier requests have succeeded."""
 
     vm_state: VmState
     memory: Memory
     launched: bool
+    host_reachable: bool = True
+    """False while its host is fenced."""
 
     def after(self, operation: Operation) -> Foreseen:
-        """Where it will be when that state change has succeeded too."""
-        vm_state, memory = land(operation, self.vm_state, self.memory)
-        return Foreseen(vm_state, memory, self.launched or vm_state in EXECUTING_STATES)
+        """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
+        vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
+        launched = self.launched or vm_state in EXECUTING_STATES
+        return Foreseen(vm_state, memory, launched, self.host_reachable or operation in MIGRATIONS)
+
+    def view(self, request: RequestLike, tags: tuple[str, ...]) -> View:
+        """Return the view of a request in this state, with nothing in flight."""
+        return settled_view(request, self.vm_state, tags, launched=self.launched, host_reachable=self.host_reachable)
 
 
-def at_present(instance: Instance) -> Foreseen:
-    """Where an instance is, before anything outstanding has succeeded."""
-    return Foreseen(instance.vm_state, instance.memory, instance.launched)
+def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
+    """Return the present state of an instance."""
+    return Foreseen(instance.vm_state, instance.state_stack, instance.launched, host_reachable)
 
 
-def foresee(instance: Instance) -> Foreseen:
-    """Where it will be when everything outstanding has succeeded."""
-    there = at_present(instance)
+def foresee(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
+    """Return the foreseen state: after everything outstanding has succeeded."""
+    state = at_present(instance, host_reachable=host_reachable)
     for request in instance.outstanding:
         if request.operation in _STATE_OPERATIONS:
-            there = there.after(request.operation)
-    return there
+            state = state.after(request.operation)
+    return state
 
 
-def judge_in(policy: CompiledPolicy, request: Request, there: Foreseen, tags: tuple[str, ...]) -> Rule:
-    """The rule for a request where nothing is being done.
+def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen, tags: tuple[str, ...]) -> Rule:
+    """Return the rule for a request in that state, with nothing in flight.
 
-    Only what serving it depends on counts. A lock or a blocked operation that came after it was admitted is about
-    asking, and does not break the promise that was given.
+    A lock or a blocked operation that was set after its admission does not count: it restricts new requests only.
     """
-    if there.vm_state is VmState.DELETED:
+    if state.vm_state is VmState.DELETED:
         return GONE
-    return policy.decide(
-        View(
-            request.operation,
-            there.vm_state,
-            NO_TASK,
-            role=request.role,
-            tags=tags,
-            hard=request.hard,
-            launched=there.launched,
-        )
-    )
+    return policy.decide(state.view(request, tags))
+
+
+def because_of(rule: Rule, host: str) -> str | None:
+    """Return a rule's reason for people; a rule about a fenced host names the host."""
+    if rule.host_reachable is not False or rule.because is None:
+        return rule.because
+    return f"The host {host} is fenced. {rule.because}"
 
 
 def permits(rule: Rule) -> bool:
@@ -193,62 +199,93 @@ def permits(rule: Rule) -> bool:
 
 
 def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
-    """Cancel what waits and no longer makes sense, with the reason; the ids of those (law 2).
+    """Cancel queued requests that are no longer permitted, with the reason; return their ids (law 2).
 
-    State changes are judged one after the other, each on the state that those before it lead to; one that preempts
-    stays wherever it can be performed at all. A component change is judged on where all of them lead, or on the present
-    state if it was admitted on that alone.
+    State changes are evaluated in order, each on the state after those before it, and component changes on the state
+    after all of them. A preempting request stays as long as it can be performed at all, and one that was not admitted
+    in turn stays while the present state permits it.
     """
     instance = draft.instance
-    there = at_present(instance)
-    halfway = there.vm_state
+    present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
+    halfway = foreseen.vm_state
     cancelled: list[str] = []
     components: list[Request] = []
+    before: list[Request] = []
     for request in instance.outstanding:
         if request.lane is not Lane.STATE:
-            if request.status is Status.QUEUED:
-                components.append(request)
+            components.append(request)
             continue
         if request.status is Status.QUEUED:
-            rule = judge_in(policy, request, there, instance.tags)
-            if not permits(rule) and not _holds_anyway(request, halfway, there.vm_state):
-                cancelled.append(_cancel(draft, request, rule, there.vm_state, policy))
+            rule, state = _judge_waiting(policy, request, present, foreseen, instance.tags)
+            if not permits(rule) and not _stays_anyway(request, halfway, foreseen.vm_state):
+                cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
-            there = there.after(request.operation)
-            halfway = there.vm_state
+            if _lacks(draft, request, before, cancelled):
+                continue
+            foreseen = foreseen.after(request.operation)
+            halfway = foreseen.vm_state
         else:
-            there = there.after(request.operation)
+            foreseen = foreseen.after(request.operation)
+        before.append(request)
     for request in components:
-        served_in = there if request.in_turn else at_present(instance)
-        rule = judge_in(policy, request, served_in, instance.tags)
+        if request.status is not Status.QUEUED:
+            before.append(request)
+            continue
+        rule, state = _judge_waiting(policy, request, present, foreseen, instance.tags)
         if not permits(rule):
-            cancelled.append(_cancel(draft, request, rule, served_in.vm_state, policy))
+            cancelled.append(_cancel(draft, request, rule, state, policy))
+        elif not _lacks(draft, request, before, cancelled):
+            before.append(request)
     return tuple(cancelled)
 
 
-def _holds_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool:
-    """Whether a preempting request stays although the policy would not admit it into the state it comes to.
+def _lacks(draft: Draft, request: Request, before: list[Request], cancelled: list[str]) -> bool:
+    """Cancel a queued request if a precondition will not be met after `before`; return whether it was cancelled."""
+    found = unmet(draft.instance, request.operation, request.parameters, NO_FACTS, before)
+    if found is None:
+        return False
+    draft.end(request, Status.CANCELLED, found.reason, found.because, rule=RULE)
+    cancelled.append(request.id)
+    return True
 
-    It was admitted on what was being done, not on where that leads. What it stops or takes over may have left the
-    guest anywhere: a start that was fenced leaves `stopped` in the record and perhaps a running guest, and the stop
-    that ended it must not be dismissed as done already. So it stays where the catalogue lets it be performed: in the
-    foreseen state, or in `halfway`, which will hold instead if what is in flight ends without effect.
+
+def _judge_waiting(
+    policy: CompiledPolicy, request: Request, present: Foreseen, foreseen: Foreseen, tags: tuple[str, ...]
+) -> tuple[Rule, VmState]:
+    """Return the rule for a queued request, and the vm_state on which it decided.
+
+    A request that was not admitted in turn was admitted without regard to the foreseen state: it is cancelled only if
+    the present state does not permit it either.
+    """
+    rule = judge_in(policy, request, foreseen, tags)
+    if request.in_turn or permits(rule):
+        return rule, foreseen.vm_state
+    return judge_in(policy, request, present, tags), present.vm_state
+
+
+def _stays_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool:
+    """Whether a preempting request stays although the policy would not admit it in the foreseen state.
+
+    It was admitted because of the request in flight, whose fencing or interruption may have left the guest in any
+    state: a fenced start leaves `stopped` in the record and perhaps a running guest, and the stop that ended it must
+    not be cancelled as redundant. So it stays if the catalogue allows it in the foreseen state, or in `halfway`, the
+    state if the request in flight has no effect.
     """
     return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
 
 
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: CompiledPolicy) -> str:
-    because = rule.because or f"{request.operation.value} is not allowed in {state.value}."
-    message = f"The instance is or will be {state.value}: {because}"
+    because = because_of(rule, draft.instance.host) or f"{request.operation.value} is not allowed in {state.value}."
+    message = f"The VM is or will be {state.value}: {because}"
     draft.end(request, Status.CANCELLED, rule.code, message, rule=rule.id, policy=policy.stamp)
     return request.id
 
 
 def next_served(instance: Instance, lane: Lane | None) -> Request | None:
-    """What a driver serves next in `lane`, or in any lane if None; None if nothing can be served now.
+    """Return the request to perform next in `lane`, or in any lane if None; None if none can be performed now.
 
     A preempting request first, then state changes in the order admitted, then component changes. Two may be in flight
-    only if the one is a component change that lists the other as compatible.
+    only if one is a component change that is compatible with the other.
     """
     state, component = instance.served(Lane.STATE), instance.served(Lane.COMPONENT)
     waiting, change = _first_queued(instance, Lane.STATE), _first_queued(instance, Lane.COMPONENT)
@@ -259,15 +296,17 @@ def next_served(instance: Instance, lane: Lane | None) -> Request | None:
     if change is not None and (component is not None or (state is not None and not _beside(change, state))):
         change = None
     if waiting is not None and (state is None or waiting.preempts):
-        # State changes go first. And what were taken before one that preempts has no deadline: if it hung, it would be
-        # in the way for ever.
+        # State changes go first. A component change taken before a preempting request has no deadline: if it hung, it
+        # would block the queue for ever.
         change = None
     match lane:
         case Lane.STATE:
             return now
         case Lane.COMPONENT:
             return change
-        case _:
+        case Lane.RECORD:
+            return None  # done when it is admitted, and never queued
+        case None:
             return now if waiting is not None or state is not None else change
 
 
@@ -283,7 +322,7 @@ def _beside(component: Request, state: Request) -> bool:
 
 
 def first_phase(operation: Operation, *, hard: bool) -> str | None:
-    """The task state in which an operation is from the moment it is taken."""
+    """Return the task state of an operation from the moment it is taken."""
     entry = CATALOGUE[operation]
     phases = entry.hard_phases if hard and entry.hard_phases else entry.phases
     return phases[0] if phases else None

@@ -1,7 +1,6 @@
-"""What a hypervisor needs to know to hold an instance: what it boots, its size, and what is plugged into it.
+"""The specification of an instance for a hypervisor: image, size, disks and interfaces.
 
-Values only, which mean nothing to the core; import them from `records`. What is kept of an instance and of what was
-asked of it is there.
+The core does not interpret it. Import these classes from `records`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from typing import Final
 import msgspec
 
 
-class Image(msgspec.Struct, frozen=True, kw_only=True):
+class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an instance boots.
 
-    A `disk` image is the base of its root disk; a `kernel` image is booted directly; an `iso` image is booted as a
-    CD-ROM, with an empty root disk beside it.
+    A `disk` image is the backing file of its root disk; a `kernel` image is booted directly; an `iso` image is booted
+    as a CD-ROM, beside an empty root disk.
     """
 
     id: str
@@ -25,27 +24,29 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     format: str = "raw"
     """Of a `disk` image: `raw` or `qcow2`."""
     path: str
-    """The disk, or the kernel, inside the server's image folder."""
+    """The disk or the kernel in the server's image folder."""
     initrd: str | None = None
     cmdline: str | None = None
     size_bytes: int
-    """The size that the guest sees, for a disk."""
+    """The virtual size of a disk; the file size of a kernel."""
     stored_bytes: int = 0
-    """How much room its files took when it was brought in; 0 for what was kept before that was noted."""
+    """The size of its files on disk when it was imported; 0: unknown (recorded by an older version)."""
     sha256: str
-    """Of what was given, before it was converted."""
+    """Of the uploaded file, before conversion."""
     converted_from: str | None = None
-    """The format in which it was given, if that is not the one in which it is kept."""
+    """The uploaded format if it was converted, with compression and archive: `vmdk, ova`."""
+    min_memory_mib: int = 0
+    """The least memory with which it boots, in MiB; 0: unknown."""
     created_at_ms: int = 0
     project: str | None = None
-    """Whose it is: the project of the instance that it was made of. None: every project may use it."""
+    """The project of the instance of which it is a snapshot. None: public."""
     source_instance: str | None = None
-    """The id of the instance of whose root disk it is a snapshot."""
+    """The id of the instance of which it is a snapshot."""
     backup_type: str | None = None
-    """Of a snapshot that rotates: with which others, such as `daily`."""
+    """The rotation group of a backup, such as `daily`."""
 
 
-class Disk(msgspec.Struct, frozen=True, kw_only=True):
+class Disk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One disk of an instance: its root disk, or an attached volume."""
 
     id: str
@@ -55,7 +56,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
 
 
-class Forward(msgspec.Struct, frozen=True, kw_only=True):
+class Forward(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A TCP port of the guest, reachable on the host's loopback address."""
 
     host_port: int
@@ -66,49 +67,55 @@ INTERFACES_MAX: Final = 8
 """How many interfaces an instance may have beyond its first."""
 
 
-class Interface(msgspec.Struct, frozen=True, kw_only=True):
-    """A network interface of an instance, beyond the first one that each has."""
+class Interface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A network interface of an instance beyond its first."""
 
     id: str
     mac: str
-    """Six pairs of hexadecimal digits with colons."""
+    """As in `52:54:00:12:34:56`."""
 
 
-class Seed(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guest is told of itself when it first starts, in the words of cloud-init's NoCloud."""
+class Seed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The cloud-init NoCloud seed of an instance."""
 
     hostname: str
     ssh_keys: tuple[str, ...] = ()
     user_data: str | None = None
+    user_data_bytes: bytes | None = None
+    """Binary user-data, such as gzip; instead of `user_data`."""
     network_config: str | None = None
 
 
-class SharedFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder that hosts have in common, under the same name on each."""
+class SharedFolder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A folder that hosts share, mounted at the same path on each."""
 
     path: str
     id: str
-    """What its marker says, by which another folder at that place is told from it."""
+    """The content of its marker file, which distinguishes it from another folder at that path."""
 
 
-class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a hypervisor needs to know to hold an instance."""
+class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a hypervisor needs to run an instance."""
 
     image: Image
-    """What its root disk is built on, or the kernel that it boots."""
+    """The backing image of its root disk, or the kernel or ISO that it boots."""
     rescue_image: Image | None = None
-    """While it is rescued: what it boots instead, its root disk beside it as another disk."""
+    """While it is rescued: what it boots instead, with its root disk as a second disk."""
     vcpus: int = 1
     memory_mib: int = 128
     root_gib: int = 0
-    """Size of the root disk, in GiB; 0 keeps the image's own size. With a kernel image, 0 means that there is no root
-    disk, and any other size an empty one."""
+    """Size of the root disk, in GiB; 0 keeps the image's size. With a kernel image, 0 means no root disk, and any other
+    size an empty one."""
     root: int = 0
-    """Which root disk it has: each rebuild, resize or unshelving makes the next, so that two are never mistaken."""
+    """The number of its root disk: each rebuild, resize or unshelve creates the next."""
+    root_made: bool | None = None
+    """Whether that root disk was created; once it was, it is never created again, and a start without it fails.
+
+    None: unknown (recorded by an older version)."""
     root_is_whole: bool = False
-    """Whether the root disk stands by itself, instead of being a layer over the image."""
+    """Whether the root disk has no backing file, instead of being an overlay of the image."""
     shared: SharedFolder | None = None
-    """Where its root disks are, for every host that has that folder; None: on the disk of the host where it is."""
+    """The shared folder with its root disks; None: they are on its host's own disk."""
     disks: tuple[Disk, ...] = ()
     """The attached volumes, in the order attached."""
     forwards: tuple[Forward, ...] = ()
@@ -118,5 +125,5 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_root(self) -> bool:
-        """Whether it has a disk of its own."""
+        """Whether it has a root disk."""
         return self.image.kind == "disk" or self.root_gib > 0

@@ -1,5 +1,4 @@
-"""State drivers: one task per instance that takes what was admitted, performs it on the hypervisor, and reports.
+"""State drivers: one task per instance that performs admitted requests on the hypervisor, and reports the outcome.
 
-Which request may be served when is the core's; how an operation is performed is in `operations/`; this package brings
-the two together and keeps the book of it at a single exit.
+The core decides which request is performed when, and `operations/` has the handlers.
 """

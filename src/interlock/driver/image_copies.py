@@ -1,7 +1,7 @@
-"""Copies of images on the other hosts: those that nobody needs any more are removed.
+"""Removal of unused image copies on the other hosts.
 
-A copy goes when the server does not have its image any more, or when for some time no instance there needed it. What a
-guest boots, or a disk is a layer over, is the host's own to know, and is never removed by it.
+A copy is removed when the server no longer has its image, or when no instance there has needed it for some time. The
+host itself never removes a copy that a guest boots or that is a backing file.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Final
 
 import structlog
 
-from interlock.core.claims import claims_of
 from interlock.core.errors import HypervisorError, StoreClosed, StoreError
 from interlock.core.records import Image, Instance
-from interlock.driver.hosts import Hosts
+from interlock.core.resource_claims import claims_of
+from interlock.driver.host_registry import HostRegistry
 from interlock.ports import RemoteHost, Store, every_instance
 
 _LOG = structlog.get_logger(__name__)
 _LOOK_S_MAX: Final = 3600.0
-"""How often the copies are looked at, at least, in seconds."""
+"""The longest interval between two sweeps, in seconds."""
 
 
 class ImageCopies:
-    """Looks at the copies of images on every host that can be asked, now and then, and whenever it is rung.
+    """Sweeps the image copies of every connected host, at intervals and on request.
 
     Args:
         store: has the images, and the instances that need them.
         hosts: have the copies.
-        unused_ms: how long a copy stays that no instance there needs, in milliseconds; 0: for as long as its image.
+        unused_ms: how long an unused copy is kept, in milliseconds; 0: as long as its image.
     """
 
-    def __init__(self, store: Store, hosts: Hosts, unused_ms: int) -> None:
+    def __init__(self, store: Store, hosts: HostRegistry, unused_ms: int) -> None:
         self._store = store
         self._hosts = hosts
         self._unused_ms = unused_ms
         self._look_s = min(_LOOK_S_MAX, unused_ms / 2000) if unused_ms else _LOOK_S_MAX
-        self._bell = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -50,27 +50,27 @@ class ImageCopies:
             await asyncio.wait({self._task})
 
     def ring(self) -> None:
-        """Have them looked at soon: an image was deleted, or a host has come."""
-        self._bell.set()
+        """Request a sweep, after an image was deleted or a host has connected."""
+        self._wakeup.set()
 
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._look_s):
-                    await self._bell.wait()
-            self._bell.clear()
+                    await self._wakeup.wait()
+            self._wakeup.clear()
             try:
                 await self.sweep()
             except StoreClosed:
                 return
             except StoreError as error:
-                _LOG.error("the copies of images cannot be looked at", why=error.message)
+                _LOG.error("image copy sweep failed", why=error.message)
 
     async def sweep(self) -> None:
-        """Look once. A host that cannot be asked is passed over. Raises `StoreError`."""
+        """Sweep once. Unreachable hosts are skipped. Raises `StoreError`."""
         copies: dict[str, dict[str, int]] = {}
         for name, host in self._hosts.all_linked().items():
-            # Before the store is: what is asked for from now on is kept by the host, whatever it is told to remove.
+            # Before reading the store: a host keeps copies that are used from now on, even if asked to remove them.
             with contextlib.suppress(HypervisorError):
                 copies[name] = await host.image_copies()
         if not any(copies.values()):
@@ -91,13 +91,13 @@ class ImageCopies:
         try:
             dropped = await host.drop_image_copies(copies)
         except HypervisorError as error:
-            _LOG.warning("copies of images stay on a host", host=name, why=error.message)
+            _LOG.warning("image copies not removed", host=name, why=error.message)
         else:
-            _LOG.info("copies of images were removed", host=name, copies=dropped)
+            _LOG.info("image copies removed", host=name, copies=dropped)
 
     async def _paths(self) -> tuple[set[str], dict[str, set[str]]]:
-        """The files of every image that the server has, and of those that the instances of each host need."""
-        images = {image.id: image for image in await self._store.images()}
+        """Return the files of every image on the server, and the files that the instances of each host need."""
+        images = {image.id: image for image in await self._store.images.all()}
         known = {path for image in images.values() for path in _files(image)}
         needed: dict[str, set[str]] = {}
         async for instance in every_instance(self._store):
@@ -108,7 +108,7 @@ class ImageCopies:
 
 
 def _images(instance: Instance, images: dict[str, Image]) -> list[Image]:
-    """The images of the instance as it is, was before a resize, and is to be."""
+    """Return the images of the instance now, before a resize, and after its requests."""
     specs = (spec for spec in (instance.spec, instance.prior_spec) if spec is not None)
     found = [image for spec in specs for image in (spec.image, spec.rescue_image) if image is not None]
     return found + [images[image_id] for image_id in instance.image_ids if image_id in images]

@@ -1,27 +1,53 @@
-"""What the service and the state drivers need of the world: a store, a hypervisor, a clock, folders of files.
+"""The ports: protocols of the store, the hypervisor, the clock, hosts and files, and their value types.
 
-Protocols only, and the values that they speak in. Each protocol has one conformance suite in `testing/`, which every
-adapter must pass, so that a sentence in a docstring here is a test there.
+Every adapter must pass the conformance suite of its protocol in `tests/conformance/`, which tests these docstrings.
 """
 
 from interlock.ports.clock import Clock
-from interlock.ports.files import Dump, DumpFiles, ImageFiles, SharedRoots, SmallForm, VolumeFiles
-from interlock.ports.hosts import Host, HostState, Limits, Link, RemoteHost
-from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.ports.files import Dump, DumpFiles, ImageDownloads, ImageFiles, SharedRoots, SmallForm, VolumeFiles
+from interlock.ports.hosts import (
+    Drain,
+    Host,
+    HostCondition,
+    HostEvent,
+    HostIdentity,
+    HostState,
+    Limits,
+    Link,
+    RemoteHost,
+)
+from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream, TransferReport
 from interlock.ports.passwords import Passwords
-from interlock.ports.store import IdempotencyKey, InstanceFilter, Page, Role, Store, Token, Volume, every_instance
+from interlock.ports.store import (
+    IdempotencyKey,
+    InstanceFilter,
+    Jump,
+    Page,
+    Role,
+    Store,
+    Tally,
+    Token,
+    Volume,
+    every_instance,
+)
 
 __all__ = [
     "Clock",
+    "Drain",
     "Dump",
     "DumpFiles",
     "Host",
+    "HostCondition",
+    "HostEvent",
+    "HostIdentity",
     "HostState",
     "Hypervisor",
     "HypervisorEvent",
     "IdempotencyKey",
+    "ImageDownloads",
     "ImageFiles",
     "InstanceFilter",
+    "Jump",
     "Limits",
     "Link",
     "Observation",
@@ -35,7 +61,9 @@ __all__ = [
     "SmallForm",
     "Store",
     "Stream",
+    "Tally",
     "Token",
+    "TransferReport",
     "Volume",
     "VolumeFiles",
     "every_instance",

@@ -1,4 +1,4 @@
-"""Where time is read."""
+"""The machine's clocks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where time is read."""
+    """The machine's clocks. Ages are measured on the store's clock instead."""
 
-    def now_ms(self) -> int:
-        """Milliseconds since the Unix epoch, never less than an earlier answer, unmoved when the wall clock is set."""
+    def wall_ms(self) -> int:
+        """Return the wall clock, in milliseconds since the Unix epoch. It may be set at any moment."""
+        ...
+
+    def running_ms(self) -> int:
+        """Return the time since boot, including suspend, in milliseconds (CLOCK_BOOTTIME). It cannot be set."""
+        ...
+
+    def boot(self) -> str:
+        """Return the boot id of the machine; empty if unknown."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -10,62 +11,99 @@ import msgspec
 from interlock.core.records import Image, SharedFolder
 
 SmallForm = Literal["kernel", "disk"]
-"""How the small guest is to be booted: its kernel directly, beside an empty root disk, or from a disk of its own."""
+"""How the small guest boots: its kernel directly, with an empty root disk, or from its own disk."""
 
 
 class ImageFiles(Protocol):
-    """The server's image folder. Nothing enters it that was not inspected."""
+    """The server's image folder. Every file is inspected before it is imported."""
 
-    async def bring_disk(self, image_id: str, name: str, source: Path, sha256: str | None = None) -> Image:
-        """Inspect the disk image at `source` and take a copy into the folder (durable when this returns).
+    async def bring_disk(
+        self, image_id: str, name: str, source: Path, sha256: str | None = None, *, claimed: str | None = None
+    ) -> Image:
+        """Inspect the disk image at `source` and copy it into the folder (durable when this returns).
+
+        Compressed files are decompressed, and the disk of an OVA is extracted. `claimed` is `raw` to import a file as a
+        disk although it has no boot sector; None: detect the format.
 
         Raises:
-            Invalid: it is not what it claims, names a backing or data file, or its SHA-256 is not the one given.
-            StoreFull: there is no room.
+            Invalid: it is not a disk, not of the claimed format, refers to a backing or data file, or its SHA-256
+                differs.
+            StoreFull: no space left.
         """
         ...
 
     async def bring_kernel(self, image_id: str, name: str, kernel: Path, initrd: Path | None, cmdline: str) -> Image:
-        """Take a copy of a kernel and its initial file system. Raises as `bring_disk`."""
+        """Copy a kernel and its initrd into the folder. Raises as `bring_disk`."""
         ...
 
     async def build_small(self, image_id: str, name: str, form: SmallForm = "kernel") -> Image:
-        """Build the small guest from the distribution's own packages, as an image of the kind that `form` names.
+        """Build the small guest from the distribution's packages, as an image of the kind `form`.
 
         Raises:
-            Unavailable: something that it is built from is not installed; the remedy names it.
+            Unavailable: a package that it is built from is not installed; the remedy names it.
         """
         ...
 
     def draft_path(self, image_id: str) -> Path:
-        """Where an export of a disk is to be written that `adopt_export` takes; the folder is there."""
+        """Return the path for an export of a disk, to be imported with `adopt_export`; its folder exists."""
         ...
 
     async def adopt_export(self, image_id: str, name: str) -> Image:
-        """Inspect what was written to the image's `draft_path`, and make it an image, durable when this returns.
-
-        Called again it gives the same image, whether or not the draft is still there.
+        """Inspect the file at the image's `draft_path`, and make it an image, durable when this returns. Idempotent.
 
         Raises:
-            Invalid: it is no disk image that may be used, or nothing was written.
-            StoreFull, StoreError: it could not be kept.
+            Invalid: it is not a usable disk image, or the file does not exist.
+            StoreFull, StoreError: it could not be written.
         """
         ...
 
     async def discard(self, image_id: str) -> None:
-        """Remove a draft, and what was adopted of it; does nothing where there is neither."""
+        """Remove a draft and its image; does nothing if there is neither."""
         ...
 
     async def holds(self, image: Image) -> bool:
-        """Whether the files of the image are there."""
+        """Whether the files of the image exist."""
         ...
 
     async def ids(self) -> frozenset[str]:
-        """The ids of all images and drafts of which a file is there."""
+        """Return the ids of all images and drafts with a file."""
         ...
 
     async def remove(self, image: Image) -> None:
-        """Remove the files of an image that no instance uses; does nothing where they are gone already."""
+        """Remove the files of an image that no instance uses. Idempotent."""
+        ...
+
+
+class ImageDownloads(Protocol):
+    """Downloads of image files over HTTP."""
+
+    def check(self, url: str, field: str) -> None:
+        """Raise `Invalid` unless the server may download from `url`; `field` names the input in the error."""
+        ...
+
+    async def fetch(self, url: str, report: Callable[[int, int | None], None]) -> Path:
+        """Download the file at `url`, resuming an earlier attempt, and return its path.
+
+        `report` is called with the bytes received and the total, if known.
+
+        Raises:
+            Invalid: the URL is invalid, the file is not found, or it is too large.
+            Unavailable: the server is unreachable or timed out.
+            StoreFull, StoreError: it could not be written.
+        """
+        ...
+
+    async def checksum(self, url: str, of: str) -> tuple[str, str]:
+        """Return algorithm and digest that the checksum file at `url` has for the file at the URL `of`.
+
+        Raises:
+            Invalid: the checksum file is not found, has no entry for that file, or uses a weak algorithm.
+            Unavailable: the server is unreachable.
+        """
+        ...
+
+    def discard(self, url: str) -> None:
+        """Remove a partial or complete download. Idempotent."""
         ...
 
 
@@ -73,28 +111,28 @@ class VolumeFiles(Protocol):
     """The server's volume folder."""
 
     async def make(self, volume_id: str, size_bytes: int) -> Path:
-        """Make an empty disk, durable when this returns. Raises `StoreFull`, `Unavailable`."""
+        """Create an empty disk, durable when this returns. Raises `StoreFull`, `Unavailable`."""
         ...
 
     async def remove(self, volume_id: str) -> None:
-        """Remove a volume's file; does nothing where it is gone already."""
+        """Remove a volume's file. Idempotent."""
         ...
 
 
 class SharedRoots(Protocol):
-    """The folder in which this server's hosts keep root disks together, if there is one."""
+    """The folder for root disks that this server's hosts share, if there is one."""
 
     @property
     def path(self) -> Path | None:
-        """Where it is, or is to be; None where each host keeps root disks on a disk of its own."""
+        """Its configured path; None if each host keeps root disks on its own disk."""
         ...
 
     async def folder(self) -> SharedFolder | None:
-        """It, for a new instance; None where there is none.
+        """Return it for a new instance; None if none is configured.
 
         Raises:
-            Unavailable: it is not there, or another one is in its place.
-            NoRoom: its file system is as good as full.
+            Unavailable: it does not exist, or another folder is mounted in its place.
+            InsufficientCapacity: its file system is almost full.
         """
         ...
 
@@ -103,27 +141,27 @@ class Dump(msgspec.Struct, frozen=True, kw_only=True):
     """A dump of a guest's memory."""
 
     id: str
-    """That of the request that made it."""
+    """The id of the request that created it."""
     path: Path
     size_bytes: int
     made_at_ms: int
 
 
 class DumpFiles(Protocol):
-    """The server's folder of dumps. Nobody but the server may read them: they hold what the guests know."""
+    """The server's folder of memory dumps. Only the server may read them: they contain the guests' secrets."""
 
     def dump_path(self, instance_id: str, request_id: str) -> Path:
-        """Where that request's dump is to be written; the folder is there. Raises `StoreFull`, `StoreError`."""
+        """Return the path for that request's dump; its folder exists. Raises `StoreFull`, `StoreError`."""
         ...
 
     async def dumps(self, instance_id: str) -> tuple[Dump, ...]:
-        """The instance's dumps that are whole, oldest first."""
+        """Return the instance's complete dumps, oldest first."""
         ...
 
     async def remove(self, instance_id: str) -> None:
-        """Remove all dumps of the instance; does nothing where there are none. Raises `StoreError`."""
+        """Remove all dumps of the instance. Idempotent. Raises `StoreError`."""
         ...
 
     async def discard(self, dump: Dump) -> None:
-        """Remove one dump; does nothing where it is gone already. Raises `StoreError`."""
+        """Remove one dump. Idempotent. Raises `StoreError`."""
         ...

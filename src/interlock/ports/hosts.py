@@ -1,10 +1,11 @@
-"""The hosts beside the server's own: what is kept of one, and how its agent's adapter is spoken to."""
+"""Host records, and the port of a remote host with its agent."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from enum import StrEnum
-from typing import Protocol
+from pathlib import Path
+from typing import Final, Protocol
 
 import msgspec
 
@@ -12,65 +13,150 @@ from interlock.ports.hypervisor import Hypervisor
 
 
 class HostState(StrEnum):
-    """What the server takes a host for."""
+    """The state of a host."""
 
     UP = "up"
-    """Its agent speaks to the server, or did so until so short a while ago that its guests may still run."""
+    """Its agent is connected, or was so recently that its lease still runs."""
     LOST = "lost"
-    """Its agent is silent, and nothing tells whether its guests run."""
+    """Its agent does not respond, and its guests may still run."""
     FENCED = "fenced"
-    """Its guests have ended: its lease ran out, or an admin said so. They may be taken up elsewhere."""
+    """Its guests have ended: its lease expired, or an admin confirmed it. They may be evacuated."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be promised of a host in all; None: without limit."""
+    """The total capacity of a host for allocation; None: unlimited."""
 
     memory_mib: int | None = None
     vcpus: int | None = None
     disk_mib: int | None = None
     disk_reserved_mib: int = 0
-    """What must stay free of its file system for real when a disk is promised."""
+    """The free space that its file system must keep when a disk is allocated."""
     devices_max: int | None = None
-    """How many disks and further interfaces one guest can have together, with a place for a root disk."""
+    """The device slots of one guest, for disks (including the root disk) and further interfaces."""
+
+
+class HostIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """The identity of a host: its data folder and where that is, independent of its name."""
+
+    id: str
+    """Stored in the data folder, created with it. A copy of the folder has the same id."""
+    machine: str = ""
+    """Machine id of the installed system."""
+    boot: str = ""
+    """Boot id of the machine."""
+    folder: str = ""
+    """Device and inode of the data folder; together with `boot` it distinguishes a folder from its copies."""
+    run: str = ""
+    """Unique id of the agent process."""
+
+    def same_folder(self, other: HostIdentity) -> bool:
+        """Whether both are the same folder on the same boot. Its lock allows one agent at a time."""
+        return (self.id, self.boot, self.folder) == (other.id, other.boot, other.folder)
+
+    def is_rebooted(self, before: HostIdentity) -> bool:
+        """Whether the machine has rebooted since, so that its earlier guests have ended."""
+        return self.machine == before.machine and self.boot != before.boot
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True):
+    """The drain of a host: no new instances are scheduled there, and its instances are migrated away."""
+
+    by: str
+    """Who requested it."""
+    since_ms: int
+    cold: bool = False
+    """Whether instances that cannot be live-migrated are migrated cold."""
+
+
+HISTORY_MAX: Final = 100
+"""The number of events kept for each host."""
+
+
+class HostEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of a host."""
+
+    kind: str
+    """`joined`, `lost` (its agent does not respond), `fenced`, or `back`; for the server's own host `clock_jumped`,
+    `disk_full` and `disk_has_space`."""
+    at_ms: int
+    by: str | None = None
+    """For `fenced`: `lease`, or an admin's name."""
+    detail: str | None = None
+    """A sentence for people, for events of the server's own host."""
+
+
+class HostCondition(msgspec.Struct, frozen=True, kw_only=True):
+    """The present condition of a host."""
+
+    name: str
+    state: HostState
+    """`lost` already while its lease still runs, if its agent has not responded for most of it."""
+    since_ms: int = 0
+    """Since when it is lost or fenced, on the store's clock."""
+    fenced_at_ms: int | None = None
+    """For a lost host: when it is fenced at the latest, unless it is back before; None if only an admin can fence it.
+    """
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """A host whose agent has spoken to this server."""
+    """The record of a host."""
 
     name: str
+    identity: HostIdentity | None = None
+    """The identity to which the name is bound; None until an agent with an identity has connected."""
+    former: str | None = None
+    """The former name under which its agent runs; None if it runs under the present one."""
+    other_former: tuple[str, ...] = ()
+    """Further former names, under which its agent may connect the next time; none from then on."""
+    replaces: str | None = None
+    """The former name whose instances are still to be moved to this record; None when that is done."""
+    own: bool = False
+    """Whether it is the server's own, which has no agent: only its drain and history are stored."""
+    drain: Drain | None = None
     state: HostState = HostState.UP
     joined_at_ms: int
     last_seen_at_ms: int
     lease_until_ms: int | None = None
-    """When the last lease that was granted ends; None for one that holds its guests without a lease."""
+    """When its last lease expires; None without leases."""
     fenced_by: str | None = None
-    """Who said that its guests have ended: `lease`, or an admin's name."""
+    """What fenced it: `lease`, or an admin's name."""
     address: str | None = None
-    """Where other hosts send guests to, as HOST:PORT; None if it takes none."""
+    """Its address for incoming migrations, as HOST:PORT; None if it accepts none."""
     shared: str | None = None
-    """The folder that it has in common with other hosts, under the same name; None if it has none."""
+    """The folder that it shares with other hosts, at the same path; None if it has none."""
     limits: Limits = Limits()
-    """What its agent last said may be promised there."""
+    """Its capacity, as last reported by its agent."""
+    history: tuple[HostEvent, ...] = ()
+    """Its events, latest last."""
+
+    @property
+    def former_names(self) -> frozenset[str]:
+        """The former names that its agent may use."""
+        return frozenset(self.other_former if self.former is None else (self.former, *self.other_former))
+
+    def is_same(self, other: Host) -> bool:
+        """Whether both records can be of one host: unless their identities differ."""
+        return self.identity is None or other.identity is None or self.identity.id == other.identity.id
 
 
 class Link(Protocol):
     """A connection between server and agent that carries whole messages, in order."""
 
     async def send(self, frame: bytes) -> None:
-        """Send one message. Raises `ConnectionError` when the connection has ended."""
+        """Send one message. Raises `ConnectionError` if the connection is closed."""
         ...
 
     async def receive(self) -> bytes:
-        """The next message. Raises `ConnectionError` when the connection has ended."""
+        """Receive the next message. Raises `ConnectionError` if the connection is closed."""
         ...
 
-    async def close(self) -> None:
-        """End the connection."""
+    async def close(self, reason: str = "") -> None:
+        """Close the connection; the other side receives a reason other than the usual end of a session."""
         ...
 
 
 class RemoteHost(Hypervisor, Protocol):
-    """The hypervisor of a host whose agent comes and goes. While it is away every call is `NotResponding`."""
+    """The hypervisor of a host with an agent. While that is disconnected every call raises `NotResponding`."""
 
     @property
     def linked(self) -> bool:
@@ -79,34 +165,68 @@ class RemoteHost(Hypervisor, Protocol):
 
     @property
     def disk_free_mib(self) -> int | None:
-        """What the file system of its folder had free for real at its last sign of life; None while it is away."""
+        """The free space of its data folder's file system, as last reported; None while it is disconnected."""
         ...
 
-    async def serve(self, link: Link, heard: Callable[[Host], Awaitable[None]]) -> None:
-        """Speak with the agent until the connection ends. An earlier connection of the same host is ended first.
+    async def serve(
+        self, link: Link, admit: Callable[[Host], Awaitable[None]], on_connected: Callable[[Host], Awaitable[None]]
+    ) -> None:
+        """Serve the agent's session until the connection ends.
 
-        `heard` is called when the agent has told what its guests did while it was away, and can be asked.
+        `admit` is called before anything is granted to the agent, for one agent at a time; its errors are sent to the
+        agent, and raised. An earlier connection of the same host is closed after that. `on_connected` is called when
+        the agent has delivered the events of its guests from before, and accepts calls.
         """
         ...
 
+    async def answers(self) -> bool:
+        """Whether an agent is connected and responds now."""
+        ...
+
+    def disconnect(self) -> None:
+        """Close the connection, if there is one. The agent may reconnect."""
+        ...
+
     def superseded(self, instance_id: str, fence: int) -> None:
-        """Have the host know that nobody with a smaller fence may act on the instance any more."""
+        """Notify the host that calls with a smaller fence must be rejected for the instance."""
+        ...
+
+    def rename(self, name: str, former: frozenset[str]) -> None:
+        """Rename the host; its agent may still use the former names."""
+        ...
+
+    def outgoing_file(self, transfer: str) -> Path:
+        """Return the file that the server sends to the host in that transfer.
+
+        Raises:
+            NotFound: the transfer has ended, or is one of another host.
+        """
+        ...
+
+    async def receive_range(self, transfer: str, offset: int, chunks: AsyncIterator[bytes]) -> None:
+        """Write consecutive chunks to the file that the server fetches from the host in that transfer.
+
+        Raises:
+            NotFound: as `outgoing_file`.
+            OSError: it cannot be written.
+        """
         ...
 
     def copy_name(self, path: str) -> str:
-        """What the host calls its copy of a file that the server has under `path`."""
+        """Return the host's name for its copy of the server's file at `path`."""
         ...
 
     async def image_copies(self) -> dict[str, int]:
-        """How long ago each copy of an image's file was last used, in milliseconds, by its name.
+        """Return the time since the last use of each unused copy of an image file, in milliseconds, by name.
 
-        Without those that a guest there boots, or that a disk of one is a layer over. Raises `NotResponding` and
-        `Refused`.
+        Copies that a guest there boots, or that are backing files, are omitted. Raises `NotResponding` and
+        `OperationRejected`.
         """
         ...
 
     async def drop_image_copies(self, names: Collection[str]) -> tuple[str, ...]:
-        """Remove those copies, and tell which are gone: none that a guest needs by now, or that was asked for since
-        `image_copies`. Raises `NotResponding`, `Refused`.
+        """Remove those copies and return the removed ones; any that were used since `image_copies` stay.
+
+        Raises `NotResponding`, `OperationRejected`.
         """
         ...

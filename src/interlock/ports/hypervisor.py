@@ -1,6 +1,6 @@
-"""What a host must be able to do with guests, and how it tells what they do by themselves.
+"""The hypervisor port: life cycle, devices, memory, disks and consoles of the guests of one host, and their events.
 
-Its conformance suite is `testing/check_hypervisor/`: a sentence in a docstring here is a test there.
+Its conformance suite is `tests/conformance/hypervisor/`: docstrings here are tested there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Permit(Protocol):
 
     @property
     def fence(self) -> int:
-        """Which right it is: it is lost when one with a greater number is given."""
+        """The fencing token: the permit is lost when a greater one is issued."""
         ...
 
     def check(self) -> None:
@@ -33,130 +33,149 @@ class Permit(Protocol):
 
 
 class Report(Protocol):
-    """Where something long says how far it is."""
+    """Progress callback of a long operation."""
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """Say that so many bytes of so many are done. Cheap: may be called often.
+        """Report the bytes done and the total. Cheap: may be called often.
 
         Raises:
-            Fenced: the worker that waits for it has lost its right to act.
+            Fenced: the worker has lost its right to act.
         """
+        ...
+
+
+class TransferReport(Report, Protocol):
+    """Progress callback with status text and warning."""
+
+    def __call__(
+        self, done: int, total: int | None = None, *, detail: str | None = None, warning: str | None = None
+    ) -> None:
+        """As `Report`; `detail` is a status text, `warning` says why the operation will not complete as things are."""
         ...
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a hypervisor holds of an instance, found by looking."""
+    """The actual state of an instance on a host."""
 
     defined: bool
-    """Whether it has anything at all of it: disks, a folder, a process."""
+    """Whether anything of it exists: disks, a folder, a QEMU process."""
     power_state: PowerState
     disks: tuple[str, ...] = ()
-    """Ids of the disks that the running guest has, `root` included; empty when no guest runs."""
+    """Ids of the running guest's disks, `root` included; empty if no guest runs."""
     interfaces: tuple[str, ...] = ()
-    """Ids of the interfaces beyond the first that the running guest has."""
+    """Ids of the running guest's interfaces beyond the first."""
     memory_saved: bool = False
-    """Whether the guest's memory is in a file, from which it can be restored."""
+    """Whether the guest's memory is saved to a file."""
+    paused: bool = False
+    """Whether the guest was paused by request, and not halted for an error or suspended by itself."""
     responsive: bool = True
-    """False if something holds the guest but gave no answer in time; power_state is then the last known."""
+    """False if a QEMU process runs but timed out; power_state is then the last known."""
 
 
 class Stream(Protocol):
-    """A connection with a guest, of bytes."""
+    """A byte stream to a guest's console or display."""
 
     async def read(self) -> bytes:
-        """The next bytes; empty at the end."""
+        """Return the next bytes; empty at the end."""
         ...
 
     async def write(self, data: bytes) -> None:
-        """Send bytes. Raises `NotThere` when it has ended."""
+        """Send bytes. Raises `GuestNotFound` if the guest has ended."""
         ...
 
     async def close(self) -> None:
-        """Let go of it; the guest is not disturbed."""
+        """Close the stream; the guest is not affected."""
         ...
 
 
 class HypervisorEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that the hypervisor told of its own accord."""
+    """An event of a guest."""
 
     instance_id: str
     kind: GuestEvent
     during_watch: bool = True
-    """False if it happened while nobody watched, and was kept."""
+    """False if it happened while no process watched the guest, and was recorded."""
 
 
 class Hypervisor(Protocol):
-    """Holds guests. One object serves one host.
+    """The guests of one host.
 
     Every method that changes something takes the worker's permit and checks it immediately before each effect, not
-    only at the start. Every one converges: called again after a crash at any point, it completes what was begun, and
-    where what it leads to holds already it does nothing. All raise `Refused`, `NotResponding` or `NotThere` with the
-    meanings of the error tree, and `Fenced` when the permit is lost; a worker may be cancelled at any await.
+    only at the start. Every one is idempotent: called again after a crash at any point, it completes what was begun,
+    and does nothing if that is done already. All raise `OperationRejected`, `NotResponding` or `GuestNotFound` as
+    defined in the error tree, and `Fenced` when the permit is lost; a worker may be cancelled at any await.
     """
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
-        """Take charge of the host's guests, and from now on tell `listener` (on the event loop) what they do.
+        """Adopt the host's guests, and call `listener` (on the event loop) with their events from now on.
 
-        Guests that outlived an earlier process are found again, and what they did meanwhile is told with
-        `during_watch=False` before this returns. An end that this object was asked for is not told.
+        Guests that outlived an earlier process are found again, and their events from the meantime are delivered with
+        `during_watch=False` before this returns; those of a guest that does not respond at once, as soon as it does.
+        A requested end of a guest is not an event. A QEMU process that stops responding is reported within a time
+        limit, and so is its recovery. An operation that takes effect after it timed out is reported as a change.
 
         Raises:
-            Unavailable: with the reason and the remedy, when guests cannot be held here.
+            Unavailable: guests cannot run on this host; with reason and remedy.
         """
         ...
 
     async def close(self) -> None:
-        """Let go of the guests without disturbing them."""
+        """Detach from the guests, which keep running."""
         ...
 
     async def known(self) -> frozenset[str]:
-        """The ids of all instances of which anything is here, running or not."""
+        """Return the ids of all instances of which anything exists on the host, running or not."""
         ...
 
     async def inspect(self, instance_id: str) -> Observation:
-        """Look at what is there. Never raises for an unknown or frozen instance: that is an answer."""
+        """Return the actual state. Never raises for an unknown or unresponsive instance."""
         ...
 
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
-        """Make what the instance needs on this host without starting it, and remove what it needs no more.
+        """Create what the instance needs on this host without starting it, and remove what it no longer needs.
 
-        That is: its folder; the root disk `spec.root` if it is missing (an empty layer over the image, or an empty
-        disk), never one that is there; the disk of its rescue image while it has one, fresh for each rescue, and none
-        while it has none; its seed. Other root disks stay, see `drop_root_disks`. Root disks are in the folder that
-        `spec.shared` names, for all hosts that have it.
+        That is: its folder; the root disk `spec.root` if it is missing and was never created (an empty overlay of the
+        image, or an empty disk); the disk of its rescue image, new for each rescue, and none without a rescue; its
+        cloud-init seed. Other root disks stay, see `drop_root_disks`. Root disks are in the folder `spec.shared`, if
+        set.
 
         Raises:
-            Refused: the image, or its rescue image, is not there any more, or a root disk that stands by itself is
-                not, which only `root_disk_from` and `copy_root_disk` make; or there is no room; or the shared folder is
-                not there, or is another one.
+            OperationRejected: the image, the rescue image or a volume is missing or damaged, or a root disk that was
+                created before (`spec.root_made`) or has no backing file (only `root_disk_from` and `copy_root_disk`
+                create those); the message names the file. Or no space is left; or the shared folder is missing or
+                another one.
         """
         ...
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
-        """Remove everything of the instance that is this host's; a running guest is ended first.
+        """Remove everything of the instance on this host; a running guest is ended first.
 
-        Volumes' files are not touched, and no root disk in a shared folder: another host may use it.
+        Volumes and root disks in a shared folder stay: another host may use them.
         """
         ...
 
     async def power_on(self, permit: Permit, instance_id: str, spec: Spec) -> None:
-        """Start the guest with the disks that `spec` lists; returns when its processors run."""
+        """Start the guest with the disks of `spec`; return when its vCPUs run.
+
+        Raises:
+            OperationRejected: one of its files is missing or damaged; the message names it.
+        """
         ...
 
     async def power_off(self, permit: Permit, instance_id: str) -> None:
-        """Pull the plug: whatever holds the guest has ended when this returns, frozen or not."""
+        """Power off hard: the QEMU process has ended when this returns, responsive or not."""
         ...
 
     async def press_power_button(self, permit: Permit, instance_id: str) -> None:
-        """Ask the guest to power itself off. Returns at once; whether it does is told or can be seen."""
+        """Send the guest an ACPI power button event and return at once."""
         ...
 
     async def wait_powered_off(self, instance_id: str) -> None:
-        """Return as soon as no guest runs: it powered itself off, or what held it has ended. Changes nothing."""
+        """Wait until no guest runs: it powered itself off, or its QEMU process has ended. Changes nothing."""
         ...
 
     async def reset(self, permit: Permit, instance_id: str) -> None:
-        """Reset the machine, as its reset button would; it runs afterwards also if it was powered off or crashed."""
+        """Reset the guest hard; it runs afterwards, also if it was powered off or crashed."""
         ...
 
     async def pause(self, permit: Permit, instance_id: str) -> None: ...
@@ -164,176 +183,175 @@ class Hypervisor(Protocol):
     async def unpause(self, permit: Permit, instance_id: str) -> None: ...
 
     async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
-        """Plug a disk into the running guest. Does nothing where it is plugged in already.
+        """Hot-plug a disk into the running guest. Idempotent.
 
         Raises:
-            NotThere: no guest runs.
+            GuestNotFound: no guest runs.
         """
         ...
 
     async def detach_disk(self, permit: Permit, instance_id: str, disk_id: str) -> None:
-        """Unplug a disk from the running guest; returns when the guest has let go of it.
+        """Unplug a disk from the running guest; return when the guest has released it.
 
         Raises:
-            NotThere: no guest runs.
-            NotResponding: the guest did not let go in time; the disk is still in use.
+            GuestNotFound: no guest runs.
+            NotResponding: the guest did not release it in time; the disk is still in use.
         """
         ...
 
     async def swap_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
-        """Copy the content of `old` to `new` while the guest writes, and let the guest go on with `new` in its place.
+        """Mirror `old` to `new` while the guest writes, and switch the guest to `new`.
 
-        The guest sees the same device. Where it has `new` and not `old`, nothing is done. A worker that is cancelled
-        half-way leaves the guest with `old`.
+        The guest sees the same device. Does nothing if it has `new` and not `old`. On cancellation the guest keeps
+        `old`.
 
         Raises:
-            NotThere: no guest runs.
-            Refused: the guest has neither, `new` is smaller, or there is no room; the guest has `old`, and nothing has
-                `new`.
-            NotResponding: what was begun can neither be gone on with nor ended, and `new` may be written to.
+            GuestNotFound: no guest runs.
+            OperationRejected: the guest has neither, `new` is smaller, or no space is left; the guest keeps `old`, and
+                `new` is not in use.
+            NotResponding: the mirror can neither complete nor be cancelled, and `new` may be written to.
         """
         ...
 
     async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
-        """Copy the content of `old` to `new`, at least as large, while no guest has either.
+        """Copy `old` to `new`, at least as large, while no guest has either.
 
-        Called again it begins anew. A worker that is cancelled half-way leaves `new` with anything.
+        Called again it starts over. On cancellation the content of `new` is undefined.
 
         Raises:
-            Refused: something has one of them open, one is not there, `new` is smaller, or there is no room.
+            OperationRejected: one of them is in use or not found, `new` is smaller, or no space is left.
         """
         ...
 
     async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
-        """Plug an interface into the running guest. Does nothing where it is plugged in. Raises `NotThere`."""
+        """Hot-plug an interface into the running guest. Idempotent. Raises `GuestNotFound`."""
         ...
 
     async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
-        """Unplug an interface; returns when the guest has let go of it. Raises as `detach_disk`."""
+        """Unplug an interface; return when the guest has released it. Raises as `detach_disk`."""
         ...
 
     # ------------------------------------------------------------------------------------------- memory
 
     async def save_memory(self, permit: Permit, instance_id: str, report: Report) -> None:
-        """Write the guest's memory to a file and end what held it; durable when this returns.
+        """Save the guest's memory to a file and end its QEMU process; durable when this returns. Idempotent.
 
-        Where it is saved already, nothing is done. A guest of which it failed, or whose worker was cancelled, goes on
-        as it was (running or paused), with no file.
+        On failure or cancellation the guest continues as it was (running or paused), and the file is removed.
 
         Raises:
-            NotThere: no guest runs, and nothing is saved.
-            Refused: it could not be written, such as for lack of room.
+            GuestNotFound: no guest runs, and no memory is saved.
+            OperationRejected: it could not be written, such as no space left.
         """
         ...
 
     async def restore_memory(self, permit: Permit, instance_id: str, spec: Spec, report: Report) -> None:
-        """Go on with the guest from its saved memory; returns when its processors run, and nothing is saved any more.
+        """Restore the guest from its saved memory; return when its vCPUs run and the file is removed.
 
-        A guest runs from one saved memory once: from the moment its processors may have run, the file is no more, and
-        a call that finds the guest so lets it run. `spec` is that with which it was saved.
+        A guest runs from a saved memory at most once: the file is removed before its vCPUs run, and a repeated call
+        runs a guest that was restored and is still paused. `spec` is the one with which it was saved.
 
         Raises:
-            NotThere: nothing is saved, and no guest runs.
-            Refused: it could not be read; it is still saved.
+            GuestNotFound: no memory is saved, and no guest runs.
+            OperationRejected: it could not be read; it is still saved.
         """
         ...
 
     async def forget_memory(self, permit: Permit, instance_id: str) -> None:
-        """Give up the saved memory, if there is one. `power_on` and `undefine` do so too."""
+        """Discard the saved memory, if there is one. `power_on` and `undefine` do so too."""
         ...
 
     async def dump_memory(self, permit: Permit, instance_id: str, target: Path, report: Report) -> None:
-        """Write a dump of the guest's memory for a debugger (compressed kdump) to `target`, there whole or not at all.
+        """Write a dump of the guest's memory for a debugger (compressed kdump) to `target`, atomically.
 
-        The guest stands still meanwhile, and is afterwards what it was: running, paused or crashed.
+        The guest is paused meanwhile, and continues afterwards as it was: running, paused or crashed.
 
         Raises:
-            NotThere: no guest is there.
-            Refused: it could not be written.
+            GuestNotFound: there is no guest.
+            OperationRejected: it could not be written.
         """
         ...
 
     # -------------------------------------------------------------------------------------- the root disk
 
     async def copy_root_disk(self, permit: Permit, instance_id: str, old: Spec, new: Spec, report: Report) -> None:
-        """Make the root disk of `new` as a copy of that of `old`, as large as `new` says, if it is missing.
+        """Create the root disk of `new` as a copy of that of `old`, with the size in `new`, if it is missing.
 
-        To be called while no guest runs. Does nothing where neither has one.
+        Call it while no guest runs. Does nothing if neither has one.
 
         Raises:
-            Refused: there is no room, or it would be smaller.
+            OperationRejected: no space left, or it would be smaller.
         """
         ...
 
     async def root_disk_from(self, permit: Permit, instance_id: str, spec: Spec, source: Path, report: Report) -> None:
-        """Make the root disk of `spec`, which is whole, from the image file (qcow2) at `source`, if it is missing."""
+        """Create the root disk of `spec`, without backing file, from the qcow2 file at `source`, if it is missing."""
         ...
 
     async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
-        """Remove every root disk of the instance but those numbers, where `spec` has them.
+        """Remove every root disk of the instance but those numbers, in the folder of `spec`.
 
         Raises:
-            Refused: a guest of this host has one of them, or the shared folder is not there, or is another one.
+            OperationRejected: a guest of this host uses one of them, or the shared folder is missing or another one.
         """
         ...
 
     async def export_root_disk(
         self, permit: Permit, instance_id: str, spec: Spec, target: Path, report: Report
     ) -> None:
-        """Write the root disk as it is at one moment to `target`: sparse, compressed qcow2 that needs no other file.
+        """Write a point-in-time copy of the root disk to `target`: sparse, compressed qcow2 without backing file.
 
-        The guest goes on meanwhile; one that has a guest agent is asked to flush its file systems before that moment
-        and frozen for no longer than it takes to begin. `target` is there whole or not at all.
+        The guest continues; with a guest agent, its file systems are flushed and frozen only until the copy begins.
+        `target` is written atomically.
 
         Raises:
-            Refused: the instance has no root disk, or there is no room.
+            OperationRejected: the instance has no root disk, or no space is left.
         """
         ...
 
     # --------------------------------------------------------------------------------------- guest agent
 
     async def agent_answers(self, instance_id: str) -> bool:
-        """Whether a guest agent answers in the guest."""
+        """Whether the guest agent responds."""
         ...
 
     async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
-        """Ask the guest to power itself off, by its agent if that answers, else by its power button."""
+        """Ask the guest to power itself off, by the guest agent if it responds, else by the ACPI power button."""
         ...
 
     async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
-        """Have the guest agent set a user's password.
+        """Set a user's password through the guest agent.
 
         Raises:
-            NotThere: no guest runs.
-            Refused: no guest agent answers, or it says no.
+            GuestNotFound: no guest runs.
+            OperationRejected: the guest agent does not respond, or rejects it.
         """
         ...
 
-    # ------------------------------------------------------------------------------ seeing and being seen
+    # -------------------------------------------------------------------------------- console and display
 
     async def screenshot(self, instance_id: str) -> bytes:
-        """What the guest's screen shows, as PNG.
+        """Return a screenshot of the guest's display, as PNG.
 
         Raises:
-            NotThere: no guest runs.
-            Refused: the guest has no screen.
+            GuestNotFound: no guest runs.
+            OperationRejected: the guest has no display.
         """
         ...
 
     async def open_console(self, instance_id: str) -> Stream:
-        """A connection to the guest's serial console: what it writes from now on, and what is typed.
+        """Open a connection to the guest's serial console, with its output from now on.
 
-        Any number may be open at once. It ends when the guest does. Raises `NotThere`.
+        Any number may be open at once. It ends with the guest. Raises `GuestNotFound`.
         """
         ...
 
     async def open_display(self, instance_id: str) -> Stream:
-        """A connection that speaks VNC (RFB) with the guest's screen. Raises `NotThere`, `Refused`."""
+        """Open a VNC (RFB) connection to the guest's display. Raises `GuestNotFound`, `OperationRejected`."""
         ...
 
     async def console_tail(self, instance_id: str, length: int) -> bytes | None:
-        """The last so many bytes that the guest wrote on its serial console, whether it runs or not.
+        """Return the last `length` bytes of the guest's serial console output, whether it runs or not.
 
-        None where there is no console, or none was written yet.
+        None if there is no console log yet.
         """
         ...

@@ -1,4 +1,4 @@
-"""Passwords on their way to a guest: never written down, and therefore in no record that anything else is in."""
+"""Passwords to be set in guests: kept in memory only, and in no record."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Protocol
 
 
 class Passwords(Protocol):
-    """What is to be set, in memory only, from the submission of a request to its end."""
+    """The passwords of outstanding requests, from submission to end."""
 
     def of(self, request_id: str) -> str | None:
-        """The password that this request is to set; None where the server was restarted since it was submitted."""
+        """Return the password of this request; None if the server was restarted since its submission."""
         ...

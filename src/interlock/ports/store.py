@@ -1,13 +1,13 @@
-"""What keeps instances, requests, events, tokens, images, volumes, policies and hosts, and what callers of it name.
+"""The store port: persistent instances, requests, events, tokens, images, volumes, policies and hosts.
 
-Its conformance suite is `testing/check_store/`: a sentence in a docstring here is a test there.
+Its conformance suite is `tests/conformance/store/`: docstrings here are tested there.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -20,10 +20,10 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Role(StrEnum):
-    """What a caller may do. Each but `agent` includes the one before.
+    """A caller's role. Each but `agent` includes the one before.
 
     An admin administers the server: its images, and the tokens of every project. Instances, volumes and events are
-    those of the token's own project, whatever its role. An agent may do nothing but speak for a host.
+    limited to the token's project, whatever its role. An agent may only connect as a host.
     """
 
     READER = "reader"
@@ -33,7 +33,7 @@ class Role(StrEnum):
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """A bearer token, without its secret: only the SHA-256 of that is kept."""
+    """A bearer token, with the SHA-256 of its secret."""
 
     id: str
     name: str
@@ -41,10 +41,13 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     project: str
     secret_sha256: str
     created_at_ms: int
+    host: str | None = None
+    """The only host as which an agent may connect with it; None for other roles, and for an old token until its first
+    use."""
 
 
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk that lives on its own and can be attached to one instance at a time."""
+    """A disk that can be attached to one instance at a time."""
 
     id: str
     name: str
@@ -56,17 +59,17 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True, kw_only=True):
-    """A caller's promise that a submission with the same key is the same submission."""
+    """A caller's idempotency key."""
 
     scope: str
-    """Whose key it is: the token's id."""
+    """The id of the caller's token."""
     key: str
     fingerprint: str
-    """A hash of what was asked, so that a key used for something else is noticed."""
+    """A hash of the submission, to detect the reuse of a key for another one."""
 
 
 class InstanceFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which instances a list shows; None means any. Deleted ones are shown only when asked for by state."""
+    """Filter of a list of instances; None matches any. Deleted instances are listed only by vm_state."""
 
     project: str | None = None
     vm_state: VmState | None = None
@@ -74,24 +77,175 @@ class InstanceFilter(msgspec.Struct, frozen=True, kw_only=True):
     host: str | None = None
     tag: str | None = None
     name: str | None = None
+    upkeep: bool = False
+    """Only those that may have a scheduled action, by `core.scheduled_actions.concerns`."""
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of a list, and the cursor of the next one, or None at the end."""
+    """One page of a list, and the cursor of the next one; None at the end."""
 
     items: tuple[Any, ...]
     next_cursor: str | None = None
 
 
-class Store(Protocol):
-    """Keeps instances, requests, events, tokens, images, volumes, policies and hosts. It decides nothing.
+class Jump(msgspec.Struct, frozen=True, kw_only=True):
+    """A jump of the wall clock relative to the time since boot."""
 
-    Writes are durable when they return (law 9). Whatever a `decide` raises is raised to the caller, and nothing of
-    that decision is kept; other decisions that shared its transaction are not disturbed.
+    at_ms: int
+    """When it was detected, on the store's clock."""
+    by_ms: int
+    """Its size; positive is forward."""
+    between_boots: bool = False
+    """Whether it was detected after a reboot: the machine may have been off instead."""
+
+
+class Tally(StrEnum):
+    """A sum over all instances, as decided so far; its key is in brackets."""
+
+    STATES = "states"
+    """Instances (by vm_state), without deleted ones."""
+    RECORDED = "recorded"
+    """Instances recorded on a host (by host), without deleted ones."""
+    GUESTS = "guests"
+    """Instances with a claim on a host (by host)."""
+    MEMORY_MIB = "memory_mib"
+    """Allocated memory (by host); the next two likewise."""
+    VCPUS = "vcpus"
+    DISK_MIB = "disk_mib"
+    APART = "apart"
+    """Instances of an anti-affinity group with a claim on a host (by `core.resource_claims.apart_place`)."""
+    IMAGES = "images"
+    """Instances that need an image (by its id), see `Instance.image_ids`; without deleted ones."""
+    SHARED = "shared"
+    """Instances with their root disk in a shared folder (by `core.resource_claims.shared_place`), without deleted ones.
     """
 
+
+class StoreTime(Protocol):
+    """The store's clock, and the jumps of the wall clock."""
+
+    @property
+    def cautious_until_ms(self) -> int:
+        """Until then no irreversible scheduled action is taken, because the wall clock has jumped forward, or the
+        machine was off for long.
+        """
+        ...
+
+    @property
+    def jump_at_opening(self) -> Jump | None:
+        """The jump of the wall clock that was detected when the store was opened."""
+        ...
+
+    @property
+    def last_jump(self) -> Jump | None:
+        """The last jump of the wall clock."""
+        ...
+
+    async def look(self) -> Jump | None:
+        """Synchronise displayed times with the wall clock, and write the store's time.
+
+        Return the jump of the wall clock since the last call, if there was one.
+        """
+        ...
+
+
+class TokenRecords(Protocol):
+    """Access tokens."""
+
+    async def put(self, token: Token) -> None: ...
+    async def replace(self, token: Token) -> None:
+        """Update a token; does nothing if it does not exist."""
+        ...
+
+    async def delete(self, token_id: str) -> bool: ...
+    async def all(self) -> tuple[Token, ...]: ...
+
+
+class ImageRecords(Protocol):
+    """Images."""
+
+    async def put(self, image: Image) -> None:
+        """Store an image. Raises `NameTaken` (names are unique per project, and among public images)."""
+        ...
+
+    async def delete(self, image_id: str) -> bool: ...
+    async def all(self) -> tuple[Image, ...]: ...
+
+
+class VolumeRecords(Protocol):
+    """Volumes."""
+
+    async def put(self, volume: Volume) -> None:
+        """Store a new volume. Raises `NameTaken` (per project)."""
+        ...
+
+    async def claim(self, volume_id: str, instance_id: str) -> bool:
+        """Claim the volume for the instance in the record; return False if another instance has it."""
+        ...
+
+    async def release(self, volume_id: str, instance_id: str) -> None:
+        """Release a claim of that instance; does nothing if it has none."""
+        ...
+
+    async def delete(self, volume_id: str) -> bool:
+        """Delete an unclaimed volume; return False if it does not exist or is claimed."""
+        ...
+
+    async def get(self, volume_id: str) -> Volume | None: ...
+    async def all(self, project: str | None = None) -> tuple[Volume, ...]: ...
+
+
+class PolicyRecords(Protocol):
+    """Policies and their activations."""
+
+    async def switch(self, switch: PolicySwitch, bundle: PolicyBundle) -> int:
+        """Record a policy activation with its text; return the number of the switch."""
+        ...
+
+    async def settle(self, number: int, cancelled: int) -> None: ...
+
+    async def switches(self, limit: int, before: int | None = None) -> tuple[PolicySwitch, ...]:
+        """Return switches, newest first, with a number smaller than `before`."""
+        ...
+
+    async def bundle(self, number: int) -> PolicyBundle | None: ...
+
+
+class HostRecords(Protocol):
+    """Hosts other than the server's own."""
+
+    async def put(self, host: Host) -> None:
+        """Store a host, replacing the record of that name."""
+        ...
+
+    async def delete(self, name: str) -> bool: ...
+    async def all(self) -> tuple[Host, ...]:
+        """Return hosts in the order of their names."""
+        ...
+
+
+class Store(Protocol):
+    """Persistent storage. It has no policy.
+
+    Writes are durable when they return (law 9). An error raised by `decide` is raised to the caller, and nothing of
+    that decision is written; other decisions in the same transaction are not affected.
+    """
+
+    @property
+    def time(self) -> StoreTime: ...
+    @property
+    def tokens(self) -> TokenRecords: ...
+    @property
+    def images(self) -> ImageRecords: ...
+    @property
+    def volumes(self) -> VolumeRecords: ...
+    @property
+    def policies(self) -> PolicyRecords: ...
+    @property
+    def hosts(self) -> HostRecords: ...
+
     async def open(self) -> None:
-        """Take the store for this process.
+        """Open and lock the store for this process.
 
         Raises:
             StoreBusy, StoreCorrupt, StoreNewer, StoreError: each with its remedy.
@@ -99,26 +253,42 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None:
-        """Keep what was admitted so far, then let go."""
+        """Write everything decided so far, then close the store."""
         ...
 
     def now_ms(self) -> int:
-        """The store's clock, on which every age is measured (law 6)."""
+        """Return the store's clock, on which every age is measured (law 6): it is monotonic, also across restarts, and
+        independent of the wall clock.
+        """
+        ...
+
+    def shown_ms(self, at_ms: int) -> int:
+        """Convert a time of the store's clock to milliseconds since the Unix epoch, for people."""
+        ...
+
+    async def writable(self) -> None:
+        """Return when the store is writable and earlier writes are done. Writes nothing. Raises `StoreError`."""
         ...
 
     async def settled(self) -> None:
-        """Return when whatever was decided before this call is durable, or was refused."""
+        """Return when every decision before this call is durable or has failed."""
         ...
 
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> Callable[[], None]:
-        """Call `listener` on the event loop with the events of each commit, in order; the answer ends that."""
+        """Call `listener` on the event loop with each commit's events, in order; return a function that stops it."""
+        ...
+
+    def on_admission(self, hint: Callable[[str], None]) -> Callable[[], None]:
+        """Call `hint` with the id of an instance that was idle as soon as a request of it is admitted, before that is
+        durable; return a function that stops it. What is decided about it at once shares the transaction.
+        """
         ...
 
     async def create(self, decide: Callable[[int], Change[AnswerT]], key: IdempotencyKey | None = None) -> AnswerT:
-        """Keep a new instance. `decide` gets the time and may be called again.
+        """Create an instance. `decide` gets the time and may be called again.
 
         Raises:
-            NameTaken: the project has an instance of that name that is not deleted.
+            NameTaken: the project has another instance of that name that is not deleted.
             KeyReused: the key was used with another fingerprint.
         """
         ...
@@ -129,103 +299,79 @@ class Store(Protocol):
         decide: Callable[[Instance, int], Change[AnswerT]],
         key: IdempotencyKey | None = None,
     ) -> AnswerT:
-        """Read, decide and keep, as one step that nothing comes between. `decide` is pure and may be called again.
+        """Read, decide and write, atomically. `decide` is pure and may be called again.
 
-        With a key that was kept before, `decide` is not called and the answer kept with the key is returned (built
-        again from its JSON as a `records.Disposition`). A refusal is not kept with its key: where a decision leaves the
-        instance the same object and has no requests, asking again with the same key is judged anew.
+        With a key that was stored before, `decide` is not called and the stored answer is returned (decoded
+        from JSON as a `records.Disposition`). A refusal is not stored with its key: if a decision leaves the instance
+        the same object and has no requests, a submission with the same key is evaluated again.
 
         A change that leaves the instance the same object, with no requests and no events, writes nothing.
 
         Raises:
-            NotFound: there is no such instance.
+            NotFound: the instance does not exist.
+            NameTaken: the change gives the instance the name of another one of its project that is not deleted.
             KeyReused: the key was used with another fingerprint.
         """
         ...
 
+    async def recorded_answer(self, scope: str, key: str) -> tuple[str, Any] | None:
+        """Return the fingerprint and the answer stored with an idempotency key, or None."""
+        ...
+
     def fence(self, instance_id: str) -> int | None:
-        """The instance's fence as last committed; None if there is no such instance. Costs no input or output."""
+        """Return the instance's fence as last committed; None if it does not exist. No I/O."""
         ...
 
     async def instance(self, instance_id: str) -> Instance | None: ...
 
     async def instance_named(self, project: str, name: str) -> Instance | None:
-        """The instance of that name in the project that is not deleted, or None."""
+        """Return the instance of that name in the project that is not deleted, or None."""
+        ...
+
+    async def deleted_named(self, project: str, name: str) -> Instance | None:
+        """Return the newest deleted instance of that name in the project, or None."""
         ...
 
     async def instances(self, where: InstanceFilter, limit: int, cursor: str | None = None) -> Page:
-        """Instances in the order created."""
+        """Return instances in the order created."""
         ...
 
     async def unsettled(self, host: str | None = None) -> tuple[Instance, ...]:
-        """Every instance with something outstanding or held."""
+        """Return every instance with outstanding or held requests, or with a fault of its guest."""
         ...
 
-    async def request(self, request_id: str) -> Request | None: ...
+    def tally(self, what: Tally, of: str) -> int:
+        """Return a sum over all instances, including decisions that are not durable yet. No I/O."""
+        ...
+
+    def tallies(self, what: Tally) -> dict[str, int]:
+        """Return every sum of that kind that is not 0, by key."""
+        ...
+
+    def port_user(self, host: str, port: int) -> str | None:
+        """Return the id of the instance with a claim on that port of that host, as decided so far, or None."""
+        ...
+
+    async def request(self, request_id: str, project: str | None = None) -> Request | None:
+        """Return the request; None if it does not exist, or its instance is not in `project`, where that is given."""
+        ...
+
+    async def ids_like(self, what: Literal["instances", "requests"], project: str, part: str) -> tuple[str, ...]:
+        """Return some ids in the project that start or end with `part`; ends are matched among the latest only."""
+        ...
 
     async def requests(self, instance_id: str, limit: int, cursor: str | None = None) -> Page:
-        """The instance's requests, newest first."""
+        """Return the instance's requests, newest first."""
         ...
 
     async def events(
         self, after: int, limit: int, instance_id: str | None = None, project: str | None = None
     ) -> tuple[Event, ...]:
-        """Events in order, those with a greater sequence than `after`."""
+        """Return events in order, with a sequence greater than `after`."""
         ...
 
     async def last_event(self) -> int:
-        """The sequence of the newest event; 0 if there is none."""
-        ...
-
-    async def put_token(self, token: Token) -> None: ...
-    async def delete_token(self, token_id: str) -> bool: ...
-    async def tokens(self) -> tuple[Token, ...]: ...
-
-    async def put_image(self, image: Image) -> None:
-        """Keep an image. Raises `NameTaken` (per project; those of all projects are one more)."""
-        ...
-
-    async def delete_image(self, image_id: str) -> bool: ...
-    async def images(self) -> tuple[Image, ...]: ...
-
-    async def put_volume(self, volume: Volume) -> None:
-        """Keep a new volume. Raises `NameTaken` (per project)."""
-        ...
-
-    async def claim_volume(self, volume_id: str, instance_id: str) -> bool:
-        """Attach the volume to the instance in the record; False if another instance has it."""
-        ...
-
-    async def release_volume(self, volume_id: str, instance_id: str) -> None:
-        """Undo a claim of that instance; does nothing if it has none."""
-        ...
-
-    async def delete_volume(self, volume_id: str) -> bool:
-        """Forget a volume that no instance has; False if it is unknown or claimed."""
-        ...
-
-    async def volume(self, volume_id: str) -> Volume | None: ...
-    async def volumes(self, project: str | None = None) -> tuple[Volume, ...]: ...
-
-    async def switch_policy(self, switch: PolicySwitch, bundle: PolicyBundle) -> int:
-        """Keep that a policy has come into force, with its text; the number of the switch."""
-        ...
-
-    async def settle_switch(self, number: int, cancelled: int) -> None: ...
-
-    async def policy_switches(self, limit: int, before: int | None = None) -> tuple[PolicySwitch, ...]:
-        """Switches, newest first, those with a smaller number than `before`."""
-        ...
-
-    async def policy_bundle(self, number: int) -> PolicyBundle | None: ...
-
-    async def put_host(self, host: Host) -> None:
-        """Keep a host, in the place of what was kept of one with that name."""
-        ...
-
-    async def delete_host(self, name: str) -> bool: ...
-    async def hosts(self) -> tuple[Host, ...]:
-        """Hosts in the order of their names."""
+        """Return the sequence of the newest event; 0 if there is none."""
         ...
 
 
@@ -233,7 +379,7 @@ _PAGE = 500
 
 
 async def every_instance(store: Store, where: InstanceFilter | None = None) -> AsyncIterator[Instance]:
-    """All instances that `where` shows, of every project where it names none; read page by page."""
+    """Yield all instances that match `where`, read page by page."""
     cursor: str | None = None
     while True:
         page = await store.instances(where or InstanceFilter(), _PAGE, cursor)

@@ -1,5 +1,5 @@
-"""The user's verbs: submit, cancel, describe, watch, and the keeping of images, volumes and tokens.
+"""Application services: requests, instances, images, volumes, hosts, policies and tokens.
 
-Every door (HTTP, dashboard, OpenStack's face) speaks to this package only. It checks what a caller may see and whether
-the input makes sense; what is allowed in which state is the gate's, and nothing here repeats it.
+The HTTP API calls only this package. It authorizes callers and validates input; whether an operation is allowed in a
+state is decided by the gate (`core.admission`) alone.
 """

@@ -1,38 +1,41 @@
-"""Whether a host has room for what is asked of it, judged before anything is made.
+"""Capacity of hosts: total, allocated and free memory, vCPUs and disk, and the checks of claims against them.
 
-The sums are kept in memory: raised inside the decision that promises something, on the event loop, so that two who ask
-at once cannot both get the last room; lowered when the store's events tell that less is promised. In between they are
-too high, never too low. The store remains the truth: from it they are summed up at the start.
+The store keeps the sums of the instances' claims and updates them with each decision, so that concurrent requests
+cannot claim the same capacity. The sums of volumes are kept here.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from interlock.config import Config
-from interlock.core.claims import Claim, claims_of
-from interlock.core.errors import InUse, NoRoom
-from interlock.core.records import ENDS, Event, Instance
-from interlock.ports import Limits, Store, every_instance
+from interlock.core.errors import InsufficientCapacity, InUse
+from interlock.core.records import Instance
+from interlock.core.resource_claims import Claim, apart_place, claims_of
+from interlock.ports import Limits, Store, Tally
 
 _MIB: Final = 1024**2
-_ENDS: Final = frozenset(f"request.{status.value}" for status in ENDS)
 _NAMES: Final = {"memory_mib": "MiB of memory", "vcpus": "virtual processors", "disk_mib": "MiB of disk"}
+_TALLIES: Final = {"memory_mib": Tally.MEMORY_MIB, "vcpus": Tally.VCPUS, "disk_mib": Tally.DISK_MIB}
 _UNITS: Final = {"memory_mib": " MiB", "vcpus": "", "disk_mib": " MiB"}
 _REMEDY: Final = (
     "Delete, migrate or offload others, ask for less, or raise the host_* limits of that host's configuration."
 )
 
 
+_APART_REMEDY: Final = (
+    "Name a host without one, add a host, or take the VM out of the group with `vm label --apart-from`."
+)
+
+
 class Amounts(msgspec.Struct, frozen=True, kw_only=True):
-    """So much of a host; None: without limit."""
+    """Amounts of a host's resources; None: unlimited."""
 
     memory_mib: int | None = None
     vcpus: int | None = None
@@ -40,188 +43,212 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Occupancy(msgspec.Struct, frozen=True, kw_only=True):
-    """How a host stands."""
+    """The use of a host's capacity."""
 
     total: Amounts
-    promised: Amounts
+    claimed: Amounts
     free: Amounts
     guests: int
-    """How many instances it holds, running or not."""
+    """Number of instances on it, running or not."""
     disk_free_mib: int | None
-    """What its file system has free for real, in MiB; None where that is not known."""
+    """Free space of its file system in MiB; None if unknown."""
+
+
+class Sums(Protocol):
+    """The sums of claims that a store keeps."""
+
+    def tally(self, what: Tally, of: str) -> int: ...
+    def tallies(self, what: Tally) -> dict[str, int]: ...
+    def port_user(self, host: str, port: int) -> str | None: ...
 
 
 class Elsewhere(Protocol):
-    """Knows what the agents of other hosts said of them. The driver's leases do."""
+    """Capacity that other hosts reported. Implemented by the driver's leases."""
 
     def limits(self, name: str) -> Limits: ...
     def disk_free_mib(self, name: str) -> int | None: ...
 
 
 def disk_free_mib(folder: Path) -> int:
-    """What the file system of the folder has free for real, in MiB."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize // _MIB
+    """Return the free space of the folder's file system in MiB."""
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize // _MIB
 
 
 def limits_of(config: Config, folder: Path) -> Limits:
-    """The limits that the configuration sets, with what this host has; `folder` must be there."""
+    """Return this host's limits from the configuration and its hardware; `folder` must exist."""
     if config.hypervisor == "simulated":
         return Limits(memory_mib=config.host_memory_mib or None)
     memory_mib = config.host_memory_mib
     if not memory_mib:
         has_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB
         memory_mib = max(0, has_mib - config.host_memory_reserved_mib)
-    room = os.statvfs(folder)
+    stats = os.statvfs(folder)
     return Limits(
         memory_mib=memory_mib,
         vcpus=int((os.cpu_count() or 1) * config.host_vcpus_overcommit),
-        disk_mib=int(room.f_frsize * room.f_blocks * config.host_disk_overcommit) // _MIB,
+        disk_mib=int(stats.f_frsize * stats.f_blocks * config.host_disk_overcommit) // _MIB,
         disk_reserved_mib=config.host_disk_reserved_gib * 1024,
         devices_max=config.qemu.hotplug_ports,
     )
 
 
+class _HypotheticalSums:
+    """The store's sums plus hypothetical claims."""
+
+    def __init__(self, store: Sums) -> None:
+        self._store = store
+        self._added: Counter[tuple[Tally, str]] = Counter()
+        self._ports: dict[tuple[str, int], str] = {}
+
+    def tally(self, what: Tally, of: str) -> int:
+        return self._store.tally(what, of) + self._added[what, of]
+
+    def tallies(self, what: Tally) -> dict[str, int]:
+        added = {of: amount for (kind, of), amount in self._added.items() if kind is what}
+        return Counter(self._store.tallies(what)) + Counter(added)
+
+    def port_user(self, host: str, port: int) -> str | None:
+        return self._ports.get((host, port)) or self._store.port_user(host, port)
+
+    def add(self, instance_id: str, claim: Claim) -> None:
+        self._added[Tally.GUESTS, claim.host] += 1
+        for what, amount in _amounts(claim).items():
+            self._added[_TALLIES[what], claim.host] += amount
+        self._added.update((Tally.APART, apart_place(claim.host, group)) for group in claim.apart)
+        self._ports.update({(claim.host, port): instance_id for port in claim.ports})
+
+
 class Capacity:
-    """What is promised of each host, and what is free.
+    """Allocated and free capacity of each host.
 
     Args:
-        store: keeps what is promised.
-        host: the name of the server's own host.
-        folder: where that keeps its guests.
-        limits: finds the limits of that; called when this is opened.
-        elsewhere: knows the limits of the other hosts.
+        store: keeps the sums of claims.
+        host: name of the server's own host.
+        folder: data folder of that host.
+        limits: returns the limits of that host; called by `open`.
+        elsewhere: limits of the other hosts.
     """
 
     def __init__(
         self, store: Store, host: str, folder: Path, limits: Callable[[], Limits], elsewhere: Elsewhere
     ) -> None:
         self._store = store
+        self._sums: Sums = store
         self.host = host
         self._elsewhere = elsewhere
         self._folder = folder
         self._find_limits = limits
         self._limits = Limits()
-        self._claims: dict[str, tuple[Claim, ...]] = {}
-        """Of each instance and volume, one for each host."""
-        self._sums: dict[str, Counter[str]] = {}
-        self._ports: dict[tuple[str, int], str] = {}
-        self._volumes: set[str] = set()
-        self._deciding: Counter[str] = Counter()
-        """For whom something is being decided: what the store shows of them may be from before that."""
-        self._stale: dict[str, None] = {}
+        self._volumes: dict[str, int] = {}
+        """Disk claimed by each volume on the server's own host, in MiB."""
 
     async def open(self) -> None:
-        """Sum up what is promised, and listen from now on. The store must be open."""
+        """Load the claims of volumes. The store must be open."""
         self._limits = self._find_limits()
-        self._store.listen(self._hear)
-        async for instance in every_instance(self._store):
-            self._set(instance.id, claims_of(instance))
-        for volume in await self._store.volumes():
-            self._volumes.add(volume.id)
-            self._set(volume.id, (Claim(host=self.host, disk_bytes=volume.size_bytes),))
+        self._volumes = {volume.id: _disk_mib(volume.size_bytes) for volume in await self._store.volumes.all()}
 
-    def _hear(self, events: Sequence[Event]) -> None:
-        """Note whose claims may have become smaller, or moved. The store's listener."""
-        for event in events:
-            if event.kind == "instance.state" or event.kind in _ENDS or event.kind == "instance.created":
-                self._stale[event.instance_id] = None
+    # -------------------------------------------------------------------------------------------------------- claims
 
-    # ----------------------------------------------------------------------------------------------------- promising
+    def check(self, instance: Instance, before: Instance | None) -> None:
+        """Check the claims of an instance on its host and its target. Call it in the decision that commits them.
 
-    @asynccontextmanager
-    async def deciding(self, key: str) -> AsyncIterator[None]:
-        """Around a change of the store in whose decision something is claimed for the instance or volume `key`."""
-        await self._refresh()
-        self._deciding[key] += 1
-        try:
-            yield
-        finally:
-            self._deciding[key] -= 1
-            if not self._deciding[key]:
-                del self._deciding[key]
-            self._stale[key] = None
-
-    def claim(self, instance: Instance) -> None:
-        """Promise the instance what it needs as it has just been decided to be, where it is and where it goes.
-
-        May be called again.
+        Args:
+            instance: its new record.
+            before: its present record; None for a new one.
 
         Raises:
-            NoRoom: it does not fit on one of its hosts; nothing is promised.
-            InUse: another instance of such a host has one of the host's ports.
+            InsufficientCapacity: it does not fit on one of its hosts.
+            InUse: a host port is forwarded to another instance, or another instance of its group is on the host.
         """
-        self._set(instance.id, self._examine(instance.id, instance.name, claims_of(instance)))
+        self._examine(instance, claims_of(instance), () if before is None else claims_of(before))
 
-    def choose(self, instance: Instance, hosts: Sequence[str]) -> str:
-        """The host, of several, on which there are fewest instances of those that have room for the instance; of equal
-        ones the first. Nothing is promised.
+    def choose(self, instance: Instance, hosts: Sequence[str], *, new: bool = False) -> str:
+        """Return the host with the fewest instances among those with capacity for the instance, or the first of equals.
+
+        Claims nothing. A `new` instance has no claims yet.
 
         Raises:
-            NoRoom: it fits on none of them.
+            InsufficientCapacity: it fits on none of them.
         """
         claim = next(iter(claims_of(instance)), None)
         if claim is None:
             return hosts[0]
-        guests = self._guests()
+        guests = self._sums.tallies(Tally.GUESTS)
+        before = () if new else claims_of(instance)
         reasons = []
-        for host in sorted(hosts, key=lambda name: guests[name]):
+        for host in sorted(hosts, key=lambda name: guests.get(name, 0)):
             try:
-                self._examine(instance.id, instance.name, (msgspec.structs.replace(claim, host=host),))
-            except (NoRoom, InUse) as error:
+                self._examine(instance, (msgspec.structs.replace(claim, host=host),), before)
+            except (InsufficientCapacity, InUse) as error:
                 reasons.append((host, error))
             else:
                 return host
-        short = next((error for _, error in reasons if isinstance(error, NoRoom)), None)
-        raise NoRoom(
+        short = next((error for _, error in reasons if isinstance(error, InsufficientCapacity)), None)
+        only_apart = all(error.remedy == _APART_REMEDY for _, error in reasons)
+        raise InsufficientCapacity(
             " ".join([f"{instance.name} fits on none of {len(reasons)} hosts.", *(one.message for _, one in reasons)]),
             needed=short.needed if short else {},
             free=short.free if short else {},
-            remedy=_REMEDY,
+            remedy=_APART_REMEDY if only_apart else _REMEDY,
         )
 
+    def check_apart(self, instance: Instance, before: Instance) -> None:
+        """Raise `InUse` if another instance of one of its groups is on its host, or migrating there."""
+        claimed = {claim.host: claim for claim in claims_of(before)}
+        for claim in claims_of(instance):
+            self._check_apart(instance.name, claim, claimed.get(claim.host, Claim(host=claim.host)))
+
+    def imagined(self) -> ImaginedCapacity:
+        """Return a copy for planning with hypothetical claims."""
+        return ImaginedCapacity(self)
+
     def claim_volume(self, volume_id: str, name: str, size_bytes: int) -> None:
-        """Promise a volume its disk. Raises `NoRoom`."""
-        claim = Claim(host=self.host, disk_bytes=size_bytes)
-        self._set(volume_id, self._examine(volume_id, name, (claim,)))
-        self._volumes.add(volume_id)
+        """Claim a volume's disk. Raises `InsufficientCapacity`."""
+        self._check(name, Claim(host=self.host, disk_bytes=size_bytes), Claim(host=self.host))
+        self._volumes[volume_id] = _disk_mib(size_bytes)
 
     def release_volume(self, volume_id: str) -> None:
-        """The volume is gone, or was not made."""
-        self._volumes.discard(volume_id)
-        self._set(volume_id, ())
+        """Release the claim of a volume that was deleted or not created."""
+        self._volumes.pop(volume_id, None)
 
-    def _examine(self, key: str, name: str, claims: Sequence[Claim]) -> tuple[Claim, ...]:
-        """The claims, each with what it is promised already. Raises `NoRoom` and `InUse` if that cannot be promised."""
-        before = {claim.host: claim for claim in self._claims.get(key, ())}
-        examined = []
+    def _examine(self, instance: Instance, claims: Sequence[Claim], claimed: Sequence[Claim]) -> None:
+        """Raise `InsufficientCapacity` or `InUse` if `claims` cannot replace the instance's present claims."""
+        before = {claim.host: claim for claim in claimed}
         for claim in claims:
-            there = before.get(claim.host, Claim(host=claim.host))
-            joined = claim.joined(there)
-            for port in joined.ports:
-                if self._ports.get((claim.host, port), key) != key:
+            present = before.get(claim.host, Claim(host=claim.host))
+            for port in claim.ports:
+                if self._sums.port_user(claim.host, port) not in {None, instance.id}:
                     raise InUse(
-                        f"The port {port} of the host {claim.host} is forwarded to another instance already.",
+                        f"Port {port} of the host {claim.host} is already forwarded to another VM.",
                         remedy="Choose another port.",
                     )
-            self._check(name, joined, there)
-            examined.append(joined)
-        return tuple(examined)
+            self._check(instance.name, claim, present)
+            self._check_apart(instance.name, claim, present)
+
+    def _check_apart(self, name: str, claim: Claim, before: Claim) -> None:
+        for group in sorted(claim.apart):
+            others = self._sums.tally(Tally.APART, apart_place(claim.host, group)) - (group in before.apart)
+            if others > 0:
+                raise InUse(
+                    f"{name} cannot be on the host {claim.host}, which has another VM of its group {group[1]}.",
+                    remedy=_APART_REMEDY,
+                )
 
     def _check(self, name: str, claim: Claim, before: Claim) -> None:
-        """Raise `NoRoom` unless what the claim has more than before is free."""
-        self._check_places(name, claim, before)
+        """Raise `InsufficientCapacity` unless the increase over the claim before is free."""
+        self._check_devices(name, claim, before)
         more = {what: amount - _amounts(before)[what] for what, amount in _amounts(claim).items()}
         free = self._free(claim.host)
         short = [what for what, amount in more.items() if amount > 0 and _less(free[what], amount)]
         if short:
             needed = {what: more[what] for what in short}
-            there = {what: max(0, free[what] or 0) for what in short}
-            parts = [f"needs {needed[what]} {_NAMES[what]}, {there[what]}{_UNITS[what]} are free" for what in short]
-            raise NoRoom(
+            available = {what: max(0, free[what] or 0) for what in short}
+            parts = [f"needs {needed[what]} {_NAMES[what]}, {available[what]}{_UNITS[what]} free" for what in short]
+            raise InsufficientCapacity(
                 f"{name} does not fit on the host {claim.host}: {'; '.join(parts)}.",
                 needed=needed,
-                free=there,
+                free=available,
                 remedy=_REMEDY,
             )
         reserved_mib = self._limits_of(claim.host).disk_reserved_mib
@@ -229,90 +256,83 @@ class Capacity:
             return
         left_mib = self._disk_free_mib(claim.host)
         if left_mib is not None and left_mib < reserved_mib:
-            raise NoRoom(
-                f"{name} does not fit on the host {claim.host}: {reserved_mib} MiB of its disk must stay free, "
-                f"{left_mib} are.",
+            raise InsufficientCapacity(
+                f"{name} does not fit on the host {claim.host}: no space left on its disk: {left_mib} MiB free, "
+                f"{reserved_mib} MiB reserved.",
                 needed={"disk_mib": reserved_mib},
                 free={"disk_mib": left_mib},
-                remedy="Make room on the file system of that host's data folder.",
+                remedy="Free space on the file system of that host's data folder.",
             )
 
-    def _check_places(self, name: str, claim: Claim, before: Claim) -> None:
-        """Raise `NoRoom` if a guest there has no place for all that the instance would have plugged in."""
+    def _check_devices(self, name: str, claim: Claim, before: Claim) -> None:
+        """Raise `InsufficientCapacity` if a guest there has too few hotplug ports for the instance's devices."""
         most = self._limits_of(claim.host).devices_max
         if most is not None and claim.devices > max(most, before.devices):
-            raise NoRoom(
-                f"{name} does not fit on the host {claim.host}: with this it has {claim.devices - 1} volumes and "
-                f"further interfaces, and a guest there has places for {most - 1} beside its root disk.",
+            raise InsufficientCapacity(
+                f"{name} does not fit on the host {claim.host}: it needs hotplug ports for {claim.devices - 1} volumes "
+                f"and additional interfaces; a guest there has {most - 1} beside its root disk.",
                 needed={"devices": claim.devices - before.devices},
                 free={"devices": max(0, most - before.devices)},
-                remedy="Detach something first, or raise qemu.hotplug_ports of that host's configuration.",
+                remedy="Detach a device first, or raise qemu.hotplug_ports in that host's configuration.",
             )
 
-    # ------------------------------------------------------------------------------------------------------- looking
+    # --------------------------------------------------------------------------------------------------------- usage
 
     async def occupancy(self, host: str | None = None) -> Occupancy:
-        """How a host stands; the server's own where none is named."""
-        await self._refresh()
+        """Return the use of a host's capacity; by default of the server's own."""
         host = host or self.host
-        sums = self._sums.get(host, Counter())
+        claimed = self._claimed(host)
         limits = self._limits_of(host)
         return Occupancy(
             total=Amounts(memory_mib=limits.memory_mib, vcpus=limits.vcpus, disk_mib=limits.disk_mib),
-            promised=Amounts(**{what: sums[what] for what in _NAMES}),
+            claimed=Amounts(**claimed),
             free=Amounts(**{what: None if left is None else max(0, left) for what, left in self._free(host).items()}),
-            guests=self._guests()[host],
+            guests=self._sums.tally(Tally.GUESTS, host),
             disk_free_mib=self._disk_free_mib(host),
         )
-
-    def _guests(self) -> Counter[str]:
-        """How many instances each host is promised to."""
-        keys = (claims for key, claims in self._claims.items() if key not in self._volumes)
-        return Counter(claim.host for claims in keys for claim in claims)
 
     def _limits_of(self, host: str) -> Limits:
         return self._limits if host == self.host else self._elsewhere.limits(host)
 
     def _free(self, host: str) -> dict[str, int | None]:
-        """What may still be promised; below zero where limits were lowered."""
-        sums = self._sums.get(host, Counter())
+        """Return what is not allocated; negative if limits were lowered."""
+        claimed = self._claimed(host)
         totals = {what: getattr(self._limits_of(host), what) for what in _NAMES}
-        return {what: None if total is None else total - sums[what] for what, total in totals.items()}
+        return {what: None if total is None else total - claimed[what] for what, total in totals.items()}
 
     def _disk_free_mib(self, host: str) -> int | None:
         return disk_free_mib(self._folder) if host == self.host else self._elsewhere.disk_free_mib(host)
 
-    async def _refresh(self) -> None:
-        """Bring the claims of those that changed into step with the store."""
-        for key in tuple(self._stale):
-            if key in self._deciding:
-                continue
-            del self._stale[key]
-            if key in self._volumes:
-                continue
-            instance = await self._store.instance(key)
-            if key not in self._deciding and key not in self._stale:
-                self._set(key, () if instance is None else claims_of(instance))
+    def _claimed(self, host: str) -> dict[str, int]:
+        claimed = {what: self._sums.tally(tally, host) for what, tally in _TALLIES.items()}
+        if host == self.host:
+            claimed["disk_mib"] += sum(self._volumes.values())
+        return claimed
 
-    def _set(self, key: str, claims: tuple[Claim, ...]) -> None:
-        """Replace what is promised to `key`, and keep the sums."""
-        for before in self._claims.pop(key, ()):
-            self._sums[before.host].subtract(_amounts(before))
-            for port in before.ports:
-                if self._ports.get((before.host, port)) == key:
-                    del self._ports[before.host, port]
-        if claims:
-            self._claims[key] = claims
-        for claim in claims:
-            self._sums.setdefault(claim.host, Counter()).update(_amounts(claim))
-            for port in claim.ports:
-                self._ports.setdefault((claim.host, port), key)
+
+class ImaginedCapacity(Capacity):
+    """Capacity with hypothetical claims, for planning several moves; nothing is committed."""
+
+    def __init__(self, real: Capacity) -> None:
+        self.__dict__.update(real.__dict__)
+        self._hypothetical = self._sums = _HypotheticalSums(self._store)
+
+    def claim(self, instance: Instance, before: Instance) -> None:
+        """Add the instance's claims on new hosts. Raises as `check`."""
+        self.check(instance, before)
+        hosts_before = {claim.host for claim in claims_of(before)}
+        for claim in claims_of(instance):
+            if claim.host not in hosts_before:
+                self._hypothetical.add(instance.id, claim)
 
 
 def _amounts(claim: Claim) -> dict[str, int]:
-    disk_mib = -(-claim.disk_bytes // _MIB)
-    return {"memory_mib": claim.memory_mib, "vcpus": claim.vcpus, "disk_mib": disk_mib}
+    return {"memory_mib": claim.memory_mib, "vcpus": claim.vcpus, "disk_mib": _disk_mib(claim.disk_bytes)}
 
 
-def _less(free: int | None, wanted: int) -> bool:
-    return free is not None and free < wanted
+def _disk_mib(size_bytes: int) -> int:
+    return -(-size_bytes // _MIB)
+
+
+def _less(free: int | None, needed: int) -> bool:
+    return free is not None and free < needed

@@ -1,4 +1,4 @@
-"""The policy that the configuration names: as it was last read and taken, and why it is refused if it is."""
+"""The policy named in the configuration: its last accepted source, and why it was rejected if so."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import msgspec
 
 from interlock.core.errors import PolicyError
 from interlock.core.policy import Policy
-from interlock.policies.findings import Severity
-from interlock.policies.proving import Proof
-from interlock.policies.reading import builtin_names
-from interlock.policies.sources import Source
+from interlock.policies.language.bundle import Source
+from interlock.policies.language.loader import builtin_names
+from interlock.policies.lint.findings import Severity
+from interlock.policies.verification import Proof
 
 
 class RefusedPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """That what the configuration names is not in force because something is wrong with it."""
+    """The configured policy was rejected and is not in force."""
 
     name: str
-    """As the configuration has it: of a built-in, or the path of a file."""
+    """As configured: a built-in policy or a file path."""
     at_ms: int
     why: str
-    """Place and sentence."""
+    """Location and message."""
     remedy: str | None = None
 
 
 class ConfiguredPolicy:
-    """What the configuration names, by the name of a built-in policy or the path of a file. It is read at once."""
+    """The configured policy: the name of a built-in or a file path. Read on construction."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.source: Source | None = None
-        """It as it was last taken, or was read at the start; None if that is refused."""
+        """Last accepted source, or the one read at the start; None if that is rejected."""
         self.refused: RefusedPolicy | None = None
-        """Why it is not taken as it is now; None where nothing is known to speak against it."""
+        """Why its present content is rejected; None if it is not known to be invalid."""
         self.wrong: PolicyError | None = None
         """Why it could not be read at the start; None if it could."""
         try:
@@ -41,26 +41,26 @@ class ConfiguredPolicy:
 
     @property
     def at_first(self) -> Policy:
-        """What decides until it is known which policy is in force, which is before anything is served."""
+        """The policy used until `Policies.open` has determined the active one; no request is served before that."""
         return Policy(name="none", rules=()) if self.source is None else self.source.policy
 
     @property
     def is_builtin(self) -> bool:
-        """Whether it came with Interlock, and was proved before that."""
+        """Whether it ships with Interlock, and so was verified at build time."""
         return self.name in builtin_names()
 
     def take(self, source: Source) -> None:
-        """Note that it is in force as it is now."""
+        """Record the source as accepted."""
         self.source, self.refused = source, None
 
     def refuse(self, why: str, remedy: str | None, at_ms: int) -> RefusedPolicy:
-        """Note why it is not."""
+        """Record why it was rejected."""
         self.refused = RefusedPolicy(name=self.name, at_ms=at_ms, why=why, remedy=remedy)
         return self.refused
 
 
 def against(proof: Proof) -> str:
-    """What speaks against a policy, as one line."""
+    """Return the errors and law violations of a policy as one line."""
     errors = [f"{one.place}: {one.message}" for one in proof.findings if one.severity is Severity.ERROR]
     laws = [f"law {one.law}: {one.what}" for one in proof.violations]
     return proof.wrong or "; ".join((*errors, *laws))

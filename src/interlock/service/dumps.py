@@ -1,35 +1,32 @@
-"""The verbs on memory dumps: which there are, where, and their removal.
-
-What a guest knows is in them, so readers get none.
-"""
+"""Memory dumps: list, read, delete. They contain the guest's memory, so readers may only list them."""
 
 from __future__ import annotations
 
 from interlock.core.errors import NotFound
 from interlock.ports import Dump, DumpFiles, Role
-from interlock.service.callers import Caller
+from interlock.service.auth import Caller
 from interlock.service.instances import Instances
 
 
 class Dumps:
-    """Finds dumps for callers, for whom only their own project's instances exist."""
+    """Finds and deletes the dumps of instances in the caller's project."""
 
     def __init__(self, instances: Instances, files: DumpFiles) -> None:
         self._instances = instances
         self._files = files
 
     async def of(self, caller: Caller, reference: str) -> tuple[Dump, ...]:
-        """The instance's dumps, oldest first. Raises `NotFound`."""
+        """Return the instance's dumps, oldest first. Raises `NotFound`."""
         instance = await self._instances.describe(caller, reference)
         return await self._files.dumps(instance.id)
 
     async def find(self, caller: Caller, reference: str, dump_id: str) -> Dump:
-        """One dump, to be read. Raises `NotFound`, `Forbidden`."""
-        caller.require(Role.MEMBER, "read what a guest had in its memory")
+        """Return a dump, for reading. Raises `NotFound`, `Forbidden`."""
+        caller.require(Role.MEMBER, "read memory dumps")
         return await self._find(caller, reference, dump_id)
 
     async def delete(self, caller: Caller, reference: str, dump_id: str) -> None:
-        """Remove one dump. Raises `NotFound`, `Forbidden`."""
+        """Delete a dump. Raises `NotFound`, `Forbidden`."""
         caller.require(Role.MEMBER, "delete memory dumps")
         await self._files.discard(await self._find(caller, reference, dump_id))
 
@@ -38,5 +35,5 @@ class Dumps:
             if dump.id == dump_id:
                 return dump
         raise NotFound(
-            f"{reference[:80]} has no dump {dump_id[:80]}.", remedy="List them with `interlock vm dumps NAME`."
+            f"Dump of {reference[:80]} not found: {dump_id[:80]}.", remedy="List them with `interlock vm dumps NAME`."
         )

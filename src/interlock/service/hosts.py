@@ -1,218 +1,411 @@
-"""The hosts beside the server's own: seen, fenced, forgotten, and their agents let in."""
+"""Hosts: list, fence, drain, rename, replace and delete them, and authorize the connections of their agents."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
-from interlock.core.errors import Forbidden, Invalid, NotFound, NotResponding
-from interlock.core.records import SharedFolder
+from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding
+from interlock.core.parameters import check_name
+from interlock.core.records import Instance, SharedFolder
+from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import (
+    Drain,
     Host,
+    HostCondition,
+    HostEvent,
     HostState,
     Hypervisor,
-    InstanceFilter,
     Link,
     RemoteHost,
     Role,
     SharedRoots,
     Store,
-    every_instance,
+    Tally,
 )
-from interlock.service.callers import Caller
+from interlock.ports.migration import MigrationPort
+from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity, Occupancy
-from interlock.service.wishes import check_name
 
+ON_NO_HOST: Final = frozenset({VmState.DELETED, VmState.MIGRATED_OUT, VmState.SHELVED_OFFLOADED})
+"""The states in which no host holds anything of the instance."""
 ANY: Final = "any"
-"""What stands for whichever host has room."""
+"""In place of a host's name: let the scheduler choose."""
 
 
-class HostBook(Protocol):
-    """Knows which hosts live. The driver's leases do."""
+AGENT_WAIT_S: Final = 1.0
+"""For how long a guest agent's answer is waited for before a decision is made without it."""
+
+
+class LeaseView(Protocol):
+    """The state of hosts and their leases. Implemented by the driver's leases."""
 
     def hosts(self) -> tuple[Host, ...]: ...
     def host(self, name: str) -> Host: ...
+    def find(self, name: str) -> Host | None: ...
     def reachable(self, name: str) -> bool: ...
+    def condition(self, name: str) -> HostCondition: ...
+    def fenced_at_ms(self, name: str) -> int | None: ...
+    def ends_in_ms(self, name: str) -> int | None: ...
     def last_seen_at_ms(self, name: str) -> int: ...
-    async def heard(self, host: Host) -> None: ...
+    def drain(self, name: str) -> Drain | None: ...
+    async def set_drain(self, name: str, drain: Drain | None) -> None: ...
+    def history(self, name: str) -> tuple[HostEvent, ...]: ...
+    def to_leave(self) -> tuple[Host, ...]: ...
+    def current_name(self, name: str) -> str: ...
+    async def on_connected(self, host: Host) -> None: ...
     async def fence(self, name: str, by: str) -> Host: ...
     async def forget(self, name: str) -> None: ...
 
 
-class HostLinks(Protocol):
-    """Has the adapters of hosts. The driver's registry does."""
+class HostGate(Protocol):
+    """Decides which agent may use which host name. Implemented by the driver's host admission."""
+
+    async def admit(self, host: Host) -> None: ...
+    async def replace(self, name: str, by: str) -> Host: ...
+    async def rename(self, name: str, new: str) -> Host: ...
+
+
+class HostConnections(Protocol):
+    """The connections to hosts. Implemented by the driver's host registry."""
 
     @property
     def own(self) -> str: ...
     def of(self, name: str) -> Hypervisor: ...
     def remote(self, name: str) -> RemoteHost: ...
     def linked(self, name: str) -> bool: ...
+    def listen(self, listener: Callable[[Host], None]) -> None: ...
 
 
-class SeenHost(msgspec.Struct, frozen=True, kw_only=True):
-    """A host as it is told of."""
+class DrainView(msgspec.Struct, frozen=True, kw_only=True):
+    """The progress of a drain."""
+
+    drain: Drain
+    left: int
+    """Number of instances still on the host."""
+
+
+class HostView(msgspec.Struct, frozen=True, kw_only=True):
+    """A host with its status."""
 
     host: Host
     linked: bool
     """Whether its agent is connected now."""
     last_seen_at_ms: int
     instances: int
-    """How many instances are recorded as being there."""
+    """Number of instances recorded on it."""
     room: Occupancy
+    condition: HostCondition
+    lease_left_ms: int | None
+    """Time until its lease expires and it is fenced; None if it has no lease or is fenced."""
+    fenced_at_ms: int | None
+    """When a host with a disconnected agent is fenced at the latest; None if only an admin can fence it."""
+    drain: DrainView | None = None
+    """Its drain; None if it is not drained."""
 
 
-class HostVerbs:
-    """What can be asked of the hosts beside the server's own.
+class HostService:
+    """Operations on the hosts other than the server's own.
 
     Args:
         store: counts the instances.
-        book: knows which hosts live.
-        links: has their adapters.
-        capacity: knows what is promised of them.
-        join: is awaited before an agent is spoken to, with the host's name.
-        catch_up: is awaited when an agent can be asked; may raise `NotResponding`.
-        shared: the folder in which hosts keep root disks together.
+        leases: state of hosts and leases.
+        connections: connections to hosts.
+        capacity: allocated and free capacity of hosts.
+        gate: decides which agent may use which name.
+        bind: binds an agent's token to a host.
+        rename_tokens: rebinds the tokens of a renamed host.
+        join: awaited with the host's name before an agent is served.
+        catch_up: awaited when an agent is connected; may raise `NotResponding`.
+        shared: the shared folder for root disks.
+        own_in_any: whether `any` includes the server's own host.
     """
 
     def __init__(
         self,
         store: Store,
-        book: HostBook,
-        links: HostLinks,
+        leases: LeaseView,
+        connections: HostConnections,
         capacity: Capacity,
+        gate: HostGate,
+        bind: Callable[[Caller, str], Awaitable[None]],
+        rename_tokens: Callable[[str, str], Awaitable[None]],
         join: Callable[[str], Awaitable[None]],
         catch_up: Callable[[str], Awaitable[None]],
         shared: SharedRoots,
+        *,
+        own_in_any: bool = True,
     ) -> None:
         self._store = store
-        self._book = book
-        self._links = links
+        self.leases = leases
+        self.connections = connections
         self._capacity = capacity
+        self._gate = gate
+        self._bind = bind
+        self._rename_tokens = rename_tokens
         self._join = join
         self._catch_up = catch_up
         self._shared = shared
+        self._own_in_any = own_in_any
 
     @property
     def own(self) -> str:
         """The name of the host on which the server runs."""
-        return self._links.own
+        return self.connections.own
 
-    async def list(self, caller: Caller) -> tuple[SeenHost, ...]:
-        """Every other host, by name."""
+    async def list(self, caller: Caller) -> tuple[HostView, ...]:
+        """Return the other hosts, by name."""
         caller.require(Role.READER, "list hosts")
-        return tuple([await self._seen(host) for host in self._book.hosts()])
+        return await self.every()
 
-    async def show(self, caller: Caller, name: str) -> SeenHost:
-        """One of them. Raises `NotFound`."""
-        caller.require(Role.READER, "look at hosts")
-        return await self._seen(self._book.host(name))
+    async def every(self) -> tuple[HostView, ...]:
+        """Return the other hosts, by name, for the server's metrics."""
+        return tuple([await self._seen(host) for host in self.leases.hosts()])
 
-    async def fence(self, caller: Caller, name: str) -> SeenHost:
-        """Take the caller's word that the guests of a host have ended, so that they may be taken up elsewhere.
+    async def show(self, caller: Caller, name: str) -> HostView:
+        """Return a host. Raises `NotFound`."""
+        caller.require(Role.READER, "see hosts")
+        return await self._seen(self.leases.host(name))
+
+    def history(self, caller: Caller, name: str) -> tuple[HostEvent, ...]:
+        """Return the events of a host, also the server's own, oldest first. Raises `NotFound`."""
+        caller.require(Role.READER, "see hosts")
+        return self.leases.history(name)
+
+    async def fence(self, caller: Caller, name: str) -> HostView:
+        """Fence a host on the caller's assurance that its guests have ended, so that they can be evacuated.
 
         Raises:
-            Forbidden, NotFound, Invalid: the last where its agent is connected.
+            Forbidden, NotFound, or Invalid if its agent is connected.
         """
         caller.require(Role.ADMIN, "fence hosts")
-        return await self._seen(await self._book.fence(name, caller.name))
+        return await self._seen(await self.leases.fence(name, caller.name))
 
-    async def forget(self, caller: Caller, name: str) -> None:
-        """Forget a host that is fenced and has no instances any more. Raises `Forbidden`, `NotFound`, `Invalid`."""
-        caller.require(Role.ADMIN, "forget hosts")
-        seen = await self._seen(self._book.host(name))
-        if seen.instances:
-            raise Invalid(
-                f"Instances are recorded on the host {name}: {seen.instances}.", remedy="Evacuate or delete them first."
-            )
-        await self._book.forget(name)
+    async def replace(self, caller: Caller, name: str) -> HostView:
+        """Fence a host as `fence` does, and free its name for an agent with another data folder.
 
-    async def _seen(self, host: Host) -> SeenHost:
-        return SeenHost(
-            host=host,
-            linked=self._links.linked(host.name),
-            last_seen_at_ms=self._book.last_seen_at_ms(host.name),
-            instances=await self._count(host.name),
-            room=await self._capacity.occupancy(host.name),
-        )
-
-    async def _count(self, name: str) -> int:
-        """How many instances are recorded as being on that host."""
-        count = 0
-        async for _ in every_instance(self._store, InstanceFilter(host=name)):
-            count += 1
-        return count
-
-    def named(self, wanted: str | None) -> tuple[str, ...]:
-        """The hosts that are meant: the one of that name, the server's own where none is named, or for `any` all that
-        can be asked, the server's own first.
+        Returns the former host, which keeps its instances under another name.
 
         Raises:
-            NotFound: there is no such host.
-            Invalid: it cannot be asked now.
+            Forbidden, NotFound, or Invalid if its agent is connected.
+        """
+        caller.require(Role.ADMIN, "replace hosts")
+        return await self._seen(await self._gate.replace(name, caller.name))
+
+    async def rename(self, caller: Caller, name: str, new: str) -> HostView:
+        """Rename a host: its record, its instances, its agent's connection and its tokens.
+
+        Raises:
+            Forbidden, NotFound, or Invalid if the new name is invalid or instances are migrating.
+        """
+        caller.require(Role.ADMIN, "rename hosts")
+        check_name(new, "name")
+        if name == self.own:
+            raise Invalid(
+                f"The host {name} is the server's own.", remedy="Set `host` in its configuration and restart it."
+            )
+        if new == ANY:
+            raise Invalid(f"Invalid host name {new!r}: reserved.", remedy="Choose another name.")
+        host = await self._gate.rename(name, new)
+        await self._rename_tokens(name, new)
+        return await self._seen(host)
+
+    async def forget(self, caller: Caller, name: str) -> None:
+        """Delete the record of a fenced host without instances. Raises `Forbidden`, `NotFound`, `Invalid`."""
+        caller.require(Role.ADMIN, "forget hosts")
+        seen = await self._seen(self.leases.host(name))
+        if seen.instances:
+            evacuate = "Evacuate" if seen.host.state is HostState.FENCED else "Migrate (evacuate, once it is fenced)"
+            raise Invalid(
+                f"VMs are recorded on the host {name}: {seen.instances}.", remedy=f"{evacuate} or delete them first."
+            )
+        await self.leases.forget(name)
+
+    async def _seen(self, host: Host) -> HostView:
+        return HostView(
+            host=host,
+            linked=self.connections.linked(host.name),
+            last_seen_at_ms=self.leases.last_seen_at_ms(host.name),
+            instances=self._store.tally(Tally.RECORDED, host.name),
+            room=await self._capacity.occupancy(host.name),
+            condition=self.leases.condition(host.name),
+            lease_left_ms=None if host.state is HostState.FENCED else self.leases.ends_in_ms(host.name),
+            fenced_at_ms=self.leases.fenced_at_ms(host.name),
+            drain=self.drain_seen(host.name),
+        )
+
+    def drain_seen(self, name: str) -> DrainView | None:
+        """Return the progress of a host's drain; None if it is not drained. Raises `NotFound`."""
+        drain = self.leases.drain(name)
+        return None if drain is None else DrainView(drain=drain, left=self._store.tally(Tally.GUESTS, name))
+
+    def named(self, wanted: str | None) -> tuple[str, ...]:
+        """Return the candidate hosts: the named one, the server's own by default, or for `any` all that are available.
+
+        With `any` the server's own comes first, and drained or disconnected hosts are left out.
+
+        Raises:
+            NotFound: the host does not exist.
+            Invalid: it is not connected or is drained; or no host is available.
         """
         if wanted == ANY:
-            there = (one.name for one in self._book.hosts() if one.state is HostState.UP)
-            return (self.own, *(name for name in there if self._links.linked(name)))
+            up = (one.name for one in self.leases.hosts() if one.state is HostState.UP and one.drain is None)
+            own = (self.own,) if self._own_in_any and self.leases.drain(self.own) is None else ()
+            found = (*own, *(name for name in up if self.connections.linked(name)))
+            if not found:
+                raise Invalid(
+                    "No host is available: all are disconnected or drained.",
+                    remedy="See `interlock host list`; start an agent, or `interlock host undrain` a host.",
+                )
+            return found
         name = self.own if wanted is None else wanted
-        self.require_there(name)
+        self.require_open(name)
         return (name,)
 
+    def require_open(self, name: str) -> None:
+        """Raise `NotFound` if the host does not exist, `Invalid` if it is not connected or is drained."""
+        self.require_there(name)
+        if self.leases.drain(name) is not None:
+            raise Invalid(
+                f"The host {name} is being drained and accepts no new VMs.",
+                remedy=f"Name another host, or any; `interlock host undrain {name}` ends the drain.",
+            )
+
+    def known(self, name: str) -> Host | None:
+        """Return the host of that name; None for the server's own. Raises `NotFound`."""
+        return None if name == self.own else self.leases.host(name)
+
     def shares(self, name: str, path: Path) -> bool:
-        """Whether that host has a folder that hosts share, as far as it has said; the server's own has each."""
+        """Whether that host reported the shared folder `path`; always true for the server's own."""
         if name == self.own:
             return True
-        announced = self._book.host(name).shared
+        announced = self.leases.host(name).shared
         return announced is not None and path.is_relative_to(announced)
 
     async def shared_folder(self, names: tuple[str, ...]) -> SharedFolder | None:
-        """The folder in which hosts keep root disks together, for something new on one of those that are named.
+        """Return the shared folder for the root disk of a new instance on one of the hosts; None if none has it.
 
-        None where none of them has it. Raises as `SharedRoots.folder`.
+        Raises as `SharedRoots.folder`.
         """
         path = self._shared.path
-        there = path is not None and any(self.shares(name, path) for name in names)
-        return await self._shared.folder() if there else None
+        mounted = path is not None and any(self.shares(name, path) for name in names)
+        return await self._shared.folder() if mounted else None
 
-    def hypervisor(self, name: str) -> Hypervisor:
-        """What holds the guests of that host."""
-        return self._links.of(name)
+    def reaches(self, name: str, path: str) -> bool:
+        """Whether a volume's file is in the shared folder that the host reported; always true for the server's own."""
+        host = self.leases.find(self.leases.current_name(name))
+        return host is None or (host.shared is not None and Path(path).is_relative_to(host.shared))
 
-    def reachable(self, name: str) -> bool:
-        """False where the guests of that host have ended for certain, so that they may be taken up elsewhere."""
-        return self._book.reachable(name)
+    async def agent_answers(self, instance: Instance) -> bool | None:
+        """Whether a guest agent responds in the guest of an instance; None if unknown now."""
+        hypervisor = self.connections.of(instance.host)
+        if instance.power_state is not PowerState.RUNNING or instance.guest_trouble is GuestTrouble.NOT_RESPONDING:
+            return None
+        try:
+            async with asyncio.timeout(AGENT_WAIT_S):
+                if await hypervisor.agent_answers(instance.id):
+                    return True
+                seen = await hypervisor.inspect(instance.id)
+        except (InterlockError, TimeoutError):
+            return None
+        return False if seen.responsive and seen.power_state is PowerState.RUNNING else None
+
+    def sends_guests(self, name: str) -> bool:
+        """Whether the host's hypervisor supports live migration."""
+        return isinstance(self.connections.of(name), MigrationPort)
+
+    def in_trouble(self) -> tuple[HostCondition, ...]:
+        """Return the hosts that are lost or fenced."""
+        conditions = (self.leases.condition(host.name) for host in self.leases.hosts())
+        return tuple(one for one in conditions if one.state is not HostState.UP)
 
     def require_there(self, name: str) -> None:
-        """Raise `NotFound` where there is no such host, `Invalid` where it cannot be asked now."""
+        """Raise `NotFound` if the host does not exist, `Invalid` if it is not connected."""
         if name == self.own:
             return
-        host = self._book.host(name)
-        if host.state is not HostState.UP or not self._links.linked(name):
-            raise Invalid(f"The host {name} is not connected.", remedy=f"See that `interlock agent` runs on {name}.")
+        host = self.leases.host(name)
+        if host.state is not HostState.UP or not self.connections.linked(name):
+            raise Invalid(f"The host {name} is not connected.", remedy=f"Start `interlock agent` on {name}.")
 
-    async def link(self, caller: Caller, name: str, link: Link) -> None:
-        """Speak with the agent of a host until its connection ends.
+    def require_may_link(self, caller: Caller, name: str) -> None:
+        """Raise unless the caller may connect as the agent of that host.
 
         Raises:
-            Forbidden: the caller is neither an agent nor an admin.
-            Invalid: a host cannot be called that.
+            Forbidden: its token does not have the role agent, or is for another host.
+            Invalid: the host name is invalid or reserved.
         """
-        if caller.role not in {Role.AGENT, Role.ADMIN}:
-            raise Forbidden(
-                f"A token with the role {caller.role.value} may not speak for a host.",
-                remedy="Use a token with the role agent.",
-            )
         check_name(name, "name")
-        if name in {self._links.own, ANY}:
-            raise Invalid(f"{name!r} is not the name of another host.", remedy="Give the agent another with --name.")
+        if name in {self.connections.own, ANY}:
+            raise Invalid(f"Invalid host name {name!r}: reserved.", remedy="Give the agent another with --name.")
+        if caller.role is not Role.AGENT:
+            raise Forbidden(
+                f"Permission denied: a token with the role {caller.role.value} may not connect as an agent.",
+                remedy=f"Create one for it: `interlock token create NAME --role agent --host {name}`.",
+            )
+        # After a rename of its host, an agent may still use the former name.
+        if caller.host is not None and self.leases.current_name(caller.host) != self.leases.current_name(name):
+            raise Forbidden(
+                f"Permission denied: this token is for the host {caller.host}, not {name}.",
+                remedy=f"Start the agent with --name {caller.host}, or create another token: "
+                f"`interlock token create NAME --role agent --host {name}`.",
+            )
+
+    def require_present_name(self, caller: Caller, name: str) -> None:
+        """Raise `Invalid` if a token is to be created for a former name of a host; `Forbidden` as creating it would."""
+        caller.require(Role.ADMIN, "create tokens")
+        present = self.leases.current_name(name)
+        if present != name:
+            raise Invalid(
+                f"host: {name} is a former name of the host {present}.",
+                remedy=f"Create the token for it: --host {present}.",
+            )
+
+    def outgoing_file(self, caller: Caller, name: str, transfer: str) -> Path:
+        """Return the file that is sent to the host in that transfer, for its agent.
+
+        Raises:
+            Forbidden, Invalid: as `require_may_link`.
+            NotFound: the transfer has ended, or is one of another host.
+        """
+        return self._agents_host(caller, name).outgoing_file(transfer)
+
+    async def receive_range(
+        self, caller: Caller, name: str, transfer: str, offset: int, chunks: AsyncIterator[bytes]
+    ) -> None:
+        """Write chunks to the file that is fetched from the host in that transfer. Raises as `outgoing_file`."""
+        await self._agents_host(caller, name).receive_range(transfer, offset, chunks)
+
+    def _agents_host(self, caller: Caller, name: str) -> RemoteHost:
+        self.require_may_link(caller, name)
+        return self.connections.remote(self.leases.host(self.leases.current_name(name)).name)
+
+    async def link(self, caller: Caller, name: str, link: Link) -> None:
+        """Serve the connection of a host's agent until it ends.
+
+        Raises:
+            Forbidden, Invalid: as `require_may_link`.
+            HostTaken: another agent uses the name.
+        """
+        self.require_may_link(caller, name)
+        name = self.leases.current_name(name)
         await self._join(name)
 
-        async def heard(host: Host) -> None:
-            await self._book.heard(host)
+        async def admit(host: Host) -> None:
+            await self._gate.admit(host)
+            present = self.leases.current_name(name)
+            if caller.host is not None and self.leases.current_name(caller.host) == present:
+                # A former name, if the server was killed during the rename.
+                await self._rename_tokens(caller.host, present)
+            await self._bind(caller, present)
+
+        async def on_connected(host: Host) -> None:
+            await self.leases.on_connected(host)
             with contextlib.suppress(NotResponding, NotFound):
                 await self._catch_up(name)
 
-        await self._links.remote(name).serve(link, heard)
+        await self.connections.remote(name).serve(link, admit, on_connected)

@@ -1,93 +1,114 @@
-"""Instances and what is asked of them: create, submit, cancel, describe, wait."""
+"""Instances and requests: create, submit, cancel, describe, list, wait, follow events."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from interlock.core import admission, lifecycle
-from interlock.core.claims import CLAIMING
-from interlock.core.errors import GenerationMismatch, InterlockError, InUse, Invalid, NameTaken, NotFound
-from interlock.core.operations import Operation
+from interlock.core.errors import (
+    GenerationMismatch,
+    InterlockError,
+    InUse,
+    Invalid,
+    NameTaken,
+    NotFound,
+    name_taken,
+    not_found,
+)
+from interlock.core.evacuation import losses
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.parameters import Refers, check_name, is_id
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     ENDS,
+    NO_FACTS,
     Admitted,
     Cancellation,
     Change,
     Denied,
     Disposition,
     Event,
+    Facts,
     Held,
     Instance,
     Redundant,
     Request,
     Submission,
 )
+from interlock.core.references import REFERENCES
 from interlock.core.restart_policy import check_limit
-from interlock.policies import explaining
-from interlock.policies.in_force import PolicyInForce
-from interlock.ports import IdempotencyKey, InstanceFilter, Page, Role, Store
-from interlock.service import fitting, oversight
-from interlock.service.answers import Answer, Stuck
-from interlock.service.callers import Caller
+from interlock.core.scheduled_actions import UpkeepTimes
+from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.explanation import explainer
+from interlock.ports import InstanceFilter, Page, Role, Store
+from interlock.service import fleet_status
+from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
-from interlock.service.hosts import HostVerbs
+from interlock.service.change_notifier import EVERYTHING, ChangeNotifier
+from interlock.service.hosts import HostService
+from interlock.service.idempotency import as_recorded, idempotency_key, submitted_before
 from interlock.service.inventory import Inventory
-from interlock.service.passwords import PasswordBox
-from interlock.service.placing import Placing
-from interlock.service.resolving import Resolving
-from interlock.service.watching import EVERYTHING, Watch
-from interlock.service.wishes import Labels, NewInstance, NewRequest, check_name, check_parameters, hold_ms, is_id
+from interlock.service.passwords import PendingPasswords
+from interlock.service.reference_resolver import ReferenceResolver, ResolvedSubmission
+from interlock.service.request_models import Labels, NewInstance, NewRequest, check_parameters, hold_ms
+from interlock.service.scheduler import Scheduler
+from interlock.service.short_ids import full_id
+from interlock.service.submission_evaluation import SubmissionEvaluator
+from interlock.service.submission_results import Stuck, SubmissionResult, TurnedAway
 
 EVENTS_PAGE = 500
-
-
-class _TurnedAway(Exception):
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.answer = answer
+_NAMES_AN_IMAGE = frozenset(
+    operation for operation, named in REFERENCES.items() if any(refers is Refers.NEW_IMAGE for _, refers in named)
+)
 
 
 class Instances:
-    """The verbs on instances and requests. Each takes the caller, for whom only its own project exists."""
+    """Operations on instances and requests, limited to the caller's project."""
 
     def __init__(
         self,
         store: Store,
         in_force: PolicyInForce,
-        hosts: HostVerbs,
+        hosts: HostService,
         inventory: Inventory,
-        passwords: PasswordBox,
+        passwords: PendingPasswords,
         new_id: Callable[[], str],
         capacity: Capacity,
         memory_mib_max: int,
     ) -> None:
         self._store = store
         self._in_force = in_force
-        self._resolving = Resolving(inventory, memory_mib_max)
+        self._references = ReferenceResolver(inventory, memory_mib_max)
         self._passwords = passwords
         self._new_id = new_id
         self._hosts = hosts
         self._capacity = capacity
-        self._placing = Placing(hosts, capacity)
+        self._scheduler = Scheduler(hosts, capacity)
+        self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store.now_ms)
         self._naming = asyncio.Lock()
-        self.watch = Watch()
-        self._unlisten = store.listen(self.watch.ring)
-        store.listen(passwords.heed)
+        self.watch = ChangeNotifier()
+        self._unlisten = store.listen(self.watch.notify)
+        store.listen(passwords.on_events)
 
     def close(self) -> None:
-        """Release everyone who waits."""
+        """Release all waiting tasks."""
         self._unlisten()
         self.watch.close()
 
     def now_ms(self) -> int:
         return self._store.now_ms()
+
+    def shown_ms(self, at_ms: int) -> int:
+        """Convert a time of the store to wall-clock time for display."""
+        return self._store.shown_ms(at_ms)
+
+    def upkeep_times(self, times: UpkeepTimes) -> UpkeepTimes:
+        """Add the time before which no irreversible scheduled action runs."""
+        return msgspec.structs.replace(times, not_before_ms=self._store.time.cautious_until_ms)
 
     @property
     def policy(self) -> CompiledPolicy:
@@ -96,19 +117,20 @@ class Instances:
 
     # ------------------------------------------------------------------------------------------------- submitting
 
-    async def create(self, caller: Caller, wish: NewInstance, key: str | None = None) -> Answer:
-        """Record a new instance and, unless it is not to be started, admit its creation.
+    async def create(self, caller: Caller, new: NewInstance, key: str | None = None) -> SubmissionResult:
+        """Record a new instance and, if `start` is set, submit its creation.
 
-        The disposition is `Redundant` with the rule `recorded` when there was nothing to start.
+        The disposition is `Redundant` with the rule `recorded` if it is not started.
 
         Raises:
-            Invalid, NotFound (image or host), NameTaken, KeyReused, NoRoom, InUse (a host's port), Unavailable.
+            Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, InUse (a host's port),
+            Unavailable.
         """
         caller.require(Role.MEMBER, "create instances")
-        check_name(wish.name, "name")
-        check_limit(wish.restart)
-        spec = await self._resolving.new_spec(caller, wish)
-        hosts = self._placing.named(wish.host)
+        check_name(new.name, "name")
+        check_limit(new.restart)
+        spec = await self._references.new_spec(caller, new)
+        hosts = self._scheduler.named(new.host)
         shared = await self._hosts.shared_folder(hosts)
         instance_id = self._new_id()
         submission = self._submission(caller, Operation.CREATE, {})
@@ -116,169 +138,231 @@ class Instances:
         def decide(now_ms: int) -> Change[Disposition]:
             instance = Instance(
                 id=instance_id,
-                name=wish.name,
+                name=new.name,
                 project=caller.project,
                 host=hosts[0],
                 created_at_ms=now_ms,
                 updated_at_ms=now_ms,
-                tags=wish.tags,
-                blocked_operations=wish.blocked_operations,
-                restart=wish.restart,
+                tags=new.tags,
+                blocked_operations=new.blocked_operations,
+                restart=new.restart,
+                evacuate=new.evacuate,
+                apart_from=tuple(dict.fromkeys(new.apart_from)),
                 spec=spec,
             )
-            instance = self._placing.put(instance, hosts, shared)
+            instance = self._scheduler.put(instance, hosts, shared)
+            instance = instance if new.start else self._evaluator.not_started(instance, submission, now_ms)
             facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
             created = _event("instance.created", instance, now_ms, facts)
-            if not wish.start:
-                recorded = Redundant(
-                    rule="recorded", reason="recorded", because="Recorded; a start makes and boots it."
-                )
-                self._capacity.claim(instance)
-                return Change(instance=instance, events=(created,), answer=recorded)
+            if not new.start:
+                self._capacity.check(instance, None)
+                return Change(instance=instance, events=(created,), answer=_RECORDED)
             change = admission.admit(instance, submission, self.policy, now_ms)
             if not isinstance(change.answer, Admitted):
-                raise _TurnedAway(Answer(disposition=change.answer, instance=instance))
-            self._capacity.claim(instance)
+                raise TurnedAway(SubmissionResult(disposition=change.answer, instance=instance))
+            self._capacity.check(instance, None)
             return msgspec.structs.replace(change, events=(created, *change.events))
 
         try:
-            async with self._resolving.giving(spec.image.id), self._capacity.deciding(instance_id):
-                disposition = await self._store.create(decide, _key(caller, key, "create", wish))
-        except _TurnedAway as refusal:
+            async with self._references.giving(spec.image.id):
+                disposition = await self._store.create(decide, idempotency_key(caller, key, "create", new))
+        except TurnedAway as refusal:
             return refusal.answer
         if isinstance(disposition, Admitted):
             instance_id = disposition.request.instance_id
             kept = await self._store.instance(instance_id)
         else:
-            kept = await self._store.instance_named(caller.project, wish.name)
+            kept = await self._store.instance_named(caller.project, new.name)
         if kept is None:
-            raise NotFound(f"The instance {wish.name} was deleted meanwhile.")
-        return Answer(disposition=disposition, instance=kept)
+            raise NotFound(f"The instance {new.name} was deleted meanwhile.")
+        return SubmissionResult(disposition=disposition, instance=kept)
 
     async def submit(
         self,
         caller: Caller,
         reference: str,
-        wish: NewRequest,
+        new: NewRequest,
         key: str | None = None,
         if_generation: int | None = None,
-    ) -> Answer:
-        """Ask for an operation. What the gate says comes back as a value, also when it refuses.
+    ) -> SubmissionResult:
+        """Submit an operation. Returns the gate's disposition, also a denial.
 
         Raises:
-            Invalid, NotFound (instance, or what is named), GenerationMismatch, KeyReused, InUse (volume), NameTaken,
-            NoRoom.
+            Invalid, NotFound (instance or reference), GenerationMismatch, KeyReused, InUse (volume), NameTaken,
+            InsufficientCapacity.
         """
-        # A name is free only until somebody else asks for it.
-        async with self._naming if wish.operation is Operation.SNAPSHOT else contextlib.nullcontext():
-            return await self._submit(caller, reference, wish, key, if_generation)
+        try:
+            if new.operation not in _NAMES_AN_IMAGE:
+                return await self._submit(caller, reference, new, key, if_generation)
+            # Two snapshots submitted at once could otherwise both find their image's name free.
+            async with self._naming:
+                return await self._submit(caller, reference, new, key, if_generation)
+        except NotFound:
+            earlier = await submitted_before(self._store, caller, new, key)
+            if earlier is None:
+                raise
+            return earlier
 
     async def _submit(
-        self, caller: Caller, reference: str, wish: NewRequest, key: str | None, if_generation: int | None
-    ) -> Answer:
+        self, caller: Caller, reference: str, new: NewRequest, key: str | None, if_generation: int | None
+    ) -> SubmissionResult:
         caller.require(Role.MEMBER, "change instances")
-        parameters = check_parameters(wish.operation, wish.parameters)
-        instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
-        unusable: InterlockError | None = None
-        targets: tuple[str, ...] = ()
-        try:
-            parameters = await self._resolving.parameters(caller, wish.operation, instance_id, parameters)
-            targets = self._placing.targets(wish.operation, parameters)
-        except (InUse, NotFound, NameTaken, Invalid) as error:
-            # What a key was answered with stays its answer, whatever has become since of what it named.
-            unusable = error
-        password = parameters.pop("password", None)
-        submission = msgspec.structs.replace(
-            self._submission(caller, wish.operation, parameters), hold_ms=hold_ms(wish.hold)
-        )
+        found = await self._resolve(caller, reference, new)
+        secret = CATALOGUE[new.operation].parameters.secret
+        password = None if secret is None else found.submission.parameters.pop(secret, None)
         judged: list[Instance] = []
 
         def decide(instance: Instance, now_ms: int) -> Change[Disposition]:
-            if instance.project != caller.project:
-                raise _unknown(reference)
-            if unusable is not None:
-                raise unusable
+            found.check(caller, instance)
             _check_generation(instance, if_generation)
-            fitting.check(instance, wish.operation, parameters)
-            reached = msgspec.structs.replace(submission, host_reachable=self._hosts.reachable(instance.host))
-            bound = self._placing.bound(instance, reached, targets, self.policy, now_ms)
-            change = admission.admit(instance, bound, self.policy, now_ms)
-            fitting.check_same(instance, change.answer, wish.operation, bound.parameters)
-            if claims and isinstance(change.answer, Admitted | Held):
-                self._capacity.claim(change.instance)
+            change = self._evaluator.judge(instance, found.submission, found.targets, now_ms)
             judged[:] = [change.instance]
             return change
 
-        key_kept = _key(caller, key, instance_id, _as_recorded(wish))
-        claims = wish.operation in CLAIMING
-        with self._passwords.offered(submission, password) as offer:
-            deciding = self._capacity.deciding(instance_id) if claims else contextlib.nullcontext()
-            async with self._resolving.giving(None if unusable else parameters.get("image")), deciding:
-                disposition = await self._store.change(instance_id, decide, key_kept)
+        key_kept = idempotency_key(caller, key, found.instance_id, as_recorded(new))
+        with self._passwords.offered(found.submission, password) as offer:
+            async with self._references.giving(found.image_id):
+                disposition = await self._store.change(found.instance_id, decide, key_kept)
             offer.settle(disposition)
-        instance = judged[0] if judged else await self.describe(caller, instance_id)
-        answer = Answer(disposition=disposition, instance=instance, password=offer.made_up)
+        instance = judged[0] if judged else await self.describe(caller, found.instance_id)
+        loses: tuple[str, ...] = ()
+        if new.operation is Operation.EVACUATE and isinstance(disposition, Admitted | Held):
+            loses = losses(instance, from_image=bool(found.submission.parameters.get("from_image")))
+        waits = isinstance(disposition, Admitted) and self._waits_for_host(disposition.request, instance.host)
+        answer = SubmissionResult(
+            disposition=disposition,
+            instance=instance,
+            loses=loses,
+            waits_for_host=instance.host if waits else None,
+            password=offer.made_up,
+        )
         return self.with_ways_out(caller, answer)
 
-    def with_ways_out(self, caller: Caller, answer: Answer) -> Answer:
-        """The answer with what would be admitted instead, if it is a refusal."""
+    async def _resolve(self, caller: Caller, reference: str, new: NewRequest) -> ResolvedSubmission:
+        """Resolve the references of a request. Raises `Invalid`, `NotFound` (instance)."""
+        parameters = check_parameters(new.operation, new.parameters)
+        instance_id = reference if is_id(reference) else (await self.describe(caller, reference)).id
+        unusable: InterlockError | None = None
+        targets: tuple[str, ...] = ()
+        facts = NO_FACTS
+        try:
+            parameters, facts = await self._references.parameters(caller, new.operation, instance_id, parameters)
+            targets = self._scheduler.targets(new.operation, parameters)
+            if CATALOGUE[new.operation].guest_agent:
+                agent = await self._hosts.agent_answers(await self.describe(caller, instance_id))
+                facts = msgspec.structs.replace(facts, agent_answers=agent)
+        except (InUse, NotFound, NameTaken, Invalid) as error:
+            # Raised in the decision only: a repeated idempotency key must return its first response, even if what the
+            # request refers to is gone since.
+            unusable = error
+        submission = self._submission(caller, new.operation, parameters, facts, hold_ms(new.hold))
+        return ResolvedSubmission(reference, instance_id, submission, targets, unusable)
+
+    async def judge(self, caller: Caller, reference: str, new: NewRequest) -> SubmissionResult:
+        """Evaluate a submission without recording or holding it (dry run). Raises as `submit`."""
+        caller.require(Role.MEMBER, "change instances")
+        found = await self._resolve(caller, reference, new)
+        instance = await self.describe(caller, found.instance_id)
+        found.check(caller, instance)
+        submission = msgspec.structs.replace(found.submission, hold_ms=None)
+        change = self._evaluator.judge(instance, submission, found.targets, self.now_ms())
+        if change.instance.name != instance.name:
+            await self._check_name(change.instance)
+        return SubmissionResult(disposition=change.answer, instance=instance)
+
+    async def _check_name(self, renamed: Instance) -> None:
+        """Raise `NameTaken` if another instance has the name, as the store would."""
+        if await self._store.instance_named(renamed.project, renamed.name) is not None:
+            raise name_taken(renamed.project, renamed.name)
+
+    def _waits_for_host(self, request: Request, host: str) -> bool:
+        """Whether a request needs a host that is not connected now."""
+        elsewhere = request.operation is Operation.EVACUATE or not self._hosts.leases.reachable(host)
+        return request.lane is not Lane.RECORD and not elsewhere and not self._hosts.connections.linked(host)
+
+    def with_ways_out(self, caller: Caller, answer: SubmissionResult) -> SubmissionResult:
+        """Add to a denial the operations that would be admitted now."""
         if not isinstance(answer.disposition, Denied):
             return answer
-        allowed = explaining.granted(self._answers(caller, answer.instance))
+        # A denial does not query the guest agent, so operations that need one are left out.
+        found = self._evaluator.answers(answer.instance, caller.role, caller.name, agent_answers=False)
+        allowed = explainer.granted(found)
         return msgspec.structs.replace(answer, allowed_instead=allowed)
 
-    def _answers(self, caller: Caller, instance: Instance) -> dict[Operation, Disposition]:
-        by, there = (caller.role.value, caller.name), self._hosts.reachable(instance.host)
-        return explaining.dispositions(instance, *by, self.policy, self._store.now_ms(), host_reachable=there)
-
-    def _submission(self, caller: Caller, operation: Operation, parameters: dict[str, Any]) -> Submission:
+    def _submission(
+        self,
+        caller: Caller,
+        operation: Operation,
+        parameters: dict[str, Any],
+        facts: Facts = NO_FACTS,
+        hold_ms: int | None = None,
+    ) -> Submission:
         return Submission(
             request_id=self._new_id(),
             operation=operation,
             parameters=parameters,
             requested_by=caller.name,
             role=caller.role.value,
+            facts=facts,
+            hold_ms=hold_ms,
         )
 
     async def relabel(
         self, caller: Caller, reference: str, labels: Labels, if_generation: int | None = None
     ) -> Instance:
-        """Change what an owner may at any time. Raises `Invalid`, `NotFound`, `Forbidden`, `GenerationMismatch`."""
+        """Change an instance's labels. Raises `Invalid`, `NotFound`, `Forbidden`, `GenerationMismatch`."""
         caller.require(Role.MEMBER, "change instances")
         check_limit(labels.restart)
         instance_id = (await self.describe(caller, reference)).id
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:
             _check_generation(instance, if_generation)
-            return lifecycle.relabel(instance, caller.name, now_ms, **msgspec.structs.asdict(labels))
+            change = lifecycle.relabel(instance, caller.name, now_ms, **msgspec.structs.asdict(labels))
+            if labels.apart_from is not None:
+                self._capacity.check_apart(change.instance, instance)
+            return change
 
         return await self._store.change(instance_id, decide)
 
     async def cancel(self, caller: Caller, request_id: str) -> tuple[Cancellation, Request]:
-        """Withdraw a request, and say what became of that with the request as it is now. Raises `NotFound`."""
+        """Cancel a request; return the outcome and the request as it is now. Raises `NotFound`."""
         caller.require(Role.MEMBER, "cancel requests")
         request = await self.request(caller, request_id)
 
         def decide(instance: Instance, now_ms: int) -> Change[Cancellation]:
-            return lifecycle.cancel(instance, request_id, self._in_force.for_waiting(instance), caller.name, now_ms)
+            policy, reachable = self._in_force.for_waiting(instance), self._hosts.leases.reachable(instance.host)
+            return lifecycle.cancel(instance, request.id, policy, caller.name, now_ms, host_reachable=reachable)
 
         outcome = await self._store.change(request.instance_id, decide)
-        return outcome, await self.request(caller, request_id)
+        return outcome, await self.request(caller, request.id)
 
     # ------------------------------------------------------------------------------------------------- describing
 
     async def describe(self, caller: Caller, reference: str) -> Instance:
-        """The instance of that id or name. Raises `NotFound`."""
+        """Return an instance by id, short id or name. Raises `NotFound`, or `Invalid` for an ambiguous id."""
         if is_id(reference):
             instance = await self._store.instance(reference)
         else:
             instance = await self._store.instance_named(caller.project, reference)
+            if instance is None:
+                whole = await full_id(self._store, "instances", caller.project, reference)
+                instance = None if whole is None else await self._store.instance(whole)
         if instance is None or instance.project != caller.project:
-            raise _unknown(reference)
+            raise not_found("VM", reference)
         return instance
 
+    async def _describe_past(self, caller: Caller, reference: str) -> Instance:
+        """As `describe`, or else the last deleted instance of that name. Raises `NotFound`."""
+        try:
+            return await self.describe(caller, reference)
+        except NotFound:
+            past = None if is_id(reference) else await self._store.deleted_named(caller.project, reference)
+            if past is None:
+                raise
+            return past
+
     async def wait(self, caller: Caller, reference: str, after_generation: int, wait_ms: int) -> Instance:
-        """The instance as soon as its generation is greater than that, or as it is when the time has passed."""
+        """Wait until the instance's generation exceeds `after_generation` or the time has passed; return it."""
         instance = await self.describe(caller, reference)
 
         async def newer() -> Instance | None:
@@ -288,17 +372,35 @@ class Instances:
         found = await self.watch.until(instance.id, newer, wait_ms)
         return found if found is not None else await self.describe(caller, instance.id)
 
-    async def list(self, caller: Caller, where: InstanceFilter, limit: int, cursor: str | None) -> Page:
-        """The caller's instances, oldest first. Raises `Invalid` for a cursor that no page gave."""
-        return await self._store.instances(msgspec.structs.replace(where, project=caller.project), limit, cursor)
+    async def list(
+        self, caller: Caller, where: InstanceFilter, limit: int, cursor: str | None, *, all_projects: bool = False
+    ) -> Page:
+        """Return the instances of the caller's project or, for an admin, of all projects, oldest first.
+
+        Raises:
+            Invalid: the cursor is invalid.
+            Forbidden: `all_projects` without the role admin.
+        """
+        if all_projects:
+            caller.require(Role.ADMIN, "list the instances of all projects")
+        project = None if all_projects else caller.project
+        return await self._store.instances(msgspec.structs.replace(where, project=project), limit, cursor)
 
     async def request(self, caller: Caller, request_id: str, wait_ms: int = 0) -> Request:
-        """The request, as soon as it has ended or the time has passed. Raises `NotFound`."""
-        request = await self._store.request(request_id)
-        if request is None or (await self._store.instance(request.instance_id) or _NOBODYS).project != caller.project:
-            raise NotFound(f"There is no request {request_id[:80]}.")
+        """Wait until a request has ended or the time has passed; return it. Its id may be shortened (`short_ids`).
+
+        Raises:
+            NotFound, or Invalid for an ambiguous id.
+        """
+        request = await self._store.request(request_id, caller.project)
+        if request is None:
+            whole = await full_id(self._store, "requests", caller.project, request_id)
+            request = None if whole is None else await self._store.request(whole, caller.project)
+        if request is None:
+            raise NotFound(f"Request not found: {request_id[:80]}.")
         if wait_ms <= 0 or request.status in ENDS:
             return request
+        request_id = request.id
 
         async def ended() -> Request | None:
             latest = await self._store.request(request_id)
@@ -308,47 +410,60 @@ class Instances:
         return found or await self._store.request(request_id) or request
 
     async def requests(self, caller: Caller, reference: str, limit: int, cursor: str | None) -> Page:
-        """The instance's requests, newest first. Raises `NotFound`, or `Invalid` for a wrong cursor."""
-        instance = await self.describe(caller, reference)
+        """Return the instance's requests, newest first, also of a deleted one by its last name.
+
+        Raises:
+            NotFound, or Invalid for an invalid cursor.
+        """
+        instance = await self._describe_past(caller, reference)
         return await self._store.requests(instance.id, limit, cursor)
 
     async def allowed(self, caller: Caller, reference: str) -> tuple[Instance, dict[Operation, Disposition]]:
-        """What the gate would say now to each operation, from this caller. Raises `NotFound`."""
+        """Return the gate's disposition of each operation, for this caller, now. Raises `NotFound`."""
         instance = await self.describe(caller, reference)
-        return instance, self._answers(caller, instance)
+        agent = await self._hosts.agent_answers(instance)
+        return instance, self._evaluator.answers(instance, caller.role, caller.name, agent_answers=agent)
 
     async def stuck(self, caller: Caller | None) -> tuple[Stuck, ...]:
-        """The caller's instances that something could take over now, those silent longest first.
+        """As `fleet_status.stuck`."""
+        by = "" if caller is None else caller.name
+        lost = {condition.name: condition for condition in self._hosts.in_trouble()}
+        return await fleet_status.stuck(
+            self._store, self.policy, caller, lambda instance: self._evaluator.answers(instance, Role.ADMIN, by), lost
+        )
 
-        Without a caller (for the server's own figures): those of all projects.
-        """
-        return await oversight.stuck(self._store, self.policy, caller, self._hosts.reachable)
+    async def troubled(self) -> dict[str, int]:
+        """Count the guests in trouble of all projects, by trouble."""
+        return await fleet_status.troubled(self._store)
 
     async def census(self) -> tuple[dict[str, int], int]:
-        """How many instances of all projects there are by vm_state, and how many requests are outstanding."""
-        return await oversight.census(self._store)
+        """Count the instances of all projects by vm_state, and the outstanding requests."""
+        return await fleet_status.census(self._store)
 
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
-        """Have `listener` hear of every event of this server, whatever its project."""
+        """Call `listener` with every event, of all projects."""
         self._store.listen(listener)
 
     # ---------------------------------------------------------------------------------------------------- events
 
     async def events(self, caller: Caller, reference: str, after: int, limit: int) -> tuple[Event, ...]:
-        """The instance's events with a greater sequence than `after`, in order. Raises `NotFound`."""
-        instance = await self.describe(caller, reference)
+        """Return the instance's events after a sequence number, in order, also of a deleted one by its last name.
+
+        Raises `NotFound`.
+        """
+        instance = await self._describe_past(caller, reference)
         return await self._store.events(after, limit, instance_id=instance.id)
 
     async def last_event(self) -> int:
-        """The sequence of the newest event."""
+        """Return the sequence number of the newest event."""
         return await self._store.last_event()
 
     async def follow(
         self, caller: Caller, after: int, idle_ms: int, instance_id: str | None = None
     ) -> AsyncIterator[tuple[Event, ...]]:
-        """The project's events after that sequence as they come, in order; an empty tuple after each idle time.
+        """Stream the project's events after a sequence number, in order; yield an empty tuple after each idle time.
 
-        Ends when the server does.
+        Ends when the server stops.
         """
 
         async def more() -> tuple[Event, ...] | None:
@@ -361,35 +476,16 @@ class Instances:
                 after = events[-1].sequence
 
 
-_NOBODYS = Instance(id="", name="", project="", host="")
+_RECORDED = Redundant(rule="recorded", reason="recorded", because="Recorded; a start makes and boots it.")
 
 
 def _check_generation(instance: Instance, wanted: int | None) -> None:
     if wanted is not None and instance.generation != wanted:
         raise GenerationMismatch(
-            f"The instance is at generation {instance.generation}, not {wanted}.",
-            remedy="Read it again, and decide on what it is now.",
+            f"Generation mismatch: the VM {instance.name} is at generation {instance.generation}, not {wanted}.",
+            remedy="Read it again and retry with its present generation.",
         )
 
 
 def _event(kind: str, instance: Instance, now_ms: int, data: dict[str, Any]) -> Event:
     return Event(kind=kind, instance_id=instance.id, at_ms=now_ms, generation=instance.generation, data=data)
-
-
-def _unknown(reference: str) -> NotFound:
-    return NotFound(f"There is no instance {reference[:80]}.", remedy="List them with `interlock vm list`.")
-
-
-def _as_recorded(wish: NewRequest) -> NewRequest:
-    """The wish without what must not be kept in any form."""
-    if "password" not in wish.parameters:
-        return wish
-    parameters = {name: value for name, value in wish.parameters.items() if name != "password"}
-    return msgspec.structs.replace(wish, parameters=parameters)
-
-
-def _key(caller: Caller, key: str | None, target: str, wish: msgspec.Struct) -> IdempotencyKey | None:
-    if key is None:
-        return None
-    fingerprint = hashlib.sha256(target.encode() + b"\0" + msgspec.json.encode(wish)).hexdigest()
-    return IdempotencyKey(scope=caller.token_id, key=key, fingerprint=fingerprint)

@@ -1,4 +1,4 @@
-"""Images and volumes: bring in, list, remove."""
+"""Images and volumes: create, list, delete."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 
 import msgspec
 
-from interlock.core.errors import InUse, Invalid, NameTaken, NotFound
-from interlock.core.records import Image, Instance
-from interlock.ports import ImageFiles, Role, SmallForm, Store, Volume, VolumeFiles, every_instance
-from interlock.service.callers import Caller
+from interlock.core.errors import InUse, Invalid, NameTaken, NotFound, not_found
+from interlock.core.parameters import check_name
+from interlock.core.records import ENDS, Image, Instance, Request
+from interlock.ports import ImageFiles, Role, SmallForm, Store, Tally, Volume, VolumeFiles, every_instance
+from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
-from interlock.service.wishes import NewVolume, check_name
+from interlock.service.request_models import NewVolume
 
 MIB = 1024 * 1024
 
 
 class Inventory:
-    """The verbs on images and volumes.
+    """Operations on images and volumes.
 
-    A volume belongs to a project; so does an image that was made of an instance. What an admin brings in is for all.
+    Volumes and images made from instances belong to a project; images that an admin adds are public.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Inventory:
         new_id: Callable[[], str],
         capacity: Capacity,
         volume_gib_max: int,
+        image_deleted: Callable[[], None],
     ) -> None:
         self._store = store
         self._image_files = image_files
@@ -40,199 +42,229 @@ class Inventory:
         self._new_id = new_id
         self._capacity = capacity
         self._volume_gib_max = volume_gib_max
-        # Between looking and keeping there is a wait; of one who gives an image away and one who deletes it, one loses.
-        self._wanted: Counter[str] = Counter()
-        self._going: set[str] = set()
-        self.image_deleted: Callable[[], None] = _nobody
-        """Called whenever an image has been deleted."""
+        self._image_deleted = image_deleted
+        # Guards against a deletion while an instance with the image is being committed, and the other way round.
+        self._in_use: Counter[str] = Counter()
+        self._deleting: set[str] = set()
 
     # ----------------------------------------------------------------------------------------------------- images
 
     async def sweep(self) -> None:
-        """Remove what is left of images that were being made for requests that have ended without keeping one.
+        """Delete the files of unfinished images whose requests have ended.
 
-        Called at the start, before anything is served. Files that nothing here knows of are left alone: they may be
-        younger than a database that was put back.
+        Called at the start, before requests are served. Unknown files are left alone: they may be newer than a
+        restored database.
         """
-        found = await self._image_files.ids() - {image.id for image in await self._store.images()}
-        if not found:
-            return
-        async for instance in every_instance(self._store):
-            found -= {request.id for request in (*instance.outstanding, *instance.held)}
-            if instance.shelved_image is not None:
-                found -= {instance.shelved_image.id}
+        found = await self._image_files.ids() - {image.id for image in await self._store.images.all()}
         for image_id in sorted(found):
-            if await self._store.request(image_id) is not None:
+            request = await self._store.request(image_id)
+            if request is not None and request.status in ENDS and not await self._is_shelved(request):
                 await self._image_files.discard(image_id)
 
-    async def add_disk_image(self, caller: Caller, name: str, disk: Path, sha256: str | None = None) -> Image:
-        """Inspect a disk image and bring it in. Raises `Invalid`, `NameTaken`, `Forbidden`, `StoreFull`."""
-        await self._check_new_image(caller, name)
-        return await self._keep(await self._image_files.bring_disk(self._new_id(), name, disk, sha256))
+    async def _is_shelved(self, request: Request) -> bool:
+        """Whether the image that a request made is the shelved image of its instance."""
+        instance = await self._store.instance(request.instance_id)
+        return instance is not None and instance.shelved_image is not None and instance.shelved_image.id == request.id
+
+    async def add_disk_image(
+        self,
+        caller: Caller,
+        name: str,
+        disk: Path,
+        sha256: str | None = None,
+        *,
+        claimed: str | None = None,
+        min_memory_mib: int | None = None,
+    ) -> Image:
+        """Inspect and add a disk image. Raises `Invalid`, `NameTaken`, `Forbidden`, `StoreFull`."""
+        await self.check_new_image(caller, name)
+        brought = await self._image_files.bring_disk(self._new_id(), name, disk, sha256, claimed=claimed)
+        return await self._keep(brought, min_memory_mib)
 
     async def add_kernel_image(
-        self, caller: Caller, name: str, kernel: Path, initrd: Path | None, cmdline: str
+        self,
+        caller: Caller,
+        name: str,
+        kernel: Path,
+        initrd: Path | None,
+        cmdline: str,
+        min_memory_mib: int | None = None,
     ) -> Image:
-        """Bring in a kernel that is booted directly. Raises as `add_disk_image`."""
-        await self._check_new_image(caller, name)
-        return await self._keep(await self._image_files.bring_kernel(self._new_id(), name, kernel, initrd, cmdline))
+        """Add a kernel for direct boot. Raises as `add_disk_image`."""
+        await self.check_new_image(caller, name)
+        brought = await self._image_files.bring_kernel(self._new_id(), name, kernel, initrd, cmdline)
+        return await self._keep(brought, min_memory_mib)
 
     async def build_small_image(self, caller: Caller, name: str, form: SmallForm = "kernel") -> Image:
         """Build the small guest from the distribution's packages. Raises also `Unavailable`."""
-        await self._check_new_image(caller, name)
+        await self.check_new_image(caller, name)
         return await self._keep(await self._image_files.build_small(self._new_id(), name, form))
 
-    async def _check_new_image(self, caller: Caller, name: str) -> None:
+    async def has_image(self, image_id: str) -> bool:
+        """Whether an image with that id exists, in any project."""
+        return any(image.id == image_id for image in await self._store.images.all())
+
+    async def check_new_image(self, caller: Caller, name: str) -> None:
+        """Raise `Forbidden`, `Invalid` or `NameTaken` if the caller may not add an image of that name."""
         caller.require(Role.ADMIN, "add images")
         check_name(name, "name")
         await self.check_image_name(caller, name)
 
     async def check_image_name(self, caller: Caller, name: str) -> None:
-        """Raise `NameTaken` if an image of the project, or of all, has that name or is being made under it."""
-        if any(image.name == name for image in await self._store.images() if _of(image, caller.project)):
-            raise NameTaken(f"There is an image named {name} already.", remedy="Choose another name.")
+        """Raise `NameTaken` if an image of the project or a public one has that name, or is being created with it."""
+        if any(image.name == name for image in await self._store.images.all() if _of(image, caller.project)):
+            raise NameTaken(f"An image named {name} already exists.", remedy="Choose another name.")
         for instance in await self._store.unsettled():
             for request in (*instance.outstanding, *instance.held):
                 if instance.project == caller.project and request.image_name == name:
                     raise NameTaken(
-                        f"A {request.operation.value} of {instance.name} named {name} is being made.",
+                        f"A {request.operation.value} of {instance.name} named {name} is being created.",
                         remedy="Choose another name.",
                     )
 
-    async def _keep(self, image: Image) -> Image:
-        image = msgspec.structs.replace(image, created_at_ms=self._store.now_ms())
+    async def _keep(self, image: Image, min_memory_mib: int | None = None) -> Image:
+        """Store the record; `min_memory_mib` overrides the value detected from the files."""
+        least_mib = image.min_memory_mib if min_memory_mib is None else min_memory_mib
+        image = msgspec.structs.replace(image, created_at_ms=self._store.now_ms(), min_memory_mib=least_mib)
         try:
-            await self._store.put_image(image)
+            await self._store.images.put(image)
         except BaseException:
             await self._image_files.remove(image)
             raise
         return image
 
     async def images(self, caller: Caller) -> tuple[Image, ...]:
-        """The images that the caller may use: those of its project and of all; an admin's are those of everybody."""
-        found = await self._store.images()
+        """Return the images of the caller's project and the public ones; for an admin, all."""
+        found = await self._store.images.all()
         return tuple(image for image in found if caller.role is Role.ADMIN or _of(image, caller.project))
 
     async def find_image(self, caller: Caller, reference: str) -> Image:
-        """The caller's image of that id or name; its project's own comes before that of all. Raises `NotFound`."""
+        """Return the caller's image by id or name; its project's own before a public one. Raises `NotFound`."""
         found = [image for image in await self.images(caller) if reference in {image.id, image.name}]
         found = [image for image in found if image.id == reference or _of(image, caller.project)]
         if not found:
-            raise NotFound(f"There is no image {reference[:80]}.", remedy="List them with `interlock image list`.")
+            raise not_found("Image", reference)
         return min(found, key=lambda image: image.project is None)
 
+    async def image_file(self, caller: Caller, reference: str, part: str | None) -> Path:
+        """Return the file of an image: the disk, or a kernel's `kernel` or `initrd`. Raises `NotFound`, `Forbidden`."""
+        caller.require(Role.MEMBER, "download images")
+        image = await self.find_image(caller, reference)
+        path = image.initrd if part == "initrd" else image.path
+        if path is None or (part is not None and image.kind != "kernel"):
+            raise NotFound(f"The image {image.name} ({image.kind}) has no {part}.")
+        if not await self._image_files.holds(image):
+            raise NotFound(f"The file of the image {image.name} was not found: {path}.", remedy="Restore it.")
+        return Path(path)
+
     async def delete_image(self, caller: Caller, reference: str) -> None:
-        """Remove an image that no instance uses. Raises `NotFound`, `InUse`, `Forbidden`."""
+        """Delete an unused image. Raises `NotFound`, `InUse`, `Forbidden`."""
         caller.require(Role.MEMBER, "delete images")
         image = await self.find_image(caller, reference)
         if image.project is None:
-            caller.require(Role.ADMIN, "delete images that every project may use")
-        if self._wanted[image.id]:
-            raise InUse(f"The image {image.name} is being given to an instance.", remedy="Delete that first.")
-        self._going.add(image.id)
+            caller.require(Role.ADMIN, "delete public images")
+        if self._in_use[image.id]:
+            raise InUse(f"The image {image.name} is in use by a new VM.", remedy="Delete the VM first.")
+        self._deleting.add(image.id)
         try:
-            async for user in every_instance(self._store):
-                if image.id in user.image_ids:
-                    which = _named(user, caller)
-                    raise InUse(f"The image {image.name} is used by {which}.", remedy="Delete that first.")
-            await self._store.delete_image(image.id)
+            if self._store.tally(Tally.IMAGES, image.id):
+                user = await self._user(image, caller)
+                raise InUse(f"The image {image.name} is in use by {user}.", remedy="Delete the VM first.")
+            await self._store.images.delete(image.id)
             await self._image_files.remove(image)
         finally:
-            self._going.discard(image.id)
-        self.image_deleted()
+            self._deleting.discard(image.id)
+        self._image_deleted()
+
+    async def _user(self, image: Image, caller: Caller) -> str:
+        async for instance in every_instance(self._store):
+            if image.id in instance.image_ids:
+                return _named(instance, caller)
+        return "a VM"
 
     @contextlib.asynccontextmanager
-    async def giving(self, image_id: str | None) -> AsyncIterator[None]:
-        """Keep the image, if it is one, from being deleted until an instance that has it is kept.
+    async def giving(self, image_id: str) -> AsyncIterator[None]:
+        """Prevent the deletion of an image while an instance with it is committed.
 
         Raises:
-            NotFound: it is being deleted, or was.
+            NotFound: it was or is being deleted.
         """
-        if image_id is None:
-            yield
-            return
-        self._wanted[image_id] += 1
+        self._in_use[image_id] += 1
         try:
-            if image_id in self._going or all(image.id != image_id for image in await self._store.images()):
-                raise NotFound("The image is being deleted.", remedy="List them with `interlock image list`.")
+            if image_id in self._deleting or all(image.id != image_id for image in await self._store.images.all()):
+                raise NotFound("Image not found: it is being deleted.", remedy="List them with `interlock image list`.")
             yield
         finally:
-            self._wanted[image_id] -= 1
-            if not self._wanted[image_id]:
-                del self._wanted[image_id]
+            self._in_use[image_id] -= 1
+            if not self._in_use[image_id]:
+                del self._in_use[image_id]
 
     # ---------------------------------------------------------------------------------------------------- volumes
 
-    async def make_volume(self, caller: Caller, wish: NewVolume) -> Volume:
-        """Make an empty volume. Raises `Invalid`, `NameTaken`, `NoRoom`, `StoreFull`."""
-        caller.require(Role.MEMBER, "make volumes")
-        check_name(wish.name, "name")
-        if wish.size_mib > self._volume_gib_max * 1024:
-            raise Invalid(f"size_mib: {wish.size_mib} is more than is allowed here ({self._volume_gib_max * 1024}).")
-        if any(volume.name == wish.name for volume in await self._store.volumes(caller.project)):
-            raise NameTaken(f"There is a volume named {wish.name} already.", remedy="Choose another name.")
+    async def make_volume(self, caller: Caller, new: NewVolume) -> Volume:
+        """Create an empty volume. Raises `Invalid`, `NameTaken`, `InsufficientCapacity`, `StoreFull`."""
+        caller.require(Role.MEMBER, "create volumes")
+        check_name(new.name, "name")
+        if new.size_mib > self._volume_gib_max * 1024:
+            raise Invalid(f"size_mib: {new.size_mib} exceeds the limit of {self._volume_gib_max * 1024}.")
+        if any(volume.name == new.name for volume in await self._store.volumes.all(caller.project)):
+            raise NameTaken(f"A volume named {new.name} already exists.", remedy="Choose another name.")
         volume_id = self._new_id()
-        async with self._capacity.deciding(volume_id):
-            self._capacity.claim_volume(volume_id, wish.name, wish.size_mib * MIB)
+        self._capacity.claim_volume(volume_id, new.name, new.size_mib * MIB)
         try:
-            return await self._make_volume(caller, wish, volume_id)
+            return await self._make_volume(caller, new, volume_id)
         except BaseException:
             self._capacity.release_volume(volume_id)
             raise
 
-    async def _make_volume(self, caller: Caller, wish: NewVolume, volume_id: str) -> Volume:
-        path = await self._volume_files.make(volume_id, wish.size_mib * MIB)
+    async def _make_volume(self, caller: Caller, new: NewVolume, volume_id: str) -> Volume:
+        path = await self._volume_files.make(volume_id, new.size_mib * MIB)
         volume = Volume(
             id=volume_id,
-            name=wish.name,
+            name=new.name,
             project=caller.project,
             path=str(path),
-            size_bytes=wish.size_mib * MIB,
+            size_bytes=new.size_mib * MIB,
             created_at_ms=self._store.now_ms(),
         )
         try:
-            await self._store.put_volume(volume)
+            await self._store.volumes.put(volume)
         except BaseException:
             await self._volume_files.remove(volume_id)
             raise
         return volume
 
     async def volumes(self, caller: Caller) -> tuple[Volume, ...]:
-        return await self._store.volumes(caller.project)
+        return await self._store.volumes.all(caller.project)
 
     async def find_volume(self, caller: Caller, reference: str) -> Volume:
-        """The caller's volume of that id or name. Raises `NotFound`."""
-        for volume in await self._store.volumes(caller.project):
+        """Return the caller's volume by id or name. Raises `NotFound`."""
+        for volume in await self._store.volumes.all(caller.project):
             if reference in {volume.id, volume.name}:
                 return volume
-        raise NotFound(f"There is no volume {reference[:80]}.", remedy="List them with `interlock volume list`.")
+        raise not_found("Volume", reference)
 
     async def holder(self, volume: Volume) -> str:
-        """The instance that has the volume, which is of the same project, by its name where that is known."""
-        held = await self._store.volume(volume.id)
+        """Describe the VM to which the volume is attached, for error messages."""
+        held = await self._store.volumes.get(volume.id)
         found = None if held is None or held.attached_to is None else await self._store.instance(held.attached_to)
-        return "an instance" if found is None else f"the instance {found.name}"
+        return "a VM" if found is None else f"the VM {found.name}"
 
     async def delete_volume(self, caller: Caller, reference: str) -> None:
-        """Remove a volume that no instance has. Raises `NotFound`, `InUse`."""
+        """Delete a detached volume. Raises `NotFound`, `InUse`."""
         caller.require(Role.MEMBER, "delete volumes")
         volume = await self.find_volume(caller, reference)
-        if not await self._store.delete_volume(volume.id):
+        if not await self._store.volumes.delete(volume.id):
             holder = await self.holder(volume)
             raise InUse(f"The volume {volume.name} is attached to {holder}.", remedy="Detach it first.")
         await self._volume_files.remove(volume.id)
         self._capacity.release_volume(volume.id)
 
 
-def _nobody() -> None:
-    """Hears of deleted images while nobody else does."""
-
-
 def _of(image: Image, project: str) -> bool:
-    """Whether the image is the project's own, or of all."""
+    """Whether the image is the project's own or public."""
     return image.project is None or image.project == project
 
 
 def _named(instance: Instance, caller: Caller) -> str:
-    """The instance by its name, for whom it exists."""
-    return f"the instance {instance.name}" if instance.project == caller.project else "an instance of another project"
+    return f"the VM {instance.name}" if instance.project == caller.project else "a VM of another project"

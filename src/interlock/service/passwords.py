@@ -1,42 +1,56 @@
-"""Passwords between their submission and the end of their request: in memory, and nowhere else.
+"""Passwords of pending set_password requests, kept in memory only.
 
-A password is in no record, no event and no log. A server that ends forgets it, and the request then fails with that.
+A password is in no record, event or log. If the server stops, it is lost and the request fails.
 """
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Self
 
-from interlock.core.operations import Operation
-from interlock.core.records import Admitted, Disposition, Event, Held, Submission
+from interlock.core.operations import CATALOGUE
+from interlock.core.records import Admitted, Denied, Disposition, Event, Held, Redundant, Submission
 
 _BYTES: Final = 15
 _ENDED: Final = frozenset({"request.succeeded", "request.failed", "request.cancelled", "request.superseded"})
 
 
-class Offer:
-    """What a submission brings that must not be kept with it."""
+class PendingPassword:
+    """The password of one submission: kept from its block's start on, and discarded at its end unless accepted."""
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-        self.taken = False
+    def __init__(self, kept: dict[str, str], submission: Submission, password: str | None) -> None:
+        self._kept = kept
+        self._submission = submission
+        self._password = password
+        self._taken = False
         self.made_up: str | None = None
-        """The password that was made up for it, to be told once; None where the caller brought one."""
+        """The generated password, returned once; None if the caller gave one."""
+
+    def __enter__(self) -> Self:
+        if CATALOGUE[self._submission.operation].parameters.secret is not None:
+            kept = self._password or secrets.token_urlsafe(_BYTES)
+            self.made_up = kept if self._password is None else None
+            # Before admission: from then on a worker may read it.
+            self._kept[self._submission.request_id] = kept
+        return self
 
     def settle(self, disposition: Disposition) -> None:
-        """Take note of what became of the submission. One with the key of an earlier one is not this one."""
+        """Record whether the submission became a request; a repeated idempotency key returns an earlier one."""
         match disposition:
             case Admitted(request=request) | Held(request=request):
-                self.taken = request.id == self._request_id
-            case _:
-                self.taken = False
+                self._taken = request.id == self._submission.request_id
+            case Redundant() | Denied():
+                self._taken = False
+
+    def __exit__(self, *_: object) -> None:
+        if not self._taken:
+            self._kept.pop(self._submission.request_id, None)
+            self.made_up = None
 
 
-class PasswordBox:
-    """Satisfies `ports.Passwords`; `heed` is a store's listener."""
+class PendingPasswords:
+    """Satisfies `ports.Passwords`; `on_events` is a listener of the store."""
 
     def __init__(self) -> None:
         self._kept: dict[str, str] = {}
@@ -44,30 +58,15 @@ class PasswordBox:
     def of(self, request_id: str) -> str | None:
         return self._kept.get(request_id)
 
-    @contextlib.contextmanager
-    def offered(self, submission: Submission, password: str | None) -> Iterator[Offer]:
-        """Keep the password of a submission; it is forgotten at the end of the block unless its request came to be.
-
-        Where the submission sets none, nothing is kept.
-        """
-        offer = Offer(submission.request_id)
-        if submission.operation is Operation.SET_PASSWORD:
-            kept = password or secrets.token_urlsafe(_BYTES)
-            offer.made_up = kept if password is None else None
-            # Before it is admitted: from then on a worker may ask for it.
-            self._kept[submission.request_id] = kept
-        try:
-            yield offer
-        finally:
-            if not offer.taken:
-                self.forget(submission.request_id)
-                offer.made_up = None
+    def offered(self, submission: Submission, password: str | None) -> PendingPassword:
+        """Keep the password of a submission that needs one for a block, and after it if it was accepted."""
+        return PendingPassword(self._kept, submission, password)
 
     def forget(self, request_id: str) -> None:
         self._kept.pop(request_id, None)
 
-    def heed(self, events: Sequence[Event]) -> None:
-        """Forget what has come to its end."""
+    def on_events(self, events: Sequence[Event]) -> None:
+        """Discard the passwords of ended requests."""
         if self._kept:
             for event in events:
                 if event.kind in _ENDED and event.request_id is not None:

@@ -1,4 +1,4 @@
-"""The server's log: where it goes, in which form, and what is said there of the server's own surroundings."""
+"""Logging set-up of the server, and warnings about unknown environment variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOG = structlog.get_logger(__name__)
 
 
 def configure_logging(config: Config) -> None:
-    """Send what the server has to say to standard error, as lines for people or as JSON."""
+    """Log to standard error, as text or as JSON."""
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if config.log_format == "json"
@@ -36,14 +36,24 @@ def configure_logging(config: Config) -> None:
         logging.root.addHandler(_OfLibraries(logging.WARNING))
 
 
+CAUSED_BY_CLIENTS = frozenset(
+    {"Invalid UTF-8 sequence received from client.", "ASGI callable returned without completing handshake."}
+)
+"""Messages that uvicorn logs as errors when a WebSocket client sends invalid data or disconnects early."""
+
+
 class _OfLibraries(logging.Handler):
-    """Has what libraries say by Python's own logging come out as everything else does."""
+    """Forwards the `logging` messages of libraries to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _LOG.log(record.levelno, record.getMessage(), library=record.name, exc_info=record.exc_info)
+        message = record.getMessage()
+        if message in CAUSED_BY_CLIENTS:
+            _LOG.info(message, library=record.name)
+        else:
+            _LOG.log(record.levelno, message, library=record.name, exc_info=record.exc_info)
 
 
 def warn_of_variables(environment: Mapping[str, str]) -> None:
-    """Log which variables look like Interlock's and mean nothing."""
+    """Log the unknown environment variables that look like Interlock's."""
     for name, near in unknown_variables(environment).items():
-        _LOG.warning("an unknown variable is ignored", variable=name, did_you_mean=near)
+        _LOG.warning("unknown variable ignored", variable=name, did_you_mean=near)

@@ -1,1 +1,1 @@
-"""Where instances, requests and events are kept. A store decides nothing."""
+"""The SQLite store of instances, requests, events and the other records. A store decides nothing."""

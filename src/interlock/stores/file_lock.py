@@ -1,4 +1,4 @@
-"""The lock that says which process has a database: a file beside it. The database itself is not opened here."""
+"""The lock file of a database: ensures that one process uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from interlock.core.errors import StoreBusy, StoreError
 
 
 class FileLock:
-    """Held by at most one process at a time; gone with the process that holds it, however that ends."""
+    """A lock held by at most one process, and released by the kernel when that ends."""
 
     def __init__(self, database: Path) -> None:
         self._database: Final = database
@@ -23,16 +23,16 @@ class FileLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.let_go()
+        self.unlock()
 
     def take(self) -> None:
         """Lock the database for this process.
 
         Raises:
-            StoreBusy: another process has it; the message names its id.
-            StoreError: the place cannot be used.
+            StoreBusy: another process holds it; the message names its id.
+            StoreError: the folder or file cannot be used.
         """
-        self._check_place()
+        self._check_paths()
         while self._descriptor is None:
             descriptor = self._lock()
             if self._is_there(descriptor):
@@ -43,10 +43,10 @@ class FileLock:
         try:
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         except OSError:
-            return  # a full disk: the lock holds all the same, only without telling whose it is
+            return  # disk full: the lock holds, only without the process id
 
-    def let_go(self) -> None:
-        """Give the lock up and remove its file. Does nothing a second time."""
+    def unlock(self) -> None:
+        """Release the lock and delete its file. Idempotent."""
         if self._descriptor is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
@@ -57,7 +57,8 @@ class FileLock:
             descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(
-                f"{self._path} cannot be made: {error.strerror}.", remedy="Let the server's user write the folder."
+                f"{self._path} cannot be created: {error.strerror}.",
+                remedy="Give the server's user write access to the folder.",
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,19 +72,21 @@ class FileLock:
         return descriptor
 
     def _is_there(self, descriptor: int) -> bool:
-        """Whether what was locked is the file still, and was not removed by its holder before it was locked here."""
+        """Whether the locked file still exists: its former holder may have deleted it before it was locked here."""
         try:
             return os.path.samestat(os.fstat(descriptor), self._path.stat())
         except FileNotFoundError:
             return False
 
-    def _check_place(self) -> None:
+    def _check_paths(self) -> None:
         folder = self._database.parent
         if not folder.is_dir():
-            raise StoreError(f"The folder {folder} does not exist.", remedy=f"Make it: mkdir -p {folder}")
+            raise StoreError(f"The folder {folder} does not exist.", remedy=f"Create it: mkdir -p {folder}")
         if self._database.exists() and not self._database.is_file():
             raise StoreError(f"{self._database} is not a file.", remedy="Name another file for the database.")
-        wanted = [folder, *([self._database] if self._database.exists() else [])]
-        for place in wanted:
-            if not os.access(place, os.W_OK | os.R_OK):
-                raise StoreError(f"{place} cannot be written.", remedy=f"Let the server's user read and write {place}.")
+        for path in (folder, *([self._database] if self._database.exists() else [])):
+            if not os.access(path, os.W_OK | os.R_OK):
+                raise StoreError(
+                    f"Permission denied: {path} cannot be written.",
+                    remedy=f"Give the server's user read and write access to {path}.",
+                )

@@ -1,8 +1,7 @@
-"""Recorded history, read from a database file. Nothing is written, and no server is kept from anything.
+"""Reads recorded events from a database file, also while a server uses it.
 
-The file is opened for reading only and its lock file is left alone, so that this works beside a server, and on a copy.
-Events are read in pieces, each in a short transaction of its own: a long one would keep the server's log from being
-carried over into the database.
+The file is opened read-only and not locked. Events are read in short transactions, because a long one would block the
+server's checkpoints.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ from urllib.parse import quote
 import apsw
 
 from interlock.core.errors import Invalid, StoreError, StoreNewer
+from interlock.stores.clock import Offsets
+from interlock.stores.reserve import has_changes, log_of
 from interlock.stores.schema import HEAD
 from interlock.stores.sqlite_errors import store_error
+from interlock.stores.statements import OFFSETS
 
 _SUBMISSIONS: Final = ("request.admitted", "request.redundant", "request.denied", "request.held")
 _SERVICE: Final = (
@@ -28,31 +30,32 @@ _SERVICE: Final = (
     "request.superseded",
     "instance.adopted",
 )
-_AT_ONCE: Final = 50_000
-"""How many events one transaction passes over."""
+_BATCH: Final = 50_000
+"""Number of events per transaction."""
 _BUSY_TIMEOUT_MS: Final = 5_000
 _NEEDED: Final = {
     "events": {"sequence", "instance_seq", "project", "request_id", "kind", "at_ms", "data"},
     "instances": {"seq", "id"},
     "alembic_version": {"version_num"},
 }
-"""What is read, which every layout so far has."""
+"""The columns that are read; every schema version has them."""
 
 
 class History:
-    """The events of one database, in the order in which they happened."""
+    """The events of a database, in order."""
 
     def __init__(self, path: Path) -> None:
         """Open the database.
 
         Raises:
-            Invalid: there is none.
-            StoreNewer, StoreCorrupt, StoreError: it cannot be read, or is another program's.
+            Invalid: it does not exist, or is empty.
+            StoreNewer, StoreCorrupt, StoreError: it cannot be read, or is not an Interlock database.
         """
         self.path: Final = path
         self._connection = _open(path)
         try:
             self._check_layout()
+            self._offsets = self._find_offsets()
             self._first, self._last = self._ends()
         except apsw.Error as error:
             self._connection.close()
@@ -76,58 +79,67 @@ class History:
             if not columns:
                 tables = self._connection.execute("SELECT count(*) FROM sqlite_schema WHERE type = 'table'").get
                 if not tables:
-                    raise Invalid(f"{self.path} is empty: nothing was recorded in it.", remedy=_NAME_ONE)
-                raise StoreError(f"{self.path} is another program's database.", remedy=_NAME_ONE)
+                    raise Invalid(f"The database {self.path} is empty.", remedy=_NAME_ONE)
+                raise StoreError(f"{self.path} is not an Interlock database.", remedy=_NAME_ONE)
             if not needed <= columns:
                 raise StoreError(
-                    f"{self.path} has an older layout than this Interlock reads.",
-                    remedy="Copy it, and bring the copy to this version's layout with `interlock db upgrade`.",
+                    f"The schema of {self.path} is older than this Interlock reads.",
+                    remedy="Copy it, and migrate the copy with `interlock db upgrade`.",
                 )
         revision = str(self._connection.execute("SELECT version_num FROM alembic_version").get)
         if revision > HEAD:
             raise StoreNewer(
-                f"{self.path} was written by a newer Interlock (its layout is {revision}, and {HEAD} is known here).",
+                f"{self.path} was written by a newer Interlock (schema {revision}; this one knows up to {HEAD}).",
                 remedy="Use the Interlock that wrote it.",
             )
 
     def _ends(self) -> tuple[int, int]:
-        """The first sequence number, and the last of now: what comes while this is read is not looked at."""
+        """Return the first and the present last sequence number; later events are ignored."""
         row = self._connection.execute("SELECT min(sequence), max(sequence) FROM events").fetchone()
         return (0, 0) if row is None or row[0] is None else (row[0], row[1])
 
+    def _find_offsets(self) -> Offsets:
+        """Return the offsets to displayed time; none in a database without them."""
+        if not self._connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'clock_offsets'").get:
+            return Offsets()
+        found: list[Any] = self._connection.execute(OFFSETS).fetchall()
+        return Offsets(tuple(found))
+
     @property
     def first_at_ms(self) -> int | None:
-        """When the first event was recorded, in ms since the Unix epoch; None if there is none."""
-        return self._time_from(self._first)
+        """Time of the first event in ms since the Unix epoch; None if there is none."""
+        return self._shown_from(self._first)
 
     @property
     def last_at_ms(self) -> int | None:
-        """When the last event was recorded; None if there is none."""
-        return self._time_from(self._last)
+        """Time of the last event; None if there is none."""
+        return self._shown_from(self._last)
+
+    def _shown_from(self, sequence: int) -> int | None:
+        at_ms = self._time_from(sequence)
+        return None if at_ms is None else self._offsets.shown_ms(at_ms)
 
     def submissions(
         self, since_ms: int | None = None, until_ms: int | None = None, project: str | None = None
     ) -> Iterator[tuple[int, int, str, str, int, str]]:
-        """Every submission from `since_ms` on and before `until_ms`.
+        """Yield the submissions from `since_ms` (inclusive) to `until_ms` (exclusive), in wall-clock time.
 
-        Each with its sequence number, its instance's number, its project, the kind of its event, its time in ms, and
-        its data as JSON.
+        Each as sequence number, instance number, project, kind of event, time in ms, and data as JSON.
         """
-        return self._read(
-            "sequence, instance_seq, project, kind, at_ms, data", _SUBMISSIONS, since_ms, until_ms, project
-        )
+        columns = f"sequence, instance_seq, project, kind, {self._offsets.shown_sql('at_ms')}, data"
+        return self._read(columns, _SUBMISSIONS, since_ms, until_ms, project)
 
     def service(
         self, since_ms: int | None = None, until_ms: int | None = None, project: str | None = None
     ) -> Iterator[tuple[str | None, str, int, str]]:
-        """What tells how requests were served, from `since_ms` on and before `until_ms`.
+        """Yield the events of request execution from `since_ms` (inclusive) to `until_ms` (exclusive).
 
-        Each event with its request, its kind, its time in ms, and its data as JSON.
+        Each as request id, kind, time in ms on the store's clock (for differences), and data as JSON.
         """
         return self._read("request_id, kind, at_ms, data", _SERVICE, since_ms, until_ms, project)
 
     def instance_id(self, number: int) -> str:
-        """The id of the instance with a number, as `submissions` tells it."""
+        """Return the id of an instance by its number in `submissions`."""
         row = self._ask("SELECT id FROM instances WHERE seq = ?", (number,))
         return f"#{number}" if row is None else str(row[0])
 
@@ -143,13 +155,14 @@ class History:
             values = (project,)
         statement = f"SELECT {columns} FROM events WHERE {' AND '.join(conditions)} ORDER BY sequence"  # noqa: S608
         try:
-            for start in range(begin, end, _AT_ONCE):
-                yield from self._connection.execute(statement, (start, min(end, start + _AT_ONCE), *values))
+            for start in range(begin, end, _BATCH):
+                yield from self._connection.execute(statement, (start, min(end, start + _BATCH), *values))
         except apsw.Error as error:
             raise store_error(error, self.path) from error
 
     def _sequence_at(self, at_ms: int) -> int:
-        """The first sequence number of that time or later: numbers and times grow together."""
+        """Return the first sequence number at or after a wall-clock time, by binary search."""
+        at_ms = self._offsets.stored_ms(at_ms)
         low, high = self._first, self._last + 1
         while low < high:
             middle = (low + high) // 2
@@ -177,23 +190,23 @@ _NAME_ONE: Final = "Name the database of a server with --database, or its config
 
 def _open(path: Path) -> apsw.Connection:
     try:
-        there = path.is_file()
-        size = path.stat().st_size if there else 0
+        exists = path.is_file()
+        size = path.stat().st_size if exists else 0
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}.", remedy="Let this user read it.") from error
-    if not there:
-        raise Invalid(f"There is no database {path}.", remedy=_NAME_ONE)
+        raise StoreError(f"{path} cannot be read: {error.strerror}.", remedy="Give this user read access.") from error
+    if not exists:
+        raise Invalid(f"Database {path} not found.", remedy=_NAME_ONE)
     if size == 0:
-        raise Invalid(f"{path} is empty: nothing was recorded in it.", remedy=_NAME_ONE)
+        raise Invalid(f"The database {path} is empty.", remedy=_NAME_ONE)
     try:
         return _connect(f"file:{quote(str(path.absolute()))}?mode=ro")
     except (apsw.CantOpenError, apsw.ReadOnlyError) as error:
-        # A folder that may not be written, and nobody has the file open: then it does not change either.
-        log = path.with_name(f"{path.name}-wal")
-        if log.exists() and log.stat().st_size:
+        # The folder is not writable and no process has the file open, so the file does not change.
+        log = log_of(path)
+        if has_changes(log):
             raise StoreError(
-                f"{path} has changes in {log.name}, which cannot be read here: {error}.",
-                remedy="Let this user write the folder, or copy both files to one that it may write.",
+                f"{path} has changes in {log.name}, which cannot be read: {error}.",
+                remedy="Give this user write access to the folder, or copy both files to a writable folder.",
             ) from error
     except apsw.NotADBError as error:
         raise Invalid(f"{path} is not an SQLite database.", remedy=_NAME_ONE) from error

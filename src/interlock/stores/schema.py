@@ -1,53 +1,51 @@
-"""Which layout a database has, and how it is brought to this one's. Rows are neither read nor written here.
-
-SQLite drops every lock that a process has on a file as soon as any library of that process closes it. Alembic works
-through Python's own SQLite and the store through apsw's, so the two must never have the file open at the same time:
-every function here opens the file by itself and has closed it when it returns.
-"""
+"""Schema versions: detection, creation and migration of a database. Each function opens and closes the file."""
 
 from __future__ import annotations
 
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import apsw
 import msgspec
 
 from interlock.core.errors import StoreCorrupt, StoreError, StoreNewer
 from interlock.stores.file_lock import FileLock
+from interlock.stores.migrations import STEPS
+from interlock.stores.reserve import has_changes, keep_log, log_of
 from interlock.stores.sqlite_errors import RESTORE_REMEDY, store_error
 
-HEAD: Final = "0003"
-"""The newest revision in `migrations/versions`, so that a database that has it is opened without Alembic."""
+HEAD: Final = next(reversed(STEPS))
+"""The newest revision."""
 
+_FILLED: Final = ("guests/vms", "simulated", "volumes", "dumps")
+"""Folders that stay empty until the database has records of their content."""
 _NONE: Final = "none"
-_MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MAGIC: Final = b"SQLite format 3\x00"
 
 
 class Age(Enum):
-    """How a database's layout stands to this one's."""
+    """Age of a database's schema."""
 
     FRESH = "fresh"
-    """There is no file, or nothing is in it."""
+    """The file does not exist or is empty."""
     OLDER = "older"
     CURRENT = "current"
 
 
 class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
-    """What `upgrade` did."""
+    """The result of `upgrade`."""
 
     before: str | None
-    """The revision that the database had; None if it was made now."""
+    """The revision before; None if the database was created."""
     after: str
     copy: Path | None = None
-    """Where the database as it was before is kept; None where there was nothing to keep."""
+    """The backup of the database before a migration; None if there was none."""
 
 
 def upgrade(path: Path) -> Upgrade:
-    """Bring the database at `path` to this layout, or make it, if no server has it.
+    """Migrate the database at `path` to the newest schema, or create it. No server may use it.
 
     Raises:
         StoreBusy, StoreCorrupt, StoreNewer, StoreError
@@ -57,10 +55,10 @@ def upgrade(path: Path) -> Upgrade:
 
 
 def bring_up(path: Path) -> Upgrade:
-    """What `upgrade` does, for whoever has the lock already. Nobody may have the database open.
+    """As `upgrade`, for the holder of the lock. No connection to the database may be open.
 
-    The layout changes in one transaction: a process that is killed in the middle leaves the old one. An older
-    database is copied aside first, to `<name>.before-<this revision>`.
+    Migrates in one transaction, so that a killed process leaves the old schema. An older database is first copied to
+    `<name>.before-<newest revision>`.
 
     Raises:
         StoreCorrupt, StoreNewer, StoreError
@@ -70,6 +68,7 @@ def bring_up(path: Path) -> Upgrade:
         case Age.CURRENT:
             return Upgrade(before=revision, after=HEAD)
         case Age.FRESH:
+            _require_nothing_known(path)
             _make(path)
             return Upgrade(before=None, after=HEAD)
         case Age.OLDER:
@@ -78,13 +77,45 @@ def bring_up(path: Path) -> Upgrade:
             return Upgrade(before=revision, after=HEAD, copy=copy)
 
 
-def look(path: Path) -> tuple[Age, str | None]:
-    """How old the database is, and its revision if it has one. Changes nothing.
+def _require_nothing_known(path: Path) -> None:
+    """Raise `StoreCorrupt` if files beside it show that there was a database, which a new one must not replace."""
+    log = log_of(path)
+    folders = (path.parent / name for name in _FILLED)
+    found = [folder for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    if found or has_changes(log):
+        raise StoreCorrupt(
+            f"The database {path} {'is empty' if path.exists() else 'is missing'}, but {found[0] if found else log} is "
+            "not empty.",
+            remedy="Restore a backup of the database. To start with an empty one, without the former records and "
+            "tokens, run `interlock db new`; the files of VMs and volumes are kept.",
+        )
+
+
+def make_new(path: Path) -> None:
+    """Create an empty database if there is none or an empty one; move a write-ahead log beside it aside.
 
     Raises:
-        StoreCorrupt: it is no database, or a broken one.
-        StoreNewer: its revision is not known here.
-        StoreError: it is another program's database, or cannot be read.
+        StoreBusy: a server uses it.
+        StoreError: a database exists.
+    """
+    with FileLock(path):
+        if look(path)[0] is not Age.FRESH:
+            raise StoreError(
+                f"The database {path} already exists.", remedy="Move it aside first, together with its -wal file."
+            )
+        log = log_of(path)
+        if has_changes(log):
+            log.replace(log.with_name(f"{log.name}.old"))
+        _make(path)
+
+
+def look(path: Path) -> tuple[Age, str | None]:
+    """Return the age of the database's schema, and its revision if it has one. Changes nothing.
+
+    Raises:
+        StoreCorrupt: not a database, or a damaged one.
+        StoreNewer: the revision is unknown.
+        StoreError: another program's database, or not readable.
     """
     if not path.exists() or path.stat().st_size == 0:
         return Age.FRESH, None
@@ -97,11 +128,11 @@ def look(path: Path) -> tuple[Age, str | None]:
         return Age.CURRENT, revision
     if revision == _NONE:
         return Age.FRESH, None
-    if revision in _revisions():
+    if revision in STEPS:
         return Age.OLDER, revision
     raise StoreNewer(
-        f"{path} was written by a newer Interlock (its layout is {revision}; this one knows up to {HEAD}).",
-        remedy="Start the Interlock that wrote it, or put back the copy that was taken before the upgrade.",
+        f"{path} was written by a newer Interlock (schema {revision}; this one knows up to {HEAD}).",
+        remedy="Start the Interlock that wrote it, or restore the copy made before the upgrade.",
     )
 
 
@@ -111,31 +142,32 @@ def _check_magic(path: Path) -> None:
             magic = file.read(len(_MAGIC))
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Let the server's user read and write it."
+            f"{path} cannot be read: {error.strerror}.", remedy="Give the server's user read and write access."
         ) from error
     if magic != _MAGIC:
         raise StoreCorrupt(
             f"{path} is not an SQLite database.",
-            remedy="Name another file for the database, or move this one aside; nothing in it was changed.",
+            remedy="Name another file for the database, or move this one aside; it was not changed.",
         )
 
 
 def _read_revision(path: Path) -> str:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
+        keep_log(connection)
         tables = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
         if not tables:
             return _NONE
         if "alembic_version" not in tables or "instances" not in tables:
             raise StoreError(
-                f"{path} is another program's database.",
-                remedy="Name another file for the database; nothing in this one was changed.",
+                f"{path} is not an Interlock database.",
+                remedy="Name another file for the database; this one was not changed.",
             )
         row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     finally:
         connection.close()
     if row is None:
-        raise StoreCorrupt(f"{path} does not say which layout it has.", remedy=RESTORE_REMEDY)
+        raise StoreCorrupt(f"{path} has no schema version.", remedy=RESTORE_REMEDY)
     return str(row[0])
 
 
@@ -184,41 +216,29 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _revisions() -> frozenset[str]:
-    from alembic.script import ScriptDirectory
-
-    return frozenset(script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions())
-
-
 def _migrate(path: Path) -> None:
-    from alembic import command
-    from alembic.config import Config
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.exc import DBAPIError
-    from sqlalchemy.pool import NullPool
-
-    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-
-    # Python's driver begins and ends transactions on its own, and not around schema changes, unless it is told not to.
-    @event.listens_for(engine, "connect")
-    def _leave_transactions_alone(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA synchronous = FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN EXCLUSIVE")
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
-        with engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-    except DBAPIError as error:
+        keep_log(connection)
+        connection.execute("PRAGMA synchronous = FULL; BEGIN EXCLUSIVE")
+        _take_steps(connection)
+        connection.execute("COMMIT")
+    except apsw.Error as error:
         raise StoreError(
-            f"The layout of {path} could not be brought to {HEAD}: {error.orig}; it was left as it was.",
-            remedy="Make room and see that nobody else has the file open, then start again.",
+            f"Migrating {path} to schema {HEAD} failed: {error}; it was not changed.",
+            remedy="Free space, check that no other program has the file open, then retry.",
         ) from error
     finally:
-        engine.dispose()
+        connection.close()
+
+
+def _take_steps(connection: apsw.Connection) -> None:
+    """Run the migrations and record the revision, in the table that Alembic used for the first databases."""
+    connection.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num TEXT NOT NULL PRIMARY KEY)")
+    before = connection.execute("SELECT version_num FROM alembic_version").get
+    for revision, statements in STEPS.items():
+        if before is None or revision > before:
+            for statement in statements:
+                connection.execute(statement)
+    connection.execute("DELETE FROM alembic_version")
+    connection.execute("INSERT INTO alembic_version VALUES (?)", (HEAD,))

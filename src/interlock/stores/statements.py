@@ -1,7 +1,7 @@
-"""The statements that write a batch, each for many rows at once. Nothing is executed by itself here.
+"""The SQL statements that write a batch, each for many rows.
 
-One statement for many rows is not only fewer statements: apsw gives the interpreter away around each one and has to
-win it back, which on a busy event loop takes longer than the writing itself.
+Few statements also save time because apsw releases the GIL around each: on a busy event loop, acquiring it again takes
+longer than the write.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Final
 import apsw
 
 _CHUNKS: Final = (64, 16, 4, 1)
-"""How many rows one statement writes. Few sizes, so that all of them stay prepared."""
+"""Numbers of rows per statement: few, so that all stay in the cache of prepared statements."""
 
 
 class ManyRows:
-    """A statement whose rows stand between `head` and `tail`, each with `width` values."""
+    """A statement with rows of `width` values between `head` and `tail`."""
 
     def __init__(self, head: str, width: int, tail: str = "") -> None:
         row = f"({','.join('?' * width)})"
@@ -25,7 +25,7 @@ class ManyRows:
         self._by_rows: Final = {rows: f"{head} {','.join([row] * rows)} {tail}" for rows in _CHUNKS}
 
     def run(self, connection: apsw.Connection, bindings: Sequence[Any]) -> None:
-        """Write the rows whose values follow each other in `bindings`."""
+        """Write rows; `bindings` has their values one after the other."""
         begin = 0
         left = len(bindings) // self._width
         for rows in _CHUNKS:
@@ -38,8 +38,8 @@ class ManyRows:
 
 NEW_INSTANCE: Final = ManyRows(
     "INSERT INTO instances (seq, generation, fence, updated_at_ms, last_request, body, id, project, "
-    "name, vm_state, host, task_state, unsettled) VALUES",
-    13,
+    "name, vm_state, host, task_state, unsettled, upkeep) VALUES",
+    14,
 )
 NEW_REQUEST: Final = ManyRows(
     "INSERT INTO requests (seq, id, instance_seq, previous, operation, status, admitted_at_ms, body) VALUES", 8
@@ -55,14 +55,18 @@ EVENT: Final = ManyRows(
 KEY: Final = ManyRows("INSERT OR REPLACE INTO idempotency_keys (scope, key, fingerprint, answer, at_ms) VALUES", 5)
 TAG: Final = ManyRows("INSERT OR IGNORE INTO instance_tags (tag, instance_seq) VALUES", 2)
 
+TALLY: Final = ManyRows("INSERT OR REPLACE INTO tallies (what, of, amount) VALUES", 3)
+PORT: Final = ManyRows("INSERT OR REPLACE INTO host_ports (host, port, instance_id) VALUES", 3)
+FREE_PORT: Final = "DELETE FROM host_ports WHERE host = ? AND port = ?"
+
 _ALWAYS: Final = ("generation", "fence", "updated_at_ms", "last_request", "body")
 
 
 @lru_cache(maxsize=64)
 def changed_instance(columns: tuple[str, ...]) -> ManyRows:
-    """The statement that writes seq, what changes always, and those of `rows.FILED_COLUMNS` that did change.
+    """Return the UPDATE of the columns that always change and of the given ones of `row_codec.FILED_COLUMNS`.
 
-    SQLite rewrites the index entries of every column that an UPDATE names, changed or not; so it names few.
+    SQLite rewrites the index entries of every column in an UPDATE, changed or not.
     """
     names = (*_ALWAYS, *columns)
     settings = ", ".join(f"{name} = changed.column{place}" for place, name in enumerate(names, 2))
@@ -74,6 +78,9 @@ def changed_instance(columns: tuple[str, ...]) -> ManyRows:
 
 
 SEEN: Final = "UPDATE clock SET seen_ms = max(seen_ms, ?)"
-"""Time does not go back behind what was written."""
+"""The store's time never decreases."""
+TIME: Final = "UPDATE clock SET seen_ms = max(seen_ms, ?), body = ?"
+OFFSETS: Final = "SELECT from_ms, offset_ms FROM clock_offsets ORDER BY from_ms"
+OFFSET: Final = ManyRows("INSERT OR REPLACE INTO clock_offsets (from_ms, offset_ms) VALUES", 2)
 FORGET_KEYS: Final = "DELETE FROM idempotency_keys WHERE at_ms < ?"
 FORGET_TAGS: Final = "DELETE FROM instance_tags WHERE instance_seq = ?"

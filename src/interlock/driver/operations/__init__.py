@@ -1,8 +1,7 @@
-"""How each operation is performed. One file a family; each step converges from whatever it finds.
+"""The operation handlers, by operation. Each step is idempotent.
 
-A performance is called with a `Work`, may be cancelled at any await, and is called again after a crash at any point.
-It returns `Done`, or raises an `InterlockError` that says why it failed; `NotResponding`
-stands for an outcome that cannot be known yet.
+A handler is called with an `OperationContext`, may be cancelled at any await, and is called again after a crash. It
+returns `Done`, or raises an `InterlockError` with the reason; `NotResponding` means that the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -12,82 +11,85 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from interlock.core.operations import Operation
+from interlock.core.record_operations import RECORD_OPERATIONS
 from interlock.core.records import GuestEvent
+from interlock.driver.operation_context import Done, OperationContext
 from interlock.driver.operations import (
-    access,
-    copies,
+    cold_migration,
+    evacuation,
     interfaces,
+    lifecycle,
+    live_migration,
     memory,
-    migrating,
+    password,
     power,
-    presence,
-    rebuilding,
-    relocating,
     rescue,
-    resizing,
-    shelving,
-    swapping,
+    snapshots,
+    swap_volume,
     volumes,
 )
-from interlock.driver.work import Done, Work
+from interlock.driver.operations import rebuild as rebuilding
+from interlock.driver.operations import resize as resizing
+from interlock.driver.operations import shelve as shelving
 
 
-class Performance(msgspec.Struct, frozen=True, kw_only=True):
-    """How one operation is performed."""
+class OperationHandler(msgspec.Struct, frozen=True, kw_only=True):
+    """The handler of one operation."""
 
-    perform: Callable[[Work], Awaitable[Done]]
-    undo: Callable[[Work], Awaitable[None]] | None = None
-    """Puts back what a performance that was interrupted half-way had begun; None where there is nothing to undo."""
-    absorbs: frozenset[GuestEvent] = frozenset()
-    """What a guest does while it is performed that is part of it and no news."""
+    perform: Callable[[OperationContext], Awaitable[Done]]
+    undo: Callable[[OperationContext], Awaitable[None]] | None = None
+    """Rolls back an interrupted `perform`; None if there is nothing to roll back."""
+    expected_events: frozenset[GuestEvent] = frozenset()
+    """The guest events that are part of the operation."""
+    without_host: bool = False
+    """Whether it can be performed although its host is fenced."""
 
 
-_ENDS = frozenset({GuestEvent.STOPPED, GuestEvent.CRASHED, GuestEvent.VANISHED})
+_ENDS = frozenset({GuestEvent.STOPPED, GuestEvent.CRASHED, GuestEvent.VANISHED, GuestEvent.LEASE_ENDED})
 
-PERFORMANCES: dict[Operation, Performance] = {
-    Operation.CREATE: Performance(perform=presence.create, undo=power.pull_plug),
-    Operation.START: Performance(perform=power.start, undo=power.pull_plug),
-    Operation.STOP: Performance(perform=power.stop, absorbs=_ENDS),
-    Operation.REBOOT: Performance(perform=power.reboot, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.PAUSE: Performance(perform=power.pause),
-    Operation.UNPAUSE: Performance(perform=power.unpause),
-    Operation.SUSPEND: Performance(perform=memory.suspend, undo=memory.undo_suspend),
-    Operation.RESUME: Performance(perform=memory.resume),
-    Operation.RESCUE: Performance(perform=rescue.rescue, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.UNRESCUE: Performance(perform=rescue.unrescue, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.CRASH_DUMP: Performance(perform=memory.crash_dump),
-    Operation.SET_PASSWORD: Performance(perform=access.set_password),
-    Operation.SOFT_DELETE: Performance(perform=presence.soft_delete, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.RESTORE: Performance(perform=presence.restore),
-    Operation.DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.FORCE_DELETE: Performance(perform=presence.delete, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.ATTACH_VOLUME: Performance(perform=volumes.attach),
-    Operation.DETACH_VOLUME: Performance(perform=volumes.detach),
-    Operation.SWAP_VOLUME: Performance(perform=swapping.swap),
-    Operation.ATTACH_INTERFACE: Performance(perform=interfaces.attach),
-    Operation.DETACH_INTERFACE: Performance(perform=interfaces.detach),
-    Operation.REBUILD: Performance(perform=rebuilding.rebuild, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.RESIZE: Performance(perform=resizing.resize, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.CONFIRM_RESIZE: Performance(perform=resizing.confirm),
-    Operation.REVERT_RESIZE: Performance(perform=resizing.revert, absorbs=_ENDS | {GuestEvent.RESET}),
-    Operation.SHELVE: Performance(perform=shelving.shelve, undo=shelving.undo_shelve, absorbs=_ENDS),
-    Operation.SHELVE_OFFLOAD: Performance(perform=shelving.offload),
-    Operation.UNSHELVE: Performance(perform=shelving.unshelve, undo=shelving.undo_unshelve),
-    Operation.MIGRATE: Performance(perform=relocating.migrate, undo=relocating.undo_migrate, absorbs=_ENDS),
-    Operation.LIVE_MIGRATE: Performance(
-        perform=migrating.live_migrate, undo=migrating.undo_live_migrate, absorbs=_ENDS
+HANDLERS: dict[Operation, OperationHandler] = {
+    Operation.CREATE: OperationHandler(perform=lifecycle.create, undo=power.pull_plug),
+    Operation.START: OperationHandler(perform=power.start, undo=power.pull_plug),
+    Operation.STOP: OperationHandler(perform=power.stop, expected_events=_ENDS),
+    Operation.REBOOT: OperationHandler(perform=power.reboot, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.PAUSE: OperationHandler(perform=power.pause),
+    Operation.UNPAUSE: OperationHandler(perform=power.unpause),
+    Operation.SUSPEND: OperationHandler(perform=memory.suspend, undo=memory.undo_suspend),
+    Operation.RESUME: OperationHandler(perform=memory.resume),
+    Operation.RESCUE: OperationHandler(perform=rescue.rescue, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.UNRESCUE: OperationHandler(perform=rescue.unrescue, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.CRASH_DUMP: OperationHandler(perform=memory.crash_dump),
+    Operation.SET_PASSWORD: OperationHandler(perform=password.set_password),
+    Operation.SOFT_DELETE: OperationHandler(perform=lifecycle.soft_delete, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.RESTORE: OperationHandler(perform=lifecycle.restore),
+    Operation.DELETE: OperationHandler(
+        perform=lifecycle.delete, expected_events=_ENDS | {GuestEvent.RESET}, without_host=True
     ),
-    Operation.EVACUATE: Performance(perform=migrating.evacuate, absorbs=_ENDS),
-    Operation.SNAPSHOT: Performance(perform=copies.snapshot, undo=copies.undo),
-    Operation.BACKUP: Performance(perform=copies.backup, undo=copies.undo),
+    Operation.FORCE_DELETE: OperationHandler(
+        perform=lifecycle.delete, expected_events=_ENDS | {GuestEvent.RESET}, without_host=True
+    ),
+    Operation.ATTACH_VOLUME: OperationHandler(perform=volumes.attach),
+    Operation.DETACH_VOLUME: OperationHandler(perform=volumes.detach),
+    Operation.SWAP_VOLUME: OperationHandler(perform=swap_volume.swap),
+    Operation.ATTACH_INTERFACE: OperationHandler(perform=interfaces.attach),
+    Operation.DETACH_INTERFACE: OperationHandler(perform=interfaces.detach),
+    Operation.REBUILD: OperationHandler(perform=rebuilding.rebuild, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.RESIZE: OperationHandler(perform=resizing.resize, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.CONFIRM_RESIZE: OperationHandler(perform=resizing.confirm),
+    Operation.REVERT_RESIZE: OperationHandler(perform=resizing.revert, expected_events=_ENDS | {GuestEvent.RESET}),
+    Operation.SHELVE: OperationHandler(perform=shelving.shelve, undo=shelving.undo_shelve, expected_events=_ENDS),
+    Operation.SHELVE_OFFLOAD: OperationHandler(perform=shelving.offload),
+    Operation.UNSHELVE: OperationHandler(perform=shelving.unshelve, undo=shelving.undo_unshelve),
+    Operation.MIGRATE: OperationHandler(
+        perform=cold_migration.migrate, undo=cold_migration.undo_migrate, expected_events=_ENDS
+    ),
+    Operation.LIVE_MIGRATE: OperationHandler(
+        perform=live_migration.live_migrate, undo=live_migration.undo_live_migrate, expected_events=_ENDS
+    ),
+    Operation.EVACUATE: OperationHandler(perform=evacuation.evacuate, expected_events=_ENDS, without_host=True),
+    Operation.SNAPSHOT: OperationHandler(perform=snapshots.snapshot, undo=snapshots.undo),
+    Operation.BACKUP: OperationHandler(perform=snapshots.backup, undo=snapshots.undo),
 }
-"""What this driver performs, apart from the operations that change only the record."""
+"""The handlers of all operations but those that change only the record."""
 
-PERFORMS: frozenset[Operation] = frozenset(PERFORMANCES) | {
-    Operation.LOCK,
-    Operation.UNLOCK,
-    Operation.SET_METADATA,
-    Operation.RESET_STATE,
-    Operation.LIVE_MIGRATE_ABORT,
-    Operation.LIVE_MIGRATE_FORCE_COMPLETE,
-}
+PERFORMS: frozenset[Operation] = frozenset(HANDLERS) | frozenset(RECORD_OPERATIONS)

@@ -1,22 +1,21 @@
-"""Suspend, resume and crash dump: what is done with a guest's memory."""
+"""Suspend, resume and crash dump."""
 
 from __future__ import annotations
 
-from interlock.core.errors import NotThere, Refused
+from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.bringing import boot_own
-from interlock.driver.work import Done, Work
+from interlock.driver.operation_context import Done, OperationContext
 
 
-async def suspend(work: Work) -> Done:
-    """Write the guest's memory to a file, and end what held it."""
+async def suspend(work: OperationContext) -> Done:
+    """Save the guest's memory to a file, and end its QEMU process."""
     async with work.moving() as report:
         await work.hypervisor.save_memory(work.permit, work.id, report)
     return Done(power_state=PowerState.NONE)
 
 
-async def undo_suspend(work: Work) -> None:
-    """Let the guest go on that is saved already; one that is not does so by itself."""
+async def undo_suspend(work: OperationContext) -> None:
+    """Restore a guest whose memory was saved already."""
     if (await work.hypervisor.inspect(work.id)).memory_saved:
         async with work.moving() as report:
             await work.hypervisor.restore_memory(work.permit, work.id, work.spec, report)
@@ -24,33 +23,30 @@ async def undo_suspend(work: Work) -> None:
             await work.hypervisor.pause(work.permit, work.id)
 
 
-async def resume(work: Work) -> Done:
-    """Let the guest go on from its saved memory; where that is gone, start it afresh and say so.
+async def resume(work: OperationContext) -> Done:
+    """Restore the guest from its saved memory.
 
     Raises:
-        Refused: it could not be read. It is still saved.
+        OperationRejected: the file is missing (the guest is not booted instead), or could not be read and is kept.
     """
     try:
         async with work.moving() as report:
             await work.hypervisor.restore_memory(work.permit, work.id, work.spec, report)
-    except NotThere:
-        await boot_own(work)
-        return Done(
-            power_state=PowerState.RUNNING, message="No memory was saved any more, so the guest was started afresh."
-        )
-    except Refused as error:
-        raise Refused(
+    except GuestNotFound as error:
+        raise OperationRejected(
+            f"The guest cannot be resumed: {error.message}",
+            remedy="Restore the file if you have it, or discard the guest's memory with a hard reboot.",
+        ) from error
+    except OperationRejected as error:
+        raise OperationRejected(
             f"{error.message} The guest's memory is still saved.",
-            remedy="Resume it again, or give its memory up and start it afresh with a hard reboot.",
+            remedy="Resume it again, or discard its memory and boot it with a hard reboot.",
         ) from error
     return Done(power_state=PowerState.RUNNING)
 
 
-async def crash_dump(work: Work) -> Done:
-    """Write a dump of the guest's memory for a debugger; the guest is afterwards what it was.
-
-    What is one too many then is the oldest, and goes: a dump is removed only once there is a newer one.
-    """
+async def crash_dump(work: OperationContext) -> Done:
+    """Write a dump of the guest's memory for a debugger; then remove the oldest dumps beyond `dumps_max`."""
     target = work.dumps.dump_path(work.id, work.request.id)
     async with work.moving() as report:
         await work.hypervisor.dump_memory(work.permit, work.id, target, report)
@@ -59,7 +55,7 @@ async def crash_dump(work: Work) -> Done:
     for dump in spent:
         work.permit.check()
         await work.dumps.discard(dump)
-    message = f"The dump {work.request.id} is there to be downloaded."
+    message = f"The dump {work.request.id} can be downloaded."
     if spent:
-        message += f" {work.config.dumps_max} are kept, so that {', '.join(dump.id for dump in spent)} was removed."
+        message += f" At most {work.config.dumps_max} are kept; removed: {', '.join(dump.id for dump in spent)}."
     return Done(message=message)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from interlock.core.errors import NotResponding, NotThere
+from interlock.core.errors import GuestNotFound, NotResponding
 from interlock.core.states import PowerState
-from interlock.driver.operations.bringing import ask_guest, boot_own, forget_memory, settle_resize, shut_down
-from interlock.driver.work import Done, Work
+from interlock.driver.operation_context import Done, OperationContext
+from interlock.driver.operations.boot_steps import ask_guest, boot_own, forget_memory, settle_resize, shut_down
 
 
-async def start(work: Work) -> Done:
-    """Make what is missing, and run the guest from its own disk; a resize that was not confirmed is, by that."""
+async def start(work: OperationContext) -> Done:
+    """Create what is missing, and boot the guest from its own disk; this confirms a pending resize."""
     return await boot_own(work)
 
 
-async def stop(work: Work) -> Done:
-    """Ask the guest to power itself off, and pull the plug if it does not in time; or pull it at once if hard.
+async def stop(work: OperationContext) -> Done:
+    """Ask the guest to power itself off, and power it off hard after the timeout, or at once for a hard stop.
 
-    A guest that cannot hear (paused, crashed) is not asked.
+    A paused or crashed guest is powered off at once.
     """
     message = await shut_down(work)
     await forget_memory(work)
     return Done(power_state=PowerState.NONE, message=message)
 
 
-async def reboot(work: Work) -> Done:
-    """Reset the machine; the soft one asks the guest to shut down first, for so long as a stop would wait."""
+async def reboot(work: OperationContext) -> Done:
+    """Reset the guest; a soft reboot first asks it to shut down, with the timeout of a stop."""
     if work.request.hard:
         await work.phase("reboot_started_hard")
         return await _reset(work, None)
@@ -36,24 +36,24 @@ async def reboot(work: Work) -> Done:
     return await _reset(work, message)
 
 
-async def _reset(work: Work, message: str | None) -> Done:
-    """Reset a guest that runs; any other machine is powered off and on, so that it has what the spec says.
+async def _reset(work: OperationContext, message: str | None) -> Done:
+    """Reset a running guest; otherwise end the QEMU process and start one with the present spec.
 
-    So is one that the reboot took over: what its last worker had asked of it must not take effect any more. And so is
-    one that is rescued, which boots its own disk again.
+    The latter also after a takeover, so that pending QMP commands of the last worker have no effect, and after a
+    rescue, to boot the own root disk again.
     """
     seen = await work.hypervisor.inspect(work.id)
     runs = seen.responsive and seen.power_state in {PowerState.RUNNING, PowerState.PAUSED, PowerState.SHUTDOWN}
     if runs and not work.request.preempts and work.spec.rescue_image is None:
         try:
             await work.hypervisor.reset(work.permit, work.id)
-        except (NotThere, NotResponding):
+        except (GuestNotFound, NotResponding):
             pass
         else:
             if work.instance.prior_spec is not None:
                 await settle_resize(work)
             return Done(power_state=PowerState.RUNNING, message=message)
-    await work.tell("powering the machine off and on")
+    await work.describe("power cycling the guest")
     await work.hypervisor.power_off(work.permit, work.id)
     await forget_memory(work)
     await work.release_strays()
@@ -61,16 +61,16 @@ async def _reset(work: Work, message: str | None) -> Done:
     return Done(power_state=PowerState.RUNNING, message=message or "Powered off and on.")
 
 
-async def pause(work: Work) -> Done:
+async def pause(work: OperationContext) -> Done:
     await work.hypervisor.pause(work.permit, work.id)
     return Done(power_state=PowerState.PAUSED)
 
 
-async def unpause(work: Work) -> Done:
+async def unpause(work: OperationContext) -> Done:
     await work.hypervisor.unpause(work.permit, work.id)
     return Done(power_state=PowerState.RUNNING)
 
 
-async def pull_plug(work: Work) -> None:
-    """Undo a start: nothing runs, and what was made stays for the next one."""
+async def pull_plug(work: OperationContext) -> None:
+    """Undo a start: power off, and keep the disks."""
     await work.hypervisor.power_off(work.permit, work.id)

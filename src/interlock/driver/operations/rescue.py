@@ -1,6 +1,6 @@
-"""Rescue and unrescue: boot something else, with the instance's own disk beside it, and go back.
+"""Rescue and unrescue: boot a rescue image with the root disk as a second disk, and return.
 
-Which of the two it boots is in its spec: whoever performs one of them again finds there how far it came.
+`spec.rescue_image` says which disk it boots, and so how far an earlier attempt came.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import msgspec
 
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
-from interlock.driver.operations.bringing import ask_guest, boot, bring_back, leave_rescue
-from interlock.driver.work import Done, Work
+from interlock.driver.operation_context import Done, OperationContext
+from interlock.driver.operations.boot_steps import ask_guest, boot, bring_back, define, leave_rescue
 
 
-async def rescue(work: Work) -> Done:
-    """Shut the guest down, and boot the rescue image afresh, whatever a rescue that failed has left."""
+async def rescue(work: OperationContext) -> Done:
+    """Shut the guest down, and boot the rescue image with a new rescue disk."""
     image = await _image(work)
     message = None
     if work.spec.rescue_image != image or not work.taken_up:
@@ -23,24 +23,24 @@ async def rescue(work: Work) -> Done:
         await work.release_strays()
         if work.spec.rescue_image is not None:
             await leave_rescue(work)
-            await work.hypervisor.define(work.permit, work.id, work.spec)
+            await define(work)
         await work.keep_changed(lambda spec: _rescued(spec, image))
     await boot(work)
     return Done(power_state=PowerState.RUNNING, message=message)
 
 
-async def unrescue(work: Work) -> Done:
-    """End the rescue, and bring the instance to what it was before."""
+async def unrescue(work: OperationContext) -> Done:
+    """End the rescue, and return the instance to its state before."""
     if work.spec.rescue_image is not None:
         await work.hypervisor.power_off(work.permit, work.id)
         await work.release_strays()
         await leave_rescue(work)
-    await work.hypervisor.define(work.permit, work.id, work.spec)
+    await define(work)
     return await bring_back(work)
 
 
-async def _image(work: Work) -> Image:
-    """What is to be booted: the image that was asked for, or the instance's own."""
+async def _image(work: OperationContext) -> Image:
+    """Return the image to boot: the request's, or the instance's own."""
     wanted = work.request.parameters.get("image")
     if wanted is None:
         return work.spec.image

@@ -1,42 +1,36 @@
-"""From a spec to the words with which QEMU is started. Pure: nothing is opened, made or asked here.
+"""QEMU's command line and the arguments of its hotplug commands, from a spec. Pure: no I/O.
 
-QEMU is given no path of its own. Every file that it uses is opened by us and handed over as a descriptor, so that its
-unprivileged user needs no permission on any folder, and a process that was broken into can open nothing of ours.
-`Descriptors` tells under which number it finds each of them.
+QEMU gets no paths. Every file that it uses is opened by the server and passed as a descriptor, so that its unprivileged
+user needs no permission on any folder, and a compromised process can open none of the server's files. `Descriptors` has
+the numbers of the descriptors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from typing import Any, Final
 
 import msgspec
 
-from interlock.core.records import Disk, Image, Spec
-from interlock.hypervisors.qemu.networks import (
-    checked_name,
-    first_interface,
-    interface_arguments,
-    interface_device,
-    network_arguments,
-)
+from interlock.core.errors import OperationRejected
+from interlock.core.records import Disk, Image, Interface, Spec
 from interlock.hypervisors.qemu.settings import QemuSettings
 
 ROOT: Final = "root"
-"""The id of the disk that is made for the instance, on top of its image."""
+"""The id of the disk that is created for the instance, an overlay of its image."""
 RESCUE: Final = "rescue"
-"""The id of the disk that a rescued guest boots, on top of its rescue image."""
+"""The id of the disk that a guest boots during a rescue, an overlay of the rescue image."""
 SEED: Final = "seed"
-"""The disk on which a guest finds what it is told of itself."""
-JOURNAL: Final = "journal"
-"""The pair of pipes `journal.in` and `journal.out`, in the folder in which QEMU is started."""
+"""The cloud-init seed."""
+EVENT_LOG: Final = "journal"
+"""The pipes `journal.in` and `journal.out` of the event log, in QEMU's working folder."""
 MACHINE_TYPE: Final = "q35"
 MONITOR: Final = "monitor"
 AGENT: Final = "agent"
 CONSOLE: Final = "console"
-"""The character devices of the command monitor, the guest agent's port and the serial console, and the sockets that
-stand for them."""
+"""The character devices, and sockets, of the command monitor, the guest agent and the serial console."""
 
 _CDROM: Final = "cdrom"
 _DEVICE_PREFIX: Final = "disk-"
@@ -44,11 +38,16 @@ _PORT_PREFIX: Final = "port-"
 _SEED_PORT: Final = "seed-port"
 _SERIAL_LENGTH_MAX: Final = 20
 _NAMESPACE: Final = uuid.UUID("5f0c7a1e-6a57-5c8e-9d6c-3d0f5b8f7c11")
+_INTERFACE_PREFIX: Final = "interface-"
+_MAC_PREFIX: Final = "52:54:00"
+_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_FAILED_FORWARD: Final = re.compile(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-")
+_SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers under which QEMU finds what was opened for it."""
+    """The numbers of the descriptors that are passed to QEMU."""
 
     monitor: int
     agent: int
@@ -57,7 +56,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     disks: dict[str, int]
     """By disk id."""
     backings: dict[str, int] = {}
-    """By the id of the disk that is a layer over it."""
+    """By the id of the overlay."""
     seed: int | None = None
     cdrom: int | None = None
     kernel: int | None = None
@@ -65,20 +64,20 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine that a guest's memory belongs to, and without which it means nothing."""
+    """The machine that a guest's memory belongs to: it can be restored in no other."""
 
     kind: str
-    """QEMU's name for it, version included: what `q35` means changes with QEMU."""
+    """QEMU's machine type with its version: `q35` alone changes with QEMU."""
     accelerator: str
     cpu_model: str
     hotplug_ports: int
     display: bool
     ports: dict[str, str] = {}
-    """In which port each device is, by their names."""
+    """The port of each device, by name."""
 
 
 def machine_of(settings: QemuSettings, spec: Spec | None) -> Machine:
-    """The machine that is made for `spec` where nothing says otherwise."""
+    """Return the default machine for a spec."""
     return Machine(
         kind=MACHINE_TYPE,
         accelerator=settings.accelerator,
@@ -89,7 +88,7 @@ def machine_of(settings: QemuSettings, spec: Spec | None) -> Machine:
 
 
 def settings_of(machine: Machine, settings: QemuSettings) -> QemuSettings:
-    """The settings with which such a machine is made."""
+    """Return the settings that create such a machine."""
     return msgspec.structs.replace(
         settings,
         accelerator=machine.accelerator,
@@ -100,25 +99,35 @@ def settings_of(machine: Machine, settings: QemuSettings) -> QemuSettings:
 
 
 def machine_uuid(instance_id: str) -> str:
-    """The UUID that the guest sees: the instance's id where that is one, else one that follows from it."""
+    """Return the UUID that the guest sees: the instance's id if that is one, else one derived from it."""
     try:
         return str(uuid.UUID(instance_id))
     except ValueError:
         return str(uuid.uuid5(_NAMESPACE, instance_id))
 
 
+def _checked_name(identity: str, what: str) -> str:
+    """Return an id for a name in QEMU. Raises `OperationRejected` if QEMU could misread it."""
+    if _SAFE_ID.fullmatch(identity) is None:
+        raise OperationRejected(
+            f"The {what} id {identity!r} cannot be used.",
+            remedy="Use up to 64 letters, digits, dots, dashes and underscores.",
+        )
+    return identity
+
+
 def device_name(disk_id: str) -> str:
-    """What QEMU calls the device of a disk. Raises `Refused` for an id that QEMU could misread."""
-    return _DEVICE_PREFIX + checked_name(disk_id, "disk")
+    """Return the name of a disk's device. Raises `OperationRejected` for an invalid id."""
+    return _DEVICE_PREFIX + _checked_name(disk_id, "disk")
 
 
 def disk_of_device(name: str) -> str | None:
-    """The disk id behind a device's name, or None if it is no disk of ours."""
+    """Return the disk id of a device name, or None if it is no disk."""
     return name.removeprefix(_DEVICE_PREFIX) if name.startswith(_DEVICE_PREFIX) else None
 
 
 def node_name(disk_id: str) -> str:
-    """What QEMU calls the contents of a disk: at most 31 characters, so that a UUID does not fit as it stands."""
+    """Return the name of a disk's block node. QEMU limits it to 31 characters, too few for a UUID."""
     return "node-" + hashlib.sha256(disk_id.encode()).hexdigest()[:20]
 
 
@@ -131,12 +140,12 @@ def is_port(name: str) -> bool:
 
 
 def disk_serial(disk_id: str) -> str:
-    """The serial number by which the guest finds the disk: the first 20 characters of its id, all that fit."""
+    """Return the serial number that the guest sees: the first 20 characters of the disk's id."""
     return disk_id[:_SERIAL_LENGTH_MAX]
 
 
 def node_arguments(disk: Disk, descriptor_set: int, *, backing: str | None = None) -> dict[str, Any]:
-    """How QEMU opens the contents of a disk: the arguments of `blockdev-add`."""
+    """Return the arguments of `blockdev-add` for a disk."""
     arguments: dict[str, Any] = {
         "driver": disk.format,
         "node-name": node_name(disk.id),
@@ -148,13 +157,13 @@ def node_arguments(disk: Disk, descriptor_set: int, *, backing: str | None = Non
         },
     }
     if disk.format == "qcow2":
-        # Without a backing of ours an image must not choose one itself: it could name any file of the host.
+        # The backing file in the header is ignored: it could name any file of the host.
         arguments["backing"] = backing
     return arguments
 
 
 def device_arguments(disk: Disk, port: str) -> dict[str, Any]:
-    """How a disk is plugged into a port: the arguments of `device_add`."""
+    """Return the arguments of `device_add` for a disk in a port."""
     return {
         "driver": "virtio-blk-pci",
         "id": device_name(disk.id),
@@ -167,9 +176,9 @@ def device_arguments(disk: Disk, port: str) -> dict[str, Any]:
 def arguments(
     instance_id: str, spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine | None = None
 ) -> list[str]:
-    """QEMU's arguments, its own name not included. The guest's processors stand still until `cont`.
+    """Return QEMU's arguments, without the program. The vCPUs are paused until `cont`.
 
-    With a `machine` it is made just so, and waits for the guest's memory.
+    With a `machine`, QEMU creates exactly that and waits for the guest's memory.
     """
     if machine is not None:
         settings = settings_of(machine, settings)
@@ -190,13 +199,13 @@ def arguments(
         *_cdrom(spec, at),
         *_interfaces(spec, machine),
         *_kernel(spec, at),
-        *_screen(settings),
+        *_display(settings),
         *(("-incoming", "defer") if machine is not None else ()),
     ]
 
 
-def _screen(settings: QemuSettings) -> list[str]:
-    """The cheapest screen there is. Whoever looks at it is handed over by the monitor: nothing listens."""
+def _display(settings: QemuSettings) -> list[str]:
+    """A VGA display. VNC clients are passed to QEMU by QMP: nothing listens."""
     return ["-device", "VGA", "-vnc", "none"] if settings.display else []
 
 
@@ -210,22 +219,22 @@ def _processor(spec: Spec, settings: QemuSettings, machine: Machine | None) -> l
 
 
 def _monitors(at: Descriptors) -> list[str]:
-    """One monitor for commands, and one whose events wait in a pipe while nobody reads them."""
+    """A QMP monitor for commands, and one for the event log, whose events wait in a pipe until they are read."""
     return [
         *("-chardev", _socket(MONITOR, at.monitor), "-mon", f"chardev={MONITOR},mode=control"),
-        *("-chardev", f"pipe,id=journal,path={JOURNAL}", "-mon", "chardev=journal,mode=control"),
+        *("-chardev", f"pipe,id=journal,path={EVENT_LOG}", "-mon", "chardev=journal,mode=control"),
     ]
 
 
 def _console(at: Descriptors) -> list[str]:
-    """The serial console: all that is written there goes to its log, and to whoever is connected."""
+    """The serial console: its output goes to the log and to the client that is connected."""
     log = f"logfile=/dev/fdset/{at.console_log},logappend=on"
     words = _descriptor_set(at.console_log)
     return [*words, "-chardev", f"{_socket(CONSOLE, at.console)},{log}", "-serial", f"chardev:{CONSOLE}"]
 
 
 def _agent(at: Descriptors) -> list[str]:
-    """The port on which a guest agent finds us, by the name that it looks for."""
+    """The virtio-serial port of the guest agent."""
     port = f"virtserialport,chardev={AGENT},name=org.qemu.guest_agent.0"
     return ["-chardev", _socket(AGENT, at.agent), "-device", "virtio-serial-pci", "-device", port]
 
@@ -243,15 +252,12 @@ def _interfaces(spec: Spec, machine: Machine | None) -> list[str]:
 
 
 def booted_image(spec: Spec) -> Image:
-    """What the guest boots: its rescue image while it has one."""
+    """Return the image that the guest boots: its rescue image, if it has one."""
     return spec.image if spec.rescue_image is None else spec.rescue_image
 
 
 def all_disks(spec: Spec) -> tuple[Disk, ...]:
-    """The disks with which a guest is started, in the order in which it finds them.
-
-    That is what it is rescued from, where that is a disk; its root disk, if it has one; and its volumes.
-    """
+    """Return the disks of a guest in their order: rescue disk, root disk, volumes."""
     own = []
     if spec.rescue_image is not None and spec.rescue_image.kind == "disk":
         own.append(Disk(id=RESCUE, path=""))
@@ -261,7 +267,7 @@ def all_disks(spec: Spec) -> tuple[Disk, ...]:
 
 
 def backing_images(spec: Spec) -> dict[str, Image]:
-    """The images over which disks of the guest are layers, by the id of the disk."""
+    """Return the backing images of the guest's disks, by disk id."""
     found = {}
     if spec.rescue_image is not None and spec.rescue_image.kind == "disk":
         found[RESCUE] = spec.rescue_image
@@ -292,12 +298,12 @@ def _disks(spec: Spec, settings: QemuSettings, at: Descriptors, machine: Machine
 
 
 def _ports(spec: Spec, settings: QemuSettings) -> int:
-    """How many places for disks and interfaces there are: never fewer than it has of them, so that it always starts."""
+    """Return the number of ports: never fewer than the guest has devices, so that it always starts."""
     return max(settings.hotplug_ports, len(all_disks(spec)) + len(spec.interfaces))
 
 
 def _seed(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
-    """The seed as a disk, which also kernels without drivers for CD-ROMs find. It comes last, as its port does."""
+    """The seed as a disk, for kernels without a CD-ROM driver too. It comes last, as does its port."""
     if at.seed is None:
         return []
     node = node_arguments(Disk(id=SEED, path="", format="raw", read_only=True), at.seed)
@@ -307,7 +313,7 @@ def _seed(spec: Spec, settings: QemuSettings, at: Descriptors) -> list[str]:
 
 
 def _cdrom(spec: Spec, at: Descriptors) -> list[str]:
-    """The disc that is booted: first where it rescues, and else once the root disk has nothing to boot (yet)."""
+    """The ISO image that is booted: first during a rescue, else if the root disk is not bootable (yet)."""
     if at.cdrom is None:
         return []
     node = node_arguments(Disk(id=_CDROM, path="", format="raw", read_only=True), at.cdrom)
@@ -317,7 +323,7 @@ def _cdrom(spec: Spec, at: Descriptors) -> list[str]:
 
 
 def _port_of(device: str, number: int, machine: Machine | None) -> str:
-    """Where a device is: where it was, if the machine was there before."""
+    """Return the port of a device: the one it had, if the machine is created again."""
     return port_name(number) if machine is None else machine.ports.get(device, port_name(number))
 
 
@@ -326,9 +332,9 @@ def _backing_name(disk_id: str) -> str:
 
 
 def _descriptor_set(descriptor: int, *, for_node: str | None = None) -> list[str]:
-    """A file that QEMU is given, and the node for which, where that may be closed while the guest runs."""
-    what_for = "" if for_node is None else f",opaque={for_node}"
-    return ["-add-fd", f"fd={descriptor},set={descriptor}{what_for}"]
+    """A descriptor that is passed to QEMU; `for_node` marks it for removal with that block node."""
+    opaque = "" if for_node is None else f",opaque={for_node}"
+    return ["-add-fd", f"fd={descriptor},set={descriptor}{opaque}"]
 
 
 def _kernel(spec: Spec, at: Descriptors) -> list[str]:
@@ -342,3 +348,60 @@ def _kernel(spec: Spec, at: Descriptors) -> list[str]:
 
 def _json(value: dict[str, Any]) -> str:
     return msgspec.json.encode(value).decode()
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def interface_device(interface_id: str) -> str:
+    """Return the name of an interface's device. Raises as `device_name`."""
+    return _INTERFACE_PREFIX + _checked_name(interface_id, "interface")
+
+
+def interface_of_device(name: str) -> str | None:
+    """Return the interface id of a device name, or None if it is no interface."""
+    return name.removeprefix(_INTERFACE_PREFIX) if name.startswith(_INTERFACE_PREFIX) else None
+
+
+def first_mac(instance_id: str) -> str:
+    """Return the MAC address of the first interface, which is derived from the instance's id."""
+    return ":".join((_MAC_PREFIX, *(f"{byte:02x}" for byte in hashlib.sha256(instance_id.encode()).digest()[:3])))
+
+
+def network_arguments(interface_id: str) -> dict[str, Any]:
+    """Return the arguments of `netdev_add` for an interface beyond the first.
+
+    Each network has a subnet derived from the interface's id, so that the guest can distinguish them.
+    """
+    high, low = hashlib.sha256(interface_id.encode()).digest()[:2]
+    return {"type": "user", "id": f"network-{interface_id}", "net": f"10.{64 + high % 64}.{low}.0/24"}
+
+
+def interface_arguments(interface: Interface, port: str) -> dict[str, Any]:
+    """Return the arguments of `device_add` for an interface in a port. Raises `OperationRejected`."""
+    if _MAC.fullmatch(interface.mac) is None:
+        raise OperationRejected(
+            f"The MAC address {interface.mac!r} cannot be used.",
+            remedy="Use six pairs of hexadecimal digits with colons.",
+        )
+    return {
+        "driver": "virtio-net-pci",
+        "id": interface_device(interface.id),
+        "netdev": f"network-{interface.id}",
+        "mac": interface.mac,
+        "bus": port,
+        "romfile": "",
+    }
+
+
+def failed_forward(error: str) -> int | None:
+    """Return the port of the host that QEMU could not forward, by its error; None if it is another error."""
+    found = _FAILED_FORWARD.search(error)
+    return None if found is None else int(found[1])
+
+
+def first_interface(instance_id: str, spec: Spec) -> list[str]:
+    """The first interface, and the ports that are forwarded through it."""
+    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{forward.host_port}-:{forward.guest_port}" for forward in spec.forwards)
+    device = f"virtio-net-pci,netdev=network,mac={first_mac(instance_id)},romfile="
+    return ["-netdev", f"user,id=network{forwards}", "-device", device]

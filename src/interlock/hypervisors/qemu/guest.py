@@ -1,6 +1,6 @@
-"""One guest and the process that holds it: its monitors put together, its news told once, its state told from QEMU's.
+"""One guest and its QEMU process: QMP commands, events, and the state that follows from them.
 
-What operations need of a guest is here; in which order they use it is the adapter's.
+The steps of an operation are in the parts of the adapter; what they need of a guest is here.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
 
-from interlock.core.errors import InterlockError, NotResponding, NotThere
+from interlock.core.errors import GuestNotFound, HypervisorError, InterlockError, NotResponding, OperationRejected
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device
-from interlock.hypervisors.qemu.console import Console
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord, Saving
-from interlock.hypervisors.qemu.journal import Journal, Meaning, QemuEvent
-from interlock.hypervisors.qemu.monitor import Monitor
-from interlock.hypervisors.qemu.networks import interface_of_device
-from interlock.hypervisors.qemu.process import Process
+from interlock.hypervisors.qemu.command_line import CONSOLE, disk_of_device, interface_of_device, is_port
+from interlock.hypervisors.qemu.console.serial_console import Console
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord, Saving
+from interlock.hypervisors.qemu.process.qemu_process import Process
+from interlock.hypervisors.qemu.qmp.monitor import Monitor
+from interlock.hypervisors.qemu.qmp.qmp_events import EventInterpreter, LivenessProbe, QemuEvent, QmpEventLog
+from interlock.hypervisors.qemu.qmp.waiters import EventSubscriptions, UnplugWaiters
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent, Permit
 
 _LOG = structlog.get_logger(__name__)
 
-POWER_STATES: Final = {
+_POWER_STATES: Final = {
     "running": PowerState.RUNNING,
     "shutdown": PowerState.SHUTDOWN,
     "guest-panicked": PowerState.CRASHED,
@@ -37,10 +37,33 @@ POWER_STATES: Final = {
 """QEMU's run states that are not a kind of pause."""
 
 ENDED_STATES: Final = frozenset({PowerState.SHUTDOWN, PowerState.CRASHED, PowerState.NONE})
+"""The power states in which no guest runs."""
+
+_RESUME_INHIBITOR: Final = "paused-by-request"
+"""A QEMU object that marks a halted guest as paused by request. QEMU keeps it, so that it outlives the server."""
+_RESUME_INTERVAL_S: Final = 2.0
+_RESUME_INTERVAL_MAX_S: Final = 60.0
+"""Pause before a guest that was halted again at once is resumed again, in seconds."""
+
+
+class _Unfenced:
+    fence = 0
+
+    def check(self) -> None:
+        """Return: there is no right to lose."""
+
+
+UNFENCED: Final = _Unfenced()
+"""The permit for commands that belong to no request: they read, or continue what the guest does anyway."""
+
+
+def no_guest(instance_id: str) -> GuestNotFound:
+    """Return the error for an instance without a running guest."""
+    return GuestNotFound(f"VM {instance_id} does not run.")
 
 
 class Guest:
-    """A running process with its guest. It ends once, and is then of no more use."""
+    """A QEMU process with its guest. It ends once, and is of no use afterwards."""
 
     def __init__(
         self,
@@ -49,10 +72,10 @@ class Guest:
         process_id: int,
         settings: QemuSettings,
         *,
-        tell: Callable[[HypervisorEvent], None],
+        listener: Callable[[HypervisorEvent], None],
         on_end: Callable[[Guest], None],
     ) -> None:
-        """Take charge of the process, and read what waits in its journal as having happened before.
+        """Adopt the process. Events that wait in its event log count as unobserved until `watch`.
 
         Raises:
             ProcessLookupError: it has ended.
@@ -61,36 +84,47 @@ class Guest:
         self.folder = folder
         self.settings = settings
         self.watching = False
-        """Whether what is read now happens now; False while what was kept is read."""
-        self.rests = asyncio.Event()
+        """Whether events are read as they happen; False while those from before the adoption are read."""
+        self.powered_off = asyncio.Event()
         """Set while no guest runs in the process: it powered itself off, crashed, or the process has ended."""
-        self.agent_turn = asyncio.Lock()
-        """Held by who talks with the guest's agent."""
-        self.console = Console(instance_id, lambda: folder.call(CONSOLE), settings.console_reader_bytes_max)
-        self.last_seen = PowerState.NONE
+        self.agent_lock = asyncio.Lock()
+        """Serialises conversations with the guest agent."""
+        self.console = Console(instance_id, lambda: folder.connect(CONSOLE), settings.console_reader_bytes_max)
+        self.last_state = PowerState.NONE
+        self.last_status = ""
+        """QEMU's run state as last queried."""
         self.last_disks: tuple[str, ...] = ()
         self.last_interfaces: tuple[str, ...] = ()
-        self.job_news = asyncio.Event()
-        """Set whenever a job in the process has gone on to its next state, or the process has ended."""
-        self._tell = tell
+        self.halted: GuestEvent | None = None
+        """Why QEMU halted the guest, `NO_SPACE` or `IO_ERROR`; None if it did not."""
+        self._halts_in_a_row = 0
+        self._resume_at = self._halt_recurs_until = -math.inf
+        self.job_changed = asyncio.Event()
+        """Set when a block job changes its status, or the process has ended."""
+        self.unplugs = UnplugWaiters()
+        self._listener = listener
         self._on_end = on_end
-        self._let_go_waiters: dict[str, set[asyncio.Future[bool]]] = {}
-        self._queues: dict[str, set[asyncio.Queue[QemuEvent | None]]] = {}
+        self._subscriptions = EventSubscriptions(instance_id)
+        self.events = self._subscriptions.subscribe
+        """Subscribes to the QMP events of one kind."""
         self._record = folder.process_record() or ProcessRecord(phase=Phase.STARTING)
         self.has_run = self.phase is not Phase.STARTING
-        """False only if its processors are known never to have run in this process."""
-        self._boots_since = -math.inf
-        self._meaning = Meaning(settings.reset_settle_ms)
-        self.monitor = Monitor(instance_id, folder.call_monitor, settings.qmp_timeout_ms)
+        """False only if the vCPUs are known never to have run in this process."""
+        self._booted_at = -math.inf
+        self._interpreter = EventInterpreter(settings.reset_settle_ms)
+        self.monitor = Monitor(instance_id, folder.connect_monitor, settings.qmp_timeout_ms, self._changed_late)
         self.process = Process(process_id, self._process_ended)
         try:
-            self.journal = Journal(folder.open_journal("in"), folder.open_journal("out"), self._hear)
+            self.event_log = QmpEventLog(
+                folder.open_event_pipe("in"), folder.open_event_pipe("out"), self._on_event, self._on_probe_answer
+            )
         except BaseException:
-            self.process.let_go()
+            self.process.detach()
             raise
+        self._liveness = LivenessProbe(self.event_log.send_probe, self._report)
         if self.phase is not Phase.RUNNING:
-            self.rests.set()
-        self.keep(self.phase)
+            self.powered_off.set()
+        self.record_phase(self.phase)
 
     # --------------------------------------------------------------------------------------------------- phases
 
@@ -102,15 +136,15 @@ class Guest:
     def saving(self) -> Saving | None:
         return self._record.saving
 
-    def keep_saving(self, saving: Saving | None) -> None:
-        """Keep what the guest was when writing its memory began, or that this is over."""
-        self._keep(self.phase, saving)
+    def record_saving(self, saving: Saving | None) -> None:
+        """Record the guest's state before its memory is saved; None when that is over."""
+        self._write_record(self.phase, saving)
 
-    def keep(self, phase: Phase) -> None:
-        """Keep how far the process has come, for whoever finds it after us."""
-        self._keep(phase, self.saving)
+    def record_phase(self, phase: Phase) -> None:
+        """Record the phase of the process for a later server."""
+        self._write_record(phase, self.saving)
 
-    def _keep(self, phase: Phase, saving: Saving | None) -> None:
+    def _write_record(self, phase: Phase, saving: Saving | None) -> None:
         record = ProcessRecord(
             phase=phase,
             process_id=self.process.process_id,
@@ -119,234 +153,303 @@ class Guest:
         )
         if record != self._record:
             self._record = record
-            # A full disk must not keep us from what we do; at worst an end is told that was asked for.
+            # A full disk must not stop the operation; at worst a requested end is reported as an event.
             with contextlib.suppress(OSError):
-                self.folder.keep_process_record(record)
+                self.folder.write_process_record(record)
 
     # --------------------------------------------------------------------------------------------------- events
 
     def watch(self) -> None:
-        """Go over from what was kept to what happens."""
-        self.journal.drain()
+        """Read what waits in the event log, and then events as they happen."""
+        self.event_log.drain()
         self.watching = True
-        self.journal.watch()
+        self.event_log.watch()
 
-    def boots(self) -> None:
-        """Note that the machine has just begun to boot."""
-        self._boots_since = asyncio.get_running_loop().time()
+    def note_boot(self) -> None:
+        """Note that the machine begins to boot."""
+        self._booted_at = self._loop_time()
 
-    async def past_firmware(self) -> None:
+    async def wait_past_firmware(self) -> None:
         """Wait until the machine can be reset: see `firmware_ms`."""
-        firmware_s = self.settings.firmware_ms / 1000
-        await asyncio.sleep(self._boots_since + firmware_s - asyncio.get_running_loop().time())
+        await asyncio.sleep(self._booted_at + self.settings.firmware_ms / 1000 - self._loop_time())
 
-    @contextlib.contextmanager
-    def events(self, kind: str) -> Iterator[asyncio.Queue[QemuEvent | None]]:
-        """What QEMU tells of this kind within the block; None at the end of the process."""
-        queue: asyncio.Queue[QemuEvent | None] = asyncio.Queue()
-        self._queues.setdefault(kind, set()).add(queue)
-        if self.process.ended.is_set():
-            queue.put_nowait(None)
-        try:
-            yield queue
-        finally:
-            self._queues[kind].discard(queue)
+    def _loop_time(self) -> float:
+        return asyncio.get_running_loop().time()
 
-    def _hear(self, event: QemuEvent) -> None:
-        for queue in self._queues.get(event.event, ()):
-            queue.put_nowait(event)
-        if event.event == "STOP" and not self.rests.is_set():
-            self.last_seen = PowerState.PAUSED
-        if event.event == "RESUME":
-            self.last_seen = PowerState.RUNNING
-            self.has_run = True
-            self.rests.clear()
-            if self.phase is not Phase.ENDING or self.saving is not None:
-                self._keep(Phase.RUNNING, None)
-        if event.event == "DEVICE_DELETED" and "device" in event.data:
-            self._answer_let_go(event.data["device"], let_go=True)
-        if event.event == "DEVICE_UNPLUG_GUEST_ERROR" and "device" in event.data:
-            self._answer_let_go(event.data["device"], let_go=False)
-        if event.event == "JOB_STATUS_CHANGE":
-            self.job_news.set()
-        self._tell_of_a_full_disk(event)
-        news = self._meaning.of(event)
-        if news is None:
+    @property
+    def _is_transferring(self) -> bool:
+        """Whether its memory is being moved, which QEMU may be too busy with to respond."""
+        return bool(self._subscriptions)
+
+    def _on_event(self, event: QemuEvent) -> None:
+        self._subscriptions.publish(event)
+        match event.event:
+            case "STOP" if not self.powered_off.is_set():
+                self.last_state = PowerState.PAUSED
+            case "RESUME":
+                self.last_state = PowerState.RUNNING
+                self.has_run = True
+                self.powered_off.clear()
+                if self.phase is not Phase.ENDING or self.saving is not None:
+                    self._write_record(Phase.RUNNING, None)
+            case "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR" if "device" in event.data:
+                self._on_unplug(event.data["device"], released=event.event == "DEVICE_DELETED")
+            case "JOB_STATUS_CHANGE":
+                self.job_changed.set()
+            case _:
+                pass
+        self._note_halt(event)
+        meaning = self._interpreter.interpret(event)
+        if meaning is None:
             return
-        if news is not GuestEvent.RESET:
-            self.last_seen = PowerState.SHUTDOWN if news is GuestEvent.STOPPED else PowerState.CRASHED
-            self.rests.set()
-        self._say(news)
+        if meaning is not GuestEvent.RESET:
+            self.last_state = PowerState.SHUTDOWN if meaning is GuestEvent.STOPPED else PowerState.CRASHED
+            self.powered_off.set()
+        self._report_if_running(meaning)
 
-    def _tell_of_a_full_disk(self, event: QemuEvent) -> None:
-        if self._meaning.halts_for_room(event):
-            _LOG.warning(
-                "a guest stands still: there is no room for what it writes",
-                instance=self.instance_id,
-                remedy="make room on the file system of its disks; then pause and unpause it, and it goes on",
-            )
+    def _on_unplug(self, device: str, *, released: bool) -> None:
+        if not self.unplugs.resolve(device, released=released) and released:
+            self._changed_late()
 
-    def _say(self, news: GuestEvent) -> None:
+    def _report_if_running(self, kind: GuestEvent) -> None:
+        """Report what the guest did by itself, unless its end was requested or reported already."""
         if self.phase is not Phase.RUNNING:
             return
-        self._tell(HypervisorEvent(instance_id=self.instance_id, kind=news, during_watch=self.watching))
-        if news in {GuestEvent.STOPPED, GuestEvent.CRASHED}:
-            # Kept after it was told: whoever is killed in between tells it twice rather than never.
-            self.keep(Phase.ENDED)
+        self._report(kind)
+        if kind in {GuestEvent.STOPPED, GuestEvent.CRASHED}:
+            # Recorded after the report: a crash in between reports it twice rather than never.
+            self.record_phase(Phase.ENDED)
+
+    def _report(self, kind: GuestEvent) -> None:
+        self._listener(HypervisorEvent(instance_id=self.instance_id, kind=kind, during_watch=self.watching))
+
+    def _changed_late(self) -> None:
+        """Report the effect of a command that nobody waits for any more, or that was not requested."""
+        if self.phase is Phase.RUNNING:
+            self._report(GuestEvent.CHANGED)
 
     def _process_ended(self) -> None:
-        self.journal.drain()
-        self.rests.set()
-        self.job_news.set()
-        for device in tuple(self._let_go_waiters):
-            self._answer_let_go(device, let_go=False)
-        for queues in self._queues.values():
-            for queue in queues:
-                queue.put_nowait(None)
-        self._say(GuestEvent.VANISHED)
-        self.journal.close()
-        self.folder.forget_process_record()
+        self.event_log.drain()
+        self.powered_off.set()
+        self.job_changed.set()
+        self.unplugs.resolve_all()
+        self._subscriptions.end()
+        self._report_if_running(GuestEvent.VANISHED)
+        self.event_log.close()
+        self.folder.remove_process_record()
         self._on_end(self)
 
-    async def catch_up(self) -> None:
-        """Hear what was kept, and see what was not: news that an earlier process of ours read and could not tell."""
-        self.journal.drain()
-        self.journal.negotiate()
+    async def catch_up(self) -> bool:
+        """Report the events from before the adoption, and changes whose event an earlier server read and lost.
+
+        Return False if QEMU did not respond within the timeout.
+        """
+        responded = True
+        self.event_log.drain()
+        self.event_log.negotiate()
         try:
-            state = await self.look()
+            state = await self.query_power_state()
             await self.disks()
             await self.interfaces()
-        except (NotResponding, NotThere):
-            # What it holds is not known before it answers; until then it counts as what was last heard.
-            if self.last_seen is PowerState.NONE and self.phase is Phase.RUNNING:
-                self.last_seen = PowerState.RUNNING
+        except (NotResponding, GuestNotFound) as failure:
+            # Its state is unknown until it responds; meanwhile it counts as what was recorded last.
+            responded = not isinstance(failure, NotResponding)
+            if self.last_state is PowerState.NONE and self.phase is Phase.RUNNING:
+                self.last_state = PowerState.RUNNING
         else:
-            self.journal.drain()
-            self._see(state)
+            self.event_log.drain()
+            self._reconcile(state)
+            with contextlib.suppress(NotResponding, GuestNotFound):
+                await self._query_halt()
         self.watch()
+        return responded
 
-    def _see(self, state: PowerState) -> None:
+    def _reconcile(self, state: PowerState) -> None:
         if state is PowerState.RUNNING and self.phase is Phase.STARTING:
             self.has_run = True
-            self.keep(Phase.RUNNING)
-            self.rests.clear()
-        elif state is PowerState.SHUTDOWN:
-            self.rests.set()
-            self._say(GuestEvent.STOPPED)
-        elif state is PowerState.CRASHED:
-            self.rests.set()
-            self._say(GuestEvent.CRASHED)
+            self.record_phase(Phase.RUNNING)
+            self.powered_off.clear()
+        elif state in {PowerState.SHUTDOWN, PowerState.CRASHED}:
+            self.powered_off.set()
+            self._report_if_running(GuestEvent.STOPPED if state is PowerState.SHUTDOWN else GuestEvent.CRASHED)
 
-    # ------------------------------------------------------------------------------------------------ questions
+    # ------------------------------------------------------------------------------------------------- liveness
 
-    async def look(self) -> PowerState:
-        """What state the guest is in. Raises `NotResponding`, `NotThere`."""
-        answer = await self._unless_ended(self.monitor.ask())
-        self.last_seen = self._state(answer["status"])
-        self.has_run = self.has_run or self.last_seen is PowerState.RUNNING
-        return self.last_seen
+    def check_liveness(self, rounds_max: int, rounds_max_busy: int) -> None:
+        """Start a round of `LivenessProbe`, with another limit while the guest's memory is being moved."""
+        if self.phase is Phase.RUNNING:
+            self.event_log.drain()  # the answer may have come while the event loop was busy
+            self._liveness.start_round(rounds_max_busy if self._is_transferring else rounds_max)
 
-    def _state(self, status: str) -> PowerState:
-        if self.phase is Phase.STARTING and status != "running":
-            return PowerState.NONE  # its processors have never run
-        return POWER_STATES.get(status, PowerState.PAUSED)
+    def _on_probe_answer(self) -> None:
+        self._liveness.responded()
+
+    # ------------------------------------------------------------------------------------- halted by an I/O error
+
+    def _note_halt(self, event: QemuEvent) -> None:
+        if (halted := self._interpreter.halt(event)) is not None:
+            self._halt(halted)
+        elif event.event == "RESUME" and self.halted is not None:
+            self.halted = None
+            self._report(GuestEvent.WENT_ON)
+
+    def _halt(self, why: GuestEvent) -> None:
+        self.halted = why
+        self._halts_in_a_row = self._halts_in_a_row + 1 if self._loop_time() < self._halt_recurs_until else 0
+        _LOG.warning("guest halted", instance=self.instance_id, why=why.value)
+        self._report(why)
+
+    async def _query_halt(self) -> None:
+        """Find out whether and why the guest is halted: an earlier server may have read the event."""
+        if self.last_status != "io-error":
+            self.halted = None
+        elif self.halted is None:
+            statuses = {block.get("io-status") for block in await self.query("query-block")}
+            self._halt(GuestEvent.NO_SPACE if "nospace" in statuses else GuestEvent.IO_ERROR)
+
+    async def resume_halted(self) -> None:
+        """Resume a guest that was halted for lack of space, unless it was paused by request meanwhile.
+
+        A guest whose memory is being moved is left alone. One that halts again at once waits longer each time.
+        """
+        if self._loop_time() < self._resume_at or self.halted is not GuestEvent.NO_SPACE or self._is_transferring:
+            return
+        self._resume_at = self._loop_time() + min(_RESUME_INTERVAL_S * 2**self._halts_in_a_row, _RESUME_INTERVAL_MAX_S)
+        self._halt_recurs_until = self._resume_at + _RESUME_INTERVAL_S
+        with contextlib.suppress(HypervisorError):
+            await self.query_power_state()
+            if self.last_status == "io-error" and not await self._is_resume_inhibited():
+                await self.execute(UNFENCED, "cont")
+
+    async def inhibit_resume(self, permit: Permit) -> None:
+        """Keep a halted guest paused when there is space again."""
+        if not await self._is_resume_inhibited():
+            await self.execute(permit, "object-add", {"qom-type": "secret", "id": _RESUME_INHIBITOR, "data": ""})
+
+    async def allow_resume(self, permit: Permit) -> None:
+        """Undo `inhibit_resume`."""
+        if await self._is_resume_inhibited():
+            await self.execute(permit, "object-del", {"id": _RESUME_INHIBITOR})
+
+    async def _is_resume_inhibited(self) -> bool:
+        return any(child["name"] == _RESUME_INHIBITOR for child in await self.query("qom-list", path="/objects"))
+
+    # -------------------------------------------------------------------------------------------------- queries
+
+    async def query_power_state(self) -> PowerState:
+        """Return the guest's power state. Raises `NotResponding`, `GuestNotFound`."""
+        answer = await self._unless_ended(self.monitor.query())
+        self.last_status = str(answer["status"])
+        if self.phase is Phase.STARTING and self.last_status != "running":
+            self.last_state = PowerState.NONE  # its vCPUs have never run
+        else:
+            self.last_state = _POWER_STATES.get(self.last_status, PowerState.PAUSED)
+        self.has_run = self.has_run or self.last_state is PowerState.RUNNING
+        return self.last_state
+
+    async def require_running(self) -> PowerState:
+        """As `query_power_state`; raises `GuestNotFound` also if no guest runs in the process."""
+        state = await self.query_power_state()
+        if state in ENDED_STATES:
+            raise no_guest(self.instance_id)
+        return state
+
+    def require_process(self) -> None:
+        """Raise `GuestNotFound` if the process has ended."""
+        if self.process.ended.is_set():
+            raise GuestNotFound(f"The QEMU process of VM {self.instance_id} has ended.")
 
     async def disks(self) -> tuple[str, ...]:
-        """Ids of the disks that are plugged in. Raises as `look`."""
-        self.last_disks = tuple(sorted(await self.plugged()))
+        """Return the ids of the plugged-in disks. Raises as `query_power_state`."""
+        self.last_disks = tuple(sorted(await self.disk_devices()))
         return self.last_disks
 
-    async def plugged(self) -> dict[str, str]:
-        """The name of the device of each disk that is plugged in, by the disk's id. Raises as `look`."""
+    async def disk_devices(self) -> dict[str, str]:
+        """Return the device name of each plugged-in disk, by disk id. Raises as `query_power_state`."""
         names = await self.devices()
         devices = {name: disk for name in names if (disk := disk_of_device(name)) is not None}
         aliases = self.folder.node_names()
         if aliases:
-            # Another disk was swapped in where one was: what a device is called tells no more which disk it has.
+            # A disk was swapped: the name of its device still says the former one.
             devices |= {
                 name: aliases[node]
-                for name, node in (await self.drives()).items()
+                for name, node in (await self.device_nodes()).items()
                 if name in devices and node in aliases
             }
         return {disk: name for name, disk in devices.items()}
 
-    async def drives(self) -> dict[str, str]:
-        """The name of the node that each of our disks' devices uses, by the device's name. Raises as `look`."""
+    async def device_nodes(self) -> dict[str, str]:
+        """Return the block node that each disk device uses, by device name. Raises as `query_power_state`."""
         found = {}
-        for block in await self.ask("query-block"):
+        for block in await self.query("query-block"):
             _, _, device = block.get("qdev", "").partition("/machine/peripheral/")
             if device and "inserted" in block:
                 found[device.partition("/")[0]] = str(block["inserted"]["node-name"])
         return found
 
     async def interfaces(self) -> tuple[str, ...]:
-        """Ids of the interfaces that are plugged in, beyond the first. Raises as `look`."""
+        """Return the ids of the plugged-in interfaces beyond the first. Raises as `query_power_state`."""
         found = (interface_of_device(name) for name in await self.devices())
         self.last_interfaces = tuple(sorted(interface for interface in found if interface is not None))
         return self.last_interfaces
 
     async def devices(self) -> frozenset[str]:
-        """Names of the devices that were plugged in by us. Raises as `look`."""
-        answer = await self.ask("qom-list", path="/machine/peripheral")
+        """Return the names of the devices with an id. Raises as `query_power_state`."""
+        answer = await self.query("qom-list", path="/machine/peripheral")
         return frozenset(child["name"] for child in answer)
 
-    async def ask(self, question: str, **arguments: Any) -> Any:
-        """The answer to another question without an effect. Raises as `look`."""
-        return await self._unless_ended(self.monitor.ask(question, arguments))
+    async def device_ports(self) -> dict[str, str]:
+        """Return the port of each device that is in one, by device name. Raises as `query_power_state`.
 
-    async def _unless_ended(self, question: Awaitable[Any]) -> Any:
+        The devices themselves are queried: `query-pci` shows nothing behind a port until the firmware has enumerated
+        it, which it does again after every reset.
+        """
+        found = {}
+        for name in await self.devices():
+            # The guest may have released it a moment ago.
+            with contextlib.suppress(OperationRejected):
+                if not is_port(name):
+                    bus = str(await self.query("qom-get", path=f"/machine/peripheral/{name}", property="parent_bus"))
+                    if is_port(port := bus.rpartition("/")[2]):
+                        found[name] = port
+        return found
+
+    async def query(self, command: str, **arguments: Any) -> Any:
+        """Return the answer to a QMP command without an effect. Raises as `query_power_state`."""
+        return await self._unless_ended(self.monitor.query(command, arguments))
+
+    async def _unless_ended(self, answer: Awaitable[Any]) -> Any:
         try:
-            return await question
-        except (NotResponding, NotThere):
-            if self.process.ended.is_set():
-                raise NotThere(f"What held instance {self.instance_id} has ended.") from None
+            return await answer
+        except (NotResponding, GuestNotFound):
+            self.require_process()
             raise
 
     # -------------------------------------------------------------------------------------------------- effects
 
-    async def tell(
+    async def execute(
         self, permit: Permit, command: str, arguments: dict[str, Any] | None = None, *, attach: int | None = None
     ) -> Any:
-        """Have QEMU carry out a command. What it tells by that has been heard when this returns.
+        """Execute a QMP command. Its events are processed when this returns.
 
         Raises:
-            Fenced, Refused, NotResponding, NotThere: see `Monitor.tell`.
+            Fenced, OperationRejected, NotResponding, GuestNotFound: see `Monitor.execute`.
         """
-        answer = await self._unless_ended(self.monitor.tell(permit, command, arguments or {}, attach=attach))
-        self.journal.drain()
+        answer = await self._unless_ended(self.monitor.execute(permit, command, arguments or {}, attach=attach))
+        self.event_log.drain()
         return answer
 
     async def kill(self, permit: Permit) -> None:
-        """End the process, answering or not. Raises `Fenced`, `NotResponding`."""
+        """End the process, responsive or not. Raises `Fenced`, `NotResponding`."""
         permit.check()
-        self.keep(Phase.ENDING)
+        self.record_phase(Phase.ENDING)
         self.process.kill()
         await self.process.wait_ended(self.settings.kill_timeout_ms)
 
-    # -------------------------------------------------------------------------------------------------- letting go
-
-    def expect_let_go(self, device: str) -> asyncio.Future[bool]:
-        """Becomes true when the guest has let go of a device, false when it refused or ended."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._let_go_waiters.setdefault(device, set()).add(future)
-        future.add_done_callback(lambda done: self._forget_waiter(device, done))
-        return future
-
-    def _forget_waiter(self, device: str, future: asyncio.Future[bool]) -> None:
-        waiters = self._let_go_waiters.get(device, set())
-        waiters.discard(future)
-        if not waiters:
-            self._let_go_waiters.pop(device, None)
-
-    def _answer_let_go(self, device: str, *, let_go: bool) -> None:
-        for future in tuple(self._let_go_waiters.get(device, ())):
-            if not future.done():
-                future.set_result(let_go)
-
     async def close(self) -> None:
-        """Let go of the process without disturbing it."""
+        """Detach from the process, which keeps running."""
         self.console.close()
-        self.journal.close()
-        self.process.let_go()
+        self.event_log.close()
+        self.process.detach()
         with contextlib.suppress(InterlockError):
             await self.monitor.close()

@@ -1,9 +1,8 @@
-"""What is asked of a guest by the agent in it: to power off, to set a password, to hold still while a copy begins.
+"""The guest agent: shutdown, passwords, and file systems frozen while a copy begins.
 
-The protocol is the QEMU guest agent's (docs/interop/qemu-ga-ref of QEMU): a line of JSON each way, over a serial port
-that the guest has beside its console. What answers is the guest's, so that nothing of it is believed: lines, answers
-and waits have limits, and whoever talks nonsense counts as an agent that is not there. Each conversation has a
-connection of its own, one at a time, and begins by finding out which answers are stale.
+The protocol is that of the QEMU guest agent (docs/interop/qemu-ga-ref of QEMU): a line of JSON each way, over a serial
+port of the guest. The agent is not trusted: lines, answers and waits have limits, and one that sends anything else
+counts as absent. Each conversation has a connection of its own, one at a time, and begins by skipping stale answers.
 """
 
 from __future__ import annotations
@@ -18,28 +17,29 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.errors import HypervisorError, NotThere, Refused
+from interlock.core.errors import HypervisorError, OperationRejected
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu.command_line import AGENT
-from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.ports import Permit
 
 _LINE_BYTES_MAX: Final = 65_536
 _LINES_MAX: Final = 64
-"""How many lines may come before the one that answers."""
-_WORDS_MAX: Final = 200
-"""How much of what an agent says about an error is told to people, in characters."""
+"""The maximum number of lines before an answer."""
+_ERROR_LENGTH_MAX: Final = 200
+"""The maximum length of an agent's error in messages, in characters."""
 _RESET: Final = b"\xff\n"
 _NUMBERS: Final = itertools.count(os.getpid() << 20)
-"""Each conversation is told from all before it, also from those of an earlier process of ours."""
+"""Distinguishes each conversation from all earlier ones, including those of earlier processes."""
 
 
-class Silence(Exception):
-    """No agent answers, or what answers makes no sense."""
+class AgentAbsent(Exception):
+    """No agent responds, or it sends invalid answers."""
 
 
-class Denial(Exception):
-    """The agent said no."""
+class AgentError(Exception):
+    """The agent returned an error."""
 
 
 class _Error(msgspec.Struct):
@@ -52,171 +52,194 @@ class _Reply(msgspec.Struct):
 
 
 class Conversation:
-    """A connection to an agent that has answered once."""
+    """A connection to the agent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.json.Decoder(_Reply)
 
-    def say(self, command: str, **arguments: Any) -> None:
-        """Send a command. Never waits: what is sent is short, and waits in the socket if need be."""
-        wish: dict[str, Any] = {"execute": command}
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command. Never waits: commands are short, and are buffered if necessary."""
+        message: dict[str, Any] = {"execute": command}
         if arguments:
-            wish["arguments"] = arguments
-        self._writer.write(msgspec.json.encode(wish) + b"\n")
+            message["arguments"] = arguments
+        self._writer.write(msgspec.json.encode(message) + b"\n")
 
     def reset(self) -> None:
-        """Make the agent forget what an earlier conversation left half-said."""
+        """Have the agent discard an incomplete command of an earlier conversation."""
         self._writer.write(_RESET)
 
-    async def hear_refusal(self) -> None:
-        """Return when the agent says yes. Raises `Denial` when it says no, `Silence` when the connection ends."""
-        await self._hear()
-
     async def ask(self, command: str, timeout_ms: int, **arguments: Any) -> Any:
-        """The answer to a command. Raises `Silence`, `Denial`."""
-        self.say(command, **arguments)
-        return await self._in_time(self._hear(), timeout_ms)
+        """Return the answer to a command. Raises `AgentAbsent`, `AgentError`."""
+        self.send(command, **arguments)
+        return await self._in_time(self.receive(), timeout_ms)
 
     async def synchronise(self, timeout_ms: int, *then: str) -> Any:
-        """Pass over whatever is stale, and the answer to the last of the commands that are sent behind that, if any.
+        """Skip stale answers; return the answer to the last of the commands `then`, if any.
 
-        They are sent without waiting: an agent that is still busy finds them when it comes to it.
+        They are sent without waiting: an agent that is busy executes them later.
         """
         number = next(_NUMBERS)
-        self.say("guest-sync-delimited", id=number)
+        self.send("guest-sync-delimited", id=number)
         for command in then:
-            self.say(command)
-        return await self._in_time(self._hear_behind(number, len(then)), timeout_ms)
+            self.send(command)
+        return await self._in_time(self._receive_after(number, len(then)), timeout_ms)
 
-    async def _hear_behind(self, number: int, more: int) -> Any:
+    async def _receive_after(self, number: int, more: int) -> Any:
         for _ in range(_LINES_MAX):
-            # What is stale may be an error too.
-            with contextlib.suppress(Denial):
-                if await self._hear() == number:
+            # A stale answer may be an error.
+            with contextlib.suppress(AgentError):
+                if await self.receive() == number:
                     break
         else:
-            raise Silence
+            raise AgentAbsent
         answer = None
         for _ in range(more):
-            answer = await self._hear()
+            answer = await self.receive()
         return answer
 
-    async def _hear(self) -> Any:
-        """The next answer; lines that are none are passed over."""
+    async def receive(self) -> Any:
+        """Return the next answer; skip other lines. Raises `AgentError`, `AgentAbsent`."""
         for _ in range(_LINES_MAX):
-            line = await self._reader.readline()
-            if not line.endswith(b"\n"):
-                raise Silence
+            line = await self._line()
             try:
                 reply = self._decoder.decode(line.rpartition(b"\xff")[2])
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
             if reply.error is not None:
-                raise Denial(_printable(reply.error.desc))
+                raise AgentError(_printable(reply.error.desc))
             if reply.returned is not msgspec.UNSET:
                 return reply.returned
-        raise Silence
+        raise AgentAbsent
 
-    async def _in_time(self, hearing: Coroutine[Any, Any, Any], timeout_ms: int) -> Any:
+    async def _line(self) -> bytes:
+        """Return the next line. Raises `AgentAbsent` if it is too long or the connection ends."""
+        try:
+            line = await self._reader.readline()
+        except (OSError, ValueError):  # ValueError: the line is longer than the reader's limit
+            raise AgentAbsent from None
+        if not line.endswith(b"\n"):
+            raise AgentAbsent
+        return line
+
+    async def _in_time(self, answer: Coroutine[Any, Any, Any], timeout_ms: int) -> Any:
         try:
             async with asyncio.timeout(timeout_ms / 1000):
-                return await hearing
-        except (TimeoutError, OSError, ValueError):  # the last: a line that is too long
-            raise Silence from None
+                return await answer
+        except TimeoutError:
+            raise AgentAbsent from None
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Close the connection. What an agent that reads nothing left in the buffer is dropped."""
         transport = self._writer.transport
-        # What is still to be sent must not be lost, and must not be waited for either.
         (transport.close if transport.get_write_buffer_size() == 0 else transport.abort)()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
 
-def _printable(words: str) -> str:
+def _printable(error: str) -> str:
     return (
-        "".join(letter if letter.isprintable() else " " for letter in words[:_WORDS_MAX]).strip() or "it gave no reason"
+        "".join(letter if letter.isprintable() else " " for letter in error[:_ERROR_LENGTH_MAX]).strip()
+        or "it gave no reason"
     )
 
 
 @contextlib.asynccontextmanager
 async def _conversation(guest: Guest) -> AsyncIterator[Conversation]:
-    """Talk with the guest's agent. Raises `Silence` if none answers within the time-out, or the guest stands still."""
+    """Connect to the agent. Raises `AgentAbsent` if it does not respond within the timeout, or the guest is paused."""
     timeout_s = guest.settings.agent_timeout_ms / 1000
     try:
         async with asyncio.timeout(timeout_s):
-            await guest.agent_turn.acquire()
+            await guest.agent_lock.acquire()
     except TimeoutError:
-        raise Silence from None
+        raise AgentAbsent from None
     try:
-        conversation = await _call(guest)
+        conversation = await _connect(guest)
         try:
             conversation.reset()
             await conversation.synchronise(guest.settings.agent_timeout_ms)
             yield conversation
         finally:
-            conversation.close()
+            await conversation.close()
     finally:
-        guest.agent_turn.release()
+        guest.agent_lock.release()
 
 
-async def _call(guest: Guest) -> Conversation:
-    """A connection to the agent's port, if something in the guest has that open."""
+async def _connect(guest: Guest) -> Conversation:
+    """Connect to the agent's port, if something in the guest has it open."""
     try:
-        if await guest.look() is not PowerState.RUNNING:
-            raise Silence
-        ports = await guest.ask("query-chardev")
+        if await guest.query_power_state() is not PowerState.RUNNING:
+            raise AgentAbsent
+        ports = await guest.query("query-chardev")
     except HypervisorError:
-        raise Silence from None
+        raise AgentAbsent from None
     if not any(port["label"] == AGENT and port["frontend-open"] for port in ports):
-        raise Silence
+        raise AgentAbsent
     try:
-        caller = guest.folder.call(AGENT)
+        connection = guest.folder.connect(AGENT)
+        return Conversation(*await asyncio.open_unix_connection(sock=connection, limit=_LINE_BYTES_MAX))
     except OSError:
-        raise Silence from None
-    return Conversation(*await asyncio.open_unix_connection(sock=caller, limit=_LINE_BYTES_MAX))
+        raise AgentAbsent from None
+
+
+class GuestAgents:
+    """The agents of a host's guests. See `ports.Hypervisor` for the methods."""
+
+    def __init__(self, registry: ProcessRegistry) -> None:
+        self._registry = registry
+
+    async def agent_answers(self, instance_id: str) -> bool:
+        guest = self._registry.find(instance_id)
+        return guest is not None and await answers(guest)
+
+    async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
+        await ask_shutdown(self._registry.require(instance_id), permit)
+
+    async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
+        await set_password(self._registry.require(instance_id), permit, user, password)
 
 
 async def answers(guest: Guest) -> bool:
-    """Whether an agent answers. At once where nothing in the guest listens, else within the agent's time-out."""
+    """Whether the agent responds; at once if nothing in the guest has its port open, else within the timeout."""
     try:
         async with _conversation(guest):
             return True
-    except Silence:
+    except AgentAbsent:
         return False
 
 
 async def ask_shutdown(guest: Guest, permit: Permit) -> None:
-    """See `Hypervisor.ask_shutdown`. An agent that powers off the guest gives no answer; one that will not says so."""
+    """See `Hypervisor.ask_shutdown`. An agent sends no answer to a shutdown, except an error."""
     try:
         async with _conversation(guest) as conversation:
             permit.check()
-            conversation.say("guest-shutdown", mode="powerdown")
-            await _refusal_or_rest(guest, conversation)
+            conversation.send("guest-shutdown", mode="powerdown")
+            await _wait_shutdown(guest, conversation)
             return
-    except (Silence, Denial):
+    except (AgentAbsent, AgentError):
         pass
-    await guest.tell(permit, "system_powerdown")
+    await guest.execute(permit, "system_powerdown")
 
 
-async def _refusal_or_rest(guest: Guest, conversation: Conversation) -> None:
-    """Wait for a moment for the agent to refuse, or the guest to power off. Raises `Denial`."""
-    rest = asyncio.ensure_future(guest.rests.wait())
-    reply = asyncio.ensure_future(conversation.hear_refusal())
+async def _wait_shutdown(guest: Guest, conversation: Conversation) -> None:
+    """Wait until the guest powers off, at most for the timeout. Raises `AgentError` if the agent returns one."""
+    powered_off = asyncio.ensure_future(guest.powered_off.wait())
+    reply = asyncio.ensure_future(conversation.receive())
     try:
         timeout_s = guest.settings.agent_timeout_ms / 1000
-        await asyncio.wait({rest, reply}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({powered_off, reply}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if reply.done():
             reply.result()
     finally:
-        for task in (rest, reply):
+        for task in (powered_off, reply):
             task.cancel()
-        await asyncio.wait({rest, reply})
+        await asyncio.wait({powered_off, reply})
 
 
 async def set_password(guest: Guest, permit: Permit, user: str, password: str) -> None:
     """See `Hypervisor.set_password`."""
-    if await guest.look() in ENDED_STATES:
-        raise NotThere(f"No guest of instance {guest.instance_id} runs.")
+    await guest.require_running()
     secret = base64.b64encode(password.encode()).decode()
     try:
         async with _conversation(guest) as conversation:
@@ -228,78 +251,78 @@ async def set_password(guest: Guest, permit: Permit, user: str, password: str) -
                 password=secret,
                 crypted=False,
             )
-    except Silence:
-        raise Refused(
-            f"No guest agent answers in the guest of instance {guest.instance_id}.",
-            remedy="Install qemu-guest-agent in the guest and see that it runs.",
+    except AgentAbsent:
+        raise OperationRejected(
+            f"No guest agent answers in VM {guest.instance_id}.",
+            remedy="Install qemu-guest-agent in the guest, and check that it runs.",
         ) from None
-    except Denial as denial:
-        raise Refused(
-            f"The guest agent of instance {guest.instance_id} did not set the password: {denial}.",
-            remedy="See that the user exists in the guest, and what the agent's log there says.",
+    except AgentError as error:
+        raise OperationRejected(
+            f"The guest agent of VM {guest.instance_id} did not set the password: {error}.",
+            remedy="Check that the user exists in the guest, and the log of the agent there.",
         ) from None
 
 
-# ------------------------------------------------------------------------------------------------------- holding still
+# ------------------------------------------------------------------------------------------------------- freezing
 
 
 @contextlib.asynccontextmanager
 async def frozen(guest: Guest, permit: Permit) -> AsyncIterator[bool]:
-    """Have the guest's file systems flushed and held still while the body runs; whether they are.
+    """Flush and freeze the guest's file systems while the body runs; yield whether they are frozen.
 
-    Where no agent answers, or it cannot, the body runs all the same. Afterwards the guest is let go on in any case:
-    after an error, a cancellation, a freeze that took too long; and if we are killed, by the next of us that finds it.
-    Keep the body short: programs in the guest that write stand still meanwhile.
+    If no agent responds, or it cannot freeze them, the body runs all the same. They are thawed in any case: after an
+    error, a cancellation, or a freeze that timed out; and after a crash by the next server that adopts the guest. Keep
+    the body short: programs in the guest that write are blocked meanwhile.
     """
     async with contextlib.AsyncExitStack() as held:
         try:
             conversation = await held.enter_async_context(_conversation(guest))
-        except Silence:
+        except AgentAbsent:
             conversation = None
         if conversation is None:
             yield False
             return
-        owed = False
+        must_thaw = False
         try:
             permit.check()
             with contextlib.suppress(OSError):
                 guest.folder.note_frozen()
-            owed = True
-            still = await _freeze(guest, conversation)
-            if not still:
-                owed = not await _see_through(_thaw(guest, conversation))
-            yield still
+            must_thaw = True
+            is_frozen = await _freeze(guest, conversation)
+            if not is_frozen:
+                must_thaw = not await _uncancelled(_thaw(guest, conversation))
+            yield is_frozen
         finally:
-            if owed:
-                await _see_through(_thaw(guest, conversation))
+            if must_thaw:
+                await _uncancelled(_thaw(guest, conversation))
 
 
 async def _freeze(guest: Guest, conversation: Conversation) -> bool:
     try:
         await conversation.ask("guest-fsfreeze-freeze", guest.settings.freeze_timeout_ms)
-    except (Silence, Denial):
+    except (AgentAbsent, AgentError):
         return False
     return True
 
 
 async def _thaw(guest: Guest, conversation: Conversation) -> bool:
-    """Let the guest's file systems go on; whether the agent says that they do.
+    """Thaw the guest's file systems; return whether the agent confirms it.
 
-    It is sent without waiting for anything, so that an agent that is still busy finds it in its turn.
+    The command is sent without waiting, so that an agent that is busy executes it later.
     """
     try:
         await conversation.synchronise(guest.settings.freeze_timeout_ms, "guest-fsfreeze-thaw")
-    except Silence:
+    except AgentAbsent:
         return False
-    except Denial:
+    except AgentError:
         pass  # nothing was frozen
     with contextlib.suppress(OSError):
         guest.folder.forget_frozen()
     return True
 
 
-async def _see_through(thawing: Coroutine[Any, Any, bool]) -> bool:
-    """Do it to its end, however often we are cancelled meanwhile; it has a time-out of its own."""
+async def _uncancelled(thawing: Coroutine[Any, Any, bool]) -> bool:
+    """Complete a step, which has a timeout, however often the worker is cancelled meanwhile."""
     task = asyncio.ensure_future(thawing)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -313,9 +336,11 @@ async def _see_through(thawing: Coroutine[Any, Any, bool]) -> bool:
 
 
 async def thaw_forgotten(guest: Guest) -> None:
-    """Let a guest go on that was being frozen when we were killed."""
+    """Thaw a guest that was being frozen during a crash of the server."""
+    if not guest.folder.is_noted_frozen():
+        return
     try:
         async with _conversation(guest) as conversation:
             await _thaw(guest, conversation)
-    except Silence:
+    except AgentAbsent:
         return

@@ -1,85 +1,208 @@
-"""What plugging a device into a running guest and unplugging it needs, whatever kind of device it is."""
+"""Hotplug: disks and network interfaces plugged into a running guest, unplugged from it, and swapped.
+
+Each step looks at what is there first, so that a plug or unplug that was interrupted is completed by the next one. The
+spec on record follows, for a reset that has to start another process.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+from pathlib import Path
+from typing import TypeVar
 
-from interlock.core.errors import NotResponding, NotThere, Refused
-from interlock.hypervisors.qemu.command_line import is_port
-from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest
-from interlock.ports import Permit
+import msgspec
+
+from interlock.core.errors import NotResponding, OperationRejected
+from interlock.core.records import Disk, Interface, Spec
+from interlock.hypervisors.qemu.command_line import (
+    RESCUE,
+    ROOT,
+    device_arguments,
+    device_name,
+    interface_arguments,
+    interface_device,
+    is_port,
+    network_arguments,
+    node_name,
+)
+from interlock.hypervisors.qemu.disks import block_mirror
+from interlock.hypervisors.qemu.disks.block_nodes import add_node, remove_node, sizes
+from interlock.hypervisors.qemu.disks.root_disks import require_volume
+from interlock.hypervisors.qemu.files.file_handles import open_disk
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.process_registry import ProcessRegistry
+from interlock.ports import Permit, Report
+
+PluggedT = TypeVar("PluggedT", bound=Disk | Interface)
 
 
-async def require_guest(guest: Guest) -> None:
-    """Raise `NotThere` if no guest runs in the process."""
-    if await guest.look() in ENDED_STATES:
-        raise NotThere(f"No guest of instance {guest.instance_id} runs.")
+class Hotplug:
+    """Changes the devices of running guests. See `ports.Hypervisor` for the methods."""
+
+    def __init__(self, registry: ProcessRegistry) -> None:
+        self._registry = registry
+
+    async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
+        guest = self._registry.require(instance_id)
+        await guest.require_running()
+        device_name(disk.id)
+        if disk.id not in await guest.disks():
+            await _plug_disk(guest, permit, disk)
+        _record_disk(permit, guest.folder, disk.id, disk)
+
+    async def detach_disk(self, permit: Permit, instance_id: str, disk_id: str) -> None:
+        guest = self._registry.require(instance_id)
+        if disk_id in {ROOT, RESCUE}:
+            raise OperationRejected("The root disk cannot be detached.", remedy="Delete the VM instead.")
+        device_name(disk_id)
+        await guest.require_running()
+        await block_mirror.cancel_swaps(guest, permit, disk_id)
+        device = (await guest.disk_devices()).get(disk_id)
+        if device is not None:
+            await _unplug(guest, permit, device, f"the disk {disk_id}")
+        await remove_node(guest, permit, node_name(disk_id))
+        _record_disk(permit, guest.folder, disk_id, None)
+
+    async def swap_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
+        guest = self._registry.require(instance_id)
+        with guest.folder.os_errors_rejected():
+            await block_mirror.swap(guest, permit, old, new, report)
+        _record_disk(permit, guest.folder, old.id, new)
+
+    async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
+        guest = self._registry.require(instance_id)
+        await guest.require_running()
+        if interface_device(interface.id) not in await guest.devices():
+            await _plug_interface(guest, permit, interface)
+        _record_interface(permit, guest.folder, interface.id, interface)
+
+    async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
+        guest, device = self._registry.require(instance_id), interface_device(interface_id)
+        await guest.require_running()
+        if device in await guest.devices():
+            await _unplug(guest, permit, device, f"the interface {interface_id}")
+        await _remove_network(guest, permit, network_arguments(interface_id)["id"])
+        _record_interface(permit, guest.folder, interface_id, None)
 
 
-async def places(guest: Guest) -> dict[str, str]:
-    """The port in which each device is that is in one, by the device's name. Raises as `Guest.look`.
-
-    Asked of the devices themselves: what `query-pci` shows behind a port is nothing until the firmware has been there,
-    which it is once more after every reset.
-    """
-    found = {}
-    for name in await guest.devices():
-        if is_port(name):
-            continue
-        # It may have been let go of a moment ago.
-        with contextlib.suppress(Refused):
-            bus = str(await guest.ask("qom-get", path=f"/machine/peripheral/{name}", property="parent_bus"))
-            port = bus.rpartition("/")[2]
-            if is_port(port):
-                found[name] = port
-    return found
+# ----------------------------------------------------------------------------------------------------------- in QEMU
 
 
-async def free_port(guest: Guest) -> str:
-    """The first place for a device in which there is none. Raises `Refused`."""
-    taken = set((await places(guest)).values())
+async def _plug_disk(guest: Guest, permit: Permit, disk: Disk) -> None:
+    port = await _free_port(guest)
+    device = await _free_device_name(guest, permit, disk.id)
+    if node_name(disk.id) not in await sizes(guest):
+        require_volume(disk)
+        await add_node(guest, permit, open_disk(Path(disk.path), read_only=disk.read_only), disk)
+    try:
+        await guest.execute(permit, "device_add", {**device_arguments(disk, port), "id": device})
+    except OperationRejected:
+        with contextlib.suppress(OperationRejected):
+            await guest.execute(permit, "blockdev-del", {"node-name": node_name(disk.id)})
+        raise
+
+
+async def _free_device_name(guest: Guest, permit: Permit, disk_id: str) -> str:
+    """Return a name for the disk's device. Its own is in use if another disk was swapped in for it."""
+    device, used = device_name(disk_id), await guest.devices()
+    if device not in used:
+        return device
+    permit.check()
+    guest.folder.add_node_names({node_name(disk_id): disk_id})
+    names = (device_name(f"{number}-again") for number in itertools.count())
+    return next(name for name in names if name not in used)
+
+
+async def _plug_interface(guest: Guest, permit: Permit, interface: Interface) -> None:
+    device = interface_arguments(interface, await _free_port(guest))
+    network = network_arguments(interface.id)
+    # An interrupted plug, or a guest that released its device after the timeout, left the network.
+    await _remove_network(guest, permit, network["id"])
+    await guest.execute(permit, "netdev_add", network)
+    try:
+        await guest.execute(permit, "device_add", device)
+    except OperationRejected:
+        await _remove_network(guest, permit, network["id"])
+        raise
+
+
+async def _remove_network(guest: Guest, permit: Permit, name: str) -> None:
+    """Remove a network without a device; QEMU has no query for whether it exists."""
+    with contextlib.suppress(OperationRejected):
+        await guest.execute(permit, "netdev_del", {"id": name})
+
+
+async def _free_port(guest: Guest) -> str:
+    """Return the first port without a device. Raises `OperationRejected`."""
+    used = set((await guest.device_ports()).values())
     for port in sorted(name for name in await guest.devices() if is_port(name)):
-        if port not in taken:
+        if port not in used:
             return port
-    raise Refused(
-        f"The guest of instance {guest.instance_id} has no free place for another disk or interface.",
-        remedy="Detach something, or raise hotplug_ports for guests started from then on.",
+    raise OperationRejected(
+        f"VM {guest.instance_id} has no free port for another disk or interface.",
+        remedy="Detach something, or raise hotplug_ports for VMs started from then on.",
     )
 
 
-async def ask_back(guest: Guest, permit: Permit, device: str, what: str) -> None:
-    """Have the guest let go of a device that it has.
-
-    Args:
-        guest: which has it.
-        permit: of the worker that wants it back.
-        device: its name.
-        what: what it is, for people.
+async def _unplug(guest: Guest, permit: Permit, device: str, what: str) -> None:
+    """Have the guest release a device. `what` names it for people.
 
     Raises:
-        NotThere: the guest has ended.
-        NotResponding: it did not let go in time.
+        GuestNotFound: the guest has ended.
+        NotResponding: it did not release the device in time.
     """
-    let_go = guest.expect_let_go(device)
+    unplugged = guest.unplugs.expect(device)
     try:
         try:
-            await guest.tell(permit, "device_del", {"id": device})
-        except Refused:
-            # It was asked back before and is still in use, or the guest let go of it a moment ago.
+            await guest.execute(permit, "device_del", {"id": device})
+        except OperationRejected:
+            # An earlier unplug is pending, or the guest released the device a moment ago.
             if device not in await guest.devices():
                 return
         async with asyncio.timeout(guest.settings.detach_timeout_ms / 1000):
-            gone = await let_go
+            released = await unplugged
     except TimeoutError:
-        gone = False
+        released = False
     finally:
-        let_go.cancel()
-    if guest.process.ended.is_set():
-        raise NotThere(f"The guest of instance {guest.instance_id} has ended.")
-    if not gone and device in await guest.devices():
+        unplugged.cancel()
+    guest.require_process()
+    if not released and device in await guest.devices():
         raise NotResponding(
-            f"The guest of instance {guest.instance_id} did not let go of {what}.",
-            remedy="Have the guest stop using it and ask again; it is detached in any case when the guest is reset or "
+            f"VM {guest.instance_id} did not release {what} in time.",
+            remedy="Have the guest stop using it and try again; it is detached in any case when the guest is reset or "
             "ends.",
         )
+
+
+# ------------------------------------------------------------------------------------------------------- on record
+
+
+def _record_disk(permit: Permit, folder: InstanceFolder, disk_id: str, disk: Disk | None) -> None:
+    spec = folder.spec()
+    if spec is not None:
+        _write_spec(permit, folder, spec, msgspec.structs.replace(spec, disks=_replaced(spec.disks, disk_id, disk)))
+
+
+def _record_interface(permit: Permit, folder: InstanceFolder, interface_id: str, interface: Interface | None) -> None:
+    spec = folder.spec()
+    if spec is not None:
+        interfaces = _replaced(spec.interfaces, interface_id, interface)
+        _write_spec(permit, folder, spec, msgspec.structs.replace(spec, interfaces=interfaces))
+
+
+def _write_spec(permit: Permit, folder: InstanceFolder, recorded: Spec, spec: Spec) -> None:
+    if spec != recorded:
+        permit.check()
+        with folder.os_errors_rejected():
+            folder.write_spec(spec)
+
+
+def _replaced(devices: tuple[PluggedT, ...], device_id: str, by: PluggedT | None) -> tuple[PluggedT, ...]:
+    """Return the devices with that one replaced, removed, or added at the end."""
+    if not any(one.id == device_id for one in devices):
+        return devices if by is None or by in devices else (*devices, by)
+    changed = ((by if one.id == device_id else one) for one in devices)
+    return tuple(one for one in changed if one is not None)

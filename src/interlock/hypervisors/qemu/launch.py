@@ -1,18 +1,14 @@
-"""From a spec to a running QEMU whose guest stands still: everything opened, handed over and let go of again.
-
-There is no wait in here, so that within one of our processes nothing comes between its steps. Whoever is killed
-between them leaves at most a process that holds the instance's lock, and is found by it.
-"""
+"""Start a QEMU process whose guest is paused: files are opened, handed over to QEMU, and closed again here."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from interlock.core.errors import NotResponding, Refused
+from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu.command_line import (
     AGENT,
@@ -24,59 +20,121 @@ from interlock.hypervisors.qemu.command_line import (
     arguments,
     backing_images,
     booted_image,
+    failed_forward,
     machine_of,
 )
-from interlock.hypervisors.qemu.instance_folder import InstanceFolder, Phase, ProcessRecord
-from interlock.hypervisors.qemu.opening import open_disk, open_kernel
-from interlock.hypervisors.qemu.process import FIRST_DESCRIPTOR, Account, confined, spawn
+from interlock.hypervisors.qemu.consoles import Consoles
+from interlock.hypervisors.qemu.disks import root_disks
+from interlock.hypervisors.qemu.files.file_handles import open_disk, open_kernel
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord
+from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, spawn
+from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.images.subprocess_runner import Account, confined
 from interlock.ports import Permit
 
-_MIB = 1024**2
+_MIB: Final = 1024**2
 
 
-def launch(
-    permit: Permit,
-    instance_id: str,
-    folder: InstanceFolder,
-    spec: Spec,
-    settings: QemuSettings,
-    account: Account | None,
-    machine: Machine | None = None,
-) -> int:
-    """Start the process and return its id. With a `machine`, it waits for the memory that belongs to it.
+class Launcher:
+    """Starts QEMU processes."""
 
-    Raises:
-        Refused: something that it needs is not there, or there is no room.
-        NotResponding: another process holds the instance, one that we know nothing of.
-    """
-    with contextlib.ExitStack() as opened, refused(folder):
-        lock = folder.lock()
-        if lock is None:
-            raise NotResponding(
-                f"A process that is not known holds instance {instance_id}.",
-                remedy="Restart the server: it looks for such processes when it starts.",
+    def __init__(self, registry: ProcessRegistry, consoles: Consoles) -> None:
+        self._registry = registry
+        self._consoles = consoles
+
+    async def start(self, permit: Permit, instance_id: str, spec: Spec, machine: Machine | None = None) -> Guest:
+        """Start a process with a paused guest; return when QEMU responds.
+
+        Args:
+            permit: of the worker.
+            instance_id: the instance, which has no process.
+            spec: its disks and size.
+            machine: the machine to create, which then waits for its memory; None: what the settings say.
+
+        Raises:
+            GuestNotFound: the instance is not defined on this host.
+            OperationRejected: QEMU did not start, or the host runs as many guests as it may.
+            NotResponding: QEMU does not respond, or an unknown process holds the instance.
+        """
+        folder, settings = self._registry.folder(instance_id), self._registry.settings
+        if not folder.inside.is_dir():
+            raise GuestNotFound(f"VM {instance_id} is not defined on this host.")
+        if len(self._registry) >= settings.processes_max:
+            raise OperationRejected(
+                f"This host runs {len(self._registry)} VMs, its maximum.",
+                remedy="Stop one, or raise processes_max.",
             )
-        opened.callback(os.close, lock)
-        permit.check()
-        handed_over, at = _open_all(folder, spec, account, opened)
-        errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        opened.callback(os.close, errors)
-        command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
-        words = confined(command, folder.inside, _limits(spec, settings), account)
-        folder.make_journal(None if account is None else (account.user_id, account.group_id))
-        folder.forget_node_names()
-        folder.keep_spec(spec)
-        folder.keep_machine(machine or machine_of(settings, spec))
-        folder.keep_process_record(ProcessRecord(phase=Phase.STARTING))
-        permit.check()
-        return spawn(words, errors, [*handed_over, lock])
+        with folder.os_errors_rejected():
+            root_disks.require_files(folder, spec)
+            await root_disks.make_seed_disk(permit, folder, instance_id, spec)
+        guest = self._registry.add(instance_id, folder, self._launch(permit, instance_id, folder, spec, machine))
+        self._consoles.limit_log_sizes()
+        guest.event_log.negotiate()
+        guest.watch()
+        await self._await_greeting(guest)
+        return guest
+
+    def _launch(
+        self, permit: Permit, instance_id: str, folder: InstanceFolder, spec: Spec, machine: Machine | None
+    ) -> int:
+        """Start the process and return its id.
+
+        Nothing waits in here, so that nothing in this process comes between the steps. A crash between them leaves at
+        most a process that holds the lock of the instance, by which it is found.
+        """
+        settings, account = self._registry.settings, self._registry.account
+        with contextlib.ExitStack() as opened, folder.os_errors_rejected():
+            lock = folder.lock()
+            if lock is None:
+                raise folder.held_by_unknown()
+            opened.callback(os.close, lock)
+            permit.check()
+            handed_over, at = _open_all(folder, spec, account, opened)
+            errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            opened.callback(os.close, errors)
+            command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
+            marks = self._registry.home.marks(instance_id)
+            words = confined(command, folder.inside, _limits(spec, settings), account, marks)
+            folder.make_event_pipes(None if account is None else (account.user_id, account.group_id))
+            folder.remove_node_names()
+            folder.write_spec(spec)
+            folder.write_machine(machine or machine_of(settings, spec))
+            folder.write_process_record(ProcessRecord(phase=Phase.STARTING))
+            permit.check()
+            return spawn(words, errors, [*handed_over, lock])
+
+    async def _await_greeting(self, guest: Guest) -> None:
+        settings = self._registry.settings
+        greeting = asyncio.ensure_future(guest.monitor.connect(settings.start_timeout_ms))
+        ended = asyncio.ensure_future(guest.process.ended.wait())
+        try:
+            await asyncio.wait({greeting, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if greeting.done() and (greeting.exception() is None or isinstance(greeting.exception(), NotResponding)):
+                return greeting.result()
+            # The connection breaks a moment before the process has ended.
+            await asyncio.wait({ended}, timeout=settings.qmp_timeout_ms / 1000)
+        finally:
+            for task in (greeting, ended):
+                task.cancel()
+        error = guest.folder.last_error()
+        if (port := failed_forward(error)) is not None:
+            raise OperationRejected(
+                f"The host's port {port} cannot be forwarded to VM {guest.instance_id}: another program "
+                "probably listens on it.",
+                remedy=f"End what listens on 127.0.0.1:{port}, then start the VM.",
+            )
+        raise OperationRejected(
+            f"QEMU did not start for VM {guest.instance_id}: {error}",
+            remedy=f"QEMU's log is {guest.folder.errors}.",
+        )
 
 
 def _open_all(
     folder: InstanceFolder, spec: Spec, account: Account | None, opened: contextlib.ExitStack
 ) -> tuple[list[int], Descriptors]:
-    """Open what QEMU uses; the answer is what to hand over, and under which numbers QEMU finds it."""
+    """Open what QEMU uses; return the descriptors to hand over, and the numbers under which QEMU finds them."""
     handed_over: list[int] = []
 
     def hand_over(descriptor: int) -> int:
@@ -124,27 +182,3 @@ def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:
 def _limits(spec: Spec, settings: QemuSettings) -> list[str]:
     memory_mib = spec.memory_mib + settings.translation_cache_mib + settings.address_space_extra_mib
     return ["--core=0", f"--nofile={settings.open_files_max}", f"--as={memory_mib * _MIB}"]
-
-
-@contextlib.contextmanager
-def refused(folder: InstanceFolder, place: Path | None = None) -> Iterator[None]:
-    """Tell people what a failure of the operating system means for the instance.
-
-    `place` is the folder that is written to, where that is another than the instance's.
-    """
-    place = place or folder.path
-    try:
-        yield
-    except OSError as error:
-        remedy: str | None
-        match error.errno:
-            case errno.ENOSPC | errno.EDQUOT:
-                remedy = f"Make room on the file system of {place}."
-            case errno.EACCES | errno.EPERM | errno.EROFS:
-                remedy = f"Give the server's user write access to {place}."
-            case errno.EMFILE | errno.ENFILE | errno.EAGAIN | errno.ENOMEM:
-                remedy = "The host is out of descriptors, processes or memory; hold fewer guests or raise its limits."
-            case _:
-                remedy = None
-        where = error.filename or place
-        raise Refused(f"Instance {folder.path.name}: {where}: {error.strerror}.", remedy=remedy) from error

@@ -1,4 +1,4 @@
-"""What can be set of the QEMU adapter: the operator's numbers, and what the server adds. Nothing happens here."""
+"""The settings of the QEMU adapter: those of the configuration, and those that the server adds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from interlock.config import QemuConfig
 
 
 class QemuSettings(QemuConfig, frozen=True, kw_only=True):
-    """How QEMU is found, started, limited and waited for.
-
-    A number that an operator may want to change is a field of `QemuConfig`, so that it can be: a test sees to that.
-    """
+    """Paths, limits and timeouts of QEMU. Numbers that an operator may want to change are fields of `QemuConfig`."""
 
     folder: Path
-    """Where everything of the instances on this host is kept. One process at a time has it."""
+    """The VM folder of this host. One process at a time has it open."""
     qemu_binary: str = "qemu-system-x86_64"
-    """A name to be found on the PATH, or a path."""
+    """A name that is found in PATH, or a path."""
     image_tool_binary: str = "qemu-img"
     accelerator: str = "auto"
-    """`kvm`, `tcg`, or `auto`: see `accelerator`, which settles it."""
+    """`kvm`, `tcg`, or `auto`: see `process.accelerator`, which resolves it."""
     user: str = "nobody"
-    """As whom QEMU runs if we are root; otherwise it runs as we do."""
+    """The user that QEMU runs as if this process is root; otherwise it runs as this process does."""
     group: str = "nogroup"
     qmp_timeout_ms: int = 3_000
-    """How long QEMU may take to answer a command before it counts as not responding."""
+    """Timeout of a QMP command, in milliseconds."""

@@ -1,6 +1,6 @@
-"""The hypervisor of another host: its agent holds the guests, and the server speaks to it over one connection."""
+"""The hypervisor of another host: its agent runs the guests, and the server calls it over one connection."""
 
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
-from interlock.hypervisors.remote.serving import HostService
+from interlock.hypervisors.remote.agent_service import AgentService
 
-__all__ = ["HostService", "RemoteHypervisor"]
+__all__ = ["AgentService", "RemoteHypervisor"]

@@ -1,55 +1,78 @@
 """The hypervisor port, over a connection that an agent makes: the server's side.
 
-Every effect is the agent's (`serving`); this side checks the worker's permit before it sends a call, and the call
-carries the fence. While no agent is connected every call is `NotResponding`, which is what it is (law 10).
+Every effect is the agent's (`agent_service`); this side checks the worker's permit before it sends a call, and the call
+has the fence. While no agent is connected every call raises `NotResponding` (law 10).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import msgspec
+import structlog
 
-from interlock.core.errors import Forbidden, InterlockError, NotResponding, NotThere, Unavailable
-from interlock.core.records import Disk, Interface, Spec
+from interlock.core.errors import Forbidden, GuestNotFound, InterlockError, NotResponding, Unavailable
+from interlock.core.records import Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.remote import files
-from interlock.hypervisors.remote.image_calls import ImageCalls
-from interlock.hypervisors.remote.session import Session
-from interlock.hypervisors.remote.wire import METHODS, VERSION, Exchange, Hello, Refusal, Told, Welcome, failure_of
-from interlock.ports import HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.hypervisors.remote.exchange import Exchange
+from interlock.hypervisors.remote.file_cache import cached_name, source_name, target_name
+from interlock.hypervisors.remote.file_transfer import FileTransfers
+from interlock.hypervisors.remote.methods import AnswerT, Declared, Forwarded, P, StreamCalls
+from interlock.hypervisors.remote.protocol import (
+    GuestEventMessage,
+    Hello,
+    Refusal,
+    Welcome,
+    agreed_version,
+    encode,
+    failure_of,
+)
+from interlock.hypervisors.remote.server_session import ServerSession
+from interlock.ports import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.hosts import Host, Link
-from interlock.ports.travelling import Arrival, Passage
+from interlock.ports.migration import MigrationPort
+
+_LOG = structlog.get_logger(__name__)
+_ANSWER_S: Final = 2.0
+"""How long a connected agent may take to respond before another connection of it is accepted instead."""
 
 
-class RemoteHypervisor(ImageCalls):
-    """Satisfies `ports.RemoteHost`.
+class RemoteHypervisor:
+    """Implements `ports.RemoteHost`.
 
     Args:
-        name: the host's.
-        lease_ms: for how long a renewal lets the host's guests run, in milliseconds; 0: they need none.
-        silence_ms: after how long without a sign of life a connection counts as broken, in milliseconds.
-        now_ms: the store's clock, for what is kept of the host.
+        name: the host's name.
+        lease_ms: how long the host's guests may run after a renewal, in milliseconds; 0: no leases.
+        silence_ms: after how long without a message a connection counts as broken, in milliseconds.
+        now_ms: the store's clock.
+        renewed: called with the host's name when its agent has renewed its lease.
     """
 
     def __init__(
         self, name: str, *, lease_ms: int, silence_ms: int, now_ms: Callable[[], int], renewed: Callable[[str], None]
     ) -> None:
-        super().__init__()
         self.name = name
+        self._former: frozenset[str] = frozenset()
         self._lease_ms = lease_ms
         self._silence_s = silence_ms / 1000
         self._now_ms = now_ms
         self._renewed = renewed
         self._listener: Callable[[HypervisorEvent], None] | None = None
-        self._session: Session | None = None
+        self._files = FileTransfers(self._connected)
+        self._session: ServerSession | None = None
+        """The session that accepts calls: the agent has delivered its earlier events."""
+        self._admitted: ServerSession | None = None
+        """The session of the admitted agent, from its admission on."""
+        self._admitting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
         self._linked = asyncio.Event()
         self._last: dict[str, Observation] = {}
-        self._heard: tuple[str, int] = ("", 0)
+        self._last_event: tuple[str, int] = ("", 0)
+        """Id of the agent's event log, and the number of its last event that was received."""
 
     # ------------------------------------------------------------------------------------------ the connection
 
@@ -74,15 +97,30 @@ class RemoteHypervisor(ImageCalls):
             self._serving.cancel()
             await asyncio.wait({self._serving})
 
-    async def serve(self, link: Link, heard: Callable[[Host], Awaitable[None]]) -> None:
+    async def serve(
+        self, link: Link, admit: Callable[[Host], Awaitable[None]], on_connected: Callable[[Host], Awaitable[None]]
+    ) -> None:
         exchange = Exchange(link)
-        greeting = await self._greet(exchange, link)
-        if self._serving is not None:
-            # Whoever comes later is the one that lives: the agent makes one connection at a time.
-            self._serving.cancel()
-            await asyncio.wait({self._serving})
-        serving = asyncio.create_task(self._converse(exchange, greeting, heard), name=f"the host {self.name}")
-        self._serving = serving
+        greeting, version = await self._greet(exchange, link)
+        async with self._admitting:
+            try:
+                await admit(self._host_of(greeting))
+            except InterlockError as refusal:
+                await self._refuse(link, refusal)
+                raise
+            if self._serving is not None:
+                # Only what the same agent has left behind: `admit` refuses another one while this one answers.
+                self._serving.cancel()
+                await asyncio.wait({self._serving})
+            if self._last_event[0] != greeting.log:
+                self._last_event = (greeting.log, 0)
+                self._last.clear()
+            exchange.post(Welcome(lease_ms=self._lease_ms, version=version))
+            caught_up = asyncio.Event()
+            # Already here, so that the next agent to be admitted finds this one.
+            session = self._admitted = ServerSession(self.name, exchange, version, self._on_event, caught_up.set)
+            conversing = self._converse(session, caught_up, greeting, on_connected)
+            serving = self._serving = asyncio.create_task(conversing, name=f"the host {self.name}")
         try:
             await asyncio.wait({serving})
         finally:
@@ -90,41 +128,76 @@ class RemoteHypervisor(ImageCalls):
             await asyncio.wait({serving})
             if self._serving is serving:
                 self._serving = None
+            if self._admitted is session:
+                self._admitted = None
+            with contextlib.suppress(ConnectionError):
+                await link.close()  # also where it was replaced before it had begun
         if not serving.cancelled() and isinstance(error := serving.exception(), Exception):
             raise error
 
-    async def _greet(self, exchange: Exchange, link: Link) -> Hello:
+    async def _greet(self, exchange: Exchange, link: Link) -> tuple[Hello, int]:
+        """Return the agent's greeting and the version of the protocol that both speak."""
         async with asyncio.timeout(self._silence_s):
             greeting = await exchange.receive()
-        wrong: InterlockError | None = None
-        if not isinstance(greeting, Hello) or greeting.version != VERSION:
-            wrong = Unavailable(
-                "The agent speaks another language than this server.", remedy="Run the same version of both."
-            )
-        elif greeting.name != self.name:
-            wrong = Forbidden(f"The agent calls itself {greeting.name} at the place of {self.name}.")
-        if wrong is not None:
-            await link.send(msgspec.msgpack.encode(Refusal(failure=failure_of(wrong))))
-            await link.close()
-            raise wrong
-        assert isinstance(greeting, Hello)
-        return greeting
+        if not isinstance(greeting, Hello):
+            raise ConnectionError(f"unexpected message: {type(greeting).__name__}")
+        try:
+            version = agreed_version(greeting, self.name)
+            if greeting.identity is None:
+                raise Unavailable(f"The agent of the host {self.name} has no identity.", remedy="Upgrade the agent.")
+            if greeting.name not in {self.name, *self._former}:
+                raise Forbidden(f"The agent's host name is {greeting.name}, and the connection is for {self.name}.")
+        except InterlockError as error:
+            await self._refuse(link, error)
+            raise
+        return greeting, version
 
-    async def _converse(self, exchange: Exchange, greeting: Hello, heard: Callable[[Host], Awaitable[None]]) -> None:
-        if self._heard[0] != greeting.log:
-            self._heard = (greeting.log, 0)
-        exchange.post(Welcome(lease_ms=self._lease_ms))
-        caught_up = asyncio.Event()
-        session = Session(self.name, exchange, self._tell, caught_up.set)
-        running = asyncio.create_task(session.run(), name=f"hear {self.name}")
+    async def _refuse(self, link: Link, error: InterlockError) -> None:
+        with contextlib.suppress(ConnectionError):
+            await link.send(encode(Refusal(failure=failure_of(error))))
+            await link.close()
+
+    def _host_of(self, greeting: Hello) -> Host:
+        now_ms = self._now_ms()
+        return Host(
+            name=self.name,
+            identity=greeting.identity,
+            former=greeting.name if greeting.name != self.name else None,
+            joined_at_ms=now_ms,
+            last_seen_at_ms=now_ms,
+            lease_until_ms=now_ms + self._lease_ms if self._lease_ms else None,
+            address=greeting.address,
+            shared=greeting.shared,
+            limits=greeting.limits,
+        )
+
+    def rename(self, name: str, former: frozenset[str]) -> None:
+        self.name, self._former = name, former
+
+    async def answers(self) -> bool:
+        return self._admitted is not None and await self._admitted.answers(_ANSWER_S)
+
+    def disconnect(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+
+    async def _converse(
+        self,
+        session: ServerSession,
+        caught_up: asyncio.Event,
+        greeting: Hello,
+        on_connected: Callable[[Host], Awaitable[None]],
+    ) -> None:
+        running = asyncio.create_task(session.run(), name=f"session with {self.name}")
         watching = asyncio.create_task(self._watch(session), name=f"watch {self.name}")
-        beginning = asyncio.create_task(self._begin(session, caught_up, greeting, heard), name=f"meet {self.name}")
+        begin = self._begin(session, caught_up, greeting, on_connected)
+        beginning = asyncio.create_task(begin, name=f"begin with {self.name}")
         try:
             done, _ = await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-        except ConnectionError:
-            pass
+        except ConnectionError as error:
+            _LOG.info("agent disconnected", host=self.name, why=str(error))
         finally:
             if self._session is session:
                 self._session = None
@@ -134,26 +207,20 @@ class RemoteHypervisor(ImageCalls):
             await asyncio.wait({running, watching, beginning})
 
     async def _begin(
-        self, session: Session, caught_up: asyncio.Event, greeting: Hello, heard: Callable[[Host], Awaitable[None]]
+        self,
+        session: ServerSession,
+        caught_up: asyncio.Event,
+        greeting: Hello,
+        on_connected: Callable[[Host], Awaitable[None]],
     ) -> None:
         await caught_up.wait()
         self._session = session
         self._linked.set()
-        now_ms = self._now_ms()
-        await heard(
-            Host(
-                name=self.name,
-                joined_at_ms=now_ms,
-                last_seen_at_ms=now_ms,
-                lease_until_ms=now_ms + self._lease_ms if self._lease_ms else None,
-                address=greeting.address,
-                shared=greeting.shared,
-                limits=greeting.limits,
-            )
-        )
+        _LOG.info("agent accepts calls", host=self.name, protocol=session.version)
+        await on_connected(self._host_of(greeting))
 
-    async def _watch(self, session: Session) -> None:
-        """Return when the agent has been silent for too long."""
+    async def _watch(self, session: ServerSession) -> None:
+        """Return when the agent has sent nothing for too long."""
         while True:
             session.alive.clear()
             try:
@@ -163,19 +230,19 @@ class RemoteHypervisor(ImageCalls):
                 return
             self._renewed(self.name)
 
-    def _tell(self, told: Told) -> None:
-        log, last = self._heard
-        if told.number <= last:
-            return  # it was heard before the connection broke, and only the word of that was lost
-        self._heard = (log, told.number)
+    def _on_event(self, message: GuestEventMessage) -> None:
+        log, last = self._last_event
+        if message.number <= last:
+            return  # received before the connection broke, and only its acknowledgement was lost
+        self._last_event = (log, message.number)
         if self._listener is not None:
-            self._listener(told.event)
+            self._listener(message.event)
 
     def superseded(self, instance_id: str, fence: int) -> None:
         if self._session is not None:
             self._session.superseded(instance_id, fence)
 
-    def _there(self) -> Session:
+    def _connected(self) -> ServerSession:
         if self._session is None:
             raise NotResponding(
                 f"The host {self.name} is not connected.",
@@ -183,26 +250,49 @@ class RemoteHypervisor(ImageCalls):
             )
         return self._session
 
-    async def _call(
-        self,
-        method: str,
-        permit: Permit | None,
-        instance_id: str,
-        *arguments: Any,
-        report: Report | None = None,
-    ) -> Any:
-        answer = METHODS[method].answer
-        return await self._there().call(method, instance_id, arguments, answer, permit=permit, report=report)
+    async def call(self, declared: Declared[P, AnswerT], *args: P.args, **kwargs: P.kwargs) -> AnswerT:
+        """As `ServerSession.call`, on the session of the connected agent."""
+        return await self._connected().call(declared, *args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------- looking
+    # ------------------------------------------------------------------------------------------- one call each
 
-    async def known(self) -> frozenset[str]:
-        found: frozenset[str] = await self._there().call("known", "", (), frozenset[str])
-        return found
+    known = Forwarded(Hypervisor.known)
+    wait_powered_off = Forwarded(Hypervisor.wait_powered_off)
+    power_on = Forwarded(Hypervisor.power_on)
+    power_off = Forwarded(Hypervisor.power_off)
+    press_power_button = Forwarded(Hypervisor.press_power_button)
+    reset = Forwarded(Hypervisor.reset)
+    pause = Forwarded(Hypervisor.pause)
+    unpause = Forwarded(Hypervisor.unpause)
+    attach_disk = Forwarded(Hypervisor.attach_disk)
+    detach_disk = Forwarded(Hypervisor.detach_disk)
+    swap_disk = Forwarded(Hypervisor.swap_disk)
+    copy_disk = Forwarded(Hypervisor.copy_disk)
+    attach_interface = Forwarded(Hypervisor.attach_interface)
+    detach_interface = Forwarded(Hypervisor.detach_interface)
+    save_memory = Forwarded(Hypervisor.save_memory)
+    restore_memory = Forwarded(Hypervisor.restore_memory)
+    forget_memory = Forwarded(Hypervisor.forget_memory)
+    drop_root_disks = Forwarded(Hypervisor.drop_root_disks)
+    agent_answers = Forwarded(Hypervisor.agent_answers)
+    ask_shutdown = Forwarded(Hypervisor.ask_shutdown)
+    set_password = Forwarded(Hypervisor.set_password)
+    screenshot = Forwarded(Hypervisor.screenshot)
+    console_tail = Forwarded(Hypervisor.console_tail)
+    machine_kind = Forwarded(MigrationPort.machine_kind)
+    receive_guest = Forwarded(MigrationPort.receive_guest)
+    send_guest = Forwarded(MigrationPort.send_guest)
+    force_converge = Forwarded(MigrationPort.force_converge)
+    arrival = Forwarded(MigrationPort.arrival)
+    await_guest = Forwarded(MigrationPort.await_guest)
+    complete_incoming = Forwarded(MigrationPort.complete_incoming)
+    resume_source = Forwarded(MigrationPort.resume_source)
+
+    # ------------------------------------------------------------------------------------------------- others
 
     async def inspect(self, instance_id: str) -> Observation:
         try:
-            seen: Observation = await self._call("inspect", None, instance_id)
+            seen = await self.call(Hypervisor.inspect, instance_id)
         except NotResponding:
             last = self._last.get(instance_id, Observation(defined=True, power_state=PowerState.NONE))
             return msgspec.structs.replace(last, responsive=False)
@@ -212,184 +302,87 @@ class RemoteHypervisor(ImageCalls):
             self._last.pop(instance_id, None)
         return seen
 
-    async def wait_powered_off(self, instance_id: str) -> None:
-        await self._call("wait_powered_off", None, instance_id)
-
-    async def agent_answers(self, instance_id: str) -> bool:
-        answers: bool = await self._call("agent_answers", None, instance_id)
-        return answers
-
-    async def screenshot(self, instance_id: str) -> bytes:
-        picture: bytes = await self._call("screenshot", None, instance_id)
-        return picture
-
-    async def open_console(self, instance_id: str) -> Stream:
-        return await self._stream("open_console", instance_id)
-
-    async def open_display(self, instance_id: str) -> Stream:
-        return await self._stream("open_display", instance_id)
-
-    async def _stream(self, method: str, instance_id: str) -> Stream:
-        session = self._there()
-        return RemoteStream(session, await session.call(method, instance_id, (), int))
-
-    async def console_tail(self, instance_id: str, length: int) -> bytes | None:
-        tail: bytes | None = await self._call("console_tail", None, instance_id, length)
-        return tail
-
-    # ------------------------------------------------------------------------------------- making and removing
-
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
-        await self._send_images(permit, spec)
-        await self._call("define", permit, instance_id, spec)
+        await self._files.send_images(permit, spec)
+        await self.call(Hypervisor.define, permit, instance_id, spec)
 
     async def undefine(self, permit: Permit, instance_id: str) -> None:
-        await self._call("undefine", permit, instance_id)
+        await self.call(Hypervisor.undefine, permit, instance_id)
         self._last.pop(instance_id, None)
 
-    async def power_on(self, permit: Permit, instance_id: str, spec: Spec) -> None:
-        await self._call("power_on", permit, instance_id, spec)
+    async def open_console(self, instance_id: str) -> Stream:
+        session = self._connected()
+        return RemoteStream(session, await session.call(StreamCalls.open_console, instance_id))
 
-    async def power_off(self, permit: Permit, instance_id: str) -> None:
-        await self._call("power_off", permit, instance_id)
-
-    async def press_power_button(self, permit: Permit, instance_id: str) -> None:
-        await self._call("press_power_button", permit, instance_id)
-
-    async def reset(self, permit: Permit, instance_id: str) -> None:
-        await self._call("reset", permit, instance_id)
-
-    async def pause(self, permit: Permit, instance_id: str) -> None:
-        await self._call("pause", permit, instance_id)
-
-    async def unpause(self, permit: Permit, instance_id: str) -> None:
-        await self._call("unpause", permit, instance_id)
-
-    async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
-        await self._call("ask_shutdown", permit, instance_id)
-
-    async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
-        await self._call("set_password", permit, instance_id, user, password)
-
-    # ------------------------------------------------------------------------------------ disks and interfaces
-
-    async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
-        await self._call("attach_disk", permit, instance_id, disk)
-
-    async def detach_disk(self, permit: Permit, instance_id: str, disk_id: str) -> None:
-        await self._call("detach_disk", permit, instance_id, disk_id)
-
-    async def swap_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
-        await self._call("swap_disk", permit, instance_id, old, new, report=report)
-
-    async def copy_disk(self, permit: Permit, instance_id: str, old: Disk, new: Disk, report: Report) -> None:
-        await self._call("copy_disk", permit, instance_id, old, new, report=report)
-
-    async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
-        await self._call("attach_interface", permit, instance_id, interface)
-
-    async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
-        await self._call("detach_interface", permit, instance_id, interface_id)
-
-    # -------------------------------------------------------------------------------------------------- memory
-
-    async def save_memory(self, permit: Permit, instance_id: str, report: Report) -> None:
-        await self._call("save_memory", permit, instance_id, report=report)
-
-    async def restore_memory(self, permit: Permit, instance_id: str, spec: Spec, report: Report) -> None:
-        await self._call("restore_memory", permit, instance_id, spec, report=report)
-
-    async def forget_memory(self, permit: Permit, instance_id: str) -> None:
-        await self._call("forget_memory", permit, instance_id)
+    async def open_display(self, instance_id: str) -> Stream:
+        session = self._connected()
+        return RemoteStream(session, await session.call(StreamCalls.open_display, instance_id))
 
     async def dump_memory(self, permit: Permit, instance_id: str, target: Path, report: Report) -> None:
         if await asyncio.to_thread(target.exists):
             return
-        session = self._there()
-        name = files.target_of(instance_id)
-        async with files.spooled(session, permit, name):
-            await session.call("dump_memory", instance_id, (), permit=permit, report=report)
-            await files.fetch(session, permit, name, target, report)
-
-    # -------------------------------------------------------------------------------------------- the root disk
+        name = target_name(instance_id)
+        async with self._files.spooled(permit, name) as session:
+            await session.call(Hypervisor.dump_memory, permit, instance_id, target, report)
+            await self._files.fetch(session, permit, name, target, report)
 
     async def copy_root_disk(self, permit: Permit, instance_id: str, old: Spec, new: Spec, report: Report) -> None:
-        await self._send_images(permit, new)
-        await self._call("copy_root_disk", permit, instance_id, old, new, report=report)
+        await self._files.send_images(permit, new)
+        await self.call(Hypervisor.copy_root_disk, permit, instance_id, old, new, report)
 
     async def root_disk_from(self, permit: Permit, instance_id: str, spec: Spec, source: Path, report: Report) -> None:
-        session = self._there()
-        name = files.source_of(instance_id)
-        async with files.spooled(session, permit, name):
-            await files.send(session, permit, name, source, report=report)
-            await session.call("root_disk_from", instance_id, (spec,), permit=permit, report=report)
-
-    async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:
-        await self._call("drop_root_disks", permit, instance_id, spec, kept)
+        name = source_name(instance_id)
+        async with self._files.spooled(permit, name) as session:
+            await self._files.send(session, permit, name, source, report=report)
+            await session.call(Hypervisor.root_disk_from, permit, instance_id, spec, source, report)
 
     async def export_root_disk(
         self, permit: Permit, instance_id: str, spec: Spec, target: Path, report: Report
     ) -> None:
         if await asyncio.to_thread(target.exists):
             return
-        session = self._there()
-        name = files.target_of(instance_id)
-        async with files.spooled(session, permit, name):
-            await session.call("export_root_disk", instance_id, (spec,), permit=permit, report=report)
-            await files.fetch(session, permit, name, target, report)
+        name = target_name(instance_id)
+        async with self._files.spooled(permit, name) as session:
+            await session.call(Hypervisor.export_root_disk, permit, instance_id, spec, target, report)
+            await self._files.fetch(session, permit, name, target, report)
 
-    # --------------------------------------------------------------------------------------------- travelling
+    # -------------------------------------------------------------------------------------------------- files
 
-    async def machine_kind(self, instance_id: str) -> str:
-        kind: str = await self._call("machine_kind", None, instance_id)
-        return kind
+    def copy_name(self, path: str) -> str:
+        return cached_name(path)
 
-    async def receive_guest(self, permit: Permit, instance_id: str, spec: Spec, machine: str) -> Passage:
-        passage: Passage = await self._call("receive_guest", permit, instance_id, spec, machine)
-        return passage
+    async def image_copies(self) -> dict[str, int]:
+        return await self._files.image_copies()
 
-    async def send_guest(self, permit: Permit, instance_id: str, passage: Passage, report: Report) -> None:
-        await self._call("send_guest", permit, instance_id, passage, report=report)
+    async def drop_image_copies(self, names: Collection[str]) -> tuple[str, ...]:
+        return await self._files.drop_image_copies(names)
 
-    async def hurry_guest(self, permit: Permit, instance_id: str) -> None:
-        await self._call("hurry_guest", permit, instance_id)
+    def outgoing_file(self, transfer: str) -> Path:
+        return self._files.outgoing(transfer)
 
-    async def arrival(self, instance_id: str) -> Arrival:
-        arrival: Arrival = await self._call("arrival", None, instance_id)
-        return arrival
-
-    async def await_guest(self, instance_id: str) -> None:
-        await self._call("await_guest", None, instance_id)
-
-    async def take_guest(self, permit: Permit, instance_id: str) -> None:
-        await self._call("take_guest", permit, instance_id)
-
-    async def keep_guest(self, permit: Permit, instance_id: str) -> None:
-        await self._call("keep_guest", permit, instance_id)
+    async def receive_range(self, transfer: str, offset: int, chunks: AsyncIterator[bytes]) -> None:
+        await self._files.receive(transfer, offset, chunks)
 
 
 class RemoteStream:
-    """Satisfies `ports.Stream`: each read and write is a call."""
+    """Implements `ports.Stream`: each read and write is a call."""
 
-    def __init__(self, session: Session, number: int) -> None:
+    def __init__(self, session: ServerSession, number: int) -> None:
         self._session = session
         self._number = number
 
     async def read(self) -> bytes:
         try:
-            data: bytes = await self._session.call("stream_read", "", (self._number,), bytes)
-        except (NotResponding, NotThere):
+            return await self._session.call(StreamCalls.stream_read, self._number)
+        except (NotResponding, GuestNotFound):
             return b""
-        return data
 
     async def write(self, data: bytes) -> None:
         try:
-            await self._session.call("stream_write", "", (self._number, data), None)
+            await self._session.call(StreamCalls.stream_write, self._number, data)
         except NotResponding as gone:
-            raise NotThere(gone.message, remedy=gone.remedy) from gone
+            raise GuestNotFound(gone.message, remedy=gone.remedy) from gone
 
     async def close(self) -> None:
-        try:
-            await self._session.call("stream_close", "", (self._number,), None)
-        except InterlockError:
-            return
+        with contextlib.suppress(InterlockError):
+            await self._session.call(StreamCalls.stream_close, self._number)

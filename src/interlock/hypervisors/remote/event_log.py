@@ -1,4 +1,4 @@
-"""What guests of a host did and the server has not heard yet: a file that outlives the agent, so that none is lost."""
+"""Events of guests that the server has not acknowledged, in a file that outlives the agent."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Final
 
 import msgspec
 
-from interlock.hypervisors.remote.wire import Told
+from interlock.hypervisors.remote.protocol import GuestEventMessage
+from interlock.images.atomic_files import drafted
 
 _LENGTH_MAX: Final = 10_000
-"""How many events wait at most; beyond that the oldest are forgotten, and the server sees by looking how guests are."""
+"""Maximum number of events; beyond it the oldest are dropped, and the server inspects its guests."""
 
 
 class EventLog:
-    """Events that were told and not acknowledged, in order, each with a number that is never used again."""
+    """Events that were not acknowledged, in order, each with a number that is never used again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.id = secrets.token_hex(16)
-        """Another one for each run of numbers."""
+        """Another one for each sequence of numbers."""
         self._last = 0
-        self._kept: list[Told] = []
-        self._decoder = msgspec.json.Decoder(Told)
+        self._kept: list[GuestEventMessage] = []
+        self._decoder = msgspec.json.Decoder(GuestEventMessage)
 
     def open(self) -> None:
-        """Read what an earlier agent could not tell. A last line that was cut short is none."""
+        """Read the events of an earlier agent. A truncated last line is ignored."""
         if not self._path.exists():
             self._write()
             return
@@ -38,12 +39,12 @@ class EventLog:
         for line in lines:
             with contextlib.suppress(msgspec.DecodeError):
                 self._kept.append(self._decoder.decode(line))
-        self._last = max([self._last, *(told.number for told in self._kept)])
+        self._last = max([self._last, *(message.number for message in self._kept)])
 
-    def add(self, told: Told) -> Told:
-        """Keep an event; the answer has its number."""
+    def add(self, message: GuestEventMessage) -> GuestEventMessage:
+        """Keep an event, and return it with its number."""
         self._last += 1
-        numbered = msgspec.structs.replace(told, number=self._last)
+        numbered = msgspec.structs.replace(message, number=self._last)
         self._kept.append(numbered)
         if len(self._kept) > _LENGTH_MAX:
             self._kept = self._kept[_LENGTH_MAX // 2 :]
@@ -53,24 +54,22 @@ class EventLog:
                 file.write(msgspec.json.encode(numbered) + b"\n")
         return numbered
 
-    def waiting(self) -> tuple[Told, ...]:
-        """What was not acknowledged, as news of what happened while nobody watched."""
+    def waiting(self) -> tuple[GuestEventMessage, ...]:
+        """Return the events that were not acknowledged, as events from before the connection."""
         return tuple(
-            msgspec.structs.replace(told, event=msgspec.structs.replace(told.event, during_watch=False))
-            for told in self._kept
+            msgspec.structs.replace(message, event=msgspec.structs.replace(message.event, during_watch=False))
+            for message in self._kept
         )
 
-    def heard(self, number: int) -> None:
-        """Forget the events up to this number."""
+    def acknowledge(self, number: int) -> None:
+        """Drop the events up to this number."""
         before = len(self._kept)
-        self._kept = [told for told in self._kept if told.number > number]
+        self._kept = [message for message in self._kept if message.number > number]
         if before and not self._kept:
             self._write()
 
     def _write(self) -> None:
-        """Write the file anew. One that cannot be written costs at most an event that is told twice."""
-        draft = self._path.with_suffix(".new")
-        lines = [msgspec.json.encode((self.id, self._last)), *(msgspec.json.encode(told) for told in self._kept)]
-        with contextlib.suppress(OSError):
+        """Rewrite the file. If that fails, an event is sent twice at most."""
+        lines = [msgspec.json.encode((self.id, self._last)), *(msgspec.json.encode(message) for message in self._kept)]
+        with contextlib.suppress(OSError), drafted(self._path) as draft:
             draft.write_bytes(b"\n".join(lines) + b"\n")
-            draft.replace(self._path)

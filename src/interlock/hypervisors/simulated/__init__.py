@@ -1,9 +1,7 @@
-"""A hypervisor whose guests are records: the test double, and what load tests run against.
+"""A hypervisor whose guests are records: the test double, and the target of load tests.
 
-Only names are gathered here. `guest` is what is kept of one, `contents` what is on a disk, `storage` who has which,
-`keeping` and `host` what can happen to them, `faults` what can go wrong and when; `calls` is how a call of the port
-passes, and `adapter` the port, with `memory`, `root_disks` and `senses`. Nothing here may know what a request or a
-policy is.
+`guest` is the record, `host` what can happen to it, `storage` and `disk_content` its disks, `faults` what can go wrong;
+`watcher` delivers events, `calls` is how a call of the port runs, and `adapter` the port.
 """
 
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
@@ -20,7 +18,7 @@ from interlock.hypervisors.simulated.faults import (
     Refuses,
     Slow,
 )
-from interlock.hypervisors.simulated.guest import Guest
+from interlock.hypervisors.simulated.guest import SimulatedGuest
 from interlock.hypervisors.simulated.host import SimulatedHost
 
 __all__ = [
@@ -28,13 +26,13 @@ __all__ = [
     "Fault",
     "FaultPlan",
     "FaultRates",
-    "Guest",
     "GuestIgnores",
     "GuestPanics",
     "GuestVanishes",
     "Hangs",
     "Method",
     "Refuses",
+    "SimulatedGuest",
     "SimulatedHost",
     "SimulatedHypervisor",
     "Slow",

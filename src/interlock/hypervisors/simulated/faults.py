@@ -1,12 +1,11 @@
-"""What can go wrong in a simulated host, and when: by rates and a seed, or scripted for the next call.
+"""Fault injection of the simulated host: by rates and a seed, or scripted for the next calls.
 
-The rules of this file:
+* One seed, one history. The fault of a call depends on the seed, the instance and the number of its calls, and not on
+  how the calls of different instances interleave.
+* A call meets one fault at most, of those that apply to it (`APPLIES_TO`). Hard power-off and removal can only be slow:
+  on a real host a signal that cannot be ignored does both.
 
-* One seed, one history. What a call meets depends on the seed, the instance and how many calls that instance has
-  had, and not on how the calls of different instances interleave.
-* A call meets one fault at most, and only one that can befall such a call (`BEFALLS`). Pulling the plug and removing
-  an instance can be slow and nothing else: on a real host a signal that cannot be ignored does both.
-* What a fault does is not here: see `adapter` and `host`.
+The effects of faults are in `calls` and `host`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import msgspec
 
 
 class Method(StrEnum):
-    """The calls of the port that a fault can befall and a delay can slow down."""
+    """The calls of the port that can have a fault or a delay."""
 
     INSPECT = "inspect"
     DEFINE = "define"
@@ -47,30 +46,30 @@ class Method(StrEnum):
     DROP_ROOT_DISKS = "drop_root_disks"
     EXPORT_ROOT_DISK = "export_root_disk"
     ASK_SHUTDOWN = "ask_shutdown"
-    SET_PASSWORD = "set_password"  # noqa: S105 - a call's name
+    SET_PASSWORD = "set_password"  # noqa: S105 - the name of a call
 
 
 class Slow(msgspec.Struct, frozen=True):
-    """The call takes so much longer, before it has any effect."""
+    """The call takes longer, before its effect."""
 
     delay_ms: int
 
 
 class Hangs(msgspec.Struct, frozen=True):
-    """What holds the guest stops before it reads the command, as a process does that got SIGSTOP."""
+    """The guest's process stops before it reads the command, as after SIGSTOP."""
 
     thaw_after_ms: int | None = None
-    """When it goes on by itself; None means when it is told to."""
+    """When it continues by itself; None: when it is thawed."""
 
 
 class AnswerLost(msgspec.Struct, frozen=True):
-    """The effect takes place, and the caller never hears of it."""
+    """The effect takes place, and the answer is lost."""
 
 
 class Refuses(msgspec.Struct, frozen=True):
-    """The hypervisor says no, and nothing is changed."""
+    """The hypervisor rejects the call, without an effect."""
 
-    message: str = "The simulated hypervisor was told to refuse this."
+    message: str = "The simulated hypervisor rejects this call."
 
 
 class GuestPanics(msgspec.Struct, frozen=True):
@@ -78,11 +77,11 @@ class GuestPanics(msgspec.Struct, frozen=True):
 
 
 class GuestVanishes(msgspec.Struct, frozen=True):
-    """What holds the guest ends right before the effect; of one that is being started, right after it."""
+    """The guest's process ends right before the effect; of a start, right after it."""
 
 
 class GuestIgnores(msgspec.Struct, frozen=True):
-    """The guest does not do its part: it ignores being asked to power off, or does not let go of the device."""
+    """The guest does not cooperate: it ignores its power button, or does not release the device."""
 
 
 Fault = Slow | Hangs | AnswerLost | Refuses | GuestPanics | GuestVanishes | GuestIgnores
@@ -105,7 +104,7 @@ _TO_A_GUEST: Final = frozenset(
     }
 )
 _OF_ITS_MEMORY: Final = frozenset({Method.SAVE_MEMORY, Method.DUMP_MEMORY})
-"""A guest that stands still does not panic, and one whose memory is saved is none any more."""
+"""A paused guest does not panic, and there is none once its memory is saved."""
 _OF_FILES: Final = frozenset(
     {
         Method.DEFINE,
@@ -117,7 +116,7 @@ _OF_FILES: Final = frozenset(
     }
 )
 
-BEFALLS: Final[Mapping[type[Fault], frozenset[Method]]] = {
+APPLIES_TO: Final[Mapping[type[Fault], frozenset[Method]]] = {
     Slow: frozenset(Method),
     Hangs: _TO_A_GUEST | _OF_ITS_MEMORY | {Method.INSPECT},
     AnswerLost: _TO_A_GUEST | _OF_ITS_MEMORY | _OF_FILES,
@@ -128,11 +127,11 @@ BEFALLS: Final[Mapping[type[Fault], frozenset[Method]]] = {
         {Method.PRESS_POWER_BUTTON, Method.ASK_SHUTDOWN, Method.DETACH_DISK, Method.DETACH_INTERFACE}
     ),
 }
-"""Which calls a fault can befall."""
+"""The calls that a fault applies to."""
 
 
 class FaultRates(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a call meets each fault, as shares of all calls: 0 is never, and together they are 1 at most."""
+    """The rate of each fault as a share of all calls; their sum is 1 at most."""
 
     slow: float = 0.0
     hangs: float = 0.0
@@ -142,22 +141,24 @@ class FaultRates(msgspec.Struct, frozen=True, kw_only=True):
     vanishes: float = 0.0
     ignores: float = 0.0
     delay_ms_max: int = 100
-    """The longest that a slow call is delayed."""
+    """Maximum delay of a slow call."""
     thaw_after_ms_max: int | None = None
-    """The longest that a guest hangs; None means until it is thawed."""
+    """Maximum time that a guest hangs; None: until it is thawed."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for shares that are none."""
+        """Raise ValueError for invalid rates."""
         shares = self.shares()
         if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(f"Fault rates are shares of all calls, not below 0 and together 1 at most: {shares}.")
+            raise ValueError(
+                f"Invalid fault rates {shares}: expected shares of all calls, from 0, whose sum is 1 at most."
+            )
 
     def shares(self) -> tuple[float, ...]:
-        """The share of each fault, in the order in which `fault` numbers them."""
+        """Return the rate of each fault, in the order of `fault`."""
         return (self.slow, self.hangs, self.answer_lost, self.refuses, self.panics, self.vanishes, self.ignores)
 
     def fault(self, number: int, random: Random) -> Fault:
-        """The fault with that place in `shares`, its size drawn from `random`."""
+        """Return the fault with that index in `shares`, with random parameters."""
         if number == 0:
             return Slow(random.randint(0, self.delay_ms_max))
         if number == 1:
@@ -167,7 +168,7 @@ class FaultRates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FaultPlan:
-    """Which fault each call meets."""
+    """Decides the fault of each call."""
 
     def __init__(self, seed: int = 0, rates: FaultRates | None = None) -> None:
         self._seed = seed
@@ -175,28 +176,28 @@ class FaultPlan:
         self._drawn: dict[str, Random] = {}
         self._scripted: dict[tuple[str, Method], deque[Fault]] = {}
         self.quiet = not any(self._rates.shares())
-        """Whether no call can meet a fault now. The plan is asked only when this is False, so that quiet is free."""
+        """Whether no call can meet a fault now. Then `next` need not be called."""
 
     def script(self, instance_id: str, method: Method, *faults: Fault) -> None:
         """Let the next calls of `method` on the instance meet these faults, one each, before any by rate.
 
         Raises:
-            ValueError: such a call cannot meet such a fault.
+            ValueError: the fault does not apply to the method.
         """
         for fault in faults:
-            if method not in BEFALLS[type(fault)]:
-                raise ValueError(f"A call of {method} cannot meet the fault {type(fault).__name__}.")
+            if method not in APPLIES_TO[type(fault)]:
+                raise ValueError(f"The fault {type(fault).__name__} does not apply to {method}.")
         self._scripted.setdefault((instance_id, method), deque()).extend(faults)
         self.quiet = False
 
     def calm(self) -> None:
-        """Let no call meet a fault from now on: what was scripted is forgotten, and the rates are zero."""
+        """Inject no faults from now on, scripted or by rate."""
         self._rates = FaultRates()
         self._scripted.clear()
         self.quiet = True
 
     def next(self, instance_id: str, method: Method) -> Fault | None:
-        """The fault that this call meets, or None."""
+        """Return the fault of this call, or None."""
         scripted = self._scripted.get((instance_id, method))
         if scripted:
             fault = scripted.popleft()
@@ -214,6 +215,6 @@ class FaultPlan:
         for number, share in enumerate(self._rates.shares()):
             if point < share:
                 fault = self._rates.fault(number, random)
-                return fault if method in BEFALLS[type(fault)] else None
+                return fault if method in APPLIES_TO[type(fault)] else None
             point -= share
         return None

@@ -1,28 +1,29 @@
-"""What a simulated host holds of one instance, as its file says it. Nothing happens here: see `host`."""
+"""The record of one simulated guest."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 import msgspec
 
 from interlock.core.records import Disk, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.simulated.contents import Content
+from interlock.hypervisors.simulated.disk_content import Content
 from interlock.hypervisors.simulated.faults import Method
 
 ROOT: Final = "root"
-"""The id of an instance's own disk."""
+"""The id of an instance's root disk."""
 
 RESCUE: Final = "rescue"
-"""The id of the disk that a rescued instance boots."""
+"""The id of the disk that an instance boots during a rescue."""
 
 RUNS: Final = frozenset({PowerState.RUNNING, PowerState.PAUSED})
-"""The power states in which a guest runs, or would if it were let."""
+"""The power states in which there is a guest, running or paused."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that what holds a guest is told to do."""
+    """A command to a guest or its process."""
 
     method: Method
     disk: Disk | None = None
@@ -35,51 +36,63 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """The interface to detach."""
 
 
-class Guest(msgspec.Struct, kw_only=True):
-    """One instance on the host. Everything that its file says."""
+class SimulatedGuest(msgspec.Struct, kw_only=True):
+    """One instance on the host."""
 
     instance_id: str
     spec: Spec
     """As last defined or started."""
     power: PowerState = PowerState.NONE
     disks: dict[str, Disk] = msgspec.field(default_factory=dict)
-    """What is plugged in, in the order plugged in; kept when the guest ends, for a power cycle."""
+    """The plugged-in disks, in order; kept when the guest ends, for a power cycle."""
     interfaces: dict[str, Interface] = msgspec.field(default_factory=dict)
     """The same for interfaces beyond the first."""
     roots: dict[int, Content] = msgspec.field(default_factory=dict)
-    """What is on its root disks, by number."""
+    """The content of its root disks, by number."""
     rescue: Content | None = None
-    """What is on the disk that it boots while it is rescued from a disk image."""
+    """The content of its rescue disk."""
     rescued_from: str | None = None
-    """The id of that image."""
+    """The id of the rescue image."""
     memory_saved: bool = False
-    """Whether it can go on from where it was, without a start."""
-    standing_still: bool = False
-    """Whether it is paused only for something long that is done with its memory, and runs on afterwards."""
+    """Whether its memory is saved."""
+    paused_for_memory: bool = False
+    """Whether it is paused only for an operation on its memory, and resumed afterwards."""
     has_agent: bool = True
     passwords: dict[str, str] = msgspec.field(default_factory=dict)
-    """What each user's password was made into, as in a system's own file of them."""
+    """The password hashes, by user."""
     starting: bool = False
-    """Whether it is held with its processors halted since its start, until they are let go."""
+    """Whether its vCPUs have not run since the start of its process."""
     frozen: bool = False
     thaw_after_ms: int | None = None
     ignores_power_button: bool = False
     button_pressed: bool = False
-    """Whether the guest has yet to react to its power button."""
-    unread: list[Command] = msgspec.field(default_factory=list)
-    """What was sent to it while it was frozen."""
-    untold: list[GuestEvent] = msgspec.field(default_factory=list)
+    """Whether its power button was pressed, and it has not reacted yet."""
+    release_requests: list[str] = msgspec.field(default_factory=list)
+    """Ids of the disks and interfaces that it should release, and has not."""
+    waiting_commands: list[Command] = msgspec.field(default_factory=list)
+    """The commands that were sent to it while it was frozen."""
+    pending_events: list[GuestEvent] = msgspec.field(default_factory=list)
     starts: int = 0
-    """How often a guest was started, and so which guest this is."""
+    """How often it was started."""
     resets: int = 0
 
     @property
     def seen(self) -> PowerState:
-        """What an inspection tells: a guest whose processors have never run is none yet."""
+        """The power state that an inspection returns: `NONE` until the vCPUs have run."""
         return PowerState.NONE if self.starting else self.power
 
+    @property
+    def has_responsive_agent(self) -> bool:
+        """Whether its guest agent responds."""
+        return self.has_agent and self.power is PowerState.RUNNING and not self.frozen
+
     def uses(self, disk: Disk) -> bool:
-        """Whether what holds the guest keeps others from using the disk's file like this."""
+        """Whether the guest's process locks the disk's file against this use."""
         return self.power is not PowerState.NONE and any(
             used.path == disk.path and not (used.read_only and disk.read_only) for used in self.disks.values()
         )
+
+
+def hashed(instance_id: str, user: str, password: str) -> str:
+    """Return the hash that a simulated guest stores of a password."""
+    return hashlib.scrypt(password.encode(), salt=f"{instance_id}/{user}".encode(), n=2, r=1, p=1).hex()

@@ -1,131 +1,188 @@
-"""The simulated host: its guests, and everything that can happen to them. No waiting happens here.
+"""The simulated host: its guests, and everything that can happen to them. Nothing waits here.
 
-A frozen guest reads nothing. What is sent to it waits, and takes effect when it thaws, whoever sent it and whatever has
-become of the sender, unless the plug was pulled first.
+The host outlives its watcher, as processes outlive a server; with a folder, it outlives the Python process too: each
+change is in the guest's file before the call that made it returns, so that a `kill -9` loses nothing. Events are stored
+as pending until the watcher has delivered them, so that each is delivered once.
 
-How guests are kept, and who is told of them, is in `keeping`. Who waits for an answer, for how long, and with which
-right to act is in `calls`.
+A frozen guest executes nothing. Commands that are sent to it wait, and take effect when it thaws, even if their sender
+has ended, unless its process is ended first.
+
+Timeouts and permits are in `calls`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
-from interlock.core.errors import HypervisorError, NotThere, Refused
+from interlock.core.errors import GuestNotFound, HypervisorError, OperationRejected
 from interlock.core.records import Disk, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.faults import FaultPlan, FaultRates, Method
-from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Command, Guest
-from interlock.hypervisors.simulated.keeping import KeptGuests
+from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Command, SimulatedGuest
+from interlock.hypervisors.simulated.persistence import GuestFiles
 from interlock.hypervisors.simulated.storage import Storage, rescued_from
 
 
-class SimulatedHost(KeptGuests):
-    """Guests that are records, and the hooks by which a test lets them act by themselves.
+class Watcher(Protocol):
+    """Receives the changes of a host's guests."""
+
+    def replaced(self) -> None:
+        """Another watcher watches the host from now on."""
+
+    def changed(self, guest: SimulatedGuest) -> None:
+        """The guest changed; it may have pending events."""
+
+    def froze(self, guest: SimulatedGuest) -> None:
+        """The guest does not respond from now on."""
+
+    def button_pressed(self, guest: SimulatedGuest) -> None:
+        """The guest will react to its power button: call `SimulatedHost.answer_button` for that."""
+
+    def released(self, guest: SimulatedGuest) -> None:
+        """The guest has released a device by itself."""
+
+    def executed(self, instance_id: str, command: Command, error: HypervisorError | None) -> None:
+        """A command to a frozen guest was executed, rejected, or lost with the guest."""
+
+
+class SimulatedHost:
+    """Guests that are records, and hooks by which a test lets them act by themselves.
 
     The hooks (`guest_powers_off` and so on) return whether the guest could do that: a guest that does not run,
     is paused or is frozen does nothing. They are called in the thread of the event loop.
     """
 
     def __init__(self, *, seed: int = 0, rates: FaultRates | None = None, folder: Path | None = None) -> None:
-        super().__init__(folder)
+        self.guests: dict[str, SimulatedGuest] = {}
         self.faults = FaultPlan(seed, rates)
         self.storage = Storage(folder)
+        self._files = None if folder is None else GuestFiles(folder)
+        self._watcher: Watcher | None = None
 
-    # ------------------------------------------------------------------------------------------- what a driver does
+    # --------------------------------------------------------------------------------------------------- records
+
+    def load(self) -> None:
+        """Read the guests from the folder, if there is one. Raises `Unavailable`."""
+        if self._files is not None:
+            self.guests = self._files.load()
+
+    def keep(self, guest: SimulatedGuest) -> None:
+        """Write the guest's file, if there is a folder."""
+        if self._files is not None and self.guests.get(guest.instance_id) is guest:
+            self._files.write(guest)
+
+    def changed(self, guest: SimulatedGuest) -> None:
+        """Write the guest's file, and notify the watcher."""
+        self.keep(guest)
+        if self._watcher is not None:
+            self._watcher.changed(guest)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Notify `watcher` from now on, in place of any other."""
+        before, self._watcher = self._watcher, watcher
+        if before is not None and before is not watcher:
+            before.replaced()
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Stop notifying `watcher`."""
+        if self._watcher is watcher:
+            self._watcher = None
+
+    # ------------------------------------------------------------------------------------------- calls of the port
 
     def lacks(self, instance_id: str, spec: Spec) -> bool:
-        """Whether something is to be made or removed for this spec."""
+        """Whether something is to be created or removed for this spec."""
         guest = self.guests.get(instance_id)
         if guest is None or guest.rescued_from != rescued_from(spec):
             return True
         return spec.has_root and spec.root not in guest.roots
 
-    def define(self, instance_id: str, spec: Spec) -> Guest:
-        """Make what the spec needs and is missing. Raises `Refused` where that cannot be made."""
-        guest = self.guests.get(instance_id) or Guest(instance_id=instance_id, spec=spec)
+    def define(self, instance_id: str, spec: Spec) -> SimulatedGuest:
+        """Create what the spec needs and is missing. Raises `OperationRejected`."""
+        guest = self.guests.get(instance_id) or SimulatedGuest(instance_id=instance_id, spec=spec)
         if self.storage.prepare(guest, spec) or instance_id not in self.guests:
             self.guests[instance_id] = guest
             self.changed(guest)
         return guest
 
-    def folder_of(self, instance_id: str, spec: Spec) -> Guest:
-        """The instance's guest; one without any disk where there is none."""
-        return self.guests.setdefault(instance_id, Guest(instance_id=instance_id, spec=spec))
+    def guest_of(self, instance_id: str, spec: Spec) -> SimulatedGuest:
+        """Return the instance's guest; create one without disks if it is missing."""
+        return self.guests.setdefault(instance_id, SimulatedGuest(instance_id=instance_id, spec=spec))
 
-    def undefine(self, guest: Guest) -> None:
-        guest.untold.clear()
-        self.pull_plug(guest)
-        path = self._file(guest)
-        if path is not None:
-            path.unlink(missing_ok=True)
+    def undefine(self, guest: SimulatedGuest) -> None:
+        guest.pending_events.clear()
+        self.end_process(guest)
+        if self._files is not None:
+            self._files.remove(guest)
         if self.guests.get(guest.instance_id) is guest:
             del self.guests[guest.instance_id]
 
-    def start(self, guest: Guest, spec: Spec, power: PowerState = PowerState.RUNNING) -> None:
-        """Start a guest, in place of one that has powered itself off or panicked; `PAUSED` halts its processors.
+    def start(self, guest: SimulatedGuest, spec: Spec, power: PowerState = PowerState.RUNNING) -> None:
+        """Start a guest, in place of one that has powered itself off or panicked; `PAUSED`: its vCPUs do not run yet.
 
         Raises:
-            Refused: another guest uses one of the disks.
+            OperationRejected: another guest uses one of the disks.
         """
         self._plug(guest, spec)
         self._boot(guest, power)
 
-    def _plug(self, guest: Guest, spec: Spec) -> None:
+    def _plug(self, guest: SimulatedGuest, spec: Spec) -> None:
         disks = self.storage.plugged(guest, spec)
-        self.refuse_if_in_use(guest, *disks.values())
+        self.require_unused(guest, *disks.values())
         guest.spec = spec
         guest.disks = disks
         guest.interfaces = {interface.id: interface for interface in spec.interfaces}
 
-    def pull_plug(self, guest: Guest) -> None:
-        """End what holds the guest, and with it everything that was sent to it and not read."""
-        self._drop_unread(guest)
+    def end_process(self, guest: SimulatedGuest) -> None:
+        """End the guest's process; commands that it has not executed are lost."""
+        self._drop_commands(guest)
         guest.power = PowerState.NONE
-        guest.starting = guest.frozen = guest.button_pressed = guest.standing_still = False
+        guest.starting = guest.frozen = guest.button_pressed = guest.paused_for_memory = False
         guest.thaw_after_ms = None
         self.changed(guest)
 
-    def power_cycle(self, guest: Guest) -> None:
-        """Pull the plug and start the guest again with the disks that it has. Raises as `start`."""
-        self.refuse_if_in_use(guest, *guest.disks.values())
+    def power_cycle(self, guest: SimulatedGuest) -> None:
+        """End the guest's process, and start it again with its disks. Raises as `start`."""
+        self.require_unused(guest, *guest.disks.values())
         self._boot(guest, PowerState.RUNNING)
 
-    def _boot(self, guest: Guest, power: PowerState) -> None:
-        self._drop_unread(guest)
+    def _boot(self, guest: SimulatedGuest, power: PowerState) -> None:
+        self._drop_commands(guest)
         guest.power = power
         guest.starting = power is PowerState.PAUSED
         guest.starts += 1
-        guest.frozen = guest.button_pressed = guest.standing_still = guest.memory_saved = False
+        guest.release_requests.clear()
+        guest.frozen = guest.button_pressed = guest.paused_for_memory = guest.memory_saved = False
         guest.thaw_after_ms = None
         self.changed(guest)
 
-    def stand_still(self, guest: Guest) -> None:
-        """Halt a guest that runs for something long that is done with its memory."""
+    def pause_for_memory(self, guest: SimulatedGuest) -> None:
+        """Pause a guest that runs for a long operation on its memory."""
         if guest.power is PowerState.RUNNING:
             guest.power = PowerState.PAUSED
-            guest.standing_still = True
+            guest.paused_for_memory = True
             self.changed(guest)
 
-    def run_on(self, guest: Guest) -> None:
-        """Let a guest go on that stood still; nothing where it is something else by now."""
-        if guest.standing_still and guest.power is PowerState.PAUSED:
-            self._go_on(guest)
+    def resume_from_memory(self, guest: SimulatedGuest) -> None:
+        """Undo `pause_for_memory`, unless the guest was paused or ended meanwhile."""
+        if guest.paused_for_memory and guest.power is PowerState.PAUSED:
+            self._resume(guest)
 
-    def save_memory(self, guest: Guest) -> None:
-        """Keep the guest's memory, and end what holds it."""
+    def save_memory(self, guest: SimulatedGuest) -> None:
+        """Save the guest's memory, and end its process."""
         guest.memory_saved = True
-        self.pull_plug(guest)
+        self.end_process(guest)
 
-    def restore_memory(self, guest: Guest, spec: Spec) -> None:
-        """Let the guest go on from its saved memory, which is none any more. Raises `Refused` as `start`."""
+    def restore_memory(self, guest: SimulatedGuest, spec: Spec) -> None:
+        """Run the guest from its saved memory, which is then discarded. Raises as `start`."""
         self._plug(guest, spec)
         guest.memory_saved = False
         guest.power = PowerState.RUNNING
         self.changed(guest)
 
-    def swap_disk(self, guest: Guest, old: Disk, new: Disk) -> None:
-        """Put the content of one volume on another, and that in its place."""
+    def swap_disk(self, guest: SimulatedGuest, old: Disk, new: Disk) -> None:
+        """Copy one volume to another, and swap them."""
         self.storage.copy_volume(old, new)
         guest.disks = {
             (new.id if disk_id == old.id else disk_id): (new if disk_id == old.id else disk)
@@ -133,23 +190,23 @@ class SimulatedHost(KeptGuests):
         }
         self.changed(guest)
 
-    def send(self, guest: Guest, command: Command) -> None:
-        """Leave a command for a frozen guest."""
-        guest.unread.append(command)
+    def send(self, guest: SimulatedGuest, command: Command) -> None:
+        """Send a command to a frozen guest."""
+        guest.waiting_commands.append(command)
         self.keep(guest)
 
-    def execute(self, guest: Guest, command: Command) -> None:
-        """Carry a command out now. Where what it leads to holds already, nothing changes.
+    def execute(self, guest: SimulatedGuest, command: Command) -> None:
+        """Execute a command now. Idempotent.
 
         Raises:
-            NotThere: no guest runs, and the command needs one.
-            Refused: another guest uses the disk.
+            GuestNotFound: no guest runs, and the command needs one.
+            OperationRejected: another guest uses the disk.
         """
         match command.method:
             case Method.PAUSE:
-                self._halt(guest)
+                self._pause(guest)
             case Method.UNPAUSE:
-                self._go_on(guest)
+                self._resume(guest)
             case Method.RESET:
                 self._reset(guest)
             case Method.PRESS_POWER_BUTTON | Method.ASK_SHUTDOWN:
@@ -167,109 +224,112 @@ class SimulatedHost(KeptGuests):
                 assert command.interface_id is not None
                 self._detach_interface(guest, command.interface_id)
             case _:
-                raise AssertionError(f"{command.method} is not sent to a guest.")
+                raise AssertionError(f"{command.method} is not a command to a guest.")
 
-    def _halt(self, guest: Guest) -> None:
-        self._must_run(guest)
-        if guest.power is PowerState.PAUSED and not guest.standing_still:
+    def _pause(self, guest: SimulatedGuest) -> None:
+        self._require_running(guest)
+        if guest.power is PowerState.PAUSED and not guest.paused_for_memory:
             return
         guest.power = PowerState.PAUSED
-        guest.standing_still = False
+        guest.paused_for_memory = False
         self.changed(guest)
 
-    def _go_on(self, guest: Guest) -> None:
+    def _resume(self, guest: SimulatedGuest) -> None:
         if not guest.starting:
-            self._must_run(guest)
+            self._require_running(guest)
         if guest.power is PowerState.RUNNING:
             return
         guest.power = PowerState.RUNNING
-        guest.starting = guest.standing_still = False
+        guest.starting = guest.paused_for_memory = False
         self.changed(guest)
         self._notice_button(guest)
 
-    def _reset(self, guest: Guest) -> None:
+    def _reset(self, guest: SimulatedGuest) -> None:
         if guest.starts == 0:
-            raise NotThere(f"Instance {guest.instance_id} was never started on this host.")
+            raise GuestNotFound(f"VM {guest.instance_id} was never started on this host.")
         if guest.seen is PowerState.NONE:
             self.power_cycle(guest)
             return
         guest.power = PowerState.RUNNING
         guest.resets += 1
-        guest.button_pressed = guest.standing_still = False
+        self.lets_go(guest.instance_id)
+        guest.button_pressed = guest.paused_for_memory = False
         self.changed(guest)
 
-    def _press_button(self, guest: Guest) -> None:
+    def _press_button(self, guest: SimulatedGuest) -> None:
         if guest.power is PowerState.NONE:
-            raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
+            raise GuestNotFound(f"VM {guest.instance_id} does not run on this host.")
         if guest.seen in RUNS:
             guest.button_pressed = True
             self.keep(guest)
             self._notice_button(guest)
 
-    def _attach(self, guest: Guest, disk: Disk) -> None:
-        self._must_run(guest)
+    def _attach(self, guest: SimulatedGuest, disk: Disk) -> None:
+        self._require_running(guest)
         if disk.id not in guest.disks:
-            self.refuse_if_in_use(guest, disk)
+            self.require_unused(guest, disk)
             guest.disks[disk.id] = disk
             self.changed(guest)
 
-    def _detach(self, guest: Guest, disk_id: str) -> None:
-        self._must_run(guest)
+    def _detach(self, guest: SimulatedGuest, disk_id: str) -> None:
+        self._require_running(guest)
         if disk_id in guest.disks:
             del guest.disks[disk_id]
             self.changed(guest)
 
-    def _attach_interface(self, guest: Guest, interface: Interface) -> None:
-        self._must_run(guest)
+    def _attach_interface(self, guest: SimulatedGuest, interface: Interface) -> None:
+        self._require_running(guest)
         if interface.id not in guest.interfaces:
             guest.interfaces[interface.id] = interface
             self.changed(guest)
 
-    def _detach_interface(self, guest: Guest, interface_id: str) -> None:
-        self._must_run(guest)
+    def _detach_interface(self, guest: SimulatedGuest, interface_id: str) -> None:
+        self._require_running(guest)
         if guest.interfaces.pop(interface_id, None) is not None:
             self.changed(guest)
 
-    def _must_run(self, guest: Guest) -> None:
+    def _require_running(self, guest: SimulatedGuest) -> None:
         if guest.seen not in RUNS:
-            raise NotThere(f"No guest of instance {guest.instance_id} runs on this host.")
+            raise GuestNotFound(f"VM {guest.instance_id} does not run on this host.")
 
-    def refuse_if_in_use(self, guest: Guest | None, *disks: Disk) -> None:
-        """Raise `Refused` if another guest (None: any) has one of the disks."""
+    def require_unused(self, guest: SimulatedGuest | None, *disks: Disk) -> None:
+        """Raise `OperationRejected` if another guest (None: any) uses one of the disks."""
         for disk in disks:
             if disk.id in {ROOT, RESCUE}:
-                continue  # an instance's own, and looking at every guest takes time
+                continue  # used by its own instance only, and checking every guest takes time
             for other in self.guests.values():
                 if other is not guest and other.uses(disk):
-                    raise Refused(f"The disk {disk.path} is in use by instance {other.instance_id}.")
+                    raise OperationRejected(f"The disk {disk.path} is in use by VM {other.instance_id}.")
 
-    # -------------------------------------------------------------------------------------- what happens by itself
+    # -------------------------------------------------------------------------------------- hooks: the guest acts
 
     def freeze(self, instance_id: str, thaw_after_ms: int | None = None) -> bool:
-        """Stop what holds the guest, as SIGSTOP does; it goes on by itself only if a time is given."""
+        """Stop the guest's process, as SIGSTOP does; it continues by itself only if a time is given."""
         guest = self.guests.get(instance_id)
         if guest is None or guest.power is PowerState.NONE or guest.frozen:
             return False
         guest.frozen = True
         guest.thaw_after_ms = thaw_after_ms
         self.keep(guest)
+        if self._watcher is not None:
+            self._watcher.froze(guest)
         return True
 
     def thaw(self, instance_id: str) -> bool:
-        """Let what holds the guest go on: it does what was sent to it meanwhile, in order."""
+        """Continue the guest's process: it executes the commands that were sent meanwhile, in order."""
         guest = self.guests.get(instance_id)
         if guest is None or not guest.frozen:
             return False
         guest.frozen = False
         guest.thaw_after_ms = None
-        unread, guest.unread = guest.unread, []
-        for command in unread:
+        waiting, guest.waiting_commands = guest.waiting_commands, []
+        for command in waiting:
             try:
                 self.execute(guest, command)
             except HypervisorError as error:
-                self._answer(command, error)
+                self._report_executed(guest, command, error)
             else:
-                self._answer(command, None)
+                self._report_executed(guest, command, None)
         self.changed(guest)
         self._notice_button(guest)
         return True
@@ -289,30 +349,64 @@ class SimulatedHost(KeptGuests):
     def guest_panics(self, instance_id: str) -> bool:
         return self._acts(instance_id, PowerState.CRASHED, GuestEvent.CRASHED)
 
+    def guest_halts(self, instance_id: str, why: GuestEvent = GuestEvent.NO_SPACE) -> bool:
+        """Halt a guest as QEMU does for lack of space or a disk error."""
+        return self._acts(instance_id, PowerState.PAUSED, why)
+
+    def guest_goes_on(self, instance_id: str) -> bool:
+        """Resume a guest that was halted so."""
+        guest = self.guests.get(instance_id)
+        if guest is None or guest.power is not PowerState.PAUSED or guest.frozen:
+            return False
+        guest.power = PowerState.RUNNING
+        guest.pending_events.append(GuestEvent.WENT_ON)
+        self.changed(guest)
+        return True
+
     def guest_resets(self, instance_id: str) -> bool:
         return self._acts(instance_id, PowerState.RUNNING, GuestEvent.RESET)
 
     def vanish(self, instance_id: str) -> bool:
-        """End what holds the guest, unasked; a frozen or paused one too."""
+        """End the guest's process without a request, even if it is frozen or paused."""
         guest = self.guests.get(instance_id)
         if guest is None or guest.power is PowerState.NONE:
             return False
         if guest.seen in RUNS:
-            guest.untold.append(GuestEvent.VANISHED)
-        self.pull_plug(guest)
+            guest.pending_events.append(GuestEvent.VANISHED)
+        self.end_process(guest)
+        return True
+
+    def request_release(self, guest: SimulatedGuest, device: str) -> None:
+        """Note that the guest should release a disk or interface, and does not for now."""
+        if device not in guest.release_requests:
+            guest.release_requests.append(device)
+            self.keep(guest)
+
+    def lets_go(self, instance_id: str) -> bool:
+        """Let the guest release the devices that it should, even if nobody waits for that any more."""
+        guest = self.guests.get(instance_id)
+        if guest is None or not guest.release_requests or guest.frozen or guest.seen is not PowerState.RUNNING:
+            return False
+        for device in guest.release_requests:
+            guest.disks.pop(device, None)
+            guest.interfaces.pop(device, None)
+        guest.release_requests.clear()
+        self.changed(guest)
+        if self._watcher is not None:
+            self._watcher.released(guest)
         return True
 
     def ignore_power_button(self, instance_id: str, *, ignores: bool = True) -> None:
-        """Let the guest ignore its power button from now on, or heed it again."""
+        """Let the guest ignore its power button from now on, or not any more."""
         guest = self.guests[instance_id]
         guest.ignores_power_button = ignores
         self.keep(guest)
 
     def answer_button(self, instance_id: str) -> bool:
-        """Let the guest react to its power button, if that was pressed and nothing came between."""
+        """Let the guest react to its power button, if that is pressed."""
         guest = self.guests.get(instance_id)
-        heeds = guest is not None and guest.button_pressed and not guest.ignores_power_button
-        return heeds and self.guest_powers_off(instance_id)
+        reacts = guest is not None and guest.button_pressed and not guest.ignores_power_button
+        return reacts and self.guest_powers_off(instance_id)
 
     def _acts(self, instance_id: str, power: PowerState, event: GuestEvent) -> bool:
         guest = self.guests.get(instance_id)
@@ -320,21 +414,23 @@ class SimulatedHost(KeptGuests):
             return False
         guest.power = power
         guest.resets += event is GuestEvent.RESET
+        if event is GuestEvent.RESET:
+            self.lets_go(instance_id)
         guest.button_pressed = False
-        guest.untold.append(event)
+        guest.pending_events.append(event)
         self.changed(guest)
         return True
 
-    def _notice_button(self, guest: Guest) -> None:
+    def _notice_button(self, guest: SimulatedGuest) -> None:
         able = guest.power is PowerState.RUNNING and not guest.frozen and not guest.ignores_power_button
         if able and guest.button_pressed and self._watcher is not None:
             self._watcher.button_pressed(guest)
 
-    def _drop_unread(self, guest: Guest) -> None:
-        unread, guest.unread = guest.unread, []
-        for command in unread:
-            self._answer(command, NotThere(f"What held instance {guest.instance_id} has ended."))
+    def _drop_commands(self, guest: SimulatedGuest) -> None:
+        waiting, guest.waiting_commands = guest.waiting_commands, []
+        for command in waiting:
+            self._report_executed(guest, command, GuestNotFound(f"VM {guest.instance_id} has ended."))
 
-    def _answer(self, command: Command, error: HypervisorError | None) -> None:
+    def _report_executed(self, guest: SimulatedGuest, command: Command, error: HypervisorError | None) -> None:
         if self._watcher is not None:
-            self._watcher.answered(command, error)
+            self._watcher.executed(guest.instance_id, command, error)

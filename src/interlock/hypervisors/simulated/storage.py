@@ -1,7 +1,4 @@
-"""Who has which disk on a simulated host, and what is on it: root disks by number, the rescue disk, volumes.
-
-Effects only; nothing waits here, and whoever calls has the right to act. What content is, is in `contents`.
-"""
+"""The disks of a simulated host and their content: root disks by number, the rescue disk, volumes."""
 
 from __future__ import annotations
 
@@ -10,32 +7,32 @@ from urllib.parse import quote
 
 import msgspec
 
-from interlock.core.errors import Refused
+from interlock.core.errors import OperationRejected
 from interlock.core.records import Disk, Image, Spec
-from interlock.hypervisors.simulated.contents import GIB, Content, read_file
-from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Guest
+from interlock.hypervisors.simulated.disk_content import GIB, Content, read_file
+from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, SimulatedGuest
 
 _NOWHERE = "simulated:"
 
 
 class Storage:
-    """The disks of one host. With a folder, what is on volumes is kept there; each guest's file tells of its own."""
+    """The disks of one host. The content of volumes is kept in a folder, if there is one."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else folder / "volumes"
         self._volumes: dict[str, Content] = {}
 
-    # ----------------------------------------------------------------------------------------- an instance's own
+    # ----------------------------------------------------------------------------------------- disks of an instance
 
-    def prepare(self, guest: Guest, spec: Spec) -> bool:
-        """Make the disks that the spec asks for and that are missing; whether anything was.
+    def prepare(self, guest: SimulatedGuest, spec: Spec) -> bool:
+        """Create the disks of the spec that are missing; return whether any was.
 
         Raises:
-            Refused: a root disk that stands by itself is not there.
+            OperationRejected: a root disk that was created before is missing.
         """
         changed = False
         if spec.has_root and spec.root not in guest.roots:
-            if spec.root_is_whole:
+            if spec.root_made or spec.root_is_whole:
                 raise missing_root(guest, spec)
             guest.roots[spec.root] = fresh(spec.image, spec.root_gib)
             changed = True
@@ -46,8 +43,8 @@ class Storage:
             changed = True
         return changed
 
-    def plugged(self, guest: Guest, spec: Spec) -> dict[str, Disk]:
-        """What a guest has that is started with this spec. Raises `Refused` for a root disk that is not there."""
+    def plugged(self, guest: SimulatedGuest, spec: Spec) -> dict[str, Disk]:
+        """Return the disks of a guest with this spec. Raises `OperationRejected` if its root disk is missing."""
         disks = {disk.id: disk for disk in spec.disks}
         own: dict[str, Disk] = {}
         if rescued_from(spec) is not None:
@@ -58,11 +55,11 @@ class Storage:
             own[ROOT] = Disk(id=ROOT, path=f"{_NOWHERE}{guest.instance_id}/root-{spec.root}")
         return {**own, **disks}
 
-    def copy_root(self, guest: Guest, old: Spec, new: Spec) -> bool:
-        """Make the root disk of `new` from that of `old` if it is missing; whether it was.
+    def copy_root(self, guest: SimulatedGuest, old: Spec, new: Spec) -> bool:
+        """Create the root disk of `new` from that of `old` if it is missing; return whether it was.
 
         Raises:
-            Refused: it would be smaller, or there is nothing to copy.
+            OperationRejected: it would be smaller, or its source is missing.
         """
         if new.root in guest.roots or not (old.has_root or new.has_root):
             return False
@@ -71,45 +68,45 @@ class Storage:
             raise missing_root(guest, old)
         size = new.root_gib * GIB or content.size_bytes
         if size < content.size_bytes:
-            raise Refused(
-                f"The root disk of instance {guest.instance_id} has {content.size_bytes} bytes, and {size} are fewer."
+            raise OperationRejected(
+                f"The root disk of VM {guest.instance_id} has {content.size_bytes} bytes, and {size} are fewer."
             )
         guest.roots[new.root] = msgspec.structs.replace(content, size_bytes=size)
         return True
 
-    def root_from(self, guest: Guest, spec: Spec, source: Path) -> bool:
-        """Make the root disk of the spec from the file at `source` if it is missing; whether it was.
+    def root_from(self, guest: SimulatedGuest, spec: Spec, source: Path) -> bool:
+        """Create the root disk of the spec from the file at `source` if it is missing; return whether it was.
 
         Raises:
-            Refused: the file is not there, or cannot be read.
+            OperationRejected: the file is missing, or cannot be read.
         """
         if spec.root in guest.roots:
             return False
         content = read_file(source)
         if content is None:
-            raise Refused(f"The image file {source} is not there.")
+            raise OperationRejected(f"The image file {source} is missing.")
         guest.roots[spec.root] = msgspec.structs.replace(
             content, size_bytes=max(content.size_bytes, spec.root_gib * GIB)
         )
         return True
 
-    def drop_roots(self, guest: Guest, kept: frozenset[int]) -> bool:
-        """Remove all root disks but those numbers; whether there were others.
+    def drop_roots(self, guest: SimulatedGuest, kept: frozenset[int]) -> bool:
+        """Remove all root disks but those numbers; return whether there were others.
 
         Raises:
-            Refused: a guest has one of them.
+            OperationRejected: a guest uses one of them.
         """
         dropped = set(guest.roots) - kept
         if guest.seen in RUNS and guest.spec.has_root and guest.spec.root in dropped:
-            raise Refused(f"The guest of instance {guest.instance_id} has the root disk {guest.spec.root}.")
+            raise OperationRejected(f"VM {guest.instance_id} has the root disk {guest.spec.root}.")
         for number in dropped:
             del guest.roots[number]
         return bool(dropped)
 
     # --------------------------------------------------------------------------------------------------- content
 
-    def content(self, guest: Guest, disk_id: str) -> Content | None:
-        """What is on a disk of the instance, which is plugged in or its own."""
+    def content(self, guest: SimulatedGuest, disk_id: str) -> Content | None:
+        """Return the content of a disk of the instance, or None if it has no such disk."""
         if disk_id == ROOT:
             return guest.roots.get(guest.spec.root)
         if disk_id == RESCUE:
@@ -117,7 +114,7 @@ class Storage:
         disk = guest.disks.get(disk_id)
         return None if disk is None else self.volume(disk)
 
-    def write(self, guest: Guest, disk_id: str, word: str) -> None:
+    def write(self, guest: SimulatedGuest, disk_id: str, word: str) -> None:
         """Let the guest write to one of its disks."""
         content = self.content(guest, disk_id)
         assert content is not None
@@ -129,7 +126,7 @@ class Storage:
             self._keep(guest.disks[disk_id].path, content.plus(word))
 
     def volume(self, disk: Disk) -> Content:
-        """What is on a volume; one that nothing was written to is what its file says, or empty."""
+        """Return the content of a volume: what was written, else what is in its file."""
         kept = self._volumes.get(disk.path)
         if kept is None and self._folder is not None:
             try:
@@ -141,7 +138,7 @@ class Storage:
         return kept or Content(made_from="nothing")
 
     def copy_volume(self, old: Disk, new: Disk) -> None:
-        """Put on `new` what is on `old`."""
+        """Copy the content of `old` to `new`."""
         size = self.volume(new).size_bytes
         self._keep(new.path, msgspec.structs.replace(self.volume(old), size_bytes=size))
 
@@ -159,27 +156,30 @@ class Storage:
 
 
 def fresh(image: Image, gib: int) -> Content:
-    """A new disk as an image makes it: a layer over it, or an empty one for an image that is booted directly."""
+    """Return the content of a new disk: an overlay of a disk image, else empty."""
     if image.kind != "disk":
         return Content(made_from="nothing", size_bytes=gib * GIB)
-    kept = None if image.path.startswith(_NOWHERE) else _carried(Path(image.path))
+    kept = None if image.path.startswith(_NOWHERE) else _simulated_content(Path(image.path))
     size = max(image.size_bytes, gib * GIB)
     if kept is None:
         return Content(made_from=f"image:{image.id}", size_bytes=size)
     return msgspec.structs.replace(kept, size_bytes=size)
 
 
-def _carried(path: Path) -> Content | None:
-    """What a simulated disk left in an image; None for any other image."""
+def _simulated_content(path: Path) -> Content | None:
+    """Return the content of an image that was exported from a simulated disk; None for any other image."""
     content = read_file(path)
     return None if content is None or content.made_from.startswith("file:") else content
 
 
 def rescued_from(spec: Spec) -> str | None:
-    """The id of the disk image that is booted instead of the instance's own disk, if one is."""
+    """Return the id of the disk image that the instance is rescued from, if any."""
     image = spec.rescue_image
     return None if image is None or image.kind != "disk" else image.id
 
 
-def missing_root(guest: Guest, spec: Spec) -> Refused:
-    return Refused(f"The root disk {spec.root} of instance {guest.instance_id} is not there.")
+def missing_root(guest: SimulatedGuest, spec: Spec) -> OperationRejected:
+    return OperationRejected(
+        f"The root disk {spec.root} of VM {guest.instance_id} is missing.",
+        remedy="Restore it, or rebuild the VM.",
+    )

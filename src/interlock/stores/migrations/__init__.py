@@ -1,1 +1,24 @@
-"""The layout of the database, revision by revision, for Alembic. No other code reads or writes rows by it."""
+"""The schema migrations of the database."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from interlock.stores.migrations.versions import (
+    r0001_beginning,
+    r0002_policies,
+    r0003_hosts,
+    r0004_tallies,
+    r0005_reserve,
+    r0006_clock,
+)
+
+STEPS: Final[dict[str, tuple[str, ...]]] = {
+    "0001": r0001_beginning.STATEMENTS,
+    "0002": r0002_policies.STATEMENTS,
+    "0003": r0003_hosts.STATEMENTS,
+    "0004": r0004_tallies.STATEMENTS,
+    "0005": r0005_reserve.STATEMENTS,
+    "0006": r0006_clock.STATEMENTS,
+}
+"""The statements of each migration by revision, oldest first."""

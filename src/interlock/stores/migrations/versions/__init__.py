@@ -1,1 +1,1 @@
-"""One module a revision, in the order that their `down_revision` gives."""
+"""One module a revision; `migrations.STEPS` has their order."""

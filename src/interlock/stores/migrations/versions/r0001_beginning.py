@@ -9,16 +9,11 @@ that is the order in which they are read, and it saves every admission one more 
 
 from __future__ import annotations
 
-from alembic import op
+from typing import Final
 
-revision = "0001"
-down_revision = None
-branch_labels = None
-depends_on = None
+_APPLICATION_ID: Final = 0x696C6F6B
 
-_APPLICATION_ID = 0x696C6F6B
-
-_STATEMENTS = (
+STATEMENTS: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     """
     CREATE TABLE instances (
@@ -112,12 +107,3 @@ _STATEMENTS = (
     )
     """,
 )
-
-
-def upgrade() -> None:
-    for statement in _STATEMENTS:
-        op.execute(statement)
-
-
-def downgrade() -> None:
-    raise NotImplementedError("An older layout is brought back from the copy that was taken before the upgrade.")

@@ -4,20 +4,14 @@ A text is kept once, however often it came into force; the last switch says whic
 says of its policy (its name, its digest) was true then: a text that extends a built-in policy can mean something else
 to a later version.
 
-And whether an instance was ever launched, which was not noted before: whatever is not building was, as far as anyone
-can tell now.
+Also whether an instance was ever launched, which was not recorded before: all that are not building count as launched.
 """
 
 from __future__ import annotations
 
-from alembic import op
+from typing import Final
 
-revision = "0002"
-down_revision = "0001"
-branch_labels = None
-depends_on = None
-
-_STATEMENTS = (
+STATEMENTS: Final = (
     """
     CREATE TABLE policies (
         seq INTEGER PRIMARY KEY,
@@ -45,12 +39,3 @@ _STATEMENTS = (
     WHERE vm_state <> 'building'
     """,
 )
-
-
-def upgrade() -> None:
-    for statement in _STATEMENTS:
-        op.execute(statement)
-
-
-def downgrade() -> None:
-    raise NotImplementedError("An older layout is brought back from the copy that was taken before the upgrade.")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes dist/: wheel, sdist, the locked requirements of a server, Containerfile and systemd units, and their hashes. The
+# same commit gives the same files, whenever and wherever they are built.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:-dist}
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+export SOURCE_DATE_EPOCH
+
+rm -rf "$out"
+"${PYTHON:-.venv/bin/python}" -m hatchling build --directory "$out" >&2
+cp packaging/* "$out"
+(cd "$out" && sha256sum -- * >SHA256SUMS && cat SHA256SUMS)

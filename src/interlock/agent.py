@@ -1,0 +1,204 @@
+"""The composition root of `interlock agent`: runs a host's guests, and keeps the connection and lease with its server.
+
+The agent decides nothing: it executes the calls of its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from interlock.config import Config
+from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
+from interlock.hypervisors.factory import hypervisor_of
+from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
+from interlock.hypervisors.remote.agent_service import AgentService
+from interlock.hypervisors.remote.exchange import Exchange
+from interlock.hypervisors.remote.http_ranges import HttpRanges
+from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
+from interlock.hypervisors.remote.protocol import Renew, Welcome
+from interlock.hypervisors.remote.reconnect import dial, tls_settings
+from interlock.hypervisors.remote.watchdog import LEASE, Watchdog
+from interlock.images.atomic_files import make_data_folder
+from interlock.ports import Hypervisor, Link
+from interlock.service.capacity import disk_free_mib, limits_of
+
+_LOG = structlog.get_logger(__name__)
+_PAUSE_S: Final = 0.2
+_PAUSE_MAX_S: Final = 3.0
+"""Initial and maximum pause between two connection attempts, in seconds."""
+_REFUSED_PAUSE_MAX_S: Final = 60.0
+"""Maximum pause after the server rejected the agent without a retry time, in seconds."""
+_RENEWAL_MAX_S: Final = 5.0
+"""Maximum interval between two lease renewals, in seconds."""
+
+
+class Contact(msgspec.Struct, frozen=True, kw_only=True):
+    """The agent's connection settings."""
+
+    server: str
+    """The server's URL."""
+    token: str
+    name: str
+    """The host's name."""
+    certificate: Path | None = None
+    """An additional trusted certificate."""
+    shared: Path | None = None
+    """A folder shared with the server, mounted under the same path."""
+
+
+class HostAgent:
+    """An agent process."""
+
+    def __init__(self, config: Config, contact: Contact, hypervisor: Hypervisor | None = None) -> None:
+        self._contact = contact
+        self._folder = config.folder
+        self._lease = Lease(self._folder / LEASE)
+        self._watchdog = Watchdog(self._folder, self._folder / "guests")
+        self._ranges = HttpRanges(contact.server, contact.name, contact.token)
+        self._service = AgentService(
+            contact.name,
+            hypervisor or hypervisor_of(config),
+            self._folder,
+            shared=contact.shared,
+            address=config.qemu.migration_address,
+            ranges=self._ranges,
+            limits=lambda: limits_of(config, config.folder),
+            images_in_use=partial(images_in_use, self._folder / "guests" / "vms"),
+            may_hold=self._may_hold,
+        )
+        self._stopping = asyncio.Event()
+        self._lease_ms = 0
+        self._sent: dict[int, int] = {}
+        self._answered = asyncio.Event()
+        self._guarded = False
+        self._pause_s = _PAUSE_S
+        self._refused_pause_s = _PAUSE_S
+        self._welcomed = False
+        self._refusal: str | None = None
+        """The server's last rejection, logged once."""
+
+    def _may_hold(self) -> None:
+        """Raise `NotResponding` unless this host may run guests now."""
+        self._lease.require()
+        if self._guarded and not self._watchdog.alive:
+            raise NotResponding("The lease watchdog of this host has ended; another is being started.")
+
+    async def run(self) -> None:
+        """Adopt the host's guests, and serve the server's calls until `stop`.
+
+        Raises:
+            Unavailable: guests cannot run here, such as if another agent runs.
+            Forbidden: the server rejects this agent.
+        """
+        make_data_folder(self._folder)
+        self._lease.open()
+        await self._service.open()
+        try:
+            await self._watchdog.ensure()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.stop)
+            serving = asyncio.create_task(self._serve(), name="serve the server")
+            stopping = asyncio.create_task(self._stopping.wait(), name="until stopped")
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (serving, stopping):
+                task.cancel()
+            await asyncio.wait({serving, stopping})
+            if not serving.cancelled():
+                serving.result()
+        finally:
+            await self._service.close()
+            await self._ranges.close()
+            self._watchdog.close()
+            self._lease.close()
+
+    def stop(self) -> None:
+        """End `run`. Guests keep running until the lease expires."""
+        self._stopping.set()
+
+    async def _serve(self) -> None:
+        """Keep a connection to the server. Raises `Forbidden` if the first attempt is rejected."""
+        while True:
+            try:
+                tls = await tls_settings(self._contact.server, self._contact.certificate)
+                await self._ranges.open(tls)
+                await self._converse(await dial(self._contact.server, self._contact.name, self._contact.token, tls))
+            except OSError as error:
+                # Connection errors, or local ones: no space for the watchdog's log, too many open files.
+                _LOG.info("not connected", server=self._contact.server, why=str(error))
+                pause_s = self._pause_s
+                self._pause_s = min(pause_s * 2, _PAUSE_MAX_S)
+            except InterlockError as error:
+                if not self._welcomed and isinstance(error, Forbidden):
+                    raise
+                pause_s = self._pause_after(error)
+            else:
+                pause_s = self._pause_s
+            await asyncio.sleep(pause_s)
+
+    def _pause_after(self, refusal: InterlockError) -> float:
+        """Return the pause before the next attempt in seconds; log each new reason once."""
+        if refusal.message != self._refusal:
+            self._refusal = refusal.message
+            _LOG.warning("refused by server", server=self._contact.server, why=refusal.message, remedy=refusal.remedy)
+        pause_s = self._refused_pause_s
+        self._refused_pause_s = min(pause_s * 2, _REFUSED_PAUSE_MAX_S)
+        if isinstance(refusal, HostTaken) and refusal.retry_ms is not None:
+            return min(max(refusal.retry_ms / 1000, _PAUSE_S), _REFUSED_PAUSE_MAX_S)
+        return pause_s
+
+    async def _converse(self, link: Link) -> None:
+        renewing: list[asyncio.Task[None]] = []
+
+        def welcomed(exchange: Exchange, welcome: Welcome) -> None:
+            _LOG.info("connected", server=self._contact.server, host=self._contact.name, protocol=welcome.version)
+            # Only after the welcome, so that a server that rejects this agent is not called in a tight loop.
+            self._pause_s = self._refused_pause_s = _PAUSE_S
+            self._welcomed, self._refusal = True, None
+            self._lease_ms = welcome.lease_ms
+            renewing.append(asyncio.create_task(self._renew(exchange, link), name="renew the lease"))
+
+        try:
+            await self._service.run(link, welcomed, self._renewed)
+        finally:
+            for task in renewing:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _renew(self, exchange: Exchange, link: Link) -> None:
+        """Renew the lease periodically; close the connection if the server does not respond."""
+        interval_s = min(_RENEWAL_MAX_S, self._lease_ms / 3000) if self._lease_ms else _RENEWAL_MAX_S
+        number = 0
+        while True:
+            self._guarded = bool(self._lease_ms)
+            await self._watchdog.ensure()
+            number += 1
+            self._answered.clear()
+            self._sent[number] = now_ns()
+            exchange.post(Renew(number=number, disk_free_mib=disk_free_mib(self._folder)))
+            try:
+                async with asyncio.timeout(interval_s * 3):
+                    await self._answered.wait()
+            except TimeoutError:
+                _LOG.warning("server not responding", server=self._contact.server)
+                with contextlib.suppress(ConnectionError):
+                    await link.close()
+                return
+            await asyncio.sleep(interval_s)
+
+    def _renewed(self, number: int) -> None:
+        """Extend the lease from when the renewal was sent: the server counts from a later time."""
+        sent_ns = self._sent.pop(number, None)
+        if sent_ns is not None:
+            self._lease.extend(sent_ns + self._lease_ms * 1_000_000 if self._lease_ms else ENDLESS_NS)
+            self._sent = {later: at for later, at in self._sent.items() if later > number}
+            self._answered.set()

@@ -1,0 +1,1 @@
+"""HTTP itself: routes, request parsing, problem details, uploads, disconnects, and the OpenAPI document."""

@@ -1,0 +1,1 @@
+"""The JSON documents of the API, one module per resource, and the functions that build them from records."""

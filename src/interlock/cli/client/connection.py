@@ -1,0 +1,158 @@
+"""The server's URL and token, from the environment or from the data folder of a server on this machine."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from interlock.cli.failures import ExitCode, Failure
+
+URL_VARIABLE = "INTERLOCK_URL"
+TOKEN_VARIABLE = "INTERLOCK_TOKEN"  # noqa: S105 - a variable's name
+DATA_DIR_VARIABLE = "INTERLOCK_DATA_DIR"
+SERVER_FILE = "server.json"
+TOKEN_FILE = "admin.token"  # noqa: S105 - a file's name
+SYSTEM_FOLDER = Path("/var/lib/interlock")
+_TOKEN_CHARACTERS_MAX = 512
+
+
+class Connection(NamedTuple):
+    """A server's URL and bearer token."""
+
+    url: str
+    token: str
+
+
+def folder_of(environment: Mapping[str, str]) -> Path:
+    """Return the data folder in which this user's server writes its URL and first token."""
+    from interlock.config import Config
+
+    return Config(data_dir=environment.get(DATA_DIR_VARIABLE, "")).folder
+
+
+def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
+    """Return the server to use: the given one, or the one of the data folder.
+
+    The admin token in the data folder is sent only to the server that runs on that folder.
+
+    Raises:
+        Failure: no server or no token.
+    """
+    named = url or environment.get(URL_VARIABLE)
+    token = environment.get(TOKEN_VARIABLE)
+    if token is not None and not (token.isascii() and token.strip().isprintable()):
+        raise Failure(
+            ExitCode.USAGE,
+            f"Invalid {TOKEN_VARIABLE}: unexpected characters.",
+            remedy="Set it to the secret only, on one line.",
+        )
+    if named:
+        named = valid_url(named)
+    if named and token:
+        return Connection(named, token.strip())
+    folder = folder_of(environment)
+    if named:
+        here = _read_url(folder / SERVER_FILE)
+        if here is None or here.rstrip("/") != named.rstrip("/"):
+            raise Failure(
+                ExitCode.NOT_AUTHORISED,
+                f"Token for {named} not found.",
+                remedy=f"Set {TOKEN_VARIABLE} to a token of that server.",
+            )
+        return Connection(named, _read_token(folder / TOKEN_FILE))
+    here = _read_url(folder / SERVER_FILE)
+    if here is None:
+        raise _not_running(folder)
+    return Connection(valid_url(here), token.strip() if token else _read_token(folder / TOKEN_FILE))
+
+
+def valid_url(url: str) -> str:
+    """Return a server's URL without a slash at its end. Raises `Failure` unless it is http or https, with a host."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise Failure(
+            ExitCode.USAGE,
+            f"Invalid URL {url!r}.",
+            remedy="Expected a URL such as http://127.0.0.1:7420.",
+        )
+    return url.rstrip("/")
+
+
+def _read_url(path: Path) -> str | None:
+    """Return the URL in a server's file, or None if the file does not exist."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return str(document["url"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Failure(
+            ExitCode.NOT_REACHABLE,
+            f"Cannot read the server's URL from {path}: {error.strerror}.",
+            remedy=f"Run this as the user of the server, or set {URL_VARIABLE} and {TOKEN_VARIABLE}.",
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise Failure(
+            ExitCode.NOT_REACHABLE,
+            f"Invalid {path}: server URL not found.",
+            remedy=f"Restart the server, or set {URL_VARIABLE}.",
+        ) from None
+
+
+def _not_running(folder: Path) -> Failure:
+    remedy = "Start one with `interlock serve` (or `make run` in the source tree)"
+    if folder != SYSTEM_FOLDER and _is_file(SYSTEM_FOLDER / SERVER_FILE):
+        remedy = f"A system server runs on {SYSTEM_FOLDER}: use sudo, or set {URL_VARIABLE} and {TOKEN_VARIABLE}."
+        return Failure(ExitCode.NOT_REACHABLE, f"No server of this user is running on {folder}.", remedy=remedy)
+    return Failure(
+        ExitCode.NOT_REACHABLE,
+        f"No server is running on {folder}.",
+        remedy=f"{remedy}, set {DATA_DIR_VARIABLE} to its folder, or set {URL_VARIABLE}.",
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        problem = f"Token file {path} not found"
+    except PermissionError:
+        problem = (
+            f"Permission denied: token file {path} is readable only by {_owner(path)}; you are {getpass.getuser()}"
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"Cannot read token file {path} ({error})"
+    else:
+        if token and len(token) <= _TOKEN_CHARACTERS_MAX and token.isprintable():
+            return token
+        problem = f"Invalid token in {path}"
+    raise Failure(
+        ExitCode.NOT_AUTHORISED,
+        f"{problem}.",
+        remedy=(
+            f"Set {TOKEN_VARIABLE}; an admin creates tokens with `interlock token create`. If no admin token is left, "
+            "stop the server and run `interlock token recover` as its user."
+        ),
+    )
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (OSError, KeyError):
+        return "the user of the server"

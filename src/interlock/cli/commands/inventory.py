@@ -1,0 +1,321 @@
+"""`interlock image`, `volume` and `token`: create, list, show and delete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from interlock.api.schemas.inventory import (
+    Image,
+    ImageList,
+    MadeToken,
+    NewSmallImage,
+    NewToken,
+    Token,
+    TokenList,
+    Volume,
+    VolumeList,
+)
+from interlock.cli.client.multipart import Form
+from interlock.cli.client.paths import IMAGES, TOKENS, VOLUMES, path_of
+from interlock.cli.commands.transfers import download_image, fetch_image
+from interlock.cli.completion import completer
+from interlock.cli.context import Invocation, with_json
+from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.options.quantities import Size
+from interlock.cli.output.confirmation import confirm, yes_option
+from interlock.cli.output.formatting import age, size
+from interlock.cli.output.progress import Progress, transfer
+from interlock.ports import Role, SmallForm
+from interlock.service.request_models import NewImageFetch, NewVolume
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+BUILD_WAIT_S = 900
+"""Timeout of building the small image, including the download of packages."""
+
+
+def _remove(invocation: Invocation, collection: str, reference: str) -> None:
+    reply = invocation.client.delete(path_of(collection, reference))
+    invocation.print_removed(reply, f"Deleted: {reference}")
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+@click.group("image")
+def image_commands() -> None:
+    """Images: what VMs boot."""
+
+
+@image_commands.command()
+@click.argument("name")
+@click.option(
+    "--disk",
+    type=_FILE,
+    help="Disk image: raw, qcow2, vmdk, vhd, vhdx or vdi, without a backing file; or an ISO. May be compressed (gz, "
+    "xz, zst, bz2), or the only disk of an OVA.",
+)
+@click.option("--url", help="URL from which the server fetches the disk image. http requires --sha256.")
+@click.option("--sha256", help="Expected SHA-256 of the disk image's file.")
+@click.option(
+    "--checksum-file",
+    "checksum_url",
+    metavar="URL",
+    help="With --url: URL of the published checksums, such as SHA512SUMS.",
+)
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(["raw"]),
+    help="Accept a raw disk without a boot sector. Other formats are detected.",
+)
+@click.option(
+    "--min-memory",
+    "min_memory_mib",
+    type=Size("MiB", 0),
+    help="Minimum memory, such as 256 (MiB) or 2GiB; less is rejected. Default for a kernel: estimated from its size.",
+)
+@click.option("--kernel", type=_FILE, help="Kernel to boot directly, instead of a disk.")
+@click.option("--initrd", type=_FILE, help="The kernel's initrd.")
+@click.option("--cmdline", help="The kernel's command line.")
+@with_json
+def add(
+    invocation: Invocation,
+    *,
+    name: str,
+    disk: Path | None,
+    url: str | None,
+    sha256: str | None,
+    checksum_url: str | None,
+    image_format: str | None,
+    min_memory_mib: int | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    cmdline: str | None,
+) -> None:
+    """Add the image NAME from a file or a URL.
+
+    Files are uploaded; a URL is fetched by the server.
+    """
+    if (disk is not None) + (kernel is not None) + (url is not None) != 1:
+        raise click.UsageError("Give one of --disk, --kernel and --url.")
+    if checksum_url and not url:
+        raise click.UsageError("--checksum-file requires --url.")
+    if (kernel is None and (initrd or cmdline)) or (kernel is not None and (sha256 or image_format)):
+        raise click.UsageError("--sha256 and --format require a disk; --initrd and --cmdline require --kernel.")
+    if url is not None:
+        new = NewImageFetch(
+            name=name,
+            url=url,
+            sha256=sha256,
+            checksum_url=checksum_url,
+            format="raw" if image_format else None,
+            min_memory_mib=min_memory_mib,
+        )
+        fetched = fetch_image(invocation, new)
+        if fetched is not None:
+            _print_image(invocation, fetched)
+        return
+    fields = {"name": name, "kind": "disk" if disk else "kernel", "sha256": sha256, "cmdline": cmdline}
+    fields |= {"format": image_format, "min_memory_mib": None if min_memory_mib is None else str(min_memory_mib)}
+    files = {"disk": disk, "kernel": kernel, "initrd": initrd}
+    _upload(invocation, {k: v for k, v in fields.items() if v}, {k: v for k, v in files.items() if v is not None})
+
+
+def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Path]) -> None:
+    try:
+        form = Form(fields, files)
+        with invocation.transfer_progress() as line:
+            name = fields["name"]
+            pieces = form.pieces(
+                lambda sent, total: line.update("", _upload_progress(name, sent, total, line.elapsed_s))
+            )
+            reply = invocation.client.upload(IMAGES, pieces, form.headers)
+    except OSError as error:
+        raise Failure(ExitCode.USAGE, f"Cannot read the image: {error}.") from None
+    if not invocation.print_json(reply):
+        _print_image(invocation, reply.decode(Image))
+
+
+def _upload_progress(name: str, sent: int, total: int, elapsed_s: float) -> Progress:
+    """Return an upload's progress."""
+    if sent >= total:
+        return Progress(f"image {name}: uploaded; inspecting")
+    return transfer(f"image {name}: uploading", sent, total, elapsed_s)
+
+
+def _print_image(invocation: Invocation, image: Image) -> None:
+    converted = f", converted from {image.converted_from}" if image.converted_from else ""
+    invocation.echo(f"Added: image {image.name} ({image.kind}, {size(image.size_bytes)}{converted}), id {image.id}")
+
+
+@image_commands.command("build-small")
+@click.argument("name", default="small")
+@click.option("--disk", is_flag=True, help="Build a bootable disk, whose snapshots boot too.")
+@with_json
+def build_small(invocation: Invocation, *, name: str, disk: bool) -> None:
+    """Build a small guest image from the packages of the server's distribution.
+
+    NAME is small by default. The image is a directly booted kernel, unless --disk is given.
+    """
+    build_small_image(invocation, name, "disk" if disk else "kernel")
+
+
+def build_small_image(invocation: Invocation, name: str, form: SmallForm = "kernel") -> None:
+    """Build the small image by the server, showing progress. Raises `Failure`."""
+    with invocation.progress() as line:
+        line.update(f"building the image {name} from the distribution's packages")
+        reply = invocation.client.post(f"{IMAGES}/small", NewSmallImage(name=name, form=form), wait_s=BUILD_WAIT_S)
+    if not invocation.print_json(reply):
+        _print_image(invocation, reply.decode(Image))
+
+
+@image_commands.command("list")
+@with_json
+def list_images(invocation: Invocation) -> None:
+    """List the images."""
+    columns = {
+        "NAME": lambda one: one.name,
+        "KIND": lambda one: one.kind,
+        "FORMAT": lambda one: one.format,
+        "SIZE": lambda one: size(one.size_bytes),
+        "MIN MEMORY": lambda one: f"{one.min_memory_mib} MiB" if one.min_memory_mib else "-",
+        "AGE": lambda one: age(one.created_at, invocation.client.now),
+        "ID": lambda one: one.id,
+    }
+    invocation.print_items(invocation.client.get(IMAGES), ImageList, columns)
+
+
+image_commands.add_command(download_image)
+
+
+@image_commands.command("delete")
+@click.argument("image", shell_complete=completer(IMAGES))
+@yes_option
+@with_json
+def delete_image(invocation: Invocation, *, image: str, yes: bool) -> None:
+    """Delete an image that no VM uses, after confirmation."""
+    confirm(f"Delete the image {image}?", yes=yes)
+    _remove(invocation, IMAGES, image)
+
+
+# ---------------------------------------------------------------------------------------------------------- volumes
+
+
+@click.group("volume")
+def volume_commands() -> None:
+    """Volumes: disks that exist independently of VMs."""
+
+
+@volume_commands.command("create")
+@click.argument("name")
+@click.option(
+    "--size", "size_mib", type=Size("MiB", 1, bare="GiB"), required=True, help="Size, such as 10 (GiB), 0.5 or 512MiB."
+)
+@with_json
+def create_volume(invocation: Invocation, *, name: str, size_mib: int) -> None:
+    """Create the empty volume NAME."""
+    reply = invocation.client.post(VOLUMES, NewVolume(name=name, size_mib=size_mib))
+    if not invocation.print_json(reply):
+        new = reply.decode(Volume)
+        invocation.echo(f"Created: volume {new.name} ({size(new.size_bytes)}), id {new.id}")
+
+
+@volume_commands.command("list")
+@with_json
+def list_volumes(invocation: Invocation) -> None:
+    """List the project's volumes."""
+    columns = {
+        "NAME": lambda one: one.name,
+        "SIZE": lambda one: size(one.size_bytes),
+        "ATTACHED TO": lambda one: one.attached_to or "-",
+        "AGE": lambda one: age(one.created_at, invocation.client.now),
+        "ID": lambda one: one.id,
+    }
+    invocation.print_items(invocation.client.get(VOLUMES), VolumeList, columns)
+
+
+@volume_commands.command("show")
+@click.argument("volume", shell_complete=completer(VOLUMES))
+@with_json
+def show_volume(invocation: Invocation, *, volume: str) -> None:
+    """Show a volume."""
+    reply = invocation.client.get(path_of(VOLUMES, volume))
+    if invocation.print_json(reply):
+        return
+    one = reply.decode(Volume)
+    facts = {"Name": one.name, "Id": one.id, "Size": size(one.size_bytes), "Project": one.project}
+    facts["Attached to"] = one.attached_to or "nothing"
+    invocation.print_facts(facts, 13)
+
+
+@volume_commands.command("delete")
+@click.argument("volume", shell_complete=completer(VOLUMES))
+@yes_option
+@with_json
+def delete_volume(invocation: Invocation, *, volume: str, yes: bool) -> None:
+    """Delete a volume that is not attached, with its data, after confirmation."""
+    confirm(f"Delete the volume {volume} and its data?", yes=yes)
+    _remove(invocation, VOLUMES, volume)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+
+
+@click.group("token")
+def token_commands() -> None:
+    """Access tokens. For admins."""
+
+
+@token_commands.command("create")
+@click.argument("name")
+@click.option("--role", type=click.Choice([role.value for role in Role]), required=True, help="Role of the token.")
+@click.option("--project", default="default", show_default=True, help="Project of the token.")
+@click.option("--host", metavar="NAME", help="Host of an agent; only with --role agent.")
+@with_json
+def create_token(invocation: Invocation, *, name: str, role: str, project: str, host: str | None) -> None:
+    """Create the token NAME. Its secret is printed only once, on standard output.
+
+    A token with the role agent is for `interlock agent` on the host --host,
+    and for nothing else.
+    """
+    reply = invocation.client.post(TOKENS, NewToken(name=name, role=Role(role), project=project, host=host))
+    if not invocation.print_json(reply):
+        new = reply.decode(MadeToken)
+        invocation.echo(
+            f"Created: token {new.token.name} ({_role_text(new.token)}). Its secret is shown only once:", error=True
+        )
+        invocation.echo(new.secret)
+
+
+def _role_text(token: Token) -> str:
+    return f"{token.role.value} of {token.project}" if token.host is None else f"{token.role.value} of {token.host}"
+
+
+@token_commands.command("list")
+@with_json
+def list_tokens(invocation: Invocation) -> None:
+    """List the tokens, without their secrets."""
+    columns = {
+        "NAME": lambda one: one.name,
+        "ROLE": lambda one: one.role.value,
+        "PROJECT": lambda one: one.project,
+        "HOST": lambda one: one.host or "-",
+        "AGE": lambda one: age(one.created_at, invocation.client.now),
+        "ID": lambda one: one.id,
+    }
+    invocation.print_items(invocation.client.get(TOKENS), TokenList, columns)
+
+
+@token_commands.command("delete")
+@click.argument("token", shell_complete=completer(TOKENS))
+@with_json
+def delete_token(invocation: Invocation, *, token: str) -> None:
+    """Delete a token and close its connections at once.
+
+    This includes event streams, consoles, displays, and the connection of an
+    agent, whose VMs end with the host's lease unless it reconnects with another
+    token.
+    """
+    _remove(invocation, TOKENS, token)

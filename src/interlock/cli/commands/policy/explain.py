@@ -1,0 +1,245 @@
+"""`interlock policy explain`: why a policy decides as it does, what would change it, and when.
+
+The subject is a hypothetical state or a VM of the server. The server decides by its own policy; its rules are evaluated
+again locally, to show which failed and why.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import click
+
+from interlock.api.schemas import responses
+from interlock.cli.client.paths import INSTANCES, path_of
+from interlock.cli.client.records import instance_of, policy_of
+from interlock.cli.commands.policy.explanation_output import Question, print_explanation, submission_of
+from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.commands.policy.output import caller_of, caller_options, compiled
+from interlock.cli.completion import OperationName, OperationNames
+from interlock.cli.context import Invocation, with_json
+from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.options.quantities import Duration
+from interlock.cli.output.formatting import humanize, seconds_of
+from interlock.cli.output.refusals import why_text
+from interlock.core.conditions import CALLER
+from interlock.core.operations import Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.preconditions import RULE
+from interlock.core.records import Held, Submission
+from interlock.core.states import VmState
+from interlock.core.view_classes import callers
+
+
+@policy_commands.command()
+@click.argument("subject", metavar="VM|STATE")
+@click.argument("operation", type=OperationName())
+@click.option("--policy", "policy_name", metavar="NAME|FILE", help="Policy  [standard; for a VM the server's]")
+@caller_options(defaults=False)
+@click.option("--hard", is_flag=True, help="The hard variant of the operation.")
+@click.option("--silent", type=Duration(), default=0, metavar="TIME", help="Time without progress, such as 2m.")
+@click.option("--running", type=Duration(), default=0, metavar="TIME", help="Time since the task started.")
+@click.option("--outstanding", type=OperationNames(), default=(), metavar="A,B", help="Queued operations, in order.")
+@click.option("--held", type=OperationNames(), default=(), metavar="A,B", help="Held operations.")
+@click.option("--locked", is_flag=True, help="The VM is locked.")
+@click.option("--blocked", is_flag=True, help="The operation is blocked on the VM.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the VM. May be repeated.")
+@click.option("--not-launched", is_flag=True, help="The VM has never run.")
+@click.option("--unreachable", is_flag=True, help="The host of the VM is not reachable.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Show every rule, including those that failed for the same cause."
+)
+@with_json
+def explain(
+    invocation: Invocation,
+    /,
+    *,
+    subject: str,
+    operation: Operation,
+    policy_name: str | None,
+    everything: bool,
+    **described: Any,
+) -> None:
+    """Explain a decision: why, what would change it, and when.
+
+    STATE is a vm_state, optionally with a task_state: active, active/rebooting. It requires no server. Anything else is
+    a VM of the server; with --policy that policy is evaluated locally.
+    """
+    state = _state_of(subject)
+    if state is None:
+        try:
+            ask_of_vm(invocation, subject, operation, policy_name, described, everything=everything)
+        except Failure as failure:
+            if failure.code in {ExitCode.NOT_REACHABLE, ExitCode.NOT_FOUND} and (state_meant := _close_state(subject)):
+                failure.remedy = f"Did you mean the state {state_meant!r}? {failure.remedy or ''}".strip()
+            raise
+        return
+    question = _imagined(state, operation, policy_name or "standard", described)
+    print_explanation(invocation, question, everything=everything)
+
+
+def _described(submission: Submission) -> str:
+    """Describe who asks: the role, and what else is not as usual."""
+    parts = [f"with the role {submission.role}"]
+    for condition in CALLER:
+        value = getattr(submission, condition.reads)
+        if condition.reads != "role" and value != condition.usual:
+            parts.append(condition.because(value))
+    return " ".join(parts)
+
+
+def _close_state(subject: str) -> str | None:
+    from interlock.core.states import VmState
+
+    close = difflib.get_close_matches(subject, [state.value for state in VmState], n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def _state_of(subject: str) -> tuple[VmState, str] | None:
+    """Parse a vm_state and task_state; None if it is the name of a VM."""
+    from interlock.core.states import NO_TASK
+    from interlock.policies.language.vocabulary import OPERATIONS, TASKS, VM_STATES, nearest, phases_of
+
+    word, slash, task = subject.replace("-", "_").partition("/")
+    if word not in VM_STATES.words:
+        if slash:
+            raise Failure(ExitCode.USAGE, f"Unknown vm_state {word!r}.", remedy=nearest(word, VM_STATES.words))
+        return None
+    if not slash:
+        return VM_STATES.words[word], NO_TASK
+    if task not in TASKS.words:
+        named = OPERATIONS.words.get(task)
+        phases = [each for each in TASKS.words if named is not None and each in phases_of(named)]
+        hint = f"The phases of {task} are {', '.join(phases)}." if phases else nearest(task, TASKS.words)
+        raise Failure(ExitCode.USAGE, f"Unknown task_state {task!r}.", remedy=hint)
+    return VM_STATES.words[word], task
+
+
+def _imagined(
+    state: tuple[VmState, str], operation: Operation, policy_name: str, described: dict[str, Any]
+) -> Question:
+    from interlock.core.operations import CATALOGUE, Lane
+    from interlock.policies.explanation.explainer import imagined
+    from interlock.policies.rehearsal.runner import BEGINNING_MS
+
+    for kind in described["outstanding"]:
+        if CATALOGUE[kind].lane is Lane.RECORD:
+            raise Failure(ExitCode.USAGE, f"{kind.value} is a record operation, and is never outstanding.")
+    instance = imagined(
+        *state,
+        BEGINNING_MS,
+        silent_ms=described["silent"],
+        running_ms=described["running"],
+        waiting=described["outstanding"],
+        held=described["held"],
+        locked=described["locked"],
+        blocked=(operation,) if described["blocked"] else (),
+        tags=described["tags"],
+        launched=not described["not_launched"],
+    )
+    caller = caller_of(described)
+    submission = submission_of(operation, described, caller)
+    vm_state, task = state
+    where = vm_state.value if task == "none" else f"{vm_state.value}/{task}"
+    title = f"{humanize(operation.value)} in {where}, requested {_described(submission)}"
+    return Question(title, compiled(policy_name), instance, submission, BEGINNING_MS, real=False)
+
+
+def ask_of_vm(
+    invocation: Invocation,
+    vm: str,
+    operation: Operation,
+    policy_name: str | None,
+    described: dict[str, Any],
+    *,
+    everything: bool,
+) -> None:
+    """Explain the decision about an operation of this VM now."""
+    for option in ("silent", "running", "outstanding", "held", "locked", "blocked", "tags", "not_launched"):
+        if described[option]:
+            word = {"tags": "tag"}.get(option, option).replace("_", "-")
+            raise Failure(
+                ExitCode.USAGE,
+                f"--{word} requires a STATE; {vm!r} is the name of a VM.",
+                remedy="Expected a STATE such as active, stopped or active/rebooting.",
+            )
+    chosen = None if policy_name is None else compiled(policy_name)
+    wire = invocation.client.get(path_of(INSTANCES, vm)).decode(responses.Instance)
+    if chosen is None and (described["hard"] or caller_of(described) or described["unreachable"]):
+        options = ", ".join(["--hard", *(f"--{condition.reads.replace('_', '-')}" for condition in CALLER)])
+        raise Failure(
+            ExitCode.USAGE,
+            f"{options} and --unreachable require --policy for a VM.",
+            remedy="Add --policy NAME|FILE to evaluate a policy locally.",
+        )
+    reply = invocation.client.get(path_of(INSTANCES, wire.id, "allowed")).decode(responses.AllowedOperations)
+    if chosen is not None:
+        described = {**described, "unreachable": described["unreachable"] or not reply.host_reachable}
+        now_ms = round((invocation.client.now or seconds_of(wire.updated_at)) * 1000)
+        submission = submission_of(operation, described, caller_of(described))
+        title = f"{humanize(operation.value)} of {wire.name}, requested {_described(submission)}"
+        question = Question(title, chosen, instance_of(wire), submission, now_ms, real=True)
+        print_explanation(invocation, question, everything=everything)
+        lacking = next((one for one in reply.operations if one.operation is operation and one.rule == RULE), None)
+        if lacking is not None and not invocation.json:
+            invocation.echo("Independent of the policy:")
+            invocation.echo(why_text(lacking, reply.name, invocation.client.now))
+        return
+    _ask_server(invocation, wire, reply, operation, described, everything=everything)
+
+
+def _ask_server(
+    invocation: Invocation,
+    wire: responses.Instance,
+    reply: responses.AllowedOperations,
+    operation: Operation,
+    described: dict[str, Any],
+    *,
+    everything: bool,
+) -> None:
+    answer = next((one for one in reply.operations if one.operation is operation), None)
+    if answer is None:
+        raise Failure(ExitCode.NOT_FOUND, f"Operation {operation.value} not supported by the server.")
+    if answer.rule == RULE:
+        # A precondition: no rule of a policy decides it.
+        if invocation.json:
+            invocation.emit({"answer": answer})
+        else:
+            invocation.echo(why_text(answer, reply.name, invocation.client.now))
+        return
+    policy = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
+    now_ms = round(seconds_of(reply.at) * 1000)
+    described = {**described, "unreachable": not reply.host_reachable}
+    question = _matching_question(wire, operation, policy, described, now_ms, answer.rule)
+    if invocation.json and question is None:
+        invocation.emit({"policy": policy.stamp, "now_ms": now_ms, "answer": answer})
+        return
+    if not invocation.json:
+        invocation.echo(why_text(answer, reply.name, invocation.client.now))
+    if question is None:
+        invocation.echo("  The local evaluation differs: the VM has changed meanwhile. Retry.")
+        return
+    print_explanation(invocation, question, everything=everything, without_answer=True)
+
+
+def _matching_question(
+    wire: responses.Instance,
+    operation: Operation,
+    policy: CompiledPolicy,
+    described: dict[str, Any],
+    now_ms: int,
+    rule: str,
+) -> Question | None:
+    """Return the question as the server evaluated it. Who asked is unknown, so one caller of each class is tried."""
+    from interlock.core.admission import judge
+
+    instance = instance_of(wire)
+    rules = [rule for rule in policy.rules if operation in rule.operations]
+    for caller in sorted(callers(rules), key=lambda caller: caller["role"]):
+        submission = submission_of(operation, described, caller)
+        answer = judge(instance, submission, policy, now_ms)
+        if not isinstance(answer, Held) and answer.rule == rule:
+            title = f"{humanize(operation.value)} of {wire.name}"
+            return Question(title, policy, instance, submission, now_ms, real=True)
+    return None

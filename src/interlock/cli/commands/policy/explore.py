@@ -1,0 +1,195 @@
+"""`interlock policy explore`: model checking of a policy: every reachable state, without a server."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.context import Invocation, with_json
+from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.options.configuration import errors_as_failures
+from interlock.cli.output.formatting import printable
+from interlock.cli.output.progress import LiveLine, progress_stream
+from interlock.core.conditions import ROLES
+
+if TYPE_CHECKING:
+    from interlock.policies.model_checker import Exit, Exploration, SearchProgress, Violation
+
+_OUTSTANDING_MAX: Final = 16
+_FAULTS_MAX: Final = 15
+_SHOWN: Final = 5
+"""How many violations and states of a list are printed; `--json` has all of them."""
+
+
+class _Seconds(click.ParamType[float]):
+    """A positive, finite number of seconds."""
+
+    name = "seconds"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"Invalid duration {str(value)!r}: expected seconds, such as 30.", param, ctx)
+        return number
+
+
+@policy_commands.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--outstanding",
+    "outstanding_max",
+    type=click.IntRange(1, _OUTSTANDING_MAX),
+    default=3,
+    show_default=True,
+    help="Maximum number of outstanding requests, not counting a deletion.",
+)
+@click.option(
+    "--faults",
+    "faults_max",
+    type=click.IntRange(0, _FAULTS_MAX),
+    help="Maximum number of faults (failed operations, guests that end) in a run. Default: unlimited.",
+)
+@click.option("--seconds", "seconds_max", type=_Seconds(), help="Time limit. Default: none.")
+@click.option("--role", type=click.Choice(ROLES), default="member", show_default=True, help="Role of the callers.")
+@click.option(
+    "--story", "story_path", type=click.Path(path_type=Path), help="Write the shortest counterexample to this file."
+)
+@with_json
+def explore(
+    invocation: Invocation,
+    *,
+    name: str,
+    outstanding_max: int,
+    faults_max: int | None,
+    seconds_max: float | None,
+    role: str,
+    story_path: Path | None,
+) -> None:
+    """Explore every reachable state of an instance, and check the laws in each.
+
+    All interleavings are explored: submissions, workers that report, fail, hang or are lost, guests that end, and time.
+    A violation is shown with the shortest counterexample, which `interlock rehearse --policy NAME|FILE` plays. Tags,
+    blocked operations, lost hosts and held requests are not explored; requests admitted with `in_turn = false` are not
+    promised.
+
+    Exits with 1 if a law is violated, and with 2 if the policy is invalid or the bound is too large.
+    """
+    found = _explored(invocation, name, outstanding_max, faults_max, seconds_max, role)
+    if story_path is not None and found.violations:
+        _write(story_path, found.violations[0])
+    if invocation.json:
+        invocation.emit(found)
+    else:
+        _show(invocation, name, found)
+    if found.violations:
+        raise Failure(ExitCode.ENDED_OTHERWISE, "", text="")
+
+
+def _explored(
+    invocation: Invocation,
+    name: str,
+    outstanding_max: int,
+    faults_max: int | None,
+    seconds_max: float | None,
+    role: str,
+) -> Exploration:
+    from interlock.policies.language.loader import compile_named
+    from interlock.policies.model_checker import explore as walk
+
+    stream = progress_stream(json=invocation.json)
+    live = LiveLine(stream, plain=invocation.plain) if stream.isatty() else None
+    try:
+        with errors_as_failures(), live or nullcontext():
+            policy = compile_named(name)
+            return walk(
+                policy,
+                outstanding_max=outstanding_max,
+                faults_max=faults_max,
+                seconds_max=seconds_max,
+                role=role,
+                on_progress=None if live is None else lambda advance: live.update(_progress(advance)),
+            )
+    except MemoryError:
+        raise Failure(
+            ExitCode.USAGE,
+            "Out of memory: too many states.",
+            remedy="Use fewer outstanding requests (--outstanding) or a time limit (--seconds).",
+        ) from None
+
+
+def _progress(advance: SearchProgress) -> str:
+    rate = advance.states / max(advance.seconds, 0.001)
+    return (
+        f"{advance.states:,} states, {advance.depth} steps deep, {advance.waiting:,} to look at, {rate:,.0f} states/s"
+    )
+
+
+def _write(path: Path, violation: Violation) -> None:
+    try:
+        path.write_text("".join(f"{line}\n" for line in violation.story))
+    except OSError as error:
+        raise Failure(
+            ExitCode.USAGE, f"Cannot write {path}: {error.strerror}.", remedy="Choose another file."
+        ) from None
+
+
+def _show(invocation: Invocation, name: str, found: Exploration) -> None:
+    rate = found.states / max(found.seconds, 0.001)
+    invocation.echo(
+        f"{printable(name)}: {found.states:,} states and {found.transitions:,} steps between them, up to "
+        f"{found.depth} steps from the start, in {found.seconds:.1f} s ({rate:,.0f} states/s)."
+    )
+    bound = f"{found.outstanding_max} outstanding request{'' if found.outstanding_max == 1 else 's'}"
+    if found.complete:
+        invocation.echo(f"That is all there is with {bound} of {len(found.operations)} kinds, and a deletion on top.")
+    else:
+        invocation.echo(
+            click.style("That is not all:", fg="yellow") + f" the walk with {bound} ended before everything was seen."
+        )
+    for what in found.undecided:
+        invocation.echo(f"Not decided, {printable(what)}.")
+    if found.violations:
+        _show_violations(invocation, name, found.violations)
+    else:
+        invocation.echo(click.style("No law is broken.", fg="green"))
+    _show_exits(invocation, found.exits)
+
+
+def _show_violations(invocation: Invocation, name: str, violations: tuple[Violation, ...]) -> None:
+    from interlock.policies.model_checker.results import LAWS
+
+    for violation in violations[:_SHOWN]:
+        invocation.echo("")
+        title = click.style(f"Law {violation.law} is broken", fg="red", bold=True)
+        invocation.echo(f"{title} ({LAWS[violation.law]}): {printable(violation.what)}.")
+        for line in violation.story:
+            invocation.echo(f"  {printable(line)}")
+    if len(violations) > _SHOWN:
+        invocation.echo(f"\n{len(violations) - _SHOWN} more; --json has all of them.")
+    invocation.echo(f"\nA story is played by: interlock rehearse --policy {printable(name)}")
+
+
+def _show_exits(invocation: Invocation, exits: tuple[Exit, ...]) -> None:
+    """Print the tasks whose hang only a deletion ends."""
+    closed: dict[str, list[str]] = {}
+    for one in exits:
+        # That only deletions follow a soft one is no finding.
+        deletions = all(operation == "soft_delete" for operation in one.takeovers)
+        if deletions and one.task_state != "soft_deleting":
+            closed.setdefault(one.task_state, []).append(one.vm_state.value)
+    if not closed:
+        invocation.echo("Whatever hangs, something other than a deletion can take over from it.")
+        return
+    invocation.echo("If its worker hangs, nothing but a deletion (soft or not) or a reset ends:")
+    for task_state, states in list(closed.items())[: None if len(closed) <= 2 * _SHOWN else _SHOWN]:
+        invocation.echo(f"  {task_state} in {', '.join(states)}")
+    if len(closed) > 2 * _SHOWN:
+        invocation.echo(f"  and {len(closed) - _SHOWN} more task states; --json has all of them.")

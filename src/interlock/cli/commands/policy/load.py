@@ -1,0 +1,232 @@
+"""`interlock policy load`, `rollback` and `history`: switch the policy of a running server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import msgspec
+
+from interlock.api.schemas.policy import PolicyFinding, PolicyHistory, PolicyLoaded, PolicyProblem, PolicyWalk
+from interlock.cli.client.http_client import Reply
+from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.context import Invocation, with_json
+from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.options.configuration import errors_as_failures
+from interlock.cli.output.formatting import clock, duration, printable
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+_CHECK_S: Final = 60.0
+"""Timeout of reading and checking a policy, in addition to its exploration."""
+_WALK_S: Final = 60.0
+"""Default timeout of the exploration."""
+_DIGEST_SHOWN: Final = 16
+_STORIES_SHOWN: Final = 2
+"""How many violations are printed."""
+_COLOURS: Final = {"error": "red", "warning": "yellow", "note": None}
+
+
+def _number(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """Reject NaN."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("Invalid number of seconds: nan.")
+    return value
+
+
+def _terms(command: CommandT) -> CommandT:
+    """Add the options of a policy switch."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Only verify it."),
+        click.option(
+            "--explore",
+            "explore_seconds",
+            type=click.FloatRange(0, 86_400),
+            metavar="SECONDS",
+            callback=_number,
+            help="Time limit for exploring the reachable states first; 0: none.",
+        ),
+        click.option(
+            "--outstanding",
+            type=click.Choice(["keep", "rejudge"]),
+            default="keep",
+            show_default=True,
+            help="Whether to keep admitted requests, or to evaluate them again.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@policy_commands.command()
+@click.argument("name", metavar="NAME|FILE")
+@_terms
+@click.option("--if-in-force", "digest", metavar="DIGEST", help="Only if this policy is in force now.")
+@with_json
+def load(
+    invocation: Invocation,
+    *,
+    name: str,
+    outstanding: str,
+    explore_seconds: float | None,
+    dry_run: bool,
+    digest: str | None,
+) -> None:
+    """Load a policy into the server.
+
+    NAME is a built-in policy; a FILE is sent with the files that it extends.
+
+    The server checks and explores it first. If it is rejected, nothing
+    changes, and the exit code is 1.
+    """
+    body = {**_policy_fields(name), **_switch_options(outstanding, explore_seconds, dry_run)}
+    headers = {} if digest is None else {"If-Match": f'"{digest}"'}
+    with _rejection_as_failure():
+        reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(explore_seconds))
+    _show(invocation, reply, dry_run=dry_run, built_in="main" not in body)
+
+
+@policy_commands.command()
+@click.option(
+    "--to", type=click.IntRange(min=1), metavar="NUMBER", help="Number in the history, instead of the previous policy."
+)
+@_terms
+@with_json
+def rollback(
+    invocation: Invocation, *, to: int | None, outstanding: str, explore_seconds: float | None, dry_run: bool
+) -> None:
+    """Put the previous policy in force again."""
+    body = {**({} if to is None else {"to": to}), **_switch_options(outstanding, explore_seconds, dry_run)}
+    with _rejection_as_failure():
+        reply = invocation.client.post("/v1/policy/rollback", body, wait_s=_patience_s(explore_seconds))
+    _show(invocation, reply, dry_run=dry_run)
+
+
+@policy_commands.command()
+@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="Maximum number.")
+@with_json
+def history(invocation: Invocation, *, limit: int) -> None:
+    """List the policies that were in force, newest first."""
+    columns = {
+        "NUMBER": lambda one: str(one.number),
+        "SINCE": lambda one: clock(one.at, invocation.client.now),
+        "POLICY": lambda one: printable(one.name),
+        "DIGEST": lambda one: one.digest[:_DIGEST_SHOWN],
+        "HOW": lambda one: one.source.value.replace("_", " "),
+        "BY": lambda one: printable(one.by),
+        "OUTSTANDING": lambda one: (
+            one.outstanding.value + (f", {one.cancelled} cancelled" if one.cancelled is not None else "")
+        ),
+    }
+    invocation.print_items(invocation.client.get("/v1/policy/history", {"limit": limit}), PolicyHistory, columns)
+
+
+# ---------------------------------------------------------------------------------------------------------- sending
+
+
+def _policy_fields(name: str) -> dict[str, object]:
+    """Return the body's policy: its name, or its text and the files that it extends."""
+    if "/" not in name and not name.endswith(".toml"):
+        return {"name": name}
+    from interlock.policies.language.bundle import bundle_of
+
+    with errors_as_failures():
+        bundle = bundle_of(Path(name))
+    return {"main": bundle.main, "files": bundle.files}
+
+
+def _switch_options(outstanding: str, explore_seconds: float | None, dry_run: bool) -> dict[str, object]:
+    options: dict[str, object] = {"outstanding": outstanding, "dry_run": dry_run}
+    return options if explore_seconds is None else {**options, "explore_seconds": explore_seconds}
+
+
+def _patience_s(explore_seconds: float | None) -> float:
+    return _CHECK_S + (_WALK_S if explore_seconds is None else explore_seconds)
+
+
+class _rejection_as_failure:  # noqa: N801 - used like a function
+    """Context manager that adds the findings to the failure of a rejected policy."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Failure) or "problem:policy" not in str(error.document.get("type")):
+            return
+        if error.code is not ExitCode.REJECTED:
+            return
+        try:
+            problem = msgspec.convert(error.document, PolicyProblem)
+        except msgspec.ValidationError:
+            # The policy could not be read.
+            error.code = ExitCode.USAGE
+            return
+        error.code = ExitCode.ENDED_OTHERWISE
+        error.text = _problem_text(problem)
+
+
+# ---------------------------------------------------------------------------------------------------------- showing
+
+
+def _show(invocation: Invocation, reply: Reply, *, dry_run: bool, built_in: bool = False) -> None:
+    """Print the result. Findings of a built-in policy are only counted."""
+    if invocation.print_json(reply):
+        return
+    loaded = reply.decode(PolicyLoaded)
+    invocation.echo(_outcome(loaded, dry_run=dry_run))
+    if loaded.exploration is not None:
+        invocation.echo(_walk_text(loaded.exploration))
+    if built_in and loaded.findings:
+        count = len(loaded.findings)
+        notes = "note on it" if count == 1 else "notes on it"
+        invocation.echo(f"{count} {notes}; `interlock policy check {loaded.name}` shows them.")
+        return
+    for finding in loaded.findings:
+        invocation.echo(_finding_text(finding))
+
+
+def _outcome(loaded: PolicyLoaded, *, dry_run: bool) -> str:
+    named = f"{printable(loaded.name)} ({loaded.digest[:_DIGEST_SHOWN]})"
+    if dry_run:
+        return f"{named} can be put in force; nothing was changed."
+    if not loaded.changed:
+        return f"{named} is in force already."
+    before = f"{printable(loaded.previous.name)} ({loaded.previous.digest[:_DIGEST_SHOWN]})"
+    if loaded.cancelled is None:
+        outstanding = "Admitted requests are kept."
+    else:
+        requests = "request was" if loaded.cancelled == 1 else "requests were"
+        outstanding = f"Queued requests were evaluated again: {loaded.cancelled} {requests} cancelled."
+    return click.style(f"{named} is in force", fg="green", bold=True) + f", instead of {before}. {outstanding}"
+
+
+def _walk_text(walk: PolicyWalk) -> str:
+    seen = f"{walk.states:,} states in {duration(walk.seconds)}"
+    if walk.complete:
+        return f"Explored: all {seen}; no violations."
+    return f"Explored: {seen}; no violations, incomplete. `interlock policy explore` explores all."
+
+
+def _finding_text(finding: PolicyFinding) -> str:
+    severity = click.style(finding.severity, fg=_COLOURS[finding.severity])
+    text = f"{printable(finding.place)}: {severity}: {printable(finding.message)}"
+    return text if finding.remedy is None else f"{text}\n  {printable(finding.remedy)}"
+
+
+def _problem_text(problem: PolicyProblem) -> str:
+    lines = [click.style("Rejected: ", fg="red", bold=True) + printable(problem.detail)]
+    if problem.remedy:
+        lines.append(printable(problem.remedy))
+    lines += [_finding_text(finding) for finding in problem.findings]
+    for violation in problem.violations[:_STORIES_SHOWN]:
+        lines.append(
+            f"Law {violation.law} is violated: {printable(violation.what)}. Counterexample, for `interlock rehearse`:"
+        )
+        lines += [f"  {printable(line)}" for line in violation.story]
+    more = len(problem.violations) - _STORIES_SHOWN
+    if more > 0:
+        lines.append(f"And {more} more; see `interlock policy explore` or --json.")
+    return "\n".join(lines)

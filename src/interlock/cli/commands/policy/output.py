@@ -1,0 +1,110 @@
+"""Loading and output shared by the policy commands."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from interlock.cli.context import Invocation
+from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.options.configuration import errors_as_failures
+from interlock.core.conditions import CALLER, Word
+
+if TYPE_CHECKING:
+    from interlock.core.policy import CompiledPolicy
+
+_WRITTEN: Final = 64 * 1024
+_WIDTH_MAX: Final = 120
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def caller_options(*, defaults: bool = True) -> Callable[[_Command], _Command]:
+    """Add an option for each thing that rules can ask of a caller; without `defaults`, None if it is not given."""
+
+    def add(command: _Command) -> _Command:
+        for condition in reversed(CALLER):
+            words = condition.kind.words if isinstance(condition.kind, Word) else None
+            command = click.option(
+                f"--{condition.reads.replace('_', '-')}",
+                type=str if words is None else click.Choice(words),
+                metavar="NAME" if words is None else None,
+                default=condition.usual if defaults and words is not None else None,
+                show_default=defaults and words is not None,
+                help=condition.option if defaults or words is None else f"{condition.option}  [{condition.usual}]",
+            )(command)
+        return command
+
+    return add
+
+
+def caller_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the caller that the options describe: the values that are not as usual."""
+    given = {condition.reads: options[condition.reads] for condition in CALLER}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def compiled(name: str) -> CompiledPolicy:
+    """Return a policy by name or file. Raises `Failure` if it is invalid."""
+    from interlock.policies.language.loader import compile_named
+
+    with errors_as_failures():
+        return compile_named(name)
+
+
+def write(invocation: Invocation, out: Path | None, lines: Iterable[str]) -> None:
+    """Write text to standard output, or without colours to a file (atomic)."""
+    if out is None:
+        for block in _blocks(lines):
+            click.echo(block, nl=False, color=False if invocation.plain else None)
+    else:
+        write_bytes(invocation, out, (click.unstyle(block).encode() for block in _blocks(lines)))
+
+
+def write_bytes(invocation: Invocation, out: Path | None, blocks: Iterable[bytes]) -> None:
+    """Write bytes to standard output, or to a file (atomic)."""
+    if out is None:
+        for block in blocks:
+            click.echo(block, nl=False)
+        return
+    # A pipe or device is written directly, a regular file atomically.
+    part = out if out.exists() and not out.is_file() else out.with_name(f".{out.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.writelines(blocks)
+        if part is not out:
+            part.replace(out)
+    except OSError as error:
+        if part is not out:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        raise Failure(ExitCode.USAGE, f"Cannot write {out}: {error.strerror}.") from None
+    if not invocation.json:
+        invocation.echo(f"Written to {out}.", error=True)
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines into larger blocks, for fewer system calls."""
+    held: list[str] = []
+    length = 0
+    for line in lines:
+        held.append(line)
+        length += len(line)
+        if length >= _WRITTEN:
+            yield "".join(held)
+            held, length = [], 0
+    if held:
+        yield "".join(held)
+
+
+def paragraph(title: str, text: str, *, bold: bool = False, indent: int = 0) -> Sequence[str]:
+    """Wrap a titled text to the width of the terminal."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, _WIDTH_MAX) - indent
+    lines = textwrap.wrap(title + text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [" " * indent + click.style(line, bold=bold or None) for line in lines]

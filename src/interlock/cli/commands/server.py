@@ -1,0 +1,129 @@
+"""`interlock serve`, `db`, `version`, `completion` and `token recover`: commands without a running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from interlock.cli.context import Invocation, needs_invocation, with_json
+from interlock.cli.options.configuration import config_option, errors_as_failures, read_config, run
+
+ValueT = TypeVar("ValueT")
+
+
+class Address(click.ParamType[Any]):
+    """HOST:PORT; an IPv6 address in brackets."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        host, colon, port = str(value).rpartition(":")
+        if not (colon and host and port.isdecimal()):
+            self.fail(
+                f"Invalid address {value!r}: expected HOST:PORT, such as 127.0.0.1:7420 or [::1]:7420.", param, ctx
+            )
+        return host.removeprefix("[").removesuffix("]"), port
+
+
+@click.command()
+@config_option
+@click.option("--listen", type=Address(), help="Address to listen on, instead of the configured one.")
+@needs_invocation
+def serve(invocation: Invocation, *, path: Path | None, listen: tuple[str, str] | None) -> None:
+    """Run a server in the foreground. Ctrl-C or SIGTERM stops it; VMs keep running."""
+    from interlock import server
+    from interlock.service import server_log
+
+    config = read_config(path, invocation.environment, listen)
+    with errors_as_failures():
+        server_log.configure_logging(config)
+        server_log.warn_of_variables(invocation.environment)
+        run(server.Server(config).serve())
+
+
+@click.group("db")
+def db_commands() -> None:
+    """The database of the server on this machine."""
+
+
+@db_commands.command()
+@config_option
+@needs_invocation
+def upgrade(invocation: Invocation, *, path: Path | None) -> None:
+    """Upgrade the database to this version's schema. The server must not be running."""
+    from interlock import server
+
+    config = read_config(path, invocation.environment)
+    with errors_as_failures():
+        server.upgrade_database(config)
+    invocation.echo(f"The database in {config.folder} is up to date.")
+
+
+@db_commands.command()
+@config_option
+@needs_invocation
+def new(invocation: Invocation, *, path: Path | None) -> None:
+    """Create an empty database where the old one is permanently lost.
+
+    It has no tokens, VMs, images or volumes; their files are kept. The next
+    start writes a new admin token.
+    """
+    from interlock import server
+
+    config = read_config(path, invocation.environment)
+    with errors_as_failures():
+        server.new_database(config)
+    invocation.echo(f"Created: an empty database in {config.folder}")
+
+
+@click.command()
+@with_json
+def version(invocation: Invocation) -> None:
+    """Print the version."""
+    from interlock import __version__
+
+    if invocation.json:
+        invocation.emit({"version": __version__})
+    else:
+        invocation.echo(f"interlock {__version__}")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    r"""Print the completion script for a shell.
+
+    \b
+    bash:  eval "$(interlock completion bash)"       in ~/.bashrc
+    zsh:   eval "$(interlock completion zsh)"        in ~/.zshrc, after compinit
+    fish:  interlock completion fish | source        in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(context.find_root().command, {}, "interlock", COMPLETION_VARIABLE).source())
+
+
+COMPLETION_VARIABLE = "_INTERLOCK_COMPLETE"
+"""Environment variable of shell completion."""
+
+
+@click.command("recover")
+@config_option
+@needs_invocation
+def recover_token(invocation: Invocation, *, path: Path | None) -> None:
+    """Create an admin token if none is left. The server must not be running.
+
+    The token is written to the file admin.token in the data folder, where this
+    program finds it. Run this as the server's user.
+    """
+    from interlock import server
+
+    config = read_config(path, invocation.environment)
+    with errors_as_failures():
+        file = run(server.recover_admin_token(config))
+    invocation.echo(f"Created: an admin token, in {file}")

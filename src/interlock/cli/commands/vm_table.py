@@ -1,0 +1,167 @@
+"""The table of `interlock vm list`: columns, sorting, and which columns fit on a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import click
+
+from interlock.api.schemas.responses import Instance
+from interlock.cli.context import Cell, Invocation
+from interlock.cli.output.formatting import STATE_COLOURS, age, humanize, seconds_of
+from interlock.core.records import Status
+from interlock.core.states import NO_TASK
+from interlock.ports import HostState
+
+USER_NETWORK_ADDRESS: Final = "10.0.2.15"
+"""Address of every guest's first interface in QEMU's user network; reachable only by forwards."""
+
+
+class Column(NamedTuple):
+    """A column: title, cell text and sort key."""
+
+    title: str
+    text: Callable[[Instance, float | None], str]
+    key: Callable[[Instance], Any]
+    shown: int = 0
+    """Columns with the highest numbers are left out first if they do not fit; 0: shown only by `--columns`."""
+
+
+def power_text(one: Instance) -> str:
+    """Return the power state, with the trouble of its host or guest."""
+    if one.host_state is not HostState.UP:
+        return f"{one.power_state.value} (host {one.host_state.value})"
+    if one.guest_trouble is None:
+        return one.power_state.value
+    return f"{one.power_state.value} ({humanize(one.guest_trouble)})"
+
+
+def _waiting(one: Instance) -> int:
+    return len(one.held) + sum(request.status is Status.QUEUED for request in one.outstanding)
+
+
+def _protected(one: Instance) -> str:
+    return ", ".join(humanize(operation) for operation in one.blocked_operations)
+
+
+def _forwards(one: Instance) -> str:
+    return ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards)
+
+
+def _size(one: Instance) -> str:
+    memory = f"{one.memory_mib / 1024:g} GiB" if one.memory_mib % 512 == 0 else f"{one.memory_mib} MiB"
+    return f"{one.vcpus} x {memory}" + (f", {one.root_gib} GiB disk" if one.root_gib else "")
+
+
+def _image(one: Instance) -> str:
+    return "" if one.image is None else one.image.name
+
+
+COLUMNS: Final[dict[str, Column]] = {
+    "name": Column("NAME", lambda one, _: one.name, lambda one: one.name, 1),
+    "state": Column("STATE", lambda one, _: one.vm_state.value, lambda one: one.vm_state.value, 1),
+    "task": Column(
+        "TASK", lambda one, _: "" if one.task_state == NO_TASK else one.task_state, lambda one: one.task_state, 1
+    ),
+    "power": Column("POWER", lambda one, _: power_text(one), power_text, 1),
+    "waiting": Column("WAITING", lambda one, _: str(_waiting(one) or ""), _waiting, 4),
+    "size": Column("SIZE", lambda one, _: _size(one), lambda one: (one.vcpus, one.memory_mib, one.root_gib), 3),
+    "address": Column("ADDRESS", lambda _, __: USER_NETWORK_ADDRESS, lambda _: USER_NETWORK_ADDRESS, 7),
+    "forwards": Column("FORWARDS", lambda one, _: _forwards(one), _forwards, 2),
+    "host": Column("HOST", lambda one, _: one.host, lambda one: one.host, 2),
+    "project": Column("PROJECT", lambda one, _: one.project, lambda one: one.project),
+    "image": Column("IMAGE", lambda one, _: _image(one), _image, 6),
+    "protected": Column("PROTECTED FROM", lambda one, _: _protected(one), _protected, 5),
+    "tags": Column("TAGS", lambda one, _: ", ".join(one.tags), lambda one: one.tags),
+    "changed": Column(
+        "LAST CHANGE", lambda one, now: age(one.updated_at, now), lambda one: -seconds_of(one.updated_at), 4
+    ),
+    "created": Column("AGE", lambda one, now: age(one.created_at, now), lambda one: -seconds_of(one.created_at)),
+    "id": Column("ID", lambda one, _: one.id, lambda one: one.id, 8),
+}
+_LAST_LEFT_OUT: Final = 8
+_GAP: Final = 2
+
+
+class ColumnNames(click.ParamType[tuple[str, ...]]):
+    """Comma-separated column names."""
+
+    name = "columns"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(word.strip().lower() for word in str(value).split(",") if word.strip()))
+        for name in names:
+            if name not in COLUMNS:
+                self.fail(f"Unknown column {name!r}. Columns: {', '.join(COLUMNS)}.", param, ctx)
+        if not names:
+            self.fail(f"Name at least one column. Columns: {', '.join(COLUMNS)}.", param, ctx)
+        return names
+
+
+class SortKey(click.ParamType[str]):
+    """The name of a column, with a leading hyphen for reverse order."""
+
+    name = "column"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip().lower()
+        if text.removeprefix("-") not in COLUMNS:
+            self.fail(f"Unknown column {value!r}. Columns: {', '.join(COLUMNS)}.", param, ctx)
+        return text
+
+
+def sort(rows: list[Instance], by: str | None) -> list[Instance]:
+    """Sort rows by a column (stable)."""
+    if by is None:
+        return rows
+    return sorted(rows, key=COLUMNS[by.removeprefix("-")].key, reverse=by.startswith("-"))
+
+
+def print_table(
+    invocation: Invocation, rows: Sequence[Instance], names: tuple[str, ...] | None, *, all_projects: bool
+) -> None:
+    """Print the rows with the given columns; by default as many as fit on the terminal."""
+    now = invocation.client.now
+    texts = {name: [column.text(one, now) for one in rows] for name, column in COLUMNS.items()}
+    named = names or _fitting_columns(texts, all_projects=all_projects)
+    invocation.table(
+        [COLUMNS[name].title for name in named],
+        ([_cell(name, texts[name][row], one) for name in named] for row, one in enumerate(rows)),
+    )
+
+
+def _cell(name: str, text: str, one: Instance) -> Cell:
+    match name:
+        case "state":
+            colour = STATE_COLOURS.get(one.vm_state.value)
+        case "power":
+            colour = None if one.guest_trouble is None else "red"
+        case _:
+            colour = None
+    return Cell(text or "-", colour)
+
+
+def _fitting_columns(texts: dict[str, list[str]], *, all_projects: bool) -> tuple[str, ...]:
+    """Return the non-empty columns, as many as fit on the terminal."""
+    named = [
+        name
+        for name, column in COLUMNS.items()
+        if (column.shown and any(texts[name])) or (name == "project" and all_projects)
+    ]
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns
+        for number in range(_LAST_LEFT_OUT, 1, -1):
+            if _width(named, texts) <= room:
+                break
+            named = [name for name in named if COLUMNS[name].shown < number]
+    return tuple(named)
+
+
+def _width(named: Sequence[str], texts: dict[str, list[str]]) -> int:
+    widths = (max(len(COLUMNS[name].title), *map(len, texts[name])) for name in named)
+    return sum(widths) + _GAP * (len(named) - 1)

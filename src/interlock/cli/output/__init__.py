@@ -1,0 +1,1 @@
+"""Output for people: formatting, progress, refusals, hints, confirmation."""

@@ -1,0 +1,105 @@
+"""The operations that change only the record of an instance: what each of them does.
+
+They are done when they are admitted; `admission` looks them up here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from interlock.core import restarts
+from interlock.core.operations import Lane, Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Instance, Request
+from interlock.core.request_queue import Draft, judge_again, replace
+from interlock.core.states import VmState
+
+
+class Displaced(NamedTuple):
+    """The ids of other requests that the operation ended."""
+
+    supersedes: tuple[str, ...] = ()
+    cancels: tuple[str, ...] = ()
+
+
+class RecordOperation(NamedTuple):
+    """What one operation does to the record."""
+
+    perform: Callable[[Draft, Request, CompiledPolicy], Displaced]
+    """Applies a request to the draft; the policy is for operations after which the queue is judged again."""
+    holds_already: Callable[[Instance, dict[str, Any]], str | None] = lambda _instance, _parameters: None
+    """Returns why a submission with these parameters would change nothing, for people; None if it would."""
+
+
+_NONE: Final = Displaced()
+
+
+def _lock(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
+    draft.instance = replace(draft.instance, locked_by=request.requested_by)
+    return _NONE
+
+
+def _unlock(draft: Draft, _request: Request, _policy: CompiledPolicy) -> Displaced:
+    draft.instance = replace(draft.instance, locked_by=None)
+    return _NONE
+
+
+def _set_metadata(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
+    draft.instance = replace(draft.instance, metadata=_merged(draft.instance.metadata, request.parameters))
+    return _NONE
+
+
+def _merged(metadata: dict[str, str], parameters: dict[str, Any]) -> dict[str, str]:
+    removed = frozenset(parameters.get("remove", ()))
+    return {key: value for key, value in {**metadata, **parameters.get("set", {})}.items() if key not in removed}
+
+
+def _has_metadata(instance: Instance, parameters: dict[str, Any]) -> str | None:
+    same = bool(parameters) and _merged(instance.metadata, parameters) == instance.metadata
+    return "The metadata is like that already." if same else None
+
+
+def _abort_migration(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
+    migration = _live_migration(draft)
+    if migration is not None:
+        draft.put(replace(migration, interrupt_at_ms=draft.now_ms))
+        draft.emit("request.interrupting", migration.id, by=request.requested_by)
+    return _NONE
+
+
+def _force_complete_migration(draft: Draft, _request: Request, _policy: CompiledPolicy) -> Displaced:
+    migration = _live_migration(draft)
+    if migration is not None:
+        draft.put(replace(migration, parameters={**migration.parameters, "force_complete": True}))
+    return _NONE
+
+
+def _live_migration(draft: Draft) -> Request | None:
+    """Return the live migration in flight, or None."""
+    serving = draft.instance.served(Lane.STATE)
+    return serving if serving is not None and serving.operation is Operation.LIVE_MIGRATE else None
+
+
+def _reset_state(draft: Draft, request: Request, policy: CompiledPolicy) -> Displaced:
+    """Set the vm_state, fence the workers, and judge the queue again."""
+    before = draft.instance
+    supersedes = draft.fence_off(request.id, f"The state was reset by {request.requested_by}.")
+    target = VmState(request.parameters.get("vm_state", VmState.ERROR))
+    message = str(request.parameters.get("reason", "reset")) if target is VmState.ERROR else None
+    there = draft.instance.come_to(target, before.state_stack)
+    draft.instance = replace(restarts.without_scheduled_restart(there), error=message)
+    draft.alive()
+    draft.emit("instance.state", request.id, vm_state=target.value, before=before.vm_state.value)
+    return Displaced(supersedes, judge_again(draft, policy))
+
+
+RECORD_OPERATIONS: Final[dict[Operation, RecordOperation]] = {
+    Operation.LOCK: RecordOperation(_lock),
+    Operation.UNLOCK: RecordOperation(_unlock),
+    Operation.SET_METADATA: RecordOperation(_set_metadata, _has_metadata),
+    Operation.LIVE_MIGRATE_ABORT: RecordOperation(_abort_migration),
+    Operation.LIVE_MIGRATE_FORCE_COMPLETE: RecordOperation(_force_complete_migration),
+    Operation.RESET_STATE: RecordOperation(_reset_state),
+}
+"""Every operation of `Lane.RECORD`."""

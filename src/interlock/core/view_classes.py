@@ -1,0 +1,71 @@
+"""Classes of views, and of callers, that the conditions of some rules do not distinguish."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any
+
+from interlock.core.conditions import CALLER, CONDITIONS, Choice, Condition, Conditions
+from interlock.core.views import View
+
+
+def distinguished_by(
+    rules: Sequence[Conditions],
+    fields: Iterable[str] = (),
+    bounds_ms: Mapping[str, Iterable[int]] = MappingProxyType({}),
+) -> Callable[[View], Hashable]:
+    """Return a function that gives views the same key if no condition of the rules distinguishes them.
+
+    Views are also distinguished by `fields`, and by the bounds that a field of `bounds_ms` has reached.
+    """
+    alike = [*fields]
+    classed: list[tuple[Callable[[View], Any], Callable[[Any], Hashable]]] = []
+    bounds = {field: set(some) for field, some in bounds_ms.items()}
+    for condition in CONDITIONS:
+        wanted = condition.wanted(rules)
+        if condition.reads in bounds:
+            bounds[condition.reads].update(wanted)
+        elif wanted:
+            class_of = condition.kind.class_of(wanted)
+            if class_of is None:
+                alike.append(condition.reads)
+            else:
+                classed.append((condition.value, class_of))
+    classed += ((attrgetter(field), partial(bisect_right, sorted(some))) for field, some in bounds.items() if some)
+    values = attrgetter(*(alike or ["operation"]))
+    if not classed:
+        return values
+    if len(classed) == 1:  # most policies: they look at silence, and at no tags or names
+        ((value_of, one_class_of),) = classed
+        if not alike:
+            return lambda view: one_class_of(value_of(view))
+        return lambda view: (values(view), one_class_of(value_of(view)))
+    return lambda view: (values(view), *[class_of(value(view)) for value, class_of in classed])
+
+
+def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any]]:
+    """Yield one caller of each class that the rules distinguish, the most ordinary first.
+
+    A caller is the values of the fields that submissions, requests and views have of it; `known` are not varied.
+    """
+    values = [
+        (known[condition.reads],) if condition.reads in known else _distinct(condition, condition.wanted(rules))
+        for condition in CALLER
+    ]
+    for chosen in product(*values):
+        yield {condition.reads: value for condition, value in zip(CALLER, chosen, strict=True)}
+
+
+def _distinct(condition: Condition, wanted: Sequence[Any]) -> tuple[Any, ...]:
+    """Return one value for each different answer to these conditions: names that occur together are one class."""
+    assert isinstance(condition.kind, Choice), "a caller has one value of each"
+    tests = [condition.kind.test(each) for each in dict.fromkeys(wanted)]
+    found: dict[Hashable, Any] = {}
+    for value in condition.kind.values(wanted):
+        found.setdefault(tuple([bool(test(value)) for test in tests]), value)
+    return tuple(found.values())

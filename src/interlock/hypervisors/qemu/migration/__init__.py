@@ -1,0 +1,1 @@
+"""Live migration between hosts: source and target side."""

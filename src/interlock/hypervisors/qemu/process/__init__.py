@@ -1,0 +1,1 @@
+"""QEMU processes: starting, finding, watching and ending them."""

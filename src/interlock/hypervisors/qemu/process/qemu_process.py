@@ -1,0 +1,173 @@
+"""QEMU processes: started without privileges, found again after a restart, watched and killed.
+
+Each has a session of its own, with no terminal and no pipe to the server, so that it outlives the server and a Ctrl-C
+in its terminal. Its end is noticed by a pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import os
+import pwd
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from interlock.core.errors import NotResponding, Unavailable
+from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.images.subprocess_runner import Account
+
+FIRST_DESCRIPTOR: Final = 3
+"""The number of the first descriptor that is passed to a process."""
+
+_PARKED: Final = 256
+"""Descriptors are duplicated above this number before they are passed, so that none overwrites another."""
+_START_TIME_FIELD: Final = 21 - 2
+"""The index of `starttime` in /proc/PID/stat, counted after the name in parentheses."""
+
+
+def account(settings: QemuSettings) -> Account | None:
+    """Return the unprivileged account of the settings, or None if this process is not root.
+
+    Raises:
+        Unavailable: the user or group does not exist.
+    """
+    if os.geteuid() != 0:
+        return None
+    try:
+        return Account(user_id=pwd.getpwnam(settings.user).pw_uid, group_id=grp.getgrnam(settings.group).gr_gid)
+    except KeyError as absent:
+        raise Unavailable(
+            f"QEMU cannot run as user {settings.user}, group {settings.group}: {absent.args[0]}.",
+            remedy="Create that account, or configure another one.",
+        ) from None
+
+
+def spawn(command: list[str], errors: int, descriptors: Sequence[int]) -> int:
+    """Start a process in a session of its own and return its id.
+
+    It gets `descriptors` under the numbers from `FIRST_DESCRIPTOR` on, in that order, `errors` as its standard error,
+    and nothing else that is open here.
+    """
+    parked: list[int] = []
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        sources = [nothing, nothing, errors, *descriptors]
+        actions: list[tuple[int, int, int] | tuple[int, int]] = []
+        for number, source in enumerate(sources):
+            parked.append(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _PARKED))
+            actions.append((os.POSIX_SPAWN_DUP2, parked[-1], number))
+        actions += [(os.POSIX_SPAWN_CLOSE, stray) for stray in _inheritable_descriptors(above=len(sources))]
+        return os.posix_spawnp(command[0], command, dict(os.environ), file_actions=actions, setsid=True)
+    finally:
+        for descriptor in (nothing, *parked):
+            os.close(descriptor)
+
+
+def _inheritable_descriptors(*, above: int) -> list[int]:
+    """Return descriptors that this process inherited and a guest must not keep open, such as the pipe of a shell."""
+    found = []
+    for place in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if int(place.name) >= above and os.get_inheritable(int(place.name)):
+                found.append(int(place.name))
+    return found
+
+
+def started_ticks(process_id: int) -> int | None:
+    """Return the start time of the process in clock ticks; None if it does not exist."""
+    fields = _stat(process_id)
+    return int(fields[_START_TIME_FIELD]) if fields else None
+
+
+def has_ended(process_id: int) -> bool:
+    """Whether the process does not exist or is a zombie."""
+    fields = _stat(process_id)
+    return not fields or fields[0] in {b"Z", b"X"}
+
+
+def is_stopped(process_id: int) -> bool:
+    """Whether a signal stopped the process (SIGSTOP)."""
+    fields = _stat(process_id)
+    return bool(fields) and fields[0] == b"T"
+
+
+def _stat(process_id: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat from the state on; none if the process does not exist."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def runs_in(process_id: int, folder: Path) -> bool:
+    """Whether `folder` is the working folder of the process, as only that of the process of that instance is."""
+    try:
+        theirs, ours = Path(f"/proc/{process_id}/cwd").stat(), folder.stat()
+    except OSError:
+        return False
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def find_in(folder: Path) -> int | None:
+    """Return the process whose working folder is `folder`, of all that are visible."""
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and runs_in(int(place.name), folder):
+            return int(place.name)
+    return None
+
+
+class Process:
+    """One running process, held by a pidfd, which never comes to mean another one."""
+
+    def __init__(self, process_id: int, on_end: Callable[[], None]) -> None:
+        """Watch the process; `on_end` is called once on the event loop when it has ended.
+
+        Raises:
+            ProcessLookupError: it has ended, and was reaped.
+        """
+        self.process_id = process_id
+        self.started_ticks = started_ticks(process_id) or 0
+        self.ended = asyncio.Event()
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._descriptor: int | None = os.pidfd_open(process_id)
+        self._loop.add_reader(self._descriptor, self._on_readable)
+
+    def _on_readable(self) -> None:
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(ChildProcessError):
+            # Only a child needs this; the parent of any other process reaps it.
+            os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
+        self.detach()
+        self.ended.set()
+        self._on_end()
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        if self._descriptor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+    async def wait_ended(self, timeout_ms: int) -> None:
+        """Wait until it has ended. Raises `NotResponding` on timeout."""
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await self.ended.wait()
+        except TimeoutError:
+            raise NotResponding(
+                f"Process {self.process_id} was killed and has not ended after {timeout_ms} ms.",
+                remedy="It probably waits for I/O: check the host's storage.",
+            ) from None
+
+    def detach(self) -> None:
+        """Stop watching; the process keeps running."""
+        if self._descriptor is not None:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,261 @@
+"""The process registry: the guests of one host, and the folder that they are kept in.
+
+`open` locks the folder and adopts the QEMU processes that outlived an earlier server or agent; `close` detaches from
+them. What is done with a guest is not here: see `adapter`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, TypeVar
+
+from interlock.core.errors import OperationRejected, Unavailable
+from interlock.core.records import GuestEvent
+from interlock.hypervisors.host_identity import host_id
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase
+from interlock.hypervisors.qemu.guest import Guest, no_guest
+from interlock.hypervisors.qemu.process.accelerator import choose
+from interlock.hypervisors.qemu.process.process_scan import GuestFolder
+from interlock.hypervisors.qemu.process.qemu_process import account, find_in, runs_in, started_ticks
+from interlock.hypervisors.qemu.process.strays import LOCK, settle_strays
+from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.images.subprocess_runner import Account
+from interlock.ports import HypervisorEvent
+
+AnswerT = TypeVar("AnswerT")
+
+_SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CONCURRENT_ADOPTIONS: Final = 128
+_CATCH_UP_S: Final = 0.5
+"""How long `open` waits for guests to respond, in seconds. A guest that takes longer delays only its own operations."""
+_PROCESS_SEARCH_S: Final = 2.0
+"""How long a process that was being started during a crash may take to become recognisable, in seconds."""
+
+
+class ProcessRegistry:
+    """The guests that have a QEMU process, by instance id."""
+
+    def __init__(self, settings: QemuSettings, on_adopted: Callable[[Guest], Coroutine[Any, Any, None]]) -> None:
+        """`on_adopted` runs in the background for each guest that is adopted in `open`."""
+        self._on_adopted = on_adopted
+        self.settings = settings
+        """Accelerator and CPU model are resolved from `open` on."""
+        self.account: Account | None = None
+        """The account that QEMU runs as, from `open` on; None if it runs as this process does."""
+        self.path = settings.folder.absolute()
+        self.home = GuestFolder(host_id="", path=str(self.path), device=0, inode=0)
+        """Identifies the folder to later processes, from `open` on."""
+        self.why_not_kvm = ""
+        """Why guests do not run with KVM, for people; empty if they do, and before `open`."""
+        self._guests: dict[str, Guest] = {}
+        self._lock: int | None = None
+        self._listener: Callable[[HypervisorEvent], None] = _ignore
+        self._background: set[asyncio.Task[Any]] = set()
+        self._catching_up: dict[str, asyncio.Task[bool]] = {}
+        """Adopted guests whose events from before the adoption are not reported yet."""
+
+    # --------------------------------------------------------------------------------------------- open and close
+
+    async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
+        """Lock the folder and adopt its guests. Raises as `Hypervisor.open`."""
+        chosen = choose(self.settings, account(self.settings))
+        self.settings, self.account, self.why_not_kvm = chosen.settings, chosen.account, chosen.because
+        self._require_programs()
+        self._lock_folder()
+        self._listener = listener
+        try:
+            self.home = GuestFolder.of(self.path, host_id(self.path))
+            await settle_strays(self.home)
+        except Unavailable:
+            self._unlock_folder()
+            raise
+        try:
+            remaining = iter(sorted(await self.known()))
+            async with asyncio.TaskGroup() as adoptions:
+                for _ in range(_CONCURRENT_ADOPTIONS):
+                    adoptions.create_task(self._adopt_each(remaining))
+            if self._catching_up:
+                await asyncio.wait(self._catching_up.values(), timeout=_CATCH_UP_S)
+        except BaseExceptionGroup as failures:
+            await self.close()
+            raise failures.exceptions[0] from failures
+
+    def _require_programs(self) -> None:
+        packages = {
+            self.settings.qemu_binary: "qemu-system-x86",
+            self.settings.image_tool_binary: "qemu-utils",
+            "setpriv": "util-linux",
+            "prlimit": "util-linux",
+            "env": "coreutils",
+        }
+        for program, package in packages.items():
+            if shutil.which(program) is None:
+                raise Unavailable(f"{program} is not installed.", remedy=f"Run: apt-get install {package}")
+
+    def _lock_folder(self) -> None:
+        try:
+            (self.path / "vms").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock_folder()
+            raise Unavailable(
+                f"The VM folder {self.path} is locked by another server or agent.",
+                remedy="Stop it first, or configure another folder.",
+            ) from None
+        except OSError as error:
+            raise Unavailable(
+                f"The VM folder {self.path} cannot be used: {error.strerror}.",
+                remedy="Give the server's user write access to it, and check that there is space.",
+            ) from error
+
+    def _unlock_folder(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    async def close(self) -> None:
+        """Detach from the guests, which keep running."""
+        self._listener = _ignore
+        guests, self._guests = tuple(self._guests.values()), {}
+        await asyncio.gather(*(guest.close() for guest in guests), *self._background)
+        self._unlock_folder()
+
+    # --------------------------------------------------------------------------------------------------- adoption
+
+    async def _adopt_each(self, remaining: Iterator[str]) -> None:
+        for instance_id in remaining:
+            await self._adopt(instance_id)
+            await asyncio.sleep(0)  # most are folders without a process, and the event loop has other work
+
+    async def _adopt(self, instance_id: str) -> None:
+        """Take over the process of an instance; report one that ended unobserved."""
+        folder = self.folder(instance_id)
+        record = folder.process_record()
+        guest = None
+        if folder.held():
+            process_id = await self._find_process(folder)
+            if process_id is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    guest = self.add(instance_id, folder, process_id)
+        if guest is not None:
+            catching_up = self._catching_up[instance_id] = self.run_in_background(self._catch_up(guest))
+            catching_up.add_done_callback(lambda _: self._catching_up.pop(instance_id, None))
+        elif record is not None:
+            if record.phase is Phase.RUNNING:
+                self._listener(HypervisorEvent(instance_id=instance_id, kind=GuestEvent.VANISHED, during_watch=False))
+            folder.remove_process_record()
+
+    async def _catch_up(self, guest: Guest) -> bool:
+        """Report what an adopted guest did unobserved. Return False if it did not respond in time."""
+        responded = await guest.catch_up()
+        self.run_in_background(self._on_adopted(guest))
+        return responded
+
+    async def caught_up(self, instance_id: str) -> bool:
+        """Wait until an adopted guest's earlier events are reported. Return False if it did not respond in time."""
+        catching_up = self._catching_up.get(instance_id)
+        return catching_up is None or await asyncio.shield(catching_up)
+
+    async def _find_process(self, folder: InstanceFolder) -> int | None:
+        """Return the process that holds the instance: the recorded one if it is still that, else found by a scan."""
+        record = folder.process_record()
+        if (
+            record is not None
+            and record.process_id
+            and started_ticks(record.process_id) == record.started_ticks
+            and runs_in(record.process_id, folder.inside)
+        ):
+            return record.process_id
+        deadline = asyncio.get_running_loop().time() + _PROCESS_SEARCH_S
+        while folder.held():
+            found = find_in(folder.inside)
+            if found is not None:
+                return found
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(
+                    f"The VM in {folder.path} is locked by a process that is not visible to this user.",
+                    remedy="Run the server as the user who started it, or end that process.",
+                )
+            # It is forked and has not executed QEMU yet: there is no notification for that.
+            await asyncio.sleep(0.005)
+        return None
+
+    # ----------------------------------------------------------------------------------------------------- guests
+
+    def add(self, instance_id: str, folder: InstanceFolder, process_id: int) -> Guest:
+        """Register a process. Raises `ProcessLookupError` if it has ended."""
+        guest = Guest(
+            instance_id,
+            folder,
+            process_id,
+            self.settings,
+            listener=self._notify,
+            on_end=self._remove,
+        )
+        self._guests[instance_id] = guest
+        return guest
+
+    def _notify(self, event: HypervisorEvent) -> None:
+        self._listener(event)
+
+    def _remove(self, guest: Guest) -> None:
+        if self._guests.get(guest.instance_id) is guest:
+            del self._guests[guest.instance_id]
+        self.run_in_background(guest.monitor.close())
+
+    def run_in_background(self, work: Coroutine[Any, Any, AnswerT]) -> asyncio.Task[AnswerT]:
+        """Start a task that `close` waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    def __len__(self) -> int:
+        return len(self._guests)
+
+    def __iter__(self) -> Iterator[Guest]:
+        return iter(tuple(self._guests.values()))
+
+    def find(self, instance_id: str) -> Guest | None:
+        """Return the guest, or None if the instance has no process."""
+        return self._guests.get(instance_id)
+
+    def require(self, instance_id: str) -> Guest:
+        """Return the guest. Raises `GuestNotFound` if the instance has no process."""
+        guest = self._guests.get(instance_id)
+        if guest is None:
+            raise no_guest(instance_id)
+        return guest
+
+    def require_started(self, instance_id: str) -> Guest:
+        """As `require`; raises `GuestNotFound` also if the guest's vCPUs have not run yet."""
+        guest = self.require(instance_id)
+        if guest.phase is Phase.STARTING:
+            raise no_guest(instance_id)
+        return guest
+
+    async def known(self) -> frozenset[str]:
+        """Return the ids of all instances that have a folder."""
+        with os.scandir(self.path / "vms") as entries:
+            return frozenset(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def can_name_folder(self, instance_id: str) -> bool:
+        """Whether an id can be the name of a folder."""
+        return _SAFE_ID.fullmatch(instance_id) is not None
+
+    def folder(self, instance_id: str) -> InstanceFolder:
+        """Return the folder of an instance, which may not exist. Raises `OperationRejected` for an invalid id."""
+        if not self.can_name_folder(instance_id):
+            raise OperationRejected(f"Invalid instance id {instance_id!r}: it cannot be used as the name of a folder.")
+        return InstanceFolder(self.path / "vms" / instance_id)
+
+
+def _ignore(_event: HypervisorEvent) -> None:
+    """Drop an event: the registry is closed."""

@@ -1,0 +1,1 @@
+"""QMP connections: commands and events."""

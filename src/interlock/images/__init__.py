@@ -1,0 +1,1 @@
+"""Disk images, volumes and dumps as files: inspection, conversion, download, cloud-init data, atomic writes."""

@@ -1,0 +1,79 @@
+"""The active policy of this process, and earlier ones that still bind the requests they admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from interlock.core.policy import CompiledPolicy, Rule
+from interlock.core.records import Instance
+from interlock.core.request_queue import permits
+from interlock.core.views import View
+
+
+class Earlier(msgspec.Struct, frozen=True):
+    """A formerly active policy whose admissions still hold."""
+
+    compiled: CompiledPolicy
+    until_ms: int
+    """It admitted no request after this time."""
+
+
+class PolicyInForce:
+    """The active policy, shared by all deciders.
+
+    Read once per decision, so that one policy makes the whole decision. Replaced on the event loop, between decisions.
+    """
+
+    __slots__ = ("_bound", "_earlier", "compiled")
+
+    def __init__(self, compiled: CompiledPolicy) -> None:
+        self.compiled = compiled
+        """The policy that judges new submissions."""
+        self._earlier: tuple[Earlier, ...] = ()
+        self._bound: dict[int, CompiledPolicy] = {}
+
+    @property
+    def earlier(self) -> tuple[Earlier, ...]:
+        """The policies that still bind, oldest first."""
+        return self._earlier
+
+    def replace(self, compiled: CompiledPolicy, earlier: Iterable[Earlier] = ()) -> None:
+        """Activate a policy; `earlier` are those whose admissions still hold, oldest first."""
+        self.compiled = compiled
+        self._earlier = tuple(earlier)
+        self._bound = {}
+
+    def for_waiting(self, instance: Instance) -> CompiledPolicy:
+        """Return the policy that re-evaluates the queued requests of an instance.
+
+        It is the active policy, combined with earlier ones that may have admitted one of the requests: a request is
+        cancelled only if none of these permits it (law 2).
+        """
+        if not self._earlier:
+            return self.compiled
+        oldest_ms = min((request.admitted_at_ms for request in instance.outstanding), default=None)
+        binding = [one for one in self._earlier if oldest_ms is not None and one.until_ms >= oldest_ms]
+        if not binding:
+            return self.compiled
+        bound = self._bound.get(len(binding))
+        if bound is None:
+            bound = self._bound[len(binding)] = _Bound(self.compiled, [one.compiled for one in binding])
+        return bound
+
+
+class _Bound(CompiledPolicy):
+    """The active policy, falling back to an earlier one that permits what it denies."""
+
+    def __init__(self, now: CompiledPolicy, earlier: list[CompiledPolicy]) -> None:
+        super().__init__(now.policy)
+        self._now = now
+        self._others = earlier[::-1]
+
+    def decide(self, view: View) -> Rule:
+        decided = self._now.decide(view)
+        if permits(decided):
+            return decided
+        kept = (policy.decide(view) for policy in self._others)
+        return next((rule for rule in kept if permits(rule)), decided)

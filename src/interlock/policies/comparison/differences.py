@@ -1,0 +1,342 @@
+"""Semantic diff of two policies, grouped by the pairs of rules that decide differently.
+
+Both judge every combination of operation, vm_state and task_state, by default and under the circumstances in the rules
+(see `probes`). A group is described as a few products of sets. Texts for people (`because`) are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from itertools import product
+from typing import Any, NamedTuple, assert_never
+
+import msgspec
+
+from interlock.core.durations import seconds
+from interlock.core.operations import TASK_OPERATION, Operation
+from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
+from interlock.core.states import VmState
+from interlock.core.views import View
+from interlock.policies.comparison.products import Combination, Product, cover
+from interlock.policies.lint.overlap import Meetings
+from interlock.policies.lint.reachability import Cell, Reaching
+from interlock.policies.lint.sample_views import Probe, applied, probes, simplest, words
+from interlock.policies.rendering.tables import EVERYTHING, TASKS, Selection, Variant, compiled, variants, view_of
+
+WORK_MAX = 10_000_000
+"""How many rules are asked before the rest is looked at less closely."""
+SHARE_MIN = 12_000
+"""How many are asked in each kind of combination even then."""
+
+
+class Effect(StrEnum):
+    """What a difference means for the caller."""
+
+    LOOSER = "looser"
+    """It is admitted where it was not, or sooner."""
+    TIGHTER = "tighter"
+    """It is refused, or called redundant, where it was not, or longer."""
+    OTHER = "other"
+    """It is as before admitted or not, in another way or with another reason."""
+
+
+class Side(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of one of the two policies."""
+
+    rule: str
+    """Its id; for one that stands for several operations, without the operation."""
+    verdict: Verdict
+    threshold_s: int | float | None
+    reason: str
+    source: str
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """Combinations that a rule of each policy decides differently."""
+
+    before: Side
+    after: Side
+    condition: str
+    """Besides the combination, in words; empty if it shows with nothing in the way."""
+    details: tuple[str, ...]
+    """What else differs than verdict, threshold and reason, such as `grace 10s → 30s`."""
+    effect: Effect
+    follows: bool
+    """Whether one of the two rules makes a difference under simpler circumstances already, in every combination."""
+    combinations: int
+    products: tuple[Product, ...]
+    """Which they are: no combination is in two, the largest comes first."""
+
+
+class Differences(msgspec.Struct, frozen=True, kw_only=True):
+    """The differences between two policies."""
+
+    before: dict[str, str]
+    """Name and digest."""
+    after: dict[str, str]
+    combinations: int
+    """How many were compared."""
+    differing: int
+    """In how many of them something differs."""
+    outstanding_max: tuple[int, int] | None
+    """`outstanding_max` of both, if they differ."""
+    complete: bool
+    """False if the limits of the analysis were reached."""
+    operations: tuple[str, ...]
+    """The operations that were compared, hard variants among them."""
+    groups: tuple[Difference, ...]
+    """What follows from another comes last, and before it what is admitted or not as before; else the largest first."""
+
+    @property
+    def any(self) -> bool:
+        """Whether they differ, or may differ because the analysis is incomplete."""
+        return bool(self.groups) or self.outstanding_max is not None or not self.complete
+
+
+def differ(
+    before: CompiledPolicy | Policy, after: CompiledPolicy | Policy, selection: Selection = EVERYTHING
+) -> Differences:
+    """Compare the answers of two policies, for all combinations or a selection."""
+    comparison = _Comparison(compiled(before), compiled(after), selection)
+    alike: dict[Any, list[Combination]] = {}
+    for variant, vm_state, task_state in comparison.combinations():
+        key = comparison.kind(variant, vm_state, task_state)
+        alike.setdefault(key, []).append(Combination(variant.word, vm_state.value, task_state))
+    collected: dict[tuple[Any, ...], tuple[Rule, Rule, list[Any]]] = {}
+    differing = 0
+    for left, (kind, places) in zip(range(len(alike), 0, -1), alike.items(), strict=True):
+        partings = comparison.partings(places[0], left)
+        differing += len(places) if partings else 0
+        for probe, mine, yours, follows in partings:
+            key = (_family(mine), _answer(mine), _family(yours), _answer(yours), words(probe), follows)
+            collected.setdefault(key, (mine, yours, []))[2].append(kind)
+    covers: dict[tuple[Any, ...], tuple[Product, ...]] = {}
+    groups = []
+    for key, (mine, yours, kinds) in collected.items():
+        found = tuple(dict.fromkeys(kinds))
+        if found not in covers:
+            covers[found] = cover(place for kind in found for place in alike[kind])
+        groups.append(_difference(mine, yours, key[-2], follows=key[-1], products=covers[found]))
+    maxima = (comparison.before.outstanding_max, comparison.after.outstanding_max)
+    return Differences(
+        before=comparison.before.stamp,
+        after=comparison.after.stamp,
+        combinations=sum(map(len, alike.values())),
+        differing=differing,
+        outstanding_max=maxima if maxima[0] != maxima[1] else None,
+        complete=comparison.complete,
+        operations=tuple(variant.word for variant in comparison.variants),
+        groups=tuple(sorted(groups, key=lambda one: (one.follows, one.effect is Effect.OTHER, -one.combinations))),
+    )
+
+
+class _Parting(NamedTuple):
+    """Two rules that decide differently, and the simplest circumstances in which they do."""
+
+    probe: Probe
+    before: Rule
+    after: Rule
+    follows: bool
+
+
+class _Comparison:
+    """Compares two policies, and caches which of their rules differ."""
+
+    def __init__(self, before: CompiledPolicy, after: CompiledPolicy, selection: Selection) -> None:
+        self.before = before
+        self.after = after
+        there = {*variants(before), *variants(after)}
+        self.variants = [
+            variant
+            for operation in Operation
+            for variant in (Variant(operation), Variant(operation, hard=True))
+            if variant in there and (selection.variants is None or variant in selection.variants)
+        ]
+        self._selection = selection
+        self._programs = [Reaching(policy.rules) for policy in (before, after)]
+        self.complete = True
+        self._work = WORK_MAX
+
+    def combinations(self) -> Iterator[tuple[Variant, VmState, str]]:
+        vm_states, task_states = self._selection.vm_states, self._selection.task_states
+        return product(
+            self.variants,
+            (state for state in VmState if vm_states is None or state in vm_states),
+            (task for task in TASKS if task_states is None or task in task_states),
+        )
+
+    def kind(self, variant: Variant, vm_state: VmState, task_state: str) -> tuple[Any, ...]:
+        """What two combinations have in common that are compared with the same result."""
+        cell = Cell(variant.operation, vm_state, task_state)
+        programs = (each.program(cell) for each in self._programs)
+        return (variant.hard, TASK_OPERATION.get(task_state), vm_state is VmState.DELETED, *programs)
+
+    def partings(self, place: Combination, left: int) -> list[_Parting]:
+        """The pairs of rules that answer otherwise in one combination, each with the simplest circumstances.
+
+        `left` is how many kinds of combinations are still to be compared, which share what work there is.
+        """
+        hard = place.operation not in _OPERATIONS
+        operation = Operation(place.operation.removesuffix("_hard") if hard else place.operation)
+        vm_state = VmState(place.vm_state)
+        mine, yours = (policy.cell(operation, vm_state, place.task_state) for policy in (self.before, self.after))
+        if _same(mine, yours):
+            return []
+        found = _Found(view_of(Variant(operation, hard), vm_state, place.task_state), self.before, self.after)
+        share = max(SHARE_MIN, self._work // left)
+        rest = self._look(found, mine, yours, place.task_state, share, hard=hard)
+        self._work = max(0, self._work - (share - max(0, rest)))
+        self.complete &= rest > 0
+        return found.partings
+
+    def _look(
+        self, found: _Found, mine: tuple[Rule, ...], yours: tuple[Rule, ...], task_state: str, work: int, *, hard: bool
+    ) -> int:
+        """Try the circumstances that the rules name; how much of the work is left when all is done."""
+        cost = len(mine) + len(yours)
+        if cost * cost > work:
+            # There are too many rules for trying what each of them names. What only one policy has shows most.
+            for probe in simplest(_unshared(mine, yours), task_state, work // cost):
+                found.judge(probe)
+            return 0
+        for probe in probes((*mine, *yours), task_state):
+            found.judge(probe)
+            work -= cost
+            if work <= 0:
+                return 0
+        # What no probe has shown of either rule is looked for.
+        meetings = Meetings(mine, yours, task_state, hard=hard)
+        for one, other in meetings.pairs():
+            work -= 1
+            if found.lacks(one, other) and _answer(one) != _answer(other):
+                work -= cost
+                if (probe_found := meetings.circumstances(one, other)) is not None:
+                    found.judge(probe_found)
+            if work <= 0:
+                return 0
+        return work
+
+
+class _Found:
+    """What was found in one combination."""
+
+    def __init__(self, plain: View, before: CompiledPolicy, after: CompiledPolicy) -> None:
+        self._plain = plain
+        self._policies = (before, after)
+        self._pairs: set[tuple[str, str]] = set()
+        self._by_rule: tuple[dict[str, list[Probe]], dict[str, list[Probe]]] = ({}, {})
+        self.partings: list[_Parting] = []
+
+    def lacks(self, mine: Rule, yours: Rule) -> bool:
+        """Whether neither rule is known to make a difference."""
+        return mine.id not in self._by_rule[0] and yours.id not in self._by_rule[1]
+
+    def judge(self, probe: Probe) -> None:
+        view = applied(self._plain, probe)
+        mine, yours = (policy.decide(view) for policy in self._policies)
+        if (mine.id, yours.id) in self._pairs or _answer(mine) == _answer(yours):
+            return
+        known = [by.setdefault(rule.id, []) for by, rule in zip(self._by_rule, (mine, yours), strict=True)]
+        follows = any(set(simpler) < set(probe) for each in known for simpler in each)
+        self._pairs.add((mine.id, yours.id))
+        self.partings.append(_Parting(probe, mine, yours, follows))
+        for each in known:
+            each.append(probe)
+
+
+def _same(mine: tuple[Rule, ...], yours: tuple[Rule, ...]) -> bool:
+    """Whether the rules are the same but for what only people read."""
+    return len(mine) == len(yours) and all(
+        one is other or _bare(one) == _bare(other) for one, other in zip(mine, yours, strict=True)
+    )
+
+
+def _unshared(mine: tuple[Rule, ...], yours: tuple[Rule, ...]) -> list[Rule]:
+    """Return the rules that only one of the two has."""
+    bare = [{_bare(rule): rule for rule in rules} for rules in (mine, yours)]
+    return [rule for one, other in (bare, reversed(bare)) for key, rule in one.items() if key not in other]
+
+
+def _bare(rule: Rule) -> Rule:
+    return msgspec.structs.replace(rule, id="", because=None, source="", fixed=False, reason=rule.code)
+
+
+def _answer(rule: Rule) -> tuple[Any, ...]:
+    """All of a rule that decides what becomes of a request that it matches."""
+    match rule.verdict:
+        case Verdict.ADMIT:
+            return rule.verdict, rule.in_turn
+        case Verdict.PREEMPT:
+            return rule.verdict, rule.grace_ms
+        case Verdict.AFTER:
+            return rule.verdict, rule.code, rule.threshold_ms, rule.measured_from, rule.before
+        case Verdict.DENY | Verdict.REDUNDANT:
+            return rule.verdict, rule.code
+        case _:
+            assert_never(rule.verdict)
+
+
+def _effect(mine: Rule, yours: Rule) -> Effect:
+    ranks = [_SOONEST[rule.verdict] for rule in (mine, yours)]
+    if mine.verdict is yours.verdict is Verdict.AFTER:
+        ranks = [-(rule.threshold_ms or 0) for rule in (mine, yours)]
+    if ranks[0] == ranks[1]:
+        return Effect.OTHER
+    return Effect.LOOSER if ranks[0] < ranks[1] else Effect.TIGHTER
+
+
+_SOONEST = {Verdict.DENY: 0, Verdict.REDUNDANT: 0, Verdict.AFTER: 1, Verdict.ADMIT: 2, Verdict.PREEMPT: 2}
+
+
+def _difference(mine: Rule, yours: Rule, condition: str, *, follows: bool, products: tuple[Product, ...]) -> Difference:
+    return Difference(
+        before=_side(mine),
+        after=_side(yours),
+        condition=condition,
+        details=tuple(_details(mine, yours)),
+        effect=_effect(mine, yours),
+        follows=follows,
+        combinations=sum(each.size for each in products),
+        products=products,
+    )
+
+
+def _details(mine: Rule, yours: Rule) -> Iterable[str]:
+    if mine.verdict is not yours.verdict:
+        return
+    match mine.verdict:
+        case Verdict.ADMIT:
+            if mine.in_turn is not yours.in_turn:
+                yield f"in_turn {str(mine.in_turn).lower()} → {str(yours.in_turn).lower()}"
+        case Verdict.PREEMPT:
+            yield f"grace {seconds(mine.grace_ms)}s → {seconds(yours.grace_ms)}s"
+        case Verdict.AFTER:
+            if mine.measured_from is not yours.measured_from:
+                yield f"measured_from {mine.measured_from.value} → {yours.measured_from.value}"
+            if mine.before is not yours.before:
+                yield f"before {mine.before.value} → {yours.before.value}"
+        case Verdict.DENY | Verdict.REDUNDANT:
+            pass
+        case _:
+            assert_never(mine.verdict)
+
+
+def _side(rule: Rule) -> Side:
+    admits = rule.verdict in (Verdict.ADMIT, Verdict.PREEMPT)
+    return Side(
+        rule=_family(rule),
+        verdict=rule.verdict,
+        threshold_s=seconds(rule.threshold_ms or 0) if rule.verdict is Verdict.AFTER else None,
+        reason="" if admits else rule.code,
+        source=rule.source,
+    )
+
+
+_OPERATIONS = frozenset(operation.value for operation in Operation)
+
+
+def _family(rule: Rule) -> str:
+    """The id as it stands in the file: a rule that became one an operation has the operation behind a dot."""
+    start, dot, end = rule.id.rpartition(".")
+    return start if dot and end in _OPERATIONS else rule.id

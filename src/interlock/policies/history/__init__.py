@@ -1,0 +1,1 @@
+"""Recorded history: replay under another policy, and thresholds derived from it."""

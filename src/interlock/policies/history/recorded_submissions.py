@@ -1,0 +1,154 @@
+"""Recorded submissions: the recorded view and answer of one, and the answer of another policy.
+
+Everything that rules can see is recorded. `judge_again` decides from it as `core.admission.admit` decides from an
+instance; a property test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, assert_never
+
+import msgspec
+
+from interlock.core.operations import BIT, CATALOGUE, Lane
+from interlock.core.policy import GONE, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict
+from interlock.core.preconditions import RULE
+from interlock.core.states import EXECUTING_STATES, VmState
+from interlock.core.views import View, settled_view
+
+_STATE_BITS: Final = sum(BIT[entry.operation] for entry in CATALOGUE.values() if entry.lane is Lane.STATE)
+_NOT_PERFORMED: Final = "not-performed"
+"""The rule for operations that the hypervisor cannot perform, under any policy."""
+
+
+class RecordedAnswer(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a submission."""
+
+    disposition: str
+    """`admitted`, `redundant`, `denied` or `held`."""
+    rule: str
+    reason: str | None = None
+    """The code that the caller sees; None if it was admitted."""
+
+
+class Untold(StrEnum):
+    """Why the answer cannot be determined from the history."""
+
+    FORESEEN_NOT_RECORDED = "foreseen_not_recorded"
+    """It would be queued, and the event, of an older version, has no foreseen state."""
+    EARLIER_NOT_KNOWN = "earlier_not_known"
+    """It would preempt, and the same is outstanding: whether that had preempted too is not recorded."""
+    LAUNCHED_NOT_RECORDED = "launched_not_recorded"
+    """The answer depends on `launched`, which the event, of an older version, does not have."""
+
+
+class Foreseen(msgspec.Struct, frozen=True, gc=False):
+    """The foreseen state."""
+
+    vm_state: VmState
+    launched: bool = True
+    host_reachable: bool = True
+
+
+class Met(msgspec.Struct, frozen=True, gc=False):
+    """A recorded submission: its view and its answer."""
+
+    view: View
+    recorded: RecordedAnswer
+    foreseen: Foreseen | None = None
+    """None if nothing was outstanding, or if it was not recorded."""
+    waiting: int | None = None
+    """How many requests were outstanding; None as for `foreseen`."""
+    launched_recorded: bool = True
+
+
+def judge_again(met: Met, policy: CompiledPolicy) -> RecordedAnswer | Untold:
+    """Return what `policy` would have answered, as `admit` does."""
+    if met.recorded.rule == _NOT_PERFORMED:
+        return met.recorded
+    answer = _by_policy(met, policy)
+    if met.recorded.rule == RULE and isinstance(answer, RecordedAnswer) and answer.disposition == "admitted":
+        # A required parameter or resource was missing, which does not depend on the policy.
+        return met.recorded
+    return answer
+
+
+def _by_policy(met: Met, policy: CompiledPolicy) -> RecordedAnswer | Untold:
+    if met.launched_recorded or met.view.vm_state in EXECUTING_STATES:
+        return _judge(met, met.view, policy)
+    answers = {_judge(met, msgspec.structs.replace(met.view, launched=launched), policy) for launched in (False, True)}
+    return answers.pop() if len(answers) == 1 else Untold.LAUNCHED_NOT_RECORDED
+
+
+def _judge(met: Met, view: View, policy: CompiledPolicy) -> RecordedAnswer | Untold:
+    rule = GONE if view.vm_state is VmState.DELETED else policy.decide(view)
+    match rule.verdict:
+        case Verdict.DENY:
+            return _denied(met, rule)
+        case Verdict.REDUNDANT:
+            return _redundant(rule)
+        case Verdict.AFTER:
+            if rule.until_threshold_ms(view) > 0:
+                return _redundant(rule) if rule.before is Before.REDUNDANT else _denied(met, rule)
+        case Verdict.PREEMPT:
+            if CATALOGUE[view.operation].lane is not Lane.RECORD:
+                return _preempting(met, view, rule)
+        case Verdict.ADMIT:
+            if CATALOGUE[view.operation].lane is not Lane.RECORD and view.outstanding:
+                return _in_turn(met, view, rule, policy)
+        case _:
+            assert_never(rule.verdict)
+    return RecordedAnswer("admitted", rule.id)
+
+
+def _denied(met: Met, rule: Rule) -> RecordedAnswer:
+    """Return denied; or held, if it was held then: its hold applies to any denial."""
+    held = met.recorded.disposition == "held" and rule is not GONE
+    return RecordedAnswer("held" if held else "denied", rule.id, rule.code)
+
+
+def _redundant(rule: Rule) -> RecordedAnswer:
+    return RecordedAnswer("redundant", rule.id, rule.reason or "already")
+
+
+def _preempting(met: Met, view: View, rule: Rule) -> RecordedAnswer | Untold:
+    """Decide a preempting request: a repeated one is redundant while the first is queued, which the view does not show.
+
+    If the same rule decided then, its recorded answer holds.
+    """
+    if not view.outstanding & BIT[view.operation]:
+        return RecordedAnswer("admitted", rule.id)
+    if met.recorded.rule == rule.id and met.recorded.disposition == "admitted":
+        return RecordedAnswer("admitted", rule.id)
+    if met.recorded.rule == rule.id and met.recorded.disposition == "redundant":
+        return _redundant(rule)
+    return Untold.EARLIER_NOT_KNOWN
+
+
+def _in_turn(met: Met, view: View, rule: Rule, policy: CompiledPolicy) -> RecordedAnswer | Untold:
+    """Decide a queued request: admitted if the queue has room and the foreseen state permits it."""
+    room = _has_room(met, view, policy)
+    if room is False:
+        return _denied(met, QUEUE_FULL)
+    if rule.in_turn and view.outstanding & _STATE_BITS:
+        there = met.foreseen
+        if there is None:
+            return Untold.FORESEEN_NOT_RECORDED
+        settled = settled_view(
+            view, there.vm_state, view.tags, launched=there.launched, host_reachable=there.host_reachable
+        )
+        then = GONE if there.vm_state is VmState.DELETED else policy.decide(settled)
+        if then.verdict is Verdict.REDUNDANT:
+            return _redundant(then)
+        if then.verdict is not Verdict.ADMIT and then.verdict is not Verdict.PREEMPT:
+            return _denied(met, then)
+    return Untold.FORESEEN_NOT_RECORDED if room is None else RecordedAnswer("admitted", rule.id)
+
+
+def _has_room(met: Met, view: View, policy: CompiledPolicy) -> bool | None:
+    """Return whether the queue has room; None if it is unknown."""
+    if met.waiting is not None:
+        return met.waiting < policy.outstanding_max
+    # Each operation in the mask stands for at least one request.
+    return False if view.outstanding.bit_count() >= policy.outstanding_max else None

@@ -1,0 +1,1 @@
+"""The policy language: reading and validating policy files."""

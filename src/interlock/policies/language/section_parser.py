@@ -1,0 +1,423 @@
+"""Parsers of the sections of a policy file: `[names]`, `[[rule]]` and `[thresholds]`.
+
+A rule with `@same` or `@sources` differs for each operation and is expanded to one rule for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from enum import StrEnum
+from typing import Any, Final, TypeVar, assert_never
+
+from msgspec.structs import replace
+
+from interlock.core.conditions import CONDITIONS, Condition, Kind, Takes
+from interlock.core.durations import EXPECTED, parse_duration
+from interlock.core.operations import CATALOGUE, Operation
+from interlock.core.policy import DEFAULT_GRACE_MS, Before, MeasuredFrom, Rule, Verdict
+from interlock.policies.language.schema import (
+    CODE,
+    ID,
+    ID_LENGTH_MAX,
+    NAME,
+    NAMES_MAX,
+    RULE_KEYS,
+    SET_NAME,
+    SETS_MAX,
+    TEXT_LENGTH_MAX,
+    TEXTS_MAX,
+    THRESHOLD_PLACEHOLDER,
+    WORD_LENGTH_MAX,
+)
+from interlock.policies.language.source_location import Place, foreign_letters, is_text, nearest, shown
+from interlock.policies.language.vocabulary import (
+    CONDITION_WORDS,
+    HARD_VARIANTS,
+    KNOWN_WORDS,
+    NOTHING,
+    OPERATIONS,
+    RESERVED_GROUPS,
+    SAME,
+    SOURCES,
+    TASKS,
+    VM_STATES,
+    Dictionary,
+    UserSet,
+    listed,
+    phases_of,
+    plain,
+)
+
+NAMEABLE: Final = tuple(
+    dict.fromkeys((*OPERATIONS.words, *HARD_VARIANTS, *(word for word in TASKS.words if word != "none")))
+)
+"""The words that may have custom names."""
+_TAKEN: Final = KNOWN_WORDS | HARD_VARIANTS.keys()
+
+
+def read_names(
+    table: Mapping[str, Any], place: Place, base: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the custom names of each word, including inherited ones. Raises `PolicyError`."""
+    names = dict(base)
+    for key, value in table.items():
+        word = plain(key)
+        if word not in NAMEABLE:
+            raise place.at(key).key.error(
+                f"Unknown operation, hard variant or task state {shown(key)}.", nearest(word, NAMEABLE)
+            )
+        if word != key and word in table:
+            raise place.at(key).key.error(f"{word!r} is named twice.", "Write one list of names.")
+        names[word] = _names(word, value, place.at(key))
+    return names
+
+
+def _names(word: str, value: Any, place: Place) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not 0 < len(items) <= NAMES_MAX:
+        raise place.error(f"{word} must be a name, or a list of 1 to {NAMES_MAX} names.")
+    for number, name in enumerate(items):
+        here = place if isinstance(value, str) else place.at(number)
+        if not isinstance(name, str) or NAME.fullmatch(name) is None:
+            raise here.error(
+                f"Invalid name {shown(name)}: expected at most {WORD_LENGTH_MAX} letters, digits, '_' and '-'.",
+                foreign_letters(name) if isinstance(name, str) else None,
+            )
+        if plain(name) in _TAKEN and plain(name) != word:
+            raise here.error(f"Invalid name {shown(name)} for {word}: it is a word of the language.")
+        if name in items[:number]:
+            raise here.error(f"{word} has the name {name!r} twice.")
+    return tuple(items)
+
+
+def read_sets(
+    table: Mapping[str, Any], place: Place, base: Mapping[str, UserSet], names: Mapping[str, tuple[str, ...]]
+) -> dict[str, UserSet]:
+    """Return the sets of a policy, including inherited ones. Raises `PolicyError`."""
+    if len(table) > SETS_MAX:
+        beyond = list(table)[SETS_MAX]
+        raise place.at(beyond).key.error(f"A policy may have at most {SETS_MAX} sets.")
+    sets = dict(base)
+    for name, raw in table.items():
+        here = place.at(name)
+        if SET_NAME.fullmatch(name) is None:
+            raise here.key.error(
+                f"Invalid name of a set {shown(name)}: expected small letters, digits and '_'.",
+                foreign_letters(name),
+            )
+        if name in RESERVED_GROUPS:
+            raise here.key.error(f"Group @{name} already exists.", "Choose another name for the set.")
+        at: dict[str, int] = {}
+        for number, member in enumerate(listed(raw, f"The set {name}", here)):
+            at.setdefault(member, number)
+        sets[name] = UserSet(tuple(at), here, () if raw == "*" else tuple(at.values()))
+    words = KNOWN_WORDS | {plain(name) for called in names.values() for name in called}
+    for name in table:
+        for number, member in enumerate(sets[name].members):
+            _check_member(member, sets[name].place_of(number), sets, words)
+    return sets
+
+
+def _check_member(member: str, place: Place, sets: Mapping[str, UserSet], words: frozenset[str]) -> None:
+    word = plain(member)
+    if member.startswith("!"):
+        raise place.error(
+            f"Invalid member {shown(member)}: a set cannot exclude words.", "Write !… where the set is used."
+        )
+    if word.startswith("@"):
+        groups = (*sorted(RESERVED_GROUPS), *sets)
+        if word[1:] not in groups:
+            raise place.error(f"Unknown group {shown(member)[1:-1]}.", nearest(word[1:], groups))
+    elif word != "*" and word not in words:
+        raise place.error(f"Unknown word {shown(member)}.", nearest(word, sorted(words)))
+
+
+ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
+
+KEYS: Final = tuple(key.name for key in RULE_KEYS)
+"""The keys of a rule, in the order of the reference."""
+
+
+class _Table:
+    """One `[[rule]]`, with its position."""
+
+    def __init__(self, table: Mapping[str, Any], place: Place, line: int, dictionary: Dictionary) -> None:
+        self.table = table
+        self.place = place
+        self.source = f"{place.file}:{line}"
+        self.dictionary = dictionary
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.table
+
+    def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
+        value = self.table[key]
+        if not is_text(value, TEXT_LENGTH_MAX):
+            raise self.place.at(key).error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
+        if pattern is not None and pattern.fullmatch(value) is None:
+            shape = "letters, digits, '.', '_' and '-'" if pattern is ID else "small letters, digits and '_'"
+            length_max = ID_LENGTH_MAX if pattern is ID else WORD_LENGTH_MAX
+            raise self.place.at(key).error(
+                f"Invalid {key} {shown(value)}: expected at most {length_max} {shape}.", foreign_letters(value)
+            )
+        return str(value)
+
+    def optional_text(self, key: str, pattern: re.Pattern[str] | None = None) -> str | None:
+        return self.text(key, pattern) if key in self.table else None
+
+    def flag(self, key: str) -> bool | None:
+        if key not in self.table:
+            return None
+        value = self.table[key]
+        if not isinstance(value, bool):
+            raise self.place.at(key).error(f"{key} must be true or false.")
+        return value
+
+    def choice(self, key: str, kind: type[ChoiceT]) -> ChoiceT:
+        value = self.table[key]
+        known = [member.value for member in kind]
+        if not isinstance(value, str) or value not in known:
+            raise self.place.at(key).error(f"Invalid {key}: {shown(value)}.", nearest(shown(value), known))
+        return kind(value)
+
+    def duration_ms(self, key: str) -> int | None:
+        return read_duration(self.table[key], key, self.place.at(key)) if key in self.table else None
+
+
+def read_duration(value: Any, key: str, place: Place) -> int:
+    """Return milliseconds. Raises `PolicyError`."""
+    parsed = parse_duration(value) if isinstance(value, str) else None
+    if parsed is None:
+        raise place.error(f"Invalid {key}: {shown(value)}.", f"Expected {EXPECTED}.")
+    return parsed
+
+
+def read_rules(table: Mapping[str, Any], place: Place, line: int, dictionary: Dictionary) -> tuple[Rule, ...]:
+    """Return the rules of one `[[rule]]` that begins on `line`, in the order of the catalogue.
+
+    Raises:
+        PolicyError: with the position and what was expected.
+    """
+    source = _Table(table, place, line, dictionary)
+    _check_keys(source)
+    verdict = source.choice("verdict", Verdict)
+    _check_verdict(source, verdict)
+    operations = OPERATIONS.expand(table["operations"], "operations", place.at("operations"), dictionary)
+    rule_id = source.text("id", ID)
+    if not _varies(table):
+        return (_rule(source, verdict, rule_id, operations, None),)
+    several = len(operations) > 1
+    return tuple(
+        _rule(
+            source, verdict, f"{rule_id}.{operation.value}" if several else rule_id, frozenset({operation}), operation
+        )
+        for operation in Operation
+        if operation in operations
+    )
+
+
+def _check_keys(source: _Table) -> None:
+    for key in source.table:
+        if key not in KEYS:
+            raise source.place.at(key).key.error(f"Unknown key {shown(key)} in a rule.", nearest(key, KEYS))
+    for one in RULE_KEYS:
+        if one.required and one.name not in source:
+            raise source.place.key.error(f"This rule has no {one.name}.", f"Write {one.name} = ….")
+
+
+def _check_verdict(source: _Table, verdict: Verdict) -> None:
+    for one in RULE_KEYS:
+        key = one.name
+        if key in source and one.verdict not in (None, verdict):
+            raise source.place.at(key).key.error(
+                f"{key} is valid only with verdict = {one.verdict.value!r}; this rule's is {verdict.value!r}.",
+                f"Remove {key}, or change the verdict.",
+            )
+    if verdict is not Verdict.AFTER and THRESHOLD_PLACEHOLDER in (source.optional_text("because") or ""):
+        raise source.place.at("because").error(
+            f"because has {THRESHOLD_PLACEHOLDER}, and this rule has no threshold: its verdict is {verdict.value!r}.",
+            "Write the reason without it.",
+        )
+    if verdict is Verdict.AFTER and not source.duration_ms("threshold"):
+        place = source.place.at("threshold") if "threshold" in source else source.place.key
+        raise place.error(
+            'A rule with verdict = "after" needs a threshold greater than zero.',
+            'Write threshold = "3m", or verdict = "preempt" to take over at once.',
+        )
+
+
+def _varies(table: Mapping[str, Any]) -> bool:
+    groups = {f"@{SAME}", f"@{SOURCES}"}
+    kinds = (condition.key for condition in CONDITIONS if condition.kind.takes is Takes.KINDS)
+    lists = (table.get(key) for key in ("vm_state", "task_state", *kinds))
+    return any(
+        isinstance(item, str) and item.removeprefix("!") in groups
+        for items in lists
+        if isinstance(items, list)
+        for item in items
+    )
+
+
+def _rule(
+    source: _Table, verdict: Verdict, rule_id: str, operations: frozenset[Operation], of: Operation | None
+) -> Rule:
+    grace_ms = source.duration_ms("grace")
+    in_turn = source.flag("in_turn")
+    return Rule(
+        id=rule_id,
+        operations=operations,
+        verdict=verdict,
+        vm_states=_vm_states(source, of),
+        task_states=_task_states(source, of),
+        **{condition.field: _condition(source, condition, of) for condition in CONDITIONS},
+        threshold_ms=source.duration_ms("threshold"),
+        measured_from=source.choice("measured_from", MeasuredFrom)
+        if "measured_from" in source
+        else MeasuredFrom.LAST_PROGRESS,
+        before=source.choice("before", Before) if "before" in source else Before.DENY,
+        grace_ms=DEFAULT_GRACE_MS if grace_ms is None else grace_ms,
+        in_turn=True if in_turn is None else in_turn,
+        reason=source.optional_text("reason", CODE),
+        because=source.optional_text("because"),
+        fixed=source.flag("fixed") or False,
+        source=source.source,
+    )
+
+
+def _is_any(source: _Table, key: str) -> bool:
+    return key not in source or source.table[key] in ("*", ["*"])
+
+
+def _vm_states(source: _Table, of: Operation | None) -> frozenset[Any] | None:
+    if _is_any(source, "vm_state"):
+        return None
+    groups = None if of is None else {SOURCES: CATALOGUE[of].sources}
+    return VM_STATES.expand(
+        source.table["vm_state"], "vm_state", source.place.at("vm_state"), source.dictionary, groups
+    )
+
+
+def _task_states(source: _Table, of: Operation | None) -> frozenset[str] | None:
+    if _is_any(source, "task_state"):
+        return None
+    groups = None if of is None else {SAME: phases_of(of)}
+    return TASKS.expand(
+        source.table["task_state"], "task_state", source.place.at("task_state"), source.dictionary, groups
+    )
+
+
+def _condition(source: _Table, condition: Condition, of: Operation | None) -> Any:
+    """Return the value of a condition; None if the rule does not have it. Raises `PolicyError`."""
+    key = condition.key
+    if key not in source:
+        return None
+    match condition.kind.takes:
+        case Takes.FLAG:
+            return source.flag(key)
+        case Takes.TIME:
+            return source.duration_ms(key)
+        case Takes.KINDS:
+            return _kinds(source, key, of)
+        case Takes.WORDS:
+            return CONDITION_WORDS[key].expand(source.table[key], key, source.place.at(key), source.dictionary)
+        case Takes.TEXTS:
+            return _texts(source, key, condition.kind)
+        case _:
+            assert_never(condition.kind.takes)
+
+
+def _kinds(source: _Table, key: str, of: Operation | None) -> frozenset[Operation]:
+    raw, place = source.table[key], source.place.at(key)
+    items = listed(raw, key, place)
+    if NOTHING in items:
+        if raw != [NOTHING]:
+            raise place.at(items.index(NOTHING)).error(
+                f'"none" means that nothing is {key}, and cannot be combined with operations.'
+            )
+        return frozenset()
+    groups = None if of is None else {SAME: frozenset({of})}
+    return OPERATIONS.expand(raw, key, place, source.dictionary, groups)
+
+
+def _texts(source: _Table, key: str, kind: Kind) -> frozenset[str]:
+    place = source.place.at(key)
+    texts = listed(source.table[key], key, place)
+    message = f"{key} must be a list of 1 to {TEXTS_MAX} {kind.expected}."
+    if len(texts) > TEXTS_MAX:
+        raise place.at(TEXTS_MAX).error(message)
+    for number, text in enumerate(texts):
+        if kind.item.fullmatch(text) is None:
+            raise place.at(number).error(message)
+    return frozenset(texts)
+
+
+def changed(
+    rules: tuple[Rule, ...], families: Mapping[str, str], own: AbstractSet[str], table: Mapping[str, Any], place: Place
+) -> tuple[Rule, ...]:
+    """Return the rules of the extended policy with their new thresholds; single ids take precedence.
+
+    `families` maps the ids of expanded rules to the id as written; `own` has the ids of the file itself.
+
+    Raises:
+        PolicyError: rule not found, or its threshold cannot be changed.
+    """
+    if not table:
+        return rules
+    known = _Extended(rules, families)
+    given: dict[str, int] = {}
+    for name, value, here in sorted(_flat(table, place, ()), key=lambda one: one[0] in known.single):
+        meant = known.meant(name, own, here)
+        threshold_ms = read_duration(value, name, here)
+        if not threshold_ms:
+            raise here.error(f"Invalid threshold of {name}: it must be greater than zero.")
+        given.update(dict.fromkeys((rule.id for rule in meant), threshold_ms))
+    return tuple(replace(rule, threshold_ms=given.get(rule.id, rule.threshold_ms)) for rule in rules)
+
+
+class _Extended:
+    """The rules of the extended policy, by id and by the id of a family of expanded rules."""
+
+    def __init__(self, rules: tuple[Rule, ...], families: Mapping[str, str]) -> None:
+        self.single = {rule.id: rule for rule in rules}
+        self._family: dict[str, list[Rule]] = {}
+        for rule in rules:
+            if rule.id in families:
+                self._family.setdefault(families[rule.id], []).append(rule)
+
+    def meant(self, name: str, own: AbstractSet[str], place: Place) -> tuple[Rule, ...]:
+        if name in self.single:
+            rules: tuple[Rule, ...] = (self.single[name],)
+        elif name in self._family:
+            rules = tuple(self._family[name])
+        elif name in own:
+            raise place.key.error(
+                f"{shown(name)} is a rule of this file; [thresholds] changes rules of the extended policy.",
+                "Write the threshold in the rule.",
+            )
+        else:
+            choices = (
+                *self._family,
+                *(rule.id for rule in self.single.values() if rule.verdict is Verdict.AFTER),
+            )
+            raise place.key.error(f"Rule {shown(name)} not found in the extended policy.", nearest(name, choices))
+        first = rules[0]
+        if first.fixed:
+            raise place.key.error(f"The rule {name!r}, at {first.source}, is fixed and cannot be changed.")
+        if first.verdict is not Verdict.AFTER:
+            raise place.key.error(
+                f"The rule {name!r}, at {first.source}, has no threshold: its verdict is {first.verdict.value!r}.",
+                'Only the thresholds of rules with verdict = "after" can be changed.',
+            )
+        return rules
+
+
+def _flat(table: Mapping[str, Any], place: Place, before: tuple[str, ...]) -> Iterator[tuple[str, Any, Place]]:
+    """Yield ids and values. An unquoted id with a dot is read by TOML as a table."""
+    for key, value in table.items():
+        parts = (*before, key)
+        if isinstance(value, dict):
+            yield from _flat(value, place.at(key), parts)
+        else:
+            yield ".".join(parts), value, place.at(key)

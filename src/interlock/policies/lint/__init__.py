@@ -1,0 +1,6 @@
+"""Static checks of a policy, without walking its states."""
+
+from interlock.policies.lint.checker import check, check_file
+from interlock.policies.lint.findings import Finding, Severity
+
+__all__ = ["Finding", "Severity", "check", "check_file"]

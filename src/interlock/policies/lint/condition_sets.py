@@ -1,0 +1,224 @@
+"""Sets of views as products of conditions, with intersection and subtraction.
+
+A condition restricts a choice to some values, or requires that a set contains any, or none, of some members. Which
+values and members there are follows from the table of conditions and from the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from interlock.core.conditions import CONDITIONS, Choice, Condition, Conditions, Members, Takes
+from interlock.core.operations import BIT, TASK_OPERATION
+from interlock.core.states import NO_TASK
+
+
+class Literal(NamedTuple):
+    """One condition of a rule."""
+
+    test: str
+    """`is` on a choice, with the allowed values; `any` and `none` on a set, with its members."""
+    place: int
+    """The index of the choice or of the set."""
+    mask: int
+
+
+class Region(NamedTuple):
+    """A product of allowed values of each choice, and required and excluded members of each set."""
+
+    choices: tuple[int, ...]
+    wanted: tuple[frozenset[int], ...]
+    """For each set: masks, of each of which it contains a member."""
+    shunned: tuple[int, ...]
+    """For each set: the members it does not contain."""
+
+
+def meet(region: Region, literal: Literal) -> Region | None:
+    """Return the part of a region in which a condition holds; None if it is empty."""
+    if literal.test == "is":
+        return _choose(region, literal.place, literal.mask)
+    return (_want if literal.test == "any" else _shun)(region, literal.place, literal.mask)
+
+
+def miss(region: Region, literal: Literal) -> Region | None:
+    """Return the part of a region in which a condition does not hold; None if it is empty."""
+    if literal.test == "is":
+        return _choose(region, literal.place, ~literal.mask)
+    return (_shun if literal.test == "any" else _want)(region, literal.place, literal.mask)
+
+
+def within(region: Region, literals: Iterable[Literal]) -> Region | None:
+    """Return the part of a region in which all conditions hold; None if it is empty."""
+    left: Region | None = region
+    for literal in literals:
+        left = None if left is None else meet(left, literal)
+    return left
+
+
+def part_outside(
+    region: Region, before: Sequence[tuple[Literal, ...]], steps_max: int, *, undecided: bool
+) -> tuple[Region | None, int]:
+    """Search a region depth first for a part in which none of the conjunctions holds.
+
+    Return it, or None, and the number of subtractions. If they are more than `steps_max`, return a part in which one of
+    the conjunctions may hold if `undecided` is true, and else None.
+    """
+    pending, steps = [(region, 0)], 0
+    while pending:
+        piece, index = pending.pop()
+        outside: list[Region] | None = None
+        while outside is None and index < len(before):
+            steps += 1
+            if steps >= steps_max:
+                return (piece if undecided else None), steps
+            outside = _outside(piece, before[index])
+            index += 1
+        if outside is None:
+            return piece, steps
+        pending.extend((rest, index) for rest in reversed(outside))
+    return None, steps
+
+
+def _outside(region: Region, literals: tuple[Literal, ...]) -> list[Region] | None:
+    """Subtract the conjunction of some conditions from a region, in parts; None if they are disjoint."""
+    inside: Region | None = region
+    outside = []
+    for literal in literals:
+        assert inside is not None
+        rest = miss(inside, literal)
+        if rest is not None:
+            outside.append(rest)
+        inside = meet(inside, literal)
+        if inside is None:
+            return None
+    return outside
+
+
+def _choose(region: Region, index: int, mask: int) -> Region | None:
+    left = region.choices[index] & mask
+    if not left:
+        return None
+    if left == region.choices[index]:
+        return region
+    choices = (*region.choices[:index], left, *region.choices[index + 1 :])
+    return Region(choices, region.wanted, region.shunned)
+
+
+def _want(region: Region, index: int, mask: int) -> Region | None:
+    if not mask & ~region.shunned[index]:
+        return None
+    wanted = (*region.wanted[:index], region.wanted[index] | {mask}, *region.wanted[index + 1 :])
+    return Region(region.choices, wanted, region.shunned)
+
+
+def _shun(region: Region, index: int, mask: int) -> Region | None:
+    left = region.shunned[index] | mask
+    if any(not wanted & ~left for wanted in region.wanted[index]):
+        return None
+    shunned = (*region.shunned[:index], left, *region.shunned[index + 1 :])
+    return Region(region.choices, region.wanted, shunned)
+
+
+CHOICES: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Choice))
+SETS: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Members))
+_PLACE: Final = {one.reads: place for each in (CHOICES, SETS) for place, one in enumerate(each)}
+OUTSTANDING: Final = _PLACE["outstanding"]
+"""The index of the set of outstanding operations, whose masks are unions of `operations.BIT`."""
+
+
+class ConditionSpace:
+    """All values that some rules distinguish, as the axes of regions."""
+
+    def __init__(self, rules: Sequence[Conditions], moments_ms: Iterable[int] = ()) -> None:
+        """`moments_ms` are distinguished as silences besides those of the rules."""
+        self._values: list[tuple[Any, ...]] = []
+        self._bits: list[dict[Any, int]] = []
+        self._literals: dict[tuple[str, Any], Literal] = {}
+        for condition in CONDITIONS:
+            wanted = condition.wanted(rules)
+            match condition.kind:
+                case Choice() as kind:
+                    self._values.append(kind.values([*wanted, *(moments_ms if condition.reads == "silent_ms" else ())]))
+                case Members() as kind:
+                    members = kind.members(wanted)
+                    is_mask = condition.kind.takes is Takes.KINDS
+                    self._bits.append({one: BIT[one] if is_mask else 1 << n for n, one in enumerate(members)})
+
+    def everything(self, task_state: str) -> Region:
+        """Return the region of all views during a task, whose operation is outstanding."""
+        served = frozenset[int]() if task_state == NO_TASK else frozenset({BIT[TASK_OPERATION[task_state]]})
+        return Region(
+            choices=tuple((1 << len(values)) - 1 for values in self._values),
+            wanted=tuple(served if place == OUTSTANDING else frozenset() for place in range(len(SETS))),
+            shunned=(0,) * len(SETS),
+        )
+
+    def literals(self, rule: Conditions) -> tuple[Literal, ...]:
+        """Return the conditions of a rule."""
+        return tuple(
+            self._literal(condition, wanted)
+            for condition in (*CHOICES, *SETS)
+            if (wanted := condition.of(rule)) is not None
+        )
+
+    def _literal(self, condition: Condition, wanted: Any) -> Literal:
+        key = (condition.reads, wanted)
+        known = self._literals.get(key)
+        if known is None:
+            if isinstance(condition.kind, Choice):
+                known = self.choice(condition.reads, condition.kind.test(wanted))
+            else:
+                known = self.any_of(condition.reads, wanted) if wanted else self.only(condition.reads, ())
+            self._literals[key] = known
+        return known
+
+    def choice(self, reads: str, accepts: Callable[[Any], object]) -> Literal:
+        """Return the condition that a value is accepted."""
+        place = _PLACE[reads]
+        mask = sum(1 << number for number, value in enumerate(self._values[place]) if accepts(value))
+        return Literal("is", place, mask)
+
+    def silent_for(self, at_least_ms: int) -> Literal:
+        """Return the condition on silence; a time past all that are distinguished counts as the longest of them."""
+        longest = self._values[_PLACE["silent_ms"]][-1]
+        return self.choice("silent_ms", min(at_least_ms, longest).__le__)
+
+    def any_of(self, reads: str, members: Iterable[Any]) -> Literal:
+        """Return the condition that a set has any of these members."""
+        place = _PLACE[reads]
+        return Literal("any", place, sum(self._bits[place][one] for one in members))
+
+    def only(self, reads: str, members: Iterable[Any]) -> Literal:
+        """Return the condition that a set has no other members."""
+        place = _PLACE[reads]
+        kept = set(members)
+        return Literal("none", place, sum(bit for one, bit in self._bits[place].items() if one not in kept))
+
+    def view_values(self, region: Region) -> dict[str, Any]:
+        """Return the fields of a view in a region that is not empty: the most ordinary values, and few members."""
+        found = {}
+        for condition, values, left in zip(CHOICES, self._values, region.choices, strict=True):
+            found[condition.reads] = values[(left & -left).bit_length() - 1]
+        for condition, members in zip(SETS, self.chosen_members(region), strict=True):
+            assert isinstance(condition.kind, Members)
+            found[condition.reads] = condition.kind.with_members(condition.usual, members)
+        return found
+
+    def chosen_members(self, region: Region) -> list[list[Any]]:
+        """Return for each of `SETS` few members that it has somewhere in the region."""
+        return [
+            [one for one, bit in bits.items() if mask & bit]
+            for bits, wanted, shunned in zip(self._bits, region.wanted, region.shunned, strict=True)
+            for mask in (_few(wanted, shunned),)
+        ]
+
+
+def _few(wanted: frozenset[int], shunned: int) -> int:
+    """Return a small set with a member of each mask and no excluded one (greedy)."""
+    members = 0
+    for mask in sorted(wanted):
+        if not members & mask:
+            allowed = mask & ~shunned
+            members |= allowed & -allowed
+    return members

@@ -1,0 +1,219 @@
+"""Lint: dead rules, which never decide, and the rules that shadow them.
+
+A rule is dead if it decides no view at all: its conditions contradict each other, or earlier rules match all that it
+matches. Where the analysis exceeds its limits, a rule counts as reachable.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cached_property
+
+from interlock.core.conditions import CONDITIONS
+from interlock.core.operations import Operation
+from interlock.core.policy import Rule
+from interlock.policies.lint.condition_sets import Literal
+from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, written
+from interlock.policies.lint.reachability import Cell, Reaching, states_of
+
+_CAUSES_MAX = 40
+"""Up to how many shadowing rules are reduced to the necessary ones."""
+_CELLS_MAX = 200
+"""In how many cells two rules are compared: a pair that overlaps does so in the first few."""
+
+
+class DeadRules:
+    """The dead-rule lint of one policy."""
+
+    def __init__(self, reaching: Reaching, own_file: str) -> None:
+        self._reaching = reaching
+        self.own_file = own_file
+        self.written = written(reaching.rules)
+        self._named = {number: one for one in self.written for number in one.numbers}
+
+    @cached_property
+    def reached(self) -> dict[int, set[Operation]]:
+        """The rules that decide some view, each with the operations for which they do."""
+        found: dict[int, set[Operation]] = {}
+        for cells in self._reaching.alike:
+            cell = cells[0]
+            for number in self._reaching.asked(cell):
+                if cell.operation not in found.get(number, ()) and self._reaching.decides(number, cell) is not None:
+                    found.setdefault(number, set()).add(cell.operation)
+        for number, rule in enumerate(self._reaching.rules):
+            if number not in found and rule.vm_states is not None:
+                # `equivalent_cells` leaves out deleted instances.
+                for cell in self._reaching.matching(number):
+                    if self._reaching.decides(number, cell) is not None:
+                        found.setdefault(number, set()).add(cell.operation)
+        return found
+
+    def findings(self) -> Iterator[Finding]:
+        for one in self.written:
+            alive = [number for number in one.numbers if number in self.reached]
+            if not alive:
+                yield self._dead(one)
+                continue
+            against = self._against_fixed(one)
+            if against is not None:
+                yield against
+            elif one.file == self.own_file:
+                yield from self._idle_part(one)
+
+    def _dead(self, one: Written) -> Finding:
+        causes = self._causes(one)
+        if not causes:
+            return Finding(
+                severity=Severity.ERROR,
+                code="contradiction",
+                rule=one.id,
+                place=one.rule.source,
+                message=f"{one.id!r} can never hold: its conditions contradict each other.",
+                remedy=_contradiction_remedy(one.rule),
+            )
+        rules = [self._reaching.rules[number] for number in causes]
+        named = some(self.cite(number) for number in causes)
+        if one.file == self.own_file and all(rule.fixed and file_of(rule) != self.own_file for rule in rules):
+            otherwise = any(rule.verdict is not one.rule.verdict for rule in rules)
+            return Finding(
+                severity=Severity.ERROR,
+                code="against-fixed" if otherwise else "unreachable",
+                rule=one.id,
+                place=one.rule.source,
+                message=f"{one.id!r} never decides: everything it matches is decided by fixed {named}.",
+                remedy="Remove it. A policy cannot change what a fixed rule of its base decides.",
+            )
+        if one.file != self.own_file and any(file_of(rule) != one.file for rule in rules):
+            return Finding(
+                severity=Severity.NOTE,
+                code="overruled",
+                rule=one.id,
+                place=one.rule.source,
+                message=f"{one.id!r} is overridden entirely by {named}.",
+                detail=True,
+            )
+        return Finding(
+            severity=Severity.ERROR,
+            code="unreachable",
+            rule=one.id,
+            place=one.rule.source,
+            message=f"{one.id!r} never decides: everything it matches is decided before it, by {named}.",
+            remedy=f"Move it before {self._reaching.rules[causes[0]].id!r}, narrow that rule, or remove this one.",
+        )
+
+    def _causes(self, one: Written, operations: Container[Operation] = frozenset(Operation)) -> list[int]:
+        """Return the earlier rules that shadow a rule."""
+        return self.takers(
+            {
+                number: [cell for cell in self._reaching.matching(number) if cell.operation in operations]
+                for number in one.numbers
+            }
+        )
+
+    def takers(self, cells: Mapping[int, Iterable[Cell]], *more: Literal) -> list[int]:
+        """Return the rules that shadow others where `more` holds, in some of their cells.
+
+        Only those that are needed, the ones that shadow most first.
+        """
+        taken: Counter[int] = Counter()
+        places = [(number, *kind) for number, each in cells.items() for kind in self._reaching.unlike(number, each)]
+        for number, cell, count in places:
+            if self._reaching.can_hold(number, cell, *more):
+                for earlier in self._reaching.asked(cell):
+                    if earlier < number and self._reaching.overlapping(number, earlier, cell, *more):
+                        taken[earlier] += count
+        needed = [earlier for earlier, _ in sorted(taken.items(), key=lambda item: (-item[1], -item[0]))]
+        if len(needed) <= _CAUSES_MAX:
+            for spare in sorted(needed, key=lambda earlier: (taken[earlier], -earlier)):
+                rest = [earlier for earlier in needed if earlier != spare]
+                if not any(self._reaching.survives(number, cell, rest, *more) for number, cell, _ in places):
+                    needed = rest
+        firsts: dict[str, int] = {}
+        for earlier in needed:
+            firsts.setdefault(self._named[earlier].id, earlier)
+        return list(firsts.values())
+
+    def cite(self, number: int) -> str:
+        """Format a rule for a message: its id as written, and its position."""
+        one = self._named[number]
+        return f"{one.id!r} ({one.rule.source})"
+
+    def _against_fixed(self, one: Written) -> Finding | None:
+        """Find a fixed rule of the base that decides otherwise what this rule names explicitly."""
+        if one.file != self.own_file:
+            return None
+        for fixed, rule in enumerate(self._reaching.rules):
+            if not rule.fixed or file_of(rule) == self.own_file or _same_answer(rule, one.rule):
+                continue
+            met = next((number for number in one.numbers if self._meet(number, fixed)), None)
+            if met is not None and _is_named(one.rule, rule):
+                return Finding(
+                    severity=Severity.WARNING,
+                    code="partly-against-fixed",
+                    rule=one.id,
+                    place=one.rule.source,
+                    message=f"Part of what {one.id!r} matches is decided by fixed {self.cite(fixed)} instead: "
+                    f"{_reason(rule)}.",
+                    remedy="Leave that part out: it has no effect.",
+                )
+        return None
+
+    def _meet(self, number: int, fixed: int) -> bool:
+        one, other = self._reaching.rules[number], self._reaching.rules[fixed]
+        tasks = [rule.task_states for rule in (one, other) if rule.task_states is not None]
+        common = frozenset.intersection(*tasks) if tasks else None
+        looked_at = 0
+        for cell in self._reaching.matching(number):
+            if cell.operation not in other.operations or cell.vm_state not in states_of(other):
+                continue
+            if common is not None and cell.task_state not in common:
+                continue
+            if self._reaching.overlapping(number, fixed, cell):
+                return True
+            looked_at += 1
+            if looked_at > _CELLS_MAX:
+                break
+        return False
+
+    def _idle_part(self, one: Written) -> Iterator[Finding]:
+        """Find operations that a rule names and never decides."""
+        named = {operation for number in one.numbers for operation in self._reaching.rules[number].operations}
+        idle = named - {operation for number in one.numbers for operation in self.reached.get(number, ())}
+        if not idle or named == set(Operation):
+            return
+        causes = self._causes(one, idle)
+        yield Finding(
+            severity=Severity.NOTE,
+            code="idle-part",
+            rule=one.id,
+            place=one.rule.source,
+            message=f"{one.id!r} never decides for {operations_text(idle)}"
+            + (f": decided before it, by {some(map(self.cite, causes))}." if causes else "."),
+            detail=True,
+        )
+
+
+def _same_answer(one: Rule, other: Rule) -> bool:
+    return one.verdict is other.verdict
+
+
+def _reason(rule: Rule) -> str:
+    return rule.because.removesuffix(".") if rule.because else f"{rule.verdict.value} ({rule.code})"
+
+
+def _is_named(one: Rule, fixed: Rule) -> bool:
+    """Return whether a rule names what a fixed rule matches, rather than merely not excluding it.
+
+    Every rule without `roles` matches readers too; a finding for each would hide those that matter.
+    """
+    both = (each.of(one) is not None and each.of(fixed) is not None for each in CONDITIONS if each.reads != "silent_ms")
+    if any(both):
+        return True
+    return fixed.operations <= one.operations and one.operations != frozenset(Operation)
+
+
+def _contradiction_remedy(rule: Rule) -> str:
+    if rule.outstanding == frozenset() and rule.task_states is not None:
+        return "During a task, its operation is outstanding; leave out one of the two conditions."
+    return "Leave out one of the conditions."

@@ -1,0 +1,289 @@
+"""Lint: states of an instance without exit, and states in which it cannot be deleted.
+
+Looks at single decisions; `exploring` checks what a hung operation does to a queue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from operator import not_
+from typing import Final
+
+from interlock.core.durations import DURATION_MAX_MS
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.state_stack import evacuated
+from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
+from interlock.core.views import View
+from interlock.policies.lint.condition_sets import Literal
+from interlock.policies.lint.findings import Finding, Severity, states_text
+from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together
+
+Pair = tuple[VmState, str]
+
+DELETIONS: Final = frozenset({Operation.DELETE, Operation.FORCE_DELETE})
+_ENDS: Final = frozenset({VmState.DELETED, VmState.MIGRATED_OUT})
+_STATES: Final = tuple(state for state in VmState if state is not VmState.DELETED)
+_COMPONENT_KINDS: Final = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
+
+
+class WaysOut:
+    """The exit lint of one policy."""
+
+    def __init__(self, policy: Policy, reaching: Reaching) -> None:
+        self._compiled = CompiledPolicy(policy)
+        self._reaching = reaching
+        self._rules = reaching.rules
+
+    @cached_property
+    def permitted(self) -> dict[Pair, set[Operation]]:
+        """The operations that an administrator may perform, now or later, in each (vm_state, task_state).
+
+        For an unlocked instance that blocks nothing, with only the task in service outstanding.
+        """
+        found: dict[Pair, set[Operation]] = {(state, task): set() for state in _STATES for task in TASKS}
+        for cells in self._reaching.alike:
+            if self._ever(cells[0]):
+                for cell in cells:
+                    found[cell.vm_state, cell.task_state].add(cell.operation)
+        return found
+
+    def _ever(self, cell: Cell) -> bool:
+        reaching = self._reaching
+        served = _COMPONENT_KINDS if cell.task_state == NO_TASK else (TASK_OPERATION[cell.task_state],)
+        space = reaching.space
+        plain = (
+            space.choice("role", "admin".__eq__),
+            space.choice("blocked", not_),
+            space.only("outstanding", served),
+        )
+        return any(permits_somewhen(reaching, number, cell, *plain) for number in reaching.asked(cell))
+
+    @cached_property
+    def inhabited(self) -> frozenset[VmState]:
+        """The vm_states that are reachable under the policy without `reset_state`."""
+        found = {VmState.BUILDING}
+        pending = [VmState.BUILDING]
+        while pending:
+            state = pending.pop()
+            for there in self._led_to(state, found) - found:
+                found.add(there)
+                pending.append(there)
+            if not pending:
+                # Operations that restore a past vm_state depend on all that were found: iterate to a fixpoint.
+                pending = [one for one in found if self._led_to(one, found) - found]
+        return frozenset(found)
+
+    def _led_to(self, state: VmState, found: Iterable[VmState]) -> set[VmState]:
+        there = {VmState.STOPPED, VmState.ERROR} if state in LEFT_AT_END else set()
+        for operation in self._permitted_in(state):
+            entry = CATALOGUE[operation]
+            if entry.on_failure is not None:
+                there.add(entry.on_failure)
+            match entry.to:
+                case Target.SAME:
+                    pass
+                case Target.REPAIRED:
+                    there |= {VmState.ACTIVE} if state is VmState.ERROR else set()
+                case Target.EVACUATED:
+                    there.add(evacuated(state, ())[0])
+                case Target.PRIOR | Target.PRESENT:
+                    there |= {VmState.ACTIVE, *(each for each in found if each not in _ENDS)}
+                case target:
+                    there.add(target)
+        return there
+
+    def _permitted_in(self, state: VmState) -> set[Operation]:
+        if state is VmState.DELETED:
+            return set()
+        tasks = (task for task in TASKS if can_be_together(state, task))
+        return set[Operation]().union(*(self.permitted[state, task] for task in tasks))
+
+    def findings(self) -> Iterator[Finding]:
+        nothing: set[Pair] = set()
+        only_deletion: set[Pair] = set()
+        dead_ends: set[Pair] = set()
+        for (state, task), operations in self.permitted.items():
+            if not can_be_together(state, task):
+                continue
+            useful = {operation for operation in operations if CATALOGUE[operation].lane is not Lane.RECORD}
+            if not useful and Operation.RESET_STATE not in operations:
+                nothing.add((state, task))
+            elif task != NO_TASK and not useful - DELETIONS and TASK_OPERATION[task] not in DELETIONS:
+                only_deletion.add((state, task))
+            elif task == NO_TASK and state in self.inhabited - _ENDS and not any(map(_leads_on, useful - DELETIONS)):
+                dead_ends.add((state, task))
+        yield from self._findings(
+            nothing, Severity.ERROR, "no-exit",
+            "Nothing is ever admitted, now or later, when the instance is {}: it can never leave.",
+            "Admit delete there, and what repairs the instance.",
+        )  # fmt: skip
+        yield from self._findings(
+            dead_ends, Severity.WARNING, "dead-end",
+            "Operations lead to {}, and from there only a deletion or a reset leads on.",
+            "Admit what brings the instance back, such as start or rebuild, if it is meant to come back.",
+        )  # fmt: skip
+        yield from self._findings(
+            only_deletion, Severity.NOTE, "only-deletion",
+            "If the task hangs, only a deletion or a reset gets the instance out of {}.",
+            'Add a rule with verdict = "after", which takes over from a task without progress.',
+        )  # fmt: skip
+        yield from self._undeletable(nothing)
+
+    def _findings(
+        self, pairs: set[Pair], severity: Severity, code: str, message: str, remedy: str
+    ) -> Iterator[Finding]:  # fmt: skip
+        if pairs:
+            rule = self._refuser(pairs)
+            yield Finding(
+                severity=severity,
+                code=code,
+                rule=rule.id if rule else None,
+                place=self._place(rule),
+                message=message.format(states_text(pairs)),
+                remedy=remedy,
+            )
+
+    def _place(self, rule: Rule | None) -> str:
+        return rule.source if rule is not None and rule.source else self._rules[0].source
+
+    def _refuser(self, pairs: set[Pair], operations: Iterable[Operation] = Operation) -> Rule | None:
+        """Return the rule that denies most in some states."""
+        refused: Counter[str] = Counter()
+        rules: dict[str, Rule] = {}
+        for state, task in pairs:
+            for operation in operations:
+                rule = self._compiled.decide(_plain(operation, state, task))
+                if rule.verdict is Verdict.DENY:
+                    refused[rule.id] += 1
+                    rules[rule.id] = rule
+        return rules[refused.most_common(1)[0][0]] if refused else None
+
+    def _undeletable(self, known: set[Pair]) -> Iterator[Finding]:
+        """Find states in which an instance cannot be deleted (law 5)."""
+        refused: dict[tuple[str, str], set[Pair]] = {}
+        waiting: dict[Pair, Rule] = {}
+        for state in _STATES:
+            for task in TASKS:
+                if (state, task) in known or not can_be_together(state, task):
+                    continue
+                for condition, views in self._circumstances(state, task):
+                    rules = [self._compiled.decide(view) for view in views]
+                    if not any(map(_gets_there, rules, views)):
+                        refused.setdefault((rules[0].id, condition), set()).add((state, task))
+                if task != NO_TASK and (rule := self._only_waits(state, task)) is not None:
+                    waiting[state, task] = rule
+        by_id = {rule.id: rule for rule in self._rules}
+        for (rule_id, condition), pairs in refused.items():
+            yield Finding(
+                severity=Severity.ERROR,
+                code="delete-refused",
+                rule=rule_id,
+                place=self._place(by_id.get(rule_id)),
+                message=f"Neither delete nor force_delete is ever admitted when the instance is {states_text(pairs)}"
+                f"{condition}.",
+                remedy='Admit delete there: verdict = "preempt" at once, or "after" with a threshold.',
+            )
+        if waiting:
+            first = next(iter(waiting.values()))
+            yield Finding(
+                severity=Severity.WARNING,
+                code="delete-waits",
+                rule=first.id,
+                place=self._place(first),
+                message=f"Delete only waits its turn in {states_text(waiting)}: if the task hangs, it waits for ever.",
+                remedy='Give delete the verdict "preempt", or "after" with a threshold.',
+            )
+
+    def decided(
+        self, operation: Operation, state: VmState, task: str, *, hard: bool, silent_ms: int = DURATION_MAX_MS
+    ) -> Rule:
+        """Return the rule for an administrator, with only a task outstanding that was silent for `silent_ms`."""
+        return self._compiled.decide(_plain(operation, state, task, hard=hard, silent_ms=silent_ms))
+
+    def _circumstances(self, state: VmState, task: str) -> Iterator[tuple[str, list[View]]]:
+        """Yield circumstances that rules about deletion distinguish: wording, and the views of each deletion."""
+        wanted = {number for operation in DELETIONS for number in self._asked(operation, state, task)}
+        kinds = {kind for number in wanted for kind in self._rules[number].outstanding or ()}
+        for launched in (True, False):
+            if not launched and all(self._rules[number].launched is None for number in wanted):
+                continue
+            for reachable in (True, False):
+                if not reachable and all(self._rules[number].host_reachable is None for number in wanted):
+                    continue
+                for kind in (None, *(one for one in Operation if one in kinds)):
+                    words = [] if launched else [" and has never run"]
+                    words += [] if reachable else [" and its host is unreachable"]
+                    words += [] if kind is None else [f" and {kind.value} is outstanding"]
+                    more = 0 if kind is None else BIT[kind]
+                    yield (
+                        "".join(words),
+                        [
+                            _plain(operation, state, task, more=more, launched=launched, reachable=reachable, hard=hard)
+                            for operation in (Operation.DELETE, Operation.FORCE_DELETE)
+                            for hard in (False, True)
+                        ],
+                    )
+
+    def _asked(self, operation: Operation, state: VmState, task: str) -> tuple[int, ...]:
+        return self._reaching.asked(Cell(operation, state, task))
+
+    def _only_waits(self, state: VmState, task: str) -> Rule | None:
+        """Return the rule that queues a deletion, if none lets it preempt or take over."""
+        rules = [self._compiled.decide(_plain(operation, state, task)) for operation in DELETIONS]
+        if any(rule.verdict in (Verdict.PREEMPT, Verdict.AFTER) for rule in rules):
+            return None
+        return next((rule for rule in rules if rule.verdict is Verdict.ADMIT), None)
+
+
+def permits_somewhen(reaching: Reaching, number: int, cell: Cell, *more: Literal) -> View | None:
+    """Return a view in which a rule permits the operation, at once or after its threshold; None if there is none."""
+    rule = reaching.rules[number]
+    if rule.verdict in (Verdict.ADMIT, Verdict.PREEMPT):
+        return reaching.decides(number, cell, *more)
+    if rule.verdict is not Verdict.AFTER:
+        return None
+    if rule.measured_from is MeasuredFrom.LAST_PROGRESS:
+        more = (*more, reaching.space.silent_for(rule.threshold_ms or 0))
+    return reaching.decides(number, cell, *more)
+
+
+def _gets_there(rule: Rule, view: View) -> bool:
+    if rule.verdict is Verdict.REDUNDANT:
+        # The outstanding deletion will succeed, or be taken over in its turn.
+        return bool(view.outstanding & sum(BIT[operation] for operation in DELETIONS))
+    return rule.verdict is not Verdict.DENY
+
+
+def _leads_on(operation: Operation) -> bool:
+    entry = CATALOGUE[operation]
+    return entry.lane is Lane.STATE and entry.to is not Target.SAME and entry.to not in _ENDS
+
+
+def _plain(
+    operation: Operation,
+    state: VmState,
+    task: str,
+    *,
+    more: int = 0,
+    launched: bool = True,
+    reachable: bool = True,
+    hard: bool = False,
+    silent_ms: int = DURATION_MAX_MS,
+) -> View:
+    """Build the view of an administrator's submission, by default after the longest silence."""
+    served = 0 if task == NO_TASK else BIT[TASK_OPERATION[task]]
+    return View(
+        operation=operation,
+        vm_state=state,
+        task_state=task,
+        outstanding=served | more,
+        role="admin",
+        host_reachable=reachable,
+        hard=hard,
+        silent_ms=silent_ms,
+        running_ms=silent_ms,
+        launched=launched,
+    )

@@ -1,0 +1,158 @@
+"""Counterexamples: the shortest path to a packed state, as rehearsal events that were replayed on the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from interlock.core.errors import BrokenInvariant
+from interlock.core.operations import Lane
+from interlock.core.policy import Verdict
+from interlock.core.records import SERVED, Instance, Request
+from interlock.policies.model_checker.actions import SubmissionKind
+from interlock.policies.model_checker.model import Model
+from interlock.policies.model_checker.steps import Action
+from interlock.policies.model_checker.timing import AGEING, TraceStep, moments, with_signs_of_life
+from interlock.policies.model_checker.visited_states import Visited
+from interlock.policies.rehearsal.events import read_line
+from interlock.policies.rehearsal.runner import Rehearsal
+
+_encode = msgspec.json.Encoder().encode
+_OUTCOMES: Final = {Action.SUCCEED: "succeeded", Action.FAIL: "failed", Action.INTERRUPT: "interrupted"}
+_GUEST: Final = {Action.GUEST_STOPPED: "stopped", Action.GUEST_CRASHED: "crashed", Action.GUEST_RESET: "reset"}
+_TAKEN: Final = {Action.TAKE: Lane.STATE, Action.TAKE_COMPONENT: Lane.COMPONENT}
+
+
+class CounterexampleBuilder:
+    """Builds counterexamples from the states of one search."""
+
+    def __init__(self, model: Model, visited: Visited) -> None:
+        self._model = model
+        self._visited = visited
+
+    def build(self, state: int, action: int | None) -> tuple[str, ...] | None:
+        """Return the events that lead to a state, and then the action; None if the path has no possible timing.
+
+        Raises:
+            BrokenInvariant: the core reaches other states than the search.
+        """
+        trace = self._trace(state)
+        for path in with_signs_of_life(self._model, trace):
+            times = self._moments(path)
+            if times is not None:
+                return self._replayed(*self._without_spare_steps(path, times), action)
+        return None
+
+    def _moments(self, trace: list[TraceStep]) -> list[int] | None:
+        return moments(self._model, trace, lambda at: self._grace_ms(trace, at))
+
+    def _without_spare_steps(self, trace: list[TraceStep], times: list[int]) -> tuple[list[TraceStep], list[int]]:
+        """Drop the signs of life that the path does not need."""
+        for at in range(len(trace) - 1, 0, -1):
+            if trace[at].word == trace[at - 1].word:
+                shorter = trace[:at] + trace[at + 1 :]
+                found = self._moments(shorter)
+                if found is not None:
+                    trace, times = shorter, found
+        return trace, times
+
+    def _trace(self, state: int) -> list[TraceStep]:
+        trace = []
+        while state >= 0:
+            trace.append(TraceStep(self._visited.action(state), int(self._visited.words[state])))
+            state = self._visited.parent(state)
+        return trace[::-1]
+
+    def _grace_ms(self, trace: list[TraceStep], at: int) -> int | None:
+        """Return the grace period of a preempting submission, or None for another step."""
+        number = trace[at].action - Action.SUBMIT
+        if number < 0:
+            return None
+        rule = self._model.gate.rule(trace[at - 1].word, number)
+        return rule.grace_ms if rule.verdict is Verdict.PREEMPT else None
+
+    def _replayed(self, trace: list[TraceStep], times: list[int], tried: int | None) -> tuple[str, ...]:
+        """Replay the path on the core, comparing every state, and return its events."""
+        model = self._model
+        stage = Rehearsal(model.alphabet.policy)
+        lines: list[str] = []
+
+        def play(event: dict[str, Any]) -> dict[str, Any]:
+            line = _encode(event).decode()
+            lines.append(line)
+            return stage.play(*read_line(line))
+
+        start = model.alphabet.bases[model.layout.base.one(trace[0].word)]
+        play({"instance": {"vm_state": start.vm_state.value, "role": model.alphabet.role}})
+        for at in range(1, len(trace)):
+            waited_ms = times[at] - times[at - 1]
+            if waited_ms:
+                play({"advance": _duration(waited_ms)})
+            for event in self._events(trace[at].action, stage.instance):
+                play(event)
+            if at + 1 < len(trace) and trace[at].action in AGEING and trace[at + 1].action in AGEING:
+                continue
+            if model.encoding.pack(stage.instance, stage.now_ms) != self._without_faults(trace[at].word):
+                raise BrokenInvariant(f"The core reaches another state than the search: {' '.join(lines)}")
+        if tried is not None:
+            for event in self._events(tried, stage.instance):
+                answer = play(event)
+                if answer.get("retry_after"):
+                    play({"advance": answer["retry_after"]})
+                    play(event)
+        return tuple(lines)
+
+    def _without_faults(self, word: int) -> int:
+        return word & ~self._model.layout.faults.mask
+
+    def _events(self, action: int, instance: Instance) -> Iterator[dict[str, Any]]:
+        """Yield the rehearsal events of an action; none where only time passes."""
+        state, component = instance.served(Lane.STATE), instance.served(Lane.COMPONENT)
+        if action >= Action.SUBMIT:
+            submission = self._model.alphabet.submissions[action - Action.SUBMIT]
+            yield {
+                "submit": submission.operation.value,
+                **({"parameters": submission.parameters} if submission.parameters else {}),
+                **self._caller(submission),
+            }
+        elif action >= Action.CANCEL_COMPONENT:
+            yield {"cancel": _waiting(instance, Lane.COMPONENT)[action - Action.CANCEL_COMPONENT].id}
+        elif action >= Action.CANCEL:
+            yield {"cancel": _waiting(instance, Lane.STATE)[action - Action.CANCEL].id}
+        elif action in _TAKEN:
+            yield {"take": _TAKEN[Action(action)].value}
+        elif action in _GUEST:
+            yield {"observe": _GUEST[Action(action)]}
+        elif action == Action.ADOPT:
+            yield {"adopt": True}
+        elif action == Action.FINISH_COMPONENT and component is not None:
+            yield {"finish": component.operation.value, "outcome": "succeeded"}
+        elif action == Action.COMPONENT_LIFE and component is not None:
+            yield {"progress": component.id}
+        elif state is not None:
+            yield from self._reports(action, state)
+
+    def _caller(self, submission: SubmissionKind) -> dict[str, Any]:
+        """Return who asks, where that makes a difference; the role is that of all submissions."""
+        if len(self._model.alphabet.callers(submission.operation)) == 1:
+            return {}
+        return {field: value for field, value in submission.caller if field != "role"}
+
+    def _reports(self, action: int, state: Request) -> Iterator[dict[str, Any]]:
+        if action in _OUTCOMES:
+            yield {"finish": state.operation.value, "outcome": _OUTCOMES[Action(action)]}
+        elif action == Action.LIFE:
+            yield {"progress": state.id}
+        elif action == Action.PHASE:
+            phases = self._model.alphabet.phases(state.operation, hard=state.hard)
+            yield {"progress": state.id, "phase": phases[phases.index(state.phase or "") + 1]}
+
+
+def _waiting(instance: Instance, lane: Lane) -> list[Request]:
+    return [one for one in instance.outstanding if one.status not in SERVED and one.lane is lane]
+
+
+def _duration(milliseconds: int) -> str:
+    return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"

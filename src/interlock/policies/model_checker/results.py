@@ -1,0 +1,94 @@
+"""Laws and result records of the model checker: states explored, counterexamples, and exits of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+import msgspec
+
+from interlock.core.operations import Lane, Operation
+from interlock.core.records import Instance
+from interlock.core.states import VmState
+
+LAWS: Final = {
+    1: "one at a time",
+    2: "a promise",
+    3: "one end",
+    4: "the fence holds",
+    5: "never stuck",
+    7: "success is settled",
+    8: "every answer explains itself",
+}
+"""The names of the laws that are checked on policies and in the tests of the core."""
+
+
+class Breach(msgspec.Struct, frozen=True):
+    """A law that a step violated, and how. `what` names no ids, so that the same mistake always has the same text."""
+
+    law: int
+    what: str
+
+
+class Violation(msgspec.Struct, frozen=True, kw_only=True):
+    """A violated law, with the shortest counterexample found."""
+
+    law: int
+    what: str
+    story: tuple[str, ...]
+    """The counterexample: events of `interlock rehearse`, one JSON object each. The last violates the law, or leads to
+    the state that does."""
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """What is admitted in one vm_state and task_state if its worker never reports again."""
+
+    vm_state: VmState
+    task_state: str
+    takeovers: tuple[Operation, ...]
+    """Operations that take over or preempt the task, without deletions and `reset_state`."""
+    queued: tuple[Operation, ...]
+    """Operations that are admitted and then wait behind the task for ever."""
+
+
+class Exploration(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one exploration."""
+
+    states: int
+    transitions: int
+    """Transitions followed, to known states and new ones."""
+    complete: bool
+    """False if the search ended at its bound of states or time."""
+    operations: tuple[Operation, ...]
+    """The operations submitted, one for each symmetry class."""
+    outstanding_max: int
+    violations: tuple[Violation, ...]
+    """One for each kind of violation, shortest counterexample first."""
+    undecided: tuple[str, ...] = ()
+    """Possible violations in states for which no counterexample was found; `complete` is then false."""
+    seconds: float = 0.0
+    """Duration of the search and the liveness check."""
+    depth: int = 0
+    """Steps from an initial state to the farthest state."""
+    exits: tuple[Exit, ...] = ()
+    """For every reached vm_state and task_state of a state change that does not lead to the goal."""
+
+
+class SearchProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """Progress of a search."""
+
+    states: int
+    waiting: int
+    """States found and not expanded yet."""
+    depth: int
+    seconds: float
+
+
+OnProgress: TypeAlias = Callable[[SearchProgress], None]
+
+
+def describe(instance: Instance) -> str:
+    """Describe the state of an instance: its vm_state and the requests in service."""
+    serving = (instance.served(Lane.STATE), instance.served(Lane.COMPONENT))
+    served = [request.operation.value for request in serving if request is not None]
+    return instance.vm_state.value + (f" while {' and '.join(served)} is served" if served else "")

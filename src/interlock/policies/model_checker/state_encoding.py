@@ -1,0 +1,202 @@
+"""Encoding of core instances as words, and decoding of words to representative instances."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Final, NamedTuple
+
+import msgspec
+
+from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.records import SERVED, Instance, Request, Status
+from interlock.core.request_queue import at_present
+from interlock.policies.model_checker.actions import PACKED_ID, Ages, Alphabet, RequestKind, request_of
+from interlock.policies.model_checker.layout import Field, Layout
+
+NOW_MS: Final = 1_000_000_000_000
+"""The current time of decoded instances; far enough from zero for any age."""
+
+replace = msgspec.structs.replace
+
+
+class Moment(NamedTuple):
+    """Ages of the request in service."""
+
+    silent_ms: int
+    running_ms: int
+
+
+class StateEncoding:
+    """Encodes and decodes the states of one search."""
+
+    def __init__(self, alphabet: Alphabet, layout: Layout) -> None:
+        self._alphabet = alphabet
+        self._layout = layout
+        self._submitted = {(submission.operation, submission.hard) for submission in alphabet.submissions}
+
+    # --------------------------------------------------------------------------------------------------------- packing
+
+    def pack(self, instance: Instance, now_ms: int) -> int:
+        """Return the word of an instance at `now_ms`."""
+        layout, alphabet = self._layout, self._alphabet
+        base = alphabet.base_number[alphabet.canonical(at_present(instance))]
+        idle = bisect_right(alphabet.idle_ages, now_ms - instance.updated_at_ms)
+        locked = layout.locked.ones if instance.locked_by is not None else 0
+        word = base << layout.base.shift | idle << layout.idle.shift | locked << layout.locked.shift
+        at = component_at = 0
+        for request in instance.outstanding:
+            is_component = request.lane is Lane.COMPONENT
+            if request.status in SERVED:
+                word |= self._component(request, now_ms) if is_component else self._task(request, now_ms)
+            elif is_component:
+                word |= self._kind(request) << (layout.component_queue.shift + component_at)
+                component_at += layout.component_kind_bits
+            else:
+                word |= self._kind(request) << (layout.queue.shift + at)
+                at += layout.kind_bits
+        return word
+
+    def _kind(self, request: Request) -> int:
+        hard = request.hard and (request.operation, True) in self._submitted
+        caller = self._alphabet.caller_of(request)
+        kind = RequestKind(request.operation, caller, hard, request.in_turn, request.preempts)
+        return self._alphabet.kind_number[kind]
+
+    def _task(self, request: Request, now_ms: int) -> int:
+        layout, alphabet = self._layout, self._alphabet
+        task = alphabet.task_of(request.operation, request.phase or "")
+        silent, running = _classes(alphabet.task_ages[task - 1], request, now_ms)
+        stopping = layout.deadline.ones if request.interrupt_deadline_ms is not None else 0
+        return (
+            task << layout.task.shift
+            | silent << layout.silent.shift
+            | running << layout.running.shift
+            | stopping << layout.deadline.shift
+        )
+
+    def _component(self, request: Request, now_ms: int) -> int:
+        layout, alphabet = self._layout, self._alphabet
+        silent, running = _classes(alphabet.component_ages, request, now_ms)
+        stopping = layout.component_deadline.ones if request.interrupt_deadline_ms is not None else 0
+        return (
+            alphabet.component_number[request.operation] << layout.component.shift
+            | silent << layout.component_silent.shift
+            | running << layout.component_running.shift
+            | stopping << layout.component_deadline.shift
+        )
+
+    # ------------------------------------------------------------------------------------------------------- unpacking
+
+    def unpack(self, word: int, expiring: Field | None = None) -> Instance:
+        """Return an instance at `NOW_MS` that the word represents.
+
+        Its ages are the least of their classes. With `ripe`, only that age changes class, or that deadline passes, one
+        millisecond later.
+        """
+        layout, alphabet = self._layout, self._alphabet
+        base = alphabet.bases[layout.base.one(word)]
+        idle_ms = _lower_bound(alphabet.idle_ages, layout.idle.one(word))
+        if expiring is layout.idle:
+            idle_ms = alphabet.idle_ages[layout.idle.one(word)] - 1
+        served = [self._served_task(word, idle_ms, expiring), self._served_component(word, idle_ms, expiring)]
+        queue, component_queue = self._queue(word, Lane.STATE), self._queue(word, Lane.COMPONENT)
+        waiting = [*queue, *component_queue]
+        waiting.sort(key=lambda request: not request.preempts)
+        outstanding = [request for request in (*served, *waiting) if request is not None]
+        instance = Instance(
+            id=PACKED_ID,
+            name=PACKED_ID,
+            project=PACKED_ID,
+            host=PACKED_ID,
+            fence=1,
+            updated_at_ms=NOW_MS - idle_ms,
+            launched_at_ms=0 if base.launched else None,
+            locked_by="someone" if layout.locked.one(word) else None,
+            outstanding=tuple(replace(request, id=f"r{n}") for n, request in enumerate(outstanding, start=1)),
+        )
+        return instance.come_to(base.vm_state, base.memory)
+
+    def _served_task(self, word: int, idle_ms: int, expiring: Field | None) -> Request | None:
+        layout, alphabet = self._layout, self._alphabet
+        number = layout.task.one(word)
+        if not number:
+            return None
+        task = alphabet.tasks[number - 1]
+        moment = _moment(alphabet.task_ages[number - 1], layout.silent, layout.running, word, idle_ms, expiring)
+        hard = task.phase not in CATALOGUE[task.operation].phases
+        return _in_flight(
+            self._served(task.operation, hard=hard), task.phase, moment, _deadline(layout.deadline, word, expiring)
+        )
+
+    def _served_component(self, word: int, idle_ms: int, expiring: Field | None) -> Request | None:
+        layout, alphabet = self._layout, self._alphabet
+        number = layout.component.one(word)
+        if not number:
+            return None
+        operation = alphabet.components[number - 1]
+        moment = _moment(
+            alphabet.component_ages, layout.component_silent, layout.component_running, word, idle_ms, expiring
+        )
+        phase = CATALOGUE[operation].phases[0]
+        return _in_flight(
+            self._served(operation, hard=False),
+            phase,
+            moment,
+            _deadline(layout.component_deadline, word, expiring),
+        )
+
+    def _served(self, operation: Operation, *, hard: bool) -> Request:
+        """Return a request in service: who asked for it affects no decision any more."""
+        caller = self._alphabet.callers(operation)[0]
+        return request_of(RequestKind(operation, caller, hard, in_turn=True, preempts=False))
+
+    def _queue(self, word: int, lane: Lane) -> list[Request]:
+        layout, alphabet = self._layout, self._alphabet
+        if lane is Lane.STATE:
+            queue, bits, kinds = layout.queue.one(word), layout.kind_bits, alphabet.kinds
+        else:
+            queue, bits, kinds = layout.component_queue.one(word), layout.component_kind_bits, alphabet.component_kinds
+        waiting = []
+        while queue:
+            waiting.append(request_of(kinds[(queue & ((1 << bits) - 1)) - 1]))
+            queue >>= bits
+        return waiting
+
+
+def _classes(ages: Ages, request: Request, now_ms: int) -> tuple[int, int]:
+    taken_at_ms = request.taken_at_ms or 0
+    silent_ms = now_ms - (request.last_progress_at_ms or taken_at_ms)
+    return bisect_right(ages.silent, silent_ms), bisect_right(ages.running, now_ms - taken_at_ms)
+
+
+def _lower_bound(bounds: tuple[int, ...], number: int) -> int:
+    return bounds[number - 1] if number else 0
+
+
+def _moment(ages: Ages, silent: Field, running: Field, word: int, idle_ms: int, expiring: Field | None) -> Moment:
+    silent_ms = max(idle_ms, _lower_bound(ages.silent, silent.one(word)))
+    if expiring is silent:
+        silent_ms = ages.silent[silent.one(word)] - 1
+    running_ms = max(silent_ms, _lower_bound(ages.running, running.one(word)))
+    if expiring is running:
+        running_ms = ages.running[running.one(word)] - 1
+    return Moment(silent_ms, running_ms)
+
+
+def _deadline(field: Field, word: int, expiring: Field | None) -> int | None:
+    if not field.one(word):
+        return None
+    return NOW_MS + (1 if expiring is field else 2)
+
+
+def _in_flight(request: Request, phase: str, moment: Moment, deadline_ms: int | None) -> Request:
+    return replace(
+        request,
+        status=Status.IN_FLIGHT,
+        phase=phase,
+        fence=1,
+        taken_at_ms=NOW_MS - moment.running_ms,
+        last_progress_at_ms=NOW_MS - moment.silent_ms,
+        interrupt_at_ms=None if deadline_ms is None else NOW_MS,
+        interrupt_deadline_ms=deadline_ms,
+    )

@@ -1,0 +1,322 @@
+"""The gate on packed states: every submission to a whole chunk of states at once.
+
+Each state is looked up in the gate table by its situation; each row found there is one submission to one state. The
+transition that follows from an answer is that of `core.admission`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from interlock.core.policy import Rule
+from interlock.core.states import NO_TASK
+from interlock.policies.model_checker.actions import Alphabet
+from interlock.policies.model_checker.gate_table import (
+    EFFECT_BITS,
+    EFFECT_MASK,
+    Bools,
+    GateEffect,
+    GateTable,
+    Ints,
+    Rows,
+    Situation,
+)
+from interlock.policies.model_checker.layout import Layout, Words
+from interlock.policies.model_checker.queues import Queues
+from interlock.policies.model_checker.step_tables import StepTables, leads_to
+from interlock.policies.model_checker.steps import Action, Transitions
+
+
+class PackedAnswers(NamedTuple):
+    """The gate's answers to every submission to a chunk of states, without plain refusals."""
+
+    rows: Ints
+    """Indexes of the states in the chunk."""
+    submission: Ints
+    effect: Ints
+    kind: Ints
+    """The kind of the admitted request; the number of the submission for an operation on the record."""
+
+
+class PackedGate:
+    """The gate of one search."""
+
+    def __init__(
+        self, alphabet: Alphabet, layout: Layout, tables: StepTables, queues: Queues, outstanding_max: int
+    ) -> None:
+        self._alphabet = alphabet
+        self._layout = layout
+        self._tables = tables
+        self._queues = queues
+        self._outstanding_max = outstanding_max
+        self.gate = GateTable(alphabet)
+        self._ages = _AgeCodes(alphabet)
+        self._situation_numbers = np.full(
+            len(alphabet.bases) * 2 * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
+        )
+        self._rows: Rows | None = None
+        is_component = [submission.operation in alphabet.components for submission in alphabet.submissions]
+        self.is_component = np.array(is_component, bool)
+        self._leads_to_goal = tables.leads_to_goal
+        self._goal_submissions = np.array(
+            [leads_to(submission.operation, tables.goal) for submission in alphabet.submissions], bool
+        )
+
+    def answers(self, words: Words) -> PackedAnswers:
+        """Return the answers to every submission."""
+        situations = self.situations(words)
+        return self._answers(words, situations, self._table())
+
+    def answers_to_deletions(self, words: Words) -> PackedAnswers:
+        """Return the answers to the submissions that lead to the goal."""
+        situations = self.situations(words)
+        return self._answers(words, situations, self._table().chosen(self._goal_submissions))
+
+    def _answers(self, words: Words, situations: Ints, rows: Rows) -> PackedAnswers:
+        count = rows.counts[situations]
+        states = np.repeat(np.arange(len(words)), count)
+        at = (
+            np.arange(len(states))
+            - np.repeat(np.cumsum(count) - count, count)
+            + np.repeat(rows.first[situations], count)
+        )
+        outstanding = self._queues.outstanding(words)[states]
+        effect = rows.effects[at, -1]
+        for level in reversed(range(rows.masks.shape[1])):
+            effect = np.where(outstanding & rows.masks[at, level], rows.effects[at, level], effect)
+        given = np.flatnonzero(effect)
+        effect, states = effect[given], states[given]
+        answers = PackedAnswers(states, rows.submission[at[given]], effect & EFFECT_MASK, effect >> EFFECT_BITS)
+        return self._foreseen(words, answers)
+
+    def _foreseen(self, words: Words, answers: PackedAnswers) -> PackedAnswers:
+        """Drop admissions in turn that the foreseen state does not permit, and those to a full queue."""
+        layout, tables = self._layout, self._tables
+        waiting, component_waiting = self._queues.lengths(words)
+        task, component = layout.task.of(words), layout.component.of(words)
+        count = waiting + component_waiting + (task > 0) + (component > 0)
+        changes = (waiting > 0) | (task > 0)
+        foreseen = self._queues.foreseen(words)[answers.rows]
+        is_component = self.is_component[answers.submission]
+        admit = answers.effect == GateEffect.ADMIT
+        kind = np.where(admit & ~is_component, answers.kind, 0)
+        component_kind = np.where(admit & is_component, answers.kind, 0)
+        in_turn = (tables.in_turn[kind] | tables.component_in_turn[component_kind]) & changes[answers.rows]
+        permitted = tables.permits[kind * tables.bases + foreseen]
+        permitted |= tables.component_permits[component_kind * tables.bases + foreseen]
+        full = count[answers.rows] >= self._alphabet.policy.outstanding_max
+        keep = ~admit | (~full & (permitted | ~in_turn))
+        preempt = np.flatnonzero(answers.effect == GateEffect.PREEMPT)
+        if len(preempt):
+            keep[preempt] &= ~self._waits_already(words, answers, preempt)
+        kept = np.flatnonzero(keep)
+        return PackedAnswers(*(column[kept] for column in answers))
+
+    def _waits_already(self, words: Words, answers: PackedAnswers, preempt: Ints) -> Bools:
+        """Return whether the same preempting request is queued already."""
+        layout, tables = self._layout, self._tables
+        rows, kind, is_component = (
+            answers.rows[preempt],
+            answers.kind[preempt],
+            self.is_component[answers.submission[preempt]],
+        )
+        there = np.zeros(len(preempt), bool)
+        for waiting, ones, bits, variant, own in (
+            (words[rows] & layout.queue.mask, layout.queue_first, layout.kind_bits, tables.variant, ~is_component),
+            (
+                layout.component_queue.of(words[rows]),
+                layout.component_queue_first,
+                layout.component_kind_bits,
+                tables.component_variant,
+                is_component,
+            ),
+        ):
+            queue = waiting
+            wanted = variant[np.where(own, kind, 0)]
+            while queue.any():
+                there |= own & (variant[queue & ones] == wanted)
+                queue = queue >> bits
+        return there
+
+    def transitions(self, words: Words, answers: PackedAnswers) -> Iterator[Transitions]:
+        """Yield the transitions of admitted submissions."""
+        for effect, follow in (
+            (GateEffect.ADMIT, self._admitted),
+            (GateEffect.TAKE_OVER, self._preempting),
+            (GateEffect.PREEMPT, self._preempting),
+            (GateEffect.LOCK, self._record_changed),
+            (GateEffect.UNLOCK, self._record_changed),
+            (GateEffect.RESET, self._record_changed),
+        ):
+            chosen = np.flatnonzero(answers.effect == effect)
+            if len(chosen):
+                yield follow(words, PackedAnswers(*(column[chosen] for column in answers)), effect)
+
+    def _admitted(self, words: Words, answers: PackedAnswers, _effect: GateEffect) -> Transitions:
+        layout = self._layout
+        waiting, component_waiting = self._queues.lengths(words)
+        count = waiting + component_waiting + (layout.task.of(words) > 0) + (layout.component.of(words) > 0)
+        is_component = self.is_component[answers.submission]
+        kind = np.where(is_component, 0, answers.kind)
+        on_top = self._leads_to_goal[kind]
+        fits = np.flatnonzero(count[answers.rows] < self._outstanding_max + on_top)
+        rows, is_component, kind = answers.rows[fits], is_component[fits], answers.kind[fits]
+        at = np.where(
+            is_component,
+            layout.component_queue.shift + component_waiting[rows] * layout.component_kind_bits,
+            layout.queue.shift + waiting[rows] * layout.kind_bits,
+        )
+        return Transitions(Action.SUBMIT + answers.submission[fits], rows, words[rows] | kind << at)
+
+    def _preempting(self, words: Words, answers: PackedAnswers, effect: GateEffect) -> Transitions:
+        layout = self._layout
+        own = words[answers.rows]
+        if effect is GateEffect.TAKE_OVER:
+            own = own & ~(layout.served | layout.component_served)
+        else:
+            stopping = (layout.task.of(own) > 0).astype(np.int64) & layout.deadline.ones
+            component_stopping = (layout.component.of(own) > 0).astype(np.int64) & layout.component_deadline.ones
+            own = own | stopping << layout.deadline.shift | component_stopping << layout.component_deadline.shift
+        is_component = self.is_component[answers.submission]
+        queue, component_queue = own & layout.queue.mask, layout.component_queue.of(own)
+        queue = np.where(is_component, queue, queue << layout.kind_bits | answers.kind)
+        component_queue = np.where(
+            is_component, component_queue << layout.component_kind_bits | answers.kind, component_queue
+        )
+        kept, component_kept = self._queues.reevaluate(own, queue, component_queue)
+        waiting = _length(kept, layout.kind_bits) + _length(component_kept, layout.component_kind_bits)
+        count = waiting + (layout.task.of(own) > 0) + (layout.component.of(own) > 0)
+        on_top = self._leads_to_goal[np.where(is_component, 0, answers.kind)]
+        fits = np.flatnonzero(count <= self._outstanding_max + on_top)
+        there = (own & ~layout.queues) | kept | component_kept << layout.component_queue.shift
+        # The new request is at the head of its queue unless it was cancelled.
+        first = np.where(is_component, component_kept & layout.component_queue_first, kept & layout.queue_first)
+        in_turn = self._tables.in_turn[np.where(is_component, 0, answers.kind)]
+        in_turn |= self._tables.component_in_turn[np.where(is_component, answers.kind, 0)]
+        dropped = np.flatnonzero((in_turn & (first != answers.kind))[fits])
+        return Transitions(Action.SUBMIT + answers.submission[fits], answers.rows[fits], there[fits], dropped)
+
+    def _record_changed(self, words: Words, answers: PackedAnswers, effect: GateEffect) -> Transitions:
+        layout, tables = self._layout, self._tables
+        own = words[answers.rows]
+        if effect is GateEffect.RESET:
+            base = tables.resets[answers.submission, layout.base.of(own)]
+            own = own & ~(layout.served | layout.component_served | layout.idle.mask | layout.base.mask)
+            there = self._queues.reevaluated(own | base << layout.base.shift)
+        elif effect is GateEffect.LOCK:
+            there = own | layout.locked.mask
+        else:
+            there = own & ~layout.locked.mask
+        changed = np.flatnonzero(there != own)
+        return Transitions(Action.SUBMIT + answers.submission[changed], answers.rows[changed], there[changed])
+
+    # ---------------------------------------------------------------------------------------------------------- places
+
+    def situations(self, words: Words) -> Ints:
+        """Return the number of each state's situation in the gate table."""
+        codes = self._codes(words)
+        situations = self._situation_numbers[codes]
+        if (situations < 0).any():
+            for code in np.unique(codes[situations < 0]):
+                self._situation_numbers[code] = self.gate.add(self._situation(int(code)))
+            self._rows = None
+            situations = self._situation_numbers[codes]
+        return situations
+
+    def tasks_alone(self) -> Words:
+        """Return the states with only a task outstanding, for every base state and task looked up, in every age."""
+        layout = self._layout
+        codes = np.flatnonzero(self._situation_numbers >= 0) // self._ages.codes
+        tasks = len(self._alphabet.tasks) + 1
+        words = []
+        for base, task in {(code // tasks // 2, code % tasks) for code in codes.tolist() if code % tasks}:
+            ages = self._alphabet.task_ages[task - 1]
+            word = base << layout.base.shift | task << layout.task.shift
+            words += [
+                word | silent << layout.silent.shift | running << layout.running.shift
+                for silent in range(len(ages.silent) + 1)
+                for running in range(len(ages.running) + 1)
+            ]
+        return np.array(words, np.int64)
+
+    def _codes(self, words: Words) -> Ints:
+        layout = self._layout
+        task, component, locked = layout.task.of(words), layout.component.of(words), layout.locked.of(words)
+        base = layout.base.of(words)
+        age = self._ages.of(layout, words, task, component)
+        return ((base * 2 + locked) * (len(self._alphabet.tasks) + 1) + task) * self._ages.codes + age
+
+    def rule(self, word: int, submission: int) -> Rule:
+        """Return the rule that decides a submission in one state."""
+        words = np.array([word], np.int64)
+        situation = self._situation(int(self._codes(words)[0]))
+        outstanding = int(self._queues.outstanding(words)[0])
+        answers = self.gate.answers(self._alphabet.submissions[submission], situation)
+        return next(answer.rule for answer in answers if answer.mask & outstanding)
+
+    def _situation(self, code: int) -> Situation:
+        rest, age = divmod(code, self._ages.codes)
+        rest, task = divmod(rest, len(self._alphabet.tasks) + 1)
+        base, locked = divmod(rest, 2)
+        there = self._alphabet.bases[base]
+        task_state = self._alphabet.tasks[task - 1].phase if task else NO_TASK
+        silent_ms, running_ms = self._ages.moments(task, age)
+        return Situation(there.vm_state, there.launched, bool(locked), task_state, silent_ms, running_ms)
+
+    def _table(self) -> Rows:
+        if self._rows is None:
+            self._rows = self.gate.rows()
+        return self._rows
+
+
+class _AgeCodes:
+    """Encoding of the age on which a submission is judged: of the request in service, or of the idle instance."""
+
+    def __init__(self, alphabet: Alphabet) -> None:
+        self._alphabet = alphabet
+        self._runnings = max((len(ages.running) for ages in alphabet.task_ages), default=0) + 1
+        silences = max((len(ages.silent) for ages in alphabet.task_ages), default=0) + 1
+        self._idles = len(alphabet.idle_ages) + 1
+        self._component_runnings = len(alphabet.component_ages.running) + 1
+        components = (len(alphabet.component_ages.silent) + 1) * self._component_runnings
+        self.codes = max(silences * self._runnings, self._idles + components)
+
+    def of(self, layout: Layout, words: Words, task: Ints, component: Ints) -> Ints:
+        served = layout.silent.of(words) * self._runnings + layout.running.of(words)
+        component_served = (
+            layout.component_silent.of(words) * self._component_runnings
+            + layout.component_running.of(words)
+            + self._idles
+        )
+        return np.where(task > 0, served, np.where(component > 0, component_served, layout.idle.of(words)))
+
+    def moments(self, task: int, code: int) -> tuple[int, int]:
+        """Return the least silence and the least running time of an age code."""
+        alphabet = self._alphabet
+        if not task and code < self._idles:
+            idle = _lower_bound(alphabet.idle_ages, code)
+            return idle, idle
+        if task:
+            ages = alphabet.task_ages[task - 1]
+            silent, running = divmod(code, self._runnings)
+        else:
+            ages = alphabet.component_ages
+            silent, running = divmod(code - self._idles, self._component_runnings)
+        silent_ms = _lower_bound(ages.silent, silent)
+        return silent_ms, max(silent_ms, _lower_bound(ages.running, running))
+
+
+def _lower_bound(bounds: tuple[int, ...], number: int) -> int:
+    return bounds[number - 1] if number else 0
+
+
+def _length(queue: Ints, bits: int) -> Ints:
+    """Return the length of each queue."""
+    length = np.zeros(len(queue), np.int64)
+    while bits and queue.any():
+        length += queue > 0
+        queue = queue >> bits
+    return length

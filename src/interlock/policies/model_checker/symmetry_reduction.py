@@ -1,0 +1,65 @@
+"""Symmetry reduction: classes of operations and phases that neither a policy nor the catalogue distinguishes.
+
+The model checker explores one member of each class: operations that every rule and catalogue entry treats the same, and
+phases that the same rules name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from interlock.core.operations import CATALOGUE, Entry, Lane, Operation
+from interlock.core.policy import CompiledPolicy, Verdict
+
+
+def distinct_operations(policy: CompiledPolicy, operations: Iterable[Operation]) -> tuple[Operation, ...]:
+    """Return the first operation of each class that neither the policy nor the catalogue distinguishes.
+
+    Evacuation is left out: the host is always alive in a search, and no policy admits it there.
+    """
+    first: dict[Any, Operation] = {}
+    for operation in operations:
+        if operation is not Operation.EVACUATE:
+            first.setdefault(_signature(policy, operation), operation)
+    return tuple(first.values())
+
+
+def _signature(policy: CompiledPolicy, operation: Operation) -> Any:
+    """Return everything by which a decision could depend on the operation."""
+    entry = CATALOGUE[operation]
+    # The same preempting request is queued only once, so that two equal operations differ from one submitted twice.
+    preempts = any(rule.verdict is Verdict.PREEMPT and operation in rule.operations for rule in policy.rules)
+    if entry.lane is Lane.RECORD or preempts:
+        return operation
+    soft, hard = distinct_phases(policy, entry)
+    return (
+        (entry.lane, entry.to, entry.on_failure, entry.remembers, entry.interruptible, entry.compatible_with),
+        entry.sources if entry.lane is Lane.STATE else None,
+        tuple(operation in other.compatible_with for other in CATALOGUE.values()),
+        tuple((operation in rule.operations, operation in (rule.outstanding or ())) for rule in policy.rules),
+        tuple(_phase_signature(policy, phase) for phase in soft),
+        tuple(_phase_signature(policy, phase) for phase in hard),
+    )
+
+
+def distinct_phases(policy: CompiledPolicy, entry: Entry) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the phases and the hard phases, without those that no rule distinguishes from the one before.
+
+    The hard phases are empty if no rule distinguishes them from the soft ones.
+    """
+    soft, hard = _distinct(policy, entry.phases), _distinct(policy, entry.hard_phases)
+    alike = [_phase_signature(policy, phase) for phase in soft] == [_phase_signature(policy, phase) for phase in hard]
+    return soft, () if alike else hard
+
+
+def _distinct(policy: CompiledPolicy, phases: tuple[str, ...]) -> tuple[str, ...]:
+    kept: list[str] = []
+    for phase in phases:
+        if not kept or _phase_signature(policy, phase) != _phase_signature(policy, kept[-1]):
+            kept.append(phase)
+    return tuple(kept)
+
+
+def _phase_signature(policy: CompiledPolicy, phase: str) -> tuple[bool, ...]:
+    return tuple(phase in rule.task_states for rule in policy.rules if rule.task_states is not None)

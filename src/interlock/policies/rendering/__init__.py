@@ -1,0 +1,1 @@
+"""Policies as tables, diagrams and pages."""

@@ -1,0 +1,73 @@
+"""Notification of tasks that wait for changes of instances (long polling, event streams)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from interlock.core.records import Event
+
+ValueT = TypeVar("ValueT")
+
+EVERYTHING: Final = ""
+"""Key for the events of all instances."""
+
+
+class ChangeNotifier:
+    """Wakes waiting tasks when events of their instance are committed."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self.closed = False
+        """Whether all waiting tasks were released."""
+
+    def notify(self, events: Sequence[Event]) -> None:
+        """Wake the tasks that wait for the instances of these events. A listener of the store."""
+        if self._waiting:
+            for instance_id in {event.instance_id for event in events} | {EVERYTHING}:
+                self._wake(instance_id)
+
+    def close(self) -> None:
+        """Release all waiting tasks; `until` returns the current value."""
+        self.closed = True
+        for instance_id in tuple(self._waiting):
+            self._wake(instance_id)
+
+    def _wake(self, instance_id: str) -> None:
+        for future in self._waiting.pop(instance_id, ()):
+            _release(future)
+
+    async def until(
+        self, instance_id: str, ready: Callable[[], Awaitable[ValueT | None]], wait_ms: int
+    ) -> ValueT | None:
+        """Call `ready` now and after each event of the instance; return its first result that is not None.
+
+        Returns None when the time has passed or the notifier is closed. Registers before each call of `ready`, so that
+        no event is missed.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_ms / 1000
+        while True:
+            future: asyncio.Future[None] = loop.create_future()
+            waiting = self._waiting.setdefault(instance_id, set())
+            waiting.add(future)
+            try:
+                value = await ready()
+                left_s = deadline - loop.time()
+                if value is not None or left_s <= 0 or self.closed:
+                    return value
+                timer = loop.call_later(left_s, _release, future)
+                try:
+                    await future
+                finally:
+                    timer.cancel()
+            finally:
+                waiting.discard(future)
+                if not waiting and self._waiting.get(instance_id) is waiting:
+                    del self._waiting[instance_id]
+
+
+def _release(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

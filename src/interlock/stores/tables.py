@@ -1,0 +1,102 @@
+"""Records of tokens, images, volumes and hosts in SQLite, each written in its own transaction."""
+
+from __future__ import annotations
+
+from interlock.core.records import Image
+from interlock.ports import Token, Volume
+from interlock.ports.hosts import Host
+from interlock.stores import row_codec
+from interlock.stores.database import Database
+
+
+class TokenTable:
+    """Satisfies `ports.TokenRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, token: Token) -> None:
+        text = row_codec.body(token)
+        await self._database.insert(
+            "The token already exists.", "INSERT INTO tokens (id, body) VALUES (?, ?)", token.id, text
+        )
+
+    async def replace(self, token: Token) -> None:
+        await self._database.write("UPDATE tokens SET body = ? WHERE id = ?", row_codec.body(token), token.id)
+
+    async def delete(self, token_id: str) -> bool:
+        return await self._database.write("DELETE FROM tokens WHERE id = ?", token_id, when_full=True) > 0
+
+    async def all(self) -> tuple[Token, ...]:
+        return self._database.read.tokens()
+
+
+class ImageTable:
+    """Satisfies `ports.ImageRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, image: Image) -> None:
+        await self._database.insert(
+            f"An image named {image.name} already exists.",
+            "INSERT INTO images (id, name, body) VALUES (?, ?, ?)",
+            *(image.id, row_codec.image_key(image), row_codec.body(image)),
+        )
+
+    async def delete(self, image_id: str) -> bool:
+        return await self._database.write("DELETE FROM images WHERE id = ?", image_id, when_full=True) > 0
+
+    async def all(self) -> tuple[Image, ...]:
+        return self._database.read.images()
+
+
+class VolumeTable:
+    """Satisfies `ports.VolumeRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, volume: Volume) -> None:
+        await self._database.insert(
+            f"A volume named {volume.name} already exists.",
+            f"INSERT INTO volumes ({row_codec.VOLUME_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            *(volume.id, volume.name, volume.project, volume.path, volume.size_bytes, volume.attached_to),
+            volume.created_at_ms,
+        )
+
+    async def claim(self, volume_id: str, instance_id: str) -> bool:
+        statement = "UPDATE volumes SET attached_to = ?1 WHERE id = ?2 AND (attached_to IS NULL OR attached_to = ?1)"
+        return await self._database.write(statement, instance_id, volume_id) > 0
+
+    async def release(self, volume_id: str, instance_id: str) -> None:
+        statement = "UPDATE volumes SET attached_to = NULL WHERE id = ? AND attached_to = ?"
+        await self._database.write(statement, volume_id, instance_id, when_full=True)
+
+    async def delete(self, volume_id: str) -> bool:
+        statement = "DELETE FROM volumes WHERE id = ? AND attached_to IS NULL"
+        return await self._database.write(statement, volume_id, when_full=True) > 0
+
+    async def get(self, volume_id: str) -> Volume | None:
+        return self._database.read.volume(volume_id)
+
+    async def all(self, project: str | None = None) -> tuple[Volume, ...]:
+        return self._database.read.volumes(project)
+
+
+class HostTable:
+    """Satisfies `ports.HostRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, host: Host) -> None:
+        statement = "INSERT INTO hosts (name, body) VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET body = ?2"
+        # Also when the disk is full: the state of a lost host prevents an instance from running twice.
+        await self._database.write(statement, host.name, row_codec.body(host), when_full=True)
+
+    async def delete(self, name: str) -> bool:
+        return await self._database.write("DELETE FROM hosts WHERE name = ?", name, when_full=True) > 0
+
+    async def all(self) -> tuple[Host, ...]:
+        return self._database.read.hosts()

@@ -1,0 +1,108 @@
+"""What a store promises of tokens, images and volumes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+
+from conformance.store.harness import IMAGE, START_MS, Bench, check, raises
+from interlock.core.errors import NameTaken
+from interlock.ports import Role, Token, Volume
+
+TOKEN = Token(id="t1", name="ci", role=Role.MEMBER, project="one", secret_sha256="a" * 64, created_at_ms=START_MS)
+VOLUME = Volume(id="v1", name="data", project="one", path="/v1", size_bytes=4096, created_at_ms=START_MS)
+
+
+@check
+async def tokens_are_kept_until_they_are_deleted(bench: Bench) -> None:
+    other = replace(TOKEN, id="t2", role=Role.ADMIN)
+    await bench.store.tokens.put(TOKEN)
+    await bench.store.tokens.put(other)
+    await bench.reopen()
+    assert await bench.store.tokens.all() == (TOKEN, other)
+    assert await bench.store.tokens.delete("t1")
+    assert not await bench.store.tokens.delete("t1")
+    async with bench.power_cut() as found:
+        assert await found.tokens.all() == (other,)
+
+
+@check
+async def a_token_that_is_replaced_keeps_its_place(bench: Bench) -> None:
+    other = replace(TOKEN, id="t2", role=Role.AGENT)
+    await bench.store.tokens.put(TOKEN)
+    await bench.store.tokens.put(other)
+    bound = replace(TOKEN, role=Role.AGENT, host="north")
+    await bench.store.tokens.replace(bound)
+    await bench.store.tokens.replace(replace(TOKEN, id="unknown"))
+    async with bench.power_cut() as found:
+        assert await found.tokens.all() == (bound, other)
+
+
+@check
+async def images_have_names_of_their_own(bench: Bench) -> None:
+    await bench.store.images.put(IMAGE)
+    async with raises(NameTaken):
+        await bench.store.images.put(replace(IMAGE, id="another"))
+    other = replace(IMAGE, id="another", name="another", cmdline="quiet")
+    await bench.store.images.put(other)
+    async with bench.power_cut() as found:
+        assert await found.images.all() == (IMAGE, other)
+    assert await bench.store.images.delete("image")
+    assert not await bench.store.images.delete("image")
+    await bench.store.images.put(replace(IMAGE, id="third"))
+    assert [image.id for image in await bench.store.images.all()] == ["another", "third"]
+
+
+@check
+async def images_of_a_project_have_names_of_their_own_in_it(bench: Bench) -> None:
+    await bench.store.images.put(IMAGE)
+    of_one = replace(IMAGE, id="one", project="one", source_instance="vm", backup_type="daily")
+    await bench.store.images.put(of_one)
+    await bench.store.images.put(replace(IMAGE, id="two", project="two"))
+    async with raises(NameTaken):
+        await bench.store.images.put(replace(IMAGE, id="another", project="one"))
+    await bench.reopen()
+    assert [image.id for image in await bench.store.images.all()] == [IMAGE.id, "one", "two"]
+    assert of_one in await bench.store.images.all()
+
+
+@check
+async def volumes_have_names_of_their_own_in_their_project(bench: Bench) -> None:
+    await bench.store.volumes.put(VOLUME)
+    async with raises(NameTaken):
+        await bench.store.volumes.put(replace(VOLUME, id="v2"))
+    other = replace(VOLUME, id="v3", project="two")
+    await bench.store.volumes.put(other)
+    await bench.reopen()
+    assert await bench.store.volumes.all() == (VOLUME, other)
+    assert await bench.store.volumes.all("two") == (other,)
+    assert await bench.store.volumes.get("v1") == VOLUME
+    assert await bench.store.volumes.get("v9") is None
+
+
+@check
+async def a_volume_is_claimed_by_one_instance_at_a_time(bench: Bench) -> None:
+    await bench.store.volumes.put(VOLUME)
+    claims = await asyncio.gather(*(bench.store.volumes.claim("v1", f"i{number}") for number in range(20)))
+    assert claims.count(True) == 1
+    holder = f"i{claims.index(True)}"
+    assert await bench.store.volumes.get("v1") == replace(VOLUME, attached_to=holder)
+    assert await bench.store.volumes.claim("v1", holder), "to claim again what one has is no conflict"
+    assert not await bench.store.volumes.claim("none such", "i1")
+    await bench.store.volumes.release("v1", "somebody else")
+    async with bench.power_cut() as found:
+        assert await found.volumes.get("v1") == replace(VOLUME, attached_to=holder)
+    await bench.store.volumes.release("v1", holder)
+    assert await bench.store.volumes.claim("v1", "next")
+
+
+@check
+async def a_claimed_volume_is_not_forgotten(bench: Bench) -> None:
+    await bench.store.volumes.put(VOLUME)
+    await bench.store.volumes.claim("v1", "a")
+    assert not await bench.store.volumes.delete("v1")
+    await bench.store.volumes.release("v1", "a")
+    assert await bench.store.volumes.delete("v1")
+    assert not await bench.store.volumes.delete("v1")
+    assert await bench.store.volumes.all() == ()

@@ -1,0 +1,124 @@
+"""What is said to a live migration in flight: that it is to end with the guest where it was, or whatever that costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from in_process.embedded import Embedded, admitted, refused
+from in_process.in_memory_agent import Neighbour
+from in_process.migrating_guests import TravellingHypervisor
+from interlock.core.operations import Operation
+from interlock.core.records import Request, Status
+from interlock.core.states import PowerState
+from interlock.hypervisors.simulated import SimulatedHost
+
+O = Operation  # noqa: E741
+MOMENT_S = 10.0
+
+
+class Journey:
+    """A guest of `here` that is on its way to `north`, and goes on being so."""
+
+    def __init__(self, house: Embedded, vm: str, request: Request) -> None:
+        self.house = house
+        self.vm = vm
+        self.request = request
+
+    @property
+    def source(self) -> TravellingHypervisor:
+        hypervisor = self.house.server.hypervisor
+        assert isinstance(hypervisor, TravellingHypervisor)
+        return hypervisor
+
+    async def ended(self) -> Request:
+        return await self.house.ended(self.request)
+
+    async def power_states(self) -> dict[str, PowerState]:
+        """What each host has of the guest, if it has anything."""
+        hosts = {name: await self.house.server.hosts.of(name).inspect(self.vm) for name in ("here", "north")}
+        return {name: seen.power_state for name, seen in hosts.items() if seen.defined}
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Embedded]:
+    embedded = Embedded(tmp_path / "data", SimulatedHost(), kind=TravellingHypervisor)
+    await embedded.start()
+    yield embedded
+    await embedded.server.close()
+
+
+@pytest.fixture
+async def north(house: Embedded, tmp_path: Path) -> AsyncIterator[Neighbour]:
+    neighbour = Neighbour("north", tmp_path / "north", kind=TravellingHypervisor)
+    await neighbour.open()
+    await neighbour.connect(house)
+    yield neighbour
+    await neighbour.close()
+
+
+async def begun(house: Embedded) -> Journey:
+    vm = await house.create("web")
+    return Journey(house, vm, admitted(await house.submit(vm, O.LIVE_MIGRATE, host="north")))
+
+
+@pytest.fixture
+async def journey(house: Embedded, north: Neighbour) -> Journey:
+    assert north.name == "north"
+    made = await begun(house)
+    async with asyncio.timeout(MOMENT_S):
+        await made.source.sending.wait()
+    return made
+
+
+async def test_an_abort_leaves_the_guest_running_where_it_was(journey: Journey) -> None:
+    abort = await journey.house.carry_out(journey.vm, O.LIVE_MIGRATE_ABORT)
+    assert abort.status is Status.SUCCEEDED
+    assert (await journey.ended()).status is Status.CANCELLED
+    assert await journey.power_states() == {"here": PowerState.RUNNING}
+    instance = await journey.house.until(journey.vm, task_state="none")
+    assert (instance.host, instance.left_host, instance.power_state) == ("here", None, PowerState.RUNNING)
+    assert not journey.source.hurried.is_set()
+
+
+async def test_a_forced_end_has_the_guest_arrive(journey: Journey) -> None:
+    forced = await journey.house.carry_out(journey.vm, O.LIVE_MIGRATE_FORCE_COMPLETE)
+    assert forced.status is Status.SUCCEEDED
+    assert (await journey.ended()).status is Status.SUCCEEDED
+    assert journey.source.hurried.is_set()
+    assert await journey.power_states() == {"north": PowerState.RUNNING}
+    instance = await journey.house.until(journey.vm, task_state="none")
+    assert (instance.host, instance.left_host, instance.power_state) == ("north", None, PowerState.RUNNING)
+
+
+async def test_what_is_said_before_the_guest_is_on_its_way_is_not_forgotten(house: Embedded, north: Neighbour) -> None:
+    target = north.hypervisor
+    assert isinstance(target, TravellingHypervisor)
+    target.lets_in.clear()
+    journey = await begun(house)
+    async with asyncio.timeout(MOMENT_S):
+        await target.receiving.wait()
+    await house.carry_out(journey.vm, O.LIVE_MIGRATE_FORCE_COMPLETE)
+    assert not journey.source.sending.is_set()
+    target.lets_in.set()
+    assert (await journey.ended()).status is Status.SUCCEEDED
+    assert journey.source.hurried.is_set()
+
+
+async def test_without_a_word_it_stays_on_its_way_and_arrives_by_itself(journey: Journey) -> None:
+    await journey.house.carry_out(journey.vm, O.SET_METADATA, set={"key": "value"})
+    assert not journey.source.hurried.is_set()
+    assert await journey.power_states() == {"here": PowerState.RUNNING, "north": PowerState.NONE}
+    journey.source.arrives.set()
+    assert (await journey.ended()).status is Status.SUCCEEDED
+    assert await journey.power_states() == {"north": PowerState.RUNNING}
+
+
+@pytest.mark.parametrize("word", [O.LIVE_MIGRATE_ABORT, O.LIVE_MIGRATE_FORCE_COMPLETE])
+async def test_once_it_has_arrived_there_is_nothing_left_to_say_to_it(journey: Journey, word: Operation) -> None:
+    journey.source.arrives.set()
+    await journey.ended()
+    assert refused(await journey.house.submit(journey.vm, word)) == "not_migrating"

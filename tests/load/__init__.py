@@ -1,0 +1,1 @@
+"""Load from many clients on a real server process."""
