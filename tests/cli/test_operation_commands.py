@@ -45,6 +45,7 @@ WITH_PARAMETERS: tuple[tuple[str, Operation, dict[str, Any]], ...] = (
     ("migrate demo north --cold", Operation.MIGRATE, {"host": "north"}),
     ("set-password demo --user alice", Operation.SET_PASSWORD, {"user": "alice"}),
     ("reset-state demo --reason why", Operation.RESET_STATE, {"vm_state": "error", "reason": "why"}),
+    ("rename demo web2", Operation.RENAME, {"name": "web2"}),
     ("metadata demo --set a=1 --remove b", Operation.SET_METADATA, {"set": {"a": "1"}, "remove": ["b"]}),
 )
 _SIMPLE: tuple[tuple[str, Operation, dict[str, Any]], ...] = tuple(

@@ -94,6 +94,34 @@ def test_a_vm_from_its_making_to_its_end(serving: Serving) -> None:
     assert serving.run("vm", "show", "demo").returncode == 4
 
 
+def test_a_vm_is_renamed_and_has_its_new_name_in_every_command(serving: Serving) -> None:
+    serving.run("vm", "create", "old", "--image", "empty", "--wait")
+    made = serving.json("vm", "show", "old")
+    serving.json("vm", "create", "taken", "--image", "empty", "--no-start")
+    renamed = serving.run("vm", "rename", "old", "new")
+    assert (renamed.returncode, renamed.stdout) == (0, "Done: rename of old to new\n")
+    assert serving.json("vm", "show", "new")["id"] == made["id"]
+    assert serving.json("vm", "show", str(made["id"]))["name"] == "new"
+    assert "old" not in serving.run("vm", "list").stdout
+    assert "instance.renamed" in serving.run("vm", "events", "new").stdout
+    assert serving.run("vm", "stop", "new", "--wait").returncode == 0
+    gone = serving.run("vm", "rename", "old", "newer")
+    assert (gone.returncode, "VM not found: old" in gone.stderr) == (4, True)
+    again = serving.run("vm", "rename", "new", "new")
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "Redundant: rename of new (unchanged)")
+    refused = serving.run("vm", "rename", "new", "taken")
+    assert refused.returncode != 0
+    assert "A VM named taken already exists" in refused.stderr
+    wrong = serving.run("vm", "rename", "new", "a b")
+    assert wrong.returncode != 0
+    assert "1 to 63 letters, digits, hyphens, dots and underscores" in wrong.stderr
+    why = serving.json("why", "new", "rename", "--with", "name=newer")
+    assert why["disposition"] == "admitted"
+    serving.stop()
+    serving.start()
+    assert serving.json("vm", "show", "new")["vm_state"] == "stopped"
+
+
 def test_a_refusal_and_the_answer_to_why_agree(serving: Serving) -> None:
     serving.run("vm", "create", "demo", "--image", "empty", "--no-start", "--protect", "delete")
     refused = serving.run("vm", "delete", "demo", "--yes")

@@ -257,6 +257,7 @@ def parameters_for(operation: Operation, chance: random.Random, interfaces: list
         O.EVACUATE: host,
         O.SNAPSHOT: {"name": f"copy-{number}"},
         O.BACKUP: {"backup_type": "daily", "rotation": 2},
+        O.RENAME: {"name": ("web", "other")[number % 2]},
         O.STOP: {"hard": chance.random() < 0.5},
         O.REBOOT: {"hard": chance.random() < 0.5},
     }

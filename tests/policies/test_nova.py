@@ -73,9 +73,15 @@ def test_a_lock_stops_the_owner_and_no_administrator(nova: CompiledPolicy, opera
     assert said(play.submit(operation, role="admin"))[0] == "admitted"
 
 
-@pytest.mark.parametrize("operation", [O.SNAPSHOT, O.BACKUP, O.UNLOCK])
+@pytest.mark.parametrize("operation", [O.SNAPSHOT, O.BACKUP, O.UNLOCK, O.RENAME])
 def test_a_lock_leaves_copies_to_the_owner(nova: CompiledPolicy, operation: O) -> None:
     assert said(Play(nova, instance(V.ACTIVE, locked_by="owner")).submit(operation))[0] == "admitted"
+
+
+def test_a_name_is_no_matter_of_the_state(nova: CompiledPolicy) -> None:
+    """Nova has no gate for it: API.update_instance."""
+    assert said(Play(nova, serving(V.BUILDING, "spawning")).submit(O.RENAME))[0] == "admitted"
+    assert said(Play(nova, instance(V.SHELVED_OFFLOADED)).submit(O.RENAME))[0] == "admitted"
 
 
 def test_what_is_about_to_be_done_counts_as_done(nova: CompiledPolicy) -> None:

@@ -46,6 +46,13 @@ def test_the_answers_have_exactly_the_promised_keys() -> None:
     assert list(answers[7]) == ["cancel", *SETTLED_KEYS]
 
 
+@pytest.mark.parametrize("policy", ["standard", "nova", "propolis"])
+def test_a_record_operation_is_done_at_once_beside_what_is_in_flight(policy: str) -> None:
+    answers = play({"instance": {"in_flight": "stop"}}, {"submit": "rename"}, {"show": True}, policy=policy)
+    assert answers[1]["disposition"] == "admitted"
+    assert (answers[2]["in_flight"], len(answers[2]["outstanding"])) == ("stop", 1)
+
+
 @pytest.mark.parametrize("operation", [operation for operation in Operation if CATALOGUE[operation].phases])
 def test_any_operation_can_be_in_flight_at_the_beginning(operation: Operation) -> None:
     phases = CATALOGUE[operation].phases + CATALOGUE[operation].hard_phases

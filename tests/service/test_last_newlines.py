@@ -34,3 +34,12 @@ def test_a_tag_ends_in_no_newline() -> None:
     wish = {"name": "web", "image": "debian", "tags": ["production\n"]}
     with pytest.raises(msgspec.ValidationError, match="tags"):
         msgspec.convert(wish, NewInstance)
+
+
+def test_only_a_wrong_name_is_answered_with_the_names() -> None:
+    with pytest.raises(Invalid) as wrong_value:
+        check_parameters(Operation.RENAME, {"name": 3})
+    assert wrong_value.value.remedy is None
+    with pytest.raises(Invalid) as missing:
+        check_parameters(Operation.RENAME, {})
+    assert missing.value.remedy == "It takes: name."

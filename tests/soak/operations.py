@@ -29,7 +29,7 @@ _OFTEN: Final = {
 """How many times as often as another an operation is drawn."""
 _OF_IMAGES: Final = {"snapshot": 3.0, "backup": 3.0, "shelve": 2.0, "rebuild": 2.0}
 """The same for a VM that boots from its disk."""
-_NEVER: Final = {"reset_state", "create"}
+_NEVER: Final = {"reset_state", "create", "rename"}
 """An administrator's lie about the state, what is asked for by another door, and what hides a VM from who asks by its
 name."""
 _ONLY_OF_IMAGES: Final = {"snapshot", "backup"}

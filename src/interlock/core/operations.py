@@ -74,6 +74,7 @@ class Operation(StrEnum):
     SET_METADATA = "set_metadata"
     LIVE_MIGRATE_ABORT = "live_migrate_abort"
     LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
+    RENAME = "rename"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -458,6 +459,13 @@ _ENTRIES = (
         parameters=given.MetadataParameters,
         details=True,
         command=None,
+    ),
+    _record(
+        _O.RENAME,
+        _T.VMS,
+        "Rename a VM, whatever is in flight. Its id stays, and the hostname in the guest.",
+        parameters=given.RenameParameters,
+        details=True,
     ),
     _record(_O.LOCK, _T.VMS, "Lock a VM: only the locker and admins can change it."),
     _record(_O.UNLOCK, _T.VMS, "Unlock a VM."),

@@ -289,6 +289,13 @@ class MetadataParameters(Parameters, frozen=True, kw_only=True, omit_defaults=Tr
     remove: Annotated[tuple[Tag, ...], Meta(max_length=64, description="Keys to remove.")] = ()
 
 
+class RenameParameters(Parameters, frozen=True, kw_only=True):
+    name: Annotated[Name, Meta(description="The new name; no other VM of the project may have it."), Argument("NEW")]
+
+    def check(self) -> None:
+        check_name(self.name, "name")
+
+
 class Field(NamedTuple):
     """One parameter, as its type describes it."""
 

@@ -60,6 +60,19 @@ def _has_metadata(instance: Instance, parameters: dict[str, Any]) -> str | None:
     return "The metadata is like that already." if same else None
 
 
+def _rename(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
+    """Give the instance its new name; the store refuses one that is taken."""
+    before = draft.instance.name
+    name = request.parameters.get("name", before)
+    draft.instance = replace(draft.instance, name=name)
+    draft.emit("instance.renamed", request.id, name=name, before=before, by=request.requested_by)
+    return _NONE
+
+
+def _has_name(instance: Instance, parameters: dict[str, Any]) -> str | None:
+    return f"The VM is called {instance.name} already." if parameters.get("name") == instance.name else None
+
+
 def _abort_migration(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
     migration = _live_migration(draft)
     if migration is not None:
@@ -98,6 +111,7 @@ RECORD_OPERATIONS: Final[dict[Operation, RecordOperation]] = {
     Operation.LOCK: RecordOperation(_lock),
     Operation.UNLOCK: RecordOperation(_unlock),
     Operation.SET_METADATA: RecordOperation(_set_metadata, _has_metadata),
+    Operation.RENAME: RecordOperation(_rename, _has_name),
     Operation.LIVE_MIGRATE_ABORT: RecordOperation(_abort_migration),
     Operation.LIVE_MIGRATE_FORCE_COMPLETE: RecordOperation(_force_complete_migration),
     Operation.RESET_STATE: RecordOperation(_reset_state),
