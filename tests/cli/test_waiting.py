@@ -11,6 +11,7 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import HANG_UP, Asked, Given, ScriptedServer
 from cli.wire_samples import admitted, instance, request
+from interlock.core.operations import Operation
 from interlock.core.records import Status
 
 REQUESTS = "/v1/instances/demo/requests"
@@ -93,6 +94,12 @@ def test_a_wait_that_loses_the_server_says_that_the_operation_continues(
     assert ran.code == 5
     continues = "Reboot of demo continues.\n  Watch it:  interlock request show r-1 --wait\n"
     assert (continues in ran.err) is not bool(options)
+
+
+def test_a_vm_that_is_renamed_is_named_as_before_and_now(interlock: Interlock, server: ScriptedServer) -> None:
+    done = request(operation=Operation.RENAME, parameters={"name": "third"}, status=Status.SUCCEEDED)
+    server.on("POST", "/v1/instances/second/requests", Given(202, admitted(done)))
+    assert interlock("vm", "rename", "second", "third").out == "Done: rename of second to third\n"
 
 
 def test_where_nothing_moves_it_is_said_what_can_be_done(

@@ -14,6 +14,7 @@ from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.output.formatting import clock, duration, humanize, seconds_of, size
 from interlock.cli.output.progress import LiveLine, Progress
+from interlock.core.operations import Operation
 from interlock.core.records import ENDS, Status
 
 REQUESTS: Final = "/v1/requests"
@@ -158,6 +159,8 @@ def _progress_of(request: Request, name: str) -> Progress | None:
 def report(invocation: Invocation, ended: Request, name: str) -> None:
     """Print the result of a request."""
     what = f"{humanize(ended.operation)} of {name}"
+    if ended.operation is Operation.RENAME:
+        what += f" to {ended.parameters['name']}"
     took = f" in {duration(ended.duration_s)}" if ended.duration_s else ""
     if ended.status is Status.SUCCEEDED:
         invocation.echo(click.style("Done", fg="green", bold=True) + f": {what}{took}")
