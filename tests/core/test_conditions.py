@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.core.conditions import CALLER, CONDITION, CONDITIONS, Choice, Condition, Conditions, Takes
+from interlock.core.condition_kinds import Choice, Takes
+from interlock.core.conditions import CALLER, CONDITION, CONDITIONS, Condition, Conditions
 from interlock.core.operations import BIT, Operation
 from interlock.core.records import Request, Submission
 from interlock.core.states import VmState

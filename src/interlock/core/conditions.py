@@ -2,29 +2,25 @@
 
 The gate compiles the tests; the analyses of policies, the parser, the JSON Schema, the API, explanations and the
 documentation read the same descriptions. A condition is a field of `Conditions` and an entry of `CONDITIONS`. The value
-that it tests is a field of `views.View`.
+that it tests is a field of `views.View`; how it is tested is one of the kinds in `condition_kinds`.
 """
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
-from operator import attrgetter, not_
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
 
-from interlock.core.durations import format_seconds, short_time
-from interlock.core.operations import BIT, Operation
+from interlock.core.condition_kinds import AnyOperation, AnyText, AtLeast, Choice, Flag, Members, Name, Test, Word
+from interlock.core.durations import short_time
+from interlock.core.operations import Operation
 from interlock.core.views import View
 
 ROLES: Final = ("reader", "member", "admin")
 """The roles of callers."""
-
-Test = Callable[[Any], object]
-"""Whether the value of a view fulfils a condition: the result is true or false, not always a bool."""
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,232 +56,6 @@ class Subject(Enum):
     INSTANCE = "instance"
     QUEUE = "queue"
     TIME = "time"
-
-
-class Takes(Enum):
-    """The form of a condition's value in a policy file."""
-
-    FLAG = "true, false"
-    TIME = "time"
-    KINDS = "operations or none"
-    WORDS = "words"
-    """A list of words that are known."""
-    TEXTS = "texts"
-    """A list of words that are not known before, each of which matches `Kind.item`."""
-
-
-class Kind:
-    """What is common to conditions on values of one type."""
-
-    takes: Takes
-    item: re.Pattern[str]
-    """For `Takes.TEXTS`: the pattern of each item."""
-    expected: str
-    """For `Takes.TEXTS`: what the items are, for an error."""
-
-    def test(self, wanted: Any) -> Test:
-        """Return the test of a view's value."""
-        raise NotImplementedError
-
-    def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:  # noqa: ARG002 (see the subclasses)
-        """Return a function that maps values to equal ones if these conditions do not distinguish them.
-
-        None: the value itself.
-        """
-        return None
-
-    def wanted(self, wanted: Any) -> str:
-        """Describe the condition's value."""
-        raise NotImplementedError
-
-    def found(self, value: Any) -> str:
-        """Describe the view's value."""
-        raise NotImplementedError
-
-
-class Choice(Kind):
-    """The view has one value, of which a condition accepts some."""
-
-    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        """Return one value of each class that these conditions do not distinguish, the most ordinary ones first."""
-        raise NotImplementedError
-
-
-class Members(Kind):
-    """The view has a set, and a condition wants any of some members, or none at all if it names none."""
-
-    def members(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        """Return the members that these conditions distinguish."""
-        raise NotImplementedError
-
-    def with_members(self, value: Any, members: Iterable[Any]) -> Any:
-        """Return the view's value with some members more."""
-        raise NotImplementedError
-
-
-class Flag(Choice):
-    """True or false."""
-
-    takes = Takes.FLAG
-
-    def __init__(self, *, usual: bool) -> None:
-        self._usual = usual
-
-    def test(self, wanted: Any) -> Test:
-        return bool if wanted else not_
-
-    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:  # noqa: ARG002 (both are always possible)
-        return (self._usual, not self._usual)
-
-    def wanted(self, wanted: Any) -> str:
-        return str(wanted).lower()
-
-    def found(self, value: Any) -> str:
-        return self.wanted(value)
-
-
-class Word(Choice):
-    """One of several known words, of which a condition accepts some."""
-
-    takes = Takes.WORDS
-
-    def __init__(self, words: tuple[str, ...], *, usual: str) -> None:
-        self.words = words
-        self._usual = usual
-
-    def test(self, wanted: Any) -> Test:
-        accepted: frozenset[str] = wanted
-        return accepted.__contains__
-
-    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:  # noqa: ARG002 (every word is always possible)
-        return (self._usual, *(word for word in reversed(self.words) if word != self._usual))
-
-    def wanted(self, wanted: Any) -> str:
-        return one_of(wanted)
-
-    def found(self, value: Any) -> str:
-        return str(value)
-
-
-class Name(Choice):
-    """A name, of which a condition accepts some, or all that begin in some way: `alice`, `ci-*`, `*`.
-
-    A name in a condition stands for itself; one that ends with `*` for all that begin so and match no longer one. No
-    condition distinguishes more, so that the names in the conditions, and one that is in none, are all that there is.
-    """
-
-    takes = Takes.TEXTS
-    item = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,62}\*?|\*)")
-    expected = "names: letters, digits, '.', '_' and '-', and '*' only at the end"
-
-    def test(self, wanted: Any) -> Test:
-        named: frozenset[str] = wanted
-        beginnings = tuple(name[:-1] for name in named if name.endswith("*"))
-        if not beginnings:
-            return named.__contains__
-        return lambda name: name in named or name.startswith(beginnings)
-
-    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        return ("", *sorted(frozenset[str]().union(*wanted)))
-
-    def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        named = frozenset[str]().union(*wanted)
-        beginnings = sorted((name[:-1] for name in named if name.endswith("*")), key=len, reverse=True)
-
-        def class_of(name: str) -> str:
-            if name in named:
-                return name
-            return next((f"{beginning}*" for beginning in beginnings if name.startswith(beginning)), "")
-
-        return class_of
-
-    def wanted(self, wanted: Any) -> str:
-        return one_of(wanted)
-
-    def found(self, value: Any) -> str:
-        return str(value) or "another name"
-
-
-class AtLeast(Choice):
-    """A time in milliseconds, which a condition bounds from below."""
-
-    takes = Takes.TIME
-
-    def test(self, wanted: Any) -> Test:
-        least: int = wanted
-        return least.__le__
-
-    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(sorted({0, *wanted}))
-
-    def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        bounds = self.values(wanted)
-        return lambda value: bisect_right(bounds, value)
-
-    def wanted(self, wanted: Any) -> str:
-        return format_seconds(wanted)
-
-    def found(self, value: Any) -> str:
-        return self.wanted(value)
-
-
-class AnyOperation(Members):
-    """Operations, as a bit mask in the view."""
-
-    takes = Takes.KINDS
-
-    def test(self, wanted: Any) -> Test:
-        mask = sum(BIT[operation] for operation in wanted)
-        return mask.__and__ if mask else not_
-
-    def members(self, wanted: Iterable[Any]) -> tuple[Any, ...]:  # noqa: ARG002 (every operation is always possible)
-        return tuple(Operation)
-
-    def with_members(self, value: Any, members: Iterable[Any]) -> Any:
-        for member in members:
-            value |= BIT[member]
-        return value
-
-    def wanted(self, wanted: Any) -> str:
-        return one_of(operation.value for operation in wanted) if wanted else "nothing"
-
-    def found(self, value: Any) -> str:
-        return ", ".join(operation.value for operation in Operation if value & BIT[operation]) or "nothing"
-
-
-class AnyText(Members):
-    """Texts, as a tuple in the view."""
-
-    takes = Takes.TEXTS
-
-    def __init__(self, item: str, expected: str) -> None:
-        self.item = re.compile(item)
-        self.expected = expected
-
-    def test(self, wanted: Any) -> Test:
-        named: frozenset[str] = wanted
-        return lambda texts: not named.isdisjoint(texts)
-
-    def members(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(sorted(frozenset[str]().union(*wanted)))
-
-    def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        named = frozenset[str]().union(*wanted)
-        return lambda texts: named.intersection(texts) if texts else texts
-
-    def with_members(self, value: Any, members: Iterable[Any]) -> Any:
-        return tuple(sorted({*value, *members}))
-
-    def wanted(self, wanted: Any) -> str:
-        return one_of(wanted)
-
-    def found(self, value: Any) -> str:
-        return ", ".join(value) or "none"
-
-
-def one_of(words: Iterable[str]) -> str:
-    shown = sorted(words)
-    return shown[0] if len(shown) == 1 else f"one of {', '.join(shown)}"
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):

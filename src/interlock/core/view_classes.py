@@ -10,7 +10,8 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-from interlock.core.conditions import CALLER, CONDITIONS, Choice, Condition, Conditions
+from interlock.core.condition_kinds import Choice
+from interlock.core.conditions import CALLER, CONDITIONS, Condition, Conditions
 from interlock.core.views import View
 
 

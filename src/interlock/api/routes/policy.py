@@ -27,7 +27,8 @@ from interlock.api.schemas.policy import (
     RefusedConfiguration,
 )
 from interlock.api.schemas.serializers import timestamp, wire
-from interlock.core.conditions import CONDITIONS, Takes
+from interlock.core.condition_kinds import Takes
+from interlock.core.conditions import CONDITIONS
 from interlock.core.errors import Invalid, NotFound, PolicyError
 from interlock.core.policy import CompiledPolicy, Rule, Verdict
 from interlock.policies.lint.findings import Severity

@@ -9,7 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from interlock.api.schemas.responses import Problem, Seconds, Timestamp, Wire
-from interlock.core.conditions import CONDITIONS, Takes
+from interlock.core.condition_kinds import Takes
+from interlock.core.conditions import CONDITIONS
 from interlock.core.policy_switches import Outstanding, SwitchSource
 
 _CONDITION_TYPES: Final[Mapping[Takes, Any]] = {

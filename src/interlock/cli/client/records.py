@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from interlock.api.schemas import responses
 from interlock.cli.output.formatting import seconds_of
-from interlock.core.conditions import CONDITIONS, Takes
+from interlock.core.condition_kinds import Takes
+from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Instance, Request

@@ -13,7 +13,8 @@ import msgspec
 
 from interlock.core import lifecycle
 from interlock.core.admission import judge
-from interlock.core.conditions import CALLER, Choice
+from interlock.core.condition_kinds import Choice
+from interlock.core.conditions import CALLER
 from interlock.core.durations import format_seconds
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy

@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from interlock.core.admission import judge
-from interlock.core.conditions import CONDITIONS, one_of
+from interlock.core.condition_kinds import one_of
+from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Rule, Verdict
 from interlock.core.records import Admitted, Disposition, Instance, Request, Status, Submission

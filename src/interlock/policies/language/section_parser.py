@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar, assert_never
 
 from msgspec.structs import replace
 
-from interlock.core.conditions import CONDITIONS, Condition, Kind, Takes
+from interlock.core.condition_kinds import Kind, Takes
+from interlock.core.conditions import CONDITIONS, Condition
 from interlock.core.durations import EXPECTED, parse_duration
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.policy import DEFAULT_GRACE_MS, Before, MeasuredFrom, Rule, Verdict

@@ -9,7 +9,8 @@ import json
 from collections.abc import Hashable, Mapping
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from interlock.core.conditions import CONDITIONS, Word
+from interlock.core.condition_kinds import Word
+from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import CATALOGUE, TASK_STATES, Lane, Operation
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.schema import RULE_KEYS

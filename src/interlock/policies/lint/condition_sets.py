@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from interlock.core.conditions import CONDITIONS, Choice, Condition, Conditions, Members, Takes
+from interlock.core.condition_kinds import Choice, Members, Takes
+from interlock.core.conditions import CONDITIONS, Condition, Conditions
 from interlock.core.operations import BIT, TASK_OPERATION
 from interlock.core.states import NO_TASK
 

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple, assert_never
 
 import msgspec
 
-from interlock.core.conditions import CONDITION, Choice, Condition, Members, Subject
+from interlock.core.condition_kinds import Choice, Members
+from interlock.core.conditions import CONDITION, Condition, Subject
 from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import Rule
 from interlock.core.states import NO_TASK

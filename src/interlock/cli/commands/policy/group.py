@@ -14,7 +14,8 @@ from interlock.api.schemas.policy import Policy, PolicyRule
 from interlock.cli.context import Cell, Invocation, with_json
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import clock, duration, printable
-from interlock.core.conditions import CONDITIONS, Condition, Takes
+from interlock.core.condition_kinds import Takes
+from interlock.core.conditions import CONDITIONS, Condition
 
 _BLOCK_BYTES: Final = 64 * 1024
 _COLOURS: Final = {"admit": "green", "preempt": "cyan", "redundant": "yellow", "after": "yellow", "deny": "red"}

@@ -14,7 +14,8 @@ import click
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
-from interlock.core.conditions import CALLER, Word
+from interlock.core.condition_kinds import Word
+from interlock.core.conditions import CALLER
 
 if TYPE_CHECKING:
     from interlock.core.policy import CompiledPolicy
