@@ -4,7 +4,8 @@ Processes are found by their marks, whatever has become of the folders in which 
 
 While a guest goes to another host as it runs, a process holds it on both. That is as it should be for as long as one
 of them stands still: the one that `awaits` it has never run, and the one that `sent` it does not run any more. The
-first is taken from the mark in its folder; the second is seen besides, by its processors' threads doing nothing.
+first is taken from the mark in its folder; the second is seen besides, by the threads of its vCPUs doing nothing.
+QEMU's other threads work on where a guest stands still: for its monitor, or on what the guest did before.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ _LOOK_EVERY_S: Final = 0.5
 _STILL_S: Final = 0.3
 """For how long a guest is watched that must stand still."""
 _SWITCHES_MAX: Final = 5
-"""How often the threads of one that stands still may be woken in that time; the smallest guest's processor wakes
-fifteen times."""
+"""How often the vCPUs of one that stands still may be woken in that time; that of the smallest guest is woken fifteen
+times."""
+_VCPU_THREADS: Final = ("CPU ", "ALL CPUs")
+"""How QEMU's names of the threads of vCPUs begin: one for each, or one for all."""
 _STEP_TICKS: Final = 2 * os.sysconf("SC_CLK_TCK")
 
 
@@ -116,7 +119,7 @@ class Doubles:
 
 
 def moves(holder: Holder, within_s: float = _STILL_S) -> bool:
-    """Whether the processors of its guest run: within so long its threads but the first are woken again and again."""
+    """Whether its guest runs: within so long its vCPUs are woken again and again."""
     before, deadline = _switches(holder), time.monotonic() + within_s
     while True:
         threading.Event().wait(_STILL_S)
@@ -146,13 +149,13 @@ def _stat(holder: Holder) -> list[str]:
 
 
 def _switches(holder: Holder) -> dict[str, int]:
-    """How often each thread but the first was given a processor."""
+    """How often each vCPU's thread was given a processor."""
     found = {}
     for thread in Path(f"/proc/{holder.process_id}/task").glob("*"):
-        if thread.name != str(holder.process_id):
-            try:
-                text = (thread / "status").read_text()
-            except OSError:
-                continue
+        try:
+            text = (thread / "status").read_text()
+        except OSError:
+            continue
+        if text.partition("\t")[2].startswith(_VCPU_THREADS):
             found[thread.name] = sum(int(number) for number in re.findall(r"ctxt_switches:\s+(\d+)", text))
     return found

@@ -183,7 +183,8 @@ def arguments(
     if machine is not None:
         settings = settings_of(machine, settings)
     return [
-        *("-name", f"guest=interlock-{instance_id}"),
+        # QEMU names its threads, so that `top -H` shows which ones are vCPUs.
+        *("-name", f"guest=interlock-{instance_id},debug-threads=on"),
         *("-uuid", machine_uuid(instance_id)),
         *("-no-user-config", "-nodefaults", "-display", "none"),
         *("-sandbox", _SANDBOX),
