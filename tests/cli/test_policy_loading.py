@@ -45,7 +45,9 @@ def loaded(**changes: Any) -> PolicyLoaded:
         "outstanding": Outstanding.KEEP,
         "cancelled": None,
         "findings": (),
-        "exploration": PolicyWalk(states=12_345, transitions=99, complete=False, seconds=5.0),
+        "exploration": PolicyWalk(
+            states=12_345, transitions=99, complete=False, seconds=5.0, assumptions=("Held fixed.",)
+        ),
     }
     return PolicyLoaded(**given | changes)
 
@@ -68,10 +70,11 @@ def test_a_file_is_sent_with_what_it_extends_on_the_terms_that_were_asked_for(
     assert sent["files"][sent["main"]] == SITE
     assert (sent["outstanding"], sent["explore_seconds"], sent["dry_run"]) == ("rejudge", 5, False)
     assert asked.headers["if-match"] == f'"{"cd" * 8}"'
-    outcome, walk = ran.out.splitlines()
+    outcome, walk, assumed = ran.out.splitlines()
+    assert assumed == "  - Held fixed."
     assert outcome.startswith(f"site ({'ab' * 8}) is in force, instead of standard ({'cd' * 8}). Queued requests were ")
     assert outcome.endswith("again: 2 requests were cancelled.")
-    assert walk.startswith("Explored: 12,345 states in 5 s; no violations, incomplete.")
+    assert walk.startswith("Explored: 12,345 states in 5 s, incomplete;")
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,28 @@ def test_time_passes_in_a_counterexample_only_as_far_as_needed() -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------------- assumptions
+
+
+def test_a_condition_that_does_not_vary_is_an_assumption_if_a_rule_depends_on_it() -> None:
+    frozen = rule("frozen", {O.STOP}, Verdict.DENY, tags=frozenset({"freeze"}))
+    with_tags, without = search(made(frozen, DELETE, ANYTHING)), search(made(DELETE, ANYTHING))
+    (assumed,) = set(with_tags.assumptions) - set(without.assumptions)
+    assert assumed == "`tags` is always none; it is a condition of frozen."
+
+
+def test_bounds_and_operations_left_out_are_assumptions() -> None:
+    found = search(made(DELETE, ANYTHING), outstanding_max=1, faults_max=2)
+    for assumed in (
+        "An instance begins in active with nothing outstanding.",
+        "At most 1 request is outstanding, and one deletion more.",
+        "At most 2 operations fail or guests end.",
+    ):
+        assert assumed in found.assumptions
+    left_out = next(one for one in found.assumptions if one.startswith("Nobody submits"))
+    assert set(left_out.removeprefix("Nobody submits ").rstrip(".").split(", ")) == set(O) - set(FEW)
+
+
 # ------------------------------------------------------------------------------------------------------- bounds
 
 
@@ -264,7 +286,8 @@ def test_the_command_prints_a_summary(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["propolis", "--story", str(tmp_path / "story")])
     assert result.exit_code == 0, result.output
     assert "states and" in result.output
-    assert "No law is broken." in result.output
+    assert "No law is broken under these assumptions:" in result.output
+    assert "  - At most 3 requests are outstanding, and one deletion more." in result.output
     assert not (tmp_path / "story").exists()
 
 

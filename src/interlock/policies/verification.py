@@ -53,6 +53,8 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     """False if it reached its limit of time."""
     seconds: float
+    assumptions: tuple[str, ...] = ()
+    """What the search held fixed, one sentence each."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):

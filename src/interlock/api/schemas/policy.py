@@ -128,6 +128,8 @@ class PolicyWalk(Wire, frozen=True, kw_only=True):
     complete: bool
     """False if it timed out."""
     seconds: Seconds
+    assumptions: tuple[str, ...]
+    """What the exploration held fixed, one sentence each."""
 
 
 class PolicyViolation(Wire, frozen=True, kw_only=True):

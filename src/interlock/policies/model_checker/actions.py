@@ -286,7 +286,7 @@ def request_of(kind: RequestKind) -> Request:
     )
 
 
-_EXPLORED = frozenset({"outstanding", "locked", "launched", "hard", "silent_ms"})
+EXPLORED = frozenset({"outstanding", "locked", "launched", "hard", "silent_ms"})
 """What varies in a search, by field of the view; besides, who asks, except for the role."""
 
 
@@ -294,7 +294,7 @@ def can_hold(rule: Rule, role: str) -> bool:
     """Return whether a rule can hold for callers of the role; what a search does not vary is as usual."""
     for condition in CONDITIONS:
         wanted = condition.of(rule)
-        if wanted is None or condition.reads in _EXPLORED:
+        if wanted is None or condition.reads in EXPLORED:
             continue
         if condition.reads == "role":
             value = role

@@ -11,6 +11,7 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
+from interlock.policies.model_checker.assumptions import assumptions
 from interlock.policies.model_checker.counterexamples import CounterexampleBuilder
 from interlock.policies.model_checker.gate_table import GateEffect
 from interlock.policies.model_checker.liveness import find_stuck
@@ -72,6 +73,7 @@ def explore(
         undecided=undecided,
         seconds=seconds,
         depth=search.depth,
+        assumptions=assumptions(model, tried, outstanding_used),
         exits=tuple(_exits(model)),
     )
 

@@ -45,7 +45,7 @@ class Model:
         self.steps = Steps(self.alphabet, self.layout, self.tables)
         self.gate = PackedGate(self.alphabet, self.layout, self.tables, self.steps.queues, outstanding_max)
         self.encoding = StateEncoding(self.alphabet, self.layout)
-        self._faults_max = faults_max
+        self.faults_max = faults_max
 
     def initial_words(self) -> Words:
         """Return the words of the initial states, in the order given."""
@@ -57,7 +57,7 @@ class Model:
         for transitions in self.steps.after(words):
             yield (
                 transitions
-                if self._faults_max is None or transitions.action not in FAULTS
+                if self.faults_max is None or transitions.action not in FAULTS
                 else self._counted(transitions)
             )
         yield from self.gate.transitions(words, answers)
@@ -65,7 +65,7 @@ class Model:
     def _counted(self, transitions: Transitions) -> Transitions:
         """Count one more fault, and drop the transitions past the limit."""
         faults = self.layout.faults
-        room = np.flatnonzero(faults.of(transitions.words) < (self._faults_max or 0))
+        room = np.flatnonzero(faults.of(transitions.words) < (self.faults_max or 0))
         return Transitions(transitions.action, transitions.rows[room], transitions.words[room] + (1 << faults.shift))
 
 

@@ -21,6 +21,8 @@ LAWS: Final = {
     8: "every answer explains itself",
 }
 """The names of the laws that are checked on policies and in the tests of the core."""
+SEARCHED_LAWS: Final = frozenset({2, 5, 8})
+"""The laws that a search checks: those that a policy can violate."""
 
 
 class Breach(msgspec.Struct, frozen=True):
@@ -70,6 +72,8 @@ class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     """Duration of the search and the liveness check."""
     depth: int = 0
     """Steps from an initial state to the farthest state."""
+    assumptions: tuple[str, ...] = ()
+    """What the search held fixed, one sentence each."""
     exits: tuple[Exit, ...] = ()
     """For every reached vm_state and task_state of a state change that does not lead to the goal."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.commands.policy.output import assumption_lines
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
@@ -76,9 +77,8 @@ def explore(
     """Explore every reachable state of an instance, and check the laws in each.
 
     All interleavings are explored: submissions, workers that report, fail, hang or are lost, guests that end, and time.
-    A violation is shown with the shortest counterexample, which `interlock rehearse --policy NAME|FILE` plays. Tags,
-    blocked operations, lost hosts and held requests are not explored; requests admitted with `in_turn = false` are not
-    promised.
+    A violation is shown with the shortest counterexample, which `interlock rehearse --policy NAME|FILE` plays. What
+    does not vary is listed with the result as its assumptions.
 
     Exits with 1 if a law is violated, and with 2 if the policy is invalid or the bound is too large.
     """
@@ -159,7 +159,11 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
     if found.violations:
         _show_violations(invocation, name, found.violations)
     else:
-        invocation.echo(click.style("No law is broken.", fg="green"))
+        invocation.echo(click.style("No law is broken", fg="green") + " under these assumptions:")
+    if found.violations:
+        invocation.echo("\nAssumptions of the exploration:")
+    for line in assumption_lines(found.assumptions):
+        invocation.echo(line)
     _show_exits(invocation, found.exits)
 
 

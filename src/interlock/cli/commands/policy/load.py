@@ -13,6 +13,7 @@ import msgspec
 from interlock.api.schemas.policy import PolicyFinding, PolicyHistory, PolicyLoaded, PolicyProblem, PolicyWalk
 from interlock.cli.client.http_client import Reply
 from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.commands.policy.output import assumption_lines
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
@@ -206,8 +207,13 @@ def _outcome(loaded: PolicyLoaded, *, dry_run: bool) -> str:
 def _walk_text(walk: PolicyWalk) -> str:
     seen = f"{walk.states:,} states in {duration(walk.seconds)}"
     if walk.complete:
-        return f"Explored: all {seen}; no violations."
-    return f"Explored: {seen}; no violations, incomplete. `interlock policy explore` explores all."
+        first = f"Explored: all {seen}; no violations under these assumptions:"
+    else:
+        first = (
+            f"Explored: {seen}, incomplete; `interlock policy explore` explores all. No violations under these "
+            "assumptions:"
+        )
+    return "\n".join((first, *assumption_lines(walk.assumptions)))
 
 
 def _finding_text(finding: PolicyFinding) -> str:

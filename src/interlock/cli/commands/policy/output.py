@@ -14,6 +14,7 @@ import click
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
+from interlock.cli.output.formatting import printable
 from interlock.core.condition_kinds import Word
 from interlock.core.conditions import CALLER
 
@@ -109,3 +110,8 @@ def paragraph(title: str, text: str, *, bold: bool = False, indent: int = 0) -> 
     width = min(shutil.get_terminal_size((100, 24)).columns, _WIDTH_MAX) - indent
     lines = textwrap.wrap(title + text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return [" " * indent + click.style(line, bold=bold or None) for line in lines]
+
+
+def assumption_lines(assumptions: Iterable[str]) -> list[str]:
+    """Return what an exploration held fixed as a list, wrapped to the width of the terminal."""
+    return [line for one in assumptions for line in paragraph("- ", printable(one), indent=2)]
