@@ -167,7 +167,7 @@ def test_a_held_request_can_be_cancelled() -> None:
 def test_taking_a_protection_away_admits_what_it_held() -> None:
     blocked = instance_in(V.ACTIVE, blocked_operations=(O.PAUSE,))
     held = settle(hold(blocked, O.PAUSE), START_MS)
-    free = relabel(held, "ada", START_MS + 5, blocked_operations=()).answer
+    free = relabel(held, POLICY, "ada", START_MS + 5, blocked_operations=()).answer
     assert [one.id for one in settle(free, START_MS + 5).outstanding] == ["h1"]
 
 

@@ -237,7 +237,7 @@ def test_what_its_owner_does_that_is_no_stop_does_not_end_restarts(operation: Op
 
 def test_a_policy_that_is_changed_holds_for_what_is_due() -> None:
     instance = ended(running(ALWAYS), GuestEvent.CRASHED, T0)
-    instance = lifecycle.relabel(instance, "ann", T0 + 1, restart=RestartPolicy()).instance
+    instance = lifecycle.relabel(instance, STANDARD, "ann", T0 + 1, restart=RestartPolicy()).instance
     assert scheduled_actions.due(instance, NEVER) is None
 
 

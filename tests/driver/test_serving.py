@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,22 @@ from interlock.hypervisors.simulated.faults import (
     Slow,
 )
 from interlock.ports import Permit
+from interlock.service.request_models import Labels
 
 O = Operation  # noqa: E741
+NO_GPU_RESIZE = """
+[policy]
+name = "no-gpu-resize"
+extends = "standard"
+
+[[rule]]
+id = "no-gpu-resize"
+operations = ["resize"]
+tags = ["gpu"]
+verdict = "deny"
+reason = "gpu_fixed_size"
+because = "A VM with a GPU keeps its size."
+"""
 
 
 def power(host: SimulatedHost, instance_id: str) -> PowerState:
@@ -145,6 +160,26 @@ async def test_a_hard_stop_ends_the_waiting_of_a_soft_one(fleet: Embedded, host:
     ended = await fleet.ended(soft)
     assert ended.status is Status.SUPERSEDED
     assert power(host, vm) is PowerState.NONE
+
+
+async def test_new_tags_cancel_what_they_forbid_while_what_is_in_flight_goes_on(
+    tmp_path: Path, host: SimulatedHost
+) -> None:
+    policy = tmp_path / "gpu.toml"
+    policy.write_text(NO_GPU_RESIZE)
+    fleet = Embedded(tmp_path / "data", host, str(policy))
+    await fleet.start()
+    try:
+        vm = await fleet.create("web")
+        host.ignore_power_button(vm)
+        stop = admitted(await fleet.submit(vm, O.STOP))
+        resize = admitted(await fleet.submit(vm, O.RESIZE, vcpus=2))
+        await fleet.server.instances.relabel(fleet.caller, vm, Labels(tags=("gpu",)))
+        cancelled = await fleet.ended(resize)
+        assert (cancelled.status, cancelled.reason) == (Status.CANCELLED, "gpu_fixed_size")
+        assert (await fleet.ended(stop)).status is Status.SUCCEEDED
+    finally:
+        await fleet.server.close()
 
 
 async def test_a_stop_interrupts_a_start_that_takes_long(fleet: Embedded, host: SimulatedHost) -> None:

@@ -106,6 +106,14 @@ class House:
 
         return await self.store.change("vm", decide)
 
+    async def block(self, *operations: Operation) -> None:
+        """Block these operations of the instance, and no others."""
+
+        def decide(instance: Instance, now_ms: int) -> Change[Instance]:
+            return lifecycle.relabel(instance, self.policy.compiled, "ann", now_ms, blocked_operations=operations)
+
+        await self.store.change("vm", decide)
+
     @property
     def asked(self) -> list[tuple[Operation, int]]:
         """What was asked for without anybody asking, with the times in ms since the beginning."""
@@ -197,7 +205,7 @@ def test_what_the_policy_refuses_is_asked_again_with_longer_and_longer_pauses_an
         assert house.asked == []
         assert 24 < tries < 40, "about once an hour in the end"
         assert not [event for event in house.store.told if event.kind == "request.denied"], "no history of it"
-        await house.store.change("vm", lambda one, now_ms: lifecycle.relabel(one, "ann", now_ms, blocked_operations=()))
+        await house.block()
         await asyncio.sleep(1)
         assert house.asked == [(O.DELETE, 8 * DAY_MS)]
 
@@ -344,7 +352,7 @@ async def _resized_and_ended(house: House, *blocked: Operation) -> None:
     await asyncio.sleep(1)
     await house.ask(O.RESIZE, vcpus=2)
     await asyncio.sleep(3_600)
-    await house.store.change("vm", lambda one, now: lifecycle.relabel(one, "ann", now, blocked_operations=blocked))
+    await house.block(*blocked)
     assert house.vm().vm_state is VmState.RESIZED
     house.host.guest_panics("vm")
 

@@ -12,6 +12,7 @@ import msgspec
 
 from interlock.core import restarts
 from interlock.core.errors import BrokenInvariant
+from interlock.core.guest_events import STATE_UNCHANGED, after_event, with_trouble_noted
 from interlock.core.holds import judge_held
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
@@ -34,7 +35,7 @@ from interlock.core.records import (
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
 from interlock.core.restart_policy import Evacuate, RestartPolicy
 from interlock.core.state_stack import ARRIVES, Memory, resolve_target, without_guest
-from interlock.core.states import HALTS, LEFT_AT_END, GuestTrouble, PowerState, VmState
+from interlock.core.states import LEFT_AT_END, GuestTrouble, PowerState, VmState
 
 
 def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
@@ -258,10 +259,10 @@ def observe(
 
     `changed` changes nothing here: the guest has to be inspected, see `reconciliation`.
     """
-    if event in _STATE_UNCHANGED:
+    if event in STATE_UNCHANGED:
         return _note_trouble(instance, event, now_ms)
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
-    state, power, error = _after_event(instance, event)
+    state, power, error = after_event(instance, event)
     memory = instance.state_stack
     if instance.vm_state not in LEFT_AT_END:
         state, error = instance.vm_state, None
@@ -280,82 +281,14 @@ def observe(
     return draft.change(None)
 
 
-def _after_event(instance: Instance, event: GuestEvent) -> tuple[VmState, PowerState, str | None]:
-    """Return the vm_state, the power state and the error of a running instance after an event of its guest."""
-    state, power, error = instance.vm_state, instance.power_state, None
-    match event:
-        case GuestEvent.STOPPED:
-            state, power = VmState.STOPPED, PowerState.SHUTDOWN
-        case GuestEvent.CRASHED:
-            state, power, error = VmState.ERROR, PowerState.CRASHED, "The guest crashed."
-        case GuestEvent.VANISHED:
-            state, power, error = VmState.ERROR, PowerState.NONE, "The guest's QEMU process ended unexpectedly."
-        case GuestEvent.LEASE_ENDED:
-            error = f"The guest was ended because the lease of host {instance.host} expired: its agent lost the server."
-            state, power = VmState.ERROR, PowerState.NONE
-        case (
-            GuestEvent.RESET
-            | GuestEvent.NOT_RESPONDING
-            | GuestEvent.RESPONDING
-            | GuestEvent.NO_SPACE
-            | GuestEvent.IO_ERROR
-            | GuestEvent.WENT_ON
-            | GuestEvent.CHANGED
-        ):
-            pass
-    return state, power, error
-
-
-_STATE_UNCHANGED: Final = frozenset({GuestEvent.NOT_RESPONDING, GuestEvent.RESPONDING, GuestEvent.CHANGED}) | {
-    GuestEvent.NO_SPACE,
-    GuestEvent.IO_ERROR,
-    GuestEvent.WENT_ON,
-}
-"""Events that do not change the vm_state, and are no sign of life."""
-
-
 def _note_trouble(instance: Instance, event: GuestEvent, now_ms: int) -> Change[None]:
     """Record the beginning or end of a guest's fault: not responding, or halted. Repeated events change nothing."""
-    after = _troubled(instance, event, now_ms)
+    after = with_trouble_noted(instance, event, now_ms)
     if after is instance:
         return Change(instance=instance, answer=None)
     draft = Draft(after, now_ms)
     draft.emit(f"guest.{event.value}")
     return draft.change(None)
-
-
-def _troubled(instance: Instance, event: GuestEvent, now_ms: int) -> Instance:
-    """Return the instance with the fault that the event begins or ends; the same object if it does neither."""
-    trouble, power = instance.guest_trouble, instance.power_state
-    match event:
-        case GuestEvent.NOT_RESPONDING:
-            begins = instance.executing and trouble is not GuestTrouble.NOT_RESPONDING
-            return _with_trouble(instance, GuestTrouble.NOT_RESPONDING, power, now_ms) if begins else instance
-        case GuestEvent.NO_SPACE | GuestEvent.IO_ERROR:
-            begins = instance.executing and trouble is not GuestTrouble(event.value)
-            halted = PowerState.PAUSED
-            return _with_trouble(instance, GuestTrouble(event.value), halted, now_ms) if begins else instance
-        case GuestEvent.RESPONDING:
-            ends = trouble is GuestTrouble.NOT_RESPONDING
-            return _with_trouble(instance, None, power, None) if ends else instance
-        case GuestEvent.WENT_ON:
-            power = power if instance.vm_state is VmState.PAUSED else PowerState.RUNNING
-            return _with_trouble(instance, None, power, None) if trouble in HALTS else instance
-        case (
-            GuestEvent.CHANGED
-            | GuestEvent.STOPPED
-            | GuestEvent.RESET
-            | GuestEvent.CRASHED
-            | GuestEvent.VANISHED
-            | GuestEvent.LEASE_ENDED
-        ):
-            return instance
-
-
-def _with_trouble(
-    instance: Instance, trouble: GuestTrouble | None, power: PowerState, since_ms: int | None
-) -> Instance:
-    return replace(instance, guest_trouble=trouble, guest_trouble_since_ms=since_ms, power_state=power)
 
 
 def cancel(
@@ -426,16 +359,22 @@ def rejudge(
 
 def relabel(
     instance: Instance,
+    policy: CompiledPolicy,
     by: str,
     now_ms: int,
     *,
+    host_reachable: bool = True,
     tags: tuple[str, ...] | None = None,
     blocked_operations: tuple[Operation, ...] | None = None,
     restart: RestartPolicy | None = None,
     evacuate: Evacuate | None = None,
     apart_from: tuple[str, ...] | None = None,
 ) -> Change[Instance]:
-    """Change settings that an owner may change at any time; None leaves one unchanged."""
+    """Change settings that an owner may change at any time; None leaves one unchanged.
+
+    With new tags the queue is evaluated again: what `policy` does not permit with them is cancelled at once, and never
+    after an earlier request has succeeded (law 2). Blocked operations restrict new submissions only, as locks do.
+    """
     named = {
         name: value
         for name, value in (
@@ -449,10 +388,12 @@ def relabel(
     }
     if not named:
         return Change(instance=instance, answer=instance)
-    draft = Draft(replace(instance, **named), now_ms)
+    draft = Draft(replace(instance, **named), now_ms, host_reachable=host_reachable)
     draft.emit("instance.relabelled", None, by=by, **msgspec.to_builtins(named))
+    if "tags" in named:
+        judge_again(draft, policy)
     change = draft.change(None)
-    return Change(instance=change.instance, events=change.events, answer=change.instance)
+    return Change(instance=change.instance, requests=change.requests, events=change.events, answer=change.instance)
 
 
 def adopt(instance: Instance, now_ms: int) -> Change[tuple[Request, ...]]:

@@ -217,7 +217,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             continue
         if request.status is Status.QUEUED:
             rule, state = _judge_waiting(policy, request, present, foreseen, instance.tags)
-            if not permits(rule) and not _stays_anyway(request, halfway, foreseen.vm_state):
+            if not permits(rule) and not _stays_anyway(request, rule, halfway, foreseen.vm_state):
                 cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
             if _lacks(draft, request, before, cancelled):
@@ -263,20 +263,24 @@ def _judge_waiting(
     return judge_in(policy, request, present, tags), present.vm_state
 
 
-def _stays_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool:
+def _stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmState) -> bool:
     """Whether a preempting request stays although the policy would not admit it in the foreseen state.
 
     It was admitted because of the request in flight, whose fencing or interruption may have left the guest in any
     state: a fenced start leaves `stopped` in the record and perhaps a running guest, and the stop that ended it must
     not be cancelled as redundant. So it stays if the catalogue allows it in the foreseen state, or in `halfway`, the
-    state if the request in flight has no effect.
+    state if the request in flight has no effect. A rule that denies it for the instance's tags holds for it too.
     """
+    if rule.tags is not None and rule.verdict is Verdict.DENY:
+        return False
     return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
 
 
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: CompiledPolicy) -> str:
     because = because_of(rule, draft.instance.host) or f"{request.operation.value} is not allowed in {state.value}."
     message = f"The VM is or will be {state.value}: {because}"
+    if rule.tags is not None:
+        message = f"The VM has the tags {', '.join(draft.instance.tags) or '(none)'}: {because}"
     draft.end(request, Status.CANCELLED, rule.code, message, rule=rule.id, policy=policy.stamp)
     return request.id
 

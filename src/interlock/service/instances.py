@@ -317,7 +317,9 @@ class Instances:
 
         def decide(instance: Instance, now_ms: int) -> Change[Instance]:
             _check_generation(instance, if_generation)
-            change = lifecycle.relabel(instance, caller.name, now_ms, **msgspec.structs.asdict(labels))
+            policy, reachable = self._in_force.for_waiting(instance), self._hosts.leases.reachable(instance.host)
+            named = msgspec.structs.asdict(labels)
+            change = lifecycle.relabel(instance, policy, caller.name, now_ms, host_reachable=reachable, **named)
             if labels.apart_from is not None:
                 self._capacity.check_apart(change.instance, instance)
             return change

@@ -40,7 +40,7 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One event: exactly one of the first ten keys, and its options."""
+    """One event: exactly one of the first eleven keys, and its options."""
 
     submit: str | None = None
     take: str | None = None
@@ -51,6 +51,8 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advance: str | int | float | None = None
     show: bool | None = None
     adopt: bool | None = None
+    relabel: tuple[str, ...] | None = None
+    """Its tags from now on."""
     instance: InstanceLine | None = None
     outcome: str | None = None
     arrived: bool | None = None
@@ -63,7 +65,9 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hold: str | int | float | None = None
 
 
-VERBS: Final = ("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "instance")
+VERBS: Final = (
+    *("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "relabel", "instance"),
+)
 _COMPANIONS: Final = {
     "outcome": "finish",
     "arrived": "finish",
@@ -131,8 +135,7 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
     """Build the instance of an event, at `now_ms`; a request in flight has the id `r1`. Raises `Invalid`."""
     vm_state = _word("vm_state", line.vm_state, VM_STATES.words)
     since_ms = now_ms - length_of_time_ms(line.age)
-    if len(line.tags) > TAGS_MAX:
-        raise Invalid(f"An instance has at most {TAGS_MAX} tags.")
+    check_tags(line.tags)
     serving = _in_flight(line, since_ms)
     instance = Instance(
         id="rehearsed",
@@ -151,6 +154,12 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         outstanding=() if serving is None else (serving,),
     )
     return instance.come_to(vm_state, _memory(line))
+
+
+def check_tags(tags: tuple[str, ...]) -> None:
+    """Raises `Invalid` for more tags than an instance can have."""
+    if len(tags) > TAGS_MAX:
+        raise Invalid(f"An instance has at most {TAGS_MAX} tags.")
 
 
 def _memory(line: InstanceLine) -> Memory:

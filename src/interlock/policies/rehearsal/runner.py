@@ -38,6 +38,7 @@ from interlock.policies.language.vocabulary import nearest
 from interlock.policies.rehearsal.events import (
     InstanceLine,
     Line,
+    check_tags,
     length_of_time_ms,
     made_instance,
     named_operation,
@@ -91,6 +92,7 @@ class Rehearsal:
             "advance": self._advance,
             "show": self._show,
             "adopt": self._adopt,
+            "relabel": self._relabel,
         }
         self._start(InstanceLine())
 
@@ -271,6 +273,15 @@ class Rehearsal:
         answer = self._settled(self._follow(change))
         answer["adopted"] = [request.id for request in change.answer]
         return answer
+
+    def _relabel(self, event: Line) -> Answer:
+        assert event.relabel is not None
+        check_tags(event.relabel)
+        reachable = self._host_reachable
+        change = lifecycle.relabel(
+            self.instance, self._policy, "rehearsal", self.now_ms, host_reachable=reachable, tags=event.relabel
+        )
+        return self._settled(self._follow(change))
 
     def _show(self, event: Line) -> Answer:
         if event.show is not True:
