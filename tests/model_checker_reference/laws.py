@@ -29,7 +29,7 @@ from interlock.core.records import (
     Status,
 )
 from interlock.core.states import EXECUTING_STATES, Target, VmState
-from interlock.core.views import settled_view
+from interlock.core.views import Foreseen
 from interlock.policies.model_checker.results import Breach
 
 
@@ -177,7 +177,7 @@ def position(request: Request) -> int:
 
 
 def _permitted(policy: CompiledPolicy, request: Request, state: VmState, launched: bool, tags: tuple[str, ...]) -> bool:
-    rule = policy.decide(settled_view(request, state, tags, launched=launched, host_reachable=True))
+    rule = policy.decide(Foreseen(state, (), launched, tags=tags).view(request))
     return rule.verdict in {Verdict.ADMIT, Verdict.PREEMPT}
 
 

@@ -39,8 +39,6 @@ from interlock.core.records import (
 )
 from interlock.core.request_queue import (
     Draft,
-    Foreseen,
-    at_present,
     because_of,
     foresee,
     judge_again,
@@ -50,7 +48,7 @@ from interlock.core.request_queue import (
 )
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
-from interlock.core.views import View, build_view
+from interlock.core.views import Foreseen, View, at_present, build_view
 
 
 def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Disposition:
@@ -208,7 +206,7 @@ def _judge_foreseen(evaluation: _Evaluation) -> Change[Disposition] | None:
     if blocker is None:
         return None
     foreseen = foresee(instance, host_reachable=evaluation.submission.host_reachable)
-    rule = judge_in(evaluation.policy, evaluation.request(NOT_KEPT), foreseen, instance.tags)
+    rule = judge_in(evaluation.policy, evaluation.request(NOT_KEPT), foreseen)
     if permits(rule):
         return None
     if rule.verdict is Verdict.REDUNDANT:

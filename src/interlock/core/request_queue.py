@@ -6,7 +6,7 @@ whenever the state is not the foreseen one; `admission` decides whether a new re
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -14,10 +14,8 @@ from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
-from interlock.core.references import MIGRATIONS
-from interlock.core.state_stack import Memory, resolve_target
 from interlock.core.states import EXECUTING_STATES, VmState
-from interlock.core.views import RequestLike, View, settled_view
+from interlock.core.views import Foreseen, at_present
 
 replace = msgspec.structs.replace
 
@@ -143,31 +141,6 @@ class Draft:
         self.instance = replace(self.instance, held_due_ms=self.now_ms if self.instance.held else None)
 
 
-class Foreseen(NamedTuple):
-    """The state of an instance after earlier requests have succeeded."""
-
-    vm_state: VmState
-    memory: Memory
-    launched: bool
-    host_reachable: bool = True
-    """False while its host is fenced."""
-
-    def after(self, operation: Operation) -> Foreseen:
-        """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
-        vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
-        launched = self.launched or vm_state in EXECUTING_STATES
-        return Foreseen(vm_state, memory, launched, self.host_reachable or operation in MIGRATIONS)
-
-    def view(self, request: RequestLike, tags: tuple[str, ...]) -> View:
-        """Return the view of a request in this state, with nothing in flight."""
-        return settled_view(request, self.vm_state, tags, launched=self.launched, host_reachable=self.host_reachable)
-
-
-def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
-    """Return the present state of an instance."""
-    return Foreseen(instance.vm_state, instance.state_stack, instance.launched, host_reachable)
-
-
 def foresee(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
     """Return the foreseen state: after everything outstanding has succeeded."""
     state = at_present(instance, host_reachable=host_reachable)
@@ -177,14 +150,14 @@ def foresee(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
     return state
 
 
-def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen, tags: tuple[str, ...]) -> Rule:
+def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen) -> Rule:
     """Return the rule for a request in that state, with nothing in flight.
 
     A lock or a blocked operation that was set after its admission does not count: it restricts new requests only.
     """
     if state.vm_state is VmState.DELETED:
         return GONE
-    return policy.decide(state.view(request, tags))
+    return policy.decide(state.view(request))
 
 
 def because_of(rule: Rule, host: str) -> str | None:
@@ -216,7 +189,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             components.append(request)
             continue
         if request.status is Status.QUEUED:
-            rule, state = _judge_waiting(policy, request, present, foreseen, instance.tags)
+            rule, state = _judge_waiting(policy, request, present, foreseen)
             if not permits(rule) and not _stays_anyway(request, rule, halfway, foreseen.vm_state):
                 cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
@@ -231,7 +204,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
         if request.status is not Status.QUEUED:
             before.append(request)
             continue
-        rule, state = _judge_waiting(policy, request, present, foreseen, instance.tags)
+        rule, state = _judge_waiting(policy, request, present, foreseen)
         if not permits(rule):
             cancelled.append(_cancel(draft, request, rule, state, policy))
         elif not _lacks(draft, request, before, cancelled):
@@ -250,17 +223,17 @@ def _lacks(draft: Draft, request: Request, before: list[Request], cancelled: lis
 
 
 def _judge_waiting(
-    policy: CompiledPolicy, request: Request, present: Foreseen, foreseen: Foreseen, tags: tuple[str, ...]
+    policy: CompiledPolicy, request: Request, present: Foreseen, foreseen: Foreseen
 ) -> tuple[Rule, VmState]:
     """Return the rule for a queued request, and the vm_state on which it decided.
 
     A request that was not admitted in turn was admitted without regard to the foreseen state: it is cancelled only if
     the present state does not permit it either.
     """
-    rule = judge_in(policy, request, foreseen, tags)
+    rule = judge_in(policy, request, foreseen)
     if request.in_turn or permits(rule):
         return rule, foreseen.vm_state
-    return judge_in(policy, request, present, tags), present.vm_state
+    return judge_in(policy, request, present), present.vm_state
 
 
 def _stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmState) -> bool:

@@ -1,17 +1,20 @@
 """Views: what the rules of a policy see of an instance, a submission and the requests in the way.
 
-Every view of the core is built here, so that a value that rules are to see is added in one place.
+Every view of the core is built here, so that a value that rules are to see is added in one place: `build_view` for a
+submission now, and `Foreseen` for a request in the state that earlier ones lead to.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from interlock.core.operations import BIT, Lane, Operation
 from interlock.core.records import Instance, Request, Submission
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.references import MIGRATIONS
+from interlock.core.state_stack import Memory, resolve_target
+from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -95,20 +98,39 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
     )
 
 
-def settled_view(
-    request: RequestLike, vm_state: VmState, tags: tuple[str, ...], *, launched: bool, host_reachable: bool
-) -> View:
-    """Return the view of a request in a foreseen state, where nothing is outstanding.
+class Foreseen(NamedTuple):
+    """The state of an instance after earlier requests have succeeded, as far as rules see it."""
 
-    A lock or a blocked operation does not count: it restricts new requests only.
-    """
-    return View(
-        operation=request.operation,
-        vm_state=vm_state,
-        role=request.role,
-        requested_by=request.requested_by,
-        tags=tags,
-        host_reachable=host_reachable,
-        hard=request.hard,
-        launched=launched,
-    )
+    vm_state: VmState
+    memory: Memory
+    launched: bool
+    host_reachable: bool = True
+    """False while its host is fenced."""
+    tags: tuple[str, ...] = ()
+
+    def after(self, operation: Operation) -> Foreseen:
+        """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
+        vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
+        launched = self.launched or vm_state in EXECUTING_STATES
+        return Foreseen(vm_state, memory, launched, self.host_reachable or operation in MIGRATIONS, self.tags)
+
+    def view(self, request: RequestLike) -> View:
+        """Return the view of a request in this state, with nothing outstanding.
+
+        A lock or a blocked operation does not count: it restricts new requests only.
+        """
+        return View(
+            operation=request.operation,
+            vm_state=self.vm_state,
+            role=request.role,
+            requested_by=request.requested_by,
+            tags=self.tags,
+            host_reachable=self.host_reachable,
+            hard=request.hard,
+            launched=self.launched,
+        )
+
+
+def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
+    """Return the present state of an instance."""
+    return Foreseen(instance.vm_state, instance.state_stack, instance.launched, host_reachable, instance.tags)

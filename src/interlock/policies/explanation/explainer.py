@@ -59,7 +59,7 @@ def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, 
     if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
         return Explanation(disposition=disposition, tried=tried)
     there = foresee(instance, host_reachable=submission.host_reachable)
-    tried_foreseen, _ = _ask(policy, there.view(submission, instance.tags))
+    tried_foreseen, _ = _ask(policy, there.view(submission))
     return Explanation(disposition=disposition, tried=tried, foreseen=there.vm_state, tried_foreseen=tried_foreseen)
 
 

@@ -11,11 +11,12 @@ from typing import Final, assert_never
 
 import msgspec
 
+from interlock.core import views
 from interlock.core.operations import BIT, CATALOGUE, Lane
 from interlock.core.policy import GONE, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE
 from interlock.core.states import EXECUTING_STATES, VmState
-from interlock.core.views import View, settled_view
+from interlock.core.views import View
 
 _STATE_BITS: Final = sum(BIT[entry.operation] for entry in CATALOGUE.values() if entry.lane is Lane.STATE)
 _NOT_PERFORMED: Final = "not-performed"
@@ -135,9 +136,7 @@ def _in_turn(met: Met, view: View, rule: Rule, policy: CompiledPolicy) -> Record
         there = met.foreseen
         if there is None:
             return Untold.FORESEEN_NOT_RECORDED
-        settled = settled_view(
-            view, there.vm_state, view.tags, launched=there.launched, host_reachable=there.host_reachable
-        )
+        settled = views.Foreseen(there.vm_state, (), there.launched, there.host_reachable, view.tags).view(view)
         then = GONE if there.vm_state is VmState.DELETED else policy.decide(settled)
         if then.verdict is Verdict.REDUNDANT:
             return _redundant(then)

@@ -19,10 +19,11 @@ from interlock.core.conditions import CALLER, CONDITIONS, Subject
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Request, Submission
-from interlock.core.request_queue import Foreseen, judge_in, permits
+from interlock.core.request_queue import judge_in, permits
 from interlock.core.state_stack import remembered_in, without_guest
 from interlock.core.states import EXECUTING_STATES, LEFT_AT_END, NO_TASK, VmState
 from interlock.core.view_classes import callers
+from interlock.core.views import Foreseen
 from interlock.policies.model_checker.symmetry_reduction import distinct_operations, distinct_phases
 
 VM_STATES = tuple(VmState)
@@ -235,7 +236,7 @@ class Alphabet:
 
     def permitted(self, kind: RequestKind, base: Foreseen) -> bool:
         """Return whether the policy permits a kind in a base state with nothing outstanding."""
-        return permits(judge_in(self.policy, request_of(kind), base, ()))
+        return permits(judge_in(self.policy, request_of(kind), base))
 
     def fails_to(self, operation: Operation, base: Foreseen) -> Foreseen:
         state = CATALOGUE[operation].on_failure or base.vm_state

@@ -9,7 +9,7 @@ import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.records import SERVED, Instance, Request, Status
-from interlock.core.request_queue import at_present
+from interlock.core.views import at_present
 from interlock.policies.model_checker.actions import PACKED_ID, Ages, Alphabet, RequestKind, request_of
 from interlock.policies.model_checker.layout import Field, Layout
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from interlock.core.operations import BIT, CATALOGUE, Operation
-from interlock.core.request_queue import Foreseen
 from interlock.core.states import VmState
+from interlock.core.views import Foreseen
 from interlock.policies.model_checker.actions import VM_STATES, Alphabet, RequestKind
 from interlock.policies.model_checker.gate_table import NONE_OUTSTANDING, Bools, Ints
 
