@@ -15,11 +15,11 @@ from in_process.trusting_verifier import TrustingProver
 from interlock.config import Config
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.verification import Proof
-from interlock.ports import Role
 from interlock.server import DATABASE, Server
 from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy

@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from api.conftest import OPERATOR, ApiServer
+from interlock.core.roles import Role
 from interlock.hypervisors.remote import RemoteHypervisor
 from interlock.hypervisors.remote.file_transfer import _Incoming
-from interlock.ports import Host, Role
+from interlock.ports import Host
 
 URL = "/v1/hosts/north/files/the-transfer"
 CONTENT = b"0123456789"

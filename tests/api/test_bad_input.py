@@ -15,7 +15,7 @@ from api.conftest import BODY_BYTES_MAX, UPLOAD_BYTES_MAX, ApiServer, make
 from in_process.embedded import IMAGE
 from interlock.api.http.multipart_upload import FOLDER_PREFIX
 from interlock.core.errors import BrokenInvariant, InterlockError, StoreFull, Unavailable
-from interlock.ports import Role
+from interlock.core.roles import Role
 from interlock.service import capacity
 
 JSON = {"Content-Type": "application/json"}

@@ -17,9 +17,9 @@ from websockets.typing import Origin, Subprotocol
 
 from interlock.api.routes.console import BEARER, MESSAGE_BYTES_MAX
 from interlock.core.errors import GuestNotFound
+from interlock.core.roles import Role
 from interlock.hypervisors.qemu.console.console_log import tail
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
-from interlock.ports import Role
 from interlock.service import console_service
 from interlock.service.server_log import CAUSED_BY_CLIENTS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from api.conftest import ApiServer, make
-from interlock.ports import Role
+from interlock.core.roles import Role
 
 
 async def _dumped(client: httpx.AsyncClient, name: str) -> str:

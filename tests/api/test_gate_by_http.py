@@ -8,12 +8,12 @@ from datetime import datetime
 import httpx
 import pytest
 
-from api.conftest import ApiServer, make
+from api.conftest import OPERATOR, ApiServer, make
 from in_process.embedded import IMAGE
 from interlock.api.app import ROUTES
 from interlock.api.http.route import Route
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated.faults import Hangs, Method
-from interlock.ports import Role
 
 
 async def ask(client: httpx.AsyncClient, operation: str, vm: str = "vm", **headers: str) -> httpx.Response:
@@ -206,6 +206,26 @@ async def test_a_reader_may_look_and_is_refused_everything_else(api: ApiServer, 
         fields = wanted.get(path, ("name", "image"))
         answer = await reader.request(method, path, json={name: body[name] for name in fields})
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:interlock:problem:forbidden")
+
+
+async def test_roles_are_those_that_are_known_and_a_project_admin_may_what_a_member_may(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    await make(admin, "vm")
+    wrong = await admin.post("/v1/tokens", json={"name": "x", "role": "guest", "project": "default"})
+    assert (wrong.status_code, wrong.json()["type"]) == (422, "urn:interlock:problem:invalid")
+    assert "guest" in wrong.json()["detail"]
+    lead = await api.token("lead", Role.PROJECT_ADMIN)
+    found = [
+        (await one.get("/v1/instances/vm/allowed")).json()["operations"]
+        for one in (lead, await api.token("member"), admin)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert (await ask(lead, "stop")).status_code == 202
+    assert (await lead.get("/v1/tokens")).status_code == 403
+    _, secret = await api.server.callers.make(OPERATOR, "north", Role.AGENT, "default", "north")
+    answer = await ask(api.client(secret), "stop")
+    assert answer.status_code == 403
 
 
 async def test_instances_of_another_project_do_not_exist(api: ApiServer, admin: httpx.AsyncClient) -> None:

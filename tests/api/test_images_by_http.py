@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from api.conftest import ApiServer
-from interlock.ports import Role
+from interlock.core.roles import Role
 
 DISK = (b"\x01" * 446 + bytes(64) + b"\x55\xaa").ljust(1 << 20, b"\x07")
 SUM = hashlib.sha256(DISK).hexdigest()

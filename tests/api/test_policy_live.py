@@ -17,11 +17,11 @@ from in_process.embedded import QUICK
 from interlock.config import Config
 from interlock.core.errors import PolicyError, StoreFull
 from interlock.core.policy_switches import PolicyBundle
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.language import bundle as bundles
 from interlock.policies.language.loader import load as read_policy
 from interlock.policies.verification import BrokenLaw, Proof, Walk
-from interlock.ports import Role
 from interlock.server import DATABASE, Server
 from interlock.service.policy_verifier import PolicyVerifier
 from interlock.stores.policy_table import PolicyTable

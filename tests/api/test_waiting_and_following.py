@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 
 from api.conftest import OPERATOR, ApiServer, make
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated.faults import Hangs, Method
-from interlock.ports import Role
 
 
 class Loopback:

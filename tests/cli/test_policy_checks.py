@@ -21,6 +21,7 @@ from interlock.core.admission import admit_there
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Submission
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.explanation.explainer import NOT_SUBMITTED, imagined
 from interlock.policies.language.loader import compile_named
@@ -137,7 +138,7 @@ def test_a_state_is_explained_without_a_server(policy: Any) -> None:
     ran = policy("explain", "active/rebooting", "stop", "--silent", "20s")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith("Denied: stop in active/rebooting, requested with the role member")
-    assert "roles: wants reader, found member" in ran.out
+    assert "roles: wants one of agent, reader, found member" in ran.out
     assert "→ silent-power.stop" in ran.out
     assert "in 2 min 40 s, unless there is progress before  (rule silent-power.stop)" in ran.out
 
@@ -197,7 +198,7 @@ def named(vm_state: VmState, task: str, **more: Any) -> Any:
 def serve(
     server: ScriptedServer,
     by: CompiledPolicy,
-    role: str,
+    role: Role,
     *,
     vm_state: VmState,
     task: str,
@@ -225,18 +226,18 @@ def test_a_vm_whose_host_is_lost_is_explained_as_that(
 ) -> None:
     """The server knows what became of the host, whichever policy is asked."""
     by = compile_named("standard")
-    serve(server, by, "admin", vm_state=VmState.ACTIVE, task="none", reachable=False)
+    serve(server, by, Role.ADMIN, vm_state=VmState.ACTIVE, task="none", reachable=False)
     role = ("--role", "admin") if options else ()
     ran = policy("explain", "demo", "evacuate", *options, *role)
     assert ran.code == 0
     assert ran.out.startswith("Allowed: evacuate of demo"), ran.out
     assert "changed meanwhile" not in ran.out
-    serve(server, by, "admin", vm_state=VmState.ACTIVE, task="none")
+    serve(server, by, Role.ADMIN, vm_state=VmState.ACTIVE, task="none")
     assert policy("explain", "demo", "evacuate", *options, *role).out.startswith("Denied: evacuate of demo")
 
 
-@pytest.mark.parametrize("role", ["member", "admin"])
-def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: ScriptedServer, role: str) -> None:
+@pytest.mark.parametrize("role", [Role.MEMBER, Role.ADMIN])
+def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: ScriptedServer, role: Role) -> None:
     serve(
         server, compile_named("standard"), role, vm_state=VmState.ACTIVE, task="rebooting",
         silent_ms=20_000, running_ms=50_000,
@@ -254,7 +255,7 @@ def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: Scri
 
 
 def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, server: ScriptedServer) -> None:
-    serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
+    serve(server, compile_named("standard"), Role.MEMBER, vm_state=VmState.ACTIVE, task="none")
     server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none", tags=["gpu"])))
     ran = policy("explain", "demo", "pause", "--policy", str(EXAMPLE))
     assert ran.out.startswith("Denied: pause of demo, requested with the role member (idle_gpu)")
@@ -262,7 +263,7 @@ def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, ser
 
 
 def test_an_answer_that_its_rules_do_not_lead_to_is_not_explained_wrongly(policy: Any, server: ScriptedServer) -> None:
-    serve(server, compile_named("standard"), "member", vm_state=VmState.ACTIVE, task="none")
+    serve(server, compile_named("standard"), Role.MEMBER, vm_state=VmState.ACTIVE, task="none")
     server.on("GET", "/v1/policy", Given(200, policy_view(compile_named("propolis"))))
     ran = policy("explain", "demo", "pause")
     assert ran.out.startswith("Allowed: pause of demo")

@@ -13,6 +13,7 @@ from interlock.core.condition_kinds import Choice, Takes
 from interlock.core.conditions import CALLER, CONDITION, CONDITIONS, Condition, Conditions
 from interlock.core.operations import BIT, Operation
 from interlock.core.records import Request, Submission
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers, distinguished_by
 from interlock.core.views import View
@@ -87,7 +88,7 @@ def test_views_are_distinguished_by_the_conditions_of_the_rules_alone() -> None:
 
 def test_there_is_one_caller_of_each_class_and_what_is_known_is_not_varied() -> None:
     rules = [
-        Conditions(requested_by=frozenset({"ci-*", "alice"}), roles=frozenset({"admin"})),
+        Conditions(requested_by=frozenset({"ci-*", "alice"}), roles=frozenset({Role.ADMIN})),
         Conditions(requested_by=frozenset({"ci-*"})),
     ]
     found = list(callers(rules, role="member"))

@@ -16,6 +16,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, GuestEvent, Instance, Outcome, Request, Submission
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts
+from interlock.core.roles import Role
 from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.core.states import PowerState, VmState
 from interlock.driver.operations import PERFORMS
@@ -40,7 +41,7 @@ def ended(instance: Instance, event: GuestEvent, now_ms: int) -> Instance:
 
 def asked(instance: Instance, operation: Operation, now_ms: int, by: str = "ann", **parameters: Any) -> Instance:
     submission = Submission(
-        request_id=f"r{now_ms}", operation=operation, parameters=parameters, requested_by=by, role="admin"
+        request_id=f"r{now_ms}", operation=operation, parameters=parameters, requested_by=by, role=Role.ADMIN
     )
     return admission.admit(instance, submission, STANDARD, now_ms).instance
 
@@ -414,7 +415,7 @@ def test_what_time_brings(state: VmState, after_ms: int, operation: Operation) -
 
 def test_nothing_is_due_while_something_is_outstanding() -> None:
     instance = Instance(id="vm", name="web", project="p", host="h", vm_state=V.SOFT_DELETED, state_since_ms=T0)
-    asking = Submission(request_id="r", operation=O.RESTORE, requested_by="ann", role="admin")
+    asking = Submission(request_id="r", operation=O.RESTORE, requested_by="ann", role=Role.ADMIN)
     change = admission.admit(instance, asking, STANDARD, T0 + 1)
     if isinstance(change.answer, Admitted):
         assert scheduled_actions.due(change.instance, TIMES) is None

@@ -16,6 +16,7 @@ from interlock.core import admission
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Change, Event, Image, Instance, Spec, Submission
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.driver.dispatcher import Dispatcher
 from interlock.driver.host_registry import HostRegistry
@@ -153,7 +154,7 @@ def test_nothing_that_happens_afterwards_is_heard() -> None:
         await site.agent.close()
         assert site.store._listeners == []
         submission = Submission(
-            request_id="ann", operation=Operation.RESTORE, parameters={}, requested_by="ann", role="admin"
+            request_id="ann", operation=Operation.RESTORE, parameters={}, requested_by="ann", role=Role.ADMIN
         )
         answer = await site.store.change(
             "vm", lambda instance, now_ms: admission.admit(instance, submission, site.policy.compiled, now_ms)

@@ -13,10 +13,10 @@ from instance_disks import image_files, now, put_images, root
 from interlock.core.errors import Forbidden, InUse, NameTaken, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Denied, Image, Status
+from interlock.core.roles import Role
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
-from interlock.ports import Role
 from interlock.service.auth import Caller
 
 O = Operation  # noqa: E741

@@ -16,8 +16,9 @@ from interlock.core.errors import Forbidden, InsufficientCapacity, InUse, Invali
 from interlock.core.operations import Operation
 from interlock.core.records import Instance
 from interlock.core.restart_policy import Evacuate
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.ports import Limits, Role
+from interlock.ports import Limits
 from interlock.service.host_moves import Move
 from interlock.service.request_models import Labels, NewInstance
 

@@ -12,8 +12,8 @@ from interlock.config import Config
 from interlock.core.errors import InUse, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Image
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.ports import Role
 from interlock.server import DATABASE, Server
 from interlock.service.auth import Caller
 from interlock.stores.schema import upgrade

@@ -8,8 +8,8 @@ from in_process.embedded import Embedded, admitted
 from interlock.core.errors import Invalid, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.ports import Role
 from interlock.service.auth import Caller
 
 STRANGER = Caller(token_id="stranger", name="stranger", role=Role.ADMIN, project="other")

@@ -20,6 +20,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Change, Disposition, Event, Image, Instance, Spec, Status, Submission
 from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.driver.dispatcher import Dispatcher
 from interlock.driver.host_registry import HostRegistry
@@ -98,7 +99,7 @@ class House:
             operation=operation,
             parameters=parameters,
             requested_by="ann",
-            role="admin",
+            role=Role.ADMIN,
         )
 
         def decide(instance: Instance, now_ms: int) -> Change[Disposition]:

@@ -17,10 +17,11 @@ from interlock.core.errors import Forbidden, HostTaken, Invalid
 from interlock.core.operations import Operation
 from interlock.core.records import GuestEvent
 from interlock.core.restart_policy import OnCrash, RestartPolicy
+from interlock.core.roles import Role
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.host_identity import FILE, host_id
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.ports import Host, HostState, Role
+from interlock.ports import Host, HostState
 from interlock.service.request_models import NewInstance
 from interlock.stores import sqlite
 

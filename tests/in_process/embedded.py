@@ -16,8 +16,9 @@ from in_process.trusting_verifier import TrustingProver
 from interlock.config import Config, DriverConfig
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Denied, Event, Image, Instance, Request
+from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.ports import Role, Volume
+from interlock.ports import Volume
 from interlock.server import Server
 from interlock.service.auth import Caller
 from interlock.service.request_models import NewInstance, NewRequest

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from in_process.embedded import Embedded
+from interlock.core.roles import Role
 from interlock.hypervisors.remote import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.ports import Host, Limits, Role
+from interlock.ports import Host, Limits
 from interlock.service.auth import Caller
 
 _CLOSED = b""

@@ -23,6 +23,7 @@ from interlock.core.records import (
     Status,
     Submission,
 )
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 
 START_MS = 1_000_000_000_000
@@ -74,7 +75,7 @@ class Play:
         return change.answer
 
     def submit(
-        self, operation: Operation, *, hard: bool = False, role: str = "member", host_reachable: bool = True
+        self, operation: Operation, *, hard: bool = False, role: Role = Role.MEMBER, host_reachable: bool = True
     ) -> Disposition:
         submission = Submission(
             request_id=f"r{len(self.requests) + 1}",
@@ -105,7 +106,7 @@ class Play:
 
 
 def dispositions(
-    start: Instance, role: str, by: str, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool
+    start: Instance, role: Role, by: str, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool
 ) -> dict[Operation, Disposition]:
     """What each operation would be answered now, asked without parameters."""
     return {

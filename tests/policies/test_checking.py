@@ -18,6 +18,7 @@ from interlock.core.admission import judge
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Denied, Submission
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.language.loader import builtin_names, read
@@ -180,7 +181,7 @@ def test_a_check_of_the_compiled_policy_is_the_same_as_of_its_text() -> None:
 def test_a_gap_is_a_submission_that_the_gate_admits_in_that_state() -> None:
     """The finding is about the gate and not about words: the submission is admitted there."""
     compiled = CompiledPolicy(read(BROKEN / "nobody-performs.toml").policy)
-    submission = Submission(request_id="r1", operation=O.UNRESCUE, requested_by="me", role="admin")
+    submission = Submission(request_id="r1", operation=O.UNRESCUE, requested_by="me", role=Role.ADMIN)
     assert not isinstance(judge(instance(V.ACTIVE), submission, compiled, 0), Denied)
     assert V.ACTIVE not in CATALOGUE[O.UNRESCUE].sources
 
@@ -248,7 +249,7 @@ def real_views(draw: st.DrawFn) -> View:
         vm_state=draw(st.sampled_from([*FEW_STATES, V.PAUSED])),
         task_state=task,
         outstanding=sum(BIT[kind] for kind in kinds),
-        role=draw(st.sampled_from(["reader", "member", "admin"])),
+        role=draw(st.sampled_from(Role)),
         locked=draw(st.booleans()),
         tags=tuple(draw(st.sets(st.sampled_from(["gpu", "build", "other"])))),
         hard=draw(st.booleans()),

@@ -16,6 +16,7 @@ from interlock.cli.application import run
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.comparison import differences
@@ -93,7 +94,7 @@ def views(draw: st.DrawFn) -> View:
         vm_state=draw(st.sampled_from(_STATES)),
         task_state=task,
         outstanding=served | draw(kinds),
-        role=draw(st.sampled_from(["reader", "member", "admin"])),
+        role=draw(st.sampled_from(Role)),
         locked=draw(st.booleans()),
         tags=tuple(sorted(draw(st.sets(st.sampled_from(_TAGS))))),
         host_reachable=draw(st.booleans()),

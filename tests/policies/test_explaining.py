@@ -15,6 +15,7 @@ from interlock.core.lifecycle import finish
 from interlock.core.operations import BIT, TASK_STATES, Operation
 from interlock.core.policy import GONE, CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Instance, Outcome, Submission
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import build_view
 from interlock.policies.explanation.counterfactuals import TURNS, Turn, Way, ways
@@ -39,7 +40,7 @@ def asking(operation: Operation, **more: object) -> Submission:
 def test_the_rules_before_the_deciding_one_say_which_condition_failed(standard: CompiledPolicy) -> None:
     explanation = explain(serving(V.ACTIVE, "rebooting", age_ms=20_000), asking(O.STOP), standard, START_MS)
     failed = {tried.rule: tried.failed for tried in explanation.tried}
-    assert failed["readers-change-nothing"] == "roles: wants reader, found member"
+    assert failed["readers-change-nothing"] == "roles: wants one of agent, reader, found member"
     assert failed["deleting"] == "outstanding: wants one of delete, force_delete, found reboot"
     assert failed["stop-harder"] == "task_state: wants powering_off, found rebooting"
     last = explanation.tried[-1]
@@ -71,7 +72,7 @@ def test_a_deleted_instance_has_one_explanation(standard: CompiledPolicy) -> Non
     task=st.sampled_from(TASK_STATES),
     operation=st.sampled_from(list(O)),
     age_ms=st.sampled_from([0, 20_000, 10_000_000]),
-    role=st.sampled_from(["reader", "member", "admin"]),
+    role=st.sampled_from(Role),
     hard=st.booleans(),
     locked=st.booleans(),
     blocked=st.booleans(),
@@ -83,7 +84,7 @@ def test_the_explanation_ends_with_the_rule_that_the_core_finds(
     task: str,
     operation: Operation,
     age_ms: int,
-    role: str,
+    role: Role,
     *,
     hard: bool,
     locked: bool,
@@ -107,7 +108,7 @@ def test_the_explanation_ends_with_the_rule_that_the_core_finds(
 
 def test_every_operation_has_its_disposition_and_the_admitted_ones_are_allowed(standard: CompiledPolicy) -> None:
     start = serving(V.ACTIVE, "rebooting", age_ms=20_000)
-    answers = dispositions(start, "member", "me", standard, START_MS, host_reachable=True)
+    answers = dispositions(start, Role.MEMBER, "me", standard, START_MS, host_reachable=True)
     assert set(answers) == set(O)
     for operation, answer in answers.items():
         assert said(answer) == said(Play(standard, start).submit(operation))
@@ -116,7 +117,7 @@ def test_every_operation_has_its_disposition_and_the_admitted_ones_are_allowed(s
     assert O.DELETE in allowed
     assert O.STOP not in allowed
     assert O.RESET_STATE not in allowed
-    assert O.RESET_STATE in granted(dispositions(start, "admin", "me", standard, START_MS, host_reachable=True))
+    assert O.RESET_STATE in granted(dispositions(start, Role.ADMIN, "me", standard, START_MS, host_reachable=True))
 
 
 @settings(max_examples=tier(40, 1000))
@@ -125,12 +126,12 @@ def test_every_operation_has_its_disposition_and_the_admitted_ones_are_allowed(s
     vm_state=st.sampled_from(list(V)),
     task=st.sampled_from([NO_TASK, *TASK_STATES]),
     age_ms=st.sampled_from([0, 20_000, 10_000_000]),
-    role=st.sampled_from(["reader", "member", "admin"]),
+    role=st.sampled_from(Role),
     reachable=st.booleans(),
     locked=st.booleans(),
 )
 def test_what_is_said_to_be_allowed_is_what_a_submission_is_answered(
-    name: str, vm_state: VmState, task: str, age_ms: int, role: str, *, reachable: bool, locked: bool
+    name: str, vm_state: VmState, task: str, age_ms: int, role: Role, *, reachable: bool, locked: bool
 ) -> None:
     policy = POLICIES[name]
     start = imagined(vm_state, task, START_MS, silent_ms=age_ms, locked=locked)
@@ -146,7 +147,7 @@ def test_an_evacuation_is_allowed_exactly_where_the_host_is_fenced(standard: Com
     lost, there = (
         granted(
             dispositions(
-                imagined(V.ACTIVE, NO_TASK, START_MS), "admin", "me", standard, START_MS, host_reachable=reachable
+                imagined(V.ACTIVE, NO_TASK, START_MS), Role.ADMIN, "me", standard, START_MS, host_reachable=reachable
             )
         )
         for reachable in (False, True)
@@ -203,7 +204,7 @@ def test_a_task_that_ends_well_is_a_way(standard: CompiledPolicy) -> None:
 
 
 def test_an_instance_that_has_ended_has_no_way(standard: CompiledPolicy) -> None:
-    assert ways(made(V.DELETED, "none"), asking(O.START, role="admin"), standard, START_MS) == ()
+    assert ways(made(V.DELETED, "none"), asking(O.START, role=Role.ADMIN), standard, START_MS) == ()
 
 
 def changed(
@@ -270,7 +271,7 @@ WITH_SITE = {**POLICIES, "site": site()}
     task=st.sampled_from(["none", "none", *TASK_STATES]),
     operation=st.sampled_from(list(O)),
     silent_ms=st.sampled_from([0, 20_000, 400_000]),
-    role=st.sampled_from(["reader", "member", "admin"]),
+    role=st.sampled_from(Role),
     held=st.lists(st.sampled_from([O.START]), max_size=1),
     waiting=st.lists(st.sampled_from([O.STOP, O.START, O.DELETE, O.SWAP_VOLUME]), max_size=2),
     tags=st.lists(st.sampled_from(["gpu", "maintained"]), max_size=2, unique=True),
@@ -286,7 +287,7 @@ def test_every_way_that_is_claimed_leads_to_an_admission(
     task: str,
     operation: Operation,
     silent_ms: int,
-    role: str,
+    role: Role,
     held: list[Operation],
     waiting: list[Operation],
     tags: list[str],

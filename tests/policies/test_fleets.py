@@ -14,6 +14,7 @@ from interlock.core.admission import judge
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Disposition, Instance, Redundant, Request, Status, Submission
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.fleet.comparison import compare
 from interlock.policies.fleet.gate import Answered, FleetAnswers, judge_fleet
@@ -171,11 +172,11 @@ def as_the_gate_says(answer: Disposition) -> tuple[Answered, str, str | None, bo
 @given(
     st.one_of(fleets(), st.lists(instances(), min_size=1, max_size=5)),
     policies(),
-    st.sampled_from(("reader", "member", "admin")),
+    st.sampled_from(Role),
     st.booleans(),
 )
 def test_a_fleet_is_answered_as_each_of_its_instances_is(
-    fleet: list[Instance], policy: CompiledPolicy, role: str, hard: bool
+    fleet: list[Instance], policy: CompiledPolicy, role: Role, hard: bool
 ) -> None:
     answers = judge_fleet(
         fleet, policy, START_MS, caller={"role": role, "requested_by": "me"}, hard=hard, unreachable_hosts={"gone"}

@@ -14,6 +14,7 @@ from interlock.cli.application import build
 from interlock.cli.context import Invocation
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Verdict
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
 
@@ -70,7 +71,7 @@ def test_no_rule_of_novas_knows_time(nova: CompiledPolicy) -> None:
 def test_a_lock_stops_the_owner_and_no_administrator(nova: CompiledPolicy, operation: O) -> None:
     play = Play(nova, instance(V.ACTIVE, launched_at_ms=0, locked_by="owner"))
     assert said(play.submit(operation)) == ("denied", "locked")
-    assert said(play.submit(operation, role="admin"))[0] == "admitted"
+    assert said(play.submit(operation, role=Role.ADMIN))[0] == "admitted"
 
 
 @pytest.mark.parametrize("operation", [O.SNAPSHOT, O.BACKUP, O.UNLOCK, O.RENAME])

@@ -25,6 +25,7 @@ from interlock.core.records import (
     Redundant,
     Submission,
 )
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.history.recorded_submissions import RecordedAnswer, Untold
 from interlock.policies.history.replay import DISPOSITIONS, RecordedRow, Replay, replay
@@ -167,7 +168,7 @@ def moments(draw: st.DrawFn) -> tuple[Play, Submission]:
         operation=draw(st.sampled_from([*O, *outstanding * 10])),
         parameters=draw(st.sampled_from(({}, {"hard": True}))),
         requested_by="me",
-        role=draw(st.sampled_from(("member", "member", "admin", "admin", "reader"))),
+        role=draw(st.sampled_from((Role.MEMBER, Role.MEMBER, Role.ADMIN, Role.ADMIN, Role.READER))),
         host_reachable=draw(st.booleans()),
         hold_ms=draw(st.sampled_from((None, None, None, 60_000))),
     )

@@ -9,6 +9,7 @@ from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Instance
 from interlock.core.request_queue import permits
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.core.views import View
 from interlock.policies.language.loader import compile_named
@@ -32,7 +33,7 @@ def test_nothing_is_admitted_that_the_catalogue_says_cannot_be_performed(standar
     for vm_state in V:
         for operation in O:
             for hard in (False, True):
-                rule = standard.decide(View(operation=operation, vm_state=vm_state, role="admin", hard=hard))
+                rule = standard.decide(View(operation=operation, vm_state=vm_state, role=Role.ADMIN, hard=hard))
                 if permits(rule) and (operation, vm_state) not in excepted:
                     assert vm_state in CATALOGUE[operation].sources, (operation, vm_state)
 

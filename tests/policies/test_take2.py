@@ -10,6 +10,7 @@ from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Op
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import Admitted, Denied
 from interlock.core.request_queue import permits
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
 
@@ -30,7 +31,7 @@ def take2() -> CompiledPolicy:
 def test_active_with_no_task_refuses_four_operations_and_allows_the_rest(
     take2: CompiledPolicy, operation: Operation
 ) -> None:
-    kind, _ = said(Play(take2, instance(V.ACTIVE)).submit(operation, role="admin"))
+    kind, _ = said(Play(take2, instance(V.ACTIVE)).submit(operation, role=Role.ADMIN))
     assert kind == ("denied" if operation in REFUSED else "admitted")
 
 
@@ -40,10 +41,10 @@ def test_active_and_rebooting_allows_three_operations_once_three_minutes_have_pa
     take2: CompiledPolicy, operation: Operation, phase: str
 ) -> None:
     just_before = Play(take2, serving(V.ACTIVE, phase, age_ms=179_999))
-    answer = just_before.submit(operation, role="admin")
+    answer = just_before.submit(operation, role=Role.ADMIN)
     assert isinstance(answer, Denied)
     assert answer.allowed_at_ms == (just_before.now_ms + 1 if operation in STUCK else None)
-    then = Play(take2, serving(V.ACTIVE, phase, age_ms=180_000)).submit(operation, role="admin")
+    then = Play(take2, serving(V.ACTIVE, phase, age_ms=180_000)).submit(operation, role=Role.ADMIN)
     if operation in STUCK:
         assert isinstance(then, Admitted)
         assert (then.supersedes, then.cancels) == (("r0",), ())
@@ -104,7 +105,7 @@ def test_nothing_preempts_and_nothing_is_queued_behind_a_task(take2: CompiledPol
             for operation in O:
                 if operation in TOLD_TO_THE_MIGRATION and task == "migrating":
                     continue
-                answer = Play(take2, serving(vm_state, task)).submit(operation, role="admin")
+                answer = Play(take2, serving(vm_state, task)).submit(operation, role=Role.ADMIN)
                 assert not isinstance(answer, Admitted), (vm_state, task, operation)
 
 
@@ -126,11 +127,11 @@ def test_outside_the_two_examples_only_what_can_be_performed_is_allowed(take2: C
     for vm_state in set(V) - {V.ACTIVE, V.DELETED}:
         for operation in O:
             play = Play(take2, instance(vm_state))
-            if isinstance(play.submit(operation, role="admin"), Admitted):
+            if isinstance(play.submit(operation, role=Role.ADMIN), Admitted):
                 assert vm_state in CATALOGUE[operation].sources, (vm_state, operation)
 
 
 def test_readers_change_nothing_and_only_administrators_reset(take2: CompiledPolicy) -> None:
-    assert said(Play(take2, instance(V.ACTIVE)).submit(O.STOP, role="reader")) == ("denied", "role_required")
+    assert said(Play(take2, instance(V.ACTIVE)).submit(O.STOP, role=Role.READER)) == ("denied", "role_required")
     assert said(Play(take2, instance(V.ACTIVE)).submit(O.RESET_STATE)) == ("denied", "role_required")
     assert permits(next(rule for rule in take2.rules if rule.id == "active-allowed"))

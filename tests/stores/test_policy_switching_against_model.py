@@ -17,9 +17,9 @@ from interlock.core.errors import NotFound
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
+from interlock.core.roles import Role
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.verification import Proof
-from interlock.ports import Role
 from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.policies import Policies

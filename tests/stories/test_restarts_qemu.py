@@ -13,8 +13,8 @@ from interlock.config import Config
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Instance, Status
 from interlock.core.restart_policy import OnCrash, RestartPolicy
+from interlock.core.roles import Role
 from interlock.core.states import VmState
-from interlock.ports import Role
 from interlock.server import Server
 from interlock.service.auth import Caller
 from interlock.service.request_models import Labels, NewInstance, NewRequest

@@ -37,7 +37,7 @@ from interlock.api.routes import (
 from interlock.api.schemas import serializers
 from interlock.api.schemas.inventory import Health, Readiness
 from interlock.core.errors import Forbidden, InterlockError
-from interlock.ports import Role
+from interlock.core.roles import Role
 from interlock.ports.system_errors import system_failure
 from interlock.service.auth import Caller, Use
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Image, Status
-from interlock.ports import Role
+from interlock.core.roles import Role
 from interlock.server import Server
 from interlock.service.auth import Caller
 from interlock.service.instances import Instances

@@ -32,6 +32,7 @@ from interlock.core.records import (
     Submission,
     TransferProgress,
 )
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, GuestTrouble, PowerState, Target, VmState
 from interlock.core.views import View, build_view
 
@@ -63,6 +64,7 @@ __all__ = [
     "PowerState",
     "Redundant",
     "Request",
+    "Role",
     "Rule",
     "StaleFence",
     "Status",

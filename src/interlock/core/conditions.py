@@ -17,10 +17,8 @@ import msgspec
 from interlock.core.condition_kinds import AnyOperation, AnyText, AtLeast, Choice, Flag, Members, Name, Test, Word
 from interlock.core.durations import short_time
 from interlock.core.operations import Operation
+from interlock.core.roles import Role
 from interlock.core.views import View
-
-ROLES: Final = ("reader", "member", "admin")
-"""The roles of callers."""
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +28,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Holds if any of these operations is queued or in flight; empty: if none is."""
     held: frozenset[Operation] | None = None
     """Holds if a request with any of these operations is held; empty: if none is."""
-    roles: frozenset[str] | None = None
+    roles: frozenset[Role] | None = None
     requested_by: frozenset[str] | None = None
     """Names of callers; one that ends with `*` stands for all that begin so."""
     locked: bool | None = None
@@ -137,12 +135,12 @@ CONDITIONS: Final = (
         field="roles",
         reads="role",
         subject=Subject.CALLER,
-        kind=Word(ROLES, usual="member"),
+        kind=Word(tuple(Role), usual=Role.MEMBER),
         meaning="The caller's role.",
         example=["member"],
         title="role",
         option="Role of the caller.",
-        because=lambda role: f"by {'an' if role == 'admin' else 'a'} {role}",
+        because=lambda role: f"by {'an' if role[0] == 'a' else 'a'} {role}",
     ),
     Condition(
         key="requested_by",

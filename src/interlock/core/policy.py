@@ -16,7 +16,9 @@ from typing import Final
 import msgspec
 
 from interlock.core.conditions import Conditions, Tests, compiled_tests
+from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.core.view_classes import distinguished_by
 from interlock.core.views import View
@@ -164,7 +166,14 @@ class CompiledPolicy:
     """A policy compiled to a decision table. Cells are filled on first use and never change."""
 
     def __init__(self, policy: Policy, performs: Iterable[Operation] | None = None) -> None:
-        """Compile `policy`; with `performs`, every other operation is denied before any rule."""
+        """Compile `policy`; with `performs`, every other operation is denied before any rule.
+
+        Raises:
+            PolicyError: a rule names an unknown role.
+        """
+        for rule in policy.rules:
+            if unknown := (rule.roles or frozenset()).difference(Role):
+                raise PolicyError(f"Rule {rule.id!r}: unknown role {min(unknown)!r}. Known: {', '.join(Role)}.")
         self.policy = policy
         self.outstanding_max = policy.outstanding_max
         missing = frozenset() if performs is None else frozenset(Operation) - frozenset(performs)

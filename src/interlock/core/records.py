@@ -18,6 +18,7 @@ import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.restart_policy import Evacuate, RestartPolicy, Restarts
+from interlock.core.roles import Role, named_role
 from interlock.core.specs import Disk as Disk
 from interlock.core.specs import Forward as Forward
 from interlock.core.specs import Image as Image
@@ -98,7 +99,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     operation: Operation
     parameters: dict[str, Any] = {}
     requested_by: str
-    role: str = "member"
+    role: Role = Role.MEMBER
     rule: str
     """The id of the rule that admitted it."""
     admitted_at_ms: int
@@ -345,7 +346,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     operation: Operation
     parameters: dict[str, Any] = {}
     requested_by: str
-    role: str = "member"
+    role: Role = Role.MEMBER
     host_reachable: bool = True
     """False if the instance's host is fenced: its guests have ended for certain."""
     host_fenced_at_ms: int | None = None
@@ -353,6 +354,11 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     facts: Facts = NO_FACTS
     hold_ms: int | None = None
     """How long to hold it if the policy denies it now; None: not at all."""
+
+    def __post_init__(self) -> None:
+        """Raise `Invalid` for an unknown role: no rule of a policy would name it."""
+        if self.role.__class__ is not Role:
+            msgspec.structs.force_setattr(self, "role", named_role(self.role))
 
     @property
     def hard(self) -> bool:

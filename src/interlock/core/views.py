@@ -13,6 +13,7 @@ import msgspec
 from interlock.core.operations import BIT, Lane, Operation
 from interlock.core.records import Instance, Request, Submission
 from interlock.core.references import MIGRATIONS
+from interlock.core.roles import Role
 from interlock.core.state_stack import Memory, resolve_target
 from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
 
@@ -29,7 +30,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     task_state: str = NO_TASK
     outstanding: int = 0
     """The operations queued or in flight, as a bit mask (`operations.BIT`)."""
-    role: str = "member"
+    role: Role = Role.MEMBER
     requested_by: str = ""
     """The caller's name; empty: one that no rule names."""
     locked: bool = False
@@ -54,7 +55,7 @@ class RequestLike(Protocol):
     @property
     def hard(self) -> bool: ...
     @property
-    def role(self) -> str: ...
+    def role(self) -> Role: ...
     @property
     def requested_by(self) -> str: ...
 

@@ -19,9 +19,10 @@ from interlock.config import UpkeepConfig
 from interlock.core import admission, restarts, scheduled_actions
 from interlock.core.errors import NotFound, StoreClosed, StoreError
 from interlock.core.records import Admitted, Change, Denied, Disposition, Event, Instance, Submission
+from interlock.core.roles import Role
 from interlock.core.scheduled_actions import Due, ScheduledAction, UpkeepTimes
 from interlock.policies.active_policy import PolicyInForce
-from interlock.ports import InstanceFilter, Role, Store, every_instance
+from interlock.ports import InstanceFilter, Store, every_instance
 
 _LOG = structlog.get_logger(__name__)
 _RETRY_MS_MAX: Final = 3_600_000
@@ -251,6 +252,6 @@ def _submission(action: ScheduledAction, request_id: str, host_reachable: bool) 
         operation=action.operation,
         parameters=action.parameters,
         requested_by=restarts.SERVER_REQUESTER,
-        role=Role.ADMIN.value,
+        role=Role.ADMIN,
         host_reachable=host_reachable,
     )

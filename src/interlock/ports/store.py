@@ -13,23 +13,11 @@ import msgspec
 
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.ports.hosts import Host
 
 AnswerT = TypeVar("AnswerT")
-
-
-class Role(StrEnum):
-    """A caller's role. Each but `agent` includes the one before.
-
-    An admin administers the server: its images, and the tokens of every project. Instances, volumes and events are
-    limited to the token's project, whatever its role. An agent may only connect as a host.
-    """
-
-    READER = "reader"
-    MEMBER = "member"
-    ADMIN = "admin"
-    AGENT = "agent"
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,8 @@ import msgspec
 from interlock.core.errors import Forbidden, Invalid, NameTaken, not_found
 from interlock.core.parameters import check_name
 from interlock.core.restarts import SERVER_REQUESTER
-from interlock.ports import Role, Store, Token
-
-_RANK = {Role.AGENT: -1, Role.READER: 0, Role.MEMBER: 1, Role.ADMIN: 2}
+from interlock.core.roles import Role
+from interlock.ports import Store, Token
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +32,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     def require(self, role: Role, what: str) -> None:
         """Raise `Forbidden` unless the caller's role includes `role`; `what` completes "may not ..."."""
-        if _RANK[self.role] < _RANK[role]:
+        if not self.role.includes(role):
             raise Forbidden(
                 f"Permission denied: a token with the role {self.role.value} may not {what}.",
                 remedy=f"Use a token with the role {role.value}.",

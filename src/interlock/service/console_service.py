@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from interlock.core.errors import GuestNotFound, NotFound, OperationRejected
 from interlock.core.records import Instance
-from interlock.ports import Hypervisor, Role, Stream
+from interlock.core.roles import Role
+from interlock.ports import Hypervisor, Stream
 from interlock.service.auth import Caller
 from interlock.service.instances import Instances
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from interlock.core.errors import NotFound
-from interlock.ports import Dump, DumpFiles, Role
+from interlock.core.roles import Role
+from interlock.ports import Dump, DumpFiles
 from interlock.service.auth import Caller
 from interlock.service.instances import Instances
 

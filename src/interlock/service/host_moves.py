@@ -23,8 +23,9 @@ from interlock.core.records import ENDS, Admitted, Denied, Event, Held, Instance
 from interlock.core.references import MIGRATIONS
 from interlock.core.restart_policy import Evacuate
 from interlock.core.restarts import SERVER_REQUESTER
+from interlock.core.roles import Role
 from interlock.core.states import VmState
-from interlock.ports import Drain, Host, HostState, InstanceFilter, Role, Store, every_instance
+from interlock.ports import Drain, Host, HostState, InstanceFilter, Store, every_instance
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity, ImaginedCapacity
 from interlock.service.hosts import ANY, ON_NO_HOST, HostService
@@ -228,7 +229,7 @@ class HostMoves:
                 operation=action.operation,
                 parameters=action.parameters,
                 requested_by=by,
-                role=Role.ADMIN.value,
+                role=Role.ADMIN,
                 host_reachable=reachable,
             )
             facts = scheduler.facts(instance, submission, targets)

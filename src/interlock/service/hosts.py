@@ -13,6 +13,7 @@ import msgspec
 from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding
 from interlock.core.parameters import check_name
 from interlock.core.records import Instance, SharedFolder
+from interlock.core.roles import Role
 from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import (
     Drain,
@@ -23,7 +24,6 @@ from interlock.ports import (
     Hypervisor,
     Link,
     RemoteHost,
-    Role,
     SharedRoots,
     Store,
     Tally,

@@ -16,7 +16,8 @@ import structlog
 from interlock.core.errors import InterlockError, Invalid, NotFound
 from interlock.core.parameters import check_name
 from interlock.core.records import Image
-from interlock.ports import ImageDownloads, Role
+from interlock.core.roles import Role
+from interlock.ports import ImageDownloads
 from interlock.service.auth import Caller
 from interlock.service.inventory import Inventory
 from interlock.service.request_models import NewImageFetch

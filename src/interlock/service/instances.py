@@ -41,10 +41,11 @@ from interlock.core.records import (
 )
 from interlock.core.references import REFERENCES
 from interlock.core.restart_policy import check_limit
+from interlock.core.roles import Role
 from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
-from interlock.ports import InstanceFilter, Page, Role, Store
+from interlock.ports import InstanceFilter, Page, Store
 from interlock.service import fleet_status
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
@@ -302,7 +303,7 @@ class Instances:
             operation=operation,
             parameters=parameters,
             requested_by=caller.name,
-            role=caller.role.value,
+            role=caller.role,
             facts=facts,
             hold_ms=hold_ms,
         )

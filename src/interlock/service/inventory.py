@@ -12,7 +12,8 @@ import msgspec
 from interlock.core.errors import InUse, Invalid, NameTaken, NotFound, not_found
 from interlock.core.parameters import check_name
 from interlock.core.records import ENDS, Image, Instance, Request
-from interlock.ports import ImageFiles, Role, SmallForm, Store, Tally, Volume, VolumeFiles, every_instance
+from interlock.core.roles import Role
+from interlock.ports import ImageFiles, SmallForm, Store, Tally, Volume, VolumeFiles, every_instance
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
 from interlock.service.request_models import NewVolume

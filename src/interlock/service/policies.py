@@ -19,11 +19,12 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
 from interlock.core.records import Change, Instance
+from interlock.core.roles import Role
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.language import bundle as bundles
 from interlock.policies.language.bundle import Source
 from interlock.policies.verification import Proof
-from interlock.ports import Role, Store
+from interlock.ports import Store
 from interlock.service import earlier_policies
 from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy, RefusedPolicy, against

@@ -15,10 +15,10 @@ from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, I
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.records import Admitted, Change, Denied, Disposition, Facts, Held, Instance, Redundant, Submission
 from interlock.core.resource_claims import CLAIMING
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
-from interlock.ports import Role
 from interlock.service.capacity import Capacity
 from interlock.service.hosts import ANY, HostService
 from interlock.service.scheduler import NAMING_A_HOST, Scheduler
@@ -116,7 +116,7 @@ class SubmissionEvaluator:
             operation=operation,
             parameters=parameters,
             requested_by=by,
-            role=role.value,
+            role=role,
             facts=Facts(agent_answers=agent_answers),
         )
         try:

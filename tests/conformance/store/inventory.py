@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, START_MS, Bench, check, raises
 from interlock.core.errors import NameTaken
-from interlock.ports import Role, Token, Volume
+from interlock.core.roles import Role
+from interlock.ports import Token, Volume
 
 TOKEN = Token(id="t1", name="ci", role=Role.MEMBER, project="one", secret_sha256="a" * 64, created_at_ms=START_MS)
 VOLUME = Volume(id="v1", name="data", project="one", path="/v1", size_bytes=4096, created_at_ms=START_MS)

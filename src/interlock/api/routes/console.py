@@ -26,7 +26,8 @@ from interlock.api.http.route import ApiParts, Routes
 from interlock.api.schemas import serializers
 from interlock.api.schemas.inventory import DumpList, MemoryDump
 from interlock.core.errors import Forbidden, GuestNotFound, InterlockError
-from interlock.ports import Role, Stream
+from interlock.core.roles import Role
+from interlock.ports import Stream
 from interlock.service.auth import Caller
 
 routes = Routes("instances")

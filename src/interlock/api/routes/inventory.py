@@ -16,7 +16,7 @@ from interlock.api.http.route import ApiParts, Parameter, Routes, json_response
 from interlock.api.schemas import inventory, serializers
 from interlock.core.errors import Invalid
 from interlock.core.records import Image
-from interlock.ports import Role
+from interlock.core.roles import Role
 from interlock.service.auth import Caller
 from interlock.service.image_fetches import Fetch
 from interlock.service.request_models import PATTERNS, NewImageFetch, NewVolume

@@ -31,9 +31,9 @@ from interlock.core.condition_kinds import Takes
 from interlock.core.conditions import CONDITIONS
 from interlock.core.errors import Invalid, NotFound, PolicyError
 from interlock.core.policy import CompiledPolicy, Rule, Verdict
+from interlock.core.roles import Role
 from interlock.policies.lint.findings import Severity
 from interlock.policies.verification import Proof
-from interlock.ports import Role
 from interlock.service.auth import Caller
 from interlock.service.configured_policy import RefusedPolicy
 from interlock.service.policies import Loaded

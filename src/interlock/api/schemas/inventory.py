@@ -9,7 +9,8 @@ from msgspec import Meta
 
 from interlock.api.schemas.responses import Timestamp, Wire
 from interlock.core.parameters import Name
-from interlock.ports import Role, SmallForm
+from interlock.core.roles import Role
+from interlock.ports import SmallForm
 from interlock.service.request_models import SHA256_PATTERN
 
 ImageKind = Literal["disk", "kernel", "iso"]

@@ -14,6 +14,7 @@ from msgspec import Meta
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
 from interlock.core.restart_policy import Evacuate, RestartPolicy
+from interlock.core.roles import Role
 from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import HostState
 from interlock.service.request_models import NewForward
@@ -79,7 +80,7 @@ class Request(Wire, frozen=True, kw_only=True):
     status: Status
     """`succeeded`, `failed`, `cancelled` and `superseded` are final; a request reaches exactly one of them."""
     requested_by: str
-    role: str
+    role: Role
     rule: str
     """The id of the rule that admitted it."""
     preempts: bool

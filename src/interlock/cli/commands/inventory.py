@@ -27,7 +27,8 @@ from interlock.cli.options.quantities import Size
 from interlock.cli.output.confirmation import confirm, yes_option
 from interlock.cli.output.formatting import age, size
 from interlock.cli.output.progress import Progress, transfer
-from interlock.ports import Role, SmallForm
+from interlock.core.roles import Role
+from interlock.ports import SmallForm
 from interlock.service.request_models import NewImageFetch, NewVolume
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

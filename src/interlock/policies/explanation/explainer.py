@@ -17,6 +17,7 @@ from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Rule, Verdict
 from interlock.core.records import Admitted, Disposition, Instance, Request, Status, Submission
 from interlock.core.request_queue import foresee
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View, build_view
 
@@ -114,7 +115,7 @@ def _imagined_request(operation: Operation, request_id: str, at_ms: int) -> Requ
         instance_id="imagined",
         operation=operation,
         requested_by="somebody",
-        role="admin",
+        role=Role.ADMIN,
         rule="imagined",
         admitted_at_ms=at_ms,
     )

@@ -14,6 +14,7 @@ from typing import Final
 from interlock.core.durations import DURATION_MAX_MS
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.roles import Role
 from interlock.core.state_stack import evacuated
 from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
 from interlock.core.views import View
@@ -280,7 +281,7 @@ def _plain(
         vm_state=state,
         task_state=task,
         outstanding=served | more,
-        role="admin",
+        role=Role.ADMIN,
         host_reachable=reachable,
         hard=hard,
         silent_ms=silent_ms,

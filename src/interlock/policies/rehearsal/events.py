@@ -7,11 +7,11 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from interlock.core.conditions import ROLES
 from interlock.core.durations import DURATION_MAX_MS, EXPECTED, parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
 from interlock.core.records import Instance, Outcome, Request, Status
+from interlock.core.roles import Role
 from interlock.core.state_stack import Memory
 from interlock.core.states import NO_TASK, PowerState, VmState
 from interlock.policies.language.vocabulary import OPERATIONS, TASKS, VM_STATES, nearest
@@ -79,7 +79,7 @@ _COMPANIONS: Final = {
     "hold": "submit",
 }
 """The options of events."""
-_ROLES: Final = {role: role for role in ROLES}
+_ROLES: Final = {role.value: role for role in Role}
 _OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
 LINE_LENGTH_MAX: Final = 64 * 1024
 """Longer lines are rejected unparsed."""
@@ -115,7 +115,7 @@ def named_operation(name: str) -> Operation:
     return _word("operation", name, OPERATIONS.words)
 
 
-def named_role(name: str) -> str:
+def named_role(name: str) -> Role:
     """Return a role by name. Raises `Invalid`."""
     return _word("role", name, _ROLES)
 
@@ -177,7 +177,7 @@ def _in_flight(line: InstanceLine, since_ms: int) -> Request | None:
         operation=operation,
         parameters={"hard": True} if phase in CATALOGUE[operation].hard_phases else {},
         requested_by="rehearsal",
-        role="admin",
+        role=Role.ADMIN,
         rule="rehearsal",
         admitted_at_ms=since_ms,
         status=Status.IN_FLIGHT,

@@ -16,7 +16,7 @@ from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import printable
 from interlock.cli.output.progress import LiveLine, progress_stream
-from interlock.core.conditions import ROLES
+from interlock.core.roles import Role
 
 if TYPE_CHECKING:
     from interlock.policies.model_checker import Exit, Exploration, SearchProgress, Violation
@@ -59,7 +59,13 @@ class _Seconds(click.ParamType[float]):
     help="Maximum number of faults (failed operations, guests that end) in a run. Default: unlimited.",
 )
 @click.option("--seconds", "seconds_max", type=_Seconds(), help="Time limit. Default: none.")
-@click.option("--role", type=click.Choice(ROLES), default="member", show_default=True, help="Role of the callers.")
+@click.option(
+    "--role",
+    type=click.Choice([role.value for role in Role]),
+    default="member",
+    show_default=True,
+    help="Role of the callers.",
+)
 @click.option(
     "--story", "story_path", type=click.Path(path_type=Path), help="Write the shortest counterexample to this file."
 )

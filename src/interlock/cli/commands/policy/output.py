@@ -35,9 +35,9 @@ def caller_options(*, defaults: bool = True) -> Callable[[_Command], _Command]:
             words = condition.kind.words if isinstance(condition.kind, Word) else None
             command = click.option(
                 f"--{condition.reads.replace('_', '-')}",
-                type=str if words is None else click.Choice(words),
+                type=str if words is None else click.Choice([str(word) for word in words]),
                 metavar="NAME" if words is None else None,
-                default=condition.usual if defaults and words is not None else None,
+                default=str(condition.usual) if defaults and words is not None else None,
                 show_default=defaults and words is not None,
                 help=condition.option if defaults or words is None else f"{condition.option}  [{condition.usual}]",
             )(command)
