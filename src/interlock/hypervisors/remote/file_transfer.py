@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 
 from interlock.core.errors import InterlockError, NotFound, OperationRejected
 from interlock.core.records import Spec
-from interlock.hypervisors.qemu.files.sparse_copy import uninterrupted
+from interlock.hypervisors.qemu.files.sparse_copy import opened, uninterrupted
 from interlock.hypervisors.remote.file_cache import cached_name, write_at
 from interlock.hypervisors.remote.methods import Extents, FileCalls, RangeCalls
 from interlock.hypervisors.remote.protocol import CHUNK_BYTES
@@ -147,7 +147,7 @@ class FileTransfers:
         self, session: ServerSession, place: str, name: str, source: Path, report: Report
     ) -> tuple[int, str]:
         digest, offset = hashlib.sha256(), 0
-        with await asyncio.to_thread(source.open, "rb") as content:
+        async with opened(lambda: source.open("rb")) as content:
             total = os.fstat(content.fileno()).st_size
             while piece := await asyncio.to_thread(content.read, CHUNK_BYTES):
                 await session.call(FileCalls.file_write, place, name, offset, piece)
@@ -269,7 +269,7 @@ async def _sha256(path: Path) -> tuple[int, str]:
         digest.update(part)
         return len(part)
 
-    with await asyncio.to_thread(path.open, "rb") as content:
+    async with opened(lambda: path.open("rb")) as content:
         while length := await uninterrupted(partial(read, content)):
             size += length
     return size, digest.hexdigest()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from interlock.core.errors import OperationRejected
-from interlock.hypervisors.qemu.files.sparse_copy import uninterrupted
+from interlock.hypervisors.qemu.files.sparse_copy import opened, uninterrupted
 from interlock.hypervisors.remote.file_cache import FileCache, write_at
 from interlock.hypervisors.remote.methods import Extents
 from interlock.hypervisors.remote.protocol import CHUNK_BYTES
@@ -77,7 +77,7 @@ class RangeTransfers:
     async def file_upload(self, name: str, transfer: str, report: Report) -> str:
         digest, offset = hashlib.sha256(), 0
         path = self._cache.spooled(name)
-        with await asyncio.to_thread(path.open, "rb") as content:
+        async with opened(lambda: path.open("rb")) as content:
             size = os.fstat(content.fileno()).st_size
             while piece := await uninterrupted(partial(content.read, RANGE_BYTES)):
                 digest.update(piece)

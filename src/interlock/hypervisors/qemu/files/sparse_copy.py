@@ -7,9 +7,9 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import BinaryIO, Final, TypeVar
 
 from interlock.ports import Permit, Report
 
@@ -27,20 +27,17 @@ async def copy_sparse(permit: Permit, source: Path, target: Path, report: Report
         OSError: it could not be read or written.
         Fenced: the permit was lost.
     """
-    read_from, size = await uninterrupted(functools.partial(_open_source, source))
-    try:
+    async with opened(lambda: source.open("rb")) as reader:
+        size = os.fstat(reader.fileno()).st_size
         permit.check()
-        write_to = await uninterrupted(functools.partial(_open_target, target, size))
-        try:
+        async with opened(functools.partial(_create, target)) as writer:
+            copy_step = functools.partial(_copy_step, reader.fileno(), writer.fileno(), size=size)
+            await uninterrupted(functools.partial(os.truncate, writer.fileno(), size))
             position = 0
             while position < size:
                 permit.check()
-                position = await uninterrupted(functools.partial(_copy_step, read_from, write_to, position, size))
+                position = await uninterrupted(functools.partial(copy_step, position))
                 report(position, size)
-        finally:
-            os.close(write_to)
-    finally:
-        os.close(read_from)
 
 
 async def uninterrupted(step: Callable[[], AnswerT]) -> AnswerT:
@@ -58,15 +55,16 @@ async def uninterrupted(step: Callable[[], AnswerT]) -> AnswerT:
         raise
 
 
-def _open_source(source: Path) -> tuple[int, int]:
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    return descriptor, os.fstat(descriptor).st_size
+@contextlib.asynccontextmanager
+async def opened(open_file: Callable[[], BinaryIO]) -> AsyncIterator[BinaryIO]:
+    """Open a file in a thread. It is closed at the end, also if the worker is cancelled while the thread opens it."""
+    with contextlib.ExitStack() as closing:
+        yield await uninterrupted(lambda: closing.enter_context(open_file()))
 
 
-def _open_target(target: Path, size: int) -> int:
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.truncate(descriptor, size)
-    return descriptor
+def _create(target: Path) -> BinaryIO:
+    """Create a file that only its owner can read. Raises `FileExistsError`."""
+    return os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
 
 def _copy_step(source: int, target: int, position: int, size: int) -> int:
