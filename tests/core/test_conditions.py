@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.core.condition_kinds import Choice, Takes
+from interlock.core.condition_kinds import Choice, Takes, Word
 from interlock.core.conditions import CALLER, CONDITION, CONDITIONS, Condition, Conditions
 from interlock.core.operations import BIT, Operation
 from interlock.core.records import Request, Submission
@@ -27,10 +27,6 @@ VALUES: dict[Takes, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
         st.frozensets(st.sampled_from([Operation.STOP, Operation.START])),
         st.sampled_from([0, BIT[Operation.STOP], BIT[Operation.START] | BIT[Operation.PAUSE]]),
     ),
-    Takes.WORDS: (
-        st.frozensets(st.sampled_from(["member", "admin", "reader"]), min_size=1),
-        st.sampled_from(["member", "admin", "reader"]),
-    ),
     Takes.TEXTS: (st.frozensets(TEXTS, min_size=1), st.frozensets(TEXTS).map(tuple)),
 }
 """What a rule may want, and what a view may have."""
@@ -40,6 +36,9 @@ def values_of(condition: Condition) -> tuple[st.SearchStrategy[Any], st.SearchSt
     if condition.reads == "requested_by":
         wanted = st.sampled_from(["alice", "al*", "a*", "bob", "*", "alice*"])
         return st.frozensets(wanted, min_size=1), NAMES
+    if isinstance(condition.kind, Word):
+        words = st.sampled_from(condition.kind.words)
+        return st.frozensets(words, min_size=1), words
     return VALUES[condition.kind.takes]
 
 

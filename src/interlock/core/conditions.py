@@ -18,7 +18,11 @@ from interlock.core.condition_kinds import AnyOperation, AnyText, AtLeast, Choic
 from interlock.core.durations import short_time
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
+from interlock.core.states import PowerState
 from interlock.core.views import View
+
+POWER_STATES: Final = tuple(state.value for state in PowerState if state is not PowerState.UNKNOWN)
+"""What a record can have; `unknown` is only shown."""
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +41,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     tags: frozenset[str] | None = None
     """Holds if the instance has any of these tags."""
     host_reachable: bool | None = None
+    power_state: frozenset[str] | None = None
     launched: bool | None = None
     """Whether the instance's guest has ever run."""
     hard: bool | None = None
@@ -198,6 +203,18 @@ CONDITIONS: Final = (
         example=False,
         title="host reachable",
         because=lambda reachable: f"the host is {'' if reachable else 'un'}reachable",
+    ),
+    Condition(
+        key="power_state",
+        field="power_state",
+        reads="power_state",
+        subject=Subject.INSTANCE,
+        kind=Word(POWER_STATES, usual="running"),
+        meaning="The guest's state as the hypervisor last reported it, also while its host does not respond. In the "
+        "foreseen state: the one that belongs to its vm_state.",
+        example=["crashed"],
+        title="guest",
+        because=lambda power_state: "no guest process runs" if power_state == "none" else f"the guest is {power_state}",
     ),
     Condition(
         key="launched",

@@ -14,8 +14,8 @@ from interlock.core.operations import BIT, Lane, Operation
 from interlock.core.records import Instance, Request, Submission
 from interlock.core.references import MIGRATIONS
 from interlock.core.roles import Role
-from interlock.core.state_stack import Memory, resolve_target
-from interlock.core.states import EXECUTING_STATES, NO_TASK, VmState
+from interlock.core.state_stack import Memory, resolve_target, rests
+from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -37,6 +37,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     blocked: bool = False
     tags: tuple[str, ...] = ()
     host_reachable: bool = True
+    power_state: PowerState = PowerState.RUNNING
     hard: bool = False
     silent_ms: int = 0
     """Time since the last progress of the request in flight."""
@@ -91,6 +92,7 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         blocked=submission.operation in instance.blocked_operations,
         tags=instance.tags,
         host_reachable=submission.host_reachable,
+        power_state=instance.power_state,
         hard=submission.hard,
         silent_ms=max(0, now_ms - silent_since),
         running_ms=max(0, now_ms - running_since),
@@ -108,12 +110,14 @@ class Foreseen(NamedTuple):
     host_reachable: bool = True
     """False while its host is fenced."""
     tags: tuple[str, ...] = ()
+    power_state: PowerState = PowerState.RUNNING
 
     def after(self, operation: Operation) -> Foreseen:
         """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
         vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
         launched = self.launched or vm_state in EXECUTING_STATES
-        return Foreseen(vm_state, memory, launched, self.host_reachable or operation in MIGRATIONS, self.tags)
+        reachable = self.host_reachable or operation in MIGRATIONS
+        return Foreseen(vm_state, memory, launched, reachable, self.tags, _power_in(vm_state, memory))
 
     def view(self, request: RequestLike) -> View:
         """Return the view of a request in this state, with nothing outstanding.
@@ -127,6 +131,7 @@ class Foreseen(NamedTuple):
             requested_by=request.requested_by,
             tags=self.tags,
             host_reachable=self.host_reachable,
+            power_state=self.power_state,
             hard=request.hard,
             launched=self.launched,
         )
@@ -134,4 +139,19 @@ class Foreseen(NamedTuple):
 
 def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
     """Return the present state of an instance."""
-    return Foreseen(instance.vm_state, instance.state_stack, instance.launched, host_reachable, instance.tags)
+    return Foreseen(
+        instance.vm_state,
+        instance.state_stack,
+        instance.launched,
+        host_reachable,
+        instance.tags,
+        instance.power_state,
+    )
+
+
+def _power_in(vm_state: VmState, memory: Memory) -> PowerState:
+    """Return what a hypervisor reports after a state change has succeeded and led to the vm_state."""
+    if vm_state is VmState.PAUSED:
+        return PowerState.PAUSED
+    executing = vm_state in EXECUTING_STATES and not rests(vm_state, memory)
+    return PowerState.RUNNING if executing else PowerState.NONE
