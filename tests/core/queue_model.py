@@ -7,6 +7,7 @@ what waits in three separate places, and speaks of operations by their plain nam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 STUCK_MS = 180_000
 GRACE_MS = 10_000
@@ -226,30 +227,34 @@ class Model:
         if self.changing is not None:
             place = self.lands(self.changing.operation, place)
         for row in (self.front, self.line):
-            for asked in [waiting for waiting in row if not waiting.plugs]:
+            for asked in list(row):
                 welcome = place[0] in PERMITTED[asked.operation]
                 if asked.overtakes:
                     welcome = welcome or not PERFORMABLE[asked.operation].isdisjoint({otherwise, place[0]})
-                if welcome:
-                    place = self.lands(asked.operation, place)
-                    otherwise = place[0]
-                else:
+                if not welcome:
                     row.remove(asked)
                     self.ends[asked.name] = "cancelled"
-        for asked in [
-            waiting for waiting in self.line if waiting.plugs and place[0] not in PERMITTED[waiting.operation]
-        ]:
-            self.line.remove(asked)
-            self.ends[asked.name] = "cancelled"
+                elif not asked.plugs:
+                    place = self.lands(asked.operation, place)
+                    otherwise = place[0]
 
     # ---- serving
 
+    def ahead_of(self, name: str) -> list[Asked]:
+        """Those whose turn comes before that of a request that waits; none if it overtakes."""
+        if any(asked.name == name for asked in self.front):
+            return []
+        return [*self.front, *takewhile(lambda asked: asked.name != name, self.line)]
+
     def take(self, lane: str, now: int) -> str | None:
-        change = next((asked for asked in self.front + self.line if not asked.plugs), None)
-        plug = next((asked for asked in self.line if asked.plugs), None)
+        waiting = self.front + self.line
+        first = waiting[0] if waiting else None
+        # Served in turn: nothing goes before the first that waits, except what goes beside the change in flight, which
+        # the first waits for anyway.
+        change = first if first is not None and not first.plugs else None
+        plug = next((asked for asked in waiting if asked.plugs), None)
         change_now = change is not None and self.changing is None and self.goes_with(self.plugging, change)
-        # State changes go first: behind one that waits, a component change is served only beside one in flight.
-        its_turn = not self.front and (change is None or self.changing is not None)
+        its_turn = plug is first or (self.changing is not None and not self.front)
         plug_now = plug is not None and self.plugging is None and its_turn and self.goes_with(plug, self.changing)
         if lane == "any":
             lane = "state" if change is not None or self.changing is not None else "component"

@@ -100,8 +100,12 @@ class Lives(RuleBasedStateMachine):
     def take(self, lane: str) -> None:
         change = lifecycle.take(self.instance, LANES[lane], self.now)
         taken = change.answer
+        ahead = self.model.ahead_of(taken.id) if taken is not None else []
         assert (taken and taken.id) == self.model.take(lane, self.now)
         if taken is not None:
+            beside = taken.lane is Lane.COMPONENT and self.model.changing is not None
+            assert not ahead or beside, "law 9: served in turn"
+            assert not any(other.plugs or other.overtakes for other in ahead), "law 9: served in turn"
             self.workers.append((taken.id, taken.fence))
         self.follow(change)
 

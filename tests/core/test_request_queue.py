@@ -8,8 +8,17 @@ from interlock.core.admission import admit
 from interlock.core.lifecycle import finish, take
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy, Policy, Verdict
-from interlock.core.records import Admitted, Instance, Outcome, Request, Status
-from interlock.core.request_queue import Draft, first_phase, foresee, judge_again, next_served, replace
+from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, Status
+from interlock.core.request_queue import (
+    Draft,
+    first_phase,
+    foresee,
+    in_service_order,
+    judge_again,
+    next_served,
+    replace,
+)
+from interlock.policies.language.loader import compile_named
 
 POLICY = CompiledPolicy(ORDINARY)
 ANYTHING = CompiledPolicy(
@@ -45,12 +54,72 @@ def test_only_one_state_change_is_in_flight() -> None:
     assert take(instance, None, START_MS).answer is None
 
 
-def test_state_changes_go_before_component_changes() -> None:
+def test_state_changes_and_component_changes_are_served_in_the_order_admitted() -> None:
+    """Law 9: nothing that came later goes first, in either lane."""
+    instance = queue(instance_in(), POLICY, O.ATTACH_VOLUME, O.STOP, O.SWAP_VOLUME)
+    served = []
+    while instance.outstanding:
+        taken = take(instance, None, START_MS)
+        assert taken.answer is not None
+        served.append(taken.answer.operation)
+        instance = finish(taken.instance, taken.answer.id, 1, Outcome.SUCCEEDED, POLICY, START_MS).instance
+    assert served == [O.ATTACH_VOLUME, O.STOP, O.SWAP_VOLUME]
+
+
+def test_a_detachment_is_not_starved_by_state_changes_that_keep_coming() -> None:
+    """Law 9: it is served next, however many others are submitted after it."""
+    policy = compile_named("standard")
+    instance = queue(instance_in(), policy, O.PAUSE)
+    pausing = take(instance, None, START_MS)
+    assert pausing.answer is not None
+    instance = pausing.instance
+    for operation in (O.UNPAUSE, O.CRASH_DUMP, O.DETACH_VOLUME):
+        instance = admit(instance, ask(operation, operation.value), policy, START_MS).instance
+    served = []
+    for number in range(200):
+        later = (O.PAUSE, O.UNPAUSE, O.CRASH_DUMP)[number % 3]
+        instance = admit(instance, ask(later, f"s{number}"), policy, START_MS).instance
+        (busy,) = [request for request in instance.outstanding if request.status in SERVED]
+        instance = finish(instance, busy.id, 1, Outcome.SUCCEEDED, policy, START_MS).instance
+        taken = take(instance, None, START_MS)
+        assert taken.answer is not None
+        served.append(taken.answer.id)
+        instance = taken.instance
+        if taken.answer.operation is O.DETACH_VOLUME:
+            break
+    assert served == ["unpause", "crash_dump", "detach_volume"]
+
+
+def test_a_component_change_is_judged_at_its_place_between_the_state_changes() -> None:
+    """It is served before the suspension, in whose state it would not be permitted."""
+    instance = queue(serving(O.REBOOT), POLICY, O.ATTACH_VOLUME, O.SUSPEND)
+    done = finish(instance, "r0", 1, Outcome.SUCCEEDED, POLICY, START_MS)
+    assert waiting_for(done.instance) == ["attach_volume", "suspend"]
+
+
+def test_a_state_change_waits_its_turn_behind_a_component_change_also_if_it_could_run_beside_the_one_in_flight() -> (
+    None
+):
+    """It might end where the component change is not permitted."""
+    instance = queue(serving(O.SWAP_VOLUME), POLICY, O.ATTACH_VOLUME, O.STOP)
+    assert take(instance, Lane.STATE, START_MS).answer is None
+
+
+def test_what_was_not_admitted_in_turn_is_served_after_the_state_changes() -> None:
     """Change 880: when both wait, state changes go first."""
-    instance = queue(instance_in(), POLICY, O.ATTACH_VOLUME, O.STOP)
+    instance = queue(instance_in(), ANYTHING, O.SWAP_VOLUME, O.PAUSE, O.ATTACH_VOLUME)
+    assert [request.operation for request in in_service_order(instance)] == [O.PAUSE, O.ATTACH_VOLUME, O.SWAP_VOLUME]
     waiting = next_served(instance, None)
     assert waiting is not None
-    assert waiting.operation is O.STOP
+    assert waiting.operation is O.PAUSE
+
+
+def test_a_component_change_that_runs_beside_may_go_before_those_that_wait_for_the_state_change() -> None:
+    """A start may be unable to end without it, and what waits for the start loses nothing."""
+    instance = queue(serving(O.REBOOT), POLICY, O.PAUSE, O.SWAP_VOLUME)
+    taken = take(instance, Lane.COMPONENT, START_MS).answer
+    assert taken is not None
+    assert taken.operation is O.SWAP_VOLUME
 
 
 def test_a_compatible_component_change_is_served_beside_a_state_change() -> None:

@@ -67,6 +67,7 @@ def check(before: Instance, change: Change[Any], step: Step, policy: CompiledPol
     yield from kept_promise(before, change, step, policy)
     yield from held_fence(before, change, step, policy, now_ms)
     yield from settled_success(before, after, step)
+    yield from served_in_turn(before, change, step)
 
 
 def one_at_a_time(after: Instance) -> Iterator[Breach]:
@@ -136,8 +137,7 @@ def _after(before: Instance, requests: Iterable[Request]) -> tuple[VmState, bool
 def kept_promise(before: Instance, change: Change[Any], step: Step, policy: CompiledPolicy) -> Iterator[Breach]:
     """Law 2: nothing is cancelled while all goes as foreseen, and a request is permitted when it is taken.
 
-    A request admitted with `in_turn = false` may be cancelled; it only has to be permitted when it is taken. A state
-    change admitted later goes first, and may cancel a component change.
+    A request admitted with `in_turn = false` may be cancelled; it only has to be permitted when it is taken.
     """
     for request in change.requests:
         if request.status is Status.CANCELLED and not _may_be_cancelled(before, change, step, request):
@@ -165,15 +165,21 @@ def _may_be_cancelled(before: Instance, change: Change[Any], step: Step, request
     if step.outcome is Outcome.UNKNOWN:
         return False
     # An instance that arrived on another host is not in the foreseen state.
-    if step.outcome is Outcome.SUCCEEDED and not step.arrived:
-        states = (other for other in before.outstanding if other.lane is Lane.STATE)
-        return request.lane is Lane.COMPONENT and any(position(request) < position(other) for other in states)
-    return True
+    return step.outcome is not Outcome.SUCCEEDED or step.arrived
 
 
-def position(request: Request) -> int:
-    """Return the order of admission: the ids of an exploration count up."""
-    return int(request.id.removeprefix("r") or 0)
+def served_in_turn(before: Instance, change: Change[Any], step: Step) -> Iterator[Breach]:
+    """Law 9: nothing is taken before an earlier request, unless it preempts or runs beside what that one waits for."""
+    taken = change.answer
+    if step.kind is not StepKind.TAKE or not isinstance(taken, Request) or taken.preempts:
+        return
+    queued = [request for request in before.outstanding if request.status is Status.QUEUED]
+    serving = before.served(Lane.STATE)
+    for other in queued[: [request.id for request in queued].index(taken.id)]:
+        promised = other.in_turn or other.lane is Lane.STATE
+        beside = taken.lane is Lane.COMPONENT and serving is not None and not other.preempts
+        if promised and not (beside and other.lane is Lane.STATE):
+            yield Breach(9, f"{taken.operation.value} is served before {other.operation.value}, which came first")
 
 
 def _permitted(policy: CompiledPolicy, request: Request, state: VmState, launched: bool, tags: tuple[str, ...]) -> bool:

@@ -40,7 +40,7 @@ from interlock.core.view_classes import callers
 from interlock.policies.model_checker.results import Breach, Exploration, Violation, describe
 from interlock.policies.model_checker.symmetry_reduction import distinct_operations, distinct_phases
 from model_checker_reference.ages import Ages
-from model_checker_reference.laws import Step, StepKind, check, explained, position
+from model_checker_reference.laws import Step, StepKind, check, explained
 
 START_MS: Final = 1_000_000_000
 DEFAULT_STATES_MAX: Final = 200_000
@@ -300,17 +300,16 @@ class Walk:
 
     def _key(self, node: _Node) -> _Key:
         instance = node.instance
-        ranks = {request.id: rank for rank, request in enumerate(sorted(instance.outstanding, key=position))}
         return (
             instance.vm_state,
             instance.state_stack,
             instance.locked_by is None,
             instance.launched,
             self.ages.idle_class(instance, node.now_ms),
-            tuple(self._request_key(instance, r, ranks[r.id], node.now_ms) for r in instance.outstanding),
+            tuple(self._request_key(instance, request, node.now_ms) for request in instance.outstanding),
         )
 
-    def _request_key(self, instance: Instance, request: Request, rank: int, now_ms: int) -> _Key:
+    def _request_key(self, instance: Instance, request: Request, now_ms: int) -> _Key:
         deadline_ms = request.interrupt_deadline_ms
         return (
             request.operation,
@@ -318,8 +317,6 @@ class Walk:
             request.phase,
             (request.hard, request.preempts, request.in_turn),
             tuple(getattr(request, condition.reads) for condition in CALLER),
-            # Admission order matters only between lanes: within one it is the order of the queue.
-            rank if request.lane is Lane.COMPONENT else 0,
             self.ages.served_class(instance, request, now_ms),
             (request.interrupt_at_ms is None, request.interrupted_for is None),
             None if deadline_ms is None else deadline_ms <= now_ms,

@@ -14,6 +14,7 @@ from interlock.core.lifecycle import relabel
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Denied, Instance, Request, Submission
+from interlock.core.roles import Role
 from interlock.core.states import PowerState, VmState
 from interlock.policies.explanation import explain
 from interlock.policies.language.loader import load
@@ -31,7 +32,7 @@ def site(rules: str, base: str = "standard") -> CompiledPolicy:
         return CompiledPolicy(load(path))
 
 
-def asked(operation: Operation, role: str = "member", **parameters: object) -> Submission:
+def asked(operation: Operation, role: Role = Role.MEMBER, **parameters: object) -> Submission:
     return Submission(request_id="r1", operation=operation, requested_by="alice", role=role, parameters=parameters)
 
 

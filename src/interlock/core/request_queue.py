@@ -1,7 +1,8 @@
 """The request queue of one instance: its order, the foreseen state, and re-evaluation of queued requests.
 
-Requests in flight come first, then preempting ones, then the rest in the order admitted. The queue is evaluated again
-whenever the state is not the foreseen one; `admission` decides whether a new request may enter it.
+Requests in flight come first, then preempting ones, then the rest in the order admitted, state changes and component
+changes alike (law 9). The queue is evaluated again whenever the state is not the foreseen one; `admission` decides
+whether a new request may enter it.
 """
 
 from __future__ import annotations
@@ -171,44 +172,46 @@ def permits(rule: Rule) -> bool:
     return rule.verdict is Verdict.ADMIT or rule.verdict is Verdict.PREEMPT
 
 
+def in_service_order(instance: Instance) -> list[Request]:
+    """Return the outstanding requests in the order in which they are served if nothing fails.
+
+    Those in flight, then preempting ones, then the rest of both lanes in the order admitted. Component changes that
+    were not admitted in turn come last: change 880 serves every state change before them.
+    """
+    return sorted(instance.outstanding, key=_comes_last)
+
+
+def _comes_last(request: Request) -> bool:
+    in_order = request.in_turn or request.preempts or request.status in SERVED
+    return not in_order and request.lane is Lane.COMPONENT
+
+
 def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     """Cancel queued requests that are no longer permitted, with the reason; return their ids (law 2).
 
-    State changes are evaluated in order, each on the state after those before it, and component changes on the state
-    after all of them. A preempting request stays as long as it can be performed at all, and one that was not admitted
-    in turn stays while the present state permits it.
+    Each is evaluated on the state after the state changes that are served before it. A preempting request stays as long
+    as it can be performed at all, and one that was not admitted in turn stays while the present state permits it.
     """
     instance = draft.instance
     present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
     halfway = foreseen.vm_state
     cancelled: list[str] = []
-    components: list[Request] = []
     before: list[Request] = []
-    for request in instance.outstanding:
-        if request.lane is not Lane.STATE:
-            components.append(request)
-            continue
+    for request in in_service_order(instance):
+        is_state_change = request.lane is Lane.STATE
         if request.status is Status.QUEUED:
             rule, state = _judge_waiting(policy, request, present, foreseen)
-            if not permits(rule) and not _stays_anyway(request, rule, halfway, foreseen.vm_state):
+            stays = is_state_change and _stays_anyway(request, rule, halfway, foreseen.vm_state)
+            if not permits(rule) and not stays:
                 cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
             if _lacks(draft, request, before, cancelled):
                 continue
+        if is_state_change:
             foreseen = foreseen.after(request.operation)
-            halfway = foreseen.vm_state
-        else:
-            foreseen = foreseen.after(request.operation)
+            if request.status is Status.QUEUED:
+                halfway = foreseen.vm_state
         before.append(request)
-    for request in components:
-        if request.status is not Status.QUEUED:
-            before.append(request)
-            continue
-        rule, state = _judge_waiting(policy, request, present, foreseen)
-        if not permits(rule):
-            cancelled.append(_cancel(draft, request, rule, state, policy))
-        elif not _lacks(draft, request, before, cancelled):
-            before.append(request)
     return tuple(cancelled)
 
 
@@ -261,21 +264,22 @@ def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: 
 def next_served(instance: Instance, lane: Lane | None) -> Request | None:
     """Return the request to perform next in `lane`, or in any lane if None; None if none can be performed now.
 
-    A preempting request first, then state changes in the order admitted, then component changes. Two may be in flight
-    only if one is a component change that is compatible with the other.
+    The next one is the first that waits, of both lanes (law 9). Only a component change that is compatible with the
+    state change in flight may be served earlier, and only before requests that have to wait for that state change: a
+    component change served before a preempting request has no deadline, and would block the queue if it hung.
     """
     state, component = instance.served(Lane.STATE), instance.served(Lane.COMPONENT)
-    waiting, change = _first_queued(instance, Lane.STATE), _first_queued(instance, Lane.COMPONENT)
-    if waiting is not None and (state is not None or (component is not None and not _beside(component, waiting))):
-        now = None
-    else:
-        now = waiting
-    if change is not None and (component is not None or (state is not None and not _beside(change, state))):
-        change = None
-    if waiting is not None and (state is None or waiting.preempts):
-        # State changes go first. A component change taken before a preempting request has no deadline: if it hung, it
-        # would block the queue for ever.
-        change = None
+    waiting = [request for request in in_service_order(instance) if request.status is Status.QUEUED]
+    if not waiting:
+        return None
+    first = waiting[0]
+    now = change = None
+    if first.lane is Lane.STATE:
+        now = first if state is None and (component is None or _beside(component, first)) else None
+    if component is None and (first.lane is Lane.COMPONENT or (state is not None and not first.preempts)):
+        change = next((request for request in waiting if request.lane is Lane.COMPONENT), None)
+        if change is not None and state is not None and not _beside(change, state):
+            change = None
     match lane:
         case Lane.STATE:
             return now
@@ -284,14 +288,7 @@ def next_served(instance: Instance, lane: Lane | None) -> Request | None:
         case Lane.RECORD:
             return None  # done when it is admitted, and never queued
         case None:
-            return now if waiting is not None or state is not None else change
-
-
-def _first_queued(instance: Instance, lane: Lane) -> Request | None:
-    for request in instance.outstanding:
-        if request.status is Status.QUEUED and request.lane is lane:
-            return request
-    return None
+            return None if state is not None else now or change
 
 
 def _beside(component: Request, state: Request) -> bool:

@@ -70,6 +70,10 @@ class RequestKind(NamedTuple):
     in_turn: bool
     preempts: bool
 
+    @property
+    def is_component(self) -> bool:
+        return CATALOGUE[self.operation].lane is Lane.COMPONENT
+
 
 class Task(NamedTuple):
     """A state change in one of its phases."""
@@ -109,19 +113,17 @@ class Alphabet:
             submission for operation in self.operations for submission in self._submissions(operation)
         )
         kinds = [kind for submission in self.submissions for kind in self._kinds(submission)]
-        self.kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is Lane.STATE)
-        self.component_kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is Lane.COMPONENT)
-        self.components = tuple(dict.fromkeys(kind.operation for kind in self.component_kinds))
+        self.kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is not Lane.RECORD)
+        state_changes = [kind.operation for kind in self.kinds if not kind.is_component]
+        self.components = tuple(dict.fromkeys(kind.operation for kind in self.kinds if kind.is_component))
         self.tasks = tuple(
             Task(operation, phase)
-            for operation in dict.fromkeys(kind.operation for kind in self.kinds)
+            for operation in dict.fromkeys(state_changes)
             for phases in self._phases[operation]
             for phase in phases
         )
         self.task_number = {task: number for number, task in enumerate(self.tasks, start=1)}
-        self.kind_number = {
-            kind: number for kinds in (self.kinds, self.component_kinds) for number, kind in enumerate(kinds, start=1)
-        }
+        self.kind_number = {kind: number for number, kind in enumerate(self.kinds, start=1)}
         self.component_number = {component: number for number, component in enumerate(self.components, start=1)}
         self.task_ages = tuple(self._ages_of_task(task) for task in self.tasks)
         self.component_ages = self._ages([NO_TASK], [NO_TASK])
@@ -261,7 +263,7 @@ class Alphabet:
         for base in pending:
             yield base
             there = [self.guest_ends(base, state) for state in _GUEST_ENDS]
-            for kind in self.kinds:
+            for kind in (kind for kind in self.kinds if not kind.is_component):
                 there += [self.after(kind.operation, base), self.fails_to(kind.operation, base)]
             there += [
                 self.reset(base, submission.target) for submission in self.submissions if submission.target is not None

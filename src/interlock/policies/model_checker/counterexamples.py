@@ -11,6 +11,7 @@ from interlock.core.errors import BrokenInvariant
 from interlock.core.operations import Lane
 from interlock.core.policy import Verdict
 from interlock.core.records import SERVED, Instance, Request
+from interlock.core.request_queue import in_service_order
 from interlock.policies.model_checker.actions import SubmissionKind
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.steps import Action
@@ -117,10 +118,9 @@ class CounterexampleBuilder:
                 **({"parameters": submission.parameters} if submission.parameters else {}),
                 **self._caller(submission),
             }
-        elif action >= Action.CANCEL_COMPONENT:
-            yield {"cancel": _waiting(instance, Lane.COMPONENT)[action - Action.CANCEL_COMPONENT].id}
         elif action >= Action.CANCEL:
-            yield {"cancel": _waiting(instance, Lane.STATE)[action - Action.CANCEL].id}
+            waiting = [one for one in in_service_order(instance) if one.status not in SERVED]
+            yield {"cancel": waiting[action - Action.CANCEL].id}
         elif action in _TAKEN:
             yield {"take": _TAKEN[Action(action)].value}
         elif action in _GUEST:
@@ -148,10 +148,6 @@ class CounterexampleBuilder:
         elif action == Action.PHASE:
             phases = self._model.alphabet.phases(state.operation, hard=state.hard)
             yield {"progress": state.id, "phase": phases[phases.index(state.phase or "") + 1]}
-
-
-def _waiting(instance: Instance, lane: Lane) -> list[Request]:
-    return [one for one in instance.outstanding if one.status not in SERVED and one.lane is lane]
 
 
 def _duration(milliseconds: int) -> str:

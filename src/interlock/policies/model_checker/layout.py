@@ -1,7 +1,7 @@
 """Bit layout of a state packed into a 63-bit word.
 
-From the lowest bit: the queue of state changes, the queue of component changes (each with its head lowest), then the
-fields of the instance and of the requests in service. A field with only one possible value takes no bits.
+From the lowest bit: the queue in the order of service, its head lowest, then the fields of the instance and of the
+requests in service. A field with only one possible value takes no bits.
 """
 
 from __future__ import annotations
@@ -45,17 +45,15 @@ class Layout:
 
     def __init__(self, alphabet: Alphabet, outstanding_max: int, *, locks: bool, faults_max: int | None) -> None:
         self.slots = outstanding_max + 1
-        """Capacity of a queue: one operation that leads to the goal may exceed the bound."""
+        """Capacity of the queue: one operation that leads to the goal may exceed the bound."""
         self.kind_bits = len(alphabet.kinds).bit_length()
-        self.component_kind_bits = len(alphabet.component_kinds).bit_length()
         self._used = 0
         self.queue = self._next((1 << (self.kind_bits * self.slots)) - 1)
-        self.component_queue = self._next((1 << (self.component_kind_bits * self.slots)) - 1)
         self.base = self._next(len(alphabet.bases) - 1)
         self.task = self._next(len(alphabet.tasks))
         self.silent = self._next(max((len(ages.silent) for ages in alphabet.task_ages), default=0))
         self.running = self._next(max((len(ages.running) for ages in alphabet.task_ages), default=0))
-        self.deadline = self._next(1 if any(kind.preempts for kind in alphabet.kinds + alphabet.component_kinds) else 0)
+        self.deadline = self._next(1 if any(kind.preempts for kind in alphabet.kinds) else 0)
         """Whether the request in service was interrupted, and is fenced at its deadline."""
         self.component = self._next(len(alphabet.components))
         self.component_silent = self._next(len(alphabet.component_ages.silent) if alphabet.components else 0)
@@ -78,9 +76,7 @@ class Layout:
             | self.component_running.mask
             | self.component_deadline.mask
         )
-        self.queues = self.queue.mask | self.component_queue.mask
         self.queue_first = (1 << self.kind_bits) - 1
-        self.component_queue_first = (1 << self.component_kind_bits) - 1
 
     def _next(self, largest: int) -> Field:
         field = Field(self._used, largest.bit_length())

@@ -171,13 +171,13 @@ class PackedLaws:
     def _component_taken(self, numbers: Ints, words: Words, transitions: Transitions) -> None:
         layout, tables = self._model.layout, self._model.tables
         own = words[transitions.rows]
-        kind = (own >> layout.component_queue.shift) & layout.component_queue_first
+        kind = self._model.steps.queues.first_component(own).kind
         base, task = layout.base.of(own), layout.task.of(own)
         beside = tables.task_leads[task * tables.bases + base]
-        fine = tables.component_permits[kind * tables.bases + base]
+        fine = tables.permits[kind * tables.bases + base]
         for there in (beside, self._model.steps.queues.foreseen(own)):
-            fine |= tables.component_permits[kind * tables.bases + there]
-        kinds = self._model.alphabet.component_kinds
+            fine |= tables.permits[kind * tables.bases + there]
+        kinds = self._model.alphabet.kinds
         self._not_permitted(numbers, transitions, fine, [k.operation.value for k in kinds], kind, base)
 
     def _not_permitted(
@@ -196,15 +196,6 @@ class PackedLaws:
             lost = _lost(int(before[at]), int(after[at]), layout.kind_bits)
             self._cancelled(
                 int(numbers[transitions.rows[at]]), transitions, [alphabet.kinds[kind - 1] for kind in lost]
-            )
-        # A state change admitted later may cancel a component change, and a word does not hold the order of admission
-        # across lanes: so only states without state changes are checked.
-        no_state_change = (own & (layout.queue.mask | layout.task.mask)) == 0
-        before, after = layout.component_queue.of(own), layout.component_queue.of(transitions.words)
-        for at in np.flatnonzero((before != after) & no_state_change)[: 64 * _CANDIDATES_MAX].tolist():
-            lost = _lost(int(before[at]), int(after[at]), layout.component_kind_bits)
-            self._cancelled(
-                int(numbers[transitions.rows[at]]), transitions, [alphabet.component_kinds[kind - 1] for kind in lost]
             )
 
     def _cancelled(self, number: int, transitions: Transitions, lost: list[RequestKind]) -> None:

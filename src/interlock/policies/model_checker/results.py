@@ -19,6 +19,7 @@ LAWS: Final = {
     5: "never stuck",
     7: "success is settled",
     8: "every answer explains itself",
+    9: "served in turn",
 }
 """The names of the laws that are checked on policies and in the tests of the core."""
 SEARCHED_LAWS: Final = frozenset({2, 5, 8})

@@ -9,6 +9,7 @@ import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.records import SERVED, Instance, Request, Status
+from interlock.core.request_queue import in_service_order
 from interlock.core.views import at_present
 from interlock.policies.model_checker.actions import PACKED_ID, Ages, Alphabet, RequestKind, request_of
 from interlock.policies.model_checker.layout import Field, Layout
@@ -43,17 +44,15 @@ class StateEncoding:
         idle = bisect_right(alphabet.idle_ages, now_ms - instance.updated_at_ms)
         locked = layout.locked.ones if instance.locked_by is not None else 0
         word = base << layout.base.shift | idle << layout.idle.shift | locked << layout.locked.shift
-        at = component_at = 0
-        for request in instance.outstanding:
-            is_component = request.lane is Lane.COMPONENT
-            if request.status in SERVED:
-                word |= self._component(request, now_ms) if is_component else self._task(request, now_ms)
-            elif is_component:
-                word |= self._kind(request) << (layout.component_queue.shift + component_at)
-                component_at += layout.component_kind_bits
-            else:
-                word |= self._kind(request) << (layout.queue.shift + at)
+        at = layout.queue.shift
+        for request in in_service_order(instance):
+            if request.status not in SERVED:
+                word |= self._kind(request) << at
                 at += layout.kind_bits
+            elif request.lane is Lane.COMPONENT:
+                word |= self._component(request, now_ms)
+            else:
+                word |= self._task(request, now_ms)
         return word
 
     def _kind(self, request: Request) -> int:
@@ -99,10 +98,7 @@ class StateEncoding:
         if expiring is layout.idle:
             idle_ms = alphabet.idle_ages[layout.idle.one(word)] - 1
         served = [self._served_task(word, idle_ms, expiring), self._served_component(word, idle_ms, expiring)]
-        queue, component_queue = self._queue(word, Lane.STATE), self._queue(word, Lane.COMPONENT)
-        waiting = [*queue, *component_queue]
-        waiting.sort(key=lambda request: not request.preempts)
-        outstanding = [request for request in (*served, *waiting) if request is not None]
+        outstanding = [request for request in (*served, *self._queue(word)) if request is not None]
         instance = Instance(
             id=PACKED_ID,
             name=PACKED_ID,
@@ -150,16 +146,13 @@ class StateEncoding:
         caller = self._alphabet.callers(operation)[0]
         return request_of(RequestKind(operation, caller, hard, in_turn=True, preempts=False))
 
-    def _queue(self, word: int, lane: Lane) -> list[Request]:
-        layout, alphabet = self._layout, self._alphabet
-        if lane is Lane.STATE:
-            queue, bits, kinds = layout.queue.one(word), layout.kind_bits, alphabet.kinds
-        else:
-            queue, bits, kinds = layout.component_queue.one(word), layout.component_kind_bits, alphabet.component_kinds
+    def _queue(self, word: int) -> list[Request]:
+        layout = self._layout
+        queue = layout.queue.one(word)
         waiting = []
         while queue:
-            waiting.append(request_of(kinds[(queue & ((1 << bits) - 1)) - 1]))
-            queue >>= bits
+            waiting.append(request_of(self._alphabet.kinds[(queue & layout.queue_first) - 1]))
+            queue >>= layout.kind_bits
         return waiting
 
 

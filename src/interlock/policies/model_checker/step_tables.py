@@ -23,7 +23,7 @@ class StepTables:
         self._alphabet = alphabet
         self.goal = goal
         self.bases = len(alphabet.bases)
-        operations = [None, *(kind.operation for kind in alphabet.kinds)]
+        operations = [None, *(None if kind.is_component else kind.operation for kind in alphabet.kinds)]
         tasks = [None, *(task.operation for task in alphabet.tasks)]
         self.vm_states = len(VM_STATES)
         self.vm_state = np.array([VM_STATES.index(base.vm_state) for base in alphabet.bases], np.int64)
@@ -44,7 +44,6 @@ class StepTables:
             np.int64,
         )
         self.permits = self._permitted(alphabet.kinds)
-        self.component_permits = self._permitted(alphabet.component_kinds)
         self.holds = self._held(alphabet.kinds)
         self.stays = self.permits | self.holds.reshape(-1, self.vm_states)[:, self.vm_state].reshape(-1)
         """Whether a kind stays queued in a base state."""
@@ -53,33 +52,36 @@ class StepTables:
 
     def _attributes(self) -> None:
         alphabet = self._alphabet
-        self.first_task = np.array([0, *(alphabet.first_task(kind) for kind in alphabet.kinds)], np.int64)
+        kinds = alphabet.kinds
+        self.is_component = np.array([False, *(kind.is_component for kind in kinds)])
+        """Whether a kind is a component change; kind 0 is none."""
+        self.is_state_change = np.array([False, *(not kind.is_component for kind in kinds)])
+        self.comes_last = np.array(
+            [False, *(kind.is_component and not kind.in_turn and not kind.preempts for kind in kinds)]
+        )
+        """Whether a kind is served after those that are in the order admitted."""
+        self.first_task = np.array([0, *(0 if k.is_component else alphabet.first_task(k) for k in kinds)], np.int64)
         self.next_task = np.array([0, *(alphabet.next_task(n + 1) for n in range(len(alphabet.tasks)))], np.int64)
         self.bit = _bits(kind.operation for kind in alphabet.kinds)
-        self.component_kind_bit = _bits(kind.operation for kind in alphabet.component_kinds)
         self.task_bit = _bits(task.operation for task in alphabet.tasks)
         self.component_bit = _bits(alphabet.components)
         self.none_outstanding = NONE_OUTSTANDING
         self.preempts = np.array([False, *(kind.preempts for kind in alphabet.kinds)])
         self.in_turn = np.array([False, *(kind.in_turn for kind in alphabet.kinds)])
-        self.component_in_turn = np.array([False, *(kind.in_turn for kind in alphabet.component_kinds)])
         self.variant = _variants(alphabet.kinds)
-        self.component_variant = _variants(alphabet.component_kinds)
-        self.component_of = np.array(
-            [0, *(alphabet.component_number[kind.operation] for kind in alphabet.component_kinds)], np.int64
-        )
+        self.component_of = np.array([0, *(alphabet.component_number.get(k.operation, 0) for k in kinds)], np.int64)
         self.leads_to_goal = np.array([False, *(leads_to(kind.operation, self.goal) for kind in alphabet.kinds)])
         self.task_leads_to_goal = np.array([False, *(leads_to(task.operation, self.goal) for task in alphabet.tasks)])
         self.silences = np.array([0, *(len(ages.silent) for ages in alphabet.task_ages)], np.int64)
         self.runnings = np.array([0, *(len(ages.running) for ages in alphabet.task_ages)], np.int64)
 
     def _compatibility(self) -> None:
-        """Fill the flat tables (component kind, task) and (component, kind)."""
+        """Fill the flat tables (kind, task), of component changes, and (component, kind), of state changes."""
         alphabet = self._alphabet
-        self.component_kind_with_task = np.array(
+        self.kind_with_task = np.array(
             [
                 _compatible(component, task)
-                for component in (None, *(kind.operation for kind in alphabet.component_kinds))
+                for component in (None, *(kind.operation for kind in alphabet.kinds))
                 for task in (None, *(task.operation for task in alphabet.tasks))
             ]
         )
@@ -114,7 +116,11 @@ class StepTables:
         """Return whether a preempting kind can be performed: flat (kind, vm_state)."""
         rows = [[False] * self.vm_states]
         rows += [
-            [kind.preempts and state in CATALOGUE[kind.operation].sources for state in VM_STATES] for kind in kinds
+            [
+                kind.preempts and not kind.is_component and state in CATALOGUE[kind.operation].sources
+                for state in VM_STATES
+            ]
+            for kind in kinds
         ]
         return np.array(rows).reshape(-1)
 

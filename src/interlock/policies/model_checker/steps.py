@@ -21,7 +21,7 @@ from interlock.policies.model_checker.step_tables import StepTables
 
 
 class Action(IntEnum):
-    """What happened. The last three start ranges: one for each slot of a queue, or each submission."""
+    """What happened. The last two start ranges: one for each slot of the queue, or each submission."""
 
     BEGIN = 0
     TAKE = 1
@@ -49,7 +49,6 @@ class Action(IntEnum):
     ADOPT = 19
     """Both requests in service are adopted; for a single one that equals `LIFE`."""
     CANCEL = 32
-    CANCEL_COMPONENT = 64
     SUBMIT = 96
 
 
@@ -102,26 +101,20 @@ class Steps:
         layout, tables = self.layout, self.tables
         first = words & layout.queue_first
         kinds = len(tables.preempts)
-        rows = np.flatnonzero((first != 0) & (task == 0) & tables.component_with_kind[component * kinds + first])
+        beside = tables.component_with_kind[component * kinds + first]
+        rows = np.flatnonzero(tables.is_state_change[first] & (task == 0) & beside)
         own = words[rows]
-        queue = layout.queue.of(own)
-        kept = own & ~(layout.queue.mask | layout.served | layout.idle.mask)
-        kept |= (queue >> layout.kind_bits) << layout.queue.shift
+        kept = self.queues.without(own, 0) & ~(layout.served | layout.idle.mask)
         return Transitions(Action.TAKE, rows, kept | tables.first_task[first[rows]] << layout.task.shift)
 
     def take_component(self, words: Words, task: Ints, component: Ints) -> Transitions:
         layout, tables = self.layout, self.tables
-        if not layout.component_kind_bits:
-            return Transitions(Action.TAKE_COMPONENT, np.zeros(0, np.int64), words[:0])
-        waiting = words & layout.queue_first
-        change = (words >> layout.component_queue.shift) & layout.component_queue_first
-        goes_first = (waiting != 0) & ((task == 0) | tables.preempts[waiting])
-        beside = tables.component_kind_with_task[change * len(tables.next_task) + task]
-        rows = np.flatnonzero((change != 0) & (component == 0) & beside & ~goes_first)
-        own = words[rows]
-        queue = layout.component_queue.of(own)
-        kept = own & ~(layout.component_queue.mask | layout.component_served | layout.idle.mask)
-        kept |= (queue >> layout.component_kind_bits) << layout.component_queue.shift
+        change, slot = self.queues.first_component(words)
+        # Before others only beside the state change in service, which they have to wait for.
+        may = (slot == 0) | ((task > 0) & ~tables.preempts[words & layout.queue_first])
+        beside = tables.kind_with_task[change * len(tables.next_task) + task]
+        rows = np.flatnonzero((change != 0) & (component == 0) & beside & may)
+        kept = self.queues.without(words[rows], slot[rows]) & ~(layout.component_served | layout.idle.mask)
         return Transitions(
             Action.TAKE_COMPONENT, rows, kept | tables.component_of[change[rows]] << layout.component.shift
         )
@@ -190,20 +183,12 @@ class Steps:
 
     def _cancelled(self, words: Words) -> Iterator[Transitions]:
         layout = self.layout
-        for first, field, bits in (
-            (Action.CANCEL, layout.queue, layout.kind_bits),
-            (Action.CANCEL_COMPONENT, layout.component_queue, layout.component_kind_bits),
-        ):
-            for slot in range(layout.slots if bits else 0):
-                rows = np.flatnonzero(words & (((1 << bits) - 1) << (field.shift + slot * bits)))
-                if not len(rows):
-                    break
-                own = words[rows]
-                before = (1 << (slot * bits)) - 1
-                queue = field.of(own)
-                queue = (queue & before) | ((queue >> bits) & ~before)
-                there = (own & ~field.mask) | queue << field.shift
-                yield Transitions(first + slot, rows, self.queues.reevaluated(there))
+        for slot in range(layout.slots):
+            rows = np.flatnonzero(words & (layout.queue_first << (slot * layout.kind_bits)))
+            if not len(rows):
+                break
+            there = self.queues.without(words[rows], slot)
+            yield Transitions(Action.CANCEL + slot, rows, self.queues.reevaluated(there))
 
     # ------------------------------------------------------------------------------------------------------------ time
 

@@ -58,8 +58,6 @@ class PackedGate:
             len(alphabet.bases) * 2 * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
         )
         self._rows: Rows | None = None
-        is_component = [submission.operation in alphabet.components for submission in alphabet.submissions]
-        self.is_component = np.array(is_component, bool)
         self._leads_to_goal = tables.leads_to_goal
         self._goal_submissions = np.array(
             [leads_to(submission.operation, tables.goal) for submission in alphabet.submissions], bool
@@ -95,18 +93,14 @@ class PackedGate:
     def _foreseen(self, words: Words, answers: PackedAnswers) -> PackedAnswers:
         """Drop admissions in turn that the foreseen state does not permit, and those to a full queue."""
         layout, tables = self._layout, self._tables
-        waiting, component_waiting = self._queues.lengths(words)
-        task, component = layout.task.of(words), layout.component.of(words)
-        count = waiting + component_waiting + (task > 0) + (component > 0)
-        changes = (waiting > 0) | (task > 0)
+        task = layout.task.of(words)
+        count = self._outstanding_count(words)
+        changes = self._queues.have_state_changes(words) | (task > 0)
         foreseen = self._queues.foreseen(words)[answers.rows]
-        is_component = self.is_component[answers.submission]
         admit = answers.effect == GateEffect.ADMIT
-        kind = np.where(admit & ~is_component, answers.kind, 0)
-        component_kind = np.where(admit & is_component, answers.kind, 0)
-        in_turn = (tables.in_turn[kind] | tables.component_in_turn[component_kind]) & changes[answers.rows]
+        kind = np.where(admit, answers.kind, 0)
+        in_turn = tables.in_turn[kind] & changes[answers.rows]
         permitted = tables.permits[kind * tables.bases + foreseen]
-        permitted |= tables.component_permits[component_kind * tables.bases + foreseen]
         full = count[answers.rows] >= self._alphabet.policy.outstanding_max
         keep = ~admit | (~full & (permitted | ~in_turn))
         preempt = np.flatnonzero(answers.effect == GateEffect.PREEMPT)
@@ -115,30 +109,20 @@ class PackedGate:
         kept = np.flatnonzero(keep)
         return PackedAnswers(*(column[kept] for column in answers))
 
+    def _outstanding_count(self, words: Words) -> Ints:
+        layout = self._layout
+        count: Ints = self._queues.lengths(words) + (layout.task.of(words) > 0) + (layout.component.of(words) > 0)
+        return count
+
     def _waits_already(self, words: Words, answers: PackedAnswers, preempt: Ints) -> Bools:
         """Return whether the same preempting request is queued already."""
-        layout, tables = self._layout, self._tables
-        rows, kind, is_component = (
-            answers.rows[preempt],
-            answers.kind[preempt],
-            self.is_component[answers.submission[preempt]],
-        )
+        layout, variant = self._layout, self._tables.variant
+        wanted = variant[answers.kind[preempt]]
         there = np.zeros(len(preempt), bool)
-        for waiting, ones, bits, variant, own in (
-            (words[rows] & layout.queue.mask, layout.queue_first, layout.kind_bits, tables.variant, ~is_component),
-            (
-                layout.component_queue.of(words[rows]),
-                layout.component_queue_first,
-                layout.component_kind_bits,
-                tables.component_variant,
-                is_component,
-            ),
-        ):
-            queue = waiting
-            wanted = variant[np.where(own, kind, 0)]
-            while queue.any():
-                there |= own & (variant[queue & ones] == wanted)
-                queue = queue >> bits
+        queue = words[answers.rows[preempt]] & layout.queue.mask
+        while queue.any():
+            there |= variant[queue & layout.queue_first] == wanted
+            queue = queue >> layout.kind_bits
         return there
 
     def transitions(self, words: Words, answers: PackedAnswers) -> Iterator[Transitions]:
@@ -156,20 +140,12 @@ class PackedGate:
                 yield follow(words, PackedAnswers(*(column[chosen] for column in answers)), effect)
 
     def _admitted(self, words: Words, answers: PackedAnswers, _effect: GateEffect) -> Transitions:
-        layout = self._layout
-        waiting, component_waiting = self._queues.lengths(words)
-        count = waiting + component_waiting + (layout.task.of(words) > 0) + (layout.component.of(words) > 0)
-        is_component = self.is_component[answers.submission]
-        kind = np.where(is_component, 0, answers.kind)
-        on_top = self._leads_to_goal[kind]
+        count = self._outstanding_count(words)
+        on_top = self._leads_to_goal[answers.kind]
         fits = np.flatnonzero(count[answers.rows] < self._outstanding_max + on_top)
-        rows, is_component, kind = answers.rows[fits], is_component[fits], answers.kind[fits]
-        at = np.where(
-            is_component,
-            layout.component_queue.shift + component_waiting[rows] * layout.component_kind_bits,
-            layout.queue.shift + waiting[rows] * layout.kind_bits,
-        )
-        return Transitions(Action.SUBMIT + answers.submission[fits], rows, words[rows] | kind << at)
+        rows = answers.rows[fits]
+        there = self._queues.appended(words[rows], answers.kind[fits])
+        return Transitions(Action.SUBMIT + answers.submission[fits], rows, there)
 
     def _preempting(self, words: Words, answers: PackedAnswers, effect: GateEffect) -> Transitions:
         layout = self._layout
@@ -180,23 +156,15 @@ class PackedGate:
             stopping = (layout.task.of(own) > 0).astype(np.int64) & layout.deadline.ones
             component_stopping = (layout.component.of(own) > 0).astype(np.int64) & layout.component_deadline.ones
             own = own | stopping << layout.deadline.shift | component_stopping << layout.component_deadline.shift
-        is_component = self.is_component[answers.submission]
-        queue, component_queue = own & layout.queue.mask, layout.component_queue.of(own)
-        queue = np.where(is_component, queue, queue << layout.kind_bits | answers.kind)
-        component_queue = np.where(
-            is_component, component_queue << layout.component_kind_bits | answers.kind, component_queue
-        )
-        kept, component_kept = self._queues.reevaluate(own, queue, component_queue)
-        waiting = _length(kept, layout.kind_bits) + _length(component_kept, layout.component_kind_bits)
-        count = waiting + (layout.task.of(own) > 0) + (layout.component.of(own) > 0)
-        on_top = self._leads_to_goal[np.where(is_component, 0, answers.kind)]
+        queue = (own & layout.queue.mask) << layout.kind_bits | answers.kind
+        kept = self._queues.reevaluate(own, queue)
+        count = _length(kept, layout.kind_bits) + (layout.task.of(own) > 0) + (layout.component.of(own) > 0)
+        on_top = self._leads_to_goal[answers.kind]
         fits = np.flatnonzero(count <= self._outstanding_max + on_top)
-        there = (own & ~layout.queues) | kept | component_kept << layout.component_queue.shift
-        # The new request is at the head of its queue unless it was cancelled.
-        first = np.where(is_component, component_kept & layout.component_queue_first, kept & layout.queue_first)
-        in_turn = self._tables.in_turn[np.where(is_component, 0, answers.kind)]
-        in_turn |= self._tables.component_in_turn[np.where(is_component, answers.kind, 0)]
-        dropped = np.flatnonzero((in_turn & (first != answers.kind))[fits])
+        there = (own & ~layout.queue.mask) | kept
+        # The new request is at the head of the queue unless it was cancelled.
+        first = kept & layout.queue_first
+        dropped = np.flatnonzero((self._tables.in_turn[answers.kind] & (first != answers.kind))[fits])
         return Transitions(Action.SUBMIT + answers.submission[fits], answers.rows[fits], there[fits], dropped)
 
     def _record_changed(self, words: Words, answers: PackedAnswers, effect: GateEffect) -> Transitions:
