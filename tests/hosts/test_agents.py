@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from random import Random
 
@@ -15,6 +14,7 @@ from boot_sector import bootable_image
 from interlock.bench.nano_guest import GREETING
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
 from processes.real_fleet import Fleet
+from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.qemu
 
@@ -63,10 +63,7 @@ def test_the_copy_of_an_image_goes_with_the_image(fleet: Fleet) -> None:
     assert images_in_use(north.folder / "guests" / "vms") == {str(copy)}
     fleet.carry_out("one", "delete")
     fleet.server.client.delete("/v1/images/nano").raise_for_status()
-    deadline = time.monotonic() + 30
-    while list(copies.iterdir()):
-        assert time.monotonic() < deadline
-        fleet.server.get("/v1/hosts")
+    until(lambda: not list(copies.iterdir()))
 
 
 def test_what_comes_back_from_another_host_may_be_of_any_size(fleet: Fleet) -> None:
@@ -90,18 +87,14 @@ def test_what_a_guest_on_another_host_has_written_on_its_console_can_be_read(fle
     north = fleet.add("north")
     fleet.create("one", "north")
     said = "/v1/instances/one/console"
-    deadline = time.monotonic() + 30
-    while GREETING not in fleet.server.client.get(said).text:
-        assert time.monotonic() < deadline
+    until(lambda: GREETING in fleet.server.client.get(said).text)
     url = str(fleet.server.client.base_url.join(said + "/live?history=100")).replace("http", "ws", 1)
     headers = {"Authorization": fleet.server.client.headers["Authorization"]}
     with connect(url, additional_headers=headers) as console:
-        assert GREETING.encode() in bytes(console.recv(timeout=30))  # type: ignore[arg-type]
+        assert GREETING.encode() in bytes(console.recv(timeout=PATIENCE_S))  # type: ignore[arg-type]
     assert len(fleet.server.client.get(said, params={"tail_bytes": 3}).content) == 3
     north.kill()
-    deadline = time.monotonic() + 30
-    while fleet.server.get("/v1/hosts/north")["linked"]:
-        assert time.monotonic() < deadline
+    fleet.until_gone("north")
     away = fleet.server.client.get(said)
     assert (away.status_code, away.json()["detail"]) == (503, "The host north is not connected.")
 

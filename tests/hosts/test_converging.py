@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
+from waiting import PATIENCE_S, until
 
 pytestmark = [
     pytest.mark.qemu,
@@ -28,7 +28,6 @@ pytestmark = [
 ]
 PERMIT = GivenPermit()
 MIB = 1024**2
-PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -150,11 +149,13 @@ def test_a_migration_that_would_go_on_for_ever_ends_as_it_is_told_to(fleet: Flee
 
 def until_moving(fleet: Fleet, request: str) -> None:
     """Return when the guest is on its way: some of it was sent."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (seen := fleet.server.get(f"/v1/requests/{request}"))["bytes_done"]:
+
+    def moving() -> bool:
+        seen = fleet.server.get(f"/v1/requests/{request}")
         assert seen["status"] in {"queued", "in_flight"}, seen
-        assert time.monotonic() < deadline, "nothing moves"
-        time.sleep(0.02)
+        return bool(seen["bytes_done"])
+
+    until(moving, "nothing moves")
 
 
 def create_dirty(fleet: Fleet) -> None:
@@ -164,18 +165,12 @@ def create_dirty(fleet: Fleet) -> None:
         form = {"name": "dirty", "kind": "kernel", "cmdline": "nano"}
         fleet.server.client.post("/v1/images", data=form, files={"kernel": file}).raise_for_status()
     fleet.create("one", "north", image="dirty", memory_mib=64)
-    deadline = time.monotonic() + PATIENCE_S
-    while GREETING not in fleet.server.client.get("/v1/instances/one/console").text:
-        assert time.monotonic() < deadline, "the guest does not boot"
-        time.sleep(0.02)
+    until(lambda: GREETING in fleet.server.client.get("/v1/instances/one/console").text, "the guest does not boot")
 
 
 def until_stuck(fleet: Fleet) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (items := fleet.server.get("/v1/stuck")["items"]):
-        assert time.monotonic() < deadline, "it is not said to be stuck"
-        time.sleep(0.1)
-    found: dict[str, Any] = items[0]
+    until(lambda: fleet.server.get("/v1/stuck")["items"], "it is not said to be stuck")
+    found: dict[str, Any] = fleet.server.get("/v1/stuck")["items"][0]
     return found
 
 

@@ -6,23 +6,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
+from waiting import until
 
 pytestmark = pytest.mark.qemu
-PATIENCE_S = 60.0
-
-
-def until(so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def cli(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from processes.crash_injection import MOMENTS
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from tiers import only_long
+from waiting import until
 
 pytestmark = pytest.mark.qemu
 
@@ -55,10 +54,7 @@ def test_an_evacuation_comes_to_its_end(fleet: Fleet, moment: str) -> None:
     north = fleet.add("north")
     fleet.create("one", "north", root_gib=1)
     north.clear()
-    deadline = time.monotonic() + 20
-    while fleet.server.get("/v1/hosts/north")["linked"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    fleet.until_gone("north")
     fleet.server.client.post("/v1/hosts/north/fence", json={"guests_have_ended": True}).raise_for_status()
     request = died(fleet, f"evacuating:{moment}", "evacuate", host="here", from_image=True)
     assert request["status"] == "succeeded", request
@@ -95,10 +91,11 @@ def restart(fleet: Fleet, dying_in: str | None) -> None:
 def is_nowhere_else(fleet: Fleet, host: str, instance: str) -> None:
     """Return once only that host has a root disk of it: what is left elsewhere is removed when all hosts are there."""
     expected = {one: one == host for one in ("here", *fleet.agents)}
-    deadline = time.monotonic() + 20
-    while (found := {one: bool(fleet.holds(one, instance)) for one in expected}) != expected:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
+
+    def found() -> dict[str, bool]:
+        return {one: bool(fleet.holds(one, instance)) for one in expected}
+
+    until(lambda: found() == expected, found)
 
 
 def stands(fleet: Fleet, host: str, vm_state: str) -> None:
@@ -107,7 +104,8 @@ def stands(fleet: Fleet, host: str, vm_state: str) -> None:
     assert (one["host"], one["vm_state"]) == (host, vm_state)
     folders = {"here": fleet.server.folder} | {name: agent.folder for name, agent in fleet.agents.items()}
     expected = {name: int(name == host and vm_state == "active") for name in folders}
-    deadline = time.monotonic() + 20
-    while (found := {name: len(guests_in(folder)) for name, folder in folders.items()}) != expected:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)  # what is left of it elsewhere is removed by and by
+
+    def found() -> dict[str, int]:
+        return {name: len(guests_in(folder)) for name, folder in folders.items()}
+
+    until(lambda: found() == expected, found)  # what is left of it elsewhere is removed by and by

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from interlock.hypervisors.remote.protocol import CHUNK_BYTES
 from processes.real_agent import RealAgent
 from processes.real_fleet import Fleet
 from small_file_systems import fill, small_file_system
+from waiting import until
 
-PATIENCE_S = 30.0
 SMALL_MIB = 4
 
 
@@ -81,10 +80,11 @@ def add_image(fleet: Fleet, raw: Path) -> None:
 
 
 def until_trouble(fleet: Fleet, vm: str, trouble: str | None) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while (found := fleet.server.get(f"/v1/instances/{vm}")["guest_trouble"]) != trouble:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
+    def found() -> str | None:
+        told: str | None = fleet.server.get(f"/v1/instances/{vm}")["guest_trouble"]
+        return told
+
+    until(lambda: found() == trouble, lambda: str(found()))
 
 
 def failure(fleet: Fleet, vm: str, operation: str, **parameters: object) -> str:

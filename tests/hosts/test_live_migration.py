@@ -14,10 +14,10 @@ from qemu.qmp import QMPClient
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
-from soak.environment import until
 from soak.report import Book
 from soak.split_brain_monitor import Doubles, moves
 from tiers import only_long
+from waiting import until
 
 pytestmark = pytest.mark.qemu
 
@@ -115,10 +115,7 @@ def test_a_machine_that_is_killed_leaves_at_most_one_copy_that_can_be_started(
     ended = fleet.server.ended(request)
     assert ended["status"] in {"succeeded", "failed"}, ended
     assert len(guests_in(fleet.server.folder)) + len(north.guests()) <= 1
-    deadline = time.monotonic() + 20
-    while fleet.server.get("/v1/instances/one")["vm_state"] not in {"active", "error"}:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: fleet.server.get("/v1/instances/one")["vm_state"] in {"active", "error"})
     fleet.carry_out("one", "reboot", hard=True)
     assert len(guests_in(fleet.server.folder)) + len(north.guests()) == 1
 
@@ -137,7 +134,7 @@ async def test_a_guest_that_nobody_could_tell_to_go_on_does_so_when_its_host_is_
     (holder,) = Doubles({"north": folder.path.parent}, Book()).holders()[instance]
     assert not moves(holder)
     await asyncio.to_thread(north.start)
-    assert until(lambda: moves(holder)), "it is said to be active, and stands still"
+    until(lambda: moves(holder), "it is said to be active, and stands still")
     assert fleet.server.get("/v1/instances/one")["vm_state"] == "active"
 
 
@@ -156,10 +153,7 @@ def test_an_abort_leaves_the_guest_where_it_is_or_tells_that_it_has_come(fleet: 
 def until_there_are(fleet: Fleet, host: str, count: int) -> None:
     """Return when so many guests are on the host: what is left of others is removed when its agent is back."""
     folder = fleet.server.folder if host == "here" else fleet.agents[host].folder
-    deadline = time.monotonic() + 20
-    while len(guests_in(folder)) != count:
-        assert time.monotonic() < deadline, f"{len(guests_in(folder))} guests on {host}"
-        time.sleep(0.05)
+    until(lambda: len(guests_in(folder)) == count, lambda: f"{len(guests_in(folder))} guests on {host}")
 
 
 @pytest.mark.parametrize("after_s", [0.15, *only_long(0.05)])

@@ -17,6 +17,7 @@ from interlock.images.shared_folder import MARKER
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from tiers import only_long
+from waiting import until
 
 from .test_dying_while_travelling import came_to, died, stands
 
@@ -52,19 +53,13 @@ class SharingFleet(Fleet):
     def lose(self, name: str) -> None:
         """Kill a host with everything on it, and have it fenced."""
         self.agents[name].clear()
-        deadline = time.monotonic() + 20
-        while self.server.get(f"/v1/hosts/{name}")["linked"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        self.until_gone(name)
         word = {"guests_have_ended": True}
         self.server.client.post(f"/v1/hosts/{name}/fence", json=word).raise_for_status()
 
-    def until_gone(self, name: str, instance: str) -> None:
+    def until_without(self, name: str, instance: str) -> None:
         """Return when a host has nothing of an instance any more."""
-        deadline = time.monotonic() + 20
-        while self.guest_folder(name, instance).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: not self.guest_folder(name, instance).exists())
 
     def written(self, host: str, pattern: int) -> str:
         """A VM on that host, stopped, with a pattern on its root disk; its id."""
@@ -150,7 +145,7 @@ def test_an_evacuation_goes_on_with_what_was_on_the_disk(fleet: SharingFleet) ->
     assert fleet.running() == {"here": 1, "north": 0}
     fleet.agents["north"].start()
     fleet.until_linked("north")
-    fleet.until_gone("north", instance)
+    fleet.until_without("north", instance)
     assert fleet.running() == {"here": 1, "north": 0}
     assert fleet.disk(instance).stat().st_ino == before, "the host that came back has removed it"
     fleet.carry_out("one", "stop")
@@ -165,16 +160,13 @@ def test_a_host_whose_lease_runs_out_lets_go_of_the_disk_before_another_has_it(f
     fleet.carry_out("one", "start")
     north = fleet.agents["north"]
     north.kill()
-    deadline = time.monotonic() + 40
-    while fleet.server.get("/v1/hosts/north")["state"] != "fenced":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    fleet.until_fenced("north")
     assert north.guests() == []
     fleet.carry_out("one", "evacuate")
     assert fleet.running() == {"here": 1, "north": 0}
     north.start()
     fleet.until_linked("north")
-    fleet.until_gone("north", instance)
+    fleet.until_without("north", instance)
     fleet.carry_out("one", "live_migrate", host="north")
     fleet.carry_out("one", "stop")
     assert has_pattern(fleet.disk(instance), 7, 1, at_mib=500)
@@ -206,10 +198,7 @@ def test_a_guest_that_runs_on_a_host_which_was_called_fenced_keeps_its_disk(flee
     instance = fleet.create("one", "north", root_gib=1)
     north = fleet.agents["north"]
     north.stop()
-    deadline = time.monotonic() + 20
-    while fleet.server.get("/v1/hosts/north")["linked"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    fleet.until_gone("north")
     word = {"guests_have_ended": True}
     fleet.server.client.post("/v1/hosts/north/fence", json=word).raise_for_status()
     ended = fleet.server.ended(fleet.server.submit("one", "evacuate").json()["request"]["id"])
@@ -281,7 +270,7 @@ def test_the_server_removes_the_disk_for_a_host_that_shares_no_more(fleet: Shari
     fleet.add("north")
     assert fleet.disk(instance).exists()
     fleet.carry_out("one", "delete")
-    fleet.until_gone("north", instance)
+    fleet.until_without("north", instance)
     assert fleet.instances() == []
     assert fleet.agents["north"].guests() == []
 
@@ -370,10 +359,7 @@ def test_a_machine_that_is_killed_leaves_at_most_one_with_the_disk(
     ended = fleet.server.ended(request)
     assert ended["status"] in {"succeeded", "failed"}, ended
     assert sum(fleet.running().values()) <= 1
-    deadline = time.monotonic() + 20
-    while fleet.server.get("/v1/instances/one")["vm_state"] not in {"active", "error"}:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: fleet.server.get("/v1/instances/one")["vm_state"] in {"active", "error"})
     fleet.carry_out("one", "reboot", hard=True)
     assert sum(fleet.running().values()) == 1
     fleet.carry_out("one", "stop", hard=True)

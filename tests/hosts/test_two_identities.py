@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,11 @@ import pytest
 from interlock.hypervisors.qemu.process.process_scan import FoundGuest, find_guests
 from processes.real_agent import RealAgent
 from processes.real_fleet import Fleet
+from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.qemu
 
 LEASE_MS = 5_000
-PATIENCE_S = 40.0
 LOOK_AGAIN_S = 0.05
 
 
@@ -60,13 +60,6 @@ def processes(fleet: Fleet, instance_id: str) -> list[int]:
     return [guest.process_id for guest in started_below(fleet.folder) if guest.instance_id == instance_id]
 
 
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(LOOK_AGAIN_S)
-
-
 def hosts(fleet: Fleet) -> dict[str, str]:
     return {one["name"]: one["state"] for one in fleet.server.get("/v1/hosts")["items"]}
 
@@ -90,6 +83,7 @@ def test_a_second_agent_waits_for_the_lease_of_a_stopped_one_and_starts_nothing_
         until(lambda: hosts(short) == {"north": "up", "north-old": "fenced"})
         shown = short.server.get("/v1/instances/one")
         assert (shown["host"], shown["vm_state"]) == ("north-old", "active")
+        short.until_linked("north")
         short.carry_out("one", "evacuate", host="north", from_image=True)
         (after,) = processes(short, instance)
         assert after != before
@@ -117,6 +111,7 @@ def test_what_ran_in_a_folder_that_was_replaced_ends_before_it_may_be_taken_up(s
     until(lambda: not processes(short, instance))
     assert connected.wait(PATIENCE_S)
     until(lambda: hosts(short) == {"north": "up", "north-old": "fenced"})
+    short.until_linked("north")
     short.carry_out("one", "evacuate", host="north", from_image=True)
     assert len(processes(short, instance)) == 1
     assert len(north.guests()) == 1

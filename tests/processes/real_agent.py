@@ -15,8 +15,7 @@ from typing import Any
 import msgspec
 
 from processes.real_server import RealServer, guests_in
-
-_PATIENCE_S = 30.0
+from waiting import PATIENCE_S
 
 
 class RealAgent:
@@ -135,7 +134,7 @@ class RealAgent:
     def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
         if self._process is not None:
             how(self._process)
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(PATIENCE_S)
             self._process = None
             if self._copying is not None:
                 # What it wrote last is in the log then, unless it left its standard error to others.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 from interlock.bench.nano_guest import nano_guest
 from processes.real_agent import RealAgent
 from processes.real_server import RealServer, end_guests
+from waiting import until
 
 _ADMITTED = 202
-_PATIENCE_S = 30.0
-_LOOK_AGAIN_S = 0.02
 
 QUICK = {
     # The nano guest ignores the power button, so that every stop takes as long.
@@ -50,11 +48,25 @@ class Fleet:
         return agent
 
     def until_linked(self, name: str) -> None:
-        """Return when the server can ask the host."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while not any(one["name"] == name and one["linked"] for one in self.server.get("/v1/hosts")["items"]):
-            assert time.monotonic() < deadline, f"{name} is not connected"
-            time.sleep(_LOOK_AGAIN_S)
+        """Return when the server can ask the host, and accepts requests for it.
+
+        An agent is `connected` as soon as it is admitted, and its host is `up`; the server asks it only once it has
+        delivered the earlier events of its guests.
+        """
+
+        def linked() -> bool:
+            seen = {one["name"]: one for one in self.server.get("/v1/hosts")["items"]}
+            return name in seen and bool(seen[name]["linked"]) and seen[name]["state"] == "up"
+
+        until(linked, f"{name} is not connected")
+
+    def until_gone(self, name: str) -> None:
+        """Return when the server has noticed that the host's agent is disconnected."""
+        until(lambda: not self.server.get(f"/v1/hosts/{name}")["linked"], f"{name} is connected still")
+
+    def until_fenced(self, name: str) -> None:
+        """Return when the host's lease has ended, and its guests with it."""
+        until(lambda: self.server.get(f"/v1/hosts/{name}")["state"] == "fenced", f"{name} is not fenced")
 
     def carry_out(self, vm: str, operation: str, **parameters: object) -> dict[str, Any]:
         """Ask for an operation, which must be admitted and succeed."""

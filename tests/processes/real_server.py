@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import httpx
 import msgspec
 
 from interlock.hypervisors.qemu.process.qemu_process import find_in
+from waiting import PATIENCE_S, until
 
-_PATIENCE_S = 60.0
-_LOOK_AGAIN_S = 0.02
+_ANSWER_S = PATIENCE_S + 30.0
+"""How long an answer is waited for, which the server may hold back for `PATIENCE_S`."""
 
 
 class RealServer:
@@ -74,21 +74,20 @@ class RealServer:
         url = self._until_serving(self._process)
         token = (self.folder / "admin.token").read_text().strip()
         headers = {"Authorization": f"Bearer {token}"}
-        self.client = httpx.Client(base_url=url, headers=headers, timeout=_PATIENCE_S)
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=_ANSWER_S)
         if until_ready:
             self.until_ready()
 
     def until_ready(self) -> None:
-        """Return when the server says that it is ready, or has died. Raises `TimeoutError` if neither comes about."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
+        """Return when the server says that it is ready, or has died. Raises `AssertionError` if neither comes about."""
+
+        def ready() -> bool:
             try:
-                if self.client.get("/readyz").is_success:
-                    return
+                return self.client.get("/readyz").is_success
             except httpx.TransportError:
-                return
-            time.sleep(_LOOK_AGAIN_S)
-        raise TimeoutError(f"The server is not ready: {self.client.get('/readyz').text}")
+                return True
+
+        until(ready, lambda: f"The server is not ready: {self.client.get('/readyz').text}")
 
     def _until_serving(self, process: subprocess.Popen[str]) -> str:
         assert process.stderr is not None
@@ -116,7 +115,7 @@ class RealServer:
         self._end(subprocess.Popen.kill)
 
     def until_dead(self) -> None:
-        """Wait until the server has killed itself. Raises `subprocess.TimeoutExpired` if it does not in a minute."""
+        """Wait until the server has killed itself. Raises `subprocess.TimeoutExpired` if it does not."""
         self._end(lambda process: process)
 
     def stop(self) -> None:
@@ -126,7 +125,7 @@ class RealServer:
     def _end(self, signal: Any) -> None:
         if self._process is not None:
             signal(self._process)
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(PATIENCE_S)
             self._process = None
             self.client.close()
 
@@ -145,8 +144,8 @@ class RealServer:
         return self.client.post(f"/v1/instances/{reference}/requests", json=body)
 
     def ended(self, request_id: str) -> dict[str, Any]:
-        """The request as soon as it has ended, or after a minute as it is then."""
-        return self.get(f"/v1/requests/{request_id}", wait="60s")
+        """The request as soon as it has ended, or as it is after `PATIENCE_S`."""
+        return self.get(f"/v1/requests/{request_id}", wait=f"{PATIENCE_S:.0f}s")
 
 
 def guests_in(folder: Path) -> list[int]:
