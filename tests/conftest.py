@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
+from in_process.virtual_time import VirtualTimeLoop
+from interlock.stores.writer import Writer
 from tiers import tier
 
 # Without it, each of the hundreds of processes that tests start compiles all of Interlock anew.
@@ -51,6 +55,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what boots VMs: it takes longest and mostly waits, and what is short fills the workers at the end."""
     items.sort(key=lambda item: item.get_closest_marker("qemu") is None)
+
+
+def in_virtual_time(item: pytest.Item) -> bool:
+    return item.get_closest_marker("virtual_time") is not None
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests that are marked `virtual_time`, and their fixtures, run in a loop whose time jumps over every wait."""
+    return {"virtual": VirtualTimeLoop} if in_virtual_time(item) else {"real": asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _virtual_time_waits_for_the_writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store's thread lives in real time: the loop's time stands still until what it was given is written."""
+    if not in_virtual_time(request.node):
+        return
+    submit = Writer.submit
+
+    def submitted(self: Writer, job: Any, done: Callable[..., None], *more: Any, **named: Any) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.thread_begins()
+
+        def ended(*answer: Any) -> None:
+            loop.thread_ends()
+            done(*answer)
+
+        submit(self, job, ended, *more, **named)
+
+    monkeypatch.setattr(Writer, "submit", submitted)
 
 
 @pytest.fixture(autouse=True, scope="session")

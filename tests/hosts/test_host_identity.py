@@ -25,6 +25,8 @@ from interlock.ports import Host, HostState
 from interlock.service.request_models import NewInstance
 from interlock.stores import sqlite
 
+pytestmark = pytest.mark.virtual_time
+
 O = Operation  # noqa: E741
 LEASE_MS = 300
 MARGIN_MS = 100

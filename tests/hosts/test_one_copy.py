@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from in_process.embedded import IMAGE, Embedded, admitted
 from in_process.in_memory_agent import LinkEnd, agent_of, linked_ends
-from in_process.virtual_time import VirtualTimeLoop, run_in_virtual_time
 from interlock.config import HostsConfig
 from interlock.core.errors import InterlockError, NotResponding
 from interlock.core.operations import Operation
@@ -28,7 +26,8 @@ from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import HostState
 from interlock.service.request_models import NewInstance
-from interlock.stores.writer import Writer
+
+pytestmark = pytest.mark.virtual_time
 
 LEASE_S = 0.2
 MARGIN_S = 0.1
@@ -236,41 +235,19 @@ class Scene:
 STEPS = ("second starts", "first comes back", "the VM is evacuated")
 
 
-@pytest.fixture(autouse=True)
-def time_that_waits_for_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases here are short, and a busy machine must not make them shorter than what is done under them."""
-    submit = Writer.submit
-
-    def submitted(self: Writer, job: Any, done: Callable[..., None], *more: Any, **named: Any) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualTimeLoop)
-        loop.thread_begins()
-
-        def ended(*answer: Any) -> None:
-            loop.thread_ends()
-            done(*answer)
-
-        submit(self, job, ended, *more, **named)
-
-    monkeypatch.setattr(Writer, "submit", submitted)
-
-
 @pytest.mark.parametrize("copied", [False, True], ids=["its own folder", "a copied folder"])
 @pytest.mark.parametrize("trouble", ["stopped", "cut off"])
 @pytest.mark.parametrize("order", list(itertools.permutations(STEPS)), ids="-".join)
-def test_no_order_of_troubles_has_an_instance_run_twice(
+async def test_no_order_of_troubles_has_an_instance_run_twice(
     tmp_path: Path, order: tuple[str, ...], trouble: str, *, copied: bool
 ) -> None:
-    async def main() -> None:
-        scene = Scene(tmp_path, copied=copied)
-        await scene.house.start()
-        async with scene.playing():
-            await scene.play(trouble, order)
-            assert scene.doubles == []
-            record = await scene.record()
-            if record.host == "north" and not copied:
-                assert not scene.second.runs(record.id), "the second never had it"
-            refusals = scene.first.refusals + scene.second.refusals
-            assert refusals, "one of both was told that the other has the name"
-
-    run_in_virtual_time(main())
+    scene = Scene(tmp_path, copied=copied)
+    await scene.house.start()
+    async with scene.playing():
+        await scene.play(trouble, order)
+        assert scene.doubles == []
+        record = await scene.record()
+        if record.host == "north" and not copied:
+            assert not scene.second.runs(record.id), "the second never had it"
+        refusals = scene.first.refusals + scene.second.refusals
+        assert refusals, "one of both was told that the other has the name"

@@ -6,6 +6,7 @@ sense that matters: whatever its workers were doing stops between two awaits and
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from in_process.trusting_verifier import TrustingProver
+from in_process.virtual_time import LoopClock, VirtualTimeLoop
 from interlock.config import Config, DriverConfig
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Denied, Event, Image, Instance, Request
@@ -62,7 +64,9 @@ class Embedded:
 
     async def start(self) -> None:
         """Start a server; the one before it must have been closed or crashed."""
-        self.server = Server(self._config, self._kind(self.host, **self._simulated), prover=TrustingProver())
+        loop = asyncio.get_running_loop()
+        clock = LoopClock(loop) if isinstance(loop, VirtualTimeLoop) else None
+        self.server = Server(self._config, self._kind(self.host, **self._simulated), clock, prover=TrustingProver())
         await self.server.open()
         if not await self.server.store.images.all():
             await self.put_image(IMAGE)
