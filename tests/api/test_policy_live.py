@@ -23,9 +23,9 @@ from interlock.policies.language import bundle as bundles
 from interlock.policies.language.loader import load as read_policy
 from interlock.policies.verification import BrokenLaw, Proof, Walk
 from interlock.server import DATABASE, Server
+from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier
 from interlock.stores.policy_table import PolicyTable
-from interlock.stores.sqlite import SqliteStore
 
 NO_PAUSE = """
 [policy]
@@ -461,7 +461,7 @@ async def test_what_was_to_be_judged_again_is_judged_at_the_next_start_if_the_se
         raise StoreFull("There is no room.")
 
     with monkeypatch.context() as broken:
-        broken.setattr(SqliteStore, "settled", fail)
+        broken.setattr(Policies, "_judge_one", fail)
         assert (await put(admin, NO_PAUSE, outstanding="rejudge"))["cancelled"] is None
     await api.server.close()
     again = Server(api.server.config, SimulatedHypervisor(api.host))

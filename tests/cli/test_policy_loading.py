@@ -16,6 +16,7 @@ from cli.conftest import Interlock, Ran
 from cli.scripted_server import Given, ScriptedServer
 from interlock.api.schemas.policy import PolicyLoaded, PolicyName, PolicyWalk
 from interlock.core.policy_switches import Outstanding
+from interlock.policies.laws import LAWS
 from processes.real_server import RealServer
 
 SITE = '[policy]\nname = "site"\nextends = "./base.toml"\n'
@@ -99,6 +100,8 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
 ) -> None:
     finding = {"severity": "error", "code": "x", "rule": "r", "place": "s.toml:9", "message": "Dead.", "remedy": "Go."}
     story = ['{"instance":{"vm_state":"active"}}', '{"submit":"stop"}']
+    stuck = {"alike": 2, "rejudge_helps": False, "because": "it is stuck."}
+    vm = {"instance_id": "1", "project": "p", "operation": "stop", "status": "queued", **stuck}
     problem = {
         "type": "urn:interlock:problem:policy-refused",
         "title": "Policy rejected",
@@ -106,6 +109,7 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
         "detail": "Policy rejected: its check found 1 error. standard stays in force.",
         "findings": [finding],
         "violations": [{"law": 5, "what": "nothing is ever admitted", "story": story}],
+        "blocked": [{**vm, "name": "a"}, {**vm, "name": "b"}],
         "exploration": None,
     }
     server.on("PUT", "/v1/policy", Given(422, problem, "application/problem+json"))
@@ -115,8 +119,10 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
         "Rejected: Policy rejected: its check found 1 error. standard stays in force.",
         "s.toml:9: error: Dead.",
         "  Go.",
-        "Law 5 is violated: nothing is ever admitted. Counterexample, for `interlock rehearse`:",
+        f"Law 5 (never stuck) is violated: nothing is ever admitted. {LAWS[5].promise}",
+        "Counterexample, for `interlock rehearse`:",
         *(f"  {line}" for line in story),
+        "VM 'b' of project 'p', with stop queued: it is stuck. The same holds for 2 more.",
     ]
     as_json = interlock("policy", "load", "take2", "--json")
     assert (as_json.code, json.loads(as_json.err)["violations"][0]["law"]) == (1, 5)

@@ -76,7 +76,7 @@ async def test_those_who_wait_for_room_go_on_after_a_commit_that_failed(
     for _ in range(5):
         await asyncio.sleep(0)
     assert store._writing is not None
-    assert store._for_room
+    assert store._gate._waiting
     fail.set()
     answers = await asyncio.wait_for(asyncio.gather(*changing, return_exceptions=True), SOON_S)
     assert {type(answer) for answer in answers} == {StoreError, int}, answers

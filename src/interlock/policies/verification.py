@@ -18,6 +18,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import PolicyBundle
 from interlock.policies.lint.findings import Finding, Severity
+from interlock.policies.outstanding_work import BlockedInstance
 
 _NICER_BY: Final = 5
 """The increment of `nice`, so that the gate goes first."""
@@ -68,6 +69,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[Finding, ...] = ()
     walk: Walk | None = None
     violations: tuple[BrokenLaw, ...] = ()
+    blocked: tuple[BlockedInstance, ...] = ()
+    """Instances that could not be deleted any more because of their outstanding requests; found at the switch."""
 
     @property
     def holds(self) -> bool:
@@ -76,6 +79,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
             self.policy is not None
             and self.wrong is None
             and not self.violations
+            and not self.blocked
             and all(finding.severity is not Severity.ERROR for finding in self.findings)
         )
 

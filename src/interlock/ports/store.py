@@ -6,6 +6,7 @@ Its conformance suite is `tests/conformance/store/`: docstrings here are tested 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -260,6 +261,13 @@ class Store(Protocol):
 
     async def settled(self) -> None:
         """Return when every decision before this call is durable or has failed."""
+        ...
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Make no decision about an instance inside the block: `create` and `change` wait for its end.
+
+        At its beginning every earlier decision is durable or has failed. Everything else can be read and written.
+        """
         ...
 
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> Callable[[], None]:

@@ -60,7 +60,8 @@ class ConfiguredPolicy:
 
 
 def against(proof: Proof) -> str:
-    """Return the errors and law violations of a policy as one line."""
+    """Return the errors and law violations of a policy, and the VMs that block its activation, as one line."""
     errors = [f"{one.place}: {one.message}" for one in proof.findings if one.severity is Severity.ERROR]
     laws = [f"law {one.law}: {one.what}" for one in proof.violations]
-    return proof.wrong or "; ".join((*errors, *laws))
+    blocked = [one.message for one in proof.blocked]
+    return proof.wrong or "; ".join((*errors, *laws, *blocked))

@@ -28,6 +28,7 @@ from interlock.ports import Store
 from interlock.service import earlier_policies
 from interlock.service.auth import Caller
 from interlock.service.configured_policy import ConfiguredPolicy, RefusedPolicy, against
+from interlock.service.outstanding_check import PAUSED_MS_MAX, OutstandingCheck
 from interlock.service.policy_requests import NewPolicy, OldPolicy, Terms, bundle_of
 from interlock.service.policy_verifier import PolicyVerifier
 
@@ -104,6 +105,10 @@ class Policies:
                 self._configured.source = None
                 await self._stay(last, against(proof), proof.remedy)
                 return
+            if last is not None and (proof := await self._blocked_at_start(source, last)) is not None:
+                self._configured.source = None
+                await self._stay(last, against(proof), proof.remedy)
+                return
             why = "first policy" if last is None else f"changed since {last.name} was activated"
             await self._begin(source, last, why)
             return
@@ -132,6 +137,24 @@ class Policies:
             _LOG.warning("configured policy not verified", policy=source.policy.name, why=proof.wrong)
             return None
         return None if proof.holds else proof
+
+    async def _blocked_at_start(self, source: Source, last: PolicySwitch) -> Proof | None:
+        """Check the configured policy, which is new, against the outstanding requests; return its proof if it fails."""
+        bundle = await self._store.policies.bundle(last.number)
+        try:
+            policy = None if bundle is None else await asyncio.to_thread(bundles.read, bundle)
+        except PolicyError:
+            policy = None
+        if policy is None:
+            return None  # there is no earlier policy to stay with
+        await self._bind(policy)
+        proof = await self._outstanding_check(source.policy, Outstanding.KEEP).run(Proof(policy=source.policy))
+        return None if proof.holds else proof
+
+    def _outstanding_check(self, policy: Policy, outstanding: Outstanding) -> OutstandingCheck:
+        return OutstandingCheck(
+            self._store, self._in_force, policy, outstanding, performs=self._performs, reachable=self._reachable
+        )
 
     async def _stay(self, last: PolicySwitch | None, why: str, remedy: str | None) -> None:
         """Keep the last active policy because the configured one is invalid. Raises `PolicyError`."""
@@ -256,20 +279,27 @@ class Policies:
         proof = await self._prover.prove(bundle, self._explore_for_ms(terms.explore_seconds))
         before = self.now
         same = bundle == self.bundle and terms.outstanding is Outstanding.KEEP and configured is None
-        if proof.policy is None or not proof.holds or terms.dry_run or same:
+        if proof.policy is None or not proof.holds or same:
+            return Loaded(proof=proof, before=before, after=before)
+        check = self._outstanding_check(proof.policy, terms.outstanding)
+        proof = await check.run(proof)
+        if not proof.holds or terms.dry_run:
             return Loaded(proof=proof, before=before, after=before)
         taken = configured or self._configured.source
         digest = before.configured_digest if taken is None else taken.policy.digest
-        switch = self._switch(proof.policy, digest, source, by, terms.outstanding)
-        compiled = CompiledPolicy(proof.policy, self._performs)
-        number = await self._store.policies.switch(switch, bundle)
-        # No await from here to the end of `replace`, so that no decision is made in between.
-        self.now, self.bundle = msgspec.structs.replace(switch, number=number), bundle
+        # Until the end of the block no decision is made, so that the check sees what the switch applies to.
+        async with self._store.paused():
+            proof = await check.run(proof, PAUSED_MS_MAX)
+            if proof.policy is None or not proof.holds:
+                return Loaded(proof=proof, before=before, after=before)
+            switch = self._switch(proof.policy, digest, source, by, terms.outstanding)
+            number = await self._store.policies.switch(switch, bundle)
+            self.now, self.bundle = msgspec.structs.replace(switch, number=number), bundle
+            keeps = terms.outstanding is Outstanding.KEEP
+            earlier = earlier_policies.with_latest(self._in_force, self._store.now_ms()) if keeps else ()
+            self._in_force.replace(CompiledPolicy(proof.policy, self._performs), earlier)
         if configured is not None:
             self._configured.take(configured)
-        keeps = terms.outstanding is Outstanding.KEEP
-        earlier = earlier_policies.with_latest(self._in_force, self._store.now_ms()) if keeps else ()
-        self._in_force.replace(compiled, earlier)
         self._notify(before)
         await self._judge_again()
         return Loaded(proof=proof, before=before, after=self.now)

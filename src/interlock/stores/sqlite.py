@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeVar
 import apsw
 from msgspec.structs import force_setattr
 
-from interlock.core.errors import BrokenInvariant, StoreClosed, StoreError, StoreFull, not_found
+from interlock.core.errors import BrokenInvariant, StoreError, StoreFull, not_found
 from interlock.core.full_store import kept_when_full
 from interlock.core.records import Change, Event, Instance, Request
 from interlock.core.states import VmState
@@ -25,6 +25,7 @@ from interlock.ports import Clock, IdempotencyKey, InstanceFilter, Page, Tally
 from interlock.stores import row_codec
 from interlock.stores.clock import SystemClock
 from interlock.stores.database import Database
+from interlock.stores.decision_gate import DecisionGate
 from interlock.stores.idempotency_keys import IdempotencyKeys
 from interlock.stores.instance_names import InstanceNames
 from interlock.stores.policy_table import PolicyTable
@@ -34,7 +35,7 @@ from interlock.stores.tables import HostTable, ImageTable, TokenTable, VolumeTab
 from interlock.stores.tallies import Tallies
 from interlock.stores.timekeeping import GRACE_MS, JUMP_MS, StoreTime
 from interlock.stores.write_batch import CachedInstance, WriteBatch, write_tallies
-from interlock.stores.writer import CLOSED, CLOSED_REMEDY, RESERVE_MIB
+from interlock.stores.writer import RESERVE_MIB
 
 AnswerT = TypeVar("AnswerT")
 
@@ -86,8 +87,7 @@ class SqliteStore:
         self._names = InstanceNames(database, self._kept)
         self._recent: dict[str, tuple[str, Request]] = {}
         """The latest committed requests with their projects: most are waited for."""
-        self._for_room: list[asyncio.Future[None]] = []
-        self._closing = False
+        self._gate = DecisionGate(self._is_full)
         self._gathering = WriteBatch()
         self._writing: WriteBatch | None = None
         self._flush_due = False
@@ -128,7 +128,7 @@ class SqliteStore:
         self._last_sequence = self._database.read.last("events", "sequence")
 
     async def close(self) -> None:
-        self._closing = True
+        self._gate.closing = True
         while not self._gathering.empty or self._writing is not None:
             await self.settled()
         seen_ms = self.now_ms()
@@ -141,6 +141,12 @@ class SqliteStore:
         batch = self._writing if self._gathering.empty else self._gathering
         with contextlib.suppress(StoreError):
             await self._until_written(batch)
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        with self._gate.paused():
+            await self.settled()
+            yield
 
     def now_ms(self) -> int:
         return self._database.clock.now_ms()
@@ -178,8 +184,8 @@ class SqliteStore:
     async def create(self, decide: Callable[[int], Change[AnswerT]], key: IdempotencyKey | None = None) -> AnswerT:
         if key is not None and (kept := await self._answer_of(key)) is not None:
             return kept  # type: ignore[no-any-return]
-        if self._crowded:
-            await self._room()
+        if self._gate.shut:
+            await self._gate.passed()
         now_ms = self.now_ms()
         change = decide(now_ms)
         if self._find(change.instance.id) is not None:
@@ -200,8 +206,8 @@ class SqliteStore:
     ) -> AnswerT:
         if key is not None and (answer := await self._answer_of(key)) is not None:
             return answer  # type: ignore[no-any-return]
-        if self._crowded:
-            await self._room()
+        if self._gate.shut:
+            await self._gate.passed()
         if (kept := self._find(instance_id)) is None:
             raise not_found("VM", instance_id)
         now_ms = self.now_ms()
@@ -337,20 +343,10 @@ class SqliteStore:
 
     # ---------------------------------------------------------------------------------------------------- committing
 
-    @property
-    def _crowded(self) -> bool:
-        """Whether the next transaction can take no more decisions, or none will be taken at all."""
+    def _is_full(self) -> bool:
+        """Whether the next transaction can take no more decisions."""
         most = DECISIONS_WHEN_FULL if self._database.writer.full else DECISIONS_PER_TRANSACTION
-        return self._gathering.decisions >= most or self._closing
-
-    async def _room(self) -> None:
-        """Return when the next transaction can take one more decision. Raises `StoreError` once the store closes."""
-        while self._crowded and not self._closing:
-            room: asyncio.Future[None] = self._loop.create_future()
-            self._for_room.append(room)
-            await room
-        if self._closing:
-            raise StoreClosed(CLOSED, remedy=CLOSED_REMEDY)
+        return self._gathering.decisions >= most
 
     async def _until_written(self, batch: WriteBatch | None) -> None:
         if batch is not None:
@@ -377,14 +373,7 @@ class SqliteStore:
         self._database.writer.submit(
             batch.write, lambda filed, error: self._written(batch, filed, error), batch.pages, batch.ordinary
         )
-        self._wake_for_room()
-
-    def _wake_for_room(self) -> None:
-        """Wake the tasks that wait in `_room`."""
-        for room in self._for_room:
-            if not room.done():
-                room.set_result(None)
-        self._for_room.clear()
+        self._gate.wake()
 
     def _written(self, batch: WriteBatch, filed: dict[str, Row], error: StoreError | None) -> None:
         self._writing = None
@@ -429,7 +418,7 @@ class SqliteStore:
                 if not future.done():
                     future.set_exception(type(error)(error.message, remedy=error.remedy))
         self._gathering = WriteBatch()
-        self._wake_for_room()
+        self._gate.wake()
         self._find_ends()
 
     def _release(self, batch: WriteBatch) -> None:

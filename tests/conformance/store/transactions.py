@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec.structs import replace
@@ -301,3 +302,33 @@ async def the_fence_is_the_one_that_was_committed_last(bench: Bench) -> None:
     assert seen == [None, 0, 1, 2, 3]
     await bench.reopen()
     assert bench.store.fence("a") == 3
+
+
+@check
+async def no_decision_is_made_while_the_store_is_paused(bench: Bench) -> None:
+    store = bench.store
+    await bench.create("a")
+    before = asyncio.create_task(bench.grow("a"))
+    await asyncio.sleep(0)
+    async with store.paused():
+        decided_before = await bench.kept("a")
+        async with bench.power_cut() as found:
+            assert await found.instance("a") == decided_before
+        waiting = [asyncio.create_task(bench.grow("a")), asyncio.create_task(bench.create("b"))]
+        await store.tokens.all()
+        await store.settled()
+        assert await bench.kept("a") == decided_before
+        assert await store.instance("b") is None
+        assert not any(task.done() for task in waiting)
+    await asyncio.gather(before, *waiting)
+    assert decided_before.generation == before.result()
+    assert (await bench.kept("a")).generation == decided_before.generation + 1
+
+
+@check
+async def decisions_go_on_after_a_pause_that_fails(bench: Bench) -> None:
+    await bench.create("a")
+    with suppress(NotFound):
+        async with bench.store.paused():
+            raise NotFound("Nothing here.")
+    assert await bench.grow("a") == (await bench.kept("a")).generation

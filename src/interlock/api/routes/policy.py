@@ -14,6 +14,7 @@ from interlock.api.http.problems import HTTP_PROBLEM_TYPES, PROBLEM_TYPES
 from interlock.api.http.route import CURSOR, LIMIT, ApiParts, Parameter, Routes, json_response
 from interlock.api.schemas.policy import (
     Policy,
+    PolicyBlockedVm,
     PolicyFinding,
     PolicyHistory,
     PolicyLoaded,
@@ -32,6 +33,7 @@ from interlock.core.conditions import CONDITIONS
 from interlock.core.errors import Invalid, NotFound, PolicyError
 from interlock.core.policy import CompiledPolicy, Rule, Verdict
 from interlock.core.roles import Role
+from interlock.policies.laws import LAWS
 from interlock.policies.lint.findings import Severity
 from interlock.policies.verification import Proof
 from interlock.service.auth import Caller
@@ -237,7 +239,8 @@ def _rejected_response(request: Request, proof: Proof, stays: str) -> Response:
     errors = sum(finding.severity is Severity.ERROR for finding in proof.findings)
     laws = sorted({violation.law for violation in proof.violations})
     reasons = [f"its check found {errors} {'error' if errors == 1 else 'errors'}"] if errors else []
-    reasons += [f"it violates law {law}" for law in laws]
+    reasons += [f"it violates law {law} ({LAWS[law].name})" for law in laws]
+    reasons += [proof.blocked[0].message.rstrip(".")] if proof.blocked else []
     detail = proof.wrong or f"Policy rejected: {' and '.join(reasons)}. {stays} stays in force."
     kind = HTTP_PROBLEM_TYPES["policy-refused"] if proof.policy is not None else PROBLEM_TYPES[PolicyError]
     problem = PolicyProblem(
@@ -249,6 +252,7 @@ def _rejected_response(request: Request, proof: Proof, stays: str) -> Response:
         remedy=proof.remedy,
         findings=_findings(proof),
         violations=tuple(PolicyViolation(law=one.law, what=one.what, story=one.story) for one in proof.violations),
+        blocked=tuple(wire(PolicyBlockedVm, one) for one in proof.blocked),
         exploration=None if proof.walk is None else wire(PolicyWalk, proof.walk),
     )
     return Response(msgspec.json.encode(problem), kind.status, media_type=problems.MEDIA_TYPE)

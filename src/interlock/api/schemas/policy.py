@@ -161,11 +161,29 @@ class PolicyLoaded(Wire, frozen=True, kw_only=True):
     """Null if its states were not explored."""
 
 
+class PolicyBlockedVm(Wire, frozen=True, kw_only=True):
+    """A VM that blocks the activation: with its outstanding requests, nobody could delete it under the policy."""
+
+    instance_id: str
+    name: str
+    project: str
+    operation: str
+    """Of its request in flight, or else of the first that is queued or held."""
+    status: str
+    because: str
+    alike: int
+    """How many more VMs are in the same situation."""
+    rejudge_helps: bool
+    """Whether the policy can be activated with `outstanding` `rejudge`, as far as this VM is concerned."""
+
+
 class PolicyProblem(Problem, frozen=True, kw_only=True, omit_defaults=False):
     """Why a policy is rejected."""
 
     findings: tuple[PolicyFinding, ...]
     violations: tuple[PolicyViolation, ...]
+    blocked: tuple[PolicyBlockedVm, ...] = ()
+    """The VMs that block its activation, one of each kind."""
     exploration: PolicyWalk | None
 
 

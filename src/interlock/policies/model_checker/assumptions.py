@@ -9,9 +9,9 @@ from interlock.core.conditions import CONDITIONS, Condition, Subject
 from interlock.core.operations import Operation
 from interlock.core.policy import Rule
 from interlock.core.states import VmState
+from interlock.policies.laws import LAWS, SEARCHED_LAWS
 from interlock.policies.model_checker.actions import EXPLORED, RESET_TARGETS
 from interlock.policies.model_checker.model import Model
-from interlock.policies.model_checker.results import LAWS, SEARCHED_LAWS
 
 _NAMED_MAX: Final = 3
 """How many rules are named for one assumption."""

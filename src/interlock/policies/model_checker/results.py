@@ -1,29 +1,15 @@
-"""Laws and result records of the model checker: states explored, counterexamples, and exits of each task."""
+"""Result records of the model checker: states explored, counterexamples, and exits of each task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 from interlock.core.operations import Lane, Operation
 from interlock.core.records import Instance
 from interlock.core.states import VmState
-
-LAWS: Final = {
-    1: "one at a time",
-    2: "a promise",
-    3: "one end",
-    4: "the fence holds",
-    5: "never stuck",
-    7: "success is settled",
-    8: "every answer explains itself",
-    9: "served in turn",
-}
-"""The names of the laws that are checked on policies and in the tests of the core."""
-SEARCHED_LAWS: Final = frozenset({2, 5, 8})
-"""The laws that a search checks: those that a policy can violate."""
 
 
 class Breach(msgspec.Struct, frozen=True):

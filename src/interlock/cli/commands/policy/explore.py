@@ -174,12 +174,14 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
 
 
 def _show_violations(invocation: Invocation, name: str, violations: tuple[Violation, ...]) -> None:
-    from interlock.policies.model_checker.results import LAWS
+    from interlock.policies.laws import LAWS
 
     for violation in violations[:_SHOWN]:
         invocation.echo("")
         title = click.style(f"Law {violation.law} is broken", fg="red", bold=True)
-        invocation.echo(f"{title} ({LAWS[violation.law]}): {printable(violation.what)}.")
+        law = LAWS[violation.law]
+        invocation.echo(f"{title} ({law.name}): {printable(violation.what)}.")
+        invocation.echo(f"  {law.promise}")
         for line in violation.story:
             invocation.echo(f"  {printable(line)}")
     if len(violations) > _SHOWN:

@@ -10,7 +10,14 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from interlock.api.schemas.policy import PolicyFinding, PolicyHistory, PolicyLoaded, PolicyProblem, PolicyWalk
+from interlock.api.schemas.policy import (
+    PolicyBlockedVm,
+    PolicyFinding,
+    PolicyHistory,
+    PolicyLoaded,
+    PolicyProblem,
+    PolicyWalk,
+)
 from interlock.cli.client.http_client import Reply
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.commands.policy.output import assumption_lines
@@ -18,6 +25,7 @@ from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import clock, duration, printable
+from interlock.policies.laws import LAWS
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -26,6 +34,7 @@ _CHECK_S: Final = 60.0
 _WALK_S: Final = 60.0
 """Default timeout of the exploration."""
 _DIGEST_SHOWN: Final = 16
+_BLOCKED_SHOWN: Final = 5
 _STORIES_SHOWN: Final = 2
 """How many violations are printed."""
 _COLOURS: Final = {"error": "red", "warning": "yellow", "note": None}
@@ -222,16 +231,25 @@ def _finding_text(finding: PolicyFinding) -> str:
     return text if finding.remedy is None else f"{text}\n  {printable(finding.remedy)}"
 
 
+def _blocked_text(blocked: PolicyBlockedVm) -> str:
+    request = f"{blocked.operation} {blocked.status.replace('_', ' ')}"
+    more = f" The same holds for {blocked.alike} more." if blocked.alike else ""
+    return printable(f"VM {blocked.name!r} of project {blocked.project!r}, with {request}: {blocked.because}{more}")
+
+
 def _problem_text(problem: PolicyProblem) -> str:
     lines = [click.style("Rejected: ", fg="red", bold=True) + printable(problem.detail)]
     if problem.remedy:
         lines.append(printable(problem.remedy))
     lines += [_finding_text(finding) for finding in problem.findings]
     for violation in problem.violations[:_STORIES_SHOWN]:
-        lines.append(
-            f"Law {violation.law} is violated: {printable(violation.what)}. Counterexample, for `interlock rehearse`:"
-        )
+        law = LAWS[violation.law]
+        lines.append(f"Law {violation.law} ({law.name}) is violated: {printable(violation.what)}. {law.promise}")
+        lines.append("Counterexample, for `interlock rehearse`:")
         lines += [f"  {printable(line)}" for line in violation.story]
+    lines += [_blocked_text(one) for one in problem.blocked[1:_BLOCKED_SHOWN]]
+    if len(problem.blocked) > _BLOCKED_SHOWN:
+        lines.append(f"And {len(problem.blocked) - _BLOCKED_SHOWN} more kinds of VMs; see --json.")
     more = len(problem.violations) - _STORIES_SHOWN
     if more > 0:
         lines.append(f"And {more} more; see `interlock policy explore` or --json.")

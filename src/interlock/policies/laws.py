@@ -1,0 +1,30 @@
+"""The laws: their names, and what each promises, in one sentence."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Law(NamedTuple):
+    """One law."""
+
+    name: str
+    promise: str
+
+
+LAWS: Final = {
+    1: Law("one at a time", "At most one state change of a VM is served at a time."),
+    2: Law("a promise", "An admitted request is permitted when its turn comes, if everything before it succeeds."),
+    3: Law("one end", "Each admitted request ends exactly once."),
+    4: Law("the fence holds", "A worker that was superseded has no effect any more."),
+    5: Law(
+        "never stuck",
+        "From every state something is admitted now or at a time that is named, and some role can delete the VM.",
+    ),
+    7: Law("success is settled", "After a reported success the next request is judged on the new state."),
+    8: Law("every answer explains itself", "A refusal names its rule and its reason."),
+    9: Law("served in turn", "Requests are served in the order admitted, after preempting ones."),
+}
+"""The laws that are checked on policies and in the tests of the core, by number."""
+SEARCHED_LAWS: Final = frozenset({2, 5, 8})
+"""The laws that a search of the model checker checks: those that a policy can violate."""
