@@ -9,12 +9,12 @@ from enum import StrEnum
 from typing import Final
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.roles import Role
 from interlock.core.states import Target, VmState
 from interlock.policies.language.loader import builtin_names
 from interlock.policies.language.schema import HEADER_KEYS, LIMITS, RULE_KEYS, SECTIONS, TIMES, VERDICTS, Key, Takes
 from interlock.policies.language.section_parser import NAMEABLE
 from interlock.policies.language.vocabulary import (
+    CONDITION_WORDS,
     HARD_VARIANTS,
     OPERATIONS,
     SAME,
@@ -140,7 +140,8 @@ def _lists() -> Iterator[str]:
     yield f"A rule with `@{SAME}` or `@{SOURCES}` means something else for each operation, so it becomes one rule an"
     yield "operation, and answers name it `id.operation`. These groups cannot stand in a set."
     yield ""
-    yield f"Roles are {_words(Role)}."
+    for key, vocabulary in CONDITION_WORDS.items():
+        yield f"The words of `{key}` are {_words(vocabulary.words)}."
     yield f"The hard variants that `[names]` may name are {_words(HARD_VARIANTS)}."
 
 

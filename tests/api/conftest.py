@@ -35,6 +35,7 @@ POLICY = """
 [policy]
 name = "patient"
 extends = "standard"
+protected_tags = ["freeze"]
 description = "standard, except that a pause is given up only after minutes and a reboot after seconds."
 
 [[rule]]

@@ -288,3 +288,37 @@ async def test_a_cancellation_says_plainly_what_became_of_it(api: ApiServer, adm
     assert (gone.status_code, gone.json()["outcome"]) == (200, "cancelled")
     assert gone.json()["request"]["status"] == "cancelled"
     assert (await admin.delete("/v1/requests/nothing")).status_code == 404
+
+
+async def test_a_locked_vm_keeps_its_labels_until_whom_the_lock_lets_unlocks_it(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    await make(admin, "vm")
+    member = await api.token("member")
+    await member.patch("/v1/instances/vm", json={"blocked_operations": ["delete"]})
+    assert (await ask(admin, "lock")).status_code in {200, 202}
+    shown = (await member.get("/v1/instances/vm")).json()
+    assert (shown["locked_by"], shown["lock_role"]) == ("admin", "admin")
+    answer = await member.patch("/v1/instances/vm", json={"blocked_operations": []})
+    assert (answer.status_code, answer.json()["type"]) == (403, "urn:interlock:problem:forbidden")
+    assert answer.json()["remedy"] == "Ask an admin to unlock it."
+    answer = await ask(member, "unlock")
+    assert (answer.status_code, answer.json()["reason"]) == (409, "locked")
+    assert (await ask(admin, "unlock")).status_code in {200, 202}
+    assert (await member.get("/v1/instances/vm")).json()["lock_role"] is None
+    assert (await member.patch("/v1/instances/vm", json={"blocked_operations": []})).status_code == 200
+
+
+async def test_protected_tags_are_set_and_removed_by_admins_only(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    await make(admin, "vm", tags=["freeze", "web"])
+    member = await api.token("member")
+    wish = {"name": "other", "image": IMAGE.name, "tags": ["freeze"]}
+    for answer in (
+        await member.post("/v1/instances", json=wish),
+        await member.patch("/v1/instances/vm", json={"tags": ["web"]}),
+    ):
+        assert (answer.status_code, answer.json()["type"]) == (403, "urn:interlock:problem:forbidden")
+        assert "only an admin may set or remove the tag freeze" in answer.json()["detail"]
+    assert (await member.patch("/v1/instances/vm", json={"tags": ["freeze"]})).status_code == 200
+    assert (await admin.patch("/v1/instances/vm", json={"tags": []})).status_code == 200
+    assert (await member.get("/v1/policy")).json()["protected_tags"] == ["freeze"]

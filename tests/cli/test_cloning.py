@@ -37,6 +37,15 @@ def test_it_is_a_snapshot_and_a_create_of_the_same_size(interlock: Interlock, sc
     assert f"interlock image delete {create['image']}" in ran.out
 
 
+def test_protected_tags_are_not_copied(interlock: Interlock, script: ScriptedServer) -> None:
+    script.on("GET", "/v1/instances/web", Given(200, instance(name="web", tags=("freeze", "web"))))
+    script.on("GET", "/v1/policy", Given(200, {"name": "site", "protected_tags": ["freeze"]}))
+    ran = interlock("vm", "clone", "web", "web2")
+    assert "Not copied: the protected tags freeze." in ran.out
+    (create,) = (asked.json for asked in script.asked if (asked.method, asked.path) == ("POST", "/v1/instances"))
+    assert create["tags"] == ["web"]
+
+
 def test_with_json_one_document_is_printed(interlock: Interlock, script: ScriptedServer) -> None:
     ran = interlock("vm", "clone", "web", "web2", "--json")
     assert msgspec.json.decode(ran.out)["instance"]["name"] == "web2"

@@ -121,7 +121,8 @@ def test_a_rule_that_names_what_is_fixed_is_warned_about_in_part(tmp_path: Path)
 def test_a_rule_that_merely_does_not_exclude_readers_is_not_warned_about(tmp_path: Path) -> None:
     path = policy_of(
         tmp_path,
-        '[policy]\nextends = "standard"\n[[rule]]\nid = "no-pause"\noperations = ["pause"]\ntags = ["build"]\n'
+        '[policy]\nextends = "standard"\nprotected_tags = ["build"]\n[[rule]]\nid = "no-pause"\n'
+        'operations = ["pause"]\ntags = ["build"]\n'
         'verdict = "deny"\nreason = "builder"\n',
     )
     assert not of_file(check_file(path), path)

@@ -8,8 +8,13 @@ import apsw
 import pytest
 
 from conformance.store.harness import creating
+from interlock.core.admission import admit
 from interlock.core.errors import StoreBusy, StoreCorrupt, StoreError
+from interlock.core.operations import Operation
+from interlock.core.records import Submission
+from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.policies.language.loader import compile_named
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 
@@ -59,6 +64,31 @@ async def test_what_an_older_interlock_remembered_is_read(path: Path) -> None:
     assert started is not None
     assert (deleted.vm_state, deleted.state_stack) == (VmState.SOFT_DELETED, (VmState.RESCUED,))
     assert (started.vm_state, started.state_stack) == (VmState.ACTIVE, ())
+
+
+async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Path) -> None:
+    """An admin's where the request is not kept: only an admin can then remove it."""
+    policy = compile_named("take2")
+    store = SqliteStore(path)
+    await store.open()
+    for name, roles in (("ann", (Role.MEMBER,)), ("root", (Role.MEMBER, Role.ADMIN)), ("free", ())):
+        await store.create(creating(name))
+        for role in roles:
+            lock = Submission(request_id=f"{name}-{role}", operation=Operation.LOCK, requested_by=name, role=role)
+            await store.change(name, lambda vm, now_ms, lock=lock: admit(vm, lock, policy, now_ms))  # type: ignore[misc]
+    await store.create(creating("lost", locked_by="ann"))
+    await store.close()
+    with apsw.Connection(str(path)) as database:
+        database.execute("UPDATE instances SET body = json_remove(body, '$.lock_role')")
+        database.execute("UPDATE alembic_version SET version_num = '0006'")
+    database.close()
+    assert schema.upgrade(path).before == "0006"
+    store = SqliteStore(path)
+    await store.open()
+    kept = [await store.instance(name) for name in ("ann", "root", "free", "lost")]
+    await store.close()
+    found = [(vm.locked_by, vm.lock_role) for vm in kept if vm is not None]
+    assert found == [("ann", Role.MEMBER), ("root", Role.ADMIN), (None, Role.MEMBER), ("ann", Role.ADMIN)]
 
 
 def test_a_database_that_could_not_be_made_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     """Perform an operation that changes only the record: it is done when it is admitted."""
     draft = evaluation.draft
     perform, holds_already = RECORD_OPERATIONS[evaluation.submission.operation]
-    because = holds_already(draft.instance, evaluation.submission.parameters)
+    because = holds_already(draft.instance, evaluation.submission)
     if because is not None:
         return _redundant(evaluation, _verdict_on_record(evaluation, Verdict.REDUNDANT, "unchanged", because), None)
     request = evaluation.request(rule)

@@ -36,6 +36,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     requested_by: frozenset[str] | None = None
     """Names of callers; one that ends with `*` stands for all that begin so."""
     locked: bool | None = None
+    locked_above: bool | None = None
     blocked: bool | None = None
     """Whether the instance's blocked operations include the operation."""
     tags: frozenset[str] | None = None
@@ -170,6 +171,18 @@ CONDITIONS: Final = (
         example=True,
         title="locked",
         because=lambda locked: f"the instance is {'' if locked else 'not '}locked",
+    ),
+    Condition(
+        key="locked_above",
+        field="locked_above",
+        reads="locked_above",
+        subject=Subject.INSTANCE,
+        kind=Flag(usual=False),
+        meaning="Whether the instance was locked with a more powerful role than the caller's: by an admin, if a member "
+        "asks.",
+        example=True,
+        title="locked above",
+        because=lambda above: f"the instance is {'' if above else 'not '}locked by a more powerful role",
     ),
     Condition(
         key="blocked",

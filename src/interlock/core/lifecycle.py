@@ -14,6 +14,7 @@ from interlock.core import restarts
 from interlock.core.errors import BrokenInvariant
 from interlock.core.guest_events import STATE_UNCHANGED, after_event, with_trouble_noted
 from interlock.core.holds import judge_held
+from interlock.core.labels import check_lock, check_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.reconciliation import without_devices
@@ -34,6 +35,7 @@ from interlock.core.records import (
 )
 from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
 from interlock.core.restart_policy import Evacuate, RestartPolicy
+from interlock.core.roles import Role
 from interlock.core.state_stack import ARRIVES, Memory, resolve_target, without_guest
 from interlock.core.states import LEFT_AT_END, GuestTrouble, PowerState, VmState
 
@@ -363,6 +365,7 @@ def relabel(
     by: str,
     now_ms: int,
     *,
+    role: Role = Role.MEMBER,
     host_reachable: bool = True,
     tags: tuple[str, ...] | None = None,
     blocked_operations: tuple[Operation, ...] | None = None,
@@ -374,6 +377,9 @@ def relabel(
 
     With new tags the queue is evaluated again: what `policy` does not permit with them is cancelled at once, and never
     after an earlier request has succeeded (law 2). Blocked operations restrict new submissions only, as locks do.
+
+    Raises:
+        Forbidden: a lock binds the caller, or a tag is protected from it (`core.labels`).
     """
     named = {
         name: value
@@ -388,6 +394,9 @@ def relabel(
     }
     if not named:
         return Change(instance=instance, answer=instance)
+    check_lock(instance, role)
+    if tags is not None:
+        check_tags(policy, role, instance.tags, tags)
     draft = Draft(replace(instance, **named), now_ms, host_reachable=host_reachable)
     draft.emit("instance.relabelled", None, by=by, **msgspec.to_builtins(named))
     if "tags" in named:

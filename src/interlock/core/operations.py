@@ -467,8 +467,8 @@ _ENTRIES = (
         parameters=given.RenameParameters,
         details=True,
     ),
-    _record(_O.LOCK, _T.VMS, "Lock a VM: only the locker and admins can change it."),
-    _record(_O.UNLOCK, _T.VMS, "Unlock a VM."),
+    _record(_O.LOCK, _T.VMS, "Lock a VM: only admins can change it until it is unlocked."),
+    _record(_O.UNLOCK, _T.VMS, "Unlock a VM. Only an admin can remove the lock of an admin."),
     _record(
         _O.RESET_STATE,
         _T.RECOVERY,

@@ -148,6 +148,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     rules: tuple[Rule, ...]
     outstanding_max: int = DEFAULT_OUTSTANDING_MAX
     """The maximum number of outstanding requests per instance, and of held ones."""
+    protected_tags: tuple[str, ...] = ()
+    """The tags that only an admin may set or remove; one that ends with `*` stands for all that begin so."""
     digest: str = ""
     """SHA-256 of everything in it that affects decisions, in hexadecimal. Empty if it was not read from a file."""
     names: dict[str, tuple[str, ...]] = {}
@@ -188,6 +190,12 @@ class CompiledPolicy:
     @property
     def rules(self) -> tuple[Rule, ...]:
         return self._rules
+
+    def protected(self, tags: Iterable[str]) -> frozenset[str]:
+        """Return those of the tags that only an admin may set or remove."""
+        names = self.policy.protected_tags
+        beginnings = tuple(name[:-1] for name in names if name.endswith("*"))
+        return frozenset(tag for tag in tags if tag in names or tag.startswith(beginnings))
 
     def decide(self, view: View) -> Rule:
         """Return the first rule that matches, or `NO_RULE` or `GONE`."""

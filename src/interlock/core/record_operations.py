@@ -11,8 +11,9 @@ from typing import Any, Final, NamedTuple
 from interlock.core import restarts
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Instance, Request
+from interlock.core.records import Instance, Request, Submission
 from interlock.core.request_queue import Draft, judge_again, replace
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 
 
@@ -28,20 +29,27 @@ class RecordOperation(NamedTuple):
 
     perform: Callable[[Draft, Request, CompiledPolicy], Displaced]
     """Applies a request to the draft; the policy is for operations after which the queue is judged again."""
-    holds_already: Callable[[Instance, dict[str, Any]], str | None] = lambda _instance, _parameters: None
-    """Returns why a submission with these parameters would change nothing, for people; None if it would."""
+    holds_already: Callable[[Instance, Submission], str | None] = lambda _instance, _submission: None
+    """Returns why a submission would change nothing, for people; None if it would."""
 
 
 _NONE: Final = Displaced()
 
 
 def _lock(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
-    draft.instance = replace(draft.instance, locked_by=request.requested_by)
+    draft.instance = replace(draft.instance, locked_by=request.requested_by, lock_role=request.role)
     return _NONE
 
 
+def _is_locked(instance: Instance, submission: Submission) -> str | None:
+    """Return who holds a lock that the caller's would not strengthen: one of an admin replaces that of a member."""
+    if instance.locked_by is None or not instance.lock_role.includes(submission.role):
+        return None
+    return f"The VM is locked already, by {instance.locked_by}."
+
+
 def _unlock(draft: Draft, _request: Request, _policy: CompiledPolicy) -> Displaced:
-    draft.instance = replace(draft.instance, locked_by=None)
+    draft.instance = replace(draft.instance, locked_by=None, lock_role=Role.MEMBER)
     return _NONE
 
 
@@ -55,7 +63,8 @@ def _merged(metadata: dict[str, str], parameters: dict[str, Any]) -> dict[str, s
     return {key: value for key, value in {**metadata, **parameters.get("set", {})}.items() if key not in removed}
 
 
-def _has_metadata(instance: Instance, parameters: dict[str, Any]) -> str | None:
+def _has_metadata(instance: Instance, submission: Submission) -> str | None:
+    parameters = submission.parameters
     same = bool(parameters) and _merged(instance.metadata, parameters) == instance.metadata
     return "The metadata is like that already." if same else None
 
@@ -69,8 +78,9 @@ def _rename(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displace
     return _NONE
 
 
-def _has_name(instance: Instance, parameters: dict[str, Any]) -> str | None:
-    return f"The VM is called {instance.name} already." if parameters.get("name") == instance.name else None
+def _has_name(instance: Instance, submission: Submission) -> str | None:
+    same = submission.parameters.get("name") == instance.name
+    return f"The VM is called {instance.name} already." if same else None
 
 
 def _abort_migration(draft: Draft, request: Request, _policy: CompiledPolicy) -> Displaced:
@@ -108,7 +118,7 @@ def _reset_state(draft: Draft, request: Request, policy: CompiledPolicy) -> Disp
 
 
 RECORD_OPERATIONS: Final[dict[Operation, RecordOperation]] = {
-    Operation.LOCK: RecordOperation(_lock),
+    Operation.LOCK: RecordOperation(_lock, _is_locked),
     Operation.UNLOCK: RecordOperation(_unlock),
     Operation.SET_METADATA: RecordOperation(_set_metadata, _has_metadata),
     Operation.RENAME: RecordOperation(_rename, _has_name),

@@ -221,6 +221,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     updated_at_ms: int = 0
     """The time of the last state change, phase or progress."""
     locked_by: str | None = None
+    lock_role: Role = Role.MEMBER
+    """The role of who locked it: a caller whose role does not include it cannot remove the lock."""
     blocked_operations: tuple[Operation, ...] = ()
     tags: tuple[str, ...] = ()
     metadata: dict[str, str] = {}

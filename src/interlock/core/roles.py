@@ -28,7 +28,7 @@ class Role(StrEnum):
         return _RANK[self] >= _RANK[other]
 
 
-_RANK: Final = {role: rank for rank, role in enumerate(Role)}
+_RANK: Final = {Role.AGENT: 0, Role.READER: 1, Role.MEMBER: 2, Role.PROJECT_ADMIN: 2, Role.ADMIN: 3}
 
 
 def named_role(name: str) -> Role:

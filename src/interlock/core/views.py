@@ -34,6 +34,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     requested_by: str = ""
     """The caller's name; empty: one that no rule names."""
     locked: bool = False
+    locked_above: bool = False
+    """Whether it was locked with a role that the caller's does not include."""
     blocked: bool = False
     tags: tuple[str, ...] = ()
     host_reachable: bool = True
@@ -89,6 +91,7 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         role=submission.role,
         requested_by=submission.requested_by,
         locked=instance.locked_by is not None,
+        locked_above=instance.locked_by is not None and not submission.role.includes(instance.lock_role),
         blocked=submission.operation in instance.blocked_operations,
         tags=instance.tags,
         host_reachable=submission.host_reachable,

@@ -20,6 +20,7 @@ from interlock.core.errors import (
     not_found,
 )
 from interlock.core.evacuation import losses
+from interlock.core.labels import check_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.parameters import Refers, check_name, is_id
 from interlock.core.policy import CompiledPolicy
@@ -124,12 +125,13 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` if it is not started.
 
         Raises:
-            Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, InUse (a host's port),
-            Unavailable.
+            Forbidden, Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, InUse (a host's
+            port), Unavailable.
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(new.name, "name")
         check_limit(new.restart)
+        check_tags(self.policy, caller.role, (), new.tags)
         spec = await self._references.new_spec(caller, new)
         hosts = self._scheduler.named(new.host)
         shared = await self._hosts.shared_folder(hosts)
@@ -320,7 +322,9 @@ class Instances:
             _check_generation(instance, if_generation)
             policy, reachable = self._in_force.for_waiting(instance), self._hosts.leases.reachable(instance.host)
             named = msgspec.structs.asdict(labels)
-            change = lifecycle.relabel(instance, policy, caller.name, now_ms, host_reachable=reachable, **named)
+            change = lifecycle.relabel(
+                instance, policy, caller.name, now_ms, role=caller.role, host_reachable=reachable, **named
+            )
             if labels.apart_from is not None:
                 self._capacity.check_apart(change.instance, instance)
             return change

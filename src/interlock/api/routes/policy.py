@@ -97,7 +97,13 @@ def policy_view(compiled: CompiledPolicy) -> Policy:
     """Return a policy's wire type, without what is known only of the one in force."""
     source = compiled.policy
     rules = tuple(_rule(rule) for rule in compiled.rules)
-    return Policy(name=source.name, digest=source.digest, outstanding_max=source.outstanding_max, rules=rules)
+    return Policy(
+        name=source.name,
+        digest=source.digest,
+        outstanding_max=source.outstanding_max,
+        protected_tags=source.protected_tags,
+        rules=rules,
+    )
 
 
 def _rule(rule: Rule) -> PolicyRule:

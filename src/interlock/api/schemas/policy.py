@@ -82,6 +82,8 @@ class Policy(Wire, frozen=True, kw_only=True):
     digest: str = ""
     """Of its meaning, independent of formatting; the first part of the ETag."""
     outstanding_max: int
+    protected_tags: tuple[str, ...] = ()
+    """Tags that only an admin may set or remove; one that ends with `*` stands for all that begin so."""
     number: int = 0
     """Number of the switch that put it in force."""
     source: str = ""

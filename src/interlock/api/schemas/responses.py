@@ -148,6 +148,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     updated_at: Timestamp
     """The last state change, phase or progress."""
     locked_by: str | None
+    lock_role: Role | None = None
+    """The role of who locked it: one that does not include it cannot unlock it. Null if it is not locked."""
     blocked_operations: tuple[Operation, ...]
     """Operations denied whatever the policy says."""
     tags: tuple[str, ...]

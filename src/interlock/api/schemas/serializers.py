@@ -108,6 +108,7 @@ def instance(
         one,
         power_state=power_state(one, host_state),
         host_state=host_state,
+        lock_role=None if one.locked_by is None else one.lock_role,
         error=one.error if one.vm_state is VmState.ERROR else None,
         restarts=0 if one.restarts is None else one.restarts.count,
         restart_due_at=optional_timestamp(None if one.restarts is None else one.restarts.due_at_ms),

@@ -11,6 +11,7 @@ from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Instance, Request
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def instance_of(wire: responses.Instance) -> Instance:
         updated_at_ms=_ms(wire.updated_at) or 0,
         launched_at_ms=_ms(wire.launched_at),
         locked_by=wire.locked_by,
+        lock_role=wire.lock_role or Role.MEMBER,
         blocked_operations=wire.blocked_operations,
         tags=wire.tags,
         error=wire.error,
@@ -70,8 +72,13 @@ def policy_of(document: dict[str, Any]) -> CompiledPolicy:
     """Return the server's policy; names unknown to this version are left out."""
     rules = tuple(_rule_of(rule) for rule in document.get("rules", ()))
     limit = int(document.get("outstanding_max", 16))
-    digest = str(document.get("digest", ""))
-    policy = Policy(name=str(document.get("name", "")), rules=rules, outstanding_max=limit, digest=digest)
+    policy = Policy(
+        name=str(document.get("name", "")),
+        rules=rules,
+        outstanding_max=limit,
+        protected_tags=tuple(document.get("protected_tags", ())),
+        digest=str(document.get("digest", "")),
+    )
     return CompiledPolicy(policy)
 
 

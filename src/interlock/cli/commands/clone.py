@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import Unpack
+from typing import Any, Unpack
 
 import click
 
 from interlock.api.schemas.responses import Admitted, Instance, Request
 from interlock.cli.client.paths import IMAGES, INSTANCES, path_of
+from interlock.cli.client.records import policy_of
 from interlock.cli.commands.request_waiter import REQUESTS, wait_for_end
 from interlock.cli.commands.submission import post_operation, wait_option
 from interlock.cli.commands.vm import create_vm, vm_commands
@@ -17,6 +18,7 @@ from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.new_vm import SeedOptions, seed_fields, seed_options
 from interlock.cli.options.quantities import Size
+from interlock.cli.output.formatting import printable
 from interlock.core.operations import Operation
 from interlock.core.records import ENDS, Status
 from interlock.service.cloud_init import hostname_of
@@ -50,8 +52,8 @@ def clone(
     """Create the VM NAME with a copy of the root disk of the VM SOURCE.
 
     Takes a snapshot of SOURCE, and creates NAME from its image. The new VM has its own id, MAC address and, by
-    cloud-init, hostname and instance id. Volumes, forwards and cloud-init data of SOURCE are not copied. If the create
-    is denied, the image is deleted again; otherwise the new VM's disk is backed by it.
+    cloud-init, hostname and instance id. Volumes, forwards, cloud-init data and protected tags of SOURCE are not
+    copied. If the create is denied, the image is deleted again; otherwise the new VM's disk is backed by it.
     """
     client = invocation.client
     original = client.get(path_of(INSTANCES, source)).decode(Instance)
@@ -63,7 +65,7 @@ def clone(
         vcpus=vcpus or original.vcpus,
         memory_mib=memory or original.memory_mib,
         root_gib=original.root_gib,
-        tags=original.tags,
+        tags=_copied_tags(invocation, original.tags),
         host=host,
         **seed_fields(seed),
     )
@@ -80,6 +82,16 @@ def clone(
         invocation.echo(
             f"Its disk is backed by the image {image}: after the VM is deleted, run `interlock image delete {image}`."
         )
+
+
+def _copied_tags(invocation: Invocation, tags: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tags that the new VM gets: not the protected ones, which a member could not set."""
+    if not tags:
+        return ()
+    protected = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any])).protected(tags)
+    if protected and not invocation.json:
+        invocation.echo(f"Not copied: the protected tags {printable(', '.join(sorted(protected)))}.")
+    return tuple(tag for tag in tags if tag not in protected)
 
 
 def _snapshot(invocation: Invocation, source: str, image: str) -> None:

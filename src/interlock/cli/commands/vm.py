@@ -294,7 +294,7 @@ def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> 
         "Detaching": one.detaching and f"{', '.join(one.detaching)}, once the guest releases it, is reset or ends",
         "Metadata": ", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items())),
         "Tags": ", ".join(one.tags),
-        "Locked by": one.locked_by,
+        "Locked by": one.locked_by and f"{one.locked_by} ({one.lock_role})",
         "Restart": restart_text(one.restart, one.restarts),
         "Evacuate": one.evacuate and one.evacuate.value,
         "Anti-affinity": ", ".join(one.apart_from),

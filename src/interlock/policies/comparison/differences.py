@@ -81,6 +81,8 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
     """In how many of them something differs."""
     outstanding_max: tuple[int, int] | None
     """`outstanding_max` of both, if they differ."""
+    protected_tags: tuple[tuple[str, ...], tuple[str, ...]] | None
+    """`protected_tags` of both, if they differ."""
     complete: bool
     """False if the limits of the analysis were reached."""
     operations: tuple[str, ...]
@@ -91,7 +93,8 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def any(self) -> bool:
         """Whether they differ, or may differ because the analysis is incomplete."""
-        return bool(self.groups) or self.outstanding_max is not None or not self.complete
+        limits = (self.outstanding_max, self.protected_tags)
+        return bool(self.groups) or any(one is not None for one in limits) or not self.complete
 
 
 def differ(
@@ -118,6 +121,7 @@ def differ(
         if found not in covers:
             covers[found] = cover(place for kind in found for place in alike[kind])
         groups.append(_difference(mine, yours, key[-2], follows=key[-1], products=covers[found]))
+    tags = (comparison.before.policy.protected_tags, comparison.after.policy.protected_tags)
     maxima = (comparison.before.outstanding_max, comparison.after.outstanding_max)
     return Differences(
         before=comparison.before.stamp,
@@ -125,6 +129,7 @@ def differ(
         combinations=sum(map(len, alike.values())),
         differing=differing,
         outstanding_max=maxima if maxima[0] != maxima[1] else None,
+        protected_tags=tags if set(tags[0]) != set(tags[1]) else None,
         complete=comparison.complete,
         operations=tuple(variant.word for variant in comparison.variants),
         groups=tuple(sorted(groups, key=lambda one: (one.follows, one.effect is Effect.OTHER, -one.combinations))),

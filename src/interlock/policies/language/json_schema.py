@@ -208,6 +208,8 @@ def _value(key: Key) -> Schema:
     elif key.condition is not None and key.takes is Takes.TEXTS:
         item = {"type": "string", "pattern": f"^{key.condition.kind.item.pattern}$"}
         found |= {"anyOf": [{"type": "array", "minItems": 1, "items": item, "maxItems": TEXTS_MAX}, _ANY]}
+    elif key.takes is Takes.TEXTS:
+        found |= {"type": "array", "minItems": 1, "items": _TEXT, "maxItems": TEXTS_MAX}
     else:
         found |= _SHAPES[key.takes]
     return found

@@ -40,6 +40,7 @@ from interlock.policies.language.schema import (
     RULES_MAX,
     SECTIONS,
     TEXT_LENGTH_MAX,
+    TEXTS_MAX,
     THRESHOLD_PLACEHOLDER,
     Takes,
 )
@@ -215,6 +216,7 @@ class _Document:
             outstanding_max=header.get(
                 "outstanding_max", base.policy.outstanding_max if base else DEFAULT_OUTSTANDING_MAX
             ),
+            protected_tags=_protected_tags(header, self._at("policy", "protected_tags"), base),
             names=names,
         )
         return _Reading(
@@ -244,7 +246,7 @@ class _Document:
             if keys[name].takes is Takes.COUNT:
                 if type(value) is not int or not 1 <= value <= OUTSTANDING_MAX_LIMIT:
                     raise place.error(f"{name} must be a whole number from 1 to {OUTSTANDING_MAX_LIMIT}.")
-            elif not is_text(value, TEXT_LENGTH_MAX):
+            elif keys[name].takes is not Takes.TEXTS and not is_text(value, TEXT_LENGTH_MAX):
                 raise place.error(f"{name} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
         return header
 
@@ -304,6 +306,20 @@ class _Document:
             return ()
         own = frozenset({*(one.rule.id for one in rules), *families.values()})
         return changed(base.policy.rules, base.families, own, table, place)
+
+
+def _protected_tags(header: Mapping[str, Any], place: Place, base: _Reading | None) -> tuple[str, ...]:
+    """Return the protected tags of a policy, including inherited ones. Raises `PolicyError`."""
+    inherited = base.policy.protected_tags if base else ()
+    if "protected_tags" not in header:
+        return inherited
+    own = header["protected_tags"]
+    if not isinstance(own, list) or not 0 < len(own) <= TEXTS_MAX:
+        raise place.error(f'protected_tags must be a list of 1 to {TEXTS_MAX} tags, such as ["freeze", "gpu-*"].')
+    for number, tag in enumerate(own):
+        if not is_text(tag, TEXT_LENGTH_MAX):
+            raise place.at(number).error(f"Invalid tag {shown(tag)}: expected 1 to {TEXT_LENGTH_MAX} characters.")
+    return tuple(dict.fromkeys((*inherited, *own)))
 
 
 def _decode(data: bytes, shown_name: str) -> str:

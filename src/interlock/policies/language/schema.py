@@ -207,6 +207,14 @@ HEADER_KEYS: Final = (
         default=f"that of the extended policy, or {DEFAULT_OUTSTANDING_MAX}",
         example=8,
     ),
+    Key(
+        name="protected_tags",
+        takes=Takes.TEXTS,
+        meaning="Tags that only an admin may set or remove; `gpu-*` stands for every tag that begins with `gpu-`. "
+        "Those of the extended policy are protected too.",
+        default="those of the extended policy",
+        example=["freeze", "gpu-*"],
+    ),
     Key(name="description", takes=Takes.TEXT, meaning="What the policy is for.", example="Our cloud."),
 )
 """Every key of `[policy]`."""

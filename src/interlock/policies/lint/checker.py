@@ -15,7 +15,7 @@ import msgspec
 
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
-from interlock.core.policy import Policy
+from interlock.core.policy import CompiledPolicy, Policy
 from interlock.policies.language.loader import PolicyText, builtin_names, read
 from interlock.policies.lint.dead_rules import DeadRules
 from interlock.policies.lint.exit_lints import WaysOut
@@ -42,6 +42,7 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     ways_out = WaysOut(subject, reaching)
     strange = StrangeVerdicts(reaching, dead, ways_out)
     found = [_inherited(one, own) for one in (*dead.findings(), *ways_out.findings(), *strange.findings())]
+    found += strange.unbinding(CompiledPolicy(subject).protected)
     if reaching.exhausted:
         found.append(_exhausted(own))
     if performs is not None:

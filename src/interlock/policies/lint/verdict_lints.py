@@ -5,13 +5,16 @@ Also operations that are admitted in states in which no driver can perform them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Final
 
+from interlock.core.condition_kinds import Members
+from interlock.core.conditions import CONDITION
 from interlock.core.durations import format_seconds
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
 from interlock.core.policy import MeasuredFrom, Rule, Verdict
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.lint.condition_sets import Literal
@@ -47,6 +50,30 @@ class StrangeVerdicts:
             yield from self._unperformable(one, alive)
         yield from self._redundant_for_ever()
         yield from self._rings()
+
+    def unbinding(self, protected: Callable[[Iterable[str]], frozenset[str]]) -> Iterator[Finding]:
+        """Find rules that a caller whom they deny can get around: by taking a tag off, or with a role left out."""
+        tags = CONDITION["tags"]
+        assert isinstance(tags.kind, Members)
+        for one in self._dead.written:
+            if self._dead.reached.keys().isdisjoint(one.numbers):
+                continue
+            named = tags.kind.members(tags.wanted([one.rule]))
+            free = sorted(frozenset(named) - protected(named))
+            if free:
+                yield _finding(
+                    one, Severity.NOTE, "tag-not-protected",
+                    f"{one.id!r} depends on the tag{'s' if len(free) > 1 else ''} {', '.join(map(repr, free))}, which "
+                    "everybody who may change the VM may set or remove.",
+                    f"If the rule is to bind them: protected_tags = {free} under [policy].".replace("'", '"'),
+                )  # fmt: skip
+            roles = one.rule.roles or frozenset()
+            if one.rule.verdict is Verdict.DENY and Role.MEMBER in roles and Role.PROJECT_ADMIN not in roles:
+                yield _finding(
+                    one, Severity.WARNING, "role-left-out",
+                    f"{one.id!r} denies members, and leaves out project_admin, which may do what members may.",
+                    'Name who may: roles = ["*", "!admin"].',
+                )  # fmt: skip
 
     def unperformed(self, performs: Iterable[Operation]) -> Iterator[Finding]:
         """Find operations that the policy admits and the driver does not perform."""

@@ -74,7 +74,7 @@ _COMPANIONS: Final = {
     "phase": "progress",
     "parameters": "submit",
     "hard": "submit",
-    "role": "submit",
+    "role": "submit or relabel",
     "requested_by": "submit",
     "hold": "submit",
 }
@@ -105,7 +105,7 @@ def read_line(line: bytes | str) -> tuple[str, Line]:
         raise Invalid(f"An event has exactly one of {', '.join(VERBS)}; this has {' and '.join(verbs) or 'none'}.")
     verb = verbs[0]
     for key, owner in _COMPANIONS.items():
-        if owner != verb and getattr(event, key) is not None:
+        if verb not in owner.split() and getattr(event, key) is not None:
             raise Invalid(f"{key} is valid only with {owner}.")
     return verb, event
 

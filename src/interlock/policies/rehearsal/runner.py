@@ -15,7 +15,7 @@ import msgspec
 from interlock.core import lifecycle
 from interlock.core.admission import admit
 from interlock.core.durations import format_seconds, seconds
-from interlock.core.errors import Invalid
+from interlock.core.errors import Forbidden, Invalid
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
@@ -33,6 +33,7 @@ from interlock.core.records import (
     Status,
     Submission,
 )
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.vocabulary import nearest
 from interlock.policies.rehearsal.events import (
@@ -143,7 +144,7 @@ class Rehearsal:
             operation=named_operation(event.submit),
             parameters=parameters,
             requested_by="rehearsal" if event.requested_by is None else event.requested_by,
-            role=self._role if event.role is None else named_role(event.role),
+            role=self._role_of(event),
             host_reachable=self._host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
         )
@@ -278,10 +279,22 @@ class Rehearsal:
         assert event.relabel is not None
         check_tags(event.relabel)
         reachable = self._host_reachable
-        change = lifecycle.relabel(
-            self.instance, self._policy, "rehearsal", self.now_ms, host_reachable=reachable, tags=event.relabel
-        )
+        try:
+            change = lifecycle.relabel(
+                self.instance,
+                self._policy,
+                "rehearsal",
+                self.now_ms,
+                role=self._role_of(event),
+                host_reachable=reachable,
+                tags=event.relabel,
+            )
+        except Forbidden as error:
+            return {"disposition": "denied", "reason": "forbidden", "because": f"{error.message} {error.remedy}"}
         return self._settled(self._follow(change))
+
+    def _role_of(self, event: Line) -> Role:
+        return self._role if event.role is None else named_role(event.role)
 
     def _show(self, event: Line) -> Answer:
         if event.show is not True:

@@ -11,6 +11,7 @@ from interlock.stores.migrations.versions import (
     r0004_tallies,
     r0005_reserve,
     r0006_clock,
+    r0007_lock_roles,
 )
 
 STEPS: Final[dict[str, tuple[str, ...]]] = {
@@ -20,5 +21,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "0004": r0004_tallies.STATEMENTS,
     "0005": r0005_reserve.STATEMENTS,
     "0006": r0006_clock.STATEMENTS,
+    "0007": r0007_lock_roles.STATEMENTS,
 }
 """The statements of each migration by revision, oldest first."""

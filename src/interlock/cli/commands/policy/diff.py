@@ -59,6 +59,9 @@ def _differences(found: Differences, *, everything: bool) -> Iterator[str]:
     )
     if found.outstanding_max is not None:
         yield f"outstanding_max: {found.outstanding_max[0]} → {found.outstanding_max[1]}"
+    if found.protected_tags is not None:
+        before, after = (", ".join(map(printable, tags)) or "none" for tags in found.protected_tags)
+        yield f"protected_tags: {before} → {after}"
     shown = found.groups if everything else [one for one in found.groups if not one.follows][:_GROUPS_SHOWN]
     for group in shown:
         yield ""

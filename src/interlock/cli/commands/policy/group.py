@@ -49,6 +49,9 @@ def show(invocation: Invocation) -> None:
         f"Policy {policy.name}: {len(policy.rules)} rules; the first match decides; without a match: denied."
     )
     invocation.echo(f"At most {policy.outstanding_max} requests may be outstanding for one VM.")
+    if policy.protected_tags:
+        tags = ", ".join(map(printable, policy.protected_tags))
+        invocation.echo(f"Only an admin may set or remove these tags: {tags}.")
     invocation.table(
         ("RULE", "VERDICT", "OPERATIONS", "WHEN", "WHY"),
         (
