@@ -22,10 +22,9 @@ from interlock.hypervisors.qemu.console.console_log import tail
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
 from interlock.service import console_service
 from interlock.service.server_log import CAUSED_BY_CLIENTS
+from waiting import PATIENCE_S
 
 from .conftest import OPERATOR, ApiServer, make
-
-PATIENCE_S = 20.0
 
 
 class Listening:

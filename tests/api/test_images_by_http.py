@@ -16,6 +16,7 @@ import pytest
 
 from api.conftest import ApiServer
 from interlock.core.roles import Role
+from waiting import PATIENCE_S
 
 DISK = (b"\x01" * 446 + bytes(64) + b"\x55\xaa").ljust(1 << 20, b"\x07")
 SUM = hashlib.sha256(DISK).hexdigest()
@@ -41,7 +42,7 @@ def site() -> Iterator[Site]:
 
         def do_GET(self) -> None:
             site.asked += 1
-            site.may.wait(20)
+            site.may.wait(PATIENCE_S)
             body = gzip.compress(DISK) if self.path.endswith(".gz") else DISK
             self.send_response(200 if self.path.startswith("/disk") else 404)
             self.send_header("Content-Length", str(len(body)))

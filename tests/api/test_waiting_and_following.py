@@ -16,6 +16,7 @@ import uvicorn
 from api.conftest import OPERATOR, ApiServer, make
 from interlock.core.roles import Role
 from interlock.hypervisors.simulated.faults import Hangs, Method
+from waiting import PATIENCE_S
 
 
 class Loopback:
@@ -38,11 +39,11 @@ class Loopback:
         finally:
             self.api.server.instances.watch.close()
             self.http.should_exit = True
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, PATIENCE_S)
 
     def client(self, secret: str) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {secret}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def stream(answer: httpx.Response, count: int) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     fields: dict[str, str] = {}
     lines = answer.aiter_lines()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         async for line in lines:
             if not line and "data" in fields:
                 event = json.loads(fields["data"])
@@ -87,7 +88,7 @@ def waiting(api: ApiServer) -> int:
 
 
 async def until_waiting(api: ApiServer, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while waiting(api) != count:  # noqa: ASYNC110 - nothing tells of those who wait
             await asyncio.sleep(0.005)
 
@@ -153,7 +154,7 @@ async def test_whoever_waits_or_follows_is_turned_away_as_soon_as_the_token_is_d
         other = asyncio.create_task(client.get(asked.headers["location"], params={"wait": "1s"}))
         await until_waiting(api, before + len(held) + 2)
         await callers.delete(OPERATOR, "guest")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             async for _ in lines:
                 pass  # what was told before it ended
             assert [(await one).status_code for one in held] == [401, 401, 401]
@@ -197,7 +198,7 @@ async def test_streams_and_waits_end_with_the_server(api: ApiServer, secret: str
         async with client.stream("GET", "/v1/events") as answer:
             await until_waiting(api, 2)
             api.server.instances.watch.close()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 assert [line async for line in answer.aiter_lines() if not line.startswith(":")] == ["", ""]
         assert (await held).status_code == 200
 

@@ -21,6 +21,7 @@ from interlock.service import clock_watch
 from interlock.stores.clock import SystemClock
 from processes import wrong_clock_server
 from processes.real_server import RealServer
+from waiting import PATIENCE_S
 
 DAY_MS = 24 * 3_600_000
 WRONG_MS = 9 * DAY_MS
@@ -88,7 +89,7 @@ class Place:
 
     async def until_told(self, what: str) -> None:
         """Return once the clock was looked at, and /readyz says that."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while what not in " ".join(await self.reasons()):  # noqa: ASYNC110 - nothing announces it but what is asked
                 await asyncio.sleep(0.01)
 
@@ -156,7 +157,7 @@ def test_a_clock_that_jumps_under_a_server_is_an_event_of_its_host(tmp_path: Pat
         return [one["detail"] for one in server.get("/v1/hosts/here/events")["items"] if one["kind"] == "clock_jumped"]
 
     def until_told(times: int) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while len(told()) < times:
             assert time.monotonic() < deadline, told()
             time.sleep(0.02)
@@ -197,6 +198,6 @@ async def test_what_was_due_is_done_after_the_grace_and_not_before(place: Place)
     place.clock.ran_ms += GRACE_MS + 1
     await place.stop()  # nobody waits for the upkeep's own alarm, which is set for a minute
     await place.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while await place.states() == MEANT:  # noqa: ASYNC110 - nothing announces it but what is asked
             await asyncio.sleep(0.01)

@@ -19,8 +19,8 @@ import pytest
 
 from interlock.cli.failures import ExitCode
 from processes.real_server import RealServer
+from waiting import PATIENCE_S
 
-PATIENCE_S = 30.0
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -23,8 +23,8 @@ from rich.cells import cell_len
 
 from interlock.cli.output import progress
 from interlock.cli.output.progress import LiveLine, Progress, ProgressBar
+from waiting import PATIENCE_S
 
-PATIENCE_S = 30.0
 MIB = 1 << 20
 SNAPSHOT = Progress("snapshot of demo: image uploading", 0.42, 1200 * MIB, 2900 * MIB, 31 * MIB)
 STOP = Progress("stop of demo: waiting for the guest to power off, for 30 s at most")

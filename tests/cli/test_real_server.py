@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from small_file_systems import fill, small_file_system
+from waiting import PATIENCE_S
 
 PROGRAM = (sys.executable, "-m", "interlock")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,12 +47,17 @@ class Serving:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            (*PROGRAM, *arguments), env=self.environment, capture_output=True, text=True, check=False, timeout=60
+            (*PROGRAM, *arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_S,
         )
 
     def json(self, *arguments: str) -> dict[str, object]:
@@ -198,7 +204,7 @@ def test_what_is_watched_is_told_while_it_happens(serving: Serving) -> None:
     line = watching.stdout.readline()
     assert "instance.created" in line
     watching.send_signal(signal.SIGINT)
-    watching.communicate(timeout=60)
+    watching.communicate(timeout=PATIENCE_S)
     assert watching.returncode == 130
 
 

@@ -15,11 +15,11 @@ import msgspec
 
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.ports import Permit
+from waiting import PATIENCE_S
 
 MIB: Final = 1 << 20
 SLOW_BYTES_PER_S: Final = 4 * MIB
 """How fast a copy is that is to be caught on its way."""
-_PATIENCE_S: Final = 30.0
 _LEAKS: Final = 3
 """How the image tool ends when there are clusters in a file that nothing uses, and nothing worse."""
 
@@ -38,7 +38,7 @@ class Progress:
 
     async def until_under_way(self) -> None:
         """Return once something is done, and not everything."""
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(PATIENCE_S):
             await self._under_way.wait()
 
 

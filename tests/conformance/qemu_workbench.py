@@ -22,6 +22,7 @@ from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process.qemu_process import find_in
 from interlock.ports import Hypervisor
+from waiting import PATIENCE_S
 
 _KEYS = {"power_off": "o", "reset": "r", "panic": "p", "ignore": "i", "cooperate": "c", "here": "h"}
 _NEWS = {"power_off": "SHUTDOWN", "reset": "RESET", "panic": "GUEST_PANICKED"}
@@ -37,7 +38,7 @@ class QemuWorkbench:
         qmp_timeout_ms: how long the adapters wait for an answer, in milliseconds.
     """
 
-    patience_s = 30.0
+    patience_s = PATIENCE_S
     notice_s = 15.0
 
     def __init__(self, folder: Path, qmp_timeout_ms: int = 1_000) -> None:

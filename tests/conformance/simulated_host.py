@@ -8,6 +8,7 @@ from interlock.core.records import Disk, Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Hypervisor
+from waiting import PATIENCE_S
 
 IMAGE = Image(id="image", name="image", kind="disk", path="simulated:image", size_bytes=1 << 20, sha256="0" * 64)
 """An image that a simulated guest boots; there is no file of it."""
@@ -22,7 +23,7 @@ class SimulatedUnderTest:
         answer_timeout_s: how long the adapters wait for an answer, in seconds.
     """
 
-    patience_s = 10.0
+    patience_s = PATIENCE_S
     notice_s = 10.0
 
     def __init__(self, folder: Path | None = None, answer_timeout_s: float = 0.01) -> None:

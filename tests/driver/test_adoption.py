@@ -17,6 +17,7 @@ from interlock.driver import dispatcher
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import HypervisorEvent, Observation
 from interlock.server import Server
+from waiting import PATIENCE_S
 
 ASKS = {"known", "inspect", "open", "close", "wait_powered_off", "agent_answers"}
 
@@ -198,7 +199,7 @@ async def test_a_server_that_cannot_hold_guests_says_so_and_ends(fleet: Embedded
     assert await server.readiness.missing()
     restarted.hypervisor.may_open.set()
     with pytest.raises(OSError, match="no guests here"):
-        await asyncio.wait_for(serving, 20)
+        await asyncio.wait_for(serving, PATIENCE_S)
     await fleet.start()
 
 
@@ -207,5 +208,5 @@ async def test_closing_does_not_wait_for_guests_that_are_being_looked_for(
 ) -> None:
     await fleet.create("a")
     await restarted.begin()
-    await asyncio.wait_for(restarted.server.close(), 5)
+    await asyncio.wait_for(restarted.server.close(), PATIENCE_S)
     await fleet.start()

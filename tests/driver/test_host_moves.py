@@ -21,9 +21,9 @@ from interlock.hypervisors.simulated import SimulatedHost
 from interlock.ports import Limits
 from interlock.service.host_moves import Move
 from interlock.service.request_models import Labels, NewInstance
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
-PATIENCE_S = 20.0
 
 
 async def until(so: Callable[[], Awaitable[object]]) -> object:

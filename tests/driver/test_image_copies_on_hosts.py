@@ -18,6 +18,7 @@ from interlock.driver.image_copies import ImageCopies
 from interlock.hypervisors.remote.file_cache import FileCache
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.service.request_models import NewInstance
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
 HOUR_MS = 3_600_000
@@ -54,7 +55,7 @@ class Yard:
 
     async def until(self, so: Callable[[], bool]) -> None:
         """Return when the server's own looking has come to it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not so():
                 await self.house.server.hosts.remote("north").image_copies()
 

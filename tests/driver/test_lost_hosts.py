@@ -20,6 +20,7 @@ from interlock.hypervisors.simulated.faults import Method, Slow
 from interlock.ports import HostState, Limits
 from interlock.service.request_models import NewInstance, NewRequest
 from interlock.service.submission_results import SubmissionResult
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
 V = VmState
@@ -294,7 +295,7 @@ async def test_deleting_does_not_wait_for_a_lost_host(street: Street) -> None:
 
 
 async def until_empty(street: Street) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while street.north.host.guests:  # noqa: ASYNC110 - nobody tells when it is removed
             await asyncio.sleep(0.01)
 

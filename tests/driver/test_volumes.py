@@ -14,6 +14,7 @@ from interlock.core.states import VmState
 from interlock.driver.worker import Worker
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import GuestIgnores, Hangs, Method, Refuses, Slow
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
 
@@ -180,7 +181,7 @@ async def test_a_detach_that_was_done_and_not_reported_is_no_failure_for_the_nex
     with monkeypatch.context() as dying:
         dying.setattr(Worker, "_finish", never_reports)
         detach = admitted(await fleet.submit(vm, operation, **wish))
-        await asyncio.wait_for(reached.wait(), 10)
+        await asyncio.wait_for(reached.wait(), PATIENCE_S)
         await fleet.crash()
     await fleet.start()
     assert (await fleet.ended(detach)).status is Status.SUCCEEDED

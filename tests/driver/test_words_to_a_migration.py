@@ -15,9 +15,9 @@ from interlock.core.operations import Operation
 from interlock.core.records import Request, Status
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated import SimulatedHost
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
-MOMENT_S = 10.0
 
 
 class Journey:
@@ -69,7 +69,7 @@ async def begun(house: Embedded) -> Journey:
 async def journey(house: Embedded, north: Neighbour) -> Journey:
     assert north.name == "north"
     made = await begun(house)
-    async with asyncio.timeout(MOMENT_S):
+    async with asyncio.timeout(PATIENCE_S):
         await made.source.sending.wait()
     return made
 
@@ -99,7 +99,7 @@ async def test_what_is_said_before_the_guest_is_on_its_way_is_not_forgotten(hous
     assert isinstance(target, TravellingHypervisor)
     target.lets_in.clear()
     journey = await begun(house)
-    async with asyncio.timeout(MOMENT_S):
+    async with asyncio.timeout(PATIENCE_S):
         await target.receiving.wait()
     await house.carry_out(journey.vm, O.LIVE_MIGRATE_FORCE_COMPLETE)
     assert not journey.source.sending.is_set()

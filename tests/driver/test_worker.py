@@ -25,6 +25,7 @@ from interlock.driver.worker import Worker
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Hangs, Method
 from interlock.ports import Observation
+from waiting import PATIENCE_S
 
 O = Operation  # noqa: E741
 
@@ -52,7 +53,7 @@ async def test_a_worker_that_is_stopped_before_its_first_step_still_ends_its_req
     work = OperationContext(server.means, instance, taken)
     worker = Worker(work, server.in_force, lambda: None)
     getattr(worker, how)()
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     ended = await server.store.request(taken.id)
     assert ended is not None
     assert ended.status is Status.CANCELLED
@@ -75,7 +76,7 @@ async def _reported_failure(
     monkeypatch.setitem(HANDLERS, O.START, OperationHandler(perform=perform))
     work = OperationContext(fleet.server.means, instance, taken)
     worker = Worker(work, fleet.server.in_force, lambda: None)
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     assert worker.done
     assert times == len(errors)
     ended = await fleet.server.store.request(taken.id)
@@ -114,7 +115,7 @@ async def test_a_worker_is_stopped_also_together_with_news(fleet: Embedded, host
     for _ in range(turns):
         await asyncio.sleep(0)  # one turn of the loop, for each order in which the two can come
     worker.supersede()
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     assert worker.done
 
 
@@ -154,14 +155,14 @@ async def test_what_is_being_reported_is_stopped_by_nobody(fleet: Embedded, monk
         HANDLERS, O.START, OperationHandler(perform=perform, expected_events=frozenset({GuestEvent.RESET}))
     )
     worker = Worker(OperationContext(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await reporting.wait()
     worker.interrupt()
     worker.supersede()
     assert not worker.expects(GuestEvent.RESET)
     await settle()
     go_on.set()
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     assert (await fleet.ended(taken)).status is Status.SUCCEEDED
     assert (worker.succeeded, worker.used_up, worker.left_over) == (True, True, [])
 
@@ -186,10 +187,10 @@ async def test_what_cannot_be_undone_says_so_and_has_failed(
 
     monkeypatch.setitem(HANDLERS, O.START, OperationHandler(perform=perform, undo=undo))
     worker = Worker(OperationContext(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await begun.wait()
     worker.interrupt()
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     ended = await fleet.ended(taken)
     assert ended.status is Status.FAILED
     assert "interrupted, and the rollback failed" in str(ended.message)
@@ -220,7 +221,7 @@ async def test_one_that_is_being_stopped_is_not_stopped_again(
 
     monkeypatch.setitem(HANDLERS, O.START, OperationHandler(perform=perform))
     worker = Worker(OperationContext(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await begun.wait()
         monkeypatch.setattr(fleet.server.store, "change", held_up)
         getattr(worker, how)()
@@ -230,7 +231,7 @@ async def test_one_that_is_being_stopped_is_not_stopped_again(
         await settle()
         assert not worker.done, "it ends when what it wants to say is kept"
         go_on.set()
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     assert (await fleet.ended(taken)).status is Status.CANCELLED
 
 
@@ -255,7 +256,7 @@ async def test_what_a_guest_did_meanwhile_is_no_news_where_it_was_part_of_it_or_
         HANDLERS, O.START, OperationHandler(perform=perform, expected_events=frozenset({GuestEvent.RESET}))
     )
     worker = Worker(OperationContext(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
-    await worker.wait(5)
+    await worker.wait(PATIENCE_S)
     assert worker.used_up is (brought_back or (succeeds and expected_events))
     wakeup = expected_events and not succeeds and not brought_back
     assert worker.left_over == ([GuestEvent.RESET] if wakeup else [])
@@ -354,7 +355,7 @@ async def test_what_may_not_be_given_up_is_tried_until_it_is_done(
     monkeypatch.setitem(HANDLERS, O.START, OperationHandler(perform=perform))
     monkeypatch.setattr(fleet.server.hypervisor, "inspect", inspect)
     worker = Worker(OperationContext(fleet.server.means, instance, taken), fleet.server.in_force, lambda: None)
-    await worker.wait(10)
+    await worker.wait(PATIENCE_S)
     assert (await fleet.ended(taken)).status is Status.SUCCEEDED
     assert len(times) == 5
     await fleet.server.close()
@@ -408,7 +409,7 @@ async def test_an_attach_that_was_given_up_on_and_does_not_happen_gives_its_volu
     host.thaw(vm)
 
     await fleet.until(vm, guest_trouble=None)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while (await fleet.server.store.volumes.get(volume.id)).attached_to is not None:  # type: ignore[union-attr] # noqa: ASYNC110
             await asyncio.sleep(0.01)  # nothing tells of it
     await fleet.server.close()

@@ -119,7 +119,7 @@ def test_a_second_agent_on_the_same_folder_refuses_to_start(fleet: Fleet) -> Non
     command = [sys.executable, "-m", "interlock", "agent", "--server", str(fleet.server.client.base_url)]
     command += ["--token-file", str(north.token_file()), "--name", "north"]
     second = subprocess.run(
-        [*command, "--data-dir", str(north.folder)], capture_output=True, text=True, timeout=60, check=False
+        [*command, "--data-dir", str(north.folder)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert second.returncode != 0
     assert "is locked by another server or agent" in second.stderr

@@ -10,6 +10,7 @@ import pytest
 from conformance.disk_patterns import has_pattern, write_pattern
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.qemu
 
@@ -111,7 +112,7 @@ async def test_one_that_cannot_be_started_there_is_there_and_says_why(fleet: Fle
         assert "was migrated to host north, but failed to start there" in ended["message"]
         one = fleet.server.get("/v1/instances/one")
         while one["vm_state"] == "active":  # its host is looked at next
-            one = fleet.server.get("/v1/instances/one", wait="20s", after_generation=one["generation"])
+            one = fleet.server.get("/v1/instances/one", wait=f"{PATIENCE_S:.0f}s", after_generation=one["generation"])
         assert (one["host"], one["vm_state"]) == ("north", "error")
         assert fleet.holds("here", instance) == []
     fleet.carry_out("one", "start")

@@ -23,6 +23,7 @@ from interlock.core.records import Forward, Spec
 from interlock.core.states import PowerState
 from interlock.guests.small_guest import build
 from interlock.images.image_folder import ImageFolder
+from waiting import PATIENCE_S
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 pytestmark = [
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason="QEMU or apt is not on this system"),
 ]
 PERMIT = GivenPermit()
-PATIENCE_S = 90
 STALL_MS = 2_000
 
 

@@ -36,6 +36,7 @@ from interlock.hypervisors.remote.protocol import (
 )
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Host, HostIdentity, HypervisorEvent
+from waiting import PATIENCE_S
 
 RECORDED = Path(__file__).parent / "recorded"
 IMAGE = Image(id="image", name="image", kind="disk", path="image.disk", size_bytes=3, sha256="0" * 64)
@@ -245,7 +246,7 @@ async def test_a_recorded_agent_of_version_4_is_called_as_it_was() -> None:
 
     talking = asyncio.create_task(agent())
     await one.until_linked()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(talking, steps(one, lambda: None, vanished))
     await end(serving)
 
@@ -272,7 +273,7 @@ async def test_a_recorded_server_of_version_4_is_answered_as_it_was(tmp_path: Pa
     }
 
     speaking = asyncio.create_task(agent.run(agents, welcomed, renewals.append))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await answer_as_recorded(servers, causes)
     assert renewals == [1]
     await end(speaking)

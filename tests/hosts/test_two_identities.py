@@ -120,7 +120,7 @@ def test_what_ran_in_a_folder_that_was_replaced_ends_before_it_may_be_taken_up(s
 def test_an_agent_with_the_token_of_another_host_ends_and_says_why(short: Fleet) -> None:
     north = short.add("north")
     command = [*north.command("south"), "--data-dir", str(short.folder / "impostor")]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert refused.returncode != 0
     assert "this token is for the host north, not south." in refused.stderr
     north.stop()
@@ -128,7 +128,11 @@ def test_an_agent_with_the_token_of_another_host_ends_and_says_why(short: Fleet)
     (token,) = [one for one in deleted if one["host"] == "north"]
     assert short.server.client.delete(f"/v1/tokens/{token['id']}").status_code == 204
     refused = subprocess.run(
-        [*north.command(), "--data-dir", str(north.folder)], capture_output=True, text=True, timeout=60, check=False
+        [*north.command(), "--data-dir", str(north.folder)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert refused.returncode != 0
     assert "interlock token create NAME --role agent --host north" in refused.stderr

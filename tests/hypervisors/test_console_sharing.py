@@ -10,8 +10,7 @@ import pytest
 
 from interlock.core.errors import GuestNotFound
 from interlock.hypervisors.qemu.console.serial_console import Console
-
-PATIENCE_S = 30.0
+from waiting import PATIENCE_S
 
 
 class Line:

@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu import guest_agent
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest, no_guest
 from interlock.hypervisors.qemu.settings import QemuSettings
+from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()
 Say = Callable[[dict[str, Any]], bytes | None]
@@ -183,7 +184,7 @@ async def test_an_agent_that_misbehaves_counts_as_none_in_time(
     fake: FakeGuest, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 ) -> None:
     fake.serve = serve
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert not await guest_agent.answers(fake.guest())
         await guest_agent.ask_shutdown(fake.guest(), PERMIT)
         with pytest.raises(OperationRejected, match="No guest agent answers"):
@@ -214,7 +215,7 @@ async def test_whatever_an_agent_says_after_it_was_recognised_costs_only_the_age
     """A line of 200 kB after a correct sync made stop and reboot fail with an internal error."""
     for command in ("guest-shutdown", "guest-set-user-password", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"):
         fake.words[command] = lambda _: bytes_
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await guest_agent.ask_shutdown(fake.guest(), PERMIT)
         with contextlib.suppress(OperationRejected):  # what looks like an answer is one
             await guest_agent.set_password(fake.guest(), PERMIT, "root", "secret")

@@ -21,9 +21,9 @@ from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.process.process_scan import FoundGuest, GuestFolder, find_guests
 from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
 from interlock.hypervisors.remote.watchdog import LEASE, LOCK, Watchdog
+from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()
-PATIENCE_S = 20.0
 pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),

@@ -23,6 +23,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.command_line import node_name
 from interlock.ports import Hypervisor
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
@@ -30,7 +31,6 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-PATIENCE_S = 20.0
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hyperv
         assert "hostfwd" not in refusal.value.message, "QEMU's own words are not for people"
         assert (await hypervisor.inspect("one")).power_state is PowerState.NONE
     await hypervisor.power_on(PERMIT, "one", spec)
-    with socket.create_connection(("127.0.0.1", port), timeout=5):
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S):
         pass
 
 

@@ -19,13 +19,13 @@ from interlock.hypervisors.qemu import QemuHypervisor, guest_agent
 from interlock.hypervisors.qemu.console import console_log
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Stream
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
 ]
 PERMIT = GivenPermit()
-PATIENCE_S = 30.0
 
 
 async def until(stream: Stream, expected: bytes) -> bytes:

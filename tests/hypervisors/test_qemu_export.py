@@ -38,6 +38,7 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from small_file_systems import small_file_system
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
@@ -47,7 +48,6 @@ pytestmark = [
 PERMIT = GivenPermit()
 ROOT_MIB = 64
 WRITTEN_MIB = 32
-PATIENCE_S = 30.0
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from interlock.core.records import GuestEvent, Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor
 from small_file_systems import fill, small_file_system
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
@@ -24,7 +25,6 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-PATIENCE_S = 30.0
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.hotplug import Hotplug
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.waiters import UnplugWaiters
+from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()
 INTERFACE = Interface(id="i1", mac="52:54:00:00:00:01")
@@ -149,7 +150,7 @@ async def test_the_end_of_the_guest_ends_the_wait(registry: ProcessRegistry, gue
     await hotplug.attach_interface(PERMIT, "one", INTERFACE)
     guest.releases, guest.ended = False, True
     with pytest.raises(GuestNotFound):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await hotplug.detach_interface(PERMIT, "one", "i1")
 
 

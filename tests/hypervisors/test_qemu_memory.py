@@ -30,6 +30,7 @@ from interlock.hypervisors.qemu.files.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
 from small_file_systems import small_file_system
 from tiers import tier
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
@@ -37,7 +38,6 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-PATIENCE_S = 60.0
 ASK_AGAIN_S = 3.0
 TICKS = 0x180000
 """Where the nano guest counts, in its memory."""

@@ -23,6 +23,7 @@ from interlock.hypervisors.qemu.command_line import (
 )
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.qmp.qmp_events import EventInterpreter, QemuEvent, QmpEventLog
+from waiting import PATIENCE_S
 
 SETTINGS = QemuSettings(folder=Path("/unused"))
 VOLUME = "6f2e0c5e-2a5c-4b44-9f0c-6f5b1d3b2a10"
@@ -170,7 +171,7 @@ async def test_a_journal_gives_whole_events_and_passes_over_the_rest(tmp_path: P
     assert (heard.get_nowait(), heard.qsize()) == ("STOP", 0)
     journal.watch()
     os.write(writer, stop[20:])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await heard.get() == "STOP"
     journal.close()
     os.close(writer)

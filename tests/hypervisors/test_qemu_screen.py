@@ -16,6 +16,7 @@ from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.hypervisors.qemu import QemuHypervisor
 from interlock.ports import Stream
+from waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.qemu,
@@ -23,7 +24,6 @@ pytestmark = [
 ]
 
 PERMIT = GivenPermit()
-PATIENCE_S = 30.0
 
 
 @pytest.fixture

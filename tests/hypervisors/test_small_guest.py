@@ -22,6 +22,7 @@ from interlock.core.records import Seed
 from interlock.guests import packages, small_guest
 from interlock.images import cloud_init
 from interlock.images.image_folder import GuestFiles
+from waiting import PATIENCE_S
 
 QEMU = shutil.which("qemu-system-x86_64")
 BUILT_FROM = ("apt-get", "apt-cache", "dpkg-deb")
@@ -98,7 +99,7 @@ class Console:
 
     async def until(self, expected: str) -> str:
         """The first line from now on that matches."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while line := (await self._output.readline()).decode("utf-8", "replace").strip():
                 if re.search(expected, line):
                     return line
@@ -125,7 +126,7 @@ class Booted:
         answer = await self.monitor.execute("human-monitor-command", {"command-line": "info usernet"})
         found = re.search(r"TCP\[HOST_FORWARD\]\s+\S+\s+127\.0\.0\.1\s+(\d+)", str(answer))
         assert found is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(found.group(1)))
             writer.write(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
             text = (await reader.read()).decode()
@@ -154,7 +155,7 @@ class GuestAgent:
         self._writer.write(mark + json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
 
     async def line(self) -> bytes:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             return await self._reader.readline()
 
     async def ask(self, command: str, **arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from conformance.hypervisor import GivenPermit
 from interlock.hypervisors.qemu.files.sparse_copy import copy_sparse, uninterrupted
+from waiting import PATIENCE_S
 
 
 async def test_who_is_cancelled_twice_waits_for_the_end_of_the_step() -> None:
@@ -16,7 +17,7 @@ async def test_who_is_cancelled_twice_waits_for_the_end_of_the_step() -> None:
 
     def step() -> None:
         begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(PATIENCE_S)
         ended.set()
 
     worker = asyncio.create_task(uninterrupted(step))

@@ -25,6 +25,7 @@ from interlock.server import Server
 from interlock.service.auth import Caller
 from interlock.service.request_models import NewInstance, NewRequest
 from interlock.service.submission_results import SubmissionResult
+from waiting import PATIENCE_S
 
 IMAGE = Image(id="nothing", name="nothing", kind="kernel", path="/nowhere", size_bytes=0, sha256="0" * 64)
 QUICK = DriverConfig(
@@ -32,7 +33,7 @@ QUICK = DriverConfig(
 )
 """Time-outs for tests: short enough to be waited for, long enough not to be met by accident."""
 
-WAIT_MS = 20_000
+WAIT_MS = round(PATIENCE_S * 1000)
 
 
 class Embedded:

@@ -15,6 +15,7 @@ from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Host, Limits
 from interlock.service.auth import Caller
+from waiting import PATIENCE_S
 
 _CLOSED = b""
 _NUMBERS = itertools.count(1)
@@ -122,7 +123,7 @@ class Neighbour:
         self._tasks = (asyncio.create_task(serving), asyncio.create_task(speaking))
         connected = asyncio.create_task(known.wait())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 await asyncio.wait({connected, self._tasks[0]}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             connected.cancel()

@@ -12,13 +12,13 @@ import httpx
 
 from interlock.hypervisors.qemu.process.qemu_process import find_in
 from processes.real_server import RealServer, end_guests
+from waiting import PATIENCE_S
 
 SMALL: Final = "small"
 """The name of the small guest's image: a kernel, which QEMU boots beside an empty root disk."""
 SMALL_DISK: Final = "small-disk"
 """That of the same guest on a disk that boots by itself."""
 MEMORY_MIB: Final = 128
-_PATIENCE_S: Final = 60.0
 _ASK_AGAIN_S: Final = 2.0
 _QUICK: Final = {"INTERLOCK_DRIVER_INSPECT_RETRY_MS": "50", "INTERLOCK_DRIVER_PROGRESS_INTERVAL_MS": "100"}
 
@@ -111,7 +111,7 @@ class Stage:
     def _guest(self, name: str, path: str) -> str:
         """What the guest's web server answers; it is asked again until it is up."""
         complaint = ""
-        for _ in range(int(_PATIENCE_S / _ASK_AGAIN_S)):
+        for _ in range(int(PATIENCE_S / _ASK_AGAIN_S)):
             try:
                 answer = httpx.get(self._url(name, path), timeout=_ASK_AGAIN_S)
                 answer.raise_for_status()

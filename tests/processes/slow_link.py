@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Self
 from urllib.parse import urlsplit
 
+from waiting import PATIENCE_S
+
 _PIECE_BYTES = 8 << 10
 _FILES = b"/files/"
 
@@ -54,7 +56,7 @@ class SlowLink:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._listens.wait(10)
+        assert self._listens.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:

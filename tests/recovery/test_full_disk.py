@@ -14,12 +14,12 @@ import pytest
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from small_file_systems import fill, small_file_system
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.qemu
 
 RESERVE_MIB = 1
 WAYS_OUT = ("stop", "delete", "force_delete")
-PATIENCE_S = 30.0
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from interlock.stores.sqlite import SqliteStore
 from recovery import dying_in_phase
 from recovery.dying_in_phase import CASES, PASSED_OVER, STORIES, opened
 from recovery.simulated_server import differences
+from waiting import PATIENCE_S
 
-_PATIENCE_S = 60
 _EFFECTS_MAX = 12
 
 
@@ -72,7 +72,7 @@ async def test_a_server_that_is_killed_in_a_phase_is_recovered_from(
         shutil.copytree(prepared, folder)
         server = context.Process(target=dying_in_phase.run, args=(folder, operation, phase, effects))
         server.start()
-        server.join(_PATIENCE_S)
+        server.join(PATIENCE_S)
         if server.exitcode == 0:
             assert effects > 0, f"{operation.value} never came to the phase {phase}"
             return

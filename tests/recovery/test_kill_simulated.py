@@ -19,9 +19,9 @@ import pytest
 
 from recovery import simulated_server
 from tiers import tier
+from waiting import PATIENCE_S
 
 ROUNDS = tier(40, 400)
-_PATIENCE_S = 30
 
 
 def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(
@@ -46,16 +46,16 @@ def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(
             assert not unfinished, f"round {number}: {unfinished}"
             assert _next(here, "differences") == [], f"round {number}"
             # Every other server lives until it has acknowledged something, however slow it is.
-            assert number % 2 or here.poll(_PATIENCE_S), f"round {number}: nothing was acknowledged"
+            assert number % 2 or here.poll(PATIENCE_S), f"round {number}: nothing was acknowledged"
             time.sleep(chance.random() * 0.06)  # how long it lives after that is what the round is about
         finally:
             os.kill(server.pid or 0, signal.SIGKILL)
-            server.join(_PATIENCE_S)
+            server.join(PATIENCE_S)
         waiting = _acknowledged(here)
 
 
 def _next(pipe: Connection, kind: str) -> Any:
-    assert pipe.poll(_PATIENCE_S), f"no {kind} within {_PATIENCE_S} s"
+    assert pipe.poll(PATIENCE_S), f"no {kind} within {PATIENCE_S} s"
     told, what = pipe.recv()
     assert told == kind
     return what

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from waiting import PATIENCE_S
+
 SAYS = """
 import logging
 from interlock.config import Config
@@ -26,7 +28,7 @@ except ValueError:
 
 
 def test_what_a_library_says_is_a_line_of_json_too() -> None:
-    ran = subprocess.run([sys.executable, "-c", SAYS], capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", SAYS], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     warned, garbage, broke = (json.loads(line) for line in ran.stderr.splitlines())
     assert (warned["event"], warned["level"]) == ("Invalid HTTP request received.", "warning")
     assert warned["library"] == "uvicorn.error"

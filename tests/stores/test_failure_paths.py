@@ -31,9 +31,7 @@ from interlock.stores.schema import bring_up
 from interlock.stores.sqlite import SqliteStore
 from interlock.stores.timekeeping import StoreTime
 from interlock.stores.writer import RESERVE_MIB, Writer
-
-SOON_S: Final = 20
-"""How long a test waits for what comes at once, or never."""
+from waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 
 async def opened(path: Path, reserve_mib: int = RESERVE_MIB) -> SqliteStore:
     store = SqliteStore(path, reserve_mib=reserve_mib)
-    await asyncio.wait_for(store.open(), SOON_S)
+    await asyncio.wait_for(store.open(), PATIENCE_S)
     return store
 
 
@@ -78,7 +76,7 @@ async def test_those_who_wait_for_room_go_on_after_a_commit_that_failed(
     assert store._writing is not None
     assert store._gate._waiting
     fail.set()
-    answers = await asyncio.wait_for(asyncio.gather(*changing, return_exceptions=True), SOON_S)
+    answers = await asyncio.wait_for(asyncio.gather(*changing, return_exceptions=True), PATIENCE_S)
     assert {type(answer) for answer in answers} == {StoreError, int}, answers
     kept = [answer for answer in answers if isinstance(answer, int)]
     assert sorted(kept) == list(range(1, len(kept) + 1))
@@ -95,8 +93,8 @@ async def test_a_writer_that_cannot_connect_tells_everybody_why(path: Path) -> N
     writer.start()
     for _ in range(2):
         with pytest.raises(StoreError, match="cannot be written: unable to open"):
-            await asyncio.wait_for(writer.transaction(lambda _: None), SOON_S)
-    await asyncio.wait_for(writer.close(), SOON_S)
+            await asyncio.wait_for(writer.transaction(lambda _: None), PATIENCE_S)
+    await asyncio.wait_for(writer.close(), PATIENCE_S)
 
 
 async def test_a_writer_whose_database_has_no_tables_tells_everybody_why(path: Path) -> None:
@@ -105,8 +103,8 @@ async def test_a_writer_whose_database_has_no_tables_tells_everybody_why(path: P
     writer = Writer(lambda: connection, path)
     writer.start()
     with pytest.raises(StoreError, match="no such table: reserve"):
-        await asyncio.wait_for(writer.transaction(lambda _: None), SOON_S)
-    await asyncio.wait_for(writer.close(), SOON_S)
+        await asyncio.wait_for(writer.transaction(lambda _: None), PATIENCE_S)
+    await asyncio.wait_for(writer.close(), PATIENCE_S)
     with pytest.raises(apsw.ConnectionClosedError):
         connection.pragma("page_size")
 
@@ -124,7 +122,7 @@ async def test_what_is_asked_of_a_closed_store_is_refused(path: Path) -> None:
         store.create(creating("b")),
     ):
         with pytest.raises(StoreClosed):
-            await asyncio.wait_for(ask, SOON_S)
+            await asyncio.wait_for(ask, PATIENCE_S)
 
 
 async def test_what_is_asked_while_the_writer_ends_is_refused(path: Path) -> None:
@@ -132,9 +130,9 @@ async def test_what_is_asked_while_the_writer_ends_is_refused(path: Path) -> Non
     closing = asyncio.create_task(store._database.writer.close())
     await asyncio.sleep(0)
     with pytest.raises(StoreClosed):
-        await asyncio.wait_for(store.retry_full(), SOON_S)
+        await asyncio.wait_for(store.retry_full(), PATIENCE_S)
     await closing
-    await asyncio.wait_for(store.close(), SOON_S)
+    await asyncio.wait_for(store.close(), PATIENCE_S)
 
 
 def stop(*_: object, **__: object) -> None:
@@ -185,12 +183,12 @@ async def test_a_store_whose_opening_is_cancelled_leaves_no_lock(path: Path, mon
 
     def bring_up_late(path: Path) -> None:
         begun.set()
-        go_on.wait(SOON_S)
+        go_on.wait(PATIENCE_S)
         bring_up(path)
 
     monkeypatch.setattr(database_file, "bring_up", bring_up_late)
     opening = asyncio.create_task(SqliteStore(path).open())
-    await asyncio.to_thread(begun.wait, SOON_S)
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
     for _ in range(2):
         opening.cancel()
         await asyncio.sleep(0)
@@ -351,7 +349,7 @@ async def test_what_is_on_its_way_to_the_disk_is_not_forgotten(path: Path, monke
     changing.append(asyncio.create_task(store.change("i0", growing)))
     await asyncio.sleep(0)
     written.set()
-    assert await asyncio.wait_for(asyncio.gather(*changing), SOON_S) == [1, 2]
+    assert await asyncio.wait_for(asyncio.gather(*changing), PATIENCE_S) == [1, 2]
     await store.close()
 
 

@@ -38,6 +38,7 @@ from interlock.stores.reserve import LOG_PAGES, has_changes
 from interlock.stores.sqlite import SqliteStore
 from interlock.stores.writer import RESERVE_MIB
 from small_file_systems import fill, small_file_system
+from waiting import PATIENCE_S
 
 ACKNOWLEDGING = Path(__file__).with_name("acknowledging.py")
 
@@ -464,7 +465,7 @@ async def test_an_instance_is_never_seen_older_than_its_requests_and_events(path
         changing = asyncio.create_task(store.change("a", decide))
         while not store._writing:  # noqa: ASYNC110 - a few turns of the loop
             await asyncio.sleep(0)
-        assert written.wait(10)  # the loop stands still until it is there
+        assert written.wait(PATIENCE_S)  # the loop stands still until it is there
         request, instance = await store.request("r1"), await store.instance("a")
         assert request is not None
         assert instance is not None
@@ -598,7 +599,7 @@ async def test_a_locked_database_is_noticed_and_so_is_that_it_is_free_again(path
             await asyncio.wait_for(store.writable(), 0.1)
     other.execute("ROLLBACK")
     other.close()
-    await asyncio.wait_for(store.writable(), 20)
+    await asyncio.wait_for(store.writable(), PATIENCE_S)
     await store.close()
 
 

@@ -27,13 +27,14 @@ from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process.qemu_process import find_in
 from interlock.server import Server
 from interlock.stores.clock import SystemClock
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.qemu
 
 
 async def until(so: Callable[[], bool]) -> None:
     """Return when something holds of which nothing tells."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while not so():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -58,7 +59,7 @@ class House:
         transport = httpx.ASGITransport(self.server.app())
         headers = {"Authorization": f"Bearer {token}", "Prefer": "wait=60"}
         self.client = httpx.AsyncClient(
-            transport=transport, base_url="http://interlock.test", headers=headers, timeout=60
+            transport=transport, base_url="http://interlock.test", headers=headers, timeout=PATIENCE_S
         )
 
     async def close(self) -> None:
@@ -89,7 +90,7 @@ class House:
 
     async def until(self, vm: str, **fields: object) -> None:
         """Return when the VM has these values."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 shown = await self.show(vm)
                 if all(shown[name] == value for name, value in fields.items()):

@@ -21,6 +21,7 @@ import pytest
 from boot_sector import bootable_image
 from interlock.hypervisors.qemu.process.qemu_process import find_in
 from processes.real_server import RealServer, end_guests
+from waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not here")]
 
@@ -72,7 +73,7 @@ def root_disks(server: RealServer, instance_id: str) -> list[Path]:
 
 def until_says(server: RealServer, instance_id: str, words: str, times: int = 1) -> None:
     """Wait until the guest has said it so often on its console."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         said = b"".join(path.read_bytes() for path in place_of(server, instance_id).rglob("console*") if path.is_file())
         if said.count(words.encode()) >= times:
@@ -159,7 +160,7 @@ def test_a_resize_whose_process_was_killed_is_reverted(server: RealServer) -> No
     pid = find_in(place_of(server, instance_id) / "inside")
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    ended = server.get(f"/v1/instances/{VM}", wait="30s", after_generation=before["generation"])
+    ended = server.get(f"/v1/instances/{VM}", wait=f"{PATIENCE_S:.0f}s", after_generation=before["generation"])
     assert (ended["vm_state"], ended["power_state"], ended["prior_vm_state"]) == ("resized", "none", "active")
     reverted = carry_out(server, "revert_resize")
     assert (reverted["vm_state"], reverted["power_state"], reverted["vcpus"]) == ("active", "running", 1)

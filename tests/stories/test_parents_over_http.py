@@ -28,10 +28,10 @@ from interlock.core.records import Spec
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Permit
 from interlock.server import Server
+from waiting import PATIENCE_S
 
 FOLDER = Path(__file__).parent
 TRANSCRIPTS = sorted(FOLDER.glob("*.txt"))
-_PATIENCE_S = 30
 
 
 class StillClock(OneClock):
@@ -130,7 +130,7 @@ class Player:
 
     async def _until(self, name: str, value: str) -> None:
         generation = 0
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 query: dict[str, str | int] = {"after_generation": generation, "wait": "20s"}
                 found = (await self.client.get("/v1/instances/vm", params=query)).json()
