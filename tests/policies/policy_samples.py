@@ -67,6 +67,7 @@ class Play:
         self.policy = policy
         self.instance = start
         self.now_ms = START_MS
+        self.host_reachable = True
         self.requests: dict[str, Request] = {request.id: request for request in start.outstanding}
 
     def _keep(self, change: Any) -> Any:
@@ -77,6 +78,7 @@ class Play:
     def submit(
         self, operation: Operation, *, hard: bool = False, role: Role = Role.MEMBER, host_reachable: bool = True
     ) -> Disposition:
+        self.host_reachable = host_reachable
         submission = Submission(
             request_id=f"r{len(self.requests) + 1}",
             operation=operation,
@@ -89,20 +91,31 @@ class Play:
         return answer
 
     def take(self, lane: Lane | None = None) -> Request | None:
-        taken: Request | None = self._keep(take(self.instance, lane, self.now_ms))
+        taken: Request | None = self._keep(take(self.instance, lane, self.now_ms, host_reachable=self.host_reachable))
         return taken
 
     def finish(self, request_id: str, outcome: Outcome = Outcome.SUCCEEDED, *, arrived: bool = False) -> Any:
         fence = self.requests[request_id].fence
-        change = finish(self.instance, request_id, fence, outcome, self.policy, self.now_ms, arrived=arrived)
-        return self._keep(change)
+        reachable = self.host_reachable
+        return self._keep(
+            finish(
+                self.instance,
+                request_id,
+                fence,
+                outcome,
+                self.policy,
+                self.now_ms,
+                arrived=arrived,
+                host_reachable=reachable,
+            )
+        )
 
     def observe(self, event: GuestEvent) -> None:
-        self._keep(observe(self.instance, event, self.policy, self.now_ms))
+        self._keep(observe(self.instance, event, self.policy, self.now_ms, host_reachable=self.host_reachable))
 
     def advance(self, milliseconds: int) -> None:
         self.now_ms += milliseconds
-        self._keep(expire(self.instance, self.policy, self.now_ms))
+        self._keep(expire(self.instance, self.policy, self.now_ms, host_reachable=self.host_reachable))
 
 
 def dispositions(

@@ -41,6 +41,7 @@ from interlock.core.request_queue import (
     Draft,
     because_of,
     foresee,
+    is_judged,
     judge_again,
     judge_in,
     permits,
@@ -239,7 +240,7 @@ def _enqueue(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
         request = replace(request, preempts=True)
         supersedes = _interrupt_all(draft, request.id, rule.grace_ms)
     draft.enqueue(request)
-    if request.preempts:
+    if request.preempts or not is_judged(draft.instance, host_reachable=draft.host_reachable):
         cancels = judge_again(draft, evaluation.policy)
     facts["supersedes"] = supersedes
     facts["cancels"] = cancels

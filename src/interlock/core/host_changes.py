@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from interlock.core import lifecycle
-from interlock.core.operations import Operation
-from interlock.core.policy import HOST_NOT_FENCED, CompiledPolicy
-from interlock.core.records import Change, Instance, Request, Status
+from interlock.core.policy import CompiledPolicy
+from interlock.core.records import Change, Instance
 from interlock.core.request_queue import Draft, judge_again, replace
 
 
@@ -18,15 +17,7 @@ def note_host(
     """
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
     draft.emit(f"instance.{what}", None, host=instance.host, by=by)
-    needless = [one for one in instance.outstanding if host_reachable and _is_queued_evacuation(one)]
-    for request in needless:
-        # An evacuation preempts, so that judge_again would keep it.
-        draft.end(request, Status.CANCELLED, HOST_NOT_FENCED.code, f"The host {instance.host} is back.")
-    return draft.change((*(one.id for one in needless), *judge_again(draft, policy)))
-
-
-def _is_queued_evacuation(request: Request) -> bool:
-    return request.operation is Operation.EVACUATE and request.status is Status.QUEUED
+    return draft.change(judge_again(draft, policy))
 
 
 def rename_host(instance: Instance, name: str, now_ms: int) -> Change[Instance]:

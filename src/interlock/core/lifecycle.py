@@ -33,19 +33,20 @@ from interlock.core.records import (
     Status,
     TransferProgress,
 )
-from interlock.core.request_queue import Draft, first_phase, judge_again, next_served, replace
+from interlock.core.request_queue import Draft, first_phase, is_judged, judge_again, next_served, replace
 from interlock.core.restart_policy import Evacuate, RestartPolicy
 from interlock.core.roles import Role
 from interlock.core.state_stack import ARRIVES, Memory, resolve_target, without_guest
 from interlock.core.states import LEFT_AT_END, GuestTrouble, PowerState, VmState
 
 
-def take(instance: Instance, lane: Lane | None, now_ms: int) -> Change[Request | None]:
+def take(instance: Instance, lane: Lane | None, now_ms: int, *, host_reachable: bool = True) -> Change[Request | None]:
     """Give the next request of `lane` (None: of any) to a worker, with the instance's present fence.
 
-    The answer is None if no request can be performed now; the instance is then unchanged.
+    The answer is None if no request can be performed now; the instance is then unchanged. Nor is one given before the
+    queue has been evaluated for a host that was fenced or is back since, which `expire` does.
     """
-    request = next_served(instance, lane)
+    request = next_served(instance, lane) if is_judged(instance, host_reachable=host_reachable) else None
     if request is None:
         return Change(instance=instance, answer=None)
     draft = Draft(instance, now_ms)
@@ -316,13 +317,19 @@ def cancel(
 
 
 def expire(
-    instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
+    instance: Instance,
+    policy: CompiledPolicy,
+    now_ms: int,
+    *,
+    host_reachable: bool = True,
 ) -> Change[tuple[str, ...]]:
-    """Apply deadlines: fence workers that did not stop in time, and evaluate held requests.
+    """Apply what is due: judge the queue again if its host was fenced or is back, apply deadlines, judge held requests.
 
-    The answer is the ids of the requests that ended or were admitted. The instance is unchanged if no deadline has
-    passed; otherwise call again, since there may be more to do.
+    The answer is the ids of the requests that ended or were admitted. The instance is unchanged if nothing is due;
+    otherwise call again, since there may be more to do.
     """
+    if not is_judged(instance, host_reachable=host_reachable):
+        return rejudge(instance, policy, now_ms, host_reachable=host_reachable)
     deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
         if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
@@ -351,10 +358,10 @@ def _interrupt_deadline_ms(instance: Instance) -> int | None:
 def rejudge(
     instance: Instance, policy: CompiledPolicy, now_ms: int, *, host_reachable: bool = True
 ) -> Change[tuple[str, ...]]:
-    """Re-evaluate the queue by a new policy; the answer is the ids of the cancelled requests."""
+    """Re-evaluate the queue by a new policy, or for a host that was fenced or is back; return the cancelled ids."""
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
     cancelled = judge_again(draft, policy)
-    if not cancelled and not instance.held:
+    if draft.instance == instance and not instance.held:
         return Change(instance=instance, answer=())
     return draft.change(cancelled)
 

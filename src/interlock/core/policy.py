@@ -186,6 +186,8 @@ class CompiledPolicy:
         self._cells: dict[tuple[Operation, VmState, str], _Cell] = {}
         self._classes: dict[int, Callable[[View], Hashable]] = {}
         self._recalled: dict[tuple[object, ...], Rule] = {}
+        self.for_queue: CompiledPolicy = self
+        """The policy that re-evaluates queued requests: another one while earlier policies bind what they admitted."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -252,6 +252,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The migration source, until it is cleaned up."""
     evacuated: Evacuated | None = None
     """Its last evacuation; None: none."""
+    host_fenced: bool = False
+    """Whether its host was fenced when its queue was last evaluated."""
     prior_spec: Spec | None = None
     """Its spec before the resize that is neither confirmed nor reverted."""
     shelved_image: Image | None = None

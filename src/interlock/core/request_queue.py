@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import GONE, CompiledPolicy, Rule, Verdict
+from interlock.core.policy import GONE, HOST_NOT_FENCED, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
 from interlock.core.states import EXECUTING_STATES, VmState
@@ -192,7 +192,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     Each is evaluated on the state after the state changes that are served before it. A preempting request stays as long
     as it can be performed at all, and one that was not admitted in turn stays while the present state permits it.
     """
-    instance = draft.instance
+    instance, policy = draft.instance, policy.for_queue
     present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
     halfway = foreseen.vm_state
     cancelled: list[str] = []
@@ -201,7 +201,9 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
         is_state_change = request.lane is Lane.STATE
         if request.status is Status.QUEUED:
             rule, state = _judge_waiting(policy, request, present, foreseen)
-            stays = is_state_change and _stays_anyway(request, rule, halfway, foreseen.vm_state)
+            stays = is_state_change and stays_anyway(
+                request, rule, halfway, foreseen.vm_state, host_reachable=present.host_reachable
+            )
             if not permits(rule) and not stays:
                 cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
@@ -212,7 +214,15 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             if request.status is Status.QUEUED:
                 halfway = foreseen.vm_state
         before.append(request)
+    draft.instance = replace(draft.instance, host_fenced=not draft.host_reachable)
     return tuple(cancelled)
+
+
+def is_judged(instance: Instance, *, host_reachable: bool) -> bool:
+    """Whether the queue was evaluated with the host as reachable as it is now; true if nothing is queued."""
+    if instance.host_fenced is not host_reachable:
+        return True
+    return all(request.status is not Status.QUEUED for request in instance.outstanding)
 
 
 def _lacks(draft: Draft, request: Request, before: list[Request], cancelled: list[str]) -> bool:
@@ -231,23 +241,29 @@ def _judge_waiting(
     """Return the rule for a queued request, and the vm_state on which it decided.
 
     A request that was not admitted in turn was admitted without regard to the foreseen state: it is cancelled only if
-    the present state does not permit it either.
+    the present state does not permit it either. No policy has an instance evacuated whose host is reachable.
     """
+    if request.operation is Operation.EVACUATE and present.host_reachable:
+        return HOST_NOT_FENCED, present.vm_state
     rule = judge_in(policy, request, foreseen)
     if request.in_turn or permits(rule):
         return rule, foreseen.vm_state
     return judge_in(policy, request, present), present.vm_state
 
 
-def _stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmState) -> bool:
+def stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmState, *, host_reachable: bool) -> bool:
     """Whether a preempting request stays although the policy would not admit it in the foreseen state.
 
     It was admitted because of the request in flight, whose fencing or interruption may have left the guest in any
     state: a fenced start leaves `stopped` in the record and perhaps a running guest, and the stop that ended it must
     not be cancelled as redundant. So it stays if the catalogue allows it in the foreseen state, or in `halfway`, the
-    state if the request in flight has no effect. A rule that denies it for the instance's tags holds for it too.
+    state if the request in flight has no effect. A rule that denies it for the instance's tags or host holds for it
+    too, and an evacuation does not stay once the host is reachable again.
     """
-    if rule.tags is not None and rule.verdict is Verdict.DENY:
+    surroundings = rule.tags is not None or rule.host_reachable is not None
+    if surroundings and rule.verdict is Verdict.DENY:
+        return False
+    if host_reachable and request.operation is Operation.EVACUATE:
         return False
     return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
 

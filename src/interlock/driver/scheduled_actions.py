@@ -234,9 +234,9 @@ class ScheduledActions:
 
     def _first_admitted(self, instance: Instance, due: Due, request_id: str, now_ms: int) -> Change[Disposition]:
         """Return the gate's result for the first alternative that it admits, else for the first."""
-        reachable = self._reachable(instance.host)
+        policy, reachable = self._policy.for_instance(instance), self._reachable(instance.host)
         changes = (
-            admission.admit(instance, _submission(action, request_id, reachable), self._policy.compiled, now_ms)
+            admission.admit(instance, _submission(action, request_id, reachable), policy, now_ms)
             for action in due.alternatives
             if action.from_ms <= now_ms
         )

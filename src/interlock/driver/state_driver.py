@@ -204,16 +204,14 @@ class StateDriver:
 
     def _next(self, instance: Instance, now_ms: int) -> Change[_Step]:
         """Apply a deadline, else take the next request. After a deadline, call this again."""
-        deadlines = (request.interrupt_deadline_ms for request in instance.outstanding)
-        overdue = any(deadline is not None and deadline <= now_ms for deadline in deadlines)
         # Queued requests may be evaluated by an earlier policy; held requests never are.
-        policy = self._policy.for_waiting(instance) if overdue else self._policy.compiled
+        policy = self._policy.for_instance(instance)
         reachable = self._dependencies.hosts.reachable(instance.host)
         expired = lifecycle.expire(instance, policy, now_ms, host_reachable=reachable)
         if expired.instance is not instance:
             return _with_instance(expired, None, more=True)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None
-        change = lifecycle.take(instance, lane, now_ms)
+        change = lifecycle.take(instance, lane, now_ms, host_reachable=reachable)
         return _with_instance(change, change.answer)
 
     def _serve(self, instance: Instance, request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 import msgspec
 
@@ -26,13 +27,14 @@ class PolicyInForce:
     Read once per decision, so that one policy makes the whole decision. Replaced on the event loop, between decisions.
     """
 
-    __slots__ = ("_bound", "_earlier", "compiled")
+    __slots__ = ("_bound", "_deciding", "_earlier", "compiled")
 
     def __init__(self, compiled: CompiledPolicy) -> None:
         self.compiled = compiled
         """The policy that judges new submissions."""
         self._earlier: tuple[Earlier, ...] = ()
         self._bound: dict[int, CompiledPolicy] = {}
+        self._deciding: dict[int, CompiledPolicy] = {}
 
     @property
     def earlier(self) -> tuple[Earlier, ...]:
@@ -43,7 +45,18 @@ class PolicyInForce:
         """Activate a policy; `earlier` are those whose admissions still hold, oldest first."""
         self.compiled = compiled
         self._earlier = tuple(earlier)
-        self._bound = {}
+        self._bound, self._deciding = {}, {}
+
+    def for_instance(self, instance: Instance) -> CompiledPolicy:
+        """Return the active policy, with `for_queue` set to that of `for_waiting`."""
+        bound = self.for_waiting(instance)
+        if bound is self.compiled:
+            return self.compiled
+        deciding = self._deciding.get(id(bound))
+        if deciding is None:
+            deciding = self._deciding[id(bound)] = copy(self.compiled)
+            deciding.for_queue = bound
+        return deciding
 
     def for_waiting(self, instance: Instance) -> CompiledPolicy:
         """Return the policy that re-evaluates the queued requests of an instance.

@@ -216,7 +216,7 @@ class HostRecords(Protocol):
 class Store(Protocol):
     """Persistent storage. It has no policy.
 
-    Writes are durable when they return (law 9). An error raised by `decide` is raised to the caller, and nothing of
+    Writes are durable when they return. An error raised by `decide` is raised to the caller, and nothing of
     that decision is written; other decisions in the same transaction are not affected.
     """
 

@@ -78,7 +78,7 @@ class SubmissionEvaluator:
             facts=self._scheduler.facts(instance, submission, targets),
         )
         bound = self._scheduler.bound(instance, reached, targets, self._in_force.compiled, now_ms)
-        change = admission.admit_there(instance, bound, self._in_force.compiled, now_ms)
+        change = admission.admit_there(instance, bound, self._in_force.for_instance(instance), now_ms)
         if compare:
             _check_same(instance, change.answer, bound.operation, bound.parameters)
         if bound.operation in CLAIMING and isinstance(change.answer, Admitted | Held):

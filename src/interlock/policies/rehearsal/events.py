@@ -52,6 +52,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     show: bool | None = None
     adopt: bool | None = None
     relabel: tuple[str, ...] | None = None
+    host_reachable: bool | None = None
     """Its tags from now on."""
     instance: InstanceLine | None = None
     outcome: str | None = None
@@ -66,7 +67,8 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 VERBS: Final = (
-    *("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "relabel", "instance"),
+    *("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "relabel"),
+    *("host_reachable", "instance"),
 )
 _COMPANIONS: Final = {
     "outcome": "finish",

@@ -27,12 +27,14 @@ from interlock.core.records import (
     Disposition,
     GuestEvent,
     Held,
+    Outcome,
     Redundant,
     Request,
     StaleFence,
     Status,
     Submission,
 )
+from interlock.core.references import MIGRATIONS
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.vocabulary import nearest
@@ -94,6 +96,7 @@ class Rehearsal:
             "show": self._show,
             "adopt": self._adopt,
             "relabel": self._relabel,
+            "host_reachable": self._host_changes,
         }
         self._start(InstanceLine())
 
@@ -110,7 +113,7 @@ class Rehearsal:
 
     def _judge_held(self, answer: Answer) -> None:
         """Re-evaluate held requests, as a driver does after every change; report those admitted or no longer held."""
-        change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self._host_reachable)
+        change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self.host_reachable)
         if change.instance is self.instance:
             return
         self._follow(change)
@@ -124,7 +127,7 @@ class Rehearsal:
         self.now_ms = BEGINNING_MS
         """The present time."""
         self._role = role
-        self._host_reachable = line.host_reachable
+        self.host_reachable = line.host_reachable
         self._admitted = len(self.instance.outstanding)
         self._lost: dict[str, int] = {}
         """The fences of superseded workers, by request: their reports are stale."""
@@ -145,7 +148,7 @@ class Rehearsal:
             parameters=parameters,
             requested_by="rehearsal" if event.requested_by is None else event.requested_by,
             role=self._role_of(event),
-            host_reachable=self._host_reachable,
+            host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
         )
         _check_reset(submission)
@@ -183,7 +186,8 @@ class Rehearsal:
         assert event.take is not None
         if event.take not in _LANES:
             raise Invalid(f"Unknown lane {event.take!r}. {nearest(event.take, _LANES)}")
-        change = lifecycle.take(self.instance, _LANES[event.take], self.now_ms)
+        lane, reachable = _LANES[event.take], self.host_reachable
+        change = lifecycle.take(self.instance, lane, self.now_ms, host_reachable=reachable)
         self._follow(change)
         taken = change.answer
         return {"taken": taken and taken.operation.value, "request": taken and taken.id}
@@ -192,6 +196,7 @@ class Rehearsal:
         assert event.finish is not None
         outcome = named_outcome(event.outcome)
         request_id, fence = self._worker(event.finish)
+        moved = outcome is Outcome.SUCCEEDED and self._moves(request_id, fence)
         change = lifecycle.finish(
             self.instance,
             request_id,
@@ -200,9 +205,16 @@ class Rehearsal:
             self._policy,
             self.now_ms,
             arrived=event.arrived is True,
-            host_reachable=self._host_reachable,
+            host_reachable=self.host_reachable or moved,
         )
+        self.host_reachable |= moved
         return self._reported(change, request_id)
+
+    def _moves(self, request_id: str, fence: int) -> bool:
+        """Return whether the success of a request brings the instance to another host."""
+        served = (request for request in self.instance.outstanding if request.status in SERVED)
+        ids = [request.id for request in served if request.operation in MIGRATIONS]
+        return request_id in ids and fence == self.instance.fence
 
     def _progress(self, event: Line) -> Answer:
         assert event.progress is not None
@@ -229,7 +241,7 @@ class Rehearsal:
         if event.observe not in _GUEST_EVENTS:
             raise Invalid(f"Unknown guest event {event.observe!r}. {nearest(event.observe, _GUEST_EVENTS)}")
         kind = _GUEST_EVENTS[event.observe]
-        reachable = self._host_reachable
+        reachable = self.host_reachable
         change = lifecycle.observe(self.instance, kind, self._policy, self.now_ms, host_reachable=reachable)
         return self._settled(self._follow(change))
 
@@ -237,7 +249,7 @@ class Rehearsal:
         assert event.cancel is not None
         if not self._was_admitted(event.cancel):
             raise Invalid(f"Request {event.cancel!r} not found.")
-        reachable = self._host_reachable
+        reachable = self.host_reachable
         change = lifecycle.cancel(
             self.instance, event.cancel, self._policy, "rehearsal", self.now_ms, host_reachable=reachable
         )
@@ -257,7 +269,7 @@ class Rehearsal:
         while (due_ms := lifecycle.next_deadline_ms(self.instance)) is not None and due_ms <= until_ms:
             # Everything happens at its own time, also where time passes in one step.
             self.now_ms = max(self.now_ms, due_ms)
-            change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self._host_reachable)
+            change = lifecycle.expire(self.instance, self._policy, self.now_ms, host_reachable=self.host_reachable)
             ended.update(self._follow(change))
             admitted.update((one.id, one.rule) for one in change.requests if one.status is Status.QUEUED)
         self.now_ms = until_ms
@@ -278,7 +290,7 @@ class Rehearsal:
     def _relabel(self, event: Line) -> Answer:
         assert event.relabel is not None
         check_tags(event.relabel)
-        reachable = self._host_reachable
+        reachable = self.host_reachable
         try:
             change = lifecycle.relabel(
                 self.instance,
@@ -295,6 +307,12 @@ class Rehearsal:
 
     def _role_of(self, event: Line) -> Role:
         return self._role if event.role is None else named_role(event.role)
+
+    def _host_changes(self, event: Line) -> Answer:
+        """Lose the host or get it back, and judge the queue again."""
+        self.host_reachable = event.host_reachable is True
+        change = lifecycle.rejudge(self.instance, self._policy, self.now_ms, host_reachable=self.host_reachable)
+        return self._settled(self._follow(change))
 
     def _show(self, event: Line) -> Answer:
         if event.show is not True:
@@ -362,7 +380,7 @@ class Rehearsal:
             "tags": instance.tags,
             "blocked": [operation.value for operation in instance.blocked_operations],
             "role": self._role,
-            "host_reachable": self._host_reachable,
+            "host_reachable": self.host_reachable,
             "fence": instance.fence,
             "generation": instance.generation,
         }
