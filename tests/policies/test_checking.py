@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from large_policies import SHAPES, large_policy
 from policy_samples import instance
 
 from interlock.core.admission import judge
@@ -172,6 +173,19 @@ def test_a_check_takes_less_than_a_second() -> None:
     check(text)
     # Thrice what is promised, for machines that are slow.
     assert time.process_time() - began_s < 3
+
+
+def cpu_s(policy: Policy) -> float:
+    began_s = time.process_time()
+    check(policy)
+    return time.process_time() - began_s
+
+
+@pytest.mark.parametrize("shape", tier(["mixed"], sorted(SHAPES)))
+def test_a_check_of_many_interlocking_rules_takes_little_longer_than_one_of_few(shape: str) -> None:
+    """Comparing each rule with every earlier one in every state took twenty times as long as `standard`, and more."""
+    standard_s = cpu_s(read("standard").policy)
+    assert cpu_s(large_policy(shape, 500)) < 8 * standard_s
 
 
 def test_a_check_of_the_compiled_policy_is_the_same_as_of_its_text() -> None:
@@ -349,3 +363,13 @@ def test_a_copy_of_a_built_in_policy_is_its_owners_and_checked_as_such(tmp_path:
     (tmp_path / "take2.toml").write_text(f'[policy]\nextends = "standard"\n{rule}')
     findings = check_file(tmp_path / "take2.toml")
     assert ("not-performable", "active-allowed", Severity.ERROR) in codes(findings)
+
+
+@settings(max_examples=tier(20, 300))
+@given(policy=small_policies(), locked=st.booleans())
+def test_whether_a_rule_can_decide_is_what_its_view_shows(policy: Policy, *, locked: bool) -> None:
+    reaching = Reaching(policy.rules)
+    more = reaching.space.choice("locked", locked.__eq__)
+    for number in range(len(policy.rules)):
+        for cell in reaching.matching(number):
+            assert reaching.can_decide(number, cell, more) == (reaching.decides(number, cell, more) is not None)

@@ -6,12 +6,12 @@ values and members there are follows from the table of conditions and from the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from interlock.core.condition_kinds import Choice, Members, Takes
 from interlock.core.conditions import CONDITIONS, Condition, Conditions
-from interlock.core.operations import BIT, TASK_OPERATION
+from interlock.core.operations import BIT, TASK_OPERATION, Operation
 from interlock.core.states import NO_TASK
 
 
@@ -73,7 +73,7 @@ def part_outside(
             steps += 1
             if steps >= steps_max:
                 return (piece if undecided else None), steps
-            outside = _outside(piece, before[index])
+            outside = subtract(piece, before[index])
             index += 1
         if outside is None:
             return piece, steps
@@ -81,7 +81,7 @@ def part_outside(
     return None, steps
 
 
-def _outside(region: Region, literals: tuple[Literal, ...]) -> list[Region] | None:
+def subtract(region: Region, literals: tuple[Literal, ...]) -> list[Region] | None:
     """Subtract the conjunction of some conditions from a region, in parts; None if they are disjoint."""
     inside: Region | None = region
     outside = []
@@ -121,6 +121,14 @@ def _shun(region: Region, index: int, mask: int) -> Region | None:
     return Region(region.choices, region.wanted, shunned)
 
 
+def places(mask: int) -> Iterator[int]:
+    """Yield the indexes of the bits that are set, from the lowest."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
 CHOICES: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Choice))
 SETS: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Members))
 _PLACE: Final = {one.reads: place for each in (CHOICES, SETS) for place, one in enumerate(each)}
@@ -136,6 +144,7 @@ class ConditionSpace:
         self._values: list[tuple[Any, ...]] = []
         self._bits: list[dict[Any, int]] = []
         self._literals: dict[tuple[str, Any], Literal] = {}
+        self._everything: dict[Operation | None, Region] = {}
         for condition in CONDITIONS:
             wanted = condition.wanted(rules)
             match condition.kind:
@@ -148,12 +157,16 @@ class ConditionSpace:
 
     def everything(self, task_state: str) -> Region:
         """Return the region of all views during a task, whose operation is outstanding."""
-        served = frozenset[int]() if task_state == NO_TASK else frozenset({BIT[TASK_OPERATION[task_state]]})
-        return Region(
-            choices=tuple((1 << len(values)) - 1 for values in self._values),
-            wanted=tuple(served if place == OUTSTANDING else frozenset() for place in range(len(SETS))),
-            shunned=(0,) * len(SETS),
-        )
+        operation = None if task_state == NO_TASK else TASK_OPERATION[task_state]
+        known = self._everything.get(operation)
+        if known is None:
+            served = frozenset({BIT[operation]}) if operation else frozenset[int]()
+            known = self._everything[operation] = Region(
+                choices=tuple((1 << len(values)) - 1 for values in self._values),
+                wanted=tuple(served if place == OUTSTANDING else frozenset() for place in range(len(SETS))),
+                shunned=(0,) * len(SETS),
+            )
+        return known
 
     def literals(self, rule: Conditions) -> tuple[Literal, ...]:
         """Return the conditions of a rule."""
@@ -195,6 +208,24 @@ class ConditionSpace:
         place = _PLACE[reads]
         kept = set(members)
         return Literal("none", place, sum(bit for one, bit in self._bits[place].items() if one not in kept))
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of values of each of `CHOICES`."""
+        return tuple(len(values) for values in self._values)
+
+    def simplest(self, region: Region) -> Region:
+        """Return one point of a region: the most ordinary values, and few members."""
+        return Region(
+            choices=tuple(left & -left for left in region.choices),
+            wanted=tuple(
+                frozenset(1 << place for place in places(_few(wanted, shunned)))
+                for wanted, shunned in zip(region.wanted, region.shunned, strict=True)
+            ),
+            shunned=tuple(
+                ~_few(wanted, shunned) & ((1 << len(bits)) - 1)
+                for wanted, shunned, bits in zip(region.wanted, region.shunned, self._bits, strict=True)
+            ),
+        )
 
     def view_values(self, region: Region) -> dict[str, Any]:
         """Return the fields of a view in a region that is not empty: the most ordinary values, and few members."""

@@ -7,18 +7,21 @@ matches. Where the analysis exceeds its limits, a rule counts as reachable.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import Operation
 from interlock.core.policy import Rule
-from interlock.policies.lint.condition_sets import Literal
+from interlock.core.states import VmState
+from interlock.policies.lint.condition_sets import Literal, Region, places
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, written
-from interlock.policies.lint.reachability import Cell, Reaching, states_of
+from interlock.policies.lint.reachability import Cell, Reaching, mask_of, states_of
 
 _CAUSES_MAX = 40
 """Up to how many shadowing rules are reduced to the necessary ones."""
+_COVERS_MAX = 5_000
+"""How many regions are compared with the rules that cover them, to reduce the shadowing rules of all dead rules."""
 _CELLS_MAX = 200
 """In how many cells two rules are compared: a pair that overlaps does so in the first few."""
 
@@ -30,22 +33,25 @@ class DeadRules:
         self._reaching = reaching
         self.own_file = own_file
         self.written = written(reaching.rules)
+        self._covers_left = _COVERS_MAX
         self._named = {number: one for one in self.written for number in one.numbers}
 
     @cached_property
     def reached(self) -> dict[int, set[Operation]]:
         """The rules that decide some view, each with the operations for which they do."""
         found: dict[int, set[Operation]] = {}
+        done = dict.fromkeys(Operation, 0)
         for cells in self._reaching.alike:
             cell = cells[0]
-            for number in self._reaching.asked(cell):
-                if cell.operation not in found.get(number, ()) and self._reaching.decides(number, cell) is not None:
+            for number in places(self._reaching.program(cell) & ~done[cell.operation]):
+                if self._reaching.can_decide(number, cell):
+                    done[cell.operation] |= 1 << number
                     found.setdefault(number, set()).add(cell.operation)
         for number, rule in enumerate(self._reaching.rules):
-            if number not in found and rule.vm_states is not None:
-                # `equivalent_cells` leaves out deleted instances.
+            if number not in found and VmState.DELETED in states_of(rule):
+                # `alike` leaves out deleted instances.
                 for cell in self._reaching.matching(number):
-                    if self._reaching.decides(number, cell) is not None:
+                    if cell.vm_state is VmState.DELETED and self._reaching.can_decide(number, cell):
                         found.setdefault(number, set()).add(cell.operation)
         return found
 
@@ -116,23 +122,59 @@ class DeadRules:
 
         Only those that are needed, the ones that shadow most first.
         """
+        classes: list[tuple[Region, int]] = []
+        together: Counter[int] = Counter()
+        for number, each in cells.items():
+            for cell, count in self._reaching.unlike(number, each):
+                start = self._reaching.start(number, cell, more)
+                if start is not None:
+                    before = (1 << number) - 1
+                    classes.append((start, self._reaching.about(cell) & before))
+                    together[self._reaching.meeting(start, self._reaching.program(cell) & before)] += count
         taken: Counter[int] = Counter()
-        places = [(number, *kind) for number, each in cells.items() for kind in self._reaching.unlike(number, each)]
-        for number, cell, count in places:
-            if self._reaching.can_hold(number, cell, *more):
-                for earlier in self._reaching.asked(cell):
-                    if earlier < number and self._reaching.overlapping(number, earlier, cell, *more):
-                        taken[earlier] += count
-        needed = [earlier for earlier, _ in sorted(taken.items(), key=lambda item: (-item[1], -item[0]))]
-        if len(needed) <= _CAUSES_MAX:
-            for spare in sorted(needed, key=lambda earlier: (taken[earlier], -earlier)):
-                rest = [earlier for earlier in needed if earlier != spare]
-                if not any(self._reaching.survives(number, cell, rest, *more) for number, cell, _ in places):
-                    needed = rest
+        for rules, count in together.items():
+            for earlier in places(rules):
+                taken[earlier] += count
+        needed = sorted(taken, key=lambda earlier: (-taken[earlier], -earlier))
+        if len(needed) <= _CAUSES_MAX and self._covers_left > 0:
+            spare = self._spare(sorted(needed, key=lambda earlier: (taken[earlier], -earlier)), classes)
+            needed = [earlier for earlier in needed if not spare >> earlier & 1]
         firsts: dict[str, int] = {}
         for earlier in needed:
             firsts.setdefault(self._named[earlier].id, earlier)
         return list(firsts.values())
+
+    def _spare(self, rules: Sequence[int], classes: Iterable[tuple[Region, int]]) -> int:
+        """Return the rules without which the others still cover all regions, the first ones first.
+
+        Each region comes with the rules that match there. Which rules cover it is kept, so that it is looked at again
+        only when one of these is left out.
+        """
+        left = mask_of(rules)
+        covers: dict[tuple[Region, int], int] = {}
+        for start, about in classes:
+            key = (start, about & left)
+            if key not in covers:
+                self._covers_left -= 1
+                used = self._reaching.covering(*key)
+                if used is None:
+                    return 0
+                covers[key] = used
+        spare = 0
+        for rule in rules:
+            rest = left ^ 1 << rule
+            again: dict[tuple[Region, int], int] = {}
+            for (start, about), used in covers.items():
+                if used >> rule & 1:
+                    self._covers_left -= 1
+                    found = self._reaching.covering(start, about & rest)
+                    if found is None:
+                        break
+                    again[start, about] = found
+            else:
+                covers.update(again)
+                left, spare = rest, spare | 1 << rule
+        return spare
 
     def cite(self, number: int) -> str:
         """Format a rule for a message: its id as written, and its position."""
@@ -143,8 +185,9 @@ class DeadRules:
         """Find a fixed rule of the base that decides otherwise what this rule names explicitly."""
         if one.file != self.own_file:
             return None
-        for fixed, rule in enumerate(self._reaching.rules):
-            if not rule.fixed or file_of(rule) == self.own_file or _same_answer(rule, one.rule):
+        for fixed in self._fixed:
+            rule = self._reaching.rules[fixed]
+            if _same_answer(rule, one.rule):
                 continue
             met = next((number for number in one.numbers if self._meet(number, fixed)), None)
             if met is not None and _is_named(one.rule, rule):
@@ -159,6 +202,13 @@ class DeadRules:
                 )
         return None
 
+    @cached_property
+    def _fixed(self) -> list[int]:
+        """The fixed rules of the policies that this one extends."""
+        return [
+            number for number, rule in enumerate(self._reaching.rules) if rule.fixed and file_of(rule) != self.own_file
+        ]
+
     def _meet(self, number: int, fixed: int) -> bool:
         one, other = self._reaching.rules[number], self._reaching.rules[fixed]
         tasks = [rule.task_states for rule in (one, other) if rule.task_states is not None]
@@ -169,7 +219,8 @@ class DeadRules:
                 continue
             if common is not None and cell.task_state not in common:
                 continue
-            if self._reaching.overlapping(number, fixed, cell):
+            start = self._reaching.start(number, cell)
+            if start is not None and self._reaching.meeting(start, 1 << fixed):
                 return True
             looked_at += 1
             if looked_at > _CELLS_MAX:

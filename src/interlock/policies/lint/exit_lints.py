@@ -13,14 +13,14 @@ from typing import Final
 
 from interlock.core.durations import DURATION_MAX_MS
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
-from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.policy import NO_RULE, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.roles import Role
 from interlock.core.state_stack import evacuated
 from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
 from interlock.core.views import View
-from interlock.policies.lint.condition_sets import Literal
+from interlock.policies.lint.condition_sets import Literal, places, within
 from interlock.policies.lint.findings import Finding, Severity, states_text
-from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together
+from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, mask_of
 
 Pair = tuple[VmState, str]
 
@@ -35,6 +35,7 @@ class WaysOut:
 
     def __init__(self, policy: Policy, reaching: Reaching) -> None:
         self._compiled = CompiledPolicy(policy)
+        self._held: dict[tuple[str, bool, int], int] = {}
         self._reaching = reaching
         self._rules = reaching.rules
 
@@ -46,21 +47,45 @@ class WaysOut:
         """
         found: dict[Pair, set[Operation]] = {(state, task): set() for state in _STATES for task in TASKS}
         for cells in self._reaching.alike:
-            if self._ever(cells[0]):
-                for cell in cells:
+            real = [cell for cell in cells if can_be_together(cell.vm_state, cell.task_state)]
+            if real and self._ever(real[0]):
+                for cell in real:
                     found[cell.vm_state, cell.task_state].add(cell.operation)
         return found
 
     def _ever(self, cell: Cell) -> bool:
         reaching = self._reaching
-        served = _COMPONENT_KINDS if cell.task_state == NO_TASK else (TASK_OPERATION[cell.task_state],)
-        space = reaching.space
-        plain = (
-            space.choice("role", "admin".__eq__),
+        permitting = reaching.program(cell) & self._permitting
+        if not permitting:
+            return False
+        plain = self._plain_conditions(cell.task_state)
+        # After the longest silence, a rule with a threshold permits.
+        point = reaching.space.everything(cell.task_state)
+        longest = within(point, (*plain, reaching.space.silent_for(DURATION_MAX_MS)))
+        if longest is not None:
+            first = reaching.first(cell, reaching.masks.held(reaching.space.simplest(longest)))
+            if first is not None and permitting >> first & 1:
+                return True
+        return any(permits_somewhen(reaching, number, cell, *plain) for number in places(permitting))
+
+    def _plain_conditions(self, task: str) -> tuple[Literal, ...]:
+        """Return the conditions of an administrator's submission to an instance that blocks nothing.
+
+        Only the task in service is outstanding.
+        """
+        space = self._reaching.space
+        served = _COMPONENT_KINDS if task == NO_TASK else (TASK_OPERATION[task],)
+        return (
+            space.choice("role", Role.ADMIN.__eq__),
             space.choice("blocked", not_),
             space.only("outstanding", served),
         )
-        return any(permits_somewhen(reaching, number, cell, *plain) for number in reaching.asked(cell))
+
+    @cached_property
+    def _permitting(self) -> int:
+        """The rules that permit their operations now or later, one bit each."""
+        refusals = (Verdict.DENY, Verdict.REDUNDANT)
+        return mask_of(number for number, rule in enumerate(self._rules) if rule.verdict not in refusals)
 
     @cached_property
     def inhabited(self) -> frozenset[VmState]:
@@ -153,14 +178,13 @@ class WaysOut:
     def _refuser(self, pairs: set[Pair], operations: Iterable[Operation] = Operation) -> Rule | None:
         """Return the rule that denies most in some states."""
         refused: Counter[str] = Counter()
-        rules: dict[str, Rule] = {}
         for state, task in pairs:
             for operation in operations:
-                rule = self._compiled.decide(_plain(operation, state, task))
+                rule = self.decided(operation, state, task)
                 if rule.verdict is Verdict.DENY:
                     refused[rule.id] += 1
-                    rules[rule.id] = rule
-        return rules[refused.most_common(1)[0][0]] if refused else None
+        most = max(refused.values(), default=0)
+        return next((rule for rule in (*self._rules, NO_RULE) if most and refused[rule.id] == most), None)
 
     def _undeletable(self, known: set[Pair]) -> Iterator[Finding]:
         """Find states in which an instance cannot be deleted (law 5)."""
@@ -199,10 +223,22 @@ class WaysOut:
             )
 
     def decided(
-        self, operation: Operation, state: VmState, task: str, *, hard: bool, silent_ms: int = DURATION_MAX_MS
+        self, operation: Operation, state: VmState, task: str, *, hard: bool = False, silent_ms: int = DURATION_MAX_MS
     ) -> Rule:
         """Return the rule for an administrator, with only a task outstanding that was silent for `silent_ms`."""
-        return self._compiled.decide(_plain(operation, state, task, hard=hard, silent_ms=silent_ms))
+        key = (task if task == NO_TASK else TASK_OPERATION[task], hard, silent_ms)
+        if key not in self._held:
+            space = self._reaching.space
+            plain = (
+                space.choice("role", Role.ADMIN.__eq__),
+                space.choice("hard", hard.__eq__),
+                space.silent_for(silent_ms),
+            )
+            region = within(space.everything(task), plain)
+            assert region is not None
+            self._held[key] = self._reaching.masks.held(space.simplest(region))
+        number = self._reaching.first(Cell(operation, state, task), self._held[key])
+        return NO_RULE if number is None else self._rules[number]
 
     def _circumstances(self, state: VmState, task: str) -> Iterator[tuple[str, list[View]]]:
         """Yield circumstances that rules about deletion distinguish: wording, and the views of each deletion."""
@@ -233,22 +269,20 @@ class WaysOut:
 
     def _only_waits(self, state: VmState, task: str) -> Rule | None:
         """Return the rule that queues a deletion, if none lets it preempt or take over."""
-        rules = [self._compiled.decide(_plain(operation, state, task)) for operation in DELETIONS]
+        rules = [self.decided(operation, state, task) for operation in DELETIONS]
         if any(rule.verdict in (Verdict.PREEMPT, Verdict.AFTER) for rule in rules):
             return None
         return next((rule for rule in rules if rule.verdict is Verdict.ADMIT), None)
 
 
-def permits_somewhen(reaching: Reaching, number: int, cell: Cell, *more: Literal) -> View | None:
-    """Return a view in which a rule permits the operation, at once or after its threshold; None if there is none."""
+def permits_somewhen(reaching: Reaching, number: int, cell: Cell, *more: Literal) -> bool:
+    """Return whether a rule permits the operation in some view of a cell, at once or after its threshold."""
     rule = reaching.rules[number]
-    if rule.verdict in (Verdict.ADMIT, Verdict.PREEMPT):
-        return reaching.decides(number, cell, *more)
-    if rule.verdict is not Verdict.AFTER:
-        return None
-    if rule.measured_from is MeasuredFrom.LAST_PROGRESS:
+    if rule.verdict in (Verdict.DENY, Verdict.REDUNDANT):
+        return False
+    if rule.verdict is Verdict.AFTER and rule.measured_from is MeasuredFrom.LAST_PROGRESS:
         more = (*more, reaching.space.silent_for(rule.threshold_ms or 0))
-    return reaching.decides(number, cell, *more)
+    return reaching.can_decide(number, cell, *more)
 
 
 def _gets_there(rule: Rule, view: View) -> bool:

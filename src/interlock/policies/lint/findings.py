@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from functools import cache
 from typing import Final
 
 import msgspec
@@ -83,6 +84,7 @@ def file_of(rule: Rule) -> str:
     return file_of_place(rule.source)
 
 
+@cache
 def file_of_place(place: str) -> str:
     """Return the file of a `file:line` or `file:line:column`."""
     found = _PLACE.fullmatch(place)

@@ -21,7 +21,7 @@ from interlock.policies.lint.condition_sets import Literal
 from interlock.policies.lint.dead_rules import DeadRules
 from interlock.policies.lint.exit_lints import DELETIONS, WaysOut, permits_somewhen
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, states_text
-from interlock.policies.lint.reachability import Cell, Reaching, can_be_together
+from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, states_of
 
 Variant = tuple[Operation, bool]
 """An operation, and whether it is the hard variant."""
@@ -122,9 +122,7 @@ class StrangeVerdicts:
     def _takers(self, alive: list[int], threshold_ms: int) -> list[int]:
         """Return the rules that decide instead of these once their threshold has passed."""
         decided = {
-            number: [
-                cell for cell in self._reaching.matching(number) if self._reaching.decides(number, cell) is not None
-            ]
+            number: [cell for cell in self._reaching.matching(number) if self._reaching.can_decide(number, cell)]
             for number in alive
         }
         return self._dead.takers(decided, self._reaching.space.silent_for(threshold_ms))
@@ -132,17 +130,17 @@ class StrangeVerdicts:
     def _passes(self, number: int) -> bool:
         rule = self._reaching.rules[number]
         past = self._reaching.space.silent_for(rule.threshold_ms or 0)
-        return any(self._reaching.decides(number, cell, past) is not None for cell in self._reaching.matching(number))
+        return any(self._reaching.can_decide(number, cell, past) for cell in self._reaching.matching(number))
 
     def _impossible(self, one: Written) -> Iterator[Finding]:
         rule = one.rule
         if rule.task_states is None or NO_TASK in rule.task_states:
             return
-        cells = [cell for number in one.numbers for cell in self._reaching.matching(number)]
-        if not any(can_be_together(cell.vm_state, cell.task_state) for cell in cells):
+        pairs = {(state, task) for state in states_of(rule) for task in rule.task_states}
+        if not any(can_be_together(*pair) for pair in pairs):
             yield _finding(
                 one, Severity.NOTE, "never-together",
-                f"{one.id!r} matches {states_text((cell.vm_state, cell.task_state) for cell in cells)}, and no "
+                f"{one.id!r} matches {states_text(pairs)}, and no "
                 "operation is ever in that phase in such a state.",
                 "See the catalogue for the states in which each operation can be performed.",
             )  # fmt: skip
@@ -169,7 +167,7 @@ class StrangeVerdicts:
             cell.operation
             for number in alive
             for cell in self._reaching.matching(number)
-            if CATALOGUE[cell.operation].lane is Lane.STATE and self._reaching.decides(number, cell, behind) is not None
+            if CATALOGUE[cell.operation].lane is Lane.STATE and self._reaching.can_decide(number, cell, behind)
         }
         if broken:
             # Law 2 holds only for requests admitted in turn, so that the model checker would not find this.
@@ -184,13 +182,9 @@ class StrangeVerdicts:
         inside: dict[VmState, set[Operation]] = {}
         outside: dict[VmState, set[Operation]] = {}
         for number in alive:
-            rule = self._reaching.rules[number]
-            if rule.verdict in (Verdict.DENY, Verdict.REDUNDANT):
-                continue
-            for cell in self._reaching.matching(number):
-                if self._is_gap(rule, number, cell):
-                    there = inside if cell.vm_state in self._ways_out.inhabited else outside
-                    there.setdefault(cell.vm_state, set()).add(cell.operation)
+            for operation, state in self._gaps(number):
+                there = inside if state in self._ways_out.inhabited else outside
+                there.setdefault(state, set()).add(operation)
         # The built-in policies are tested with the drivers.
         shipped = one.rule in _shipped(one.file)
         for found, severity, when in (
@@ -204,18 +198,22 @@ class StrangeVerdicts:
                     'Narrow vm_state; "@sources" means the states in which the operation can be performed.',
                 )  # fmt: skip
 
-    def _is_gap(self, rule: Rule, number: int, cell: Cell) -> bool:
-        if cell.vm_state in CATALOGUE[cell.operation].sources or cell.vm_state is VmState.DELETED:
-            return False
-        if not can_be_together(cell.vm_state, cell.task_state):
-            return False
+    def _gaps(self, number: int) -> Iterator[tuple[Operation, VmState]]:
+        """Yield what a rule permits in states in which no driver performs it."""
+        rule = self._reaching.rules[number]
+        if rule.verdict in (Verdict.DENY, Verdict.REDUNDANT):
+            return
+        tasks = TASKS if rule.task_states is None else rule.task_states
         more: tuple[Literal, ...] = ()
         if rule.verdict is Verdict.ADMIT and rule.in_turn:
             # Behind a state change the foreseen state counts, which is judged without a task.
-            if cell.task_state != NO_TASK:
-                return False
+            tasks = tuple(task for task in tasks if task == NO_TASK)
             more = (self._reaching.space.only("outstanding", _OTHER_KINDS),)
-        return permits_somewhen(self._reaching, number, cell, *more) is not None
+        for operation in rule.operations:
+            for state in states_of(rule) - CATALOGUE[operation].sources - {VmState.DELETED}:
+                cells = (Cell(operation, state, task) for task in tasks if can_be_together(state, task))
+                if any(permits_somewhen(self._reaching, number, cell, *more) for cell in cells):
+                    yield operation, state
 
     def _redundant_for_ever(self) -> Iterator[Finding]:
         """Find repeated requests that stay redundant however long the task is silent, with nothing to take over."""
