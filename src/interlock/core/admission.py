@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import msgspec
-
 from interlock.core import restarts
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import (
@@ -49,7 +47,7 @@ from interlock.core.request_queue import (
 )
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
-from interlock.core.views import Foreseen, View, at_present, build_view
+from interlock.core.views import Foreseen, View, at_present, build_view, recorded
 
 
 def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Disposition:
@@ -148,6 +146,8 @@ class _Evaluation(NamedTuple):
             parameters=submission.parameters,
             requested_by=submission.requested_by,
             role=submission.role,
+            project=submission.project,
+            groups=submission.groups,
             rule=rule.id,
             admitted_at_ms=self.draft.now_ms,
             in_turn=rule.in_turn,
@@ -162,7 +162,7 @@ class _Evaluation(NamedTuple):
             "by": self.submission.requested_by,
             "rule": rule.id,
             "policy": self.policy.stamp,
-            "view": msgspec.structs.asdict(self.view),
+            "view": recorded(self.view),
         }
         if instance.outstanding:
             foreseen = foresee(instance, host_reachable=self.submission.host_reachable)

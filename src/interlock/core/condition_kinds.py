@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable
 from enum import Enum
+from itertools import combinations
 from operator import not_
 from typing import Any
 
@@ -181,6 +182,56 @@ class AtLeast(Choice):
 
     def found(self, value: Any) -> str:
         return self.wanted(value)
+
+
+class Belongs(Choice):
+    """What a caller belongs to, as a tuple of texts: a condition accepts any of some, and none of those with `!`.
+
+    What conditions distinguish is which of their texts a value has, so that every combination of these is a value; of
+    more than a few texts, none of them, each alone, and all together.
+    """
+
+    takes = Takes.TEXTS
+
+    def __init__(self, item: str, expected: str) -> None:
+        self.item = re.compile(f"!?(?:{item})")
+        self.expected = f"{expected}, each with or without '!' before it"
+
+    def test(self, wanted: Any) -> Test:
+        some, none = _split(wanted)
+        if not none:
+            return lambda texts: not some.isdisjoint(texts)
+        return lambda texts: none.isdisjoint(texts) and (not some or not some.isdisjoint(texts))
+
+    def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
+        named = sorted(_texts(wanted))
+        sizes = range(len(named) + 1) if len(named) <= _COMBINED_MAX else (0, 1, len(named))
+        return tuple(chosen for size in sizes for chosen in combinations(named, size))
+
+    def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
+        named = _texts(wanted)
+        return lambda texts: named.intersection(texts) if texts else texts
+
+    def wanted(self, wanted: Any) -> str:
+        some, none = _split(wanted)
+        parts = [one_of(some)] if some else []
+        return " and ".join([*parts, *(f"not {text}" for text in sorted(none))])
+
+    def found(self, value: Any) -> str:
+        return ", ".join(value) or "none"
+
+
+_COMBINED_MAX = 4
+
+
+def _split(wanted: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the texts of which one is wanted, and those of which none is."""
+    none = frozenset(text[1:] for text in wanted if text.startswith("!"))
+    return frozenset(text for text in wanted if not text.startswith("!")), none
+
+
+def _texts(wanted: Iterable[Iterable[str]]) -> frozenset[str]:
+    return frozenset(text.removeprefix("!") for texts in wanted for text in texts)
 
 
 class AnyOperation(Members):

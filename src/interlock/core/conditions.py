@@ -14,7 +14,18 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.condition_kinds import AnyOperation, AnyText, AtLeast, Choice, Flag, Members, Name, Test, Word
+from interlock.core.condition_kinds import (
+    AnyOperation,
+    AnyText,
+    AtLeast,
+    Belongs,
+    Choice,
+    Flag,
+    Members,
+    Name,
+    Test,
+    Word,
+)
 from interlock.core.durations import short_time
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
@@ -35,6 +46,10 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     roles: frozenset[Role] | None = None
     requested_by: frozenset[str] | None = None
     """Names of callers; one that ends with `*` stands for all that begin so."""
+    projects: frozenset[str] | None = None
+    """Projects of callers, written as names are."""
+    groups: frozenset[str] | None = None
+    """Holds if the caller is in any of these groups, and in none of those with `!`."""
     locked: bool | None = None
     locked_above: bool | None = None
     blocked: bool | None = None
@@ -110,6 +125,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
 _USUAL: Final = {
     field.name: field.default for field in msgspec.structs.fields(View) if field.default is not msgspec.NODEFAULT
 }
+_GROUP: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _TEXT: Final = r"[^\x00-\x08\x0b-\x1f\x7f-\x9f]{1,1000}"
 
 CONDITIONS: Final = (
@@ -160,6 +176,32 @@ CONDITIONS: Final = (
         title="requested by",
         option="Name of the caller.",
         because=lambda name: f"by {name}" if name else "by anybody whom no rule names",
+    ),
+    Condition(
+        key="projects",
+        field="projects",
+        reads="project",
+        subject=Subject.CALLER,
+        kind=Name(),
+        meaning="The caller's project: that of the token. `lab-*` stands for every project whose name begins with "
+        "`lab-`.",
+        example=["payments", "lab-*"],
+        title="of project",
+        option="Project of the caller.",
+        because=lambda name: f"from the project {name}" if name else "from a project that no rule names",
+    ),
+    Condition(
+        key="groups",
+        field="groups",
+        reads="groups",
+        subject=Subject.CALLER,
+        kind=Belongs(_GROUP, "groups: letters, digits, '.', '_' and '-'"),
+        meaning="The caller's groups: those of the token. Holds if the caller is in any of these groups, and in none "
+        "of those with `!`.",
+        example=["ops", "!trainees"],
+        title="in group",
+        option="Groups of the caller.",
+        because=lambda groups: f"by a member of {' and '.join(groups)}" if groups else "by a member of no such group",
     ),
     Condition(
         key="locked",

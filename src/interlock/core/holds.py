@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from interlock.core.admission import admit_there
+from interlock.core.conditions import CALLER
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Change, Event, Instance, Redundant, Request, Status, Submission
 from interlock.core.request_queue import Draft, replace
@@ -104,7 +105,6 @@ def _submission(held: Request, host_reachable: bool) -> Submission:
         request_id=held.id,
         operation=held.operation,
         parameters=held.parameters,
-        requested_by=held.requested_by,
-        role=held.role,
+        **{condition.reads: getattr(held, condition.reads) for condition in CALLER},
         host_reachable=host_reachable,
     )

@@ -100,6 +100,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     parameters: dict[str, Any] = {}
     requested_by: str
     role: Role = Role.MEMBER
+    project: str = ""
+    """The project of its requester."""
+    groups: tuple[str, ...] = ()
+    """The groups of its requester."""
     rule: str
     """The id of the rule that admitted it."""
     admitted_at_ms: int
@@ -351,6 +355,10 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parameters: dict[str, Any] = {}
     requested_by: str
     role: Role = Role.MEMBER
+    project: str = ""
+    """The caller's project, not the instance's."""
+    groups: tuple[str, ...] = ()
+    """The caller's groups."""
     host_reachable: bool = True
     """False if the instance's host is fenced: its guests have ended for certain."""
     host_fenced_at_ms: int | None = None

@@ -52,14 +52,16 @@ def distinguished_by(
 def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any]]:
     """Yield one caller of each class that the rules distinguish, the most ordinary first.
 
-    A caller is the values of the fields that submissions, requests and views have of it; `known` are not varied.
+    A caller is the values of those fields that submissions, requests and views have of it and that some rule tests, and
+    `known`, which are not varied.
     """
-    values = [
-        (known[condition.reads],) if condition.reads in known else _distinct(condition, condition.wanted(rules))
+    values = {
+        condition.reads: (known[condition.reads],) if condition.reads in known else _distinct(condition, wanted)
         for condition in CALLER
-    ]
-    for chosen in product(*values):
-        yield {condition.reads: value for condition, value in zip(CALLER, chosen, strict=True)}
+        if (wanted := condition.wanted(rules)) or condition.reads in known
+    }
+    for chosen in product(*values.values()):
+        yield dict(zip(values, chosen, strict=True))
 
 
 def _distinct(condition: Condition, wanted: Sequence[Any]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ submission now, and `Foreseen` for a request in the state that earlier ones lead
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -33,6 +33,10 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     role: Role = Role.MEMBER
     requested_by: str = ""
     """The caller's name; empty: one that no rule names."""
+    project: str = ""
+    """The caller's project."""
+    groups: tuple[str, ...] = ()
+    """The caller's groups."""
     locked: bool = False
     locked_above: bool = False
     """Whether it was locked with a role that the caller's does not include."""
@@ -50,6 +54,19 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The operations held, as a bit mask."""
 
 
+_SINCE_RECORDED: Final = ("project", "groups")
+"""Fields that came later, and are recorded where they are not as in a plain submission."""
+
+
+def recorded(view: View) -> dict[str, Any]:
+    """Return what the event of a decision has of its view."""
+    fields = msgspec.structs.asdict(view)
+    for name in _SINCE_RECORDED:
+        if not fields[name]:
+            del fields[name]
+    return fields
+
+
 class RequestLike(Protocol):
     """What a request, a submission and a view have in common: the operation and its requester."""
 
@@ -61,6 +78,10 @@ class RequestLike(Protocol):
     def role(self) -> Role: ...
     @property
     def requested_by(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def groups(self) -> tuple[str, ...]: ...
 
 
 def kinds(requests: tuple[Request, ...]) -> int:
@@ -90,6 +111,8 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         outstanding=outstanding,
         role=submission.role,
         requested_by=submission.requested_by,
+        project=submission.project,
+        groups=submission.groups,
         locked=instance.locked_by is not None,
         locked_above=instance.locked_by is not None and not submission.role.includes(instance.lock_role),
         blocked=submission.operation in instance.blocked_operations,
@@ -132,6 +155,8 @@ class Foreseen(NamedTuple):
             vm_state=self.vm_state,
             role=request.role,
             requested_by=request.requested_by,
+            project=request.project,
+            groups=request.groups,
             tags=self.tags,
             host_reachable=self.host_reachable,
             power_state=self.power_state,

@@ -30,6 +30,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     project: str
     secret_sha256: str
     created_at_ms: int
+    groups: tuple[str, ...] = ()
+    """The groups of its holder, which policies may name."""
     host: str | None = None
     """The only host as which an agent may connect with it; None for other roles, and for an old token until its first
     use."""

@@ -19,16 +19,30 @@ from interlock.core.restarts import SERVER_REQUESTER
 from interlock.core.roles import Role
 from interlock.ports import Store, Token
 
+GROUPS_MAX = 32
+"""The limit of groups of one token."""
+
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """An authenticated caller: its name, role and project."""
+    """An authenticated caller: its name, role, project and groups."""
 
     token_id: str
     name: str
     role: Role
     project: str
+    groups: tuple[str, ...] = ()
     host: str | None = None
     """The host of an agent's token; None for other roles, and for an agent that has not connected yet."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields of a submission that say who asks."""
+        return {
+            "requested_by": self.name,
+            "role": self.role,
+            "project": self.project,
+            "groups": self.groups,
+        }
 
     def require(self, role: Role, what: str) -> None:
         """Raise `Forbidden` unless the caller's role includes `role`; `what` completes "may not ..."."""
@@ -127,22 +141,32 @@ class Authenticator:
                 await self._store.tokens.replace(bound)
 
     async def make(
-        self, caller: Caller, name: str, role: Role, project: str, host: str | None = None
+        self,
+        caller: Caller,
+        name: str,
+        role: Role,
+        project: str,
+        host: str | None = None,
+        groups: tuple[str, ...] = (),
     ) -> tuple[Token, str]:
         """Create a token; return it and its secret, which is not stored.
+
+        Policies may name the groups (`groups`); nothing else depends on them.
 
         An agent's token is for one host: a token valid for any host would give access to the images and secrets of
         every project.
 
         Raises:
             Forbidden: the caller is not an admin.
-            Invalid: the name, project or host is invalid, or the role requires a host, or allows none.
+            Invalid: the name, project, host or a group is invalid, there are too many groups, or the role requires a
+                host, or allows none.
             NameTaken: a token with that name exists or is being created.
         """
         caller.require(Role.ADMIN, "create tokens")
         check_name(name, "name")
         check_name(project, "project")
         _check_host(name, role, host)
+        _check_groups(groups)
         if name == SERVER_REQUESTER:
             raise Invalid(f"Invalid name {SERVER_REQUESTER!r}: reserved for the server.", remedy="Choose another name.")
         if name in self._reserved_names or any(known.name == name for known in self._known.values()):
@@ -151,11 +175,19 @@ class Authenticator:
         secret = self._new_secret()
         self._reserved_names.add(name)
         try:
-            return await self._keep(name, role, project, secret, host), secret
+            return await self._keep(name, role, project, secret, host, tuple(dict.fromkeys(groups))), secret
         finally:
             self._reserved_names.discard(name)
 
-    async def _keep(self, name: str, role: Role, project: str, secret: str, host: str | None = None) -> Token:
+    async def _keep(
+        self,
+        name: str,
+        role: Role,
+        project: str,
+        secret: str,
+        host: str | None = None,
+        groups: tuple[str, ...] = (),
+    ) -> Token:
         token = Token(
             id=self._new_id(),
             name=name,
@@ -164,6 +196,7 @@ class Authenticator:
             secret_sha256=_hash(secret),
             created_at_ms=self._store.now_ms(),
             host=host,
+            groups=groups,
         )
         await self._store.tokens.put(token)
         self._known[token.secret_sha256] = _caller(token)
@@ -199,7 +232,21 @@ def _hash(secret: str) -> str:
 
 
 def _caller(token: Token) -> Caller:
-    return Caller(token_id=token.id, name=token.name, role=token.role, project=token.project, host=token.host)
+    return Caller(
+        token_id=token.id,
+        name=token.name,
+        role=token.role,
+        project=token.project,
+        groups=token.groups,
+        host=token.host,
+    )
+
+
+def _check_groups(groups: tuple[str, ...]) -> None:
+    if len(groups) > GROUPS_MAX:
+        raise Invalid(f"groups: {len(groups)}; a token has at most {GROUPS_MAX}.", remedy="Name fewer groups.")
+    for group in groups:
+        check_name(group, "groups")
 
 
 def _check_host(name: str, role: Role, host: str | None) -> None:

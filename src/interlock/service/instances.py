@@ -288,7 +288,7 @@ class Instances:
         if not isinstance(answer.disposition, Denied):
             return answer
         # A denial does not query the guest agent, so operations that need one are left out.
-        found = self._evaluator.answers(answer.instance, caller.role, caller.name, agent_answers=False)
+        found = self._evaluator.answers(answer.instance, caller.identity, agent_answers=False)
         allowed = explainer.granted(found)
         return msgspec.structs.replace(answer, allowed_instead=allowed)
 
@@ -304,8 +304,7 @@ class Instances:
             request_id=self._new_id(),
             operation=operation,
             parameters=parameters,
-            requested_by=caller.name,
-            role=caller.role,
+            **caller.identity,
             facts=facts,
             hold_ms=hold_ms,
         )
@@ -429,14 +428,14 @@ class Instances:
         """Return the gate's disposition of each operation, for this caller, now. Raises `NotFound`."""
         instance = await self.describe(caller, reference)
         agent = await self._hosts.agent_answers(instance)
-        return instance, self._evaluator.answers(instance, caller.role, caller.name, agent_answers=agent)
+        return instance, self._evaluator.answers(instance, caller.identity, agent_answers=agent)
 
     async def stuck(self, caller: Caller | None) -> tuple[Stuck, ...]:
         """As `fleet_status.stuck`."""
-        by = "" if caller is None else caller.name
+        by = {**({"requested_by": ""} if caller is None else caller.identity), "role": Role.ADMIN}
         lost = {condition.name: condition for condition in self._hosts.in_trouble()}
         return await fleet_status.stuck(
-            self._store, self.policy, caller, lambda instance: self._evaluator.answers(instance, Role.ADMIN, by), lost
+            self._store, self.policy, caller, lambda instance: self._evaluator.answers(instance, by), lost
         )
 
     async def troubled(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ Submissions and dry runs (`allowed`, `why`, what is allowed instead) use the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +15,6 @@ from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, I
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.records import Admitted, Change, Denied, Disposition, Facts, Held, Instance, Redundant, Submission
 from interlock.core.resource_claims import CLAIMING
-from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
@@ -98,25 +97,24 @@ class SubmissionEvaluator:
         return self._scheduler.returning(instance) if isinstance(answer, Admitted | Held) else instance
 
     def answers(
-        self, instance: Instance, role: Role, by: str, *, agent_answers: bool | None = None
+        self, instance: Instance, caller: Mapping[str, Any], *, agent_answers: bool | None = None
     ) -> dict[Operation, Disposition]:
         """Return the disposition of each operation now, without parameters.
 
-        An operation that requires parameters is denied only if no parameters could be admitted. `agent_answers` is
-        whether a guest agent responds; None: unknown.
+        An operation that requires parameters is denied only if no parameters could be admitted. `caller` is who asks
+        (`Caller.identity`). `agent_answers` is whether a guest agent responds; None: unknown.
         """
-        return {operation: self._answer(instance, operation, role, by, agent_answers) for operation in Operation}
+        return {operation: self._answer(instance, operation, caller, agent_answers) for operation in Operation}
 
     def _answer(
-        self, instance: Instance, operation: Operation, role: Role, by: str, agent_answers: bool | None
+        self, instance: Instance, operation: Operation, caller: Mapping[str, Any], agent_answers: bool | None
     ) -> Disposition:
         parameters = {"host": ANY} if operation in NAMING_A_HOST else {}
         submission = Submission(
             request_id=explainer.NOT_SUBMITTED,
             operation=operation,
             parameters=parameters,
-            requested_by=by,
-            role=role,
+            **caller,
             facts=Facts(agent_answers=agent_answers),
         )
         try:

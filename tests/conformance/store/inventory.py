@@ -17,7 +17,7 @@ VOLUME = Volume(id="v1", name="data", project="one", path="/v1", size_bytes=4096
 
 @check
 async def tokens_are_kept_until_they_are_deleted(bench: Bench) -> None:
-    other = replace(TOKEN, id="t2", role=Role.ADMIN)
+    other = replace(TOKEN, id="t2", role=Role.ADMIN, groups=("ops", "dba"))
     await bench.store.tokens.put(TOKEN)
     await bench.store.tokens.put(other)
     await bench.reopen()

@@ -222,7 +222,7 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
     body = await request_parsing.body(request, inventory.NewToken, parts.config.request_body_bytes_max)
     if body.host is not None:
         parts.hosts.require_present_name(caller, body.host)
-    token, secret = await parts.callers.make(caller, body.name, body.role, body.project, body.host)
+    token, secret = await parts.callers.make(caller, body.name, body.role, body.project, body.host, body.groups)
     made = inventory.MadeToken(token=serializers.token(token), secret=secret)
     return json_response(made, 201, {"Cache-Control": "no-store"})
 

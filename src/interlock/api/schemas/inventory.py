@@ -129,6 +129,8 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     project: Name
     host: Name | None = None
     """The host of an agent: required for the role agent, not allowed for others."""
+    groups: tuple[Name, ...] = ()
+    """Groups of its holder, which policies may name."""
 
 
 class Token(Wire, frozen=True, kw_only=True):
@@ -138,6 +140,8 @@ class Token(Wire, frozen=True, kw_only=True):
     name: str
     role: Role
     project: str
+    groups: tuple[str, ...] = ()
+    """Groups of its holder, which policies may name."""
     host: str | None
     """The only host whose agent may use it; null for other roles."""
     created_at: Timestamp

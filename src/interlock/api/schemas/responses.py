@@ -81,6 +81,10 @@ class Request(Wire, frozen=True, kw_only=True):
     """`succeeded`, `failed`, `cancelled` and `superseded` are final; a request reaches exactly one of them."""
     requested_by: str
     role: Role
+    project: str = ""
+    """The project of its requester; empty if it was submitted by an older version."""
+    groups: tuple[str, ...] = ()
+    """The groups of its requester then."""
     rule: str
     """The id of the rule that admitted it."""
     preempts: bool

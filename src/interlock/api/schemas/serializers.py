@@ -74,6 +74,8 @@ def request(one: records.Request) -> responses.Request:
         status=one.status,
         requested_by=one.requested_by,
         role=one.role,
+        project=one.project,
+        groups=one.groups,
         rule=one.rule,
         preempts=one.preempts,
         phase=one.phase,

@@ -51,6 +51,8 @@ def _request_of(wire: responses.Request) -> Request:
         parameters=wire.parameters,
         requested_by=wire.requested_by,
         role=wire.role,
+        project=wire.project,
+        groups=wire.groups,
         rule=wire.rule,
         admitted_at_ms=_ms(wire.admitted_at) or 0,
         status=wire.status,

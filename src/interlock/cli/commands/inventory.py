@@ -274,14 +274,19 @@ def token_commands() -> None:
 @click.option("--role", type=click.Choice([role.value for role in Role]), required=True, help="Role of the token.")
 @click.option("--project", default="default", show_default=True, help="Project of the token.")
 @click.option("--host", metavar="NAME", help="Host of an agent; only with --role agent.")
+@click.option("--group", "groups", metavar="NAME", multiple=True, help="Group of its holder, for policies; repeatable.")
 @with_json
-def create_token(invocation: Invocation, *, name: str, role: str, project: str, host: str | None) -> None:
+def create_token(
+    invocation: Invocation, *, name: str, role: str, project: str, host: str | None, groups: tuple[str, ...]
+) -> None:
     """Create the token NAME. Its secret is printed only once, on standard output.
 
     A token with the role agent is for `interlock agent` on the host --host,
     and for nothing else.
     """
-    reply = invocation.client.post(TOKENS, NewToken(name=name, role=Role(role), project=project, host=host))
+    reply = invocation.client.post(
+        TOKENS, NewToken(name=name, role=Role(role), project=project, host=host, groups=groups)
+    )
     if not invocation.print_json(reply):
         new = reply.decode(MadeToken)
         invocation.echo(
@@ -302,6 +307,7 @@ def list_tokens(invocation: Invocation) -> None:
         "NAME": lambda one: one.name,
         "ROLE": lambda one: one.role.value,
         "PROJECT": lambda one: one.project,
+        "GROUPS": lambda one: ", ".join(one.groups) or "-",
         "HOST": lambda one: one.host or "-",
         "AGE": lambda one: age(one.created_at, invocation.client.now),
         "ID": lambda one: one.id,

@@ -123,7 +123,8 @@ def _changes(
         if isinstance(condition.kind, Choice):
             for value in condition.kind.values(condition.wanted(about)):
                 asked = _replace(submission, **{condition.reads: value})
-                yield condition.reads, value, f"if requested {condition.because(value)}", instance, asked
+                text = f"if requested {condition.because(value)}"
+                yield condition.reads, condition.kind.found(value), text, instance, asked
     other = not submission.host_reachable
     asked = _replace(submission, host_reachable=other)
     yield Turn.HOST_REACHABLE, other, f"if its host {'can' if other else 'cannot'} be reached", instance, asked

@@ -136,9 +136,9 @@ class CounterexampleBuilder:
 
     def _caller(self, submission: SubmissionKind) -> dict[str, Any]:
         """Return who asks, where that makes a difference; the role is that of all submissions."""
-        if len(self._model.alphabet.callers(submission.operation)) == 1:
-            return {}
-        return {field: value for field, value in submission.caller if field != "role"}
+        known = self._model.alphabet.callers(submission.operation)
+        varies = {field for caller in known for field, value in caller if dict(known[0])[field] != value}
+        return {field: value for field, value in submission.caller if field in varies - {"role"}}
 
     def _reports(self, action: int, state: Request) -> Iterator[dict[str, Any]]:
         if action in _OUTCOMES:

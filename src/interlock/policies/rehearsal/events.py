@@ -63,6 +63,8 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str | None = None
     requested_by: str | None = None
     """The name of the caller; `rehearsal` by default."""
+    project: str | None = None
+    groups: tuple[str, ...] | None = None
     hold: str | int | float | None = None
 
 
@@ -78,6 +80,8 @@ _COMPANIONS: Final = {
     "hard": "submit",
     "role": "submit or relabel",
     "requested_by": "submit",
+    "project": "submit",
+    "groups": "submit",
     "hold": "submit",
 }
 """The options of events."""

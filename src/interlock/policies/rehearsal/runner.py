@@ -147,6 +147,8 @@ class Rehearsal:
             operation=named_operation(event.submit),
             parameters=parameters,
             requested_by="rehearsal" if event.requested_by is None else event.requested_by,
+            project="" if event.project is None else event.project,
+            groups=event.groups or (),
             role=self._role_of(event),
             host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.conditions import CONDITION
+from interlock.core.conditions import CALLER, CONDITION
 from interlock.core.durations import short_time
 from interlock.core.operations import TASK_OPERATION
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Verdict
@@ -26,8 +26,11 @@ def circumstances_text(circumstances: Circumstances, *, launched: bool = True) -
     """Describe the circumstances, to follow `what`."""
     role = circumstances.caller.get("role", CONDITION["role"].usual)
     parts = [f"{'an' if role == 'admin' else 'a'} {role}"]
-    if name := circumstances.caller.get("requested_by"):
-        parts.append(f"named {name}")
+    for condition in CALLER:
+        value = circumstances.caller.get(condition.reads, condition.usual)
+        if condition.reads != "role" and value != condition.usual:
+            title = "named" if condition.reads == "requested_by" else condition.title
+            parts.append(f"{title} {condition.kind.found(value)}")
     if circumstances.locked:
         parts.append("with the instance locked")
     if circumstances.silent_ms:

@@ -76,7 +76,9 @@ def fleet(invocation: Invocation, /, *, name: str | None, hard: bool, **asked: A
 
 def _described(caller: dict[str, Any]) -> str:
     return ", ".join(
-        f"{condition.title} {caller[condition.reads]}" for condition in CALLER if condition.reads in caller
+        f"{condition.title} {condition.kind.found(caller[condition.reads])}"
+        for condition in CALLER
+        if condition.reads in caller
     )
 
 

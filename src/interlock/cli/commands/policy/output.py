@@ -16,7 +16,7 @@ from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import printable
 from interlock.core.condition_kinds import Word
-from interlock.core.conditions import CALLER
+from interlock.core.conditions import CALLER, Condition
 
 if TYPE_CHECKING:
     from interlock.core.policy import CompiledPolicy
@@ -33,23 +33,31 @@ def caller_options(*, defaults: bool = True) -> Callable[[_Command], _Command]:
     def add(command: _Command) -> _Command:
         for condition in reversed(CALLER):
             words = condition.kind.words if isinstance(condition.kind, Word) else None
+            several = isinstance(condition.usual, tuple)
             command = click.option(
                 f"--{condition.reads.replace('_', '-')}",
                 type=str if words is None else click.Choice([str(word) for word in words]),
                 metavar="NAME" if words is None else None,
+                multiple=several,
                 default=str(condition.usual) if defaults and words is not None else None,
                 show_default=defaults and words is not None,
-                help=condition.option if defaults or words is None else f"{condition.option}  [{condition.usual}]",
+                help=_help(condition, shows_usual=not defaults and words is not None),
             )(command)
         return command
 
     return add
 
 
+def _help(condition: Condition, *, shows_usual: bool) -> str:
+    if shows_usual:
+        return f"{condition.option}  [{condition.usual}]"
+    return f"{condition.option[:-1]}; repeatable." if isinstance(condition.usual, tuple) else condition.option
+
+
 def caller_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caller that the options describe: the values that are not as usual."""
     given = {condition.reads: options[condition.reads] for condition in CALLER}
-    return {field: value for field, value in given.items() if value is not None}
+    return {field: value for field, value in given.items() if value not in (None, ())}
 
 
 def compiled(name: str) -> CompiledPolicy:
