@@ -48,6 +48,7 @@ from interlock.images.qemu_img import ImageTool
 from interlock.images.shared_folder import shared_roots_of
 from interlock.images.volume_folder import VolumeFolder
 from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.time_windows import resolved
 from interlock.ports import Clock, Hypervisor, RemoteHost, Tally
 from interlock.service.auth import Authenticator
 from interlock.service.capacity import Capacity, limits_of
@@ -136,11 +137,11 @@ class Server:
         self.store = _store(config, clock)
         self.hypervisor = hypervisor or hypervisor_of(config)
         configured = ConfiguredPolicy(config.policy)
-        self.in_force = PolicyInForce(CompiledPolicy(configured.at_first, PERFORMS))
+        self.in_force = PolicyInForce(CompiledPolicy(configured.at_first, PERFORMS), self._with_windows)
         host = config.host or platform.node() or "localhost"
         self.hosts = HostRegistry(host, self.hypervisor, self._remote, self._reachable)
         self.leases = self._leases()
-        self.clock_watch = ClockWatch(self.store, self.leases.note_own)
+        self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
         self.callers = Authenticator(self.store, new_id, new_secret)
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
@@ -243,6 +244,10 @@ class Server:
             wake=self.agent.wake,
             reachable=self.leases.reachable,
         )
+
+    def _with_windows(self, policy: CompiledPolicy) -> CompiledPolicy:
+        now_ms = self.store.now_ms()
+        return resolved(policy, now_ms, self.store.shown_ms(now_ms) - now_ms)
 
     @property
     def policy(self) -> CompiledPolicy:

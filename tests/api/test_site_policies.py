@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -91,3 +92,35 @@ async def test_groups_that_cannot_be_are_refused(start: Start, groups: object) -
     refused = await admin_of(await start(GROUPS)).post("/v1/tokens", json=wish)
     assert refused.status_code == 422
     assert "groups" in refused.text
+
+
+FREEZE = """
+[policy]
+extends = "standard"
+
+[[rule]]
+id = "freeze"
+operations = ["stop"]
+within = ["{window}"]
+verdict = "deny"
+reason = "freeze"
+because = "Nothing is stopped during the freeze."
+"""
+
+
+async def test_a_refusal_in_a_time_window_names_its_end_and_a_held_request_waits_for_it(start: Start) -> None:
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    begin, end = midnight - timedelta(days=1), midnight + timedelta(days=2)
+    window = f"{begin:%a} 00:00-{end:%a} 00:00 UTC"
+    api = await start(FREEZE.format(window=window))
+    client = admin_of(api)
+    one = await make(client, "one")
+    path = f"/v1/instances/{one['id']}/requests"
+    refused = (await client.post(path, json={"operation": "stop"})).json()
+    assert refused["reason"] == "freeze"
+    assert f"allowed at {end:%Y-%m-%dT%H:%M:%S}" in refused["detail"] or "23:59:59" in refused["detail"]
+    allowed = (await client.get(f"/v1/instances/{one['id']}/allowed")).json()["operations"]
+    stop = next(each for each in allowed if each["operation"] == "stop")
+    assert abs(stop["retry_after_s"] - refused["retry_after_s"]) < 60
+    held = (await client.post(path, json={"operation": "stop", "hold": "1h"})).json()
+    assert (held["disposition"], held["reason"], held["request"]["windows"]) == ("held", "freeze", [window])

@@ -95,4 +95,4 @@ def test_there_is_one_caller_of_each_class_and_what_is_known_is_not_varied() -> 
     assert [one["role"] for one in callers(rules)] == ["member"] * 3 + ["admin"] * 3
     together = [Conditions(requested_by=frozenset({f"user{number}" for number in range(64)}))]
     assert len(list(callers(together, role="member"))) == 2
-    assert list(callers([], role="admin")) == [{"role": "admin"}]
+    assert list(callers([], role="admin")) == [{"role": "admin", "requested_by": ""}]

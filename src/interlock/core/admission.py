@@ -6,7 +6,7 @@ afterwards.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from interlock.core import restarts
 from interlock.core.operations import CATALOGUE, Lane, Operation
@@ -19,6 +19,7 @@ from interlock.core.policy import (
     CompiledPolicy,
     Rule,
     Verdict,
+    windows_in,
 )
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.record_operations import RECORD_OPERATIONS
@@ -61,6 +62,7 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
     Every submission is recorded as an event with the facts it was evaluated on, so that the history can be replayed
     against another policy.
     """
+    submission = policy.timed(submission, now_ms)
     view = build_view(instance, submission, now_ms)
     evaluation = _Evaluation(
         Draft(instance, now_ms, host_reachable=submission.host_reachable), view, submission, policy
@@ -98,7 +100,7 @@ def admit_there(instance: Instance, submission: Submission, policy: CompiledPoli
     if not evacuated or not submission.host_reachable:
         return change
     draft = Draft(instance, now_ms)
-    return _deny(_Evaluation(draft, build_view(instance, submission, now_ms), submission, policy), HOST_NOT_FENCED)
+    return _deny(_Evaluation(draft, policy.view(instance, submission, now_ms), submission, policy), HOST_NOT_FENCED)
 
 
 def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy, now_ms: int) -> Instance | Denied:
@@ -116,9 +118,10 @@ def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy
         for place, waiting in zip(places, (stopped, instance), strict=True):
             if isinstance(judge(place, start, policy, now_ms), Admitted):
                 return waiting
-    if any(policy.changes_in_ms(build_view(place, start, now_ms)) is not None for place in places for start in starts):
+    views = [policy.view(place, start, now_ms) for place in places for start in starts]
+    if any(policy.changes_in_ms(view, now_ms) is not None for view in views):
         return stopped
-    rule = policy.decide(build_view(places[0], starts[0], now_ms))
+    rule = policy.decide(views[0])
     return Denied(
         operation=Operation.CREATE,
         reason="never_started",
@@ -148,6 +151,7 @@ class _Evaluation(NamedTuple):
             role=submission.role,
             project=submission.project,
             groups=submission.groups,
+            windows=submission.windows,
             rule=rule.id,
             admitted_at_ms=self.draft.now_ms,
             in_turn=rule.in_turn,
@@ -285,7 +289,8 @@ def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
 
 def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     draft, view = evaluation.draft, evaluation.view
-    allowed_at_ms = draft.now_ms + rule.until_threshold_ms(view)
+    timed_ms = _next_window_ms(evaluation)
+    allowed_at_ms = timed_ms or draft.now_ms + rule.until_threshold_ms(view)
     if rule.before is Before.REDUNDANT:
         earlier = _latest(draft.instance, view.operation)
         return _redundant(evaluation, rule, earlier, allowed_at_ms)
@@ -301,6 +306,8 @@ def _deny(
     allowed_at_ms: int | None = None,
 ) -> Change[Disposition]:
     instance = evaluation.draft.instance
+    if allowed_at_ms is None and foreseen is None:
+        allowed_at_ms = _next_window_ms(evaluation)
     fenced_at_ms = _once_fenced_ms(evaluation) if allowed_at_ms is None else None
     answer = Denied(
         operation=evaluation.submission.operation,
@@ -317,6 +324,27 @@ def _deny(
     if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
         return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
     return _unchanged(evaluation, "request.denied", rule, answer)
+
+
+def _next_window_ms(evaluation: _Evaluation) -> int | None:
+    """Return when the rules next permit it if nothing but time passes; None: never, or no time window matters."""
+    policy, view, at_ms = evaluation.policy, evaluation.view, evaluation.draft.now_ms
+    if policy.calendar is None or not windows_in(policy.cell(view.operation, view.vm_state, view.task_state)):
+        return None
+    for _ in range(_WINDOW_CHANGES_MAX):
+        wait_ms = policy.changes_in_ms(view, at_ms)
+        if wait_ms is None:
+            return None
+        at_ms += wait_ms
+        view = policy.view(evaluation.draft.instance, evaluation.submission, at_ms)
+        rule = policy.decide(view)
+        if permits(rule) or (rule.verdict is Verdict.AFTER and rule.until_threshold_ms(view) <= 0):
+            return at_ms
+    return None
+
+
+_WINDOW_CHANGES_MAX: Final = 64
+"""How many changes of the rules' answer are tried: more than there are in a week."""
 
 
 def _once_fenced_ms(evaluation: _Evaluation) -> int | None:

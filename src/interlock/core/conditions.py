@@ -30,6 +30,7 @@ from interlock.core.durations import short_time
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
 from interlock.core.states import PowerState
+from interlock.core.time_windows import WINDOW
 from interlock.core.views import View
 
 POWER_STATES: Final = tuple(state.value for state in PowerState if state is not PowerState.UNKNOWN)
@@ -50,6 +51,8 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Projects of callers, written as names are."""
     groups: frozenset[str] | None = None
     """Holds if the caller is in any of these groups, and in none of those with `!`."""
+    within: frozenset[str] | None = None
+    """Holds if any of these time windows is open at the submission, and none of those with `!`."""
     locked: bool | None = None
     locked_above: bool | None = None
     blocked: bool | None = None
@@ -70,7 +73,8 @@ class Subject(Enum):
     """What the value that a condition tests belongs to."""
 
     CALLER = "caller"
-    """A field of requests and submissions with the same name as the view's."""
+    """Who asks, and when: a field of requests and submissions with the same name as the view's, which a request keeps
+    as it was at its submission."""
     REQUEST = "request"
     INSTANCE = "instance"
     QUEUE = "queue"
@@ -202,6 +206,19 @@ CONDITIONS: Final = (
         title="in group",
         option="Groups of the caller.",
         because=lambda groups: f"by a member of {' and '.join(groups)}" if groups else "by a member of no such group",
+    ),
+    Condition(
+        key="within",
+        field="within",
+        reads="windows",
+        subject=Subject.CALLER,
+        kind=Belongs(WINDOW.pattern, "windows such as 'Sat,Sun 02:00-06:00 Europe/Berlin'"),
+        meaning="Weekly time windows: days, times, and a time zone. Holds if any of these is open, and none of those "
+        "with `!`.",
+        example=["Sat,Sun 02:00-06:00 Europe/Berlin", "!Fri 18:00-Mon 06:00 UTC"],
+        title="within",
+        option="Time window that is open.",
+        because=lambda windows: f"within {' and '.join(windows)}" if windows else "outside of these time windows",
     ),
     Condition(
         key="locked",

@@ -12,7 +12,6 @@ from interlock.core.conditions import CALLER
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Change, Event, Instance, Redundant, Request, Status, Submission
 from interlock.core.request_queue import Draft, replace
-from interlock.core.views import build_view
 
 
 def judge_held(
@@ -95,7 +94,7 @@ def _next_judged_ms(
 ) -> int:
     """Return the next time at which it may be admitted without any other change, or expires."""
     alone = replace(instance, held=tuple(other for other in instance.held if other.id != request.id))
-    wait_ms = policy.changes_in_ms(build_view(alone, submission, now_ms))
+    wait_ms = policy.changes_in_ms(policy.view(alone, submission, now_ms), now_ms)
     until_ms = request.held_until_ms or now_ms
     return until_ms if wait_ms is None else min(until_ms, now_ms + wait_ms)
 

@@ -18,10 +18,12 @@ import msgspec
 from interlock.core.conditions import Conditions, Tests, compiled_tests
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
+from interlock.core.records import Instance, Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.core.time_windows import Calendar
 from interlock.core.view_classes import distinguished_by
-from interlock.core.views import View
+from interlock.core.views import View, build_view
 
 
 class Verdict(StrEnum):
@@ -189,6 +191,11 @@ class CompiledPolicy:
         self.for_queue: CompiledPolicy = self
         """The policy that re-evaluates queued requests: another one while earlier policies bind what they admitted."""
 
+        self.windows = windows_in(self._rules)
+        """The time windows that its rules name."""
+        self.calendar: Calendar | None = None
+        """When they are open; None: submissions say it."""
+
     @property
     def rules(self) -> tuple[Rule, ...]:
         return self._rules
@@ -198,6 +205,23 @@ class CompiledPolicy:
         names = self.policy.protected_tags
         beginnings = tuple(name[:-1] for name in names if name.endswith("*"))
         return frozenset(tag for tag in tags if tag in names or tag.startswith(beginnings))
+
+    def with_calendar(self, calendar: Calendar) -> CompiledPolicy:
+        """Return the policy with the intervals in which its time windows are open."""
+        timed = CompiledPolicy.__new__(type(self))
+        timed.__dict__.update(self.__dict__)  # cells never change, and are shared
+        timed.calendar = calendar
+        return timed
+
+    def timed(self, submission: Submission, now_ms: int) -> Submission:
+        """Return a submission with the time windows that are open now."""
+        if self.calendar is None:
+            return submission
+        return msgspec.structs.replace(submission, windows=self.calendar.open_at(now_ms))
+
+    def view(self, instance: Instance, submission: Submission, now_ms: int) -> View:
+        """Return what its rules see of a submission now."""
+        return build_view(instance, self.timed(submission, now_ms), now_ms)
 
     def decide(self, view: View) -> Rule:
         """Return the first rule that matches, or `NO_RULE` or `GONE`."""
@@ -245,17 +269,21 @@ class CompiledPolicy:
         bounds_ms = {"silent_ms": since_progress, "running_ms": since_start}
         return distinguished_by(self._rules, ("operation", "vm_state", "task_state"), bounds_ms)
 
-    def changes_in_ms(self, view: View) -> int | None:
+    def changes_in_ms(self, view: View, now_ms: int) -> int | None:
         """Return the time until the decision may change, in milliseconds; None if time alone does not change it."""
+        cell = self.cell(view.operation, view.vm_state, view.task_state)
         waits = [
             wait
-            for rule in self.cell(view.operation, view.vm_state, view.task_state)
+            for rule in cell
             for wait in (
                 (rule.silent_ms_min or 0) - view.silent_ms,
                 rule.until_threshold_ms(view),
             )
             if wait > 0
         ]
+        if self.calendar is not None:
+            change_ms = self.calendar.next_change_ms(windows_in(cell), now_ms)
+            waits += [] if change_ms is None else [change_ms - now_ms]
         return min(waits, default=None)
 
     def cell(self, operation: Operation, vm_state: VmState, task_state: str) -> tuple[Rule, ...]:
@@ -276,6 +304,11 @@ class CompiledPolicy:
                 return tuple(cell)
         cell.append((GONE if vm_state is VmState.DELETED else NO_RULE, ()))
         return tuple(cell)
+
+
+def windows_in(rules: Iterable[Rule]) -> frozenset[str]:
+    """Return the time windows that rules name, with or without `!`."""
+    return frozenset(text.removeprefix("!") for rule in rules for text in rule.within or ())
 
 
 def _not_performed(operations: frozenset[Operation]) -> Rule:

@@ -104,6 +104,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """The project of its requester."""
     groups: tuple[str, ...] = ()
     """The groups of its requester."""
+    windows: tuple[str, ...] = ()
+    """The time windows of the policy that were open when it was evaluated."""
     rule: str
     """The id of the rule that admitted it."""
     admitted_at_ms: int
@@ -359,6 +361,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The caller's project, not the instance's."""
     groups: tuple[str, ...] = ()
     """The caller's groups."""
+    windows: tuple[str, ...] = ()
+    """The time windows that are open, for a policy without a calendar."""
     host_reachable: bool = True
     """False if the instance's host is fenced: its guests have ended for certain."""
     host_fenced_at_ms: int | None = None

@@ -52,13 +52,13 @@ def distinguished_by(
 def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any]]:
     """Yield one caller of each class that the rules distinguish, the most ordinary first.
 
-    A caller is the values of those fields that submissions, requests and views have of it and that some rule tests, and
-    `known`, which are not varied.
+    A caller is its role, its name, and those other fields of submissions, requests and views that some rule tests;
+    `known` are not varied.
     """
     values = {
         condition.reads: (known[condition.reads],) if condition.reads in known else _distinct(condition, wanted)
         for condition in CALLER
-        if (wanted := condition.wanted(rules)) or condition.reads in known
+        if (wanted := condition.wanted(rules)) or condition.reads in {"role", "requested_by", *known}
     }
     for chosen in product(*values.values()):
         yield dict(zip(values, chosen, strict=True))

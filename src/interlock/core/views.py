@@ -37,6 +37,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The caller's project."""
     groups: tuple[str, ...] = ()
     """The caller's groups."""
+    windows: tuple[str, ...] = ()
+    """The time windows that are open."""
     locked: bool = False
     locked_above: bool = False
     """Whether it was locked with a role that the caller's does not include."""
@@ -54,7 +56,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The operations held, as a bit mask."""
 
 
-_SINCE_RECORDED: Final = ("project", "groups")
+_SINCE_RECORDED: Final = ("project", "groups", "windows")
 """Fields that came later, and are recorded where they are not as in a plain submission."""
 
 
@@ -82,6 +84,8 @@ class RequestLike(Protocol):
     def project(self) -> str: ...
     @property
     def groups(self) -> tuple[str, ...]: ...
+    @property
+    def windows(self) -> tuple[str, ...]: ...
 
 
 def kinds(requests: tuple[Request, ...]) -> int:
@@ -113,6 +117,7 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         requested_by=submission.requested_by,
         project=submission.project,
         groups=submission.groups,
+        windows=submission.windows,
         locked=instance.locked_by is not None,
         locked_above=instance.locked_by is not None and not submission.role.includes(instance.lock_role),
         blocked=submission.operation in instance.blocked_operations,
@@ -157,6 +162,7 @@ class Foreseen(NamedTuple):
             requested_by=request.requested_by,
             project=request.project,
             groups=request.groups,
+            windows=request.windows,
             tags=self.tags,
             host_reachable=self.host_reachable,
             power_state=self.power_state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 
 import msgspec
@@ -21,15 +21,21 @@ class Earlier(msgspec.Struct, frozen=True):
     """It admitted no request after this time."""
 
 
+def _same(policy: CompiledPolicy) -> CompiledPolicy:
+    return policy
+
+
 class PolicyInForce:
     """The active policy, shared by all deciders.
 
     Read once per decision, so that one policy makes the whole decision. Replaced on the event loop, between decisions.
     """
 
-    __slots__ = ("_bound", "_deciding", "_earlier", "compiled")
+    __slots__ = ("_bound", "_deciding", "_earlier", "_resolve", "compiled")
 
-    def __init__(self, compiled: CompiledPolicy) -> None:
+    def __init__(self, compiled: CompiledPolicy, resolve: Callable[[CompiledPolicy], CompiledPolicy] = _same) -> None:
+        """`resolve` gives a policy the intervals of its time windows."""
+        self._resolve = resolve
         self.compiled = compiled
         """The policy that judges new submissions."""
         self._earlier: tuple[Earlier, ...] = ()
@@ -43,7 +49,7 @@ class PolicyInForce:
 
     def replace(self, compiled: CompiledPolicy, earlier: Iterable[Earlier] = ()) -> None:
         """Activate a policy; `earlier` are those whose admissions still hold, oldest first."""
-        self.compiled = compiled
+        self.compiled = self._resolve(compiled)
         self._earlier = tuple(earlier)
         self._bound, self._deciding = {}, {}
 
@@ -57,6 +63,10 @@ class PolicyInForce:
             deciding = self._deciding[id(bound)] = copy(self.compiled)
             deciding.for_queue = bound
         return deciding
+
+    def resolve_windows(self) -> None:
+        """Resolve the time windows of the active policy again; earlier policies judge nothing that depends on them."""
+        self.replace(self.compiled, self._earlier)
 
     def for_waiting(self, instance: Instance) -> CompiledPolicy:
         """Return the policy that re-evaluates the queued requests of an instance.

@@ -314,8 +314,8 @@ class _Search:
         deadline_ms = lifecycle.next_deadline_ms(instance)
         policy = self._in_force.compiled
         plain = (Submission(request_id=_NEW, operation=operation, requested_by="") for operation in operations)
-        views = (build_view(instance, submission, now_ms) for submission in plain)
-        waits = [wait for view in views if (wait := policy.changes_in_ms(view)) is not None]
+        views = (policy.view(instance, submission, now_ms) for submission in plain)
+        waits = [wait for view in views if (wait := policy.changes_in_ms(view, now_ms)) is not None]
         moments = [now_ms + wait for wait in waits] + ([] if deadline_ms is None else [max(now_ms, deadline_ms)])
         if not moments:
             return

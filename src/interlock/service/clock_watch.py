@@ -14,6 +14,7 @@ from interlock.ports import Jump, Store
 
 _LOG = structlog.get_logger(__name__)
 _INTERVAL_S: Final = 1.0
+_DAY_MS: Final = 86_400_000
 _REPORTED_FOR_MS: Final = 600_000
 """How long a backward jump is reported; a forward jump is reported while it delays anything."""
 
@@ -24,11 +25,17 @@ class ClockWatch:
     Args:
         store: its clock is checked.
         note: records an event of this host: kind, detail.
+        resolve: called when times of the wall clock have to be converted to the store's again.
     """
 
-    def __init__(self, store: Store, note: Callable[[str, str], Awaitable[None]]) -> None:
+    def __init__(
+        self, store: Store, note: Callable[[str, str], Awaitable[None]], resolve: Callable[[], None] = lambda: None
+    ) -> None:
         self._store = store
         self._note = note
+        self._resolve = resolve
+        self._resolved: tuple[int, int] | None = None
+        """The offset to the wall clock, and the day of it, for which it was called last."""
         self._task: asyncio.Task[None] | None = None
         self.jumps = {"forward": 0, "backward": 0}
         """Number of jumps since `open`, including one found when the store was opened."""
@@ -50,11 +57,21 @@ class ClockWatch:
                     await self._report(jump)
                 await asyncio.sleep(_INTERVAL_S)
                 jump = await self._store.time.look()
+                self._resolve_again()
             except StoreClosed:
                 return
             except StoreError as error:
                 _LOG.error("failed to persist the clock", why=error.message)
                 jump = None
+
+    def _resolve_again(self) -> None:
+        """Follow the wall clock, each day and after a correction; after a jump not before scheduled actions do."""
+        now_ms = self._store.now_ms()
+        shown_ms = self._store.shown_ms(now_ms)
+        latest = (shown_ms - now_ms, shown_ms // _DAY_MS)
+        if latest != self._resolved and not self.cautious:
+            self._resolved = latest
+            self._resolve()
 
     async def _report(self, jump: Jump) -> None:
         self.jumps["forward" if jump.by_ms > 0 else "backward"] += 1

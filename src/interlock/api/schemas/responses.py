@@ -85,6 +85,8 @@ class Request(Wire, frozen=True, kw_only=True):
     """The project of its requester; empty if it was submitted by an older version."""
     groups: tuple[str, ...] = ()
     """The groups of its requester then."""
+    windows: tuple[str, ...] = ()
+    """The time windows of the policy that were open when it was evaluated."""
     rule: str
     """The id of the rule that admitted it."""
     preempts: bool

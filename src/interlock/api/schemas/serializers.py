@@ -76,6 +76,7 @@ def request(one: records.Request) -> responses.Request:
         role=one.role,
         project=one.project,
         groups=one.groups,
+        windows=one.windows,
         rule=one.rule,
         preempts=one.preempts,
         phase=one.phase,

@@ -53,6 +53,7 @@ def _request_of(wire: responses.Request) -> Request:
         role=wire.role,
         project=wire.project,
         groups=wire.groups,
+        windows=wire.windows,
         rule=wire.rule,
         admitted_at_ms=_ms(wire.admitted_at) or 0,
         status=wire.status,

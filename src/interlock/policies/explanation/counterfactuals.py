@@ -21,7 +21,6 @@ from interlock.core.policy import CompiledPolicy
 from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, StaleFence, Submission
 from interlock.core.state_stack import resolve_target
 from interlock.core.states import VmState
-from interlock.core.views import build_view
 
 _MOMENTS_MAX: Final = 64
 """How many age bounds are tried; a policy has far fewer for one state."""
@@ -89,7 +88,7 @@ def ways(instance: Instance, submission: Submission, policy: CompiledPolicy, now
 def _in_time(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Iterator[Way]:
     at_ms = now_ms
     for _ in range(_MOMENTS_MAX):
-        wait_ms = policy.changes_in_ms(build_view(instance, submission, at_ms))
+        wait_ms = policy.changes_in_ms(policy.view(instance, submission, at_ms), at_ms)
         if wait_ms is None:
             return
         at_ms += wait_ms

@@ -53,6 +53,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Explanation:
     """Return the answer that the submission would get now, with every rule that was evaluated."""
+    submission = policy.timed(submission, now_ms)
     view = build_view(instance, submission, now_ms)
     disposition = judge(instance, submission, policy, now_ms)
     tried, decided = _ask(policy, view)

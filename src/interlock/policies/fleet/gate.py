@@ -19,7 +19,6 @@ from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, Denied, Held, Instance, Redundant, Status, Submission
 from interlock.core.request_queue import foresee
-from interlock.core.views import build_view
 
 NOBODY: Final[Mapping[str, Any]] = MappingProxyType({})
 """A caller of whom rules can ask nothing unusual."""
@@ -178,7 +177,7 @@ def _situations(policy: CompiledPolicy) -> Callable[[Instance, Submission, int],
     """Return a function that gives instances the same key if the gate answers every operation alike for them."""
 
     def situation_of(instance: Instance, submission: Submission, now_ms: int) -> Hashable:
-        key = policy.class_of(build_view(instance, submission, now_ms))
+        key = policy.class_of(policy.view(instance, submission, now_ms))
         if not instance.outstanding:
             return key
         foreseen = None

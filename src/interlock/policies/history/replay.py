@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 import msgspec
 
 from interlock.core.policy import CompiledPolicy
+from interlock.core.time_windows import Calendar
 from interlock.core.views import View
 from interlock.policies.history.recorded_submissions import Foreseen, Met, RecordedAnswer, Untold, judge_again
+from interlock.policies.time_windows import calendar
 
 _KeyT = TypeVar("_KeyT")
 
@@ -28,6 +30,7 @@ DISPOSITIONS: Final = {
 }
 """The events of submissions, and the disposition of each."""
 
+_DAY_MS: Final = 86_400_000
 _REMEMBERED_MAX: Final = 200_000
 """The size of the cache of answers to distinct submissions."""
 
@@ -175,6 +178,9 @@ class _Replaying:
         self._tallies: dict[tuple[str, RecordedAnswer, RecordedAnswer | Untold], _Tally] = {}
         self._decided_by: dict[Stamp, int] = {}
         self._unreadable = 0
+        self._day: int | None = None
+        self._calendar = Calendar({})
+        """The policy's time windows around that day."""
         self._first_at_ms: int | None = None
         self._last_at_ms: int | None = None
 
@@ -185,7 +191,7 @@ class _Replaying:
         except msgspec.DecodeError:
             self._unreadable += 1
             return
-        view, there = facts.view, facts.foreseen
+        view, there = self._timed(facts.view, at_ms), facts.foreseen
         key = (
             kind,
             facts.rule,
@@ -210,6 +216,15 @@ class _Replaying:
         if self._first_at_ms is None:
             self._first_at_ms = at_ms
         self._last_at_ms = at_ms
+
+    def _timed(self, view: RecordedView, at_ms: int) -> RecordedView:
+        """Return the view with those time windows of the policy that were open then."""
+        if not self._policy.windows:
+            return view
+        day = at_ms // _DAY_MS
+        if day != self._day:
+            self._day, self._calendar = day, calendar(self._policy.windows, at_ms, 0)
+        return msgspec.structs.replace(view, windows=self._calendar.open_at(at_ms))
 
     def _judge(self, key: tuple[object, ...], row: RecordedRow, met: Met) -> _Tally:
         answer = judge_again(met, self._policy)

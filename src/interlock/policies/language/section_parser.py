@@ -50,6 +50,7 @@ from interlock.policies.language.vocabulary import (
     phases_of,
     plain,
 )
+from interlock.policies.time_windows import error_in
 
 NAMEABLE: Final = tuple(
     dict.fromkeys((*OPERATIONS.words, *HARD_VARIANTS, *(word for word in TASKS.words if word != "none")))
@@ -351,6 +352,8 @@ def _texts(source: _Table, key: str, kind: Kind) -> frozenset[str]:
     for number, text in enumerate(texts):
         if kind.item.fullmatch(text) is None:
             raise place.at(number).error(message)
+        if key == "within" and (wrong := error_in(text)) is not None:
+            raise place.at(number).error(f"Invalid time window {shown(text)}.", wrong)
     return frozenset(texts)
 
 

@@ -22,6 +22,7 @@ from interlock.policies.lint.exit_lints import WaysOut
 from interlock.policies.lint.findings import Finding, Severity, file_of, file_of_place
 from interlock.policies.lint.reachability import Reaching
 from interlock.policies.lint.verdict_lints import StrangeVerdicts
+from interlock.policies.lint.window_lints import window_findings
 
 _MESSAGE: Final = re.compile(r"(.+?:\d+(?::\d+)?): (.*)", re.DOTALL)
 _ORDER: Final = tuple(Severity)
@@ -43,6 +44,7 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     strange = StrangeVerdicts(reaching, dead, ways_out)
     found = [_inherited(one, own) for one in (*dead.findings(), *ways_out.findings(), *strange.findings())]
     found += strange.unbinding(CompiledPolicy(subject).protected)
+    found += window_findings(dead.written, own)
     if reaching.exhausted:
         found.append(_exhausted(own))
     if performs is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -37,6 +38,8 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str = "admin"
     """The default role of the submissions that follow."""
     host_reachable: bool = True
+    at: str | None = None
+    """The time of the wall clock, for time windows; None: submissions say which are open."""
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +68,8 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The name of the caller; `rehearsal` by default."""
     project: str | None = None
     groups: tuple[str, ...] | None = None
+    windows: tuple[str, ...] | None = None
+    """The time windows that are open, where no time is given."""
     hold: str | int | float | None = None
 
 
@@ -82,6 +87,7 @@ _COMPANIONS: Final = {
     "requested_by": "submit",
     "project": "submit",
     "groups": "submit",
+    "windows": "submit",
     "hold": "submit",
 }
 """The options of events."""
@@ -135,6 +141,17 @@ def length_of_time_ms(value: str | float) -> int:
     if parsed is None:
         raise Invalid(f"Invalid duration {value!r}: expected {EXPECTED}, or a number of seconds.")
     return parsed
+
+
+def wall_clock_ms(text: str) -> int:
+    """Return milliseconds from an ISO 8601 time with its offset. Raises `Invalid`."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise Invalid(f"Invalid time {text!r}: expected one such as 2026-03-28T23:30:00+01:00, or with Z.")
+    return round(at.timestamp() * 1000)
 
 
 def made_instance(line: InstanceLine, now_ms: int) -> Instance:

@@ -48,7 +48,9 @@ from interlock.policies.rehearsal.events import (
     named_outcome,
     named_role,
     read_line,
+    wall_clock_ms,
 )
+from interlock.policies.time_windows import resolved
 
 BEGINNING_MS: Final = 1_000_000_000_000
 """The start time of every rehearsal; far enough from zero for any age."""
@@ -83,7 +85,7 @@ class Rehearsal:
     """One instance under one policy, with a clock of its own."""
 
     def __init__(self, policy: CompiledPolicy) -> None:
-        self._policy = policy
+        self._given = policy
         self._verbs: dict[str, Callable[[Line], Answer]] = {
             "instance": self._begin,
             "submit": self._submit,
@@ -99,6 +101,11 @@ class Rehearsal:
             "host_reachable": self._host_changes,
         }
         self._start(InstanceLine())
+
+    @property
+    def _policy(self) -> CompiledPolicy:
+        """The policy at the present time of the wall clock, if that is given."""
+        return self._given if self._wall_ms is None else resolved(self._given, self.now_ms, self._wall_ms)
 
     def play(self, verb: str, event: Line) -> Answer:
         """Apply one event and return the answer.
@@ -129,6 +136,8 @@ class Rehearsal:
         self._role = role
         self.host_reachable = line.host_reachable
         self._admitted = len(self.instance.outstanding)
+        self._wall_ms = None if line.at is None else wall_clock_ms(line.at) - BEGINNING_MS
+        """What is added to the present time for the wall clock."""
         self._lost: dict[str, int] = {}
         """The fences of superseded workers, by request: their reports are stale."""
 
@@ -149,6 +158,7 @@ class Rehearsal:
             requested_by="rehearsal" if event.requested_by is None else event.requested_by,
             project="" if event.project is None else event.project,
             groups=event.groups or (),
+            windows=event.windows or (),
             role=self._role_of(event),
             host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),

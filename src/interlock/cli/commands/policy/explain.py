@@ -30,6 +30,7 @@ from interlock.core.preconditions import RULE
 from interlock.core.records import Held, Submission
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
+from interlock.policies.time_windows import resolved
 
 
 @policy_commands.command()
@@ -179,7 +180,7 @@ def ask_of_vm(
         now_ms = round((invocation.client.now or seconds_of(wire.updated_at)) * 1000)
         submission = submission_of(operation, described, caller_of(described))
         title = f"{humanize(operation.value)} of {wire.name}, requested {_described(submission)}"
-        question = Question(title, chosen, instance_of(wire), submission, now_ms, real=True)
+        question = Question(title, resolved(chosen, now_ms, 0), instance_of(wire), submission, now_ms, real=True)
         print_explanation(invocation, question, everything=everything)
         lacking = next((one for one in reply.operations if one.operation is operation and one.rule == RULE), None)
         if lacking is not None and not invocation.json:
@@ -208,8 +209,8 @@ def _ask_server(
         else:
             invocation.echo(why_text(answer, reply.name, invocation.client.now))
         return
-    policy = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
     now_ms = round(seconds_of(reply.at) * 1000)
+    policy = resolved(policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any])), now_ms, 0)
     described = {**described, "unreachable": not reply.host_reachable}
     question = _matching_question(wire, operation, policy, described, now_ms, answer.rule)
     if invocation.json and question is None:
@@ -236,7 +237,7 @@ def _matching_question(
 
     instance = instance_of(wire)
     rules = [rule for rule in policy.rules if operation in rule.operations]
-    for caller in sorted(callers(rules), key=lambda caller: caller["role"]):
+    for caller in sorted(callers(rules), key=lambda caller: caller.get("role", "")):
         submission = submission_of(operation, described, caller)
         answer = judge(instance, submission, policy, now_ms)
         if not isinstance(answer, Held) and answer.rule == rule:

@@ -56,7 +56,6 @@ def print_explanation(
     invocation: Invocation, question: Question, *, everything: bool, without_answer: bool = False
 ) -> None:
     """Explain a decision and print it; `without_answer` if the decision itself is printed already."""
-    from interlock.core.views import build_view
     from interlock.policies.explanation.counterfactuals import ways
     from interlock.policies.explanation.explainer import explain as explained
 
@@ -64,7 +63,7 @@ def print_explanation(
     explanation = explained(instance, submission, question.policy, question.now_ms)
     found = ways(instance, submission, question.policy, question.now_ms)
     if invocation.json:
-        view = build_view(instance, submission, question.now_ms)
+        view = question.policy.view(instance, submission, question.now_ms)
         invocation.emit(document(question, view, explanation, found))
         return
     if not without_answer:

@@ -47,20 +47,22 @@ def fleet(invocation: Invocation, /, *, name: str | None, hard: bool, **asked: A
     from interlock.policies.fleet.comparison import compare
     from interlock.policies.fleet.gate import judge_fleet
     from interlock.policies.language.loader import load
+    from interlock.policies.time_windows import resolved
 
     caller = caller_of(asked)
     with errors_as_failures():
         candidate = None if name is None else load(name)
-    present = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
+    server_policy = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
     instances = _all(invocation)
     newest_s = max((one.updated_at_ms / 1000 for one in instances), default=0.0)
     hosts = invocation.client.get(HOSTS).decode(HostList).items
     fenced = {host.name for host in hosts if host.state is HostState.FENCED}
     now_ms = round((invocation.client.now or newest_s) * 1000)
+    present = resolved(server_policy, now_ms, 0)
     answers = judge_fleet(instances, present, now_ms, hard=hard, caller=caller, unreachable_hosts=fenced)
     changes: tuple[FleetChange, ...] = ()
     if candidate is not None:
-        other = CompiledPolicy(candidate, _performed(present))
+        other = resolved(CompiledPolicy(candidate, _performed(present)), now_ms, 0)
         then = judge_fleet(instances, other, now_ms, hard=hard, caller=caller, unreachable_hosts=fenced)
         changes = compare(answers, then)
     if invocation.json:
