@@ -31,6 +31,7 @@ _MAY_BE_ZERO = frozenset(
         "image_unused_ms",
     }
 )
+_LISTS = frozenset({"policy_keys"})
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN"})
 """Variables that the command line reads."""
@@ -229,6 +230,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long reading and checking a policy may take, besides the walk, in ms."""
     policy_memory_mib_max: int = 4_096
     """The address space of the process that checks a policy, in MiB."""
+    policy_keys: tuple[str, ...] = ()
+    """Public keys whose certificates stand for the exploration of a policy (`interlock policy key`). In an environment
+    variable: separated by spaces."""
     policy_body_bytes_max: int = 4_194_304
     """The largest body of a request to load a policy, in bytes."""
     qemu_binary: str = "qemu-system-x86_64"
@@ -334,7 +338,7 @@ def _lay_over(values: dict[str, Any], environment: Mapping[str, str]) -> None:
         if text is not None:
             place = values.setdefault(table, {}) if table else values
             if isinstance(place, dict):
-                place[key] = text
+                place[key] = text.split() if key in _LISTS else text
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:

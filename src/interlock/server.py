@@ -243,6 +243,7 @@ class Server:
             explore_ms_max=config.policy_explore_ms_max,
             wake=self.agent.wake,
             reachable=self.leases.reachable,
+            trusted_keys=config.policy_keys,
         )
 
     def _with_windows(self, policy: CompiledPolicy) -> CompiledPolicy:

@@ -16,12 +16,12 @@ from api.test_gate_by_http import ask, freeze_in_pause
 from in_process.embedded import QUICK
 from interlock.config import Config
 from interlock.core.errors import PolicyError, StoreFull
-from interlock.core.policy_switches import PolicyBundle
+from interlock.core.policy_switches import PolicyBundle, Walk
 from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.language import bundle as bundles
 from interlock.policies.language.loader import load as read_policy
-from interlock.policies.verification import BrokenLaw, Proof, Walk
+from interlock.policies.verification import BrokenLaw, Proof
 from interlock.server import DATABASE, Server
 from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier

@@ -28,7 +28,7 @@ EXTERNAL_PACKAGES = {
     "core": {"msgspec"},
     "ports": {"msgspec"},
     "config": {"msgspec"},
-    "policies": {"matplotlib", "msgspec", "numpy"},
+    "policies": {"cryptography", "matplotlib", "msgspec", "numpy"},
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"apsw", "msgspec", "structlog"},

@@ -89,7 +89,7 @@ class Failure(Exception):
 
 
 MODULES: Final = {
-    "policies": ("numpy",),
+    "policies": ("cryptography", "numpy"),
     "plots": ("matplotlib",),
     "server": (
         *(

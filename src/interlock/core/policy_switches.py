@@ -38,6 +38,20 @@ class Outstanding(StrEnum):
     """Queued requests are evaluated by the new policy at once, and cancelled if it denies them."""
 
 
+class Walk(msgspec.Struct, frozen=True, kw_only=True):
+    """The extent of the model checker's search of a policy."""
+
+    states: int
+    transitions: int
+    complete: bool
+    """False if it reached its limit of time."""
+    seconds: float
+    assumptions: tuple[str, ...] = ()
+    """What the search held fixed, one sentence each."""
+    certified_by: str | None = None
+    """The public key of whoever certified that search; None if the server made it itself."""
+
+
 class PolicySwitch(msgspec.Struct, frozen=True, kw_only=True):
     """One policy activation. The last switch names the active policy."""
 
@@ -54,3 +68,5 @@ class PolicySwitch(msgspec.Struct, frozen=True, kw_only=True):
     outstanding: Outstanding
     cancelled: int | None = None
     """How many requests were cancelled by re-evaluation; None until that is done, and if nothing was re-evaluated."""
+    walk: Walk | None = None
+    """The search of its states before; None if there was none."""

@@ -16,7 +16,7 @@ import msgspec
 from interlock.core.errors import Invalid, PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
-from interlock.core.policy_switches import PolicyBundle
+from interlock.core.policy_switches import PolicyBundle, Walk
 from interlock.policies.lint.findings import Finding, Severity
 from interlock.policies.outstanding_work import BlockedInstance
 
@@ -44,18 +44,6 @@ class BrokenLaw(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     story: tuple[str, ...]
     """The counterexample: events of `interlock rehearse`."""
-
-
-class Walk(msgspec.Struct, frozen=True, kw_only=True):
-    """The extent of the model checker's search."""
-
-    states: int
-    transitions: int
-    complete: bool
-    """False if it reached its limit of time."""
-    seconds: float
-    assumptions: tuple[str, ...] = ()
-    """What the search held fixed, one sentence each."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -20,7 +21,9 @@ from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
 from interlock.core.records import Change, Instance
 from interlock.core.roles import Role
+from interlock.policies import certificates
 from interlock.policies.active_policy import PolicyInForce
+from interlock.policies.certificates import SignedCertificate
 from interlock.policies.language import bundle as bundles
 from interlock.policies.language.bundle import Source
 from interlock.policies.verification import Proof
@@ -66,8 +69,25 @@ class Policies:
         explore_ms_max: int,
         wake: Callable[[str], None],
         reachable: Callable[[str], bool],
+        trusted_keys: Iterable[str] = (),
     ) -> None:
-        """`wake` schedules an instance's worker; `reachable` is false for a fenced host."""
+        """Create it closed.
+
+        Args:
+            store: has the policies and the instances.
+            in_force: set by each switch.
+            configured: the policy of the configuration.
+            prover: verifies policies.
+            performs: the operations of the driver.
+            explore_ms: default time limit of the exploration of a policy.
+            explore_ms_max: the longest one that a caller may ask for.
+            wake: schedules an instance's worker.
+            reachable: returns false for a fenced host.
+            trusted_keys: public keys whose certificates stand for an exploration.
+
+        Raises:
+            Invalid: one of the keys is not a public key.
+        """
         self._store = store
         self._in_force = in_force
         self._configured = configured
@@ -77,6 +97,8 @@ class Policies:
         self._explore_ms_max = explore_ms_max
         self._wake = wake
         self._reachable = reachable
+        self._trusted_keys = frozenset(trusted_keys)
+        certificates.check_public_keys(self._trusted_keys)
         self._loading = asyncio.Lock()
         self._listeners: list[Callable[[PolicySwitch], None]] = []
         self.bundle: PolicyBundle
@@ -100,17 +122,13 @@ class Policies:
             await self._stay(last, wrong.message, wrong.remedy)
             return
         if last is None or last.configured_digest != source.policy.digest:
-            proof = await self._speaks_against(source, last)
-            if proof is not None:
-                self._configured.source = None
-                await self._stay(last, against(proof), proof.remedy)
-                return
-            if last is not None and (proof := await self._blocked_at_start(source, last)) is not None:
+            proof = await self._verified_at_start(source, last)
+            if not proof.holds:
                 self._configured.source = None
                 await self._stay(last, against(proof), proof.remedy)
                 return
             why = "first policy" if last is None else f"changed since {last.name} was activated"
-            await self._begin(source, last, why)
+            await self._begin(source, last, why, proof)
             return
         bundle = await self._store.policies.bundle(last.number) or source.bundle
         live = last.source in {SwitchSource.LOADED, SwitchSource.ROLLED_BACK}
@@ -127,29 +145,28 @@ class Policies:
         _LOG.info("policy active", policy=policy.name, origin=origin, digest=policy.digest, since_switch=last.number)
         await self._go_on(last, policy, bundle)
 
-    async def _speaks_against(self, source: Source, last: PolicySwitch | None) -> Proof | None:
-        """Verify the configured policy, which is new; return its proof if it does not hold."""
-        if self._configured.is_builtin:
-            return None
-        proof = await self._prover.prove(source.bundle, self._explore_for_ms(None))
+    async def _verified_at_start(self, source: Source, last: PolicySwitch | None) -> Proof:
+        """Verify the configured policy, which is new."""
+        proof = Proof(policy=source.policy)
+        if not self._configured.is_builtin:
+            proof = await self._prover.prove(source.bundle, self._explore_for_ms(None))
         if last is None and proof.policy is None:
             # It is readable, and there is no earlier policy to fall back to.
             _LOG.warning("configured policy not verified", policy=source.policy.name, why=proof.wrong)
-            return None
-        return None if proof.holds else proof
+            return Proof(policy=source.policy)
+        return proof if last is None or not proof.holds else await self._checked_at_start(source, last, proof)
 
-    async def _blocked_at_start(self, source: Source, last: PolicySwitch) -> Proof | None:
-        """Check the configured policy, which is new, against the outstanding requests; return its proof if it fails."""
+    async def _checked_at_start(self, source: Source, last: PolicySwitch, proof: Proof) -> Proof:
+        """Check the configured policy, which is new, against the outstanding requests."""
         bundle = await self._store.policies.bundle(last.number)
         try:
             policy = None if bundle is None else await asyncio.to_thread(bundles.read, bundle)
         except PolicyError:
             policy = None
         if policy is None:
-            return None  # there is no earlier policy to stay with
+            return proof  # there is no earlier policy to stay with
         await self._bind(policy)
-        proof = await self._outstanding_check(source.policy, Outstanding.KEEP).run(Proof(policy=source.policy))
-        return None if proof.holds else proof
+        return await self._outstanding_check(source.policy, Outstanding.KEEP).run(proof)
 
     def _outstanding_check(self, policy: Policy, outstanding: Outstanding) -> OutstandingCheck:
         return OutstandingCheck(
@@ -186,10 +203,10 @@ class Policies:
         if last.outstanding is Outstanding.REJUDGE and last.cancelled is None:
             await self._judge_again()
 
-    async def _begin(self, source: Source, last: PolicySwitch | None, why: str) -> None:
+    async def _begin(self, source: Source, last: PolicySwitch | None, why: str, proof: Proof | None = None) -> None:
         """Activate the configured policy."""
         policy, self.bundle = source.policy, source.bundle
-        switch = self._switch(policy, policy.digest, SwitchSource.CONFIGURED, _SERVER)
+        switch = self._switch(proof or Proof(policy=policy), policy.digest, SwitchSource.CONFIGURED, _SERVER)
         self.now = msgspec.structs.replace(switch, number=await self._store.policies.switch(switch, self.bundle))
         await self._bind(policy)
         _LOG.info("configured policy activated", policy=policy.name, digest=policy.digest, why=why)
@@ -219,7 +236,7 @@ class Policies:
         caller.require(Role.ADMIN, "load a policy")
         bundle = await asyncio.to_thread(bundle_of, new)
         async with self._alone(if_digest):
-            return await self._load(bundle, new, SwitchSource.LOADED, caller.name)
+            return await self._load(bundle, new, SwitchSource.LOADED, caller.name, certificate=new.certificate)
 
     async def roll_back(self, caller: Caller, new: OldPolicy, if_digest: str | None = None) -> Loaded:
         """Verify the previous policy, or that of a given switch, and activate it.
@@ -241,7 +258,7 @@ class Policies:
                     self._configured.take(source)
                     _LOG.info("policy unchanged", policy=self.now.name)
                     return
-                loaded = await self._load(source.bundle, Terms(), SwitchSource.RELOADED, _SERVER, source)
+                loaded = await self._load(source.bundle, Terms(), SwitchSource.RELOADED, _SERVER, configured=source)
             except PolicyError as error:
                 self._not_reloaded(error.message, error.remedy)
             except StoreError as error:
@@ -274,9 +291,16 @@ class Policies:
             yield
 
     async def _load(
-        self, bundle: PolicyBundle, terms: Terms, source: SwitchSource, by: str, configured: Source | None = None
+        self,
+        bundle: PolicyBundle,
+        terms: Terms,
+        source: SwitchSource,
+        by: str,
+        *,
+        configured: Source | None = None,
+        certificate: SignedCertificate | None = None,
     ) -> Loaded:
-        proof = await self._prover.prove(bundle, self._explore_for_ms(terms.explore_seconds))
+        proof = await self._proved(bundle, terms, certificate)
         before = self.now
         same = bundle == self.bundle and terms.outstanding is Outstanding.KEEP and configured is None
         if proof.policy is None or not proof.holds or same:
@@ -292,7 +316,7 @@ class Policies:
             proof = await check.run(proof, PAUSED_MS_MAX)
             if proof.policy is None or not proof.holds:
                 return Loaded(proof=proof, before=before, after=before)
-            switch = self._switch(proof.policy, digest, source, by, terms.outstanding)
+            switch = self._switch(proof, digest, source, by, terms.outstanding)
             number = await self._store.policies.switch(switch, bundle)
             self.now, self.bundle = msgspec.structs.replace(switch, number=number), bundle
             keeps = terms.outstanding is Outstanding.KEEP
@@ -304,22 +328,39 @@ class Policies:
         await self._judge_again()
         return Loaded(proof=proof, before=before, after=self.now)
 
+    async def _proved(self, bundle: PolicyBundle, terms: Terms, certificate: SignedCertificate | None) -> Proof:
+        """Verify a policy; a certificate stands for its exploration."""
+        explore_ms = self._explore_for_ms(terms.explore_seconds)
+        if certificate is None:
+            return await self._prover.prove(bundle, explore_ms)
+        proof = await self._prover.prove(bundle, 0)
+        if proof.policy is None or not proof.holds:
+            return proof
+        now = datetime.fromtimestamp(self._store.shown_ms(self._store.now_ms()) / 1000, UTC)
+        try:
+            walk = certificates.check(certificate, proof.policy.digest, self._trusted_keys, now)
+        except Invalid as error:
+            return msgspec.structs.replace(proof, wrong=error.message, remedy=error.remedy)
+        return msgspec.structs.replace(proof, walk=walk)
+
     def _switch(
         self,
-        policy: Policy,
+        proof: Proof,
         configured_digest: str,
         source: SwitchSource,
         by: str,
         outstanding: Outstanding = Outstanding.KEEP,
     ) -> PolicySwitch:
+        assert proof.policy is not None
         return PolicySwitch(
-            digest=policy.digest,
-            name=policy.name,
+            digest=proof.policy.digest,
+            name=proof.policy.name,
             at_ms=self._store.now_ms(),
             by=by,
             source=source,
             configured_digest=configured_digest,
             outstanding=outstanding,
+            walk=proof.walk,
         )
 
     def _explore_for_ms(self, seconds: float | None) -> int:

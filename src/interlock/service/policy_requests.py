@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from interlock.core.errors import Invalid
 from interlock.core.policy_switches import Outstanding, PolicyBundle
+from interlock.policies.certificates import SignedCertificate
 from interlock.policies.language import bundle as bundles
 
 FileName = Annotated[
@@ -37,6 +38,8 @@ class NewPolicy(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The name of the policy's own file among `files`."""
     files: Annotated[dict[FileName, str], Meta(max_length=64)] | None = None
     """The texts of the policy's own file and of those that it extends, by name."""
+    certificate: SignedCertificate | None = None
+    """A signed certificate of `interlock policy explore`, in place of an exploration by the server."""
 
 
 class OldPolicy(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True):

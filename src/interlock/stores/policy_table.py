@@ -15,8 +15,8 @@ from interlock.stores.statements import SEEN
 _TEXT: Final = "INSERT INTO policies (sha256, main, files) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 _SWITCH: Final = """
     INSERT INTO policy_switches
-        (policy_seq, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled)
-    SELECT seq, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9 FROM policies WHERE sha256 = ?1
+        (policy_seq, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled, walk)
+    SELECT seq, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM policies WHERE sha256 = ?1
 """
 
 
@@ -32,6 +32,7 @@ class PolicyTable:
         values = (
             *(sha256, switch.digest, switch.name, switch.at_ms, switch.by, switch.source.value),
             *(switch.configured_digest, switch.outstanding.value, switch.cancelled),
+            None if switch.walk is None else row_codec.body(switch.walk),
         )
         now_ms = self._database.clock.now_ms()
 

@@ -9,7 +9,7 @@ import msgspec
 
 from interlock.core import scheduled_actions
 from interlock.core.errors import KeyReused
-from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource
+from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Token, Volume
 from interlock.ports.hosts import Host
@@ -24,9 +24,10 @@ EVENT_COLUMNS: Final = """
 """
 """Columns and tables for `event_of`."""
 VOLUME_COLUMNS: Final = "id, name, project, path, size_bytes, attached_to, created_at_ms"
-SWITCH_COLUMNS: Final = "number, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled"
+SWITCH_COLUMNS: Final = "number, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled, walk"
 
 _encode: Final = msgspec.json.Encoder().encode
+_decode_walk: Final = msgspec.json.Decoder(Walk).decode
 _decode_files: Final = msgspec.json.Decoder(dict[str, str]).decode
 _decode_data: Final = msgspec.json.Decoder(dict[str, Any]).decode
 decode_instance: Final = msgspec.json.Decoder(Instance).decode
@@ -126,7 +127,7 @@ def volume_of(row: Sequence[Any]) -> Volume:
 
 def switch_of(row: Sequence[Any]) -> PolicySwitch:
     """Return a policy switch from `SWITCH_COLUMNS`."""
-    number, digest, name, at_ms, by, source, configured_digest, outstanding, cancelled = row
+    number, digest, name, at_ms, by, source, configured_digest, outstanding, cancelled, walk = row
     return PolicySwitch(
         number=number,
         digest=digest,
@@ -137,6 +138,7 @@ def switch_of(row: Sequence[Any]) -> PolicySwitch:
         configured_digest=configured_digest,
         outstanding=Outstanding(outstanding),
         cancelled=cancelled,
+        walk=None if walk is None else _decode_walk(walk),
     )
 
 

@@ -81,6 +81,7 @@ async def policy(parts: ApiParts, _caller: Caller, request: Request) -> Response
         loaded_by=now.by,
         main=bundle.main,
         files=tuple(sorted(bundle.files)),
+        exploration=None if now.walk is None else wire(PolicyWalk, now.walk),
         configured_refused=_refused_configuration(parts.policies.refused),
     )
     return json_response(shown, headers=_etag(now.digest))

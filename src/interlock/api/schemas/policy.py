@@ -95,6 +95,8 @@ class Policy(Wire, frozen=True, kw_only=True):
     """The name of its main file in `files`."""
     files: tuple[str, ...] = ()
     """Its files; see `/v1/policy/text`."""
+    exploration: PolicyWalk | None = None
+    """What was explored before it came into force; null if nothing was, or if it is not known."""
     configured_refused: RefusedConfiguration | None = None
     """Why the configured policy is rejected; null if it is not."""
     rules: tuple[PolicyRule, ...]
@@ -132,6 +134,8 @@ class PolicyWalk(Wire, frozen=True, kw_only=True):
     seconds: Seconds
     assumptions: tuple[str, ...]
     """What the exploration held fixed, one sentence each."""
+    certified_by: str | None = None
+    """Public key of the certificate that stands for the exploration; null if the server explored it."""
 
 
 class PolicyViolation(Wire, frozen=True, kw_only=True):

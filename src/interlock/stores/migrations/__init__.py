@@ -12,6 +12,7 @@ from interlock.stores.migrations.versions import (
     r0005_reserve,
     r0006_clock,
     r0007_lock_roles,
+    r0008_walks,
 )
 
 STEPS: Final[dict[str, tuple[str, ...]]] = {
@@ -22,5 +23,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "0005": r0005_reserve.STATEMENTS,
     "0006": r0006_clock.STATEMENTS,
     "0007": r0007_lock_roles.STATEMENTS,
+    "0008": r0008_walks.STATEMENTS,
 }
 """The statements of each migration by revision, oldest first."""

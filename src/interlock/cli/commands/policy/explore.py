@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from interlock.cli.commands.policy.certificate import read_key, write_certificate
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.commands.policy.output import assumption_lines
 from interlock.cli.context import Invocation, with_json
@@ -69,6 +70,22 @@ class _Seconds(click.ParamType[float]):
 @click.option(
     "--story", "story_path", type=click.Path(path_type=Path), help="Write the shortest counterexample to this file."
 )
+@click.option(
+    "--certificate",
+    "certificate_path",
+    type=click.Path(path_type=Path),
+    help="Write the result to this file as JSON, for `policy load --certificate`.",
+)
+@click.option(
+    "--key", "key_path", type=click.Path(path_type=Path), help="Sign the certificate with this key (`policy key`)."
+)
+@click.option(
+    "--valid-days",
+    type=click.IntRange(1, 3650),
+    default=365,
+    show_default=True,
+    help="How long the certificate is valid.",
+)
 @with_json
 def explore(
     invocation: Invocation,
@@ -79,6 +96,9 @@ def explore(
     seconds_max: float | None,
     role: str,
     story_path: Path | None,
+    certificate_path: Path | None,
+    key_path: Path | None,
+    valid_days: int,
 ) -> None:
     """Explore every reachable state of an instance, and check the laws in each.
 
@@ -88,9 +108,14 @@ def explore(
 
     Exits with 1 if a law is violated, and with 2 if the policy is invalid or the bound is too large.
     """
+    if key_path is not None and certificate_path is None:
+        raise Failure(ExitCode.USAGE, "--key needs --certificate.", remedy="Add --certificate FILE.")
+    private_key = None if key_path is None else read_key(key_path)
     found = _explored(invocation, name, outstanding_max, faults_max, seconds_max, role)
     if story_path is not None and found.violations:
         _write(story_path, found.violations[0])
+    if certificate_path is not None:
+        write_certificate(name, found, faults_max, certificate_path, private_key, valid_days)
     if invocation.json:
         invocation.emit(found)
     else:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Final, assert_never
 import click
 
 from interlock.api.schemas.policy import Policy, PolicyRule
+from interlock.cli.commands.policy.output import walk_text
 from interlock.cli.context import Cell, Invocation, with_json
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import clock, duration, printable
@@ -52,6 +53,10 @@ def show(invocation: Invocation) -> None:
     if policy.protected_tags:
         tags = ", ".join(map(printable, policy.protected_tags))
         invocation.echo(f"Only an admin may set or remove these tags: {tags}.")
+    if policy.exploration is None:
+        invocation.echo("Its states were not explored by this server; `interlock policy explore` does that.")
+    else:
+        invocation.echo(walk_text(policy.exploration))
     invocation.table(
         ("RULE", "VERDICT", "OPERATIONS", "WHEN", "WHY"),
         (

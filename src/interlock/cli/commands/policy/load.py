@@ -16,15 +16,15 @@ from interlock.api.schemas.policy import (
     PolicyHistory,
     PolicyLoaded,
     PolicyProblem,
-    PolicyWalk,
 )
 from interlock.cli.client.http_client import Reply
+from interlock.cli.commands.policy.certificate import read_certificate
 from interlock.cli.commands.policy.group import policy_commands
-from interlock.cli.commands.policy.output import assumption_lines
+from interlock.cli.commands.policy.output import walk_text
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
-from interlock.cli.output.formatting import clock, duration, printable
+from interlock.cli.output.formatting import clock, printable
 from interlock.policies.laws import LAWS
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -74,6 +74,12 @@ def _terms(command: CommandT) -> CommandT:
 @policy_commands.command()
 @click.argument("name", metavar="NAME|FILE")
 @_terms
+@click.option(
+    "--certificate",
+    "certificate_path",
+    type=click.Path(path_type=Path),
+    help="A signed certificate of `policy explore`, in place of an exploration by the server.",
+)
 @click.option("--if-in-force", "digest", metavar="DIGEST", help="Only if this policy is in force now.")
 @with_json
 def load(
@@ -83,6 +89,7 @@ def load(
     outstanding: str,
     explore_seconds: float | None,
     dry_run: bool,
+    certificate_path: Path | None,
     digest: str | None,
 ) -> None:
     """Load a policy into the server.
@@ -93,6 +100,8 @@ def load(
     changes, and the exit code is 1.
     """
     body = {**_policy_fields(name), **_switch_options(outstanding, explore_seconds, dry_run)}
+    if certificate_path is not None:
+        body["certificate"] = read_certificate(certificate_path)
     headers = {} if digest is None else {"If-Match": f'"{digest}"'}
     with _rejection_as_failure():
         reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(explore_seconds))
@@ -188,7 +197,7 @@ def _show(invocation: Invocation, reply: Reply, *, dry_run: bool, built_in: bool
     loaded = reply.decode(PolicyLoaded)
     invocation.echo(_outcome(loaded, dry_run=dry_run))
     if loaded.exploration is not None:
-        invocation.echo(_walk_text(loaded.exploration))
+        invocation.echo(walk_text(loaded.exploration))
     if built_in and loaded.findings:
         count = len(loaded.findings)
         notes = "note on it" if count == 1 else "notes on it"
@@ -211,18 +220,6 @@ def _outcome(loaded: PolicyLoaded, *, dry_run: bool) -> str:
         requests = "request was" if loaded.cancelled == 1 else "requests were"
         outstanding = f"Queued requests were evaluated again: {loaded.cancelled} {requests} cancelled."
     return click.style(f"{named} is in force", fg="green", bold=True) + f", instead of {before}. {outstanding}"
-
-
-def _walk_text(walk: PolicyWalk) -> str:
-    seen = f"{walk.states:,} states in {duration(walk.seconds)}"
-    if walk.complete:
-        first = f"Explored: all {seen}; no violations under these assumptions:"
-    else:
-        first = (
-            f"Explored: {seen}, incomplete; `interlock policy explore` explores all. No violations under these "
-            "assumptions:"
-        )
-    return "\n".join((first, *assumption_lines(walk.assumptions)))
 
 
 def _finding_text(finding: PolicyFinding) -> str:

@@ -14,11 +14,12 @@ import click
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
-from interlock.cli.output.formatting import printable
+from interlock.cli.output.formatting import duration, printable
 from interlock.core.condition_kinds import Word
 from interlock.core.conditions import CALLER, Condition
 
 if TYPE_CHECKING:
+    from interlock.api.schemas.policy import PolicyWalk
     from interlock.core.policy import CompiledPolicy
 
 _WRITTEN: Final = 64 * 1024
@@ -123,3 +124,18 @@ def paragraph(title: str, text: str, *, bold: bool = False, indent: int = 0) -> 
 def assumption_lines(assumptions: Iterable[str]) -> list[str]:
     """Return what an exploration held fixed as a list, wrapped to the width of the terminal."""
     return [line for one in assumptions for line in paragraph("- ", printable(one), indent=2)]
+
+
+def walk_text(walk: PolicyWalk) -> str:
+    """Describe the exploration of a policy without violations, with its assumptions."""
+    seen = f"{walk.states:,} states in {duration(walk.seconds)}"
+    if walk.complete:
+        first = f"Explored: all {seen}; no violations under these assumptions:"
+    else:
+        first = (
+            f"Explored: {seen}, incomplete; `interlock policy explore` explores all. No violations under these "
+            "assumptions:"
+        )
+    if walk.certified_by is not None:
+        first = f"Certified by {printable(walk.certified_by)}: {seen}; no violations under these assumptions:"
+    return "\n".join((first, *assumption_lines(walk.assumptions)))
