@@ -231,7 +231,7 @@ def answered(policy: CompiledPolicy, one: Instance, operation: Operation) -> tup
 def test_nothing_is_admitted_in_turn_behind_a_delete_even_if_the_policy_would_admit_it_of_what_is_deleted() -> None:
     policy = made(rule(Verdict.ADMIT, vm_states=frozenset(VmState)))
     deleting = serving(VmState.ACTIVE, "deleting")
-    assert answered(policy, deleting, Operation.STOP) == (Answered.DENIED, "deleted")
+    assert answered(policy, deleting, Operation.STOP) == (Answered.DENIED, "deleting")
     assert answered(policy, instance(VmState.DELETED), Operation.STOP) == (Answered.DENIED, "deleted")
 
 

@@ -8,10 +8,11 @@ from policy_samples import Play, instance, said, serving
 from interlock.core.lifecycle import progress
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
-from interlock.core.records import Admitted, Denied
+from interlock.core.records import Admitted, Denied, Submission
 from interlock.core.request_queue import permits
 from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.policies.explanation.explainer import explain
 from interlock.policies.language.loader import compile_named
 
 O = Operation  # noqa: E741
@@ -135,3 +136,24 @@ def test_readers_change_nothing_and_only_administrators_reset(take2: CompiledPol
     assert said(Play(take2, instance(V.ACTIVE)).submit(O.STOP, role=Role.READER)) == ("denied", "role_required")
     assert said(Play(take2, instance(V.ACTIVE)).submit(O.RESET_STATE)) == ("denied", "role_required")
     assert permits(next(rule for rule in take2.rules if rule.id == "active-allowed"))
+
+
+def test_behind_a_queued_deletion_the_answer_is_that_the_vm_will_be_deleted(take2: CompiledPolicy) -> None:
+    play = Play(take2, instance(V.ACTIVE))
+    assert said(play.submit(O.DELETE)) == ("admitted", None)
+    answer = play.submit(O.STOP)
+    assert isinstance(answer, Denied)
+    assert (answer.reason, answer.rule, answer.foreseen) == ("deleting", "to-be-deleted", True)
+    assert (
+        answer.because == "A deletion of the VM is outstanding: the VM will be deleted before this request is served."
+    )
+    assert answer.blocked_by is not None
+    assert answer.blocked_by.operation is O.DELETE
+    explained = explain(
+        play.instance, Submission(request_id="r9", operation=O.STOP, requested_by="me"), take2, play.now_ms
+    )
+    assert [tried.rule for tried in explained.tried_foreseen] == ["to-be-deleted"]
+    taken = play.take()
+    assert taken is not None
+    play.finish(taken.id)
+    assert said(play.submit(O.STOP)) == ("denied", "deleted")

@@ -15,6 +15,7 @@ from interlock.core.policy import (
     HOST_NOT_FENCED,
     NOT_PERFORMED,
     QUEUE_FULL,
+    TO_BE_DELETED,
     Before,
     CompiledPolicy,
     Rule,
@@ -320,7 +321,7 @@ def _deny(
         allowed_at_ms=fenced_at_ms if allowed_at_ms is None else allowed_at_ms,
     )
     hold_ms = evaluation.submission.hold_ms
-    permanent = rule is GONE or rule.id == NOT_PERFORMED
+    permanent = rule in (GONE, TO_BE_DELETED) or rule.id == NOT_PERFORMED
     if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
         return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
     return _unchanged(evaluation, "request.denied", rule, answer)

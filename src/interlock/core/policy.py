@@ -124,6 +124,15 @@ GONE: Final = Rule(
     reason="deleted",
     because="The VM has been deleted.",
 )
+TO_BE_DELETED: Final = Rule(
+    id="to-be-deleted",
+    operations=frozenset(Operation),
+    verdict=Verdict.DENY,
+    reason="deleting",
+    because="A deletion of the VM is outstanding: the VM will be deleted before this request is served.",
+    fixed=True,
+)
+"""Decides in the foreseen state if that is `deleted`."""
 HOST_NOT_FENCED: Final = Rule(
     id="host-not-fenced",
     operations=frozenset({Operation.EVACUATE}),

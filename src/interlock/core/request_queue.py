@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import GONE, HOST_NOT_FENCED, CompiledPolicy, Rule, Verdict
+from interlock.core.policy import GONE, HOST_NOT_FENCED, TO_BE_DELETED, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
 from interlock.core.states import EXECUTING_STATES, VmState
@@ -157,7 +157,7 @@ def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen) -> Rule:
     A lock or a blocked operation that was set after its admission does not count: it restricts new requests only.
     """
     if state.vm_state is VmState.DELETED:
-        return GONE
+        return TO_BE_DELETED
     return policy.decide(state.view(request))
 
 

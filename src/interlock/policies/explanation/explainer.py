@@ -14,7 +14,7 @@ from interlock.core.admission import judge
 from interlock.core.condition_kinds import one_of
 from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
-from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Rule, Verdict
+from interlock.core.policy import GONE, NO_RULE, TO_BE_DELETED, CompiledPolicy, Rule, Verdict
 from interlock.core.records import Admitted, Disposition, Instance, Request, Status, Submission
 from interlock.core.request_queue import foresee
 from interlock.core.roles import Role
@@ -61,7 +61,7 @@ def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, 
     if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
         return Explanation(disposition=disposition, tried=tried)
     there = foresee(instance, host_reachable=submission.host_reachable)
-    tried_foreseen, _ = _ask(policy, there.view(submission))
+    tried_foreseen, _ = _ask(policy, there.view(submission), TO_BE_DELETED)
     return Explanation(disposition=disposition, tried=tried, foreseen=there.vm_state, tried_foreseen=tried_foreseen)
 
 
@@ -131,9 +131,9 @@ def _is_record(operation: Operation) -> bool:
     return CATALOGUE[operation].lane is Lane.RECORD
 
 
-def _ask(policy: CompiledPolicy, view: View) -> tuple[tuple[Tried, ...], Rule]:
+def _ask(policy: CompiledPolicy, view: View, of_deleted: Rule = GONE) -> tuple[tuple[Tried, ...], Rule]:
     if view.vm_state is VmState.DELETED:
-        return (_tried(GONE, None),), GONE
+        return (_tried(of_deleted, None),), of_deleted
     tried = []
     for rule in policy.rules:
         if view.operation not in rule.operations:

@@ -13,7 +13,7 @@ import msgspec
 
 from interlock.core import views
 from interlock.core.operations import BIT, CATALOGUE, Lane
-from interlock.core.policy import GONE, QUEUE_FULL, Before, CompiledPolicy, Rule, Verdict
+from interlock.core.policy import GONE, QUEUE_FULL, TO_BE_DELETED, Before, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE
 from interlock.core.states import EXECUTING_STATES, VmState
 from interlock.core.views import View
@@ -105,7 +105,7 @@ def _judge(met: Met, view: View, policy: CompiledPolicy) -> RecordedAnswer | Unt
 
 def _denied(met: Met, rule: Rule) -> RecordedAnswer:
     """Return denied; or held, if it was held then: its hold applies to any denial."""
-    held = met.recorded.disposition == "held" and rule is not GONE
+    held = met.recorded.disposition == "held" and rule not in (GONE, TO_BE_DELETED)
     return RecordedAnswer("held" if held else "denied", rule.id, rule.code)
 
 
@@ -137,7 +137,7 @@ def _in_turn(met: Met, view: View, rule: Rule, policy: CompiledPolicy) -> Record
         if there is None:
             return Untold.FORESEEN_NOT_RECORDED
         settled = views.Foreseen(there.vm_state, (), there.launched, there.host_reachable, view.tags).view(view)
-        then = GONE if there.vm_state is VmState.DELETED else policy.decide(settled)
+        then = TO_BE_DELETED if there.vm_state is VmState.DELETED else policy.decide(settled)
         if then.verdict is Verdict.REDUNDANT:
             return _redundant(then)
         if then.verdict is not Verdict.ADMIT and then.verdict is not Verdict.PREEMPT:
