@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 import uuid
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,21 +12,21 @@ import msgspec
 from interlock import core
 from interlock.core import Operation, Outcome
 from interlock.policies import compile_named
+from interlock.stores import ClockState, StoreClock
 
 POLICY = compile_named("standard", performs={Operation.START, Operation.STOP, Operation.REBOOT, Operation.PAUSE})
 T = TypeVar("T")
 
 
-def boot_ms() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-
-
 class Service:
     """Machines in a table of its own. The column `gate` is what Interlock needs; `status` is its own."""
 
-    def __init__(self, database: sqlite3.Connection, now_ms: Callable[[], int] = boot_ms) -> None:
-        self.database, self.now_ms = database, now_ms
+    def __init__(self, database: sqlite3.Connection, now_ms: Callable[[], int] | None = None) -> None:
         database.execute("CREATE TABLE IF NOT EXISTS machines (name TEXT PRIMARY KEY, status TEXT, gate BLOB)")
+        database.execute("CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, state BLOB)")
+        kept = database.execute("SELECT state FROM clock").fetchone()
+        self.clock = StoreClock.resumed(kept and msgspec.json.decode(kept[0], type=ClockState))
+        self.database, self.now_ms = database, now_ms or self.clock.now_ms
 
     def add(self, name: str) -> None:
         new = core.Instance(id=name, name=name, project="", host="", vm_state=core.VmState.STOPPED)
@@ -42,6 +41,7 @@ class Service:
             change = decide(msgspec.json.decode(gate, type=core.Instance))
             row = (change.instance.vm_state, msgspec.json.encode(change.instance), name)
             self.database.execute("UPDATE machines SET status = ?, gate = ? WHERE name = ?", row)
+            self.database.execute("REPLACE INTO clock VALUES (1, ?)", [msgspec.json.encode(self.clock.state)])
         return change
 
     def ask(self, name: str, operation: Operation, user: str) -> str:

@@ -22,11 +22,12 @@ PACKAGES: Final = (
         f"interlock.policies.{name}"
         for name in ("comparison", "explanation", "lint", "rehearsal", "fleet", "model_checker")
     ),
+    "interlock.stores",
 )
 _HEAD: Final = """\
 # Library
 
-The public names of `interlock.core` and `interlock.policies`, generated from their docstrings.
+The public names of `interlock.core`, `interlock.policies` and `interlock.stores`, generated from their docstrings.
 [Embed the gate](../guides/embed-the-gate.md) shows how they are used. A record is a frozen `msgspec.Struct`; a field
 with `=` has a default.
 """

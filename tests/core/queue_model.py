@@ -181,7 +181,7 @@ class Model:
         if operation in {"stop", "start", "reboot"} and "delete" in kinds:
             return "denied"
         if operation in NOTES:
-            return "note"
+            return "redundant" if operation == "lock" and self.locked else "note"
         if operation == "reboot" and task == "reboot":
             return "take over" if self.silent(now) >= STUCK_MS else "denied"
         if operation in {"stop", "start"} and operation in kinds:

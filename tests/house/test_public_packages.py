@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 POLICY_PACKAGES = ("comparison", "explanation", "fleet", "lint", "model_checker", "rehearsal")
-PACKAGES = ["interlock.core", "interlock.policies", *(f"interlock.policies.{name}" for name in POLICY_PACKAGES)]
+PACKAGES = [
+    *("interlock.core", "interlock.policies"),
+    *(f"interlock.policies.{name}" for name in POLICY_PACKAGES),
+    "interlock.stores",
+]
 
 
 def test_the_page_describes_what_is_public_now() -> None:
@@ -24,6 +28,7 @@ def test_the_page_describes_what_is_public_now() -> None:
         *PACKAGES[:2],
         *(f"interlock.policies.{name}" for name in ("comparison", "explanation", "lint", "rehearsal")),
         *(f"interlock.policies.{name}" for name in ("fleet", "model_checker")),
+        "interlock.stores",
     ]
 
 

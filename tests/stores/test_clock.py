@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance.store.harness import admitting, creating
-from interlock.core.records import Change, Instance
+from interlock import core
+from interlock.core.operations import Operation
+from interlock.core.records import Change, Instance, Submission
+from interlock.core.states import VmState
+from interlock.policies.language.loader import compile_named
 from interlock.ports import IdempotencyKey, Jump
-from interlock.stores.clock import KeptTime, Offsets, StoreClock, SystemClock
+from interlock.stores import ClockState
+from interlock.stores.clock import GRACE_MS, JUMP_MS, KeptTime, Offsets, StoreClock, SystemClock
 from interlock.stores.history import History
 from interlock.stores.idempotency_keys import KEY_KEPT_MS
 from interlock.stores.sqlite import SqliteStore
-from interlock.stores.timekeeping import GRACE_MS, JUMP_MS
 from tiers import tier
 
 NOON_MS: Final = 1_790_000_000_000
@@ -286,6 +291,52 @@ def test_the_machine_s_own_clocks_go_forward() -> None:
     assert clock.boot()
     assert clock.running_ms() <= clock.running_ms()
     assert clock.wall_ms() > NOON_MS - 365 * DAY_MS
+
+
+# ------------------------------------------------------------------------------------------- for users of the library
+
+
+@pytest.mark.parametrize("by_ms", [11 * MINUTE_MS, -11 * MINUTE_MS])
+def test_a_backup_that_reports_progress_is_not_taken_over_because_the_wall_clock_is_set(
+    machine: Machine, by_ms: int
+) -> None:
+    standard = compile_named("standard")
+    clock = StoreClock.resumed(None, machine)
+    vm = Instance(
+        id="a", name="a", project="p", host="h", vm_state=VmState.ACTIVE, launched_at_ms=clock.now_ms(),
+        updated_at_ms=clock.now_ms(),
+    )  # fmt: skip
+    asked = Submission(request_id="b1", operation=Operation.BACKUP, requested_by="ann")
+    vm = core.take(core.admit(vm, asked, standard, clock.now_ms()).instance, None, clock.now_ms()).instance
+    for _ in range(12):
+        machine.run(5_000)
+        vm = core.progress(vm, "b1", vm.fence, clock.now_ms()).instance
+    stop = Submission(request_id="s1", operation=Operation.STOP, requested_by="ann")
+    before = core.judge(vm, stop, standard, clock.now_ms())
+    machine.wrong_by_ms += by_ms
+    machine.run(1_000)
+    after = core.judge(vm, stop, standard, clock.now_ms())
+    assert isinstance(before, core.Admitted)
+    assert isinstance(after, core.Admitted)
+    assert (before.rule, before.supersedes) == (after.rule, after.supersedes) == (before.rule, ())
+    # The wall clock itself, which the shell could have passed, takes the backup over.
+    if by_ms > 0:
+        jumped = core.judge(vm, stop, standard, machine.wall_ms())
+        assert isinstance(jumped, core.Admitted)
+        assert jumped.supersedes == ("b1",)
+
+
+def test_the_time_of_a_program_with_its_own_database_goes_on_in_the_next_process(machine: Machine) -> None:
+    clock = StoreClock.resumed(None, machine)
+    assert clock.shown_ms(clock.now_ms()) == machine.wall_ms()
+    machine.run(HOUR_MS)
+    written = msgspec.json.encode(clock.state)
+    machine.run(MINUTE_MS)
+    machine.reboot(off_ms=DAY_MS, up_ms=5_000)
+    state = msgspec.json.decode(written, type=ClockState)
+    again = StoreClock.resumed(state, machine)
+    assert again.now_ms() == state.time.seen_ms + 5_000
+    assert again.shown_ms(again.now_ms()) == machine.wall_ms()
 
 
 # ----------------------------------------------------------------------------------- whatever the clocks are made to do

@@ -14,13 +14,16 @@ from __future__ import annotations
 import bisect
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
 from interlock.ports import Clock, Jump
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+JUMP_MS: Final = 10_000
+GRACE_MS: Final = 600_000
+"""Defaults of `StoreClock`."""
 FOLLOWED_MS: Final = 1_000
 """The difference from which the offset follows the wall clock: clocks are also slewed."""
 
@@ -102,8 +105,18 @@ class Offsets:
         return Offsets((*self.kept, (from_ms, self.now_ms + by_ms)))
 
 
+class ClockState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store keeps of its clock, so that the time goes on in the next process."""
+
+    time: KeptTime = KeptTime()
+    offsets: tuple[tuple[int, int], ...] = ()
+
+
 class StoreClock:
-    """The time of an open store.
+    """The time of an open store: one that never goes back, and that no setting of the wall clock changes (law 6).
+
+    A program that uses the library makes one with `StoreClock.resumed`, takes every `now_ms` from it, and writes its
+    `state` in the transaction of every change. One process at a time may do so for one store.
 
     Args:
         clock: the machine's clocks.
@@ -113,7 +126,9 @@ class StoreClock:
         grace_ms: how long irreversible scheduled actions are delayed after a forward jump.
     """
 
-    def __init__(self, clock: Clock, kept: KeptTime, offsets: Offsets, *, jump_ms: int, grace_ms: int) -> None:
+    def __init__(
+        self, clock: Clock, kept: KeptTime, offsets: Offsets, *, jump_ms: int = JUMP_MS, grace_ms: int = GRACE_MS
+    ) -> None:
         self._clock: Final = clock
         self._jump_ms: Final = jump_ms
         self._grace_ms: Final = grace_ms
@@ -136,6 +151,23 @@ class StoreClock:
             jump=kept.jump,
         )
         self.jump_at_opening: Final = self.look(between_boots=not same_boot)
+
+    @classmethod
+    def resumed(cls, state: ClockState | None = None, clock: Clock | None = None) -> Self:
+        """Return the clock of a store that kept `state`; None for a new store. `clock`: by default the system's."""
+        kept = state or ClockState()
+        return cls(clock or SystemClock(), kept.time, Offsets(kept.offsets))
+
+    @property
+    def state(self) -> ClockState:
+        """What to write with the records that have times of this clock."""
+        self.look()
+        time_now = msgspec.structs.replace(self.kept, seen_ms=self.now_ms())
+        return ClockState(time=time_now, offsets=self.offsets.kept)
+
+    def shown_ms(self, at_ms: int) -> int:
+        """Convert a time of the store to wall-clock time for display, in milliseconds since the Unix epoch."""
+        return self.offsets.shown_ms(at_ms)
 
     def now_ms(self) -> int:
         """Return the store's time, which never decreases. Thread-safe."""

@@ -23,7 +23,7 @@ from interlock.core.records import Change, Event, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import Clock, IdempotencyKey, InstanceFilter, Page, Tally
 from interlock.stores import row_codec
-from interlock.stores.clock import SystemClock
+from interlock.stores.clock import GRACE_MS, JUMP_MS, SystemClock
 from interlock.stores.database import Database
 from interlock.stores.decision_gate import DecisionGate
 from interlock.stores.idempotency_keys import IdempotencyKeys
@@ -33,7 +33,7 @@ from interlock.stores.row_codec import Row
 from interlock.stores.statements import SEEN
 from interlock.stores.tables import HostTable, ImageTable, TokenTable, VolumeTable
 from interlock.stores.tallies import Tallies
-from interlock.stores.timekeeping import GRACE_MS, JUMP_MS, StoreTime
+from interlock.stores.timekeeping import StoreTime
 from interlock.stores.write_batch import CachedInstance, WriteBatch, write_tallies
 from interlock.stores.writer import RESERVE_MIB
 

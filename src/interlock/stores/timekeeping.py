@@ -11,9 +11,6 @@ from interlock.stores import row_codec
 from interlock.stores.database import Database
 from interlock.stores.statements import OFFSET, TIME
 
-JUMP_MS: Final = 10_000
-GRACE_MS: Final = 600_000
-"""Defaults of `StoreClock`."""
 _KEPT_EVERY_MS: Final = 300_000
 """Interval at which an idle store persists its time: the most that ages lose in a power failure."""
 
