@@ -298,6 +298,19 @@ def test_a_guest_that_crashed_or_vanished_is_in_error(event: GuestEvent, power: 
     assert instance.error
 
 
+@pytest.mark.parametrize("event", [GuestEvent.STOPPED, GuestEvent.CRASHED, GuestEvent.VANISHED, GuestEvent.LEASE_ENDED])
+def test_the_end_of_a_guest_that_is_on_record_changes_nothing(event: GuestEvent) -> None:
+    """A hypervisor may report it twice, and an inspection may find it just before it is reported."""
+    instance = observe(instance_in(), event, POLICY, START_MS).instance
+    again = observe(instance, event, POLICY, START_MS + 4)
+    assert (again.instance, again.events) == (instance, ())
+
+
+def test_a_crashed_guest_whose_process_is_gone_is_on_record() -> None:
+    crashed = observe(instance_in(), GuestEvent.CRASHED, POLICY, START_MS).instance
+    assert kinds_told(observe(crashed, GuestEvent.VANISHED, POLICY, START_MS)) == ["guest.vanished"]
+
+
 def test_a_guest_that_resets_itself_changes_nothing_but_shows_life() -> None:
     """It runs as before."""
     instance = queue(instance_in(), POLICY, O.PAUSE)

@@ -260,12 +260,16 @@ def observe(
     error, and its restart policy is applied. A resized instance stays resized, and can still be confirmed or reverted.
     Requests in flight go on.
 
-    `changed` changes nothing here: the guest has to be inspected, see `reconciliation`.
+    `changed` changes nothing here: the guest has to be inspected, see `reconciliation`. Neither does an end that is on
+    record: a hypervisor may report it twice, and an inspection may find it before it is reported.
     """
     if event in STATE_UNCHANGED:
         return _note_trouble(instance, event, now_ms)
-    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     state, power, error = after_event(instance, event)
+    on_record = not instance.executing and instance.power_state is power and not instance.detaching
+    if on_record and event is not GuestEvent.RESET:
+        return Change(instance=instance, answer=None)
+    draft = Draft(instance, now_ms, host_reachable=host_reachable)
     memory = instance.state_stack
     if instance.vm_state not in LEFT_AT_END:
         state, error = instance.vm_state, None
