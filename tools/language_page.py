@@ -38,6 +38,7 @@ _LISTS: Final = {
     Takes.TASK_STATES: "list of task_states",
     Takes.KINDS: 'list of operations, or `["none"]`',
     Takes.TEXTS: "list of texts",
+    Takes.SETS: "list of tables",
 }
 
 

@@ -54,6 +54,8 @@ class Before(StrEnum):
     REDUNDANT = "redundant"
 
 
+SET_MARK: Final = "#"
+"""Between the id of a rule and the number of one of its sets of conditions; no id as written contains it."""
 DEFAULT_GRACE_MS: Final = 10_000
 DEFAULT_OUTSTANDING_MAX: Final = 16
 
@@ -85,6 +87,15 @@ class Rule(Conditions, frozen=True, kw_only=True):
     """Whether policies that extend this one must not change its decisions."""
     source: str = ""
     """Its location: `file:line`."""
+
+    @property
+    def family(self) -> str:
+        """Return the id as it is written in the file: rules expanded from one are `id.operation` and `id#number`."""
+        start = self.id.partition(SET_MARK)[0]
+        if len(self.operations) != 1:
+            return start
+        (operation,) = self.operations
+        return start.removesuffix(f".{operation.value}")
 
     @property
     def code(self) -> str:

@@ -112,7 +112,7 @@ def differ(
         partings = comparison.partings(places[0], left)
         differing += len(places) if partings else 0
         for probe, mine, yours, follows in partings:
-            key = (_family(mine), _answer(mine), _family(yours), _answer(yours), words(probe), follows)
+            key = (mine.family, _answer(mine), yours.family, _answer(yours), words(probe), follows)
             collected.setdefault(key, (mine, yours, []))[2].append(kind)
     covers: dict[tuple[Any, ...], tuple[Product, ...]] = {}
     groups = []
@@ -182,7 +182,7 @@ class _Comparison:
 
         `left` is how many kinds of combinations are still to be compared, which share what work there is.
         """
-        hard = place.operation not in _OPERATIONS
+        hard = place.operation not in tuple(Operation)
         operation = Operation(place.operation.removesuffix("_hard") if hard else place.operation)
         vm_state = VmState(place.vm_state)
         mine, yours = (policy.cell(operation, vm_state, place.task_state) for policy in (self.before, self.after))
@@ -330,18 +330,9 @@ def _details(mine: Rule, yours: Rule) -> Iterable[str]:
 def _side(rule: Rule) -> Side:
     admits = rule.verdict in (Verdict.ADMIT, Verdict.PREEMPT)
     return Side(
-        rule=_family(rule),
+        rule=rule.family,
         verdict=rule.verdict,
         threshold_s=seconds(rule.threshold_ms or 0) if rule.verdict is Verdict.AFTER else None,
         reason="" if admits else rule.code,
         source=rule.source,
     )
-
-
-_OPERATIONS = frozenset(operation.value for operation in Operation)
-
-
-def _family(rule: Rule) -> str:
-    """The id as it stands in the file: a rule that became one an operation has the operation behind a dot."""
-    start, dot, end = rule.id.rpartition(".")
-    return start if dot and end in _OPERATIONS else rule.id

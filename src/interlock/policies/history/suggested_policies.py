@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
-from interlock.core.policy import MeasuredFrom
+from interlock.core.policy import SET_MARK, MeasuredFrom
 from interlock.policies.history.threshold_advisor import Aim, OperationStatistics, Proposal, Suggestion
 
 _Statistics = Mapping[tuple[str, str], OperationStatistics]
@@ -72,14 +72,16 @@ def policy_text(suggestion: Suggestion, extends: str, recorded: str) -> str:
 def titled(changed: Iterable[Proposal], every: Iterable[Proposal]) -> Iterator[tuple[str, Proposal]]:
     """Yield proposals with the id to write them under: one for a whole family if all its thresholds are equal.
 
-    Rules expanded from one `[[rule]]` share its position, and their ids differ in the operation at the end.
+    Rules expanded from one `[[rule]]` share its position, and their ids differ in the operation or the number of the
+    set of conditions at the end.
     """
     families = {source: list(members) for source, members in groupby(every, key=lambda one: one.source)}
     for source, members in groupby(changed, key=lambda one: one.source):
         mine = list(members)
         family = families[source]
         if len(mine) > 1 and len(mine) == len(family) and len({one.proposed_ms for one in mine}) == 1:
-            yield mine[0].rule.rpartition(".")[0], mine[0]
+            ids = {one.rule.partition(SET_MARK)[0] for one in mine}
+            yield (ids.pop() if len(ids) == 1 else ids.pop().rpartition(".")[0]), mine[0]
         else:
             yield from ((one.rule, one) for one in mine)
 

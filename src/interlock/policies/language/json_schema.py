@@ -14,6 +14,7 @@ from interlock.core.policy import Verdict
 from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.language.schema import (
     CODE,
+    CONDITION_KEYS,
     HEADER_KEYS,
     ID,
     NAME,
@@ -22,6 +23,7 @@ from interlock.policies.language.schema import (
     RULE_KEYS,
     SECTIONS,
     SET_NAME,
+    SETS_IN_RULE_MAX,
     SETS_MAX,
     TEXT_LENGTH_MAX,
     TEXTS_MAX,
@@ -201,6 +203,10 @@ def _value(key: Key) -> Schema:
         found |= {"type": "string", "enum": [member.value for member in key.choices]}
     elif key.takes is Takes.POLICY:
         found |= {"type": "string", "anyOf": [{"enum": list(builtin_names())}, {"pattern": _FILE}]}
+    elif key.takes is Takes.SETS:
+        conditions = {one.name: _value(one) for one in RULE_KEYS if one.name in CONDITION_KEYS}
+        one_set = {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": conditions}
+        found |= {"type": "array", "minItems": 1, "maxItems": SETS_IN_RULE_MAX, "items": one_set}
     elif key.takes in _VOCABULARIES:
         found |= _words(key.takes)
     elif key.condition is not None and key.takes is Takes.WORDS:
@@ -259,7 +265,8 @@ def _strict() -> Schema:
         if key.takes in _MAY_BE_NAMED
     }
     sets = {"additionalProperties": _listed({"$ref": "#/definitions/member"})}
-    return {"properties": {"rule": {"items": {"properties": lists}}, "sets": sets}}
+    alternatives = {"items": {"properties": {key: one for key, one in lists.items() if key in CONDITION_KEYS}}}
+    return {"properties": {"rule": {"items": {"properties": {**lists, "any": alternatives}}}, "sets": sets}}
 
 
 def _spelled(words: Iterable[str], before: str = "") -> str:

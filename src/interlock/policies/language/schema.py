@@ -27,6 +27,7 @@ TEXT_LENGTH_MAX: Final = 1_000
 ID_LENGTH_MAX: Final = 100
 WORD_LENGTH_MAX: Final = 64
 TEXTS_MAX: Final = 64
+SETS_IN_RULE_MAX: Final = 64
 NAMES_MAX: Final = 8
 """The limit of custom names for one word."""
 
@@ -56,6 +57,7 @@ class Takes(Enum):
     KINDS = "operations or none"
     WORDS = "words"
     TEXTS = "texts"
+    SETS = "sets of conditions"
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +113,13 @@ RULE_KEYS: Final = (
         example=["@reboot"],
     ),
     *map(_condition_key, CONDITIONS),
+    Key(
+        name="any",
+        takes=Takes.SETS,
+        meaning="Sets of conditions, of which one must hold besides the rule's own conditions. Each may have every "
+        "condition that the rule itself does not have, `vm_state` and `task_state` among them.",
+        example=[{"tags": ["gpu"]}, {"roles": ["member"], "locked": True}],
+    ),
     Key(
         name="verdict",
         takes=Takes.CHOICE,
@@ -183,6 +192,8 @@ RULE_KEYS: Final = (
     ),
 )
 """Every key that a rule may have, in the order of the reference."""
+CONDITION_KEYS: Final = ("vm_state", "task_state", *(condition.key for condition in CONDITIONS))
+"""The conditions, as a set of `any` may have them."""
 
 HEADER_KEYS: Final = (
     Key(
@@ -255,6 +266,7 @@ LIMITS: Final = (
     ("sets in a file", str(SETS_MAX)),
     ("names for one word", str(NAMES_MAX)),
     ("tags in a rule", str(TEXTS_MAX)),
+    ("sets of conditions in a rule", str(SETS_IN_RULE_MAX)),
     ("characters of a text", f"{TEXT_LENGTH_MAX:,}"),
     ("characters of an id", str(ID_LENGTH_MAX)),
     ("characters of a reason, the name of a set, or one of `[names]`", str(WORD_LENGTH_MAX)),

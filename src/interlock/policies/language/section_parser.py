@@ -1,6 +1,7 @@
 """Parsers of the sections of a policy file: `[names]`, `[[rule]]` and `[thresholds]`.
 
-A rule with `@same` or `@sources` differs for each operation and is expanded to one rule for each.
+A rule with `@same` or `@sources` differs for each operation and is expanded to one rule for each, and one with `any` to
+one for each of its sets of conditions.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from interlock.core.condition_kinds import Kind, Takes
 from interlock.core.conditions import CONDITIONS, Condition
 from interlock.core.durations import EXPECTED, parse_duration
 from interlock.core.operations import CATALOGUE, Operation
-from interlock.core.policy import DEFAULT_GRACE_MS, Before, MeasuredFrom, Rule, Verdict
+from interlock.core.policy import DEFAULT_GRACE_MS, SET_MARK, Before, MeasuredFrom, Rule, Verdict
 from interlock.policies.language.schema import (
     CODE,
+    CONDITION_KEYS,
     ID,
     ID_LENGTH_MAX,
     NAME,
     NAMES_MAX,
     RULE_KEYS,
     SET_NAME,
+    SETS_IN_RULE_MAX,
     SETS_MAX,
     TEXT_LENGTH_MAX,
     TEXTS_MAX,
@@ -140,16 +143,42 @@ ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
 KEYS: Final = tuple(key.name for key in RULE_KEYS)
 """The keys of a rule, in the order of the reference."""
+ANY: Final = "any"
 
 
 class _Table:
-    """One `[[rule]]`, with its position."""
+    """One `[[rule]]`, or one with the conditions of one of its sets under `any`, with its position."""
 
-    def __init__(self, table: Mapping[str, Any], place: Place, line: int, dictionary: Dictionary) -> None:
-        self.table = table
-        self.place = place
-        self.source = f"{place.file}:{line}"
+    def __init__(
+        self,
+        table: Mapping[str, Any],
+        place: Place,
+        line: int,
+        dictionary: Dictionary,
+        alternative: tuple[Mapping[str, Any], Place] | None = None,
+    ) -> None:
+        self.own = table
+        self._own_place = place
+        self._line = line
         self.dictionary = dictionary
+        self._set, self._set_place = alternative or ({}, place)
+        self.table = {**table, **self._set}
+
+    @property
+    def place(self) -> Place:
+        return self._own_place
+
+    @property
+    def source(self) -> str:
+        return f"{self.place.file}:{self._line}"
+
+    def at(self, key: str) -> Place:
+        """Return the position of a key."""
+        return (self._set_place if key in self._set else self._own_place).at(key)
+
+    def with_set(self, conditions: Mapping[str, Any], place: Place) -> _Table:
+        """Return the rule with the conditions of one set besides its own."""
+        return _Table(self.own, self._own_place, self._line, self.dictionary, (conditions, place))
 
     def __contains__(self, key: str) -> bool:
         return key in self.table
@@ -157,11 +186,11 @@ class _Table:
     def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
         value = self.table[key]
         if not is_text(value, TEXT_LENGTH_MAX):
-            raise self.place.at(key).error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
+            raise self.at(key).error(f"{key} must be a string of 1 to {TEXT_LENGTH_MAX} characters.")
         if pattern is not None and pattern.fullmatch(value) is None:
             shape = "letters, digits, '.', '_' and '-'" if pattern is ID else "small letters, digits and '_'"
             length_max = ID_LENGTH_MAX if pattern is ID else WORD_LENGTH_MAX
-            raise self.place.at(key).error(
+            raise self.at(key).error(
                 f"Invalid {key} {shown(value)}: expected at most {length_max} {shape}.", foreign_letters(value)
             )
         return str(value)
@@ -174,18 +203,18 @@ class _Table:
             return None
         value = self.table[key]
         if not isinstance(value, bool):
-            raise self.place.at(key).error(f"{key} must be true or false.")
+            raise self.at(key).error(f"{key} must be true or false.")
         return value
 
     def choice(self, key: str, kind: type[ChoiceT]) -> ChoiceT:
         value = self.table[key]
         known = [member.value for member in kind]
         if not isinstance(value, str) or value not in known:
-            raise self.place.at(key).error(f"Invalid {key}: {shown(value)}.", nearest(shown(value), known))
+            raise self.at(key).error(f"Invalid {key}: {shown(value)}.", nearest(shown(value), known))
         return kind(value)
 
     def duration_ms(self, key: str) -> int | None:
-        return read_duration(self.table[key], key, self.place.at(key)) if key in self.table else None
+        return read_duration(self.table[key], key, self.at(key)) if key in self.table else None
 
 
 def read_duration(value: Any, key: str, place: Place) -> int:
@@ -208,22 +237,57 @@ def read_rules(table: Mapping[str, Any], place: Place, line: int, dictionary: Di
     _check_verdict(source, verdict)
     operations = OPERATIONS.expand(table["operations"], "operations", place.at("operations"), dictionary)
     rule_id = source.text("id", ID)
-    if not _varies(table):
-        return (_rule(source, verdict, rule_id, operations, None),)
-    several = len(operations) > 1
+    alternatives = tuple(_alternatives(source))
+    if not alternatives:
+        return tuple(_expanded(source, verdict, rule_id, operations, ""))
     return tuple(
-        _rule(
-            source, verdict, f"{rule_id}.{operation.value}" if several else rule_id, frozenset({operation}), operation
-        )
-        for operation in Operation
-        if operation in operations
+        rule
+        for number, one in enumerate(alternatives, start=1)
+        for rule in _expanded(one, verdict, rule_id, operations, f"{SET_MARK}{number}")
     )
+
+
+def _alternatives(source: _Table) -> Iterator[_Table]:
+    """Yield the rule with each of its sets of conditions; nothing if it has no `any`. Raises `PolicyError`."""
+    if ANY not in source:
+        return
+    sets, place = source.table[ANY], source.at(ANY)
+    if not isinstance(sets, list) or not 0 < len(sets) <= SETS_IN_RULE_MAX:
+        raise place.error(
+            f"{ANY} must be a list of 1 to {SETS_IN_RULE_MAX} sets of conditions.",
+            f'Write {ANY} = [{{ tags = ["gpu"] }}, {{ roles = ["member"] }}].',
+        )
+    for number, conditions in enumerate(sets):
+        here = place.at(number)
+        if not isinstance(conditions, dict) or not conditions:
+            raise here.error(f"A set of {ANY} must be a table with a condition, such as {{ locked = true }}.")
+        for key in conditions:
+            if key not in CONDITION_KEYS:
+                raise here.at(key).key.error(f"Unknown condition {shown(key)}.", nearest(key, CONDITION_KEYS))
+            if key in source.own:
+                raise here.at(key).key.error(
+                    f"{key} is a condition of the rule itself already.", f"Write it in the sets of {ANY} only."
+                )
+        yield source.with_set(conditions, here)
+
+
+def _expanded(
+    source: _Table, verdict: Verdict, rule_id: str, operations: frozenset[Operation], mark: str
+) -> Iterator[Rule]:
+    """Yield one rule, or one for each operation if it differs with that; `mark` comes last in their ids."""
+    if not _varies(source.table):
+        yield _rule(source, verdict, f"{rule_id}{mark}", operations, None)
+        return
+    for operation in Operation:
+        if operation in operations:
+            own_id = f"{rule_id}.{operation.value}" if len(operations) > 1 else rule_id
+            yield _rule(source, verdict, f"{own_id}{mark}", frozenset({operation}), operation)
 
 
 def _check_keys(source: _Table) -> None:
     for key in source.table:
         if key not in KEYS:
-            raise source.place.at(key).key.error(f"Unknown key {shown(key)} in a rule.", nearest(key, KEYS))
+            raise source.at(key).key.error(f"Unknown key {shown(key)} in a rule.", nearest(key, KEYS))
     for one in RULE_KEYS:
         if one.required and one.name not in source:
             raise source.place.key.error(f"This rule has no {one.name}.", f"Write {one.name} = ….")
@@ -233,17 +297,17 @@ def _check_verdict(source: _Table, verdict: Verdict) -> None:
     for one in RULE_KEYS:
         key = one.name
         if key in source and one.verdict not in (None, verdict):
-            raise source.place.at(key).key.error(
+            raise source.at(key).key.error(
                 f"{key} is valid only with verdict = {one.verdict.value!r}; this rule's is {verdict.value!r}.",
                 f"Remove {key}, or change the verdict.",
             )
     if verdict is not Verdict.AFTER and THRESHOLD_PLACEHOLDER in (source.optional_text("because") or ""):
-        raise source.place.at("because").error(
+        raise source.at("because").error(
             f"because has {THRESHOLD_PLACEHOLDER}, and this rule has no threshold: its verdict is {verdict.value!r}.",
             "Write the reason without it.",
         )
     if verdict is Verdict.AFTER and not source.duration_ms("threshold"):
-        place = source.place.at("threshold") if "threshold" in source else source.place.key
+        place = source.at("threshold") if "threshold" in source else source.place.key
         raise place.error(
             'A rule with verdict = "after" needs a threshold greater than zero.',
             'Write threshold = "3m", or verdict = "preempt" to take over at once.',
@@ -296,18 +360,14 @@ def _vm_states(source: _Table, of: Operation | None) -> frozenset[Any] | None:
     if _is_any(source, "vm_state"):
         return None
     groups = None if of is None else {SOURCES: CATALOGUE[of].sources}
-    return VM_STATES.expand(
-        source.table["vm_state"], "vm_state", source.place.at("vm_state"), source.dictionary, groups
-    )
+    return VM_STATES.expand(source.table["vm_state"], "vm_state", source.at("vm_state"), source.dictionary, groups)
 
 
 def _task_states(source: _Table, of: Operation | None) -> frozenset[str] | None:
     if _is_any(source, "task_state"):
         return None
     groups = None if of is None else {SAME: phases_of(of)}
-    return TASKS.expand(
-        source.table["task_state"], "task_state", source.place.at("task_state"), source.dictionary, groups
-    )
+    return TASKS.expand(source.table["task_state"], "task_state", source.at("task_state"), source.dictionary, groups)
 
 
 def _condition(source: _Table, condition: Condition, of: Operation | None) -> Any:
@@ -323,7 +383,7 @@ def _condition(source: _Table, condition: Condition, of: Operation | None) -> An
         case Takes.KINDS:
             return _kinds(source, key, of)
         case Takes.WORDS:
-            return CONDITION_WORDS[key].expand(source.table[key], key, source.place.at(key), source.dictionary)
+            return CONDITION_WORDS[key].expand(source.table[key], key, source.at(key), source.dictionary)
         case Takes.TEXTS:
             return _texts(source, key, condition.kind)
         case _:
@@ -331,7 +391,7 @@ def _condition(source: _Table, condition: Condition, of: Operation | None) -> An
 
 
 def _kinds(source: _Table, key: str, of: Operation | None) -> frozenset[Operation]:
-    raw, place = source.table[key], source.place.at(key)
+    raw, place = source.table[key], source.at(key)
     items = listed(raw, key, place)
     if NOTHING in items:
         if raw != [NOTHING]:
@@ -344,7 +404,7 @@ def _kinds(source: _Table, key: str, of: Operation | None) -> frozenset[Operatio
 
 
 def _texts(source: _Table, key: str, kind: Kind) -> frozenset[str]:
-    place = source.place.at(key)
+    place = source.at(key)
     texts = listed(source.table[key], key, place)
     message = f"{key} must be a list of 1 to {TEXTS_MAX} {kind.expected}."
     if len(texts) > TEXTS_MAX:

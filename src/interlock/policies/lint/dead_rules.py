@@ -12,7 +12,7 @@ from functools import cached_property
 
 from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import Operation
-from interlock.core.policy import Rule
+from interlock.core.policy import SET_MARK, Rule
 from interlock.core.states import VmState
 from interlock.policies.lint.condition_sets import Literal, Region, places
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, written
@@ -66,6 +66,7 @@ class DeadRules:
                 yield against
             elif one.file == self.own_file:
                 yield from self._idle_part(one)
+                yield from self._idle_sets(one)
 
     def _dead(self, one: Written) -> Finding:
         causes = self._causes(one)
@@ -243,6 +244,24 @@ class DeadRules:
             + (f": decided before it, by {some(map(self.cite, causes))}." if causes else "."),
             detail=True,
         )
+
+    def _idle_sets(self, one: Written) -> Iterator[Finding]:
+        """Find sets of conditions of a rule with `any` that never decide."""
+        sets: dict[str, list[int]] = {}
+        for number in one.numbers:
+            sets.setdefault(self._reaching.rules[number].id.partition(SET_MARK)[2], []).append(number)
+        for own, numbers in sets.items():
+            if own and not any(number in self.reached for number in numbers):
+                causes = self.takers({number: [*self._reaching.matching(number)] for number in numbers})
+                named = f"decided before it, by {some(map(self.cite, causes))}" if causes else "its conditions conflict"
+                yield Finding(
+                    severity=Severity.WARNING,
+                    code="idle-set",
+                    rule=one.id,
+                    place=one.rule.source,
+                    message=f"Set {own} in `any` of {one.id!r} never decides: {named}.",
+                    remedy="Remove the set, or change its conditions.",
+                )
 
 
 def _same_answer(one: Rule, other: Rule) -> bool:

@@ -62,21 +62,14 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def written(rules: Sequence[Rule]) -> tuple[Written, ...]:
-    """Return the rules of a policy as written: those expanded from one, `id.operation` each, are grouped."""
+    """Return the rules of a policy as written: those expanded from one are grouped."""
     together: dict[tuple[str, str], list[int]] = {}
     for number, rule in enumerate(rules):
-        together.setdefault((rule.source, _base_id(rule)), []).append(number)
+        together.setdefault((rule.source, rule.family), []).append(number)
     return tuple(
         Written(id=base if len(numbers) > 1 else rules[numbers[0]].id, rule=rules[numbers[0]], numbers=tuple(numbers))
         for (_, base), numbers in together.items()
     )
-
-
-def _base_id(rule: Rule) -> str:
-    if len(rule.operations) == 1:
-        (operation,) = rule.operations
-        return rule.id.removesuffix(f".{operation.value}")
-    return rule.id
 
 
 def file_of(rule: Rule) -> str:
