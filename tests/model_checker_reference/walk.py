@@ -213,7 +213,7 @@ class Walk:
         if not isinstance(then, Admitted):
             self._report(index, step, Breach(5, f"{name} is not admitted at the retry time of its denial"))
         elif isinstance(early, Admitted):
-            self._report(index, step, Breach(5, f"{name} is admitted before the retry time of its denial"))
+            self._report(index, step, Breach(8, f"{name} is admitted before the retry time of its denial"))
         return isinstance(then, Admitted)
 
     def _other_transitions(self, node: _Node) -> Iterator[tuple[Step, Change[Any]]]:

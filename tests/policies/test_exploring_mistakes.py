@@ -169,8 +169,8 @@ def test_a_preempting_request_that_is_cancelled_at_once_breaks_law_2() -> None:
     assert plays(violation, policy)[-1]["cancels"] == ["r2"]
 
 
-def test_a_retry_time_that_is_too_late_breaks_law_5() -> None:
-    """Another rule admits it a minute earlier."""
+def test_a_retry_time_that_is_too_late_breaks_law_8() -> None:
+    """Another rule admits it a minute earlier: nothing is stuck, but the answer explains itself wrongly."""
     busy = frozenset({"rebooting", "reboot_pending", "reboot_started"})
     policy = made(
         DELETE,
@@ -179,6 +179,7 @@ def test_a_retry_time_that_is_too_late_breaks_law_5() -> None:
         ANYTHING,
     )
     violation = the_one(search(policy), "reboot is admitted before the retry time of its denial")
+    assert violation.law == 8
     assert verbs(violation)[-1] == "submit reboot"
     answers = plays(violation, policy)
     assert [answer["retry_after"] for answer in answers if answer.get("disposition") == "denied"] == [120]

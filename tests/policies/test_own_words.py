@@ -124,9 +124,51 @@ def test_a_change_of_a_threshold_reaches_through_a_policy_between() -> None:
     }
 
 
+SILENT = """
+[[rule]]
+id = "quiet"
+operations = ["stop", "start"]
+task_state = ["@same"]
+silent_for = "15s"
+verdict = "after"
+threshold = "3m"
+
+[[rule]]
+id = "deaf"
+operations = ["pause"]
+silent_for = "15s"
+verdict = "deny"
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "stop", "start", "deaf"),
+    [
+        ('quiet = { threshold = "5s", silent_for = "2s" }', (5, 2), (5, 2), 15),
+        ('quiet.silent_for = "2s"\ndeaf.silent_for = "1s"', (180, 2), (180, 2), 1),
+        ('quiet = "5s"\n"quiet.stop" = { silent_for = "1s" }', (5, 1), (5, 15), 15),
+        ('quiet.silent_for = "2s"\nquiet.stop.silent_for = "1s"\nquiet.start = "9s"', (180, 1), (9, 2), 15),
+    ],
+)
+def test_the_silence_of_what_is_extended_may_be_changed_too(
+    lines: str, stop: tuple[int, int], start: tuple[int, int], deaf: int
+) -> None:
+    policy = read(f'[policy]\nextends = "base.toml"\n[thresholds]\n{lines}\n', base=SILENT)
+    found = {rule.id: (rule.threshold_ms, rule.silent_ms_min) for rule in policy.rules}
+    expected = {"quiet.stop": stop, "quiet.start": start}
+    assert {rule: found[rule] for rule in expected} == {
+        rule: (threshold * 1000, silence * 1000) for rule, (threshold, silence) in expected.items()
+    }
+    assert found["deaf"] == (None, deaf * 1000)
+
+
 @pytest.mark.parametrize(
     ("line", "said", "remedy"),
     [
+        ('alone = { silent_for = "2s" }', "4:11: The rule 'alone', at base.toml:", "adds none"),
+        ('alone = { silent = "2s" }', "4:11: Rule 'alone.silent' not found", ""),
+        ('always.silent_for = "2s"', "4:8: The rule 'always', at base.toml:2, is fixed", ""),
+        ('alone.threshold = "0s"', "4:19: Invalid threshold of alone: it must be greater than zero.", ""),
         ('always = "5m"', "4:1: The rule 'always', at base.toml:2, is fixed", ""),
         ('admitted = "5m"', "4:1: The rule 'admitted', at base.toml:20, has no threshold", "after"),
         ('takes-ovre = "5m"', "4:1: Rule 'takes-ovre' not found in the extended policy.", "'takes-over'"),

@@ -1,7 +1,7 @@
 """Policy loader: read a built-in policy or a file, merge it with the policies that it extends, and compile it.
 
-`language` defines the schema; docs/reference/policy-language.md describes it. `rules` parses one `[[rule]]`, and
-`own_words` and `thresholds` the other sections. Every error is a `PolicyError` that starts with file, line and column.
+`schema` defines the language; docs/reference/policy-language.md describes it. `section_parser` and `thresholds` parse
+the sections. Every error is a `PolicyError` that starts with file, line and column.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from interlock.policies.language.schema import (
     THRESHOLD_PLACEHOLDER,
     Takes,
 )
-from interlock.policies.language.section_parser import changed, read_names, read_rules, read_sets
+from interlock.policies.language.section_parser import read_names, read_rules, read_sets
 from interlock.policies.language.source_location import Place, is_text, nearest, shown
+from interlock.policies.language.thresholds import changed
 from interlock.policies.language.toml_positions import OutOfBounds, Position, Positions, end_of
 from interlock.policies.language.vocabulary import Dictionary, UserSet
 

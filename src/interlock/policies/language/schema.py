@@ -239,7 +239,8 @@ SECTIONS: Final = {
     "unambiguous. Policies that extend this one inherit them.",
     "thresholds": 'Other thresholds for `after` rules of the extended policy, by id: `"silent-power" = "5m"`. The id '
     'of a rule that expands to one for each operation changes all of them; `"silent-power.stop"` changes one. Not for '
-    "fixed rules, and not for rules of the same file.",
+    'fixed rules, and not for rules of the same file. `"silent-power" = { threshold = "5s", silent_for = "2s" }` '
+    "changes a rule's `silent_for` too, or alone.",
     "rule": "One rule; `[[rule]]` may be repeated. All of its conditions must hold; one that is left out always does. "
     "The first rule that matches decides; if none does, the request is denied.",
 }

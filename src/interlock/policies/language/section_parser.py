@@ -1,4 +1,4 @@
-"""Parsers of the sections of a policy file: `[names]`, `[[rule]]` and `[thresholds]`.
+"""Parsers of the sections of a policy file: `[names]`, `[sets]` and `[[rule]]`.
 
 A rule with `@same` or `@sources` differs for each operation and is expanded to one rule for each, and one with `any` to
 one for each of its sets of conditions.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from enum import StrEnum
 from typing import Any, Final, TypeVar, assert_never
-
-from msgspec.structs import replace
 
 from interlock.core.condition_kinds import Kind, Takes
 from interlock.core.conditions import CONDITIONS, Condition
@@ -415,73 +412,3 @@ def _texts(source: _Table, key: str, kind: Kind) -> frozenset[str]:
         if key == "within" and (wrong := error_in(text)) is not None:
             raise place.at(number).error(f"Invalid time window {shown(text)}.", wrong)
     return frozenset(texts)
-
-
-def changed(
-    rules: tuple[Rule, ...], families: Mapping[str, str], own: AbstractSet[str], table: Mapping[str, Any], place: Place
-) -> tuple[Rule, ...]:
-    """Return the rules of the extended policy with their new thresholds; single ids take precedence.
-
-    `families` maps the ids of expanded rules to the id as written; `own` has the ids of the file itself.
-
-    Raises:
-        PolicyError: rule not found, or its threshold cannot be changed.
-    """
-    if not table:
-        return rules
-    known = _Extended(rules, families)
-    given: dict[str, int] = {}
-    for name, value, here in sorted(_flat(table, place, ()), key=lambda one: one[0] in known.single):
-        meant = known.meant(name, own, here)
-        threshold_ms = read_duration(value, name, here)
-        if not threshold_ms:
-            raise here.error(f"Invalid threshold of {name}: it must be greater than zero.")
-        given.update(dict.fromkeys((rule.id for rule in meant), threshold_ms))
-    return tuple(replace(rule, threshold_ms=given.get(rule.id, rule.threshold_ms)) for rule in rules)
-
-
-class _Extended:
-    """The rules of the extended policy, by id and by the id of a family of expanded rules."""
-
-    def __init__(self, rules: tuple[Rule, ...], families: Mapping[str, str]) -> None:
-        self.single = {rule.id: rule for rule in rules}
-        self._family: dict[str, list[Rule]] = {}
-        for rule in rules:
-            if rule.id in families:
-                self._family.setdefault(families[rule.id], []).append(rule)
-
-    def meant(self, name: str, own: AbstractSet[str], place: Place) -> tuple[Rule, ...]:
-        if name in self.single:
-            rules: tuple[Rule, ...] = (self.single[name],)
-        elif name in self._family:
-            rules = tuple(self._family[name])
-        elif name in own:
-            raise place.key.error(
-                f"{shown(name)} is a rule of this file; [thresholds] changes rules of the extended policy.",
-                "Write the threshold in the rule.",
-            )
-        else:
-            choices = (
-                *self._family,
-                *(rule.id for rule in self.single.values() if rule.verdict is Verdict.AFTER),
-            )
-            raise place.key.error(f"Rule {shown(name)} not found in the extended policy.", nearest(name, choices))
-        first = rules[0]
-        if first.fixed:
-            raise place.key.error(f"The rule {name!r}, at {first.source}, is fixed and cannot be changed.")
-        if first.verdict is not Verdict.AFTER:
-            raise place.key.error(
-                f"The rule {name!r}, at {first.source}, has no threshold: its verdict is {first.verdict.value!r}.",
-                'Only the thresholds of rules with verdict = "after" can be changed.',
-            )
-        return rules
-
-
-def _flat(table: Mapping[str, Any], place: Place, before: tuple[str, ...]) -> Iterator[tuple[str, Any, Place]]:
-    """Yield ids and values. An unquoted id with a dot is read by TOML as a table."""
-    for key, value in table.items():
-        parts = (*before, key)
-        if isinstance(value, dict):
-            yield from _flat(value, place.at(key), parts)
-        else:
-            yield ".".join(parts), value, place.at(key)

@@ -108,7 +108,8 @@ class StrangeVerdicts:
                     f"The threshold of {one.id!r} ({threshold}) never denies anything: the rule holds only after "
                     f"silence of {format_seconds(rule.silent_ms_min)}, and then takes over at once. Until then, later "
                     "rules decide.",
-                    "Make silent_for shorter than the threshold, so that a denial names the retry time.",
+                    "Make silent_for shorter than the threshold, so that a denial names the retry time; [thresholds] "
+                    "changes it too.",
                 )  # fmt: skip
             if not any(self._passes(number) for number in alive):
                 causes = some(map(self._dead.cite, self._takers(alive, rule.threshold_ms)))

@@ -55,7 +55,7 @@ class PackedLaws:
     # ---------------------------------------------------------------------------------------------------- submissions
 
     def check_answers(self, numbers: Ints, words: Words, answers: PackedAnswers) -> None:
-        """Check laws 5 and 8: something is admitted now or at its retry time, and refusals have a reason."""
+        """Check laws 5 and 8: something is admitted now or later, and refusals have a reason and the right time."""
         hopeful = np.zeros(len(words), bool)
         # A lock or another change of the record does not unblock a hung instance.
         idle = (answers.effect == GateEffect.RECORD_ONLY) | (answers.effect == GateEffect.LOCK)
@@ -119,7 +119,7 @@ class PackedLaws:
             kept[at] = fault != _NOT_THEN
             if fault is not None:
                 name = model.alphabet.submissions[int(submissions[at])].operation.value
-                breach = Breach(5, f"{name} {fault} the retry time of its denial")
+                breach = Breach(8 if fault == _BEFORE else 5, f"{name} {fault} the retry time of its denial")
                 self._breaches.add(breach, int(numbers[rows[at]]), Action.SUBMIT + int(submissions[at]))
         return kept
 
