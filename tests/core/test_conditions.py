@@ -23,6 +23,7 @@ TEXTS = st.sampled_from(["a", "b", "c"])
 VALUES: dict[Takes, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]] = {
     Takes.FLAG: (st.booleans(), st.booleans()),
     Takes.TIME: (st.sampled_from([1, 5, 9]), st.integers(0, 12)),
+    Takes.COUNT: (st.sampled_from([1, 5, 9]), st.integers(0, 12)),
     Takes.KINDS: (
         st.frozensets(st.sampled_from([Operation.STOP, Operation.START])),
         st.sampled_from([0, BIT[Operation.STOP], BIT[Operation.START] | BIT[Operation.PAUSE]]),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from enum import Enum
 from itertools import combinations
 from operator import not_
-from typing import Any
+from typing import Any, NamedTuple
 
 from interlock.core.durations import format_seconds
 from interlock.core.operations import BIT, Operation
@@ -22,6 +22,7 @@ class Takes(Enum):
 
     FLAG = "true, false"
     TIME = "time"
+    COUNT = "number"
     KINDS = "operations or none"
     WORDS = "words"
     """A list of words that are known."""
@@ -66,8 +67,20 @@ class Choice(Kind):
         raise NotImplementedError
 
 
+class Parts(NamedTuple):
+    """What a condition wants of a set: one of `some`, all of `every`, none of `none`; no member if these are empty."""
+
+    some: frozenset[Any] = frozenset()
+    every: frozenset[Any] = frozenset()
+    none: frozenset[Any] = frozenset()
+
+
 class Members(Kind):
-    """The view has a set, and a condition wants any of some members, or none at all if it names none."""
+    """The view has a set, and a condition wants some members of it, or not."""
+
+    def parts(self, wanted: Any) -> Parts:
+        """Return what a condition wants of the set."""
+        return Parts(some=wanted)
 
     def members(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
         """Return the members that these conditions distinguish."""
@@ -161,27 +174,63 @@ class Name(Choice):
         return str(value) or "another name"
 
 
-class AtLeast(Choice):
-    """A time in milliseconds, which a condition bounds from below."""
+class Bound(Choice):
+    """A number, or a time in milliseconds, on which a condition sets a bound. 0 may mean that it is not given."""
 
-    takes = Takes.TIME
+    def __init__(self, takes: Takes = Takes.TIME, *, given: bool = True) -> None:
+        """With `given` false, 0 means that no value is given, and no condition holds for it."""
+        self.takes = takes
+        self._zero_counts = given
 
-    def test(self, wanted: Any) -> Test:
-        least: int = wanted
-        return least.__le__
+    def turns_at(self, wanted: int) -> int:
+        """Return the least value to which the condition gives another answer than to less."""
+        raise NotImplementedError
 
     def values(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(sorted({0, *wanted}))
+        least = () if self._zero_counts else (1,)
+        return tuple(sorted({0, *least, *map(self.turns_at, wanted)}))
 
     def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
         bounds = self.values(wanted)
         return lambda value: bisect_right(bounds, value)
 
     def wanted(self, wanted: Any) -> str:
-        return format_seconds(wanted)
+        return self.found(wanted)
 
     def found(self, value: Any) -> str:
-        return self.wanted(value)
+        if not value and not self._zero_counts:
+            return "none"
+        return format_seconds(value) if self.takes is Takes.TIME else str(value)
+
+
+class AtLeast(Bound):
+    """A value that a condition bounds from below."""
+
+    def test(self, wanted: Any) -> Test:
+        least: int = wanted
+        return least.__le__
+
+    def turns_at(self, wanted: int) -> int:
+        return wanted
+
+    def wanted(self, wanted: Any) -> str:
+        return f"at least {self.found(wanted)}"
+
+
+class AtMost(Bound):
+    """A value that a condition bounds from above."""
+
+    def test(self, wanted: Any) -> Test:
+        most: int = wanted
+        if self._zero_counts:
+            return most.__ge__
+        return lambda value: 0 < value <= most
+
+    def turns_at(self, wanted: int) -> int:
+        return wanted + 1
+
+    def wanted(self, wanted: Any) -> str:
+        return f"at most {self.found(wanted)}"
 
 
 class Belongs(Choice):
@@ -213,15 +262,18 @@ class Belongs(Choice):
         return lambda texts: named.intersection(texts) if texts else texts
 
     def wanted(self, wanted: Any) -> str:
-        some, none = _split(wanted)
-        parts = [one_of(some)] if some else []
-        return " and ".join([*parts, *(f"not {text}" for text in sorted(none))])
+        return _some_and_none(wanted)
 
     def found(self, value: Any) -> str:
         return ", ".join(value) or "none"
 
 
 _COMBINED_MAX = 4
+
+
+def _some_and_none(wanted: Iterable[str]) -> str:
+    some, none = _split(wanted)
+    return " and ".join([*([one_of(some)] if some else []), *(f"not {text}" for text in sorted(none))])
 
 
 def _split(wanted: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
@@ -259,33 +311,59 @@ class AnyOperation(Members):
 
 
 class AnyText(Members):
-    """Texts, as a tuple in the view."""
+    """Texts, as a tuple in the view: a condition wants any of some, and none of those with `!`."""
 
     takes = Takes.TEXTS
 
     def __init__(self, item: str, expected: str) -> None:
-        self.item = re.compile(item)
-        self.expected = expected
+        self.item = re.compile(f"!?(?:{item})")
+        self.expected = f"{expected}, each with or without '!' before it"
 
     def test(self, wanted: Any) -> Test:
-        named: frozenset[str] = wanted
-        return lambda texts: not named.isdisjoint(texts)
+        some, none = _split(wanted)
+        if not none:
+            return lambda texts: not some.isdisjoint(texts)
+        if not some:
+            return none.isdisjoint
+        return lambda texts: none.isdisjoint(texts) and not some.isdisjoint(texts)
+
+    def parts(self, wanted: Any) -> Parts:
+        some, none = _split(wanted)
+        return Parts(some=some, none=none)
 
     def members(self, wanted: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(sorted(frozenset[str]().union(*wanted)))
+        return tuple(sorted(_texts(wanted)))
 
     def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        named = frozenset[str]().union(*wanted)
+        named = _texts(wanted)
         return lambda texts: named.intersection(texts) if texts else texts
 
     def with_members(self, value: Any, members: Iterable[Any]) -> Any:
         return tuple(sorted({*value, *members}))
 
     def wanted(self, wanted: Any) -> str:
-        return one_of(wanted)
+        return _some_and_none(wanted)
 
     def found(self, value: Any) -> str:
         return ", ".join(value) or "none"
+
+
+class AllTexts(AnyText):
+    """As `AnyText`, but a condition wants all of the texts."""
+
+    def __init__(self, item: str, expected: str) -> None:
+        super().__init__(item, expected)
+        self.item, self.expected = re.compile(item), expected
+
+    def parts(self, wanted: Any) -> Parts:
+        return Parts(every=wanted)
+
+    def test(self, wanted: Any) -> Test:
+        named: frozenset[str] = wanted
+        return named.issubset
+
+    def wanted(self, wanted: Any) -> str:
+        return ", ".join(sorted(wanted)) if len(wanted) == 1 else f"all of {', '.join(sorted(wanted))}"
 
 
 def one_of(words: Iterable[str]) -> str:

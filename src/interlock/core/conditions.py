@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core.condition_kinds import (
+    AllTexts,
     AnyOperation,
     AnyText,
     AtLeast,
@@ -58,7 +59,9 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     blocked: bool | None = None
     """Whether the instance's blocked operations include the operation."""
     tags: frozenset[str] | None = None
-    """Holds if the instance has any of these tags."""
+    """Holds if the instance has any of these tags, and none of those that begin with `!`."""
+    tags_all: frozenset[str] | None = None
+    """Holds if the instance has all of these tags."""
     host_reachable: bool | None = None
     power_state: frozenset[str] | None = None
     launched: bool | None = None
@@ -130,7 +133,8 @@ _USUAL: Final = {
     field.name: field.default for field in msgspec.structs.fields(View) if field.default is not msgspec.NODEFAULT
 }
 _GROUP: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
-_TEXT: Final = r"[^\x00-\x08\x0b-\x1f\x7f-\x9f]{1,1000}"
+_TAGS: Final = "tags, none of them empty"
+_TEXT: Final = r"[^!\x00-\x08\x0b-\x1f\x7f-\x9f][^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,999}"
 
 CONDITIONS: Final = (
     Condition(
@@ -259,10 +263,21 @@ CONDITIONS: Final = (
         field="tags",
         reads="tags",
         subject=Subject.INSTANCE,
-        kind=AnyText(_TEXT, "tags, none of them empty"),
-        meaning="Holds if the instance has any of these tags.",
-        example=["build"],
+        kind=AnyText(_TEXT, _TAGS),
+        meaning="Holds if the instance has any of these tags, and none of those with `!` before them.",
+        example=["build", "!spot"],
         title="tag",
+        because=lambda tag: f"tagged {tag}",
+    ),
+    Condition(
+        key="tags_all",
+        field="tags_all",
+        reads="tags",
+        subject=Subject.INSTANCE,
+        kind=AllTexts(_TEXT, _TAGS),
+        meaning="Holds if the instance has all of these tags.",
+        example=["gpu", "prod"],
+        title="tags",
         because=lambda tag: f"tagged {tag}",
     ),
     Condition(
@@ -327,8 +342,18 @@ CONDITIONS: Final = (
 CALLER: Final = tuple(condition for condition in CONDITIONS if condition.subject is Subject.CALLER)
 """The conditions on who asks."""
 
-CONDITION: Final = {condition.reads: condition for condition in CONDITIONS}
-"""The conditions by the field of `View` that they test."""
+ABOUT: Final = {
+    reads: tuple(one for one in CONDITIONS if one.reads == reads)
+    for reads in (dict.fromkeys(condition.reads for condition in CONDITIONS))
+}
+"""The conditions on each field of `View`, in the order of the table."""
+CONDITION: Final = {reads: conditions[0] for reads, conditions in ABOUT.items()}
+"""The first condition on each field of `View`, by that field."""
+
+
+def names_tags(rule: Conditions) -> bool:
+    """Return whether a rule depends on the instance's tags."""
+    return any(condition.of(rule) is not None for condition in ABOUT["tags"])
 
 
 Tests = tuple[tuple[Callable[[View], Any], Test], ...]

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from interlock.core.conditions import names_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, HOST_NOT_FENCED, TO_BE_DELETED, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
@@ -260,7 +261,7 @@ def stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmSta
     state if the request in flight has no effect. A rule that denies it for the instance's tags or host holds for it
     too, and an evacuation does not stay once the host is reachable again.
     """
-    surroundings = rule.tags is not None or rule.host_reachable is not None
+    surroundings = names_tags(rule) or rule.host_reachable is not None
     if surroundings and rule.verdict is Verdict.DENY:
         return False
     if host_reachable and request.operation is Operation.EVACUATE:
@@ -271,7 +272,7 @@ def stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmSta
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: CompiledPolicy) -> str:
     because = because_of(rule, draft.instance.host) or f"{request.operation.value} is not allowed in {state.value}."
     message = f"The VM is or will be {state.value}: {because}"
-    if rule.tags is not None:
+    if names_tags(rule):
         message = f"The VM has the tags {', '.join(draft.instance.tags) or '(none)'}: {because}"
     draft.end(request, Status.CANCELLED, rule.code, message, rule=rule.id, policy=policy.stamp)
     return request.id

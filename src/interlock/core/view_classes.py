@@ -10,8 +10,8 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-from interlock.core.condition_kinds import Choice
-from interlock.core.conditions import CALLER, CONDITIONS, Condition, Conditions
+from interlock.core.condition_kinds import Choice, Members
+from interlock.core.conditions import ABOUT, CALLER, CONDITIONS, Condition, Conditions
 from interlock.core.views import View
 
 
@@ -62,6 +62,15 @@ def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any
     }
     for chosen in product(*values.values()):
         yield dict(zip(values, chosen, strict=True))
+
+
+def members_of(reads: str, rules: Sequence[Conditions]) -> tuple[Any, ...]:
+    """Return the members of a set, a field of views, that the rules distinguish."""
+    found: dict[Any, None] = {}
+    for condition in ABOUT[reads]:
+        assert isinstance(condition.kind, Members), "the field is a set"
+        found.update(dict.fromkeys(condition.kind.members(condition.wanted(rules))))
+    return tuple(found)
 
 
 def _distinct(condition: Condition, wanted: Sequence[Any]) -> tuple[Any, ...]:

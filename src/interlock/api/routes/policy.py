@@ -128,7 +128,7 @@ def _condition(takes: Takes, value: Any) -> Any:
     if value is None:
         return None
     match takes:
-        case Takes.FLAG:
+        case Takes.FLAG | Takes.COUNT:
             return value
         case Takes.TIME:
             return value / 1000

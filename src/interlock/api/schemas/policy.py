@@ -16,6 +16,7 @@ from interlock.core.policy_switches import Outstanding, SwitchSource
 _CONDITION_TYPES: Final[Mapping[Takes, Any]] = {
     Takes.FLAG: bool,
     Takes.TIME: Seconds,
+    Takes.COUNT: int,
     Takes.KINDS: tuple[str, ...],
     Takes.WORDS: tuple[str, ...],
     Takes.TEXTS: tuple[str, ...],

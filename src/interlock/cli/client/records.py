@@ -107,7 +107,7 @@ def _condition_of(takes: Takes, value: Any) -> Any:
     if value is None:
         return None
     match takes:
-        case Takes.FLAG:
+        case Takes.FLAG | Takes.COUNT:
             return value
         case Takes.TIME:
             return _milliseconds(value)

@@ -21,6 +21,7 @@ from interlock.core.policy import CompiledPolicy
 from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, StaleFence, Submission
 from interlock.core.state_stack import resolve_target
 from interlock.core.states import VmState
+from interlock.core.view_classes import members_of
 
 _MOMENTS_MAX: Final = 64
 """How many age bounds are tried; a policy has far fewer for one state."""
@@ -182,7 +183,8 @@ def _instance(instance: Instance, submission: Submission, policy: CompiledPolicy
     for tag in instance.tags:
         tags = tuple(other for other in instance.tags if other != tag)
         yield Turn.WITHOUT_TAG, tag, f"if it has no tag {tag!r}", _replace(instance, tags=tags), submission
-    named = {tag for rule in policy.rules if submission.operation in rule.operations for tag in rule.tags or ()}
+    about = [rule for rule in policy.rules if submission.operation in rule.operations]
+    named = set(members_of("tags", about))
     for tag in sorted(named.difference(instance.tags)):
         changed = _replace(instance, tags=(*instance.tags, tag))
         yield Turn.WITH_TAG, tag, f"if it has the tag {tag!r}", changed, submission

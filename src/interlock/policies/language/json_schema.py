@@ -15,6 +15,7 @@ from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.language.schema import (
     CODE,
     CONDITION_KEYS,
+    COUNT_MAX,
     HEADER_KEYS,
     ID,
     NAME,
@@ -203,6 +204,8 @@ def _value(key: Key) -> Schema:
         found |= {"type": "string", "enum": [member.value for member in key.choices]}
     elif key.takes is Takes.POLICY:
         found |= {"type": "string", "anyOf": [{"enum": list(builtin_names())}, {"pattern": _FILE}]}
+    elif key.condition is not None and key.takes is Takes.COUNT:
+        found |= {"type": "integer", "minimum": 1, "maximum": COUNT_MAX}
     elif key.takes is Takes.SETS:
         conditions = {one.name: _value(one) for one in RULE_KEYS if one.name in CONDITION_KEYS}
         one_set = {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": conditions}

@@ -28,6 +28,8 @@ ID_LENGTH_MAX: Final = 100
 WORD_LENGTH_MAX: Final = 64
 TEXTS_MAX: Final = 64
 SETS_IN_RULE_MAX: Final = 64
+COUNT_MAX: Final = 1_000_000_000
+"""The limit of a number in a condition."""
 NAMES_MAX: Final = 8
 """The limit of custom names for one word."""
 

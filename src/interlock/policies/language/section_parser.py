@@ -19,6 +19,7 @@ from interlock.core.policy import DEFAULT_GRACE_MS, SET_MARK, Before, MeasuredFr
 from interlock.policies.language.schema import (
     CODE,
     CONDITION_KEYS,
+    COUNT_MAX,
     ID,
     ID_LENGTH_MAX,
     NAME,
@@ -203,6 +204,12 @@ class _Table:
             raise self.at(key).error(f"{key} must be true or false.")
         return value
 
+    def count(self, key: str) -> int:
+        value = self.table[key]
+        if type(value) is not int or not 1 <= value <= COUNT_MAX:
+            raise self.at(key).error(f"{key} must be a whole number from 1 to {COUNT_MAX}.")
+        return value
+
     def choice(self, key: str, kind: type[ChoiceT]) -> ChoiceT:
         value = self.table[key]
         known = [member.value for member in kind]
@@ -377,6 +384,8 @@ def _condition(source: _Table, condition: Condition, of: Operation | None) -> An
             return source.flag(key)
         case Takes.TIME:
             return source.duration_ms(key)
+        case Takes.COUNT:
+            return source.count(key)
         case Takes.KINDS:
             return _kinds(source, key, of)
         case Takes.WORDS:

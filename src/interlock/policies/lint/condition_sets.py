@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from interlock.core.condition_kinds import Choice, Members, Takes
-from interlock.core.conditions import CONDITIONS, Condition, Conditions
+from interlock.core.condition_kinds import Choice, Members, Parts, Takes
+from interlock.core.conditions import ABOUT, CONDITION, CONDITIONS, Condition, Conditions
 from interlock.core.operations import BIT, TASK_OPERATION, Operation
 from interlock.core.states import NO_TASK
+from interlock.core.view_classes import members_of
 
 
 class Literal(NamedTuple):
@@ -129,11 +130,33 @@ def places(mask: int) -> Iterator[int]:
         mask ^= lowest
 
 
-CHOICES: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Choice))
-SETS: Final[tuple[Condition, ...]] = tuple(one for one in CONDITIONS if isinstance(one.kind, Members))
+CHOICES: Final[tuple[Condition, ...]] = tuple(one for one in CONDITION.values() if isinstance(one.kind, Choice))
+SETS: Final[tuple[Condition, ...]] = tuple(one for one in CONDITION.values() if isinstance(one.kind, Members))
+"""One condition on each field with one value, and with a set."""
 _PLACE: Final = {one.reads: place for each in (CHOICES, SETS) for place, one in enumerate(each)}
 OUTSTANDING: Final = _PLACE["outstanding"]
 """The index of the set of outstanding operations, whose masks are unions of `operations.BIT`."""
+_CHOICES_FIRST: Final = sorted(CONDITIONS, key=lambda one: isinstance(one.kind, Members))
+
+
+def values_of(condition: Condition, rules: Sequence[Conditions], moments: Iterable[int] = ()) -> tuple[Any, ...]:
+    """Return the values that the rules' conditions on its field distinguish, the most ordinary first.
+
+    `moments` are distinguished besides, for a field of times.
+    """
+    first, *others = ABOUT[condition.reads]
+    assert isinstance(first.kind, Choice)
+    values = first.kind.values([*first.wanted(rules), *moments])
+    for other in others:
+        assert isinstance(other.kind, Choice)
+        values = tuple(sorted({*values, *other.kind.values(other.wanted(rules))}))
+    return values
+
+
+def parts_of(condition: Condition, wanted: Any) -> Parts:
+    """Return what a condition wants of its set."""
+    assert isinstance(condition.kind, Members)
+    return condition.kind.parts(wanted)
 
 
 class ConditionSpace:
@@ -143,17 +166,14 @@ class ConditionSpace:
         """`moments_ms` are distinguished as silences besides those of the rules."""
         self._values: list[tuple[Any, ...]] = []
         self._bits: list[dict[Any, int]] = []
-        self._literals: dict[tuple[str, Any], Literal] = {}
+        self._literals: dict[tuple[str, Any], tuple[Literal, ...]] = {}
         self._everything: dict[Operation | None, Region] = {}
-        for condition in CONDITIONS:
-            wanted = condition.wanted(rules)
-            match condition.kind:
-                case Choice() as kind:
-                    self._values.append(kind.values([*wanted, *(moments_ms if condition.reads == "silent_ms" else ())]))
-                case Members() as kind:
-                    members = kind.members(wanted)
-                    is_mask = condition.kind.takes is Takes.KINDS
-                    self._bits.append({one: BIT[one] if is_mask else 1 << n for n, one in enumerate(members)})
+        for condition in CHOICES:
+            self._values.append(values_of(condition, rules, moments_ms if condition.reads == "silent_ms" else ()))
+        for condition in SETS:
+            is_mask = condition.kind.takes is Takes.KINDS
+            members = enumerate(members_of(condition.reads, rules))
+            self._bits.append({one: BIT[one] if is_mask else 1 << number for number, one in members})
 
     def everything(self, task_state: str) -> Region:
         """Return the region of all views during a task, whose operation is outstanding."""
@@ -171,21 +191,33 @@ class ConditionSpace:
     def literals(self, rule: Conditions) -> tuple[Literal, ...]:
         """Return the conditions of a rule."""
         return tuple(
-            self._literal(condition, wanted)
-            for condition in (*CHOICES, *SETS)
+            literal
+            for condition in _CHOICES_FIRST
             if (wanted := condition.of(rule)) is not None
+            for literal in self._literal(condition, wanted)
         )
 
-    def _literal(self, condition: Condition, wanted: Any) -> Literal:
-        key = (condition.reads, wanted)
+    def _literal(self, condition: Condition, wanted: Any) -> tuple[Literal, ...]:
+        key = (condition.key, wanted)
         known = self._literals.get(key)
         if known is None:
-            if isinstance(condition.kind, Choice):
-                known = self.choice(condition.reads, condition.kind.test(wanted))
-            else:
-                known = self.any_of(condition.reads, wanted) if wanted else self.only(condition.reads, ())
+            match condition.kind:
+                case Choice() as kind:
+                    known = (self.choice(condition.reads, kind.test(wanted)),)
+                case Members() as kind:
+                    known = tuple(self._about_members(condition.reads, kind.parts(wanted)))
             self._literals[key] = known
         return known
+
+    def _about_members(self, reads: str, parts: Parts) -> Iterator[Literal]:
+        if parts.some:
+            yield self.any_of(reads, parts.some)
+        for one in sorted(parts.every):
+            yield self.any_of(reads, (one,))
+        if parts.none:
+            yield self.any_of(reads, parts.none)._replace(test="none")
+        if not any(parts):
+            yield self.only(reads, ())
 
     def choice(self, reads: str, accepts: Callable[[Any], object]) -> Literal:
         """Return the condition that a value is accepted."""

@@ -13,12 +13,12 @@ from typing import Any, Final, NamedTuple, assert_never
 import msgspec
 
 from interlock.core.condition_kinds import Choice, Members
-from interlock.core.conditions import CONDITION, Condition, Subject
+from interlock.core.conditions import ABOUT, CONDITION, Condition, Subject
 from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import Rule
 from interlock.core.states import NO_TASK
 from interlock.core.views import View
-from interlock.policies.lint.condition_sets import CHOICES, SETS
+from interlock.policies.lint.condition_sets import CHOICES, SETS, parts_of, values_of
 
 PAIRED_MAX: Final = 30
 """Up to this many probes, pairs of them are tried too. `meetings` covers the rest."""
@@ -97,9 +97,8 @@ def simplest(rules: Sequence[Rule], task_state: str, count: int) -> list[Probe]:
 
 def _single(rules: Sequence[Rule], classes: dict[str, list[Any]]) -> Iterator[Probe]:
     for condition in _CHOICES:
-        wanted = condition.wanted(rules)
-        if wanted and isinstance(condition.kind, Choice):
-            values = condition.kind.values(wanted)
+        if any(one.wanted(rules) for one in ABOUT[condition.reads]):
+            values = values_of(condition, rules)
             yield from ((Change(condition.reads, value),) for value in values if value != condition.usual)
     for field, members in classes.items():
         yield from ((Change(field, member),) for member in members)
@@ -109,32 +108,46 @@ def _wanted(rule: Rule, classes: dict[str, list[Any]], served: Operation | None)
     """Yield the fewest changes with which the rule holds; none if it cannot hold in the cell."""
     changes: list[Change] = []
     for condition in _CHOICES:
-        wanted = condition.of(rule)
-        if wanted is not None and isinstance(condition.kind, Choice):
-            value = next(filter(condition.kind.test(wanted), condition.kind.values([wanted])), None)
+        tests = [one.kind.test(wanted) for one in ABOUT[condition.reads] if (wanted := one.of(rule)) is not None]
+        if tests:
+            values = (value for value in values_of(condition, [rule]) if all(test(value) for test in tests))
+            value = next(values, None)
             if value is None:
                 return
             if value != condition.usual:
                 changes.append(Change(condition.reads, value))
-    choices = []
-    for condition in SETS:
-        asked = condition.of(rule)
-        if not asked or (condition.reads == "outstanding" and served in asked):
-            continue
-        there = asked.intersection(classes[condition.reads])
-        choices.append([Change(condition.reads, member) for member in sorted(there, key=_order)])
+    choices = [
+        [Change(condition.reads, member) for member in sorted(some, key=_order)]
+        for condition in SETS
+        for some in _members_wanted(rule, condition, classes[condition.reads], served)
+    ]
     for chosen in product(*choices):
-        yield ordered((*changes, *chosen))
+        yield ordered((*changes, *dict.fromkeys(chosen)))
+
+
+def _members_wanted(
+    rule: Rule, condition: Condition, there: list[Any], served: Operation | None
+) -> Iterator[frozenset[Any]]:
+    """Yield sets of members, of each of which the rule wants one."""
+    parts = [parts_of(one, wanted) for one in ABOUT[condition.reads] if (wanted := one.of(rule)) is not None]
+    shunned = frozenset[Any]().union(*(each.none for each in parts))
+    for each in parts:
+        yield from (frozenset({member}) for member in each.every)
+        if each.some and (condition.reads != "outstanding" or served not in each.some):
+            yield each.some.intersection(there) - shunned
 
 
 def _classes(rules: Sequence[Rule], condition: Condition, served: Operation | None) -> list[Any]:
     """Return one member of each class that no rule distinguishes."""
-    wanted = condition.wanted(rules)
-    asked = [each for each in wanted if each]
-    named: dict[Any, list[int]] = {}
-    for number, each in enumerate(asked):
-        for member in each:
-            named.setdefault(member, []).append(number)
+    wanted = [parts_of(one, each) for one in ABOUT[condition.reads] for each in one.wanted(rules)]
+    asked = [parts for parts in wanted if any(parts)]
+    named: dict[Any, list[Hashable]] = {}
+    for number, parts in enumerate(asked):
+        for mark, members in zip("an", (parts.some, parts.none), strict=True):
+            for member in members:
+                named.setdefault(member, []).append((number, mark))
+        for member in parts.every:
+            named.setdefault(member, []).append((number, member))
     first: dict[Hashable, Any] = {}
     for member in sorted(named, key=_order):
         if condition.reads != "outstanding" or member is not served:

@@ -94,6 +94,8 @@ def _condition(condition: Condition, value: Any) -> str:
             return title if value else " ".join((*before, "not", last))
         case Takes.TIME:
             return f"{title} {duration(value)}"
+        case Takes.COUNT:
+            return f"{title} {value}"
         case Takes.KINDS | Takes.WORDS | Takes.TEXTS:
             return f"{title} {_some(value) if value else 'nothing'}"
         case _:
