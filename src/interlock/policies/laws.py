@@ -26,5 +26,12 @@ LAWS: Final = {
     9: Law("served in turn", "Requests are served in the order admitted, after preempting ones."),
 }
 """The laws that are checked on policies and in the tests of the core, by number."""
+SERVER_LAWS: Final = {
+    6: Law("clocks do no harm", "A clock that jumps delays a takeover and never hastens one."),
+    10: Law("unknown is not failed", "A request whose outcome is unknown waits until the hypervisor was inspected."),
+    11: Law("one copy", "At no time do two processes run the same VM."),
+    12: Law("acknowledged means durable", "What was acknowledged survives `kill -9` and power loss."),
+}
+"""The laws about clocks, hypervisors and stores, which no policy can break: the tests of the server check them."""
 SEARCHED_LAWS: Final = frozenset({2, 5, 8})
 """The laws that a search of the model checker checks: those that a policy can violate."""
