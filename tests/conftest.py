@@ -57,25 +57,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("qemu") is None)
 
 
-def in_virtual_time(item: pytest.Item) -> bool:
-    return item.get_closest_marker("virtual_time") is not None
-
-
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests that are marked `virtual_time`, and their fixtures, run in a loop whose time jumps over every wait."""
-    return {"virtual": VirtualTimeLoop} if in_virtual_time(item) else {"real": asyncio.new_event_loop}
+    virtual = item.get_closest_marker("virtual_time") is not None
+    return {"virtual": VirtualTimeLoop} if virtual else {"real": asyncio.new_event_loop}
 
 
 @pytest.fixture(autouse=True)
-def _virtual_time_waits_for_the_writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store's thread lives in real time: the loop's time stands still until what it was given is written."""
-    if not in_virtual_time(request.node):
-        return
+def _virtual_time_waits_for_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store's thread lives in real time: virtual time stands still until what it was given is written."""
     submit = Writer.submit
 
     def submitted(self: Writer, job: Any, done: Callable[..., None], *more: Any, **named: Any) -> None:
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualTimeLoop)
+        if not isinstance(loop, VirtualTimeLoop):
+            submit(self, job, done, *more, **named)
+            return
         loop.thread_begins()
 
         def ended(*answer: Any) -> None:

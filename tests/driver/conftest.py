@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from in_process.embedded import Embedded
 from in_process.in_memory_agent import Neighbour
 from in_process.three_hosts import SMALL, Street
+from in_process.virtual_time import VirtualTimeLoop
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.ports import Limits
 
@@ -27,6 +28,11 @@ threshold = "600ms"
 reason = "no_sign_of_life"
 because = "The operation in progress has stalled."
 """
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], VirtualTimeLoop]]:
+    """Everything here runs in virtual time: hosts are simulated, and nothing depends on how fast the machine is."""
+    return {"virtual": VirtualTimeLoop}
 
 
 @pytest.fixture

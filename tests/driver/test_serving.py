@@ -257,6 +257,7 @@ async def test_a_frozen_machine_is_refused_with_a_time_and_then_taken_over(
         queued = [one for one in (await fleet.until(vm)).outstanding if one.status is Status.QUEUED]
         for one in queued:
             await fleet.server.instances.cancel(fleet.caller, one.id)
+        await asyncio.sleep(0.02)
     assert denied.reason == "no_sign_of_life"
     assert denied.blocked_by is not None
     assert denied.blocked_by.id == pause.id

@@ -290,10 +290,17 @@ class Worker:
 
 
 class _Patience:
-    """The remaining time of a timeout that can be paused."""
+    """The remaining time of a timeout that can be paused.
+
+    It is counted in whole nanoseconds: a rest too small to change the clock would never pass.
+    """
 
     def __init__(self, limit_ms: int) -> None:
-        self.left_s = limit_ms / 1000
+        self._left_ns = limit_ms * 1_000_000
+
+    @property
+    def left_s(self) -> float:
+        return self._left_ns / 1e9
 
     @contextlib.contextmanager
     def counted(self, *, counts: bool) -> Iterator[None]:
@@ -303,7 +310,7 @@ class _Patience:
             yield
         finally:
             if counts:
-                self.left_s -= loop.time() - began
+                self._left_ns -= round((loop.time() - began) * 1e9)
 
 
 _LATE: Final = "Check the VM; if it takes effect later, its record is updated."
