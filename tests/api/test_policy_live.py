@@ -21,6 +21,7 @@ from interlock.core.roles import Role
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.policies.language import bundle as bundles
 from interlock.policies.language.loader import load as read_policy
+from interlock.policies.lint import check_file
 from interlock.policies.verification import BrokenLaw, Proof
 from interlock.server import DATABASE, Server
 from interlock.service.policies import Policies
@@ -795,3 +796,43 @@ async def test_a_rollback_needs_no_body(api: ApiServer, admin: httpx.AsyncClient
     await admin.put("/v1/policy", json={"name": "take2", "explore_seconds": 0})
     answer = await admin.post("/v1/policy/rollback")
     assert (answer.status_code, answer.json()["name"]) == (200, "patient")
+
+
+FREEZE = """
+[policy]
+name = "freeze"
+extends = "standard"
+protected_tags = ["freeze"]
+
+[[rule]]
+id = "frozen"
+operations = ["stop", "reboot"]
+roles = ["*", "!admin"]
+tags = ["freeze"]
+verdict = "deny"
+reason = "frozen"
+because = "The VM is frozen."
+"""
+
+
+async def test_a_member_does_not_get_around_a_freeze(api: ApiServer, admin: httpx.AsyncClient, tmp_path: Path) -> None:
+    """By taking the tag off, or another one on, or the lock off: who is bound by a rule cannot lift it."""
+    file = tmp_path / "site.toml"
+    file.write_text(FREEZE)
+    assert check_file(file) == ()
+    await put(admin, FREEZE)
+    await make(admin, "vm", tags=["freeze", "web"])
+    for role in (Role.MEMBER, Role.PROJECT_ADMIN):
+        user = await api.token(f"user-{role}", role)
+        refused = (await ask(user, "stop")).json()
+        assert (refused["reason"], refused["detail"].endswith("The VM is frozen.")) == ("frozen", True)
+        for tags in ([], ["web"], ["thaw"]):
+            assert (await user.patch("/v1/instances/vm", json={"tags": tags})).status_code == 403
+        assert (await user.patch("/v1/instances/vm", json={"tags": ["freeze"]})).status_code == 200
+        assert (await ask(admin, "lock")).status_code == 200
+        assert (await ask(user, "unlock")).json()["reason"] == "locked"
+        assert (await user.patch("/v1/instances/vm", json={"tags": ["freeze", "web"]})).status_code == 403
+        assert (await ask(admin, "unlock")).status_code == 200
+        assert (await ask(user, "stop")).json()["reason"] == "frozen"
+    assert (await admin.patch("/v1/instances/vm", json={"tags": []})).status_code == 200
+    assert (await ask(user, "stop")).status_code == 202

@@ -259,7 +259,7 @@ def test_a_vm_can_be_judged_here_by_a_policy_that_is_not_loaded(policy: Any, ser
     server.on("GET", "/v1/instances/demo", Given(200, wire_instance(VmState.ACTIVE, "none", tags=["gpu"])))
     ran = policy("explain", "demo", "pause", "--policy", str(EXAMPLE))
     assert ran.out.startswith("Denied: pause of demo, requested with the role member (idle_gpu)")
-    assert "if it has no tag 'gpu'  (rule pause-suspend)" in ran.out
+    assert "if it has no tag 'gpu', which only an admin may set or remove  (rule pause-suspend)" in ran.out
 
 
 def test_an_answer_that_its_rules_do_not_lead_to_is_not_explained_wrongly(policy: Any, server: ScriptedServer) -> None:

@@ -11,10 +11,11 @@ from interlock.core.errors import Forbidden, PolicyError
 from interlock.core.lifecycle import relabel
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import Denied, Instance
+from interlock.core.records import Denied, Instance, Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.comparison import differ
+from interlock.policies.explanation.counterfactuals import Turn, ways
 from interlock.policies.language.loader import builtin_names, compile_named, load
 from interlock.policies.lint import check_file
 from interlock.policies.rehearsal.runner import rehearse
@@ -152,9 +153,22 @@ def test_check_says_that_a_tag_which_everybody_may_remove_binds_nobody(tmp_path:
     assert "everybody who may change the VM may set or remove" in note.message
     assert note.remedy == 'If the rule is to bind them: protected_tags = ["freeze"] under [policy].'
     assert check_file(write(tmp_path, FREEZE.format(protected=PROTECTED))) == ()
+    without = FREEZE.replace('tags = ["freeze"]', 'tags = ["!thawed"]').format(protected=PROTECTED)
+    (note,) = check_file(write(tmp_path, without))
+    assert note.remedy == 'If the rule is to bind them: protected_tags = ["thawed"] under [policy].'
 
 
 def test_check_warns_of_a_rule_that_binds_members_and_leaves_project_admins_out(tmp_path: Path) -> None:
     text = FREEZE.format(protected=PROTECTED).replace('["*", "!admin"]', '["member", "reader"]')
     (warning,) = check_file(write(tmp_path, text))
     assert (warning.code, warning.remedy) == ("role-left-out", 'Name who may: roles = ["*", "!admin"].')
+
+
+def test_explanations_say_what_only_an_admin_can_lift(site: CompiledPolicy) -> None:
+    stop = Submission(request_id="r1", operation=Operation.STOP, requested_by="ann")
+    frozen = instance(VmState.ACTIVE, tags=("freeze",))
+    (untagged,) = (way for way in ways(frozen, stop, site, 0) if way.turn is Turn.WITHOUT_TAG)
+    assert untagged.text == "if it has no tag 'freeze', which only an admin may set or remove"
+    for role, text in ((Role.MEMBER, "if it is unlocked"), (Role.ADMIN, "if it is unlocked by an admin")):
+        locked = instance(VmState.ACTIVE, locked_by="somebody", lock_role=role)
+        assert text in [way.text for way in ways(locked, stop, site, 0)]

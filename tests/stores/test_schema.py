@@ -15,6 +15,7 @@ from interlock.core.records import Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
+from interlock.ports import Token
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 
@@ -90,6 +91,21 @@ async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Pa
     await store.close()
     found = [(vm.locked_by, vm.lock_role) for vm in kept if vm is not None]
     assert found == [("ann", Role.MEMBER), ("root", Role.ADMIN), (None, Role.MEMBER), ("ann", Role.ADMIN)]
+
+
+async def test_a_token_with_an_unknown_role_is_refused(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.tokens.put(Token(id="t", name="ann", role=Role.READER, project="p", secret_sha256="0", created_at_ms=1))
+    await store.close()
+    with apsw.Connection(str(path)) as database:
+        database.execute("UPDATE tokens SET body = json_set(body, '$.role', 'guest')")
+    database.close()
+    store = SqliteStore(path)
+    await store.open()
+    with pytest.raises(StoreCorrupt, match="Invalid enum value 'guest'"):
+        await store.tokens.all()
+    await store.close()
 
 
 def test_a_database_that_could_not_be_made_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

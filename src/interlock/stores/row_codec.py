@@ -8,12 +8,13 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core import scheduled_actions
-from interlock.core.errors import KeyReused
+from interlock.core.errors import KeyReused, StoreCorrupt
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Token, Volume
 from interlock.ports.hosts import Host
 from interlock.stores.clock import KeptTime
+from interlock.stores.sqlite_errors import RESTORE_REMEDY
 
 Row = tuple[Any, ...]
 """The values of one row, in the order of its statement's parameters."""
@@ -34,9 +35,17 @@ decode_instance: Final = msgspec.json.Decoder(Instance).decode
 decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
 decode_host: Final = msgspec.json.Decoder(Host).decode
-decode_token: Final = msgspec.json.Decoder(Token).decode
+_decode_token: Final = msgspec.json.Decoder(Token).decode
 decode_time: Final = msgspec.json.Decoder(KeptTime).decode
 decode_answer: Final = msgspec.json.Decoder(Disposition).decode
+
+
+def decode_token(text: str) -> Token:
+    """Return a token. Raises `StoreCorrupt`: an unknown role would not be bound by rules that name roles."""
+    try:
+        return _decode_token(text)
+    except msgspec.ValidationError as error:
+        raise StoreCorrupt(f"A token in the database is invalid: {error}.", remedy=RESTORE_REMEDY) from None
 
 
 def body(record: object) -> str:

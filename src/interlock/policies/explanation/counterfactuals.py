@@ -174,7 +174,8 @@ def _instance(instance: Instance, submission: Submission, policy: CompiledPolicy
     if instance.locked_by is None:
         yield Turn.LOCKED, True, "if it is locked", _replace(instance, locked_by="somebody"), submission
     else:
-        yield Turn.UNLOCKED, None, "if it is unlocked", _replace(instance, locked_by=None), submission
+        by = "" if submission.role.includes(instance.lock_role) else " by an admin"
+        yield Turn.UNLOCKED, None, f"if it is unlocked{by}", _replace(instance, locked_by=None), submission
     blocked = instance.blocked_operations
     if submission.operation in blocked:
         left = tuple(operation for operation in blocked if operation is not submission.operation)
@@ -182,14 +183,19 @@ def _instance(instance: Instance, submission: Submission, policy: CompiledPolicy
         yield Turn.UNBLOCKED, None, text, _replace(instance, blocked_operations=left), submission
     for tag in instance.tags:
         tags = tuple(other for other in instance.tags if other != tag)
-        yield Turn.WITHOUT_TAG, tag, f"if it has no tag {tag!r}", _replace(instance, tags=tags), submission
+        text = f"if it has no tag {tag!r}{_who_may(policy, tag)}"
+        yield Turn.WITHOUT_TAG, tag, text, _replace(instance, tags=tags), submission
     about = [rule for rule in policy.rules if submission.operation in rule.operations]
     named = set(members_of("tags", about))
     for tag in sorted(named.difference(instance.tags)):
         changed = _replace(instance, tags=(*instance.tags, tag))
-        yield Turn.WITH_TAG, tag, f"if it has the tag {tag!r}", changed, submission
+        yield Turn.WITH_TAG, tag, f"if it has the tag {tag!r}{_who_may(policy, tag)}", changed, submission
     if not instance.launched:
         yield Turn.LAUNCHED, True, "if it has run before", _replace(instance, launched_at_ms=0), submission
+
+
+def _who_may(policy: CompiledPolicy, tag: str) -> str:
+    return ", which only an admin may set or remove" if policy.protected((tag,)) else ""
 
 
 def _leading_to(

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Final
 
-from interlock.core.condition_kinds import Members
-from interlock.core.conditions import CONDITION
 from interlock.core.durations import format_seconds
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
 from interlock.core.policy import MeasuredFrom, Rule, Verdict
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
+from interlock.core.view_classes import members_of
 from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.lint.condition_sets import Literal
 from interlock.policies.lint.dead_rules import DeadRules
@@ -53,13 +52,11 @@ class StrangeVerdicts:
 
     def unbinding(self, protected: Callable[[Iterable[str]], frozenset[str]]) -> Iterator[Finding]:
         """Find rules that a caller whom they deny can get around: by taking a tag off, or with a role left out."""
-        tags = CONDITION["tags"]
-        assert isinstance(tags.kind, Members)
         for one in self._dead.written:
             if self._dead.reached.keys().isdisjoint(one.numbers):
                 continue
-            named = tags.kind.members(tags.wanted([one.rule]))
-            free = sorted(frozenset(named) - protected(named))
+            named = frozenset(members_of("tags", [one.rule]))
+            free = sorted(named - protected(named))
             if free:
                 yield _finding(
                     one, Severity.NOTE, "tag-not-protected",
