@@ -146,14 +146,14 @@ def test_the_same_state_change_twice_is_redundant_while_it_lives_and_takes_over_
 ) -> None:
     for vm_state in CATALOGUE[operation].sources:
         play = Play(standard, serving(vm_state, CATALOGUE[operation].phases[0]))
-        early = play.submit(operation)
+        early = play.submit(operation, host_reachable=operation is not Operation.EVACUATE)
         assert isinstance(early, Redundant), (operation, vm_state)
         assert early.allowed_at_ms is not None
         assert early.request is not None
         play.advance(early.allowed_at_ms - play.now_ms - 1)
-        assert isinstance(play.submit(operation), Redundant)
+        assert isinstance(play.submit(operation, host_reachable=operation is not Operation.EVACUATE), Redundant)
         play.advance(1)
-        late = play.submit(operation)
+        late = play.submit(operation, host_reachable=operation is not Operation.EVACUATE)
         assert isinstance(late, Admitted)
         assert late.supersedes == ("r0",)
         assert late.cancels == ()
@@ -344,7 +344,7 @@ def test_every_takeover_is_served_and_not_dismissed(standard: CompiledPolicy) ->
         for vm_state in CATALOGUE[TASK_OPERATION[task]].sources:
             for operation in STATE_CHANGES:
                 play = Play(standard, serving(vm_state, task, age_ms=60 * MINUTE_MS))
-                answer = play.submit(operation)
+                answer = play.submit(operation, host_reachable=operation is not Operation.EVACUATE)
                 if not isinstance(answer, Admitted) or not answer.request.preempts:
                     continue
                 taken_over += 1
