@@ -20,7 +20,8 @@ def hasty() -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="interlock-stall-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)
-        one = Fleet(folder, {"INTERLOCK_HOSTS_SILENCE_MS": "3000", "INTERLOCK_HOSTS_LEASE_MS": "6000"})
+        # Agents send something every 2 s, and on a busy machine later.
+        one = Fleet(folder, {"INTERLOCK_HOSTS_SILENCE_MS": "5000", "INTERLOCK_HOSTS_LEASE_MS": "6000"})
         try:
             one.start()
             yield one
