@@ -180,6 +180,45 @@ async def test_what_nova_could_never_start_is_not_made_without_a_start(tmp_path:
     await nova.server.close()
 
 
+SMALL = """
+[policy]
+extends = "standard"
+
+[[rule]]
+id = "small"
+operations = ["resize"]
+vcpus_max = 4
+verdict = "admit"
+
+[[rule]]
+id = "no-resize"
+operations = ["resize"]
+verdict = "deny"
+reason = "too_large"
+"""
+
+
+async def test_a_resize_that_the_policy_admits_to_some_sizes_is_said_to_be_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    small = Embedded(tmp_path / "small", SimulatedHost(), policy=str(path))
+    await small.start()
+    vm = await small.create("web")
+    assert O.RESIZE in await allowed(small, vm)
+    assert isinstance((await small.submit(vm, O.RESIZE, vcpus=2)).disposition, Admitted)
+    await small.server.close()
+
+    path.write_text(SMALL.replace("vcpus_max = 4", 'target_hosts = ["nowhere"]'))
+    none = Embedded(tmp_path / "none", SimulatedHost(), policy=str(path))
+    await none.start()
+    vm = await none.create("web")
+    assert O.RESIZE not in await allowed(none, vm)
+    denied = (await none.submit(vm, O.RESIZE, vcpus=2)).disposition
+    assert isinstance(denied, Denied)
+    assert denied.rule == "no-resize"
+    await none.server.close()
+
+
 # ------------------------------------------------------------------------------------------------------- law 8, by HTTP
 
 

@@ -20,7 +20,6 @@ from interlock.core.policy import (
     CompiledPolicy,
     Rule,
     Verdict,
-    windows_in,
 )
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.record_operations import RECORD_OPERATIONS
@@ -63,11 +62,17 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
     Every submission is recorded as an event with the facts it was evaluated on, so that the history can be replayed
     against another policy.
     """
+    return _admit(instance, submission, policy, now_ms)
+
+
+def _admit(
+    instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int, *, looks_ahead: bool = True
+) -> Change[Disposition]:
+    """As `admit`; without `looks_ahead`, a denial does not say when time windows and ages let it through."""
     submission = policy.timed(submission, now_ms)
     view = build_view(instance, submission, now_ms)
-    evaluation = _Evaluation(
-        Draft(instance, now_ms, host_reachable=submission.host_reachable), view, submission, policy
-    )
+    draft = Draft(instance, now_ms, host_reachable=submission.host_reachable)
+    evaluation = _Evaluation(draft, view, submission, policy, looks_ahead)
     rule = GONE if view.vm_state is VmState.DELETED else policy.decide(view)
     verdict = rule.verdict
     if verdict is Verdict.AFTER and rule.until_threshold_ms(view) > 0:
@@ -140,6 +145,8 @@ class _Evaluation(NamedTuple):
     view: View
     submission: Submission
     policy: CompiledPolicy
+    looks_ahead: bool = False
+    """Whether a denial says when time windows and ages let it through."""
 
     def request(self, rule: Rule) -> Request:
         submission = self.submission
@@ -290,7 +297,7 @@ def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
 
 def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     draft, view = evaluation.draft, evaluation.view
-    timed_ms = _next_window_ms(evaluation)
+    timed_ms = _in_time_ms(evaluation)
     allowed_at_ms = timed_ms or draft.now_ms + rule.until_threshold_ms(view)
     if rule.before is Before.REDUNDANT:
         earlier = _latest(draft.instance, view.operation)
@@ -307,8 +314,8 @@ def _deny(
     allowed_at_ms: int | None = None,
 ) -> Change[Disposition]:
     instance = evaluation.draft.instance
-    if allowed_at_ms is None and foreseen is None:
-        allowed_at_ms = _next_window_ms(evaluation)
+    if allowed_at_ms is None:
+        allowed_at_ms = _in_time_ms(evaluation)
     fenced_at_ms = _once_fenced_ms(evaluation) if allowed_at_ms is None else None
     answer = Denied(
         operation=evaluation.submission.operation,
@@ -327,25 +334,31 @@ def _deny(
     return _unchanged(evaluation, "request.denied", rule, answer)
 
 
-def _next_window_ms(evaluation: _Evaluation) -> int | None:
-    """Return when the rules next permit it if nothing but time passes; None: never, or no time window matters."""
-    policy, view, at_ms = evaluation.policy, evaluation.view, evaluation.draft.now_ms
-    if policy.calendar is None or not windows_in(policy.cell(view.operation, view.vm_state, view.task_state)):
+def _in_time_ms(evaluation: _Evaluation) -> int | None:
+    """Return when it is first admitted if nothing but time passes; None: never, or no time window or age matters."""
+    policy, instance = evaluation.policy, evaluation.draft.instance
+    if not evaluation.looks_ahead or not (policy.names_ages or (policy.windows and policy.calendar is not None)):
         return None
-    for _ in range(_WINDOW_CHANGES_MAX):
-        wait_ms = policy.changes_in_ms(view, at_ms)
-        if wait_ms is None:
+    submission = replace(evaluation.submission, hold_ms=None)
+    at_ms = evaluation.draft.now_ms
+    for _ in range(_CHANGES_MAX):
+        views = [policy.view(instance, submission, at_ms)]
+        if instance.outstanding:
+            foreseen = foresee(instance, host_reachable=submission.host_reachable)
+            views.append(foreseen.view(policy.timed(submission, at_ms), at_ms))
+        if at_ms == evaluation.draft.now_ms and not any(map(policy.depends_on_time, views)):
             return None
-        at_ms += wait_ms
-        view = policy.view(evaluation.draft.instance, evaluation.submission, at_ms)
-        rule = policy.decide(view)
-        if permits(rule) or (rule.verdict is Verdict.AFTER and rule.until_threshold_ms(view) <= 0):
+        waits = [wait for view in views if (wait := policy.changes_in_ms(view, at_ms)) is not None]
+        if not waits:
+            return None
+        at_ms += min(waits)
+        if isinstance(_admit(instance, submission, policy, at_ms, looks_ahead=False).answer, Admitted):
             return at_ms
     return None
 
 
-_WINDOW_CHANGES_MAX: Final = 64
-"""How many changes of the rules' answer are tried: more than there are in a week."""
+_CHANGES_MAX: Final = 64
+"""How many changes of the rules' answer are tried: more than there are in a week of time windows."""
 
 
 def _once_fenced_ms(evaluation: _Evaluation) -> int | None:

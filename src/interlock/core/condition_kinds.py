@@ -146,6 +146,10 @@ class Name(Choice):
     item = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,62}\*?|\*)")
     expected = "names: letters, digits, '.', '_' and '-', and '*' only at the end"
 
+    def __init__(self, unnamed: str = "another name") -> None:
+        """`unnamed` describes the empty name, which stands for all that no condition names."""
+        self._unnamed = unnamed
+
     def test(self, wanted: Any) -> Test:
         named: frozenset[str] = wanted
         beginnings = tuple(name[:-1] for name in named if name.endswith("*"))
@@ -171,7 +175,7 @@ class Name(Choice):
         return one_of(wanted)
 
     def found(self, value: Any) -> str:
-        return str(value) or "another name"
+        return str(value) or self._unnamed
 
 
 class Bound(Choice):

@@ -7,7 +7,7 @@ that it tests is a field of `views.View`; how it is tested is one of the kinds i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from operator import attrgetter
 from typing import Any, Final
@@ -19,20 +19,22 @@ from interlock.core.condition_kinds import (
     AnyOperation,
     AnyText,
     AtLeast,
+    AtMost,
     Belongs,
     Choice,
     Flag,
     Members,
     Name,
+    Takes,
     Test,
     Word,
 )
 from interlock.core.durations import short_time
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
-from interlock.core.states import PowerState
+from interlock.core.states import PowerState, VmState
 from interlock.core.time_windows import WINDOW
-from interlock.core.views import View
+from interlock.core.views import View, power_in
 
 POWER_STATES: Final = tuple(state.value for state in PowerState if state is not PowerState.UNKNOWN)
 """What a record can have; `unknown` is only shown."""
@@ -68,6 +70,20 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the instance's guest has ever run."""
     hard: bool | None = None
     """Whether the request is for the hard variant of its operation."""
+    vcpus_min: int | None = None
+    vcpus_max: int | None = None
+    memory_mib_min: int | None = None
+    memory_mib_max: int | None = None
+    root_gib_min: int | None = None
+    root_gib_max: int | None = None
+    target_hosts: frozenset[str] | None = None
+    """Names of hosts; one that ends with `*` stands for all that begin so."""
+    failures_min: int | None = None
+    """Holds if the operation has failed at least so often since it last succeeded."""
+    age_ms_min: int | None = None
+    age_ms_max: int | None = None
+    in_state_ms_min: int | None = None
+    """Holds if the instance has been in its vm_state for at least this time."""
     silent_ms_min: int | None = None
     """Holds if the request in flight has made no progress for at least this time."""
 
@@ -79,6 +95,8 @@ class Subject(Enum):
     """Who asks, and when: a field of requests and submissions with the same name as the view's, which a request keeps
     as it was at its submission."""
     REQUEST = "request"
+    PARAMETERS = "parameters"
+    """What a request asks for: any caller may ask for anything else."""
     INSTANCE = "instance"
     QUEUE = "queue"
     TIME = "time"
@@ -104,6 +122,11 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """The help of the option that sets it, for a condition on the caller."""
     because: Callable[[Any], str]
     """Describe what is unusual about a value of the view, or of a member, as in `as the instance is locked`."""
+
+    assumed: Callable[[VmState], Any] | None = None
+    """For one that the model checker does not vary: the value that it has there, by vm_state."""
+    assumption: str = ""
+    """The same as a sentence."""
 
     @property
     def wire(self) -> str:
@@ -135,6 +158,30 @@ _USUAL: Final = {
 _GROUP: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _TAGS: Final = "tags, none of them empty"
 _TEXT: Final = r"[^!\x00-\x08\x0b-\x1f\x7f-\x9f][^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,999}"
+
+_EVER_MS: Final = 1 << 60
+
+
+def _size(field: str, what: str, example: int) -> Iterator[Condition]:
+    """Yield the two conditions on one part of the size that a request asks for."""
+    for end, kind, bound in (
+        ("min", AtLeast(Takes.COUNT, given=False), "at least"),
+        ("max", AtMost(Takes.COUNT, given=False), "at most"),
+    ):
+        yield Condition(
+            key=f"{field}_{end}",
+            field=f"{field}_{end}",
+            reads=field,
+            subject=Subject.PARAMETERS,
+            kind=kind,
+            meaning=f"Holds if the request asks for a size with a {what} of {bound} this.",
+            example=example,
+            title=f"{field} {bound}",
+            because=lambda value: f"with {field} {value}" if value else f"with no {field}",
+            assumed=lambda _: 0,
+            assumption=f"No request asks for a size (`{field}_{end}`).",
+        )
+
 
 CONDITIONS: Final = (
     Condition(
@@ -302,6 +349,8 @@ CONDITIONS: Final = (
         example=["crashed"],
         title="guest",
         because=lambda power_state: "no guest process runs" if power_state == "none" else f"the guest is {power_state}",
+        assumed=lambda vm_state: power_in(vm_state, ()),
+        assumption="A hypervisor reports what belongs to the vm_state (`power_state`); in error, that no guest runs.",
     ),
     Condition(
         key="launched",
@@ -325,6 +374,77 @@ CONDITIONS: Final = (
         title="hard",
         because=lambda hard: f"the {'hard' if hard else 'soft'} variant is requested",
     ),
+    *(
+        condition
+        for field, what, example in (
+            ("vcpus", "number of vCPUs", 8),
+            ("memory_mib", "memory in MiB", 8192),
+            ("root_gib", "size of the root disk in GiB", 100),
+        )
+        for condition in _size(field, what, example)
+    ),
+    Condition(
+        key="target_hosts",
+        field="target_hosts",
+        reads="target_host",
+        subject=Subject.PARAMETERS,
+        kind=Name(unnamed="none"),
+        meaning="The host that the request names as its target, also if the server has chosen it for `any`. `rack1-*` "
+        "stands for every name that begins with `rack1-`.",
+        example=["rack1-*"],
+        title="to host",
+        because=lambda host: f"to {host}" if host else "to a host that no rule names",
+        assumed=lambda _: "",
+        assumption="No request names a target host (`target_hosts`).",
+    ),
+    Condition(
+        key="failures_min",
+        field="failures_min",
+        reads="failures",
+        subject=Subject.INSTANCE,
+        kind=AtLeast(Takes.COUNT),
+        meaning="Holds if the operation has failed on the instance at least so often since it last succeeded there. "
+        "In the foreseen state, everything outstanding has succeeded.",
+        example=3,
+        title="failed at least",
+        because=lambda failures: f"after {failures} failures of it",
+        assumed=lambda _: 0,
+        assumption="No operation has failed before (`failures_min`).",
+    ),
+    *(
+        Condition(
+            key=f"age_{end}",
+            field=f"age_ms_{end}",
+            reads="age_ms",
+            subject=Subject.TIME,
+            kind=kind,
+            meaning=f"Holds if the instance was created at {bound} this time ago. For a queued request, its age when "
+            "it was submitted counts.",
+            example=example,
+            title=title,
+            because=lambda age_ms: f"at an age of {short_time(age_ms)}",
+            assumed=lambda _: _EVER_MS,
+            assumption="An instance is older than any rule names (`age_min`, `age_max`).",
+        )
+        for end, kind, bound, example, title in (
+            ("min", AtLeast(), "least", "1h", "older than"),
+            ("max", AtMost(), "most", "30d", "at most as old as"),
+        )
+    ),
+    Condition(
+        key="state_for",
+        field="in_state_ms_min",
+        reads="in_state_ms",
+        subject=Subject.TIME,
+        kind=AtLeast(),
+        meaning="Holds if the instance has been in its vm_state for at least this time. In a foreseen state that it "
+        "has yet to reach, that is no time.",
+        example="10m",
+        title="in its state for",
+        because=lambda in_state_ms: f"after {short_time(in_state_ms)} in its state",
+        assumed=lambda _: _EVER_MS,
+        assumption="An instance has been in its vm_state for longer than any rule names (`state_for`).",
+    ),
     Condition(
         key="silent_for",
         field="silent_ms_min",
@@ -339,6 +459,8 @@ CONDITIONS: Final = (
 )
 """Every condition, in the order of evaluation and of the reference."""
 
+AGES: Final = tuple(condition for condition in CONDITIONS if condition.subject is Subject.TIME)
+"""The conditions on ages, which time alone changes."""
 CALLER: Final = tuple(condition for condition in CONDITIONS if condition.subject is Subject.CALLER)
 """The conditions on who asks."""
 
@@ -349,11 +471,6 @@ ABOUT: Final = {
 """The conditions on each field of `View`, in the order of the table."""
 CONDITION: Final = {reads: conditions[0] for reads, conditions in ABOUT.items()}
 """The first condition on each field of `View`, by that field."""
-
-
-def names_tags(rule: Conditions) -> bool:
-    """Return whether a rule depends on the instance's tags."""
-    return any(condition.of(rule) is not None for condition in ABOUT["tags"])
 
 
 Tests = tuple[tuple[Callable[[View], Any], Test], ...]

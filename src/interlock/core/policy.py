@@ -22,7 +22,7 @@ from interlock.core.records import Instance, Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.core.time_windows import Calendar
-from interlock.core.view_classes import distinguished_by
+from interlock.core.view_classes import distinguished_by, names_age, until_turns_ms
 from interlock.core.views import View, build_view
 
 
@@ -289,17 +289,21 @@ class CompiledPolicy:
         bounds_ms = {"silent_ms": since_progress, "running_ms": since_start}
         return distinguished_by(self._rules, ("operation", "vm_state", "task_state"), bounds_ms)
 
+    def depends_on_time(self, view: View) -> bool:
+        """Return whether a rule that may decide a view depends on a time window or on the instance's age."""
+        cell = self.cell(view.operation, view.vm_state, view.task_state)
+        return bool(windows_in(cell)) or any(map(names_age, cell))
+
+    @cached_property
+    def names_ages(self) -> bool:
+        """Whether a rule depends on an age that no progress ends."""
+        return any(names_age(rule) for rule in self._rules)
+
     def changes_in_ms(self, view: View, now_ms: int) -> int | None:
         """Return the time until the decision may change, in milliseconds; None if time alone does not change it."""
         cell = self.cell(view.operation, view.vm_state, view.task_state)
         waits = [
-            wait
-            for rule in cell
-            for wait in (
-                (rule.silent_ms_min or 0) - view.silent_ms,
-                rule.until_threshold_ms(view),
-            )
-            if wait > 0
+            wait for rule in cell for wait in (*until_turns_ms(rule, view), rule.until_threshold_ms(view)) if wait > 0
         ]
         if self.calendar is not None:
             change_ms = self.calendar.next_change_ms(windows_in(cell), now_ms)

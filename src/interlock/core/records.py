@@ -237,6 +237,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it is in error, or was when it was rescued or soft-deleted, for people."""
     launched_at_ms: int | None = None
     """When its guest first ran; None if it never did."""
+    failures: dict[Operation, int] = {}
+    """How often each operation has failed since it last succeeded; without those that have not."""
     state_since_ms: int = 0
     """When its vm_state last changed; 0: unknown (recorded by an older version)."""
     detaching: tuple[str, ...] = ()

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from interlock.core.conditions import names_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, HOST_NOT_FENCED, TO_BE_DELETED, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
 from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
 from interlock.core.states import EXECUTING_STATES, VmState
+from interlock.core.view_classes import names_tags
 from interlock.core.views import Foreseen, at_present
 
 replace = msgspec.structs.replace
@@ -90,6 +90,7 @@ class Draft:
         self.requests[request.id] = ended
         self.instance = replace(
             self.instance,
+            failures=_failures_after(self.instance.failures, request.operation, status),
             outstanding=tuple(other for other in self.instance.outstanding if other.id != request.id),
             held=tuple(other for other in self.instance.held if other.id != request.id),
         )
@@ -143,6 +144,15 @@ class Draft:
         self.instance = replace(self.instance, held_due_ms=self.now_ms if self.instance.held else None)
 
 
+def _failures_after(failures: dict[Operation, int], operation: Operation, status: Status) -> dict[Operation, int]:
+    """Return how often each operation has failed since its last success, after a request has ended."""
+    if status is Status.FAILED:
+        return {**failures, operation: failures.get(operation, 0) + 1}
+    if status is Status.SUCCEEDED and operation in failures:
+        return {other: count for other, count in failures.items() if other is not operation}
+    return failures
+
+
 def foresee(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
     """Return the foreseen state: after everything outstanding has succeeded."""
     state = at_present(instance, host_reachable=host_reachable)
@@ -159,7 +169,7 @@ def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen) -> Rule:
     """
     if state.vm_state is VmState.DELETED:
         return TO_BE_DELETED
-    return policy.decide(state.view(request))
+    return policy.decide(state.view(request, request.admitted_at_ms))
 
 
 def because_of(rule: Rule, host: str) -> str | None:

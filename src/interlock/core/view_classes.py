@@ -10,9 +10,9 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-from interlock.core.condition_kinds import Choice, Members
-from interlock.core.conditions import ABOUT, CALLER, CONDITIONS, Condition, Conditions
-from interlock.core.views import View
+from interlock.core.condition_kinds import Bound, Choice, Members
+from interlock.core.conditions import ABOUT, AGES, CALLER, CONDITIONS, Condition, Conditions
+from interlock.core.views import PARAMETERS, View
 
 
 def distinguished_by(
@@ -49,6 +49,25 @@ def distinguished_by(
     return lambda view: (values(view), *[class_of(value(view)) for value, class_of in classed])
 
 
+def until_turns_ms(rule: Conditions, view: View) -> Iterator[int]:
+    """Yield the time until a condition of a rule on an age gives another answer; negative if it has given it."""
+    for condition in AGES:
+        wanted = condition.of(rule)
+        if wanted is not None:
+            assert isinstance(condition.kind, Bound), "an age is a number"
+            yield condition.kind.turns_at(wanted) - condition.value(view)
+
+
+def names_age(rule: Conditions) -> bool:
+    """Return whether a rule depends on an age that no progress ends: the instance's, or that of its state."""
+    return any(condition.of(rule) is not None for condition in AGES if condition.reads != "silent_ms")
+
+
+def names_tags(rule: Conditions) -> bool:
+    """Return whether a rule depends on the instance's tags."""
+    return any(condition.of(rule) is not None for condition in ABOUT["tags"])
+
+
 def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any]]:
     """Yield one caller of each class that the rules distinguish, the most ordinary first.
 
@@ -62,6 +81,28 @@ def callers(rules: Sequence[Conditions], **known: Any) -> Iterator[dict[str, Any
     }
     for chosen in product(*values.values()):
         yield dict(zip(values, chosen, strict=True))
+
+
+def parameters(rules: Sequence[Conditions]) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of one request of each class that the rules distinguish, but of the one that gives none."""
+    about = [
+        (PARAMETERS[reads], ["", *_given(conditions, rules)])
+        for reads, conditions in ABOUT.items()
+        if reads in PARAMETERS and any(condition.wanted(rules) for condition in conditions)
+    ]
+    for chosen in product(*(values for _, values in about)):
+        given = {name: value for (name, _), value in zip(about, chosen, strict=True) if value}
+        if given:
+            yield given
+
+
+def _given(conditions: Iterable[Condition], rules: Sequence[Conditions]) -> list[Any]:
+    """Return the values of one parameter that the conditions distinguish."""
+    found: dict[Any, None] = {}
+    for condition in conditions:
+        assert isinstance(condition.kind, Choice), "a parameter has one value"
+        found.update(dict.fromkeys(value for value in condition.kind.values(condition.wanted(rules)) if value))
+    return list(found)
 
 
 def members_of(reads: str, rules: Sequence[Conditions]) -> tuple[Any, ...]:

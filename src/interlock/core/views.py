@@ -18,7 +18,7 @@ from interlock.core.state_stack import Memory, resolve_target, rests
 from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 
-class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class View(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """The input of a decision: instance, caller and requests in the way.
 
     The defaults are those of a plain submission: by a member, to an unlocked instance on a reachable host, with nothing
@@ -54,22 +54,49 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     launched: bool = True
     held: int = 0
     """The operations held, as a bit mask."""
-
-
-_SINCE_RECORDED: Final = ("project", "groups", "windows")
-"""Fields that came later, and are recorded where they are not as in a plain submission."""
+    failures: int = 0
+    """How often the operation has failed on the instance since it last succeeded."""
+    age_ms: int = 0
+    """Time since the instance was created."""
+    in_state_ms: int = 0
+    """Time since its vm_state last changed."""
+    vcpus: int = 0
+    """Of the size that the request asks for, as the next two; 0: it asks for none."""
+    memory_mib: int = 0
+    root_gib: int = 0
+    target_host: str = ""
+    """The host that the request names; empty: none, or any."""
 
 
 def recorded(view: View) -> dict[str, Any]:
-    """Return what the event of a decision has of its view."""
-    fields = msgspec.structs.asdict(view)
-    for name in _SINCE_RECORDED:
-        if not fields[name]:
-            del fields[name]
-    return fields
+    """Return what the event of a decision has of its view: what is not as in a plain submission."""
+    return {"launched": view.launched, **msgspec.to_builtins(view)}
 
 
-class RequestLike(Protocol):
+class _SeenParameters(NamedTuple):
+    """The parameters of a request that rules see, named as in views."""
+
+    vcpus: int = 0
+    memory_mib: int = 0
+    root_gib: int = 0
+    target_host: str = ""
+
+
+_NO_PARAMETERS: Final = _SeenParameters()
+_ANY_HOST: Final = "any"
+PARAMETERS: Final = {"vcpus": "vcpus", "memory_mib": "memory_mib", "root_gib": "root_gib", "target_host": "host"}
+"""The parameters that rules see, by field of the view."""
+
+
+def _seen_parameters(parameters: dict[str, Any]) -> _SeenParameters:
+    get = parameters.get
+    host = get("host") or ""
+    return _SeenParameters(
+        get("vcpus") or 0, get("memory_mib") or 0, get("root_gib") or 0, "" if host == _ANY_HOST else str(host)
+    )
+
+
+class ByCaller(Protocol):
     """What a request, a submission and a view have in common: the operation and its requester."""
 
     @property
@@ -86,6 +113,16 @@ class RequestLike(Protocol):
     def groups(self) -> tuple[str, ...]: ...
     @property
     def windows(self) -> tuple[str, ...]: ...
+
+
+class WithParameters(ByCaller, Protocol):
+    """A request or a submission."""
+
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+
+
+RequestLike = WithParameters | View
 
 
 def kinds(requests: tuple[Request, ...]) -> int:
@@ -108,6 +145,7 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
     else:
         running_since = serving.taken_at_ms or 0
         silent_since = serving.last_progress_at_ms or running_since
+    seen = _seen_parameters(submission.parameters) if submission.parameters else _NO_PARAMETERS
     return View(
         operation=submission.operation,
         vm_state=instance.vm_state,
@@ -129,6 +167,13 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         running_ms=max(0, now_ms - running_since),
         launched=instance.launched,
         held=kinds(instance.held) if instance.held else 0,
+        failures=instance.failures.get(submission.operation, 0) if instance.failures else 0,
+        age_ms=max(0, now_ms - instance.created_at_ms),
+        in_state_ms=max(0, now_ms - (instance.state_since_ms or instance.updated_at_ms)),
+        vcpus=seen.vcpus,
+        memory_mib=seen.memory_mib,
+        root_gib=seen.root_gib,
+        target_host=seen.target_host,
     )
 
 
@@ -142,19 +187,34 @@ class Foreseen(NamedTuple):
     """False while its host is fenced."""
     tags: tuple[str, ...] = ()
     power_state: PowerState = PowerState.RUNNING
+    failures: tuple[tuple[Operation, int], ...] = ()
+    created_at_ms: int = 0
+    since_ms: int | None = None
+    """When its vm_state last changed; None: it will change when those requests succeed."""
 
     def after(self, operation: Operation) -> Foreseen:
         """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
         vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
         launched = self.launched or vm_state in EXECUTING_STATES
         reachable = self.host_reachable or operation in MIGRATIONS
-        return Foreseen(vm_state, memory, launched, reachable, self.tags, _power_in(vm_state, memory))
+        failures = tuple(one for one in self.failures if one[0] is not operation)
+        since_ms = self.since_ms if vm_state is self.vm_state else None
+        power_state = power_in(vm_state, memory)
+        return Foreseen(
+            vm_state, memory, launched, reachable, self.tags, power_state, failures, self.created_at_ms, since_ms
+        )
 
-    def view(self, request: RequestLike) -> View:
+    def view(self, request: RequestLike, submitted_at_ms: int = 0) -> View:
         """Return the view of a request in this state, with nothing outstanding.
 
-        A lock or a blocked operation does not count: it restricts new requests only.
+        A lock or a blocked operation does not count: it restricts new requests only. Ages are those when it was
+        submitted, so that a rule on an age does not take back what it has admitted (law 2).
         """
+        seen: _SeenParameters | View = _NO_PARAMETERS
+        if isinstance(request, View):
+            seen = request
+        elif request.parameters:
+            seen = _seen_parameters(request.parameters)
         return View(
             operation=request.operation,
             vm_state=self.vm_state,
@@ -168,6 +228,13 @@ class Foreseen(NamedTuple):
             power_state=self.power_state,
             hard=request.hard,
             launched=self.launched,
+            failures=dict(self.failures).get(request.operation, 0) if self.failures else 0,
+            age_ms=max(0, submitted_at_ms - self.created_at_ms),
+            in_state_ms=0 if self.since_ms is None else max(0, submitted_at_ms - self.since_ms),
+            vcpus=seen.vcpus,
+            memory_mib=seen.memory_mib,
+            root_gib=seen.root_gib,
+            target_host=seen.target_host,
         )
 
 
@@ -180,10 +247,13 @@ def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
         host_reachable,
         instance.tags,
         instance.power_state,
+        tuple(instance.failures.items()),
+        instance.created_at_ms,
+        instance.state_since_ms or instance.updated_at_ms,
     )
 
 
-def _power_in(vm_state: VmState, memory: Memory) -> PowerState:
+def power_in(vm_state: VmState, memory: Memory) -> PowerState:
     """Return what a hypervisor reports after a state change has succeeded and led to the vm_state."""
     if vm_state is VmState.PAUSED:
         return PowerState.PAUSED

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core import admission, preconditions
+from interlock.core import admission, preconditions, view_classes
 from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, Invalid, NotFound
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.records import Admitted, Change, Denied, Disposition, Facts, Held, Instance, Redundant, Submission
@@ -120,7 +120,7 @@ class SubmissionEvaluator:
         try:
             targets = self._scheduler.targets(operation, parameters)
             compare = operation not in _PARTIAL
-            return self.judge(instance, submission, targets, self._now_ms(), compare=compare).answer
+            answer = self.judge(instance, submission, targets, self._now_ms(), compare=compare).answer
         except (InUse, Invalid, InsufficientCapacity, NotFound) as error:
             return Denied(
                 operation=operation,
@@ -130,6 +130,28 @@ class SubmissionEvaluator:
                 vm_state=instance.vm_state,
                 remedy=error.remedy,
             )
+        if isinstance(answer, Denied) and answer.rule != preconditions.RULE:
+            return self._with_parameters(instance, submission) or answer
+        return answer
+
+    def _with_parameters(self, instance: Instance, submission: Submission) -> Admitted | None:
+        """Return the answer to parameters with which the policy admits the operation; None if there are none.
+
+        Preconditions are left out: whether they are met depends on parameters that nobody has given yet.
+        """
+        policy, now_ms = self._in_force.compiled, self._now_ms()
+        about = [rule for rule in policy.rules if submission.operation in rule.operations]
+        reachable = self._hosts.leases.reachable(instance.host)
+        free = msgspec.structs.replace(instance, spec=None)
+        known = {field.name for field in FIELDS[submission.operation]}
+        for parameters in view_classes.parameters(about):
+            if not parameters.keys() <= known:
+                continue
+            asked = msgspec.structs.replace(submission, parameters=parameters, host_reachable=reachable)
+            answer = admission.judge(free, asked, policy, now_ms)
+            if isinstance(answer, Admitted):
+                return answer
+        return None
 
 
 def _check_same(instance: Instance, answer: Disposition, operation: Operation, parameters: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from interlock.core.records import Admitted, Disposition, Instance, Request, Sta
 from interlock.core.request_queue import foresee
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
-from interlock.core.views import View, build_view
+from interlock.core.views import View, build_view, power_in
 
 NOT_SUBMITTED: Final = "not-submitted"
 """The id of a request that is judged and never kept."""
@@ -61,7 +61,7 @@ def explain(instance: Instance, submission: Submission, policy: CompiledPolicy, 
     if decided.verdict is not Verdict.ADMIT or not decided.in_turn or not queued or _is_record(submission.operation):
         return Explanation(disposition=disposition, tried=tried)
     there = foresee(instance, host_reachable=submission.host_reachable)
-    tried_foreseen, _ = _ask(policy, there.view(submission), TO_BE_DELETED)
+    tried_foreseen, _ = _ask(policy, there.view(submission, now_ms), TO_BE_DELETED)
     return Explanation(disposition=disposition, tried=tried, foreseen=there.vm_state, tried_foreseen=tried_foreseen)
 
 
@@ -96,6 +96,7 @@ def imagined(
         project="imagined",
         host="imagined",
         vm_state=vm_state,
+        power_state=power_in(vm_state, ()),
         created_at_ms=now_ms - running_ms,
         updated_at_ms=now_ms - silent_ms,
         launched_at_ms=now_ms - running_ms if launched else None,

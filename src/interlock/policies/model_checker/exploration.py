@@ -11,6 +11,7 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
+from interlock.policies.model_checker.assumed_values import with_assumed_values
 from interlock.policies.model_checker.assumptions import assumptions
 from interlock.policies.model_checker.counterexamples import CounterexampleBuilder
 from interlock.policies.model_checker.gate_table import GateEffect
@@ -50,6 +51,7 @@ def explore(
         BrokenInvariant: the core does not replay a counterexample, which is a defect of the model checker.
     """
     started_s = time.monotonic()
+    policy, assumed = with_assumed_values(policy)
     limit_s = math.inf if seconds_max is None else seconds_max
     tried, first = tuple(Operation if operations is None else operations), tuple(starts)
 
@@ -73,7 +75,7 @@ def explore(
         undecided=undecided,
         seconds=seconds,
         depth=search.depth,
-        assumptions=assumptions(model, tried, outstanding_used),
+        assumptions=(*assumptions(model, tried, outstanding_used), *assumed),
         exits=tuple(_exits(model)),
     )
 

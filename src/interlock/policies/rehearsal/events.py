@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from interlock.core.conditions import POWER_STATES
 from interlock.core.durations import DURATION_MAX_MS, EXPECTED, parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
@@ -15,6 +16,7 @@ from interlock.core.records import Instance, Outcome, Request, Status
 from interlock.core.roles import Role
 from interlock.core.state_stack import Memory
 from interlock.core.states import NO_TASK, PowerState, VmState
+from interlock.core.views import power_in
 from interlock.policies.language.vocabulary import OPERATIONS, TASKS, VM_STATES, nearest
 
 WordT = TypeVar("WordT")
@@ -40,6 +42,14 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host_reachable: bool = True
     at: str | None = None
     """The time of the wall clock, for time windows; None: submissions say which are open."""
+    power_state: str | None = None
+    """None: the one that belongs to its vm_state."""
+    created: str | int | float | None = None
+    """How long ago it was created; None: as `age`."""
+    state_for: str | int | float | None = None
+    """How long it has been in its vm_state; None: as `age`."""
+    failures: dict[str, int] = {}
+    """How often operations have failed since they last succeeded."""
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,8 +175,9 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         name="rehearsed",
         project="rehearsal",
         host="rehearsal",
-        power_state=PowerState.NONE,
-        created_at_ms=since_ms,
+        created_at_ms=since_ms if line.created is None else now_ms - length_of_time_ms(line.created),
+        state_since_ms=since_ms if line.state_for is None else now_ms - length_of_time_ms(line.state_for),
+        failures={named_operation(name): count for name, count in line.failures.items()},
         updated_at_ms=since_ms,
         locked_by="owner" if line.locked else None,
         blocked_operations=tuple(named_operation(name) for name in line.blocked),
@@ -176,7 +187,14 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         error="It was so at the beginning." if vm_state is VmState.ERROR else None,
         outstanding=() if serving is None else (serving,),
     )
-    return instance.come_to(vm_state, _memory(line))
+    instance = instance.come_to(vm_state, _memory(line))
+    return msgspec.structs.replace(instance, power_state=_power_state(line, instance))
+
+
+def _power_state(line: InstanceLine, instance: Instance) -> PowerState:
+    if line.power_state is None:
+        return power_in(instance.vm_state, instance.state_stack)
+    return PowerState(_word("power_state", line.power_state, {name: name for name in POWER_STATES}))
 
 
 def check_tags(tags: tuple[str, ...]) -> None:
