@@ -373,3 +373,74 @@ def test_whether_a_rule_can_decide_is_what_its_view_shows(policy: Policy, *, loc
     for number in range(len(policy.rules)):
         for cell in reaching.matching(number):
             assert reaching.can_decide(number, cell, more) == (reaching.decides(number, cell, more) is not None)
+
+
+SOFT_DELETE_FIRST = """
+[[rule]]
+id = "soft-delete-preempts"
+operations = ["soft_delete"]
+vm_state = ["*", "!soft_deleted"]
+task_state = ["*", "!@soft_delete", "!@delete", "!@force_delete"]
+verdict = "preempt"
+[[rule]]
+id = "only-soft-deleted"
+operations = ["delete", "force_delete"]
+vm_state = ["*", "!soft_deleted"]
+verdict = "deny"
+reason = "soft_delete_first"
+"""
+
+
+def severities(tmp_path: Path, rules: str) -> dict[str, tuple[Severity, str]]:
+    """The findings about exits of `standard` with some rules before it, and what they say."""
+    findings = check_file(policy_of(tmp_path, f'[policy]\nextends = "standard"\n{rules}'))
+    exits = {"no-exit", "delete-refused", "members-cannot-delete"}
+    return {one.code: (one.severity, one.message) for one in findings if one.code in exits}
+
+
+def denied(**conditions: str) -> str:
+    lines = "".join(f"{key} = {value}\n" for key, value in conditions.items())
+    return f'[[rule]]\nid = "no"\n{lines}verdict = "deny"\nreason = "no"\n'
+
+
+def test_an_instance_that_is_soft_deleted_and_then_deleted_can_be_deleted(tmp_path: Path) -> None:
+    assert Severity.ERROR not in {severity for severity, _ in severities(tmp_path, SOFT_DELETE_FIRST).values()}
+
+
+def test_it_is_enough_that_some_role_can_delete_and_a_note_says_that_members_cannot(tmp_path: Path) -> None:
+    deletions = '["delete", "force_delete", "soft_delete"]'
+    found = severities(tmp_path, denied(operations=deletions, roles='["*", "!admin"]'))
+    assert set(found) == {"members-cannot-delete"}
+    assert found["members-cannot-delete"][0] is Severity.NOTE
+    assert set(severities(tmp_path, denied(operations=deletions, roles='["member"]'))) == {"members-cannot-delete"}
+    assert set(severities(tmp_path, denied(operations=deletions))) == {"delete-refused"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [({"tags": '["legal-hold"]'}, "if tagged legal-hold"), ({"held": '["stop"]'}, "if stop is held"),
+     ({"host_reachable": "false"}, "if the host is unreachable"), ({"launched": "false"}, "if it has never run")],
+)  # fmt: skip
+def test_a_circumstance_in_which_everything_is_denied_to_every_role_is_an_error(
+    tmp_path: Path, conditions: dict[str, str], words: str
+) -> None:
+    severity, message = severities(tmp_path, denied(operations='"*"', **conditions))["no-exit"]
+    assert severity is Severity.ERROR
+    assert words in message
+    assert "for any role" in message
+
+
+def test_a_tag_that_only_keeps_from_deletion_is_a_warning_since_it_can_be_removed(tmp_path: Path) -> None:
+    rule = denied(operations='["delete", "force_delete", "soft_delete"]', tags='["keep"]')
+    severity, message = severities(tmp_path, rule)["delete-refused"]
+    assert severity is Severity.WARNING
+    assert "if tagged keep" in message
+
+
+def test_a_lock_that_somebody_can_remove_is_no_obstacle(tmp_path: Path) -> None:
+    assert not severities(tmp_path, denied(operations='["*", "!unlock"]', locked="true"))
+    assert "no-exit" in severities(tmp_path, denied(operations='"*"', locked="true"))
+
+
+def test_a_held_deletion_is_no_obstacle_since_it_is_admitted_when_it_may_be(tmp_path: Path) -> None:
+    assert not severities(tmp_path, denied(operations='["delete"]', held='["delete"]'))

@@ -18,6 +18,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.policies.language.loader import PolicyText, builtin_names, read
 from interlock.policies.lint.dead_rules import DeadRules
+from interlock.policies.lint.deletion_lints import Undeletable
 from interlock.policies.lint.exit_lints import WaysOut
 from interlock.policies.lint.findings import Finding, Severity, file_of, file_of_place
 from interlock.policies.lint.reachability import Reaching
@@ -40,9 +41,10 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     own = policy.source if isinstance(policy, PolicyText) else _own_file(subject)
     reaching = Reaching(subject.rules)
     dead = DeadRules(reaching, own)
-    ways_out = WaysOut(subject, reaching)
+    ways_out = WaysOut(reaching)
     strange = StrangeVerdicts(reaching, dead, ways_out)
-    found = [_inherited(one, own) for one in (*dead.findings(), *ways_out.findings(), *strange.findings())]
+    lints = (dead, Undeletable(reaching, ways_out), ways_out, strange)
+    found = [_inherited(one, own) for lint in lints for one in lint.findings()]
     found += strange.unbinding(CompiledPolicy(subject).protected)
     found += window_findings(dead.written, own)
     if reaching.exhausted:

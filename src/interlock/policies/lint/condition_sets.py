@@ -245,6 +245,14 @@ class ConditionSpace:
         """Return the number of values of each of `CHOICES`."""
         return tuple(len(values) for values in self._values)
 
+    def values(self, condition: Condition) -> tuple[Any, ...]:
+        """Return the values of a choice that the rules distinguish."""
+        return self._values[_PLACE[condition.reads]]
+
+    def members(self, condition: Condition) -> Iterable[tuple[Any, int]]:
+        """Return the members of a set that the rules distinguish, and the bit of each."""
+        return self._bits[_PLACE[condition.reads]].items()
+
     def simplest(self, region: Region) -> Region:
         """Return one point of a region: the most ordinary values, and few members."""
         return Region(

@@ -12,19 +12,18 @@ from operator import not_
 from typing import Final
 
 from interlock.core.durations import DURATION_MAX_MS
-from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
-from interlock.core.policy import NO_RULE, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
+from interlock.core.operations import CATALOGUE, TASK_OPERATION, Lane, Operation
+from interlock.core.policy import NO_RULE, MeasuredFrom, Rule, Verdict
 from interlock.core.roles import Role
 from interlock.core.state_stack import evacuated
 from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
-from interlock.core.views import View
 from interlock.policies.lint.condition_sets import Literal, places, within
 from interlock.policies.lint.findings import Finding, Severity, states_text
 from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, mask_of
 
 Pair = tuple[VmState, str]
 
-DELETIONS: Final = frozenset({Operation.DELETE, Operation.FORCE_DELETE})
+DELETIONS: Final = (Operation.DELETE, Operation.FORCE_DELETE)
 _ENDS: Final = frozenset({VmState.DELETED, VmState.MIGRATED_OUT})
 _STATES: Final = tuple(state for state in VmState if state is not VmState.DELETED)
 _COMPONENT_KINDS: Final = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
@@ -33,15 +32,14 @@ _COMPONENT_KINDS: Final = tuple(operation for operation, entry in CATALOGUE.item
 class WaysOut:
     """The exit lint of one policy."""
 
-    def __init__(self, policy: Policy, reaching: Reaching) -> None:
-        self._compiled = CompiledPolicy(policy)
+    def __init__(self, reaching: Reaching) -> None:
         self._held: dict[tuple[str, bool, int], int] = {}
         self._reaching = reaching
         self._rules = reaching.rules
 
     @cached_property
     def permitted(self) -> dict[Pair, set[Operation]]:
-        """The operations that an administrator may perform, now or later, in each (vm_state, task_state).
+        """The operations that a caller of some role may perform, now or later, in each (vm_state, task_state).
 
         For an unlocked instance that blocks nothing, with only the task in service outstanding.
         """
@@ -61,7 +59,8 @@ class WaysOut:
         plain = self._plain_conditions(cell.task_state)
         # After the longest silence, a rule with a threshold permits.
         point = reaching.space.everything(cell.task_state)
-        longest = within(point, (*plain, reaching.space.silent_for(DURATION_MAX_MS)))
+        admin = reaching.space.choice("role", Role.ADMIN.__eq__)
+        longest = within(point, (*plain, admin, reaching.space.silent_for(DURATION_MAX_MS)))
         if longest is not None:
             first = reaching.first(cell, reaching.masks.held(reaching.space.simplest(longest)))
             if first is not None and permitting >> first & 1:
@@ -69,14 +68,13 @@ class WaysOut:
         return any(permits_somewhen(reaching, number, cell, *plain) for number in places(permitting))
 
     def _plain_conditions(self, task: str) -> tuple[Literal, ...]:
-        """Return the conditions of an administrator's submission to an instance that blocks nothing.
+        """Return the conditions of a submission to an instance that blocks nothing.
 
         Only the task in service is outstanding.
         """
         space = self._reaching.space
         served = _COMPONENT_KINDS if task == NO_TASK else (TASK_OPERATION[task],)
         return (
-            space.choice("role", Role.ADMIN.__eq__),
             space.choice("blocked", not_),
             space.only("outstanding", served),
         )
@@ -104,7 +102,7 @@ class WaysOut:
 
     def _led_to(self, state: VmState, found: Iterable[VmState]) -> set[VmState]:
         there = {VmState.STOPPED, VmState.ERROR} if state in LEFT_AT_END else set()
-        for operation in self._permitted_in(state):
+        for operation in self.permitted_in(state):
             entry = CATALOGUE[operation]
             if entry.on_failure is not None:
                 there.add(entry.on_failure)
@@ -121,14 +119,14 @@ class WaysOut:
                     there.add(target)
         return there
 
-    def _permitted_in(self, state: VmState) -> set[Operation]:
+    def permitted_in(self, state: VmState) -> set[Operation]:
+        """Return what is permitted in a vm_state, during some task or none."""
         if state is VmState.DELETED:
             return set()
         tasks = (task for task in TASKS if can_be_together(state, task))
         return set[Operation]().union(*(self.permitted[state, task] for task in tasks))
 
     def findings(self) -> Iterator[Finding]:
-        nothing: set[Pair] = set()
         only_deletion: set[Pair] = set()
         dead_ends: set[Pair] = set()
         for (state, task), operations in self.permitted.items():
@@ -136,16 +134,15 @@ class WaysOut:
                 continue
             useful = {operation for operation in operations if CATALOGUE[operation].lane is not Lane.RECORD}
             if not useful and Operation.RESET_STATE not in operations:
-                nothing.add((state, task))
-            elif task != NO_TASK and not useful - DELETIONS and TASK_OPERATION[task] not in DELETIONS:
+                continue  # `deletion_lints` finds it
+            if task != NO_TASK and not useful.difference(DELETIONS) and TASK_OPERATION[task] not in DELETIONS:
                 only_deletion.add((state, task))
-            elif task == NO_TASK and state in self.inhabited - _ENDS and not any(map(_leads_on, useful - DELETIONS)):
+            elif (
+                task == NO_TASK
+                and state in self.inhabited - _ENDS
+                and not any(map(_leads_on, useful.difference(DELETIONS)))
+            ):
                 dead_ends.add((state, task))
-        yield from self._findings(
-            nothing, Severity.ERROR, "no-exit",
-            "Nothing is ever admitted, now or later, when the instance is {}: it can never leave.",
-            "Admit delete there, and what repairs the instance.",
-        )  # fmt: skip
         yield from self._findings(
             dead_ends, Severity.WARNING, "dead-end",
             "Operations lead to {}, and from there only a deletion or a reset leads on.",
@@ -156,7 +153,7 @@ class WaysOut:
             "If the task hangs, only a deletion or a reset gets the instance out of {}.",
             'Add a rule with verdict = "after", which takes over from a task without progress.',
         )  # fmt: skip
-        yield from self._undeletable(nothing)
+        yield from self._waiting()
 
     def _findings(
         self, pairs: set[Pair], severity: Severity, code: str, message: str, remedy: str
@@ -186,31 +183,12 @@ class WaysOut:
         most = max(refused.values(), default=0)
         return next((rule for rule in (*self._rules, NO_RULE) if most and refused[rule.id] == most), None)
 
-    def _undeletable(self, known: set[Pair]) -> Iterator[Finding]:
-        """Find states in which an instance cannot be deleted (law 5)."""
-        refused: dict[tuple[str, str], set[Pair]] = {}
+    def _waiting(self) -> Iterator[Finding]:
+        """Find tasks during which a deletion waits for its turn."""
         waiting: dict[Pair, Rule] = {}
-        for state in _STATES:
-            for task in TASKS:
-                if (state, task) in known or not can_be_together(state, task):
-                    continue
-                for condition, views in self._circumstances(state, task):
-                    rules = [self._compiled.decide(view) for view in views]
-                    if not any(map(_gets_there, rules, views)):
-                        refused.setdefault((rules[0].id, condition), set()).add((state, task))
-                if task != NO_TASK and (rule := self._only_waits(state, task)) is not None:
-                    waiting[state, task] = rule
-        by_id = {rule.id: rule for rule in self._rules}
-        for (rule_id, condition), pairs in refused.items():
-            yield Finding(
-                severity=Severity.ERROR,
-                code="delete-refused",
-                rule=rule_id,
-                place=self._place(by_id.get(rule_id)),
-                message=f"Neither delete nor force_delete is ever admitted when the instance is {states_text(pairs)}"
-                f"{condition}.",
-                remedy='Admit delete there: verdict = "preempt" at once, or "after" with a threshold.',
-            )
+        for state, task in self.permitted:
+            if task != NO_TASK and can_be_together(state, task) and (rule := self._only_waits(state, task)) is not None:
+                waiting[state, task] = rule
         if waiting:
             first = next(iter(waiting.values()))
             yield Finding(
@@ -240,33 +218,6 @@ class WaysOut:
         number = self._reaching.first(Cell(operation, state, task), self._held[key])
         return NO_RULE if number is None else self._rules[number]
 
-    def _circumstances(self, state: VmState, task: str) -> Iterator[tuple[str, list[View]]]:
-        """Yield circumstances that rules about deletion distinguish: wording, and the views of each deletion."""
-        wanted = {number for operation in DELETIONS for number in self._asked(operation, state, task)}
-        kinds = {kind for number in wanted for kind in self._rules[number].outstanding or ()}
-        for launched in (True, False):
-            if not launched and all(self._rules[number].launched is None for number in wanted):
-                continue
-            for reachable in (True, False):
-                if not reachable and all(self._rules[number].host_reachable is None for number in wanted):
-                    continue
-                for kind in (None, *(one for one in Operation if one in kinds)):
-                    words = [] if launched else [" and has never run"]
-                    words += [] if reachable else [" and its host is unreachable"]
-                    words += [] if kind is None else [f" and {kind.value} is outstanding"]
-                    more = 0 if kind is None else BIT[kind]
-                    yield (
-                        "".join(words),
-                        [
-                            _plain(operation, state, task, more=more, launched=launched, reachable=reachable, hard=hard)
-                            for operation in (Operation.DELETE, Operation.FORCE_DELETE)
-                            for hard in (False, True)
-                        ],
-                    )
-
-    def _asked(self, operation: Operation, state: VmState, task: str) -> tuple[int, ...]:
-        return self._reaching.asked(Cell(operation, state, task))
-
     def _only_waits(self, state: VmState, task: str) -> Rule | None:
         """Return the rule that queues a deletion, if none lets it preempt or take over."""
         rules = [self.decided(operation, state, task) for operation in DELETIONS]
@@ -285,40 +236,6 @@ def permits_somewhen(reaching: Reaching, number: int, cell: Cell, *more: Literal
     return reaching.can_decide(number, cell, *more)
 
 
-def _gets_there(rule: Rule, view: View) -> bool:
-    if rule.verdict is Verdict.REDUNDANT:
-        # The outstanding deletion will succeed, or be taken over in its turn.
-        return bool(view.outstanding & sum(BIT[operation] for operation in DELETIONS))
-    return rule.verdict is not Verdict.DENY
-
-
 def _leads_on(operation: Operation) -> bool:
     entry = CATALOGUE[operation]
     return entry.lane is Lane.STATE and entry.to is not Target.SAME and entry.to not in _ENDS
-
-
-def _plain(
-    operation: Operation,
-    state: VmState,
-    task: str,
-    *,
-    more: int = 0,
-    launched: bool = True,
-    reachable: bool = True,
-    hard: bool = False,
-    silent_ms: int = DURATION_MAX_MS,
-) -> View:
-    """Build the view of an administrator's submission, by default after the longest silence."""
-    served = 0 if task == NO_TASK else BIT[TASK_OPERATION[task]]
-    return View(
-        operation=operation,
-        vm_state=state,
-        task_state=task,
-        outstanding=served | more,
-        role=Role.ADMIN,
-        host_reachable=reachable,
-        hard=hard,
-        silent_ms=silent_ms,
-        running_ms=silent_ms,
-        launched=launched,
-    )

@@ -82,7 +82,16 @@ class RuleMasks:
                     self.inexact |= rule
                 seen |= {literal.place} if literal.test == "any" else set()
                 every[literal.place].add(literal, rule)
+        self._naming = {
+            (place, member): each.wanting.get(member, 0) | each.shunning.get(member, 0)
+            for place, each in enumerate(every)
+            for member in each.wanting.keys() | each.shunning.keys()
+        }
         self._in_use = [(place, each) for place, each in enumerate(every) if each.want or each.shun]
+
+    def naming(self, place: int, bit: int) -> int:
+        """Return the rules with a condition on a member of a set."""
+        return self._naming.get((place, bit.bit_length() - 1), 0)
 
     def _accept(self, literal: Literal, rule: int) -> None:
         accepting = self._accepting[literal.place]
