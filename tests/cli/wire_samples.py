@@ -31,7 +31,7 @@ def request(**changes: Any) -> responses.Request:
         "preempts": False,
         "admitted_at": AT,
     }
-    optional = {field.name: None for field in msgspec.structs.fields(responses.Request) if field.name not in fields}
+    optional = {field.name: None for field in msgspec.structs.fields(responses.Request) if field.required}
     return responses.Request(**{**optional, **fields, **changes})
 
 
