@@ -26,7 +26,7 @@ from interlock.core.records import NO_FACTS, SERVED, Admitted, Instance, Outcome
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
-from interlock.core.views import View, at_present, build_view
+from interlock.core.views import at_present
 from interlock.policies.active_policy import Earlier, PolicyInForce
 
 STATES_MAX: Final = 2_000
@@ -339,12 +339,10 @@ def _instance_classes(
     rules = [rule for policy in known for rule in policy.rules]
     bounds = sorted({bound for rule in rules for bound in (rule.threshold_ms, rule.silent_ms_min) if bound})
 
-    def class_of(view: View) -> Hashable:
-        return tuple(policy.class_of(view) for policy in known)
-
     def request_class(request: Request, instance: Instance, now_ms: int, reachable: bool) -> Hashable:
         view = at_present(instance, host_reachable=reachable).view(request)
-        common = (class_of(view), request.hard, request.status, request.preempts, request.in_turn, request.phase)
+        classes = tuple(policy.class_of(view) for policy in known)
+        common = (classes, request.hard, request.status, request.preempts, request.in_turn, request.phase)
         if request.status not in SERVED:
             return common
         since_ms = (request.last_progress_at_ms, request.taken_at_ms)
@@ -357,7 +355,7 @@ def _instance_classes(
         )
         oldest_ms = min((request.admitted_at_ms for request in instance.outstanding), default=now_ms)
         return (
-            class_of(build_view(instance, plain, now_ms)),
+            tuple(policy.class_of(policy.view(instance, plain, now_ms)) for policy in known),
             instance.state_stack,
             instance.blocked_operations,
             tuple(unmet(instance, operation, {}, NO_FACTS) is None for operation in _DELETIONS),

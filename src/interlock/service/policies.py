@@ -133,7 +133,7 @@ class Policies:
         bundle = await self._store.policies.bundle(last.number) or source.bundle
         live = last.source in {SwitchSource.LOADED, SwitchSource.ROLLED_BACK}
         if not live and bundle != source.bundle:
-            await self._begin(source, last, "text changed")
+            await self._begin(source, last, "text changed", Proof(policy=source.policy, walk=last.walk))
             return
         try:
             policy = await asyncio.to_thread(bundles.read, bundle) if live else source.policy
