@@ -64,6 +64,10 @@ class PolicyInForce:
             deciding.for_queue = bound
         return deciding
 
+    def resolved(self, policy: CompiledPolicy) -> CompiledPolicy:
+        """Return a policy with the intervals of its time windows, as if it were active."""
+        return self._resolve(policy)
+
     def resolve_windows(self) -> None:
         """Resolve the time windows of the active policy again; earlier policies judge nothing that depends on them."""
         self.replace(self.compiled, self._earlier)

@@ -211,10 +211,7 @@ class _Search:
     def _worked(self, moment: _Moment) -> Iterator[_Moment]:
         """Yield what the workers of the instance may do next: take a request, enter a phase, succeed, or fail."""
         instance, now_ms = moment
-        for lane in (None, Lane.COMPONENT):
-            taken = lifecycle.take(instance, lane, now_ms)
-            if taken.answer is not None:
-                yield _Moment(taken.instance, now_ms)
+        yield from self._taken(moment)
         policy = self._in_force.for_waiting(instance)
         for one in instance.outstanding:
             if one.status not in SERVED:
@@ -230,6 +227,19 @@ class _Search:
                     instance, one.id, one.fence, outcome, policy, now_ms, host_reachable=self._reachable
                 )
                 yield _Moment(ended.instance, now_ms)
+
+    def _taken(self, moment: _Moment) -> Iterator[_Moment]:
+        """Yield what the state driver does next: it applies what is due, or gives a request to a worker."""
+        instance, now_ms = moment
+        deciding = self._in_force.for_instance(instance)
+        expired = lifecycle.expire(instance, deciding, now_ms, host_reachable=self._reachable)
+        if expired.instance is not instance:
+            yield _Moment(expired.instance, now_ms)
+            return
+        for lane in (None, Lane.COMPONENT):
+            taken = lifecycle.take(instance, lane, now_ms, host_reachable=self._reachable)
+            if taken.answer is not None:
+                yield _Moment(taken.instance, now_ms)
 
     def _reaches_deleted(self, start: _Moment) -> bool:
         """Return whether some way leads to `deleted`; first only deletions are submitted, then everything."""
@@ -266,12 +276,12 @@ class _Search:
         serving = instance.served(Lane.STATE)
         if serving is not None and serving.operation in _DELETIONS:
             policy = self._in_force.for_waiting(instance)
-            ended = lifecycle.finish(instance, serving.id, serving.fence, Outcome.SUCCEEDED, policy, now_ms)
+            ended = lifecycle.finish(
+                *(instance, serving.id, serving.fence, Outcome.SUCCEEDED, policy, now_ms),
+                host_reachable=self._reachable,
+            )
             yield _Moment(ended.instance, now_ms)
-        for lane in (None, Lane.COMPONENT):
-            taken = lifecycle.take(instance, lane, now_ms)
-            if taken.answer is not None:
-                yield _Moment(taken.instance, now_ms)
+        yield from self._taken(moment)
         deleting = any(one.operation in _DELETIONS for one in instance.outstanding)
         if deleting:
             yield from self._later(moment, operations)
@@ -302,30 +312,26 @@ class _Search:
         """Yield the instance after each submission that is admitted, with the answer."""
         instance, now_ms = moment
         new = f"{_NEW}-{instance.generation}"
+        policy = self._in_force.for_instance(instance)
         for submission in self._submissions(operations):
             named = msgspec.structs.replace(submission, request_id=new)
-            change = admission.admit_there(instance, named, self._in_force.compiled, now_ms)
+            change = admission.admit_there(instance, named, policy, now_ms)
             if isinstance(change.answer, Admitted):
                 yield change.answer, _Moment(change.instance, now_ms)
 
     def _later(self, moment: _Moment, operations: Iterable[Operation]) -> Iterator[_Moment]:
-        """Yield the instance at the next time at which a deadline passes or an answer may change."""
+        """Yield the instance at the next time at which a deadline passes or an answer may change, if there is one."""
         instance, now_ms = moment
         deadline_ms = lifecycle.next_deadline_ms(instance)
         policy = self._in_force.compiled
         plain = (Submission(request_id=_NEW, operation=operation, requested_by="") for operation in operations)
         views = (policy.view(instance, submission, now_ms) for submission in plain)
         waits = [wait for view in views if (wait := policy.changes_in_ms(view, now_ms)) is not None]
-        moments = [now_ms + wait for wait in waits] + ([] if deadline_ms is None else [max(now_ms, deadline_ms)])
-        if not moments:
-            return
-        then_ms = min(moments)
-        if deadline_ms is None or deadline_ms > then_ms:
-            yield _Moment(instance, then_ms)
-            return
-        waiting = self._in_force.for_waiting(instance)
-        expired = lifecycle.expire(instance, waiting, then_ms, host_reachable=self._reachable)
-        yield _Moment(expired.instance, then_ms)
+        moments = [now_ms + wait for wait in waits]
+        if deadline_ms is not None and deadline_ms > now_ms:
+            moments.append(deadline_ms)
+        if moments:
+            yield _Moment(instance, min(moments))
 
 
 def _instance_classes(
@@ -347,7 +353,8 @@ def _instance_classes(
             return common
         since_ms = (request.last_progress_at_ms, request.taken_at_ms)
         ages = tuple(bisect_right(bounds, now_ms - (at_ms or request.taken_at_ms or 0)) for at_ms in since_ms)
-        return (*common, ages, request.interrupt_deadline_ms is not None)
+        deadline_ms = request.interrupt_deadline_ms
+        return (*common, ages, None if deadline_ms is None else deadline_ms <= now_ms)
 
     def instance_class(instance: Instance, now_ms: int, reachable: bool, earlier: Sequence[Earlier]) -> Hashable:
         plain = Submission(
@@ -358,6 +365,7 @@ def _instance_classes(
             tuple(policy.class_of(policy.view(instance, plain, now_ms)) for policy in known),
             instance.state_stack,
             instance.blocked_operations,
+            instance.host_fenced,
             tuple(unmet(instance, operation, {}, NO_FACTS) is None for operation in _DELETIONS),
             tuple(request_class(request, instance, now_ms, reachable) for request in instance.outstanding),
             tuple(request_class(request, instance, now_ms, reachable) for request in instance.held),

@@ -38,10 +38,10 @@ class OutstandingCheck:
         """`in_force` is what is replaced by `new`."""
         performed = frozenset(performs)
         # Compiled anew, since the check runs in another thread than the gate.
-        before = PolicyInForce(CompiledPolicy(in_force.compiled.policy, performed))
+        before = PolicyInForce(in_force.resolved(CompiledPolicy(in_force.compiled.policy, performed)))
         earlier = [Earlier(CompiledPolicy(one.compiled.policy, performed), one.until_ms) for one in in_force.earlier]
         before.replace(before.compiled, earlier)
-        self._check = SwitchCheck(before, CompiledPolicy(new, performed), outstanding, reachable)
+        self._check = SwitchCheck(before, in_force.resolved(CompiledPolicy(new, performed)), outstanding, reachable)
         self._store = store
 
     async def run(self, proof: Proof, timeout_ms: int = TIMEOUT_MS) -> Proof:
