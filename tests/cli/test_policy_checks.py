@@ -281,3 +281,16 @@ def test_a_misspelt_state_is_helped_where_no_vm_has_that_name(interlock: Interlo
     ran = interlock("policy", "explain", "activ", "start")
     assert ran.code == 4
     assert "Did you mean the state 'active'?" in ran.err
+
+
+def test_a_policy_of_novas_api_is_converted_to_a_file_that_passes_the_check(policy: Any, tmp_path: Path) -> None:
+    source, made = tmp_path / "policy.yaml", tmp_path / "made.toml"
+    source.write_text('"os_compute_api:servers:delete": "role:admin"\n"os_compute_api:os-flavors": "@"\n')
+    ran = policy("import", str(source), "--name", "mine", "--out", str(made))
+    assert (ran.code, ran.out) == (0, "")
+    assert "1 remark" in ran.err
+    assert 'name = "mine"' in made.read_text()
+    assert policy("check", str(made)).code == 0
+    missing = policy("import", str(tmp_path / "nothing.yaml"))
+    assert missing.code == 2
+    assert "not found" in missing.err

@@ -28,7 +28,7 @@ EXTERNAL_PACKAGES = {
     "core": {"msgspec"},
     "ports": {"msgspec"},
     "config": {"msgspec"},
-    "policies": {"cryptography", "matplotlib", "msgspec", "numpy"},
+    "policies": {"cryptography", "matplotlib", "msgspec", "numpy", "yaml"},
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"apsw", "msgspec", "structlog"},

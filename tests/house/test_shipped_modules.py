@@ -33,7 +33,17 @@ CORE = ["interlock.core"]
 CLIENT = [*CORE, "interlock.config", "interlock.ports", "interlock.cli", "interlock.service.request_models"]
 POLICY_FILES = [
     f"interlock.policies.{name}"
-    for name in ("language", "lint", "comparison", "explanation", "fleet", "rehearsal", "rendering", "active_policy")
+    for name in (
+        "language",
+        "lint",
+        "comparison",
+        "explanation",
+        "fleet",
+        "rehearsal",
+        "rendering",
+        "active_policy",
+        "importer",
+    )
 ]
 
 

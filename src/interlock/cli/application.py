@@ -36,6 +36,7 @@ from interlock.cli.commands.policy import (  # likewise
     explore,  # noqa: F401
     fleet,  # noqa: F401
     load,  # noqa: F401
+    nova_import,  # noqa: F401
     replay,  # noqa: F401
     suggest,  # noqa: F401
     table,  # noqa: F401

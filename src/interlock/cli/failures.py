@@ -89,7 +89,7 @@ class Failure(Exception):
 
 
 MODULES: Final = {
-    "policies": ("cryptography", "numpy"),
+    "policies": ("cryptography", "numpy", "yaml"),
     "plots": ("matplotlib",),
     "server": (
         *(

@@ -65,7 +65,9 @@ class StrangeVerdicts:
                     f"If the rule is to bind them: protected_tags = {free} under [policy].".replace("'", '"'),
                 )  # fmt: skip
             roles = one.rule.roles or frozenset()
-            if one.rule.verdict is Verdict.DENY and Role.MEMBER in roles and Role.PROJECT_ADMIN not in roles:
+            names_who_may = Role.AGENT in roles
+            left_out = Role.MEMBER in roles and Role.PROJECT_ADMIN not in roles and not names_who_may
+            if one.rule.verdict is Verdict.DENY and left_out:
                 yield _finding(
                     one, Severity.WARNING, "role-left-out",
                     f"{one.id!r} denies members, and leaves out project_admin, which may do what members may.",
