@@ -94,6 +94,7 @@ def test_what_is_admitted_is_kept_and_told() -> None:
         "running_ms": 0,
         "launched": True,
         "held": 0,
+        "age_ms": START_MS,
     }
 
 

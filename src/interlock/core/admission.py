@@ -328,7 +328,7 @@ def _deny(
         allowed_at_ms=fenced_at_ms if allowed_at_ms is None else allowed_at_ms,
     )
     hold_ms = evaluation.submission.hold_ms
-    permanent = rule in (GONE, TO_BE_DELETED) or rule.id == NOT_PERFORMED
+    permanent = rule is GONE or rule is TO_BE_DELETED or rule.id == NOT_PERFORMED
     if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
         return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
     return _unchanged(evaluation, "request.denied", rule, answer)
@@ -337,7 +337,7 @@ def _deny(
 def _in_time_ms(evaluation: _Evaluation) -> int | None:
     """Return when it is first admitted if nothing but time passes; None: never, or no time window or age matters."""
     policy, instance = evaluation.policy, evaluation.draft.instance
-    if not evaluation.looks_ahead or not (policy.names_ages or (policy.windows and policy.calendar is not None)):
+    if not evaluation.looks_ahead or not policy.time_matters:
         return None
     submission = replace(evaluation.submission, hold_ms=None)
     at_ms = evaluation.draft.now_ms

@@ -213,6 +213,8 @@ class CompiledPolicy:
 
         self.windows = windows_in(self._rules)
         """The time windows that its rules name."""
+        self.time_matters = bool(self.windows) or any(map(names_age, self._rules))
+        """Whether rules name time windows, or an age that no progress ends."""
         self.calendar: Calendar | None = None
         """When they are open; None: submissions say it."""
 
@@ -293,11 +295,6 @@ class CompiledPolicy:
         """Return whether a rule that may decide a view depends on a time window or on the instance's age."""
         cell = self.cell(view.operation, view.vm_state, view.task_state)
         return bool(windows_in(cell)) or any(map(names_age, cell))
-
-    @cached_property
-    def names_ages(self) -> bool:
-        """Whether a rule depends on an age that no progress ends."""
-        return any(names_age(rule) for rule in self._rules)
 
     def changes_in_ms(self, view: View, now_ms: int) -> int | None:
         """Return the time until the decision may change, in milliseconds; None if time alone does not change it."""

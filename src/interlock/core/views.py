@@ -6,6 +6,7 @@ submission now, and `Foreseen` for a request in the state that earlier ones lead
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -18,7 +19,7 @@ from interlock.core.state_stack import Memory, resolve_target, rests
 from interlock.core.states import EXECUTING_STATES, NO_TASK, PowerState, VmState
 
 
-class View(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
+class View(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The input of a decision: instance, caller and requests in the way.
 
     The defaults are those of a plain submission: by a member, to an unlocked instance on a reachable host, with nothing
@@ -68,9 +69,32 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     """The host that the request names; empty: none, or any."""
 
 
+_LATER: Final = frozenset(
+    {
+        "project",
+        "groups",
+        "windows",
+        "failures",
+        "age_ms",
+        "in_state_ms",
+        "vcpus",
+        "memory_mib",
+        "root_gib",
+        "target_host",
+    }
+)
+"""Fields that are recorded only where they are not as in a plain submission."""
+_PLAIN: Final = {
+    field.name: field.default.value if isinstance(field.default, Enum) else field.default
+    for field in msgspec.structs.fields(View)
+    if field.default is not msgspec.NODEFAULT and field.name not in _LATER
+}
+
+
 def recorded(view: View) -> dict[str, Any]:
-    """Return what the event of a decision has of its view: what is not as in a plain submission."""
-    return {"launched": view.launched, **msgspec.to_builtins(view)}
+    """Return what the event of a decision has of its view."""
+    own: dict[str, Any] = msgspec.to_builtins(view)
+    return _PLAIN | own
 
 
 class _SeenParameters(NamedTuple):
@@ -145,35 +169,39 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
     else:
         running_since = serving.taken_at_ms or 0
         silent_since = serving.last_progress_at_ms or running_since
-    seen = _seen_parameters(submission.parameters) if submission.parameters else _NO_PARAMETERS
+    created_ms, state_since = instance.created_at_ms, instance.state_since_ms or instance.updated_at_ms
+    vcpus, memory_mib, root_gib, target_host = (
+        _seen_parameters(submission.parameters) if submission.parameters else _NO_PARAMETERS
+    )
+    # In the order of the fields: dozens of names would take longer to match than the rest of a decision takes.
     return View(
-        operation=submission.operation,
-        vm_state=instance.vm_state,
-        task_state=task_state or NO_TASK,
-        outstanding=outstanding,
-        role=submission.role,
-        requested_by=submission.requested_by,
-        project=submission.project,
-        groups=submission.groups,
-        windows=submission.windows,
-        locked=instance.locked_by is not None,
-        locked_above=instance.locked_by is not None and not submission.role.includes(instance.lock_role),
-        blocked=submission.operation in instance.blocked_operations,
-        tags=instance.tags,
-        host_reachable=submission.host_reachable,
-        power_state=instance.power_state,
-        hard=submission.hard,
-        silent_ms=max(0, now_ms - silent_since),
-        running_ms=max(0, now_ms - running_since),
-        launched=instance.launched,
-        held=kinds(instance.held) if instance.held else 0,
-        failures=instance.failures.get(submission.operation, 0) if instance.failures else 0,
-        age_ms=max(0, now_ms - instance.created_at_ms),
-        in_state_ms=max(0, now_ms - (instance.state_since_ms or instance.updated_at_ms)),
-        vcpus=seen.vcpus,
-        memory_mib=seen.memory_mib,
-        root_gib=seen.root_gib,
-        target_host=seen.target_host,
+        submission.operation,
+        instance.vm_state,
+        task_state or NO_TASK,
+        outstanding,
+        submission.role,
+        submission.requested_by,
+        submission.project,
+        submission.groups,
+        submission.windows,
+        instance.locked_by is not None,
+        instance.locked_by is not None and not submission.role.includes(instance.lock_role),
+        submission.operation in instance.blocked_operations,
+        instance.tags,
+        submission.host_reachable,
+        instance.power_state,
+        submission.hard,
+        now_ms - silent_since if now_ms > silent_since else 0,
+        now_ms - running_since if now_ms > running_since else 0,
+        instance.launched,
+        kinds(instance.held) if instance.held else 0,
+        instance.failures.get(submission.operation, 0) if instance.failures else 0,
+        now_ms - created_ms if now_ms > created_ms else 0,
+        now_ms - state_since if now_ms > state_since else 0,
+        vcpus,
+        memory_mib,
+        root_gib,
+        target_host,
     )
 
 
@@ -186,22 +214,26 @@ class Foreseen(NamedTuple):
     host_reachable: bool = True
     """False while its host is fenced."""
     tags: tuple[str, ...] = ()
-    power_state: PowerState = PowerState.RUNNING
-    failures: tuple[tuple[Operation, int], ...] = ()
-    created_at_ms: int = 0
-    since_ms: int | None = None
-    """When its vm_state last changed; None: it will change when those requests succeed."""
+    instance: Instance | None = None
+    """The instance as it is now; None: one of which nothing else is known."""
+    done: tuple[Operation, ...] = ()
+    """The state changes that have succeeded by then."""
+    moved: bool = False
+    """Whether they have changed its vm_state."""
 
     def after(self, operation: Operation) -> Foreseen:
         """Return the state after that state change has succeeded too; a migration leads to a reachable host."""
-        vm_state, memory = resolve_target(operation, self.vm_state, self.memory)
-        launched = self.launched or vm_state in EXECUTING_STATES
-        reachable = self.host_reachable or operation in MIGRATIONS
-        failures = tuple(one for one in self.failures if one[0] is not operation)
-        since_ms = self.since_ms if vm_state is self.vm_state else None
-        power_state = power_in(vm_state, memory)
+        before, memory, launched, reachable, tags, instance, done, moved = self
+        vm_state, memory = resolve_target(operation, before, memory)
         return Foreseen(
-            vm_state, memory, launched, reachable, self.tags, power_state, failures, self.created_at_ms, since_ms
+            vm_state,
+            memory,
+            launched or vm_state in EXECUTING_STATES,
+            reachable or operation in MIGRATIONS,
+            tags,
+            instance,
+            (*done, operation),
+            moved or vm_state is not before,
         )
 
     def view(self, request: RequestLike, submitted_at_ms: int = 0) -> View:
@@ -215,6 +247,12 @@ class Foreseen(NamedTuple):
             seen = request
         elif request.parameters:
             seen = _seen_parameters(request.parameters)
+        instance, age_ms, in_state_ms, failures = self.instance, 0, 0, 0
+        if instance is not None:
+            age_ms = max(0, submitted_at_ms - instance.created_at_ms)
+            since_ms = instance.state_since_ms or instance.updated_at_ms
+            in_state_ms = 0 if self.moved else max(0, submitted_at_ms - since_ms)
+            failures = 0 if request.operation in self.done else instance.failures.get(request.operation, 0)
         return View(
             operation=request.operation,
             vm_state=self.vm_state,
@@ -228,29 +266,26 @@ class Foreseen(NamedTuple):
             power_state=self.power_state,
             hard=request.hard,
             launched=self.launched,
-            failures=dict(self.failures).get(request.operation, 0) if self.failures else 0,
-            age_ms=max(0, submitted_at_ms - self.created_at_ms),
-            in_state_ms=0 if self.since_ms is None else max(0, submitted_at_ms - self.since_ms),
+            failures=failures,
+            age_ms=age_ms,
+            in_state_ms=in_state_ms,
             vcpus=seen.vcpus,
             memory_mib=seen.memory_mib,
             root_gib=seen.root_gib,
             target_host=seen.target_host,
         )
 
+    @property
+    def power_state(self) -> PowerState:
+        """Return what the hypervisor has reported, or will report once the state changes have succeeded."""
+        if self.instance is None or self.done:
+            return power_in(self.vm_state, self.memory)
+        return self.instance.power_state
+
 
 def at_present(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
     """Return the present state of an instance."""
-    return Foreseen(
-        instance.vm_state,
-        instance.state_stack,
-        instance.launched,
-        host_reachable,
-        instance.tags,
-        instance.power_state,
-        tuple(instance.failures.items()),
-        instance.created_at_ms,
-        instance.state_since_ms or instance.updated_at_ms,
-    )
+    return Foreseen(instance.vm_state, instance.state_stack, instance.launched, host_reachable, instance.tags, instance)
 
 
 def power_in(vm_state: VmState, memory: Memory) -> PowerState:

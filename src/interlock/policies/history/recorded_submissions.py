@@ -136,9 +136,8 @@ def _in_turn(met: Met, view: View, rule: Rule, policy: CompiledPolicy) -> Record
         there = met.foreseen
         if there is None:
             return Untold.FORESEEN_NOT_RECORDED
-        power_state = views.power_in(there.vm_state, ())
-        state = views.Foreseen(there.vm_state, (), there.launched, there.host_reachable, view.tags, power_state)
-        settled = state.view(view, view.age_ms)
+        state = views.Foreseen(there.vm_state, (), there.launched, there.host_reachable, view.tags)
+        settled = msgspec.structs.replace(state.view(view), age_ms=view.age_ms)
         then = TO_BE_DELETED if there.vm_state is VmState.DELETED else policy.decide(settled)
         if then.verdict is Verdict.REDUNDANT:
             return _redundant(then)
