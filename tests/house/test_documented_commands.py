@@ -68,7 +68,7 @@ class _ObservedWalk(Walk):
 
     def __init__(self) -> None:
         operations = [Operation.STOP, Operation.LOCK, Operation.DELETE]
-        super().__init__(compile_named("standard"), operations, 2, 60, "member", VmState.DELETED)
+        super().__init__(compile_named("standard"), operations, 2, 120, VmState.DELETED)
         self.seen: set[tuple[str, str]] = set()
 
     def _follow(self, index: int, node: Any, step: Step, change: Change[Any], now_ms: int) -> None:

@@ -164,6 +164,10 @@ def _may_be_cancelled(before: Instance, change: Change[Any], step: Step, request
         return answer.request.preempts or answer.request.lane is Lane.RECORD
     if step.outcome is Outcome.UNKNOWN:
         return False
+    # What was to be interrupted has ended otherwise: not what was foreseen for what preempts it.
+    asked = step.request is not None and step.request.interrupt_deadline_ms is not None
+    if asked and any(other.preempts for other in change.requests if other.status is Status.CANCELLED):
+        return True
     # An instance that arrived on another host is not in the foreseen state.
     return step.outcome is not Outcome.SUCCEEDED or step.arrived
 

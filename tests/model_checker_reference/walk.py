@@ -74,15 +74,14 @@ def explore(
     outstanding_max: int = 3,
     states_max: int = DEFAULT_STATES_MAX,
     seconds_max: float | None = None,
-    role: str = "member",
     goal: VmState = VmState.DELETED,
 ) -> Exploration:
-    """Search from `starts` with `operations` (None: all) submitted by `role`, up to `outstanding_max` outstanding.
+    """Search from `starts` with `operations` (None: all) submitted by all callers, up to `outstanding_max` outstanding.
 
     One operation that leads to `goal` may exceed that bound, since it must always be admissible.
     """
     started = time.monotonic()
-    search = Walk(policy, operations, outstanding_max, states_max, role, goal)
+    search = Walk(policy, operations, outstanding_max, states_max, goal)
     search.run(starts, math.inf if seconds_max is None else started + seconds_max)
     return search.result(time.monotonic() - started)
 
@@ -96,14 +95,12 @@ class Walk:
         operations: Iterable[Operation] | None,
         outstanding_max: int,
         states_max: int,
-        role: str,
         goal: VmState,
     ) -> None:
         self.policy = policy
         self.operations = distinct_operations(policy, Operation if operations is None else operations)
         self.outstanding_max = outstanding_max
         self.states_max = states_max
-        self.role = role
         self.goal = goal
         self.ages = Ages(policy, self.operations)
         self.phases = {operation: distinct_phases(policy, CATALOGUE[operation]) for operation in Operation}
@@ -111,7 +108,7 @@ class Walk:
             (operation, given, caller)
             for operation in self.operations
             for given in self._variants(operation)
-            for caller in callers([rule for rule in policy.rules if operation in rule.operations], role=role)
+            for caller in callers([rule for rule in policy.rules if operation in rule.operations])
         ]
         self.nodes: list[_Node] = []
         self.found: dict[_Key, int] = {}
@@ -142,7 +139,7 @@ class Walk:
                 launched_at_ms=None if vm_state is VmState.BUILDING else START_MS,
                 fence=1,
             )
-            event = {"instance": {"vm_state": vm_state.value, "role": self.role}}
+            event = {"instance": {"vm_state": vm_state.value, "role": "member"}}
             self._add(_Node(instance, START_MS, 0, -1, event))
         while self.expanded < len(self.nodes) and time.monotonic() < until_s:
             self._expand(self.expanded)
@@ -362,7 +359,7 @@ class Walk:
 
 
 def _submit_event(operation: Operation, parameters: dict[str, Any], caller: dict[str, Any]) -> dict[str, Any]:
-    event: dict[str, Any] = {"submit": operation.value, **{key: caller[key] for key in caller if key != "role"}}
+    event: dict[str, Any] = {"submit": operation.value, **caller}
     if parameters:
         event["parameters"] = parameters
     return event

@@ -201,7 +201,7 @@ def test_what_only_some_callers_may_do_is_walked_and_told_with_their_name() -> N
     assert {"submit": "reboot", "requested_by": "ci-*"} in story
     answers = [json.loads(answer) for answer in rehearse(stuck.story, policy)]
     assert not [answer for answer in answers if "error" in answer]
-    nobody = site(HANGS.replace('["ci-*"]', '["ci-*"]\nroles = ["admin"]'))
+    nobody = site(HANGS.replace('["ci-*"]\nverdict = "admit"', '["ci-*"]\nverdict = "deny"'))
     free = explore(nobody, operations=[O.REBOOT, O.STOP, O.START, O.DELETE], starts=[V.ACTIVE], outstanding_max=2)
     assert not [one for one in free.violations if one.law == 5]
 

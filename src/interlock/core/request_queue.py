@@ -206,15 +206,17 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     instance, policy = draft.instance, policy.for_queue
     present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
     halfway = foreseen.vm_state
+    host_changed = instance.host_fenced is draft.host_reachable
     cancelled: list[str] = []
     before: list[Request] = []
     for request in in_service_order(instance):
         is_state_change = request.lane is Lane.STATE
         if request.status is Status.QUEUED:
             rule, state = _judge_waiting(policy, request, present, foreseen)
-            stays = is_state_change and stays_anyway(
-                request, rule, halfway, foreseen.vm_state, host_reachable=present.host_reachable
+            around = is_state_change and not is_denied_around(
+                request, rule, host_reachable=present.host_reachable, host_changed=host_changed
             )
+            stays = around and stays_anyway(request, halfway, foreseen.vm_state)
             if not permits(rule) and not stays:
                 cancelled.append(_cancel(draft, request, rule, state, policy))
                 continue
@@ -262,21 +264,27 @@ def _judge_waiting(
     return judge_in(policy, request, present), present.vm_state
 
 
-def stays_anyway(request: Request, rule: Rule, halfway: VmState, foreseen: VmState, *, host_reachable: bool) -> bool:
+def stays_anyway(request: Request, halfway: VmState, foreseen: VmState) -> bool:
     """Whether a preempting request stays although the policy would not admit it in the foreseen state.
 
     It was admitted because of the request in flight, whose fencing or interruption may have left the guest in any
     state: a fenced start leaves `stopped` in the record and perhaps a running guest, and the stop that ended it must
     not be cancelled as redundant. So it stays if the catalogue allows it in the foreseen state, or in `halfway`, the
-    state if the request in flight has no effect. A rule that denies it for the instance's tags or host holds for it
-    too, and an evacuation does not stay once the host is reachable again.
+    state if the request in flight has no effect, unless `is_denied_around` says otherwise.
     """
-    surroundings = names_tags(rule) or rule.host_reachable is not None
-    if surroundings and rule.verdict is Verdict.DENY:
-        return False
-    if host_reachable and request.operation is Operation.EVACUATE:
-        return False
     return request.preempts and not CATALOGUE[request.operation].sources.isdisjoint((halfway, foreseen))
+
+
+def is_denied_around(request: Request, rule: Rule, *, host_reachable: bool, host_changed: bool) -> bool:
+    """Whether a preempting request is denied for the tags of the instance, or for its host.
+
+    A rule about the host counts when the host is lost or back: what the policy admitted on the lost host since was
+    admitted although it is lost. An evacuation does not stay once the host is reachable.
+    """
+    if host_reachable and request.operation is Operation.EVACUATE:
+        return True
+    named = names_tags(rule) or (host_changed and rule.host_reachable is not None)
+    return named and rule.verdict is Verdict.DENY
 
 
 def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: CompiledPolicy) -> str:

@@ -6,6 +6,22 @@ It works on states encoded as 63-bit words: see docs/decisions/0006-the-packed-w
 from __future__ import annotations
 
 from interlock.policies.model_checker.exploration import DEFAULT_STATES_MAX, explore
-from interlock.policies.model_checker.results import Exit, Exploration, SearchProgress, Violation, describe
+from interlock.policies.model_checker.results import (
+    Exit,
+    Exploration,
+    RolePromise,
+    SearchProgress,
+    Violation,
+    describe,
+)
 
-__all__ = ["DEFAULT_STATES_MAX", "Exit", "Exploration", "SearchProgress", "Violation", "describe", "explore"]
+__all__ = [
+    "DEFAULT_STATES_MAX",
+    "Exit",
+    "Exploration",
+    "RolePromise",
+    "SearchProgress",
+    "Violation",
+    "describe",
+    "explore",
+]

@@ -2,27 +2,30 @@
 
 Numbers of kinds, tasks and components start at 1; 0 means none.
 
-* A *caller* stands for all callers that the rules about an operation do not distinguish.
+* A *caller* stands for all callers that the rules about an operation do not distinguish. Callers of every role submit.
 * A *kind* is a queued request: operation, caller, hard or soft, judged on the foreseen state or not, preempting or not.
+  Its caller stands for all that the rules on a settled instance do not distinguish, since no other rule judges it.
 * A *task* is the state change in service: a class of phases that the policy does not distinguish. A *component* is the
   operation of the component change in service.
-* A *base state* is a vm_state, its stack of past vm_states, and whether the instance was ever launched.
+* A *base state* is a vm_state, its stack of past vm_states, whether the instance was ever launched, whether its host is
+  reachable, and its tags, each as far as rules distinguish them.
 * An *age class* is an interval of ages in which every rule answers the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from interlock.core.conditions import CALLER, CONDITIONS, Subject
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Request, Submission
 from interlock.core.request_queue import judge_in, permits
+from interlock.core.roles import Role
 from interlock.core.state_stack import remembered_in, without_guest
 from interlock.core.states import EXECUTING_STATES, LEFT_AT_END, NO_TASK, VmState
-from interlock.core.view_classes import callers
+from interlock.core.view_classes import callers, members_of
 from interlock.core.views import Foreseen
 from interlock.policies.model_checker.symmetry_reduction import distinct_operations, distinct_phases
 
@@ -33,6 +36,11 @@ UNNAMED = "someone"
 """Who asks, where no rule looks at the name."""
 RESET_TARGETS = (VmState.ERROR, VmState.ACTIVE)
 """The targets of `reset_state` that are explored."""
+TAGS_MAX: Final = 8
+"""How many tags are set and removed at most."""
+_FEW_TAGS: Final = 3
+_TOGETHER: Final = 2
+"""How many tags an instance has at most where rules name more than `_FEW_TAGS`."""
 _GUEST_ENDS = (VmState.STOPPED, VmState.ERROR)
 
 
@@ -55,10 +63,16 @@ class SubmissionKind(NamedTuple):
             return {"vm_state": self.target.value}
         return {"hard": True} if self.hard else {}
 
-    def submission(self, request_id: str) -> Submission:
+    def submission(self, request_id: str, *, host_reachable: bool = True) -> Submission:
         """Return it as the core knows it."""
         caller = {"requested_by": UNNAMED, **dict(self.caller)}
-        return Submission(request_id=request_id, operation=self.operation, parameters=self.parameters, **caller)
+        return Submission(
+            request_id=request_id,
+            operation=self.operation,
+            parameters=self.parameters,
+            host_reachable=host_reachable,
+            **caller,
+        )
 
 
 class RequestKind(NamedTuple):
@@ -92,27 +106,33 @@ class Ages(NamedTuple):
 class Alphabet:
     """The numbering of everything that occurs in one search."""
 
-    def __init__(
-        self, policy: CompiledPolicy, operations: Iterable[Operation], role: str, starts: Iterable[VmState]
-    ) -> None:
+    def __init__(self, policy: CompiledPolicy, operations: Iterable[Operation], starts: Iterable[VmState]) -> None:
         self.policy = policy
-        self.role = role
-        rules = tuple(rule for rule in policy.rules if can_hold(rule, role))
+        rules = tuple(rule for rule in policy.rules if can_hold(rule))
         self._live = CompiledPolicy(Policy(name="alive", rules=rules))
         """The rules that can hold in this search."""
-        self.operations = distinct_operations(self._live, operations)
-        self._callers = {
-            operation: tuple(
-                tuple(caller.items())
-                for caller in callers([rule for rule in rules if operation in rule.operations], role=role)
-            )
-            for operation in Operation
+        tried = tuple(operations)
+        about_them = [rule for rule in rules if not rule.operations.isdisjoint(tried)]
+        self.sees_host = any(rule.host_reachable is not None for rule in about_them)
+        """Whether the host is lost and comes back."""
+        self.named_tags = tuple(map(str, members_of("tags", about_them)))
+        self.tags = self.named_tags[:TAGS_MAX]
+        """The tags that are set and removed."""
+        self.tags_together = len(self.tags) if len(self.tags) <= _FEW_TAGS else _TOGETHER
+        """How many of them an instance has at most."""
+        self.operations = distinct_operations(self._live, tried, hosts_vary=self.sees_host)
+        self.lock_levels = self._lock_levels(rules)
+        self._callers = {operation: self._distinct_callers(operation, rules) for operation in Operation}
+        settled = [rule for rule in rules if _holds_settled(rule)]
+        self._waiting_callers = {
+            operation: _representatives(known, _about(operation, settled)) for operation, known in self._callers.items()
         }
+        """For each operation and caller, the caller of the queued request."""
         self._phases = {entry.operation: distinct_phases(self._live, entry) for entry in CATALOGUE.values()}
         self.submissions = tuple(
             submission for operation in self.operations for submission in self._submissions(operation)
         )
-        kinds = [kind for submission in self.submissions for kind in self._kinds(submission)]
+        kinds = list(dict.fromkeys(kind for submission in self.submissions for kind in self._kinds(submission)))
         self.kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is not Lane.RECORD)
         state_changes = [kind.operation for kind in self.kinds if not kind.is_component]
         self.components = tuple(dict.fromkeys(kind.operation for kind in self.kinds if kind.is_component))
@@ -137,24 +157,58 @@ class Alphabet:
         return self._callers[operation]
 
     def caller_of(self, request: Request) -> Caller:
-        """Return the caller that stands for a request's."""
+        """Return the caller that stands for a queued request's."""
+        rules = _about(request.operation, self._live.rules)
         known = self._callers[request.operation]
-        if len(known) == 1:
-            return known[0]
-        rules = [rule for rule in self._live.rules if request.operation in rule.operations]
+        own = self._answers(rules, {one.reads: getattr(request, one.reads) for one in CALLER})
+        caller = next(caller for caller in known if self._answers(rules, dict(caller)) == own)
+        return self._waiting_callers[request.operation][caller]
 
-        def answers(values: Mapping[str, Any]) -> list[bool]:
-            return [
-                bool(condition.kind.test(wanted)(values[condition.reads]))
-                for condition in CALLER
-                for wanted in condition.wanted(rules)
-            ]
+    def roles_of(self, submission: SubmissionKind) -> frozenset[Role]:
+        """Return the roles of the callers that a submission's caller stands for."""
+        rules = _about(submission.operation, self._live.rules)
+        own = dict(submission.caller)
+        answers = self._answers(rules, own)
+        return frozenset(role for role in Role if self._answers(rules, {**own, "role": role}) == answers)
 
-        own = answers({**{one.reads: getattr(request, one.reads) for one in CALLER}, "role": self.role})
-        return next(caller for caller in known if answers(dict(caller)) == own)
+    def _lock_levels(self, rules: Iterable[Rule]) -> tuple[Role, ...]:
+        """Return the roles with which an instance is locked, the least first.
+
+        It is the least alone where every rule about a lock above the caller's role denies: then a lock with a higher
+        role leaves callers with less, and those with that role with as much.
+        """
+        about = _about(Operation.LOCK, rules)
+        lock = [caller["role"] for caller in callers(about) if not _always_refused(Operation.LOCK, caller, rules)]
+        above = [rule for rule in rules if rule.locked_above is not None]
+        self.locks_by_least = any(above) and all(
+            rule.locked_above is True and rule.verdict is Verdict.DENY for rule in above
+        )
+        levels = tuple(role for role in Role if role in lock)
+        return levels if above and not self.locks_by_least else levels[:1]
+
+    def lock_level(self, role: Role) -> int:
+        """Return the number of the highest level that a role includes; 0 if it includes none."""
+        return sum(role.includes(level) for level in self.lock_levels)
+
+    def _distinct_callers(self, operation: Operation, rules: Iterable[Rule]) -> tuple[Caller, ...]:
+        """Return one caller of each class that the rules about an operation distinguish, the most ordinary first."""
+        about = _about(operation, rules)
+        found: dict[tuple[bool, ...], Caller] = {}
+        for role in (Role.MEMBER, *(role for role in reversed(Role) if role is not Role.MEMBER)):
+            for caller in callers(about, role=role):
+                found.setdefault(self._answers(about, caller), tuple(caller.items()))
+        return tuple(found.values())
+
+    def _answers(self, rules: list[Rule], values: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Return how the conditions that depend on the caller answer for one."""
+        above = any(rule.locked_above is not None for rule in rules)
+        levels = [values["role"].includes(level) for level in self.lock_levels] if above else []
+        return (*_answers(rules, values), *levels)
 
     def _submissions(self, operation: Operation) -> Iterator[SubmissionKind]:
         for caller in self._callers[operation]:
+            if _always_refused(operation, dict(caller), self._live.rules):
+                continue
             if operation is Operation.RESET_STATE:
                 yield from (SubmissionKind(operation, caller, hard=False, target=target) for target in RESET_TARGETS)
                 continue
@@ -165,11 +219,16 @@ class Alphabet:
 
     def _kinds(self, submission: SubmissionKind) -> Iterator[RequestKind]:
         """Yield every kind of request that the policy can admit a submission as."""
-        rules = [rule for rule in self._live.rules if submission.operation in rule.operations]
+        rules = _deciding(submission.operation, dict(submission.caller), self._live.rules)
         admitting = {Verdict.ADMIT: False, Verdict.AFTER: True, Verdict.PREEMPT: True}
         ways = {(rule.in_turn, admitting[rule.verdict]) for rule in rules if rule.verdict in admitting}
         for in_turn, preempts in sorted(ways):
-            yield RequestKind(submission.operation, submission.caller, submission.hard, in_turn, preempts)
+            yield self.kind(submission, in_turn=in_turn, preempts=preempts)
+
+    def kind(self, submission: SubmissionKind, *, in_turn: bool, preempts: bool) -> RequestKind:
+        """Return the kind of request that a submission becomes."""
+        caller = self._waiting_callers[submission.operation][submission.caller]
+        return RequestKind(submission.operation, caller, submission.hard, in_turn, preempts)
 
     def start(self, vm_state: VmState) -> int:
         """Return the base state of a new instance in a vm_state."""
@@ -234,7 +293,9 @@ class Alphabet:
     def canonical(self, base: Foreseen) -> Foreseen:
         """Return the representative of all base states that no decision distinguishes from this one."""
         launched = base.launched or base.vm_state in EXECUTING_STATES or not self._sees_launch
-        return Foreseen(base.vm_state, base.memory, launched)
+        reachable = base.host_reachable or not self.sees_host
+        tags = tuple(tag for tag in self.tags if tag in base.tags)
+        return Foreseen(base.vm_state, base.memory, launched, reachable, tags)
 
     def permitted(self, kind: RequestKind, base: Foreseen) -> bool:
         """Return whether the policy permits a kind in a base state with nothing outstanding."""
@@ -252,19 +313,30 @@ class Alphabet:
         there = base._replace(memory=without_guest(base.vm_state, base.memory))
         return self._move_to(state if base.vm_state in LEFT_AT_END else base.vm_state, there)
 
+    def with_host(self, base: Foreseen, *, reachable: bool) -> Foreseen:
+        return self.canonical(base._replace(host_reachable=reachable))
+
+    def relabelled(self, base: Foreseen, tag: str) -> Foreseen:
+        """Return the base state after a tag was removed, or set if the instance may have one more."""
+        tags = {*base.tags} ^ {tag}
+        return base if len(tags) > self.tags_together else self.canonical(base._replace(tags=tuple(tags)))
+
     def reset(self, base: Foreseen, target: VmState) -> Foreseen:
         return self._move_to(target, base)
 
     def _move_to(self, state: VmState, base: Foreseen) -> Foreseen:
-        return self.canonical(Foreseen(state, remembered_in(state, base.memory), base.launched))
+        return self.canonical(base._replace(vm_state=state, memory=remembered_in(state, base.memory)))
 
     def _reachable(self, pending: list[Foreseen]) -> Iterator[Foreseen]:
         known = dict.fromkeys(pending)
+        changes = list(dict.fromkeys(kind.operation for kind in self.kinds if not kind.is_component))
         for base in pending:
             yield base
             there = [self.guest_ends(base, state) for state in _GUEST_ENDS]
-            for kind in (kind for kind in self.kinds if not kind.is_component):
-                there += [self.after(kind.operation, base), self.fails_to(kind.operation, base)]
+            there += [self.with_host(base, reachable=reachable) for reachable in (True, False)]
+            there += [self.relabelled(base, tag) for tag in self.tags]
+            for operation in changes:
+                there += [self.after(operation, base), self.fails_to(operation, base)]
             there += [
                 self.reset(base, submission.target) for submission in self.submissions if submission.target is not None
             ]
@@ -289,25 +361,73 @@ def request_of(kind: RequestKind) -> Request:
     )
 
 
-EXPLORED = frozenset({"outstanding", "locked", "launched", "hard", "silent_ms"})
-"""What varies in a search, by field of the view; besides, who asks, except for the role."""
+EXPLORED: Final = frozenset(
+    {"outstanding", "locked", "launched", "hard", "silent_ms", "running_ms", "host_reachable", "tags", "locked_above"}
+)
+"""What varies in a search, by field of the view; besides, who asks."""
 
 
-def can_hold(rule: Rule, role: str) -> bool:
-    """Return whether a rule can hold for callers of the role; what a search does not vary is as usual."""
-    for condition in CONDITIONS:
-        wanted = condition.of(rule)
-        if wanted is None or condition.reads in EXPLORED:
-            continue
-        if condition.reads == "role":
-            value = role
-        elif condition.subject is Subject.CALLER:
-            continue
-        else:
-            value = condition.usual
-        if not condition.kind.test(wanted)(value):
-            return False
-    return True
+def can_hold(rule: Rule) -> bool:
+    """Return whether a rule can hold; what a search does not vary is as usual."""
+    return all(
+        condition.kind.test(wanted)(condition.usual)
+        for condition in CONDITIONS
+        if (wanted := condition.of(rule)) is not None
+        and condition.reads not in EXPLORED
+        and condition.subject is not Subject.CALLER
+    )
+
+
+_SETTLED: Final = frozenset({"outstanding", "held", "locked", "locked_above", "blocked", "silent_ms"})
+"""The fields of a view that are as usual in `settled_view`, on which queued requests are judged."""
+
+
+def _holds_settled(rule: Rule) -> bool:
+    """Return whether a rule can hold for a queued request."""
+    if rule.task_states is not None and NO_TASK not in rule.task_states:
+        return False
+    return all(
+        condition.kind.test(wanted)(condition.usual)
+        for condition in CONDITIONS
+        if condition.reads in _SETTLED and (wanted := condition.of(rule)) is not None
+    )
+
+
+def _about(operation: Operation, rules: Iterable[Rule]) -> list[Rule]:
+    return [rule for rule in rules if operation in rule.operations]
+
+
+def _representatives(known: tuple[Caller, ...], rules: list[Rule]) -> dict[Caller, Caller]:
+    """Return for each caller the first one that the rules do not distinguish from it."""
+    first: dict[tuple[bool, ...], Caller] = {}
+    return {caller: first.setdefault(_answers(rules, dict(caller)), caller) for caller in known}
+
+
+def _always_refused(operation: Operation, caller: Mapping[str, Any], rules: Iterable[Rule]) -> bool:
+    """Return whether a caller's submissions are refused with a reason whatever the state."""
+    deciding = _deciding(operation, caller, rules)
+    return all(rule.verdict is Verdict.DENY and rule.id and rule.code for rule in deciding)
+
+
+def _deciding(operation: Operation, caller: Mapping[str, Any], rules: Iterable[Rule]) -> list[Rule]:
+    """Return the rules that may decide a caller's submissions: those up to the first without further conditions."""
+    found = []
+    for rule in _about(operation, rules):
+        if all(_answers([rule], caller)):
+            found.append(rule)
+            others = [one for one in CONDITIONS if one.subject is not Subject.CALLER and one.of(rule) is not None]
+            if not others and rule.vm_states is None and rule.task_states is None:
+                break
+    return found
+
+
+def _answers(rules: list[Rule], values: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Return how the conditions on the caller answer for one, by field."""
+    return tuple(
+        bool(condition.kind.test(wanted)(values[condition.reads]))
+        for condition in CALLER
+        for wanted in condition.wanted(rules)
+    )
 
 
 def _names_phase(rule: Rule, phases: Iterable[str]) -> bool:

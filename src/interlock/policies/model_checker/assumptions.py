@@ -5,38 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from interlock.core.conditions import CONDITIONS, Condition, Subject
+from interlock.core.conditions import CALLER, CONDITIONS, Condition, Subject
 from interlock.core.operations import Operation
 from interlock.core.policy import Rule
 from interlock.core.states import VmState
 from interlock.policies.laws import LAWS, SEARCHED_LAWS
-from interlock.policies.model_checker.actions import EXPLORED, RESET_TARGETS
+from interlock.policies.model_checker.actions import EXPLORED, RESET_TARGETS, Alphabet
+from interlock.policies.model_checker.liveness import Stuck
 from interlock.policies.model_checker.model import Model
 
 _NAMED_MAX: Final = 3
 """How many rules are named for one assumption."""
 
 
-def assumptions(model: Model, tried: Iterable[Operation], outstanding_max: int) -> tuple[str, ...]:
+def assumptions(
+    model: Model, tried: Iterable[Operation], outstanding_max: int, stuck: Stuck | None = None
+) -> tuple[str, ...]:
     """Return what the search of a model holds fixed, one sentence each.
 
-    `tried` are the operations that were asked for. A condition that no rule has is no assumption.
+    `tried` are the operations that were asked for, `stuck` the result of the liveness check. A condition that no rule
+    has is no assumption.
     """
-    return tuple(_sentences(model, frozenset(tried), outstanding_max))
+    return tuple(_sentences(model, frozenset(tried), outstanding_max, stuck))
 
 
-def _sentences(model: Model, tried: frozenset[Operation], outstanding_max: int) -> Iterator[str]:
+def _sentences(model: Model, tried: frozenset[Operation], outstanding_max: int, stuck: Stuck | None) -> Iterator[str]:
     alphabet = model.alphabet
     rules = alphabet.policy.rules
     yield f"An instance begins in {_or(model.starts)} with nothing outstanding."
     requests = "request is" if outstanding_max == 1 else "requests are"
     yield f"At most {outstanding_max} {requests} outstanding, and one deletion more."
-    yield f"Every caller has the role {alphabet.role}."
+    yield from _callers(alphabet)
     for condition in CONDITIONS:
         if condition.reads not in EXPLORED and condition.subject is not Subject.CALLER:
             about = [rule for rule in rules if condition.of(rule) is not None]
             if about:
                 yield _fixed(condition, about)
+    yield from _surroundings(alphabet)
     submitted = {submission.operation for submission in alphabet.submissions}
     if Operation.EVACUATE in tried - submitted:
         yield "The host stays reachable, and nobody submits an evacuation."
@@ -49,10 +54,36 @@ def _sentences(model: Model, tried: frozenset[Operation], outstanding_max: int) 
         yield f"At most {model.faults_max} operations fail or guests end."
     yield "A worker that makes no progress stays silent; one that makes progress ends."
     yield "The deletion that is served last succeeds."
+    if stuck is not None and stuck.completed:
+        yield f"What is served completes, if it is {' or '.join(operation.value for operation in stuck.completed)}."
     if any(not rule.in_turn for rule in rules):
         yield "A request that a rule with `in_turn = false` admits may be cancelled: law 2 is not checked for it."
     elsewhere = [str(law) for law in LAWS if law not in SEARCHED_LAWS]
     yield f"Laws {', '.join(elsewhere)} depend on the core and not on the policy: the tests of the core check them."
+
+
+def _callers(alphabet: Alphabet) -> Iterator[str]:
+    """Say who submits: callers of every role, and one for each class of names that rules do not distinguish."""
+    rules = alphabet.policy.rules
+    named = [condition.key for condition in CALLER if condition.reads != "role" and condition.wanted(rules)]
+    others = f", and by {' and '.join(named)} as far as rules distinguish them" if named else ""
+    yield f"Callers of every role submit{others}."
+
+
+def _surroundings(alphabet: Alphabet) -> Iterator[str]:
+    """Say what of locks, the host and the tags varies."""
+    if alphabet.locks_by_least and alphabet.lock_levels:
+        least = alphabet.lock_levels[0].value
+        yield f"Locks are those of a {least}; a lock of a higher role only denies more to others."
+    if alphabet.sees_host:
+        yield "The host is lost and comes back at any time; no way to delete counts on its return."
+    if alphabet.tags:
+        most = f", at most {alphabet.tags_together} at a time" if alphabet.tags_together < len(alphabet.tags) else ""
+        tags = ", ".join(alphabet.tags)
+        yield f"The tags {tags} are set and removed{most}; no way to delete counts on their removal."
+    left_out = alphabet.named_tags[len(alphabet.tags) :]
+    if left_out:
+        yield f"The tags {', '.join(left_out)} are never set."
 
 
 def _or(states: Iterable[VmState]) -> str:

@@ -12,6 +12,7 @@ from interlock.core.operations import Lane
 from interlock.core.policy import Verdict
 from interlock.core.records import SERVED, Instance, Request
 from interlock.core.request_queue import in_service_order
+from interlock.core.roles import Role
 from interlock.policies.model_checker.actions import SubmissionKind
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.steps import Action
@@ -22,8 +23,20 @@ from interlock.policies.rehearsal.runner import Rehearsal
 
 _encode = msgspec.json.Encoder().encode
 _OUTCOMES: Final = {Action.SUCCEED: "succeeded", Action.FAIL: "failed", Action.INTERRUPT: "interrupted"}
-_GUEST: Final = {Action.GUEST_STOPPED: "stopped", Action.GUEST_CRASHED: "crashed", Action.GUEST_RESET: "reset"}
-_TAKEN: Final = {Action.TAKE: Lane.STATE, Action.TAKE_COMPONENT: Lane.COMPONENT}
+_SAME: Final[dict[Action, dict[str, Any]]] = {
+    Action.GUEST_STOPPED: {"observe": "stopped"},
+    Action.GUEST_CRASHED: {"observe": "crashed"},
+    Action.GUEST_RESET: {"observe": "reset"},
+    Action.HOST_LOST: {"host_reachable": False},
+    Action.HOST_BACK: {"host_reachable": True},
+    Action.TAKE: {"take": Lane.STATE.value},
+    Action.TAKE_COMPONENT: {"take": Lane.COMPONENT.value},
+    Action.ADOPT: {"adopt": True},
+}
+"""The actions whose event is the same in every state."""
+_ROLE: Final = "member"
+"""The role of a submission that names none."""
+_BY_MEMBER: Final = ("role", _ROLE)
 
 
 class CounterexampleBuilder:
@@ -86,7 +99,7 @@ class CounterexampleBuilder:
             return stage.play(*read_line(line))
 
         start = model.alphabet.bases[model.layout.base.one(trace[0].word)]
-        play({"instance": {"vm_state": start.vm_state.value, "role": model.alphabet.role}})
+        play({"instance": {"vm_state": start.vm_state.value, "role": _ROLE}})
         for at in range(1, len(trace)):
             waited_ms = times[at] - times[at - 1]
             if waited_ms:
@@ -95,7 +108,8 @@ class CounterexampleBuilder:
                 play(event)
             if at + 1 < len(trace) and trace[at].action in AGEING and trace[at + 1].action in AGEING:
                 continue
-            if model.encoding.pack(stage.instance, stage.now_ms) != self._without_faults(trace[at].word):
+            there = model.encoding.pack(stage.instance, stage.now_ms, host_reachable=stage.host_reachable)
+            if there != self._without_faults(trace[at].word):
                 raise BrokenInvariant(f"The core reaches another state than the search: {' '.join(lines)}")
         if tried is not None:
             for event in self._events(tried, stage.instance):
@@ -121,12 +135,11 @@ class CounterexampleBuilder:
         elif action >= Action.CANCEL:
             waiting = [one for one in in_service_order(instance) if one.status not in SERVED]
             yield {"cancel": waiting[action - Action.CANCEL].id}
-        elif action in _TAKEN:
-            yield {"take": _TAKEN[Action(action)].value}
-        elif action in _GUEST:
-            yield {"observe": _GUEST[Action(action)]}
-        elif action == Action.ADOPT:
-            yield {"adopt": True}
+        elif action >= Action.RELABEL:
+            tag = self._model.alphabet.tags[action - Action.RELABEL]
+            yield {"relabel": sorted({*instance.tags} ^ {tag}), "role": Role.ADMIN.value}
+        elif action in _SAME:
+            yield _SAME[Action(action)]
         elif action == Action.FINISH_COMPONENT and component is not None:
             yield {"finish": component.operation.value, "outcome": "succeeded"}
         elif action == Action.COMPONENT_LIFE and component is not None:
@@ -135,13 +148,15 @@ class CounterexampleBuilder:
             yield from self._reports(action, state)
 
     def _caller(self, submission: SubmissionKind) -> dict[str, Any]:
-        """Return who asks, where that makes a difference; the role is that of all submissions."""
+        """Return who asks, as far as callers of the operation differ; the role is `_ROLE` if not given."""
         known = self._model.alphabet.callers(submission.operation)
         varies = {field for caller in known for field, value in caller if dict(known[0])[field] != value}
-        return {field: value for field, value in submission.caller if field in varies - {"role"}}
+        return {field: value for field, value in submission.caller if field in varies and (field, value) != _BY_MEMBER}
 
     def _reports(self, action: int, state: Request) -> Iterator[dict[str, Any]]:
-        if action in _OUTCOMES:
+        if action == Action.ARRIVE:
+            yield {"finish": state.operation.value, "outcome": "succeeded", "arrived": True}
+        elif action in _OUTCOMES:
             yield {"finish": state.operation.value, "outcome": _OUTCOMES[Action(action)]}
         elif action == Action.LIFE:
             yield {"progress": state.id}

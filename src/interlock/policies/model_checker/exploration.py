@@ -7,17 +7,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+import numpy as np
+
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
+from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.policies.model_checker.actions import Alphabet
 from interlock.policies.model_checker.assumed_values import with_assumed_values
 from interlock.policies.model_checker.assumptions import assumptions
 from interlock.policies.model_checker.counterexamples import CounterexampleBuilder
 from interlock.policies.model_checker.gate_table import GateEffect
-from interlock.policies.model_checker.liveness import find_stuck
+from interlock.policies.model_checker.liveness import Stuck, find_stuck
 from interlock.policies.model_checker.model import Model
-from interlock.policies.model_checker.results import Exit, Exploration, OnProgress, Violation
+from interlock.policies.model_checker.packed_laws import described
+from interlock.policies.model_checker.results import Exit, Exploration, OnProgress, RolePromise, Violation
 from interlock.policies.model_checker.search import Search
 
 DEFAULT_STATES_MAX: Final = 20_000_000
@@ -36,13 +41,14 @@ def explore(
     faults_max: int | None = None,
     states_max: int = DEFAULT_STATES_MAX,
     seconds_max: float | None = None,
-    role: str = "member",
+    role: Role = Role.MEMBER,
     goal: VmState = VmState.DELETED,
     on_progress: OnProgress | None = None,
 ) -> Exploration:
-    """Search from `starts` with `operations` (None: all) submitted by `role`, up to `outstanding_max` outstanding.
+    """Search from `starts` with `operations` (None: all) submitted by all callers, up to `outstanding_max` outstanding.
 
-    One operation that leads to `goal` may exceed that bound, since it must always be admissible. `faults_max` limits
+    One operation that leads to `goal` may exceed that bound, since it must always be admissible. Law 5 demands that
+    some caller can reach the goal; `weaker` of the result says where callers of `role` cannot. `faults_max` limits
     failures and guest ends on one path (None: no limit); a worker may always hang. `seconds_max` ends the search early,
     with `complete` false, and lowers `outstanding_max` where states would not fit into a word.
 
@@ -55,27 +61,34 @@ def explore(
     limit_s = math.inf if seconds_max is None else seconds_max
     tried, first = tuple(Operation if operations is None else operations), tuple(starts)
 
+    alphabet = Alphabet(policy, tried, first)
+
     def build_model(most: int) -> Model:
-        return Model(policy, tried, starts=first, outstanding_max=most, faults_max=faults_max, role=role, goal=goal)
+        return Model(
+            policy, tried, starts=first, outstanding_max=most, faults_max=faults_max, goal=goal, alphabet=alphabet
+        )
 
     least = outstanding_max if seconds_max is None else 1
     model, outstanding_used = _largest_model(build_model, outstanding_max, least)
     search = Search(model, on_progress)
     search.run(states_max=states_max, started_s=started_s, until_s=started_s + _SEARCH_SHARE * limit_s)
-    live = _check_liveness(search, goal, started_s + _LIVENESS_SHARE * limit_s)
+    stuck = find_stuck(model, search.visited, search.expanded, role, started_s + _LIVENESS_SHARE * limit_s)
+    if stuck is not None:
+        _report_stuck(search, stuck, goal)
     seconds = time.monotonic() - started_s
     violations, undecided = _violations(search)
     return Exploration(
         states=min(search.visited.count, states_max),
         transitions=search.transitions,
-        complete=search.complete and live and not undecided and outstanding_used == outstanding_max,
+        complete=search.complete and stuck is not None and not undecided and outstanding_used == outstanding_max,
         operations=model.alphabet.operations,
         outstanding_max=outstanding_used,
         violations=violations,
         undecided=undecided,
         seconds=seconds,
         depth=search.depth,
-        assumptions=(*assumptions(model, tried, outstanding_used), *assumed),
+        assumptions=(*assumptions(model, tried, outstanding_used, stuck), *assumed),
+        weaker=None if stuck is None else _weaker(search, stuck, role),
         exits=tuple(_exits(model)),
     )
 
@@ -91,13 +104,20 @@ def _largest_model(build_model: Callable[[int], Model], most: int, least: int) -
             most -= 1
 
 
-def _check_liveness(search: Search, goal: VmState, until_s: float) -> bool:
-    """Report every state from which the goal cannot be reached. Return False if time ran out first."""
-    stuck = find_stuck(search.model, search.visited, search.expanded, until_s)
-    if stuck is not None and len(stuck):
+def _report_stuck(search: Search, stuck: Stuck, goal: VmState) -> None:
+    """Report every state from which no caller can reach the goal."""
+    if len(stuck.for_everyone):
         what = f"{goal.value} cannot be reached from {{}} without its worker's help"
-        search.laws.report_stuck(stuck, search.visited.words[stuck], what)
-    return stuck is not None
+        search.laws.report_stuck(stuck.for_everyone, search.visited.words[stuck.for_everyone], what)
+
+
+def _weaker(search: Search, stuck: Stuck, role: Role) -> RolePromise:
+    """Return in which states callers of the role cannot reach the goal, and others can."""
+    alone = np.setdiff1d(stuck.for_role, stuck.for_everyone, assume_unique=True)
+    words, layout = search.visited.words[alone], search.model.layout
+    # Where a request only has to be taken, the state after that is listed.
+    shown = (words & layout.queue.mask == 0) | (words & (layout.task.mask | layout.component.mask) > 0)
+    return RolePromise(role=role, cannot=tuple(described(search.model, words[shown])))
 
 
 def _violations(search: Search) -> tuple[tuple[Violation, ...], tuple[str, ...]]:

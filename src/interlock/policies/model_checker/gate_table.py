@@ -8,7 +8,7 @@ outstanding operations decides. Whether a rule holds is evaluated by the core, o
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple, assert_never
+from typing import Any, Final, NamedTuple, assert_never
 
 import msgspec
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from interlock.core.conditions import Tests, compiled_tests
 from interlock.core.operations import BIT, CATALOGUE, Lane, Operation
-from interlock.core.policy import MeasuredFrom, Rule, Verdict
-from interlock.core.states import VmState
+from interlock.core.policy import HOST_NOT_FENCED, MeasuredFrom, Rule, Verdict
+from interlock.core.roles import Role
+from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
-from interlock.policies.model_checker.actions import Alphabet, Caller, RequestKind, SubmissionKind
+from interlock.policies.model_checker.actions import Alphabet, SubmissionKind
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -49,6 +50,8 @@ class GateEffect(IntEnum):
     RESET = 10
 
 
+ROLE_BIT: Final = {role: 1 << number for number, role in enumerate(Role)}
+_EVERY_ROLE: Final = (1 << len(Role)) - 1
 EFFECT_BITS = 4
 EFFECT_MASK = (1 << EFFECT_BITS) - 1
 _PLAIN_RECORDS = {
@@ -63,10 +66,17 @@ class Situation(NamedTuple):
 
     vm_state: VmState
     launched: bool
-    locked: bool
+    host_reachable: bool
+    tags: tuple[str, ...]
+    lock_role: Role | None
+    """The role with which it is locked; None: it is not."""
     task_state: str
     silent_ms: int
     running_ms: int
+
+
+_ANYWHERE: Final[dict[str, Any]] = {"vm_state": VmState.ACTIVE, "task_state": NO_TASK}
+"""What a rule's further conditions do not see."""
 
 
 class GateAnswer(NamedTuple):
@@ -82,19 +92,32 @@ class Rows(NamedTuple):
     first: Ints
     counts: Ints
     submission: Ints
-    """The number of the submission."""
+    """The number of the submission: the first of those that are answered alike."""
+    roles: Ints
+    """The roles of the callers that are answered so, as a bit mask (`ROLE_BIT`)."""
     masks: Ints
     """(rows, levels); unused ones are 0."""
     effects: Ints
     """(rows, levels + 1); the last applies where no mask matches."""
 
-    def chosen(self, submissions: Bools) -> Rows:
-        """Return the rows of some submissions."""
-        kept = submissions[self.submission]
+    def chosen(self, kept: Bools) -> Rows:
+        """Return some of the rows."""
         before = np.concatenate([[0], np.cumsum(kept)])
         first = before[self.first]
         counts = before[self.first + self.counts] - first
-        return Rows(first, counts, self.submission[kept], self.masks[kept], self.effects[kept])
+        return Rows(first, counts, self.submission[kept], self.roles[kept], self.masks[kept], self.effects[kept])
+
+
+class _Row(NamedTuple):
+    """One row of `Rows`, before it is in the arrays."""
+
+    submission: int
+    roles: int
+    masks: list[int]
+    effects: list[int]
+
+    def shared_with(self, roles: int) -> _Row:
+        return self._replace(roles=self.roles | roles)
 
 
 class GateTable:
@@ -106,14 +129,17 @@ class GateTable:
         self._cells: dict[tuple[Operation, VmState, str], tuple[tuple[int, Rule], ...]] = {}
         self._number = {rule.id: number for number, rule in enumerate(self._policy.rules)}
         self._tests: dict[int, Tests] = {}
-        self._holding: dict[tuple[int, Caller, bool, bool, bool, int], bool] = {}
+        self._holding: dict[tuple[Any, ...], bool] = {}
         self._numbers: dict[Situation, int] = {}
         self._submissions = {submission: number for number, submission in enumerate(alphabet.submissions)}
         self._first = [0]
-        self._new: list[tuple[int, list[int], list[int]]] = []
-        """Submission, masks and effects of each row that is not in the arrays yet."""
+        self._new: list[_Row] = []
+        """The rows that are not in the arrays yet."""
+        self._roles = [
+            sum(ROLE_BIT[role] for role in alphabet.roles_of(submission)) for submission in alphabet.submissions
+        ]
         none = np.zeros(0, np.int64)
-        self._rows = Rows(none, none, none, np.zeros((0, 0), np.int64), np.zeros((0, 1), np.int64))
+        self._rows = Rows(none, none, none, none, np.zeros((0, 0), np.int64), np.zeros((0, 1), np.int64))
         self._answers: dict[tuple[int, Situation], tuple[GateAnswer, ...]] = {}
 
     def add(self, situation: Situation) -> int:
@@ -123,31 +149,45 @@ class GateTable:
             return known
         self._first.append(self._first[-1])
         if situation.vm_state is not VmState.DELETED:
-            for number, submission in enumerate(self._alphabet.submissions):
-                answers = self.answers(submission, situation)
-                masks, effects = _merged([(one.mask, self._effect(submission, situation, one)) for one in answers])
-                if any(effects):
-                    self._new.append((number, masks, effects))
-                    self._first[-1] += 1
+            rows = self._rows_of(situation)
+            self._new += rows
+            self._first[-1] += len(rows)
         self._numbers[situation] = len(self._first) - 2
         return self._numbers[situation]
 
+    def _rows_of(self, situation: Situation) -> list[_Row]:
+        """Return a row for each submission that is not plainly refused; one for callers that are answered alike."""
+        rows: dict[tuple[Any, ...], _Row] = {}
+        for number, submission in enumerate(self._alphabet.submissions):
+            answers = self.answers(submission, situation)
+            masks, effects = _merged([(one.mask, self._effect(submission, situation, one)) for one in answers])
+            if any(effects):
+                roles = self._roles[number]
+                if situation.vm_state is VmState.SOFT_DELETED and submission.operation is Operation.DELETE:
+                    roles = _EVERY_ROLE  # The server reclaims what is soft-deleted, for whoever did that.
+                alone = number if GateEffect.UNCERTAIN in effects else -1
+                key = (submission._replace(caller=()), alone, *masks, *effects)
+                first = rows.get(key)
+                rows[key] = _Row(number, roles, masks, effects) if first is None else first.shared_with(roles)
+        return list(rows.values())
+
     def rows(self) -> Rows:
         """Return the rows of all situations added so far."""
-        levels = max((len(masks) for _, masks, _ in self._new), default=0)
+        levels = max((len(row.masks) for row in self._new), default=0)
         self._rows = _widened(self._rows, levels)
         levels = self._rows.masks.shape[1]
         masks = np.zeros((len(self._new), levels), np.int64)
         effects = np.zeros((len(self._new), levels + 1), np.int64)
-        for number, (_, own_masks, own_effects) in enumerate(self._new):
-            masks[number, : len(own_masks)] = own_masks
-            effects[number, : len(own_masks)] = own_effects[:-1]
-            effects[number, levels] = own_effects[-1]
+        for number, row in enumerate(self._new):
+            masks[number, : len(row.masks)] = row.masks
+            effects[number, : len(row.masks)] = row.effects[:-1]
+            effects[number, levels] = row.effects[-1]
         first = np.array(self._first, np.int64)
         self._rows = Rows(
             first[:-1],
             np.diff(first),
-            np.concatenate([self._rows.submission, np.array([row[0] for row in self._new], np.int64)]),
+            np.concatenate([self._rows.submission, np.array([row.submission for row in self._new], np.int64)]),
+            np.concatenate([self._rows.roles, np.array([row.roles for row in self._new], np.int64)]),
             np.concatenate([self._rows.masks, masks]),
             np.concatenate([self._rows.effects, effects]),
         )
@@ -163,6 +203,8 @@ class GateTable:
         return known
 
     def _ask(self, submission: SubmissionKind, situation: Situation) -> list[GateAnswer]:
+        if submission.operation is Operation.EVACUATE and situation.host_reachable:
+            return [GateAnswer(_ALWAYS, HOST_NOT_FENCED)]
         found = []
         for number, rule in self._cell(submission.operation, situation.vm_state, situation.task_state):
             if self._holds(number, rule, submission, situation):
@@ -184,7 +226,7 @@ class GateTable:
         """Return whether the conditions of a rule hold, whatever is outstanding."""
         if number < 0:
             return True
-        key = (number, submission.caller, submission.hard, situation.launched, situation.locked, situation.silent_ms)
+        key = (number, submission.caller, submission.hard, situation._replace(**_ANYWHERE))
         known = self._holding.get(key)
         if known is None:
             tests = self._tests.get(number)
@@ -193,7 +235,11 @@ class GateTable:
             view = View(
                 operation=submission.operation,
                 vm_state=VmState.ACTIVE,
-                locked=situation.locked,
+                locked=situation.lock_role is not None,
+                locked_above=situation.lock_role is not None
+                and not dict(submission.caller)["role"].includes(situation.lock_role),
+                host_reachable=situation.host_reachable,
+                tags=situation.tags,
                 hard=submission.hard,
                 silent_ms=situation.silent_ms,
                 running_ms=situation.running_ms,
@@ -221,10 +267,13 @@ class GateTable:
                 assert_never(rule.verdict)
         if CATALOGUE[submission.operation].lane is Lane.RECORD:
             record = _PLAIN_RECORDS.get(submission.operation, GateEffect.RECORD_ONLY)
-            return record | self._submissions[submission] << EFFECT_BITS
-        kind = RequestKind(
-            submission.operation, submission.caller, submission.hard, rule.in_turn, effect is not GateEffect.ADMIT
-        )
+            if record is not GateEffect.LOCK:
+                return record
+            role: Role = dict(submission.caller)["role"]
+            if self._alphabet.locks_by_least and role not in self._alphabet.lock_levels:
+                return GateEffect.RECORD_ONLY
+            return record | self._alphabet.lock_level(role) << EFFECT_BITS
+        kind = self._alphabet.kind(submission, in_turn=rule.in_turn, preempts=effect is not GateEffect.ADMIT)
         return effect | self._alphabet.kind_number[kind] << EFFECT_BITS
 
     def _retry_time_holds(self, submission: SubmissionKind, situation: Situation, rule: Rule) -> bool:

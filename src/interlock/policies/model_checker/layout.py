@@ -61,7 +61,7 @@ class Layout:
         self.component_deadline = self._next(self.deadline.ones if alphabet.components else 0)
         self.idle = self._next(len(alphabet.idle_ages))
         """The age class of an instance with nothing in service."""
-        self.locked = self._next(1 if locks else 0)
+        self.locked = self._next(len(alphabet.lock_levels) if locks else 0)
         self.faults = self._next(faults_max or 0)
         if self._used > WORD_BITS:
             raise Invalid(

@@ -28,18 +28,20 @@ class Model:
         starts: Iterable[VmState],
         outstanding_max: int,
         faults_max: int | None = None,
-        role: str = "member",
         goal: VmState = VmState.DELETED,
+        alphabet: Alphabet | None = None,
     ) -> None:
-        """Build the tables; takes about a second for a long policy.
+        """Build the tables; takes about a second for a long policy. `alphabet` is that of the same policy, if known.
 
         Raises:
             Invalid: a state does not fit into a word.
         """
         self.starts = tuple(starts)
-        self.alphabet = Alphabet(policy, operations, role, self.starts)
+        self.alphabet = Alphabet(policy, operations, self.starts) if alphabet is None else alphabet
         submitted = {submission.operation for submission in self.alphabet.submissions}
-        locks = not submitted.isdisjoint(_LOCKING) and any(rule.locked is not None for rule in policy.rules)
+        locks = not submitted.isdisjoint(_LOCKING) and any(
+            rule.locked is not None or rule.locked_above is not None for rule in policy.rules
+        )
         self.layout = Layout(self.alphabet, outstanding_max, locks=locks, faults_max=faults_max)
         self.tables = StepTables(self.alphabet, goal)
         self.steps = Steps(self.alphabet, self.layout, self.tables)

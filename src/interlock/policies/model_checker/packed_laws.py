@@ -77,25 +77,19 @@ class PackedLaws:
         if not len(rows):
             return
         own = words[rows]
-        # Once an operation that leads to the goal is queued, nothing else has to be admitted: liveness is checked last.
+        # Once a deletion, soft or not, is queued, nothing else has to be admitted: liveness is checked last.
         fine = tables.is_goal[layout.base.of(own)]
         queue = own & layout.queue.mask
         while queue.any():
-            fine |= tables.leads_to_goal[queue & layout.queue_first]
+            fine |= tables.deletes[queue & layout.queue_first]
             queue >>= layout.kind_bits
         self.report_stuck(numbers[rows[~fine]], own[~fine], "nothing is ever admitted in {}")
 
     def report_stuck(self, numbers: Ints, words: Words, what: str) -> None:
         """Report states that violate law 5, one for each distinct description."""
-        layout = self._model.layout
-        seen = words & (layout.base.mask | layout.task.mask | layout.component.mask)
-        order = np.argsort(seen, kind="stable")
-        firsts = np.flatnonzero(np.diff(seen[order], prepend=-1))
-        for first in firsts.tolist():
-            for at in order[first : first + _CANDIDATES_MAX].tolist():
-                if seen[at] == seen[order[first]]:
-                    instance = self._model.encoding.unpack(int(words[at]))
-                    self._breaches.add(Breach(5, what.format(describe(instance))), int(numbers[at]))
+        for description, rows in described(self._model, words).items():
+            for at in rows:
+                self._breaches.add(Breach(5, what.format(description)), int(numbers[at]))
 
     def _retry_times_hold(self, numbers: Ints, words: Words, answers: PackedAnswers, doubtful: Ints) -> Bools:
         """Check with the core that each submission is admitted at the retry time its denial names, and not before."""
@@ -126,7 +120,8 @@ class PackedLaws:
     def _retry_time_fault(self, word: int, submission: int) -> str | None:
         alphabet = self._model.alphabet
         instance = self._model.encoding.unpack(word)
-        new = alphabet.submissions[submission].submission("new")
+        reachable = self._model.encoding.host_reachable(word)
+        new = alphabet.submissions[submission].submission("new", host_reachable=reachable)
 
         def judged(at_ms: int) -> Any:
             return admission.judge(instance, new, alphabet.policy, at_ms)
@@ -163,8 +158,8 @@ class PackedLaws:
         layout, tables = self._model.layout, self._model.tables
         own = words[transitions.rows]
         kind, base = own & layout.queue_first, layout.base.of(own)
-        fine = tables.permits[kind * tables.bases + base]
-        fine |= tables.holds[kind * tables.vm_states + tables.vm_state[base]]
+        place = kind * tables.bases + base
+        fine = (tables.permits[place] | tables.anyway[place]) & ~tables.moot[place]
         kinds = self._model.alphabet.kinds
         self._not_permitted(numbers, transitions, fine, [k.operation.value for k in kinds], kind, base)
 
@@ -191,18 +186,36 @@ class PackedLaws:
     def _succeeded(self, numbers: Ints, words: Words, transitions: Transitions) -> None:
         layout, alphabet = self._model.layout, self._model.alphabet
         own = words[transitions.rows]
+        asked = layout.deadline.mask if transitions.action == Action.SUCCEED else layout.component_deadline.mask
         before, after = own & layout.queue.mask, transitions.words & layout.queue.mask
         for at in np.flatnonzero(before != after)[: 64 * _CANDIDATES_MAX].tolist():
             lost = _lost(int(before[at]), int(after[at]), layout.kind_bits)
-            self._cancelled(
-                int(numbers[transitions.rows[at]]), transitions, [alphabet.kinds[kind - 1] for kind in lost]
-            )
+            kinds = [alphabet.kinds[kind - 1] for kind in lost]
+            if (int(own[at]) & asked) and any(kind.preempts for kind in kinds):
+                kinds = []  # What was to be interrupted has succeeded instead: not what was foreseen for them.
+            self._cancelled(int(numbers[transitions.rows[at]]), transitions, kinds)
 
     def _cancelled(self, number: int, transitions: Transitions, lost: list[RequestKind]) -> None:
         for kind in lost:
             if kind.in_turn:
                 breach = Breach(2, f"{kind.operation.value} was cancelled although all went as foreseen")
                 self._breaches.add(breach, number, int(transitions.action))
+
+
+def described(model: Model, words: Words) -> dict[str, list[int]]:
+    """Describe states, and return the indexes of the first few of each description."""
+    layout = model.layout
+    seen = words & (layout.base.mask | layout.task.mask | layout.component.mask)
+    order = np.argsort(seen, kind="stable")
+    found: dict[str, list[int]] = {}
+    for first in np.flatnonzero(np.diff(seen[order], prepend=-1)).tolist():
+        alike = [at for at in order[first : first + _CANDIDATES_MAX].tolist() if seen[at] == seen[order[first]]]
+        word = int(words[alike[0]])
+        base = model.alphabet.bases[layout.base.one(word)]
+        lost = "" if base.host_reachable else " on a lost host"
+        tagged = f" with the tag{'s' * (len(base.tags) > 1)} {', '.join(base.tags)}" if base.tags else ""
+        found.setdefault(f"{describe(model.encoding.unpack(word))}{lost}{tagged}", []).extend(alike)
+    return found
 
 
 def _lost(before: int, after: int, bits: int) -> list[int]:

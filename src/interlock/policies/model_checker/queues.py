@@ -105,20 +105,22 @@ class Queues:
             queue >>= layout.kind_bits
         return there
 
-    def reevaluated(self, words: Words) -> Words:
+    def reevaluated(self, words: Words, *, host_changed: bool = False) -> Words:
         """Return the states without queued requests that are no longer permitted."""
         mask = self._layout.queue.mask
         rows = np.flatnonzero(words & mask)
         if len(rows) == len(words):
-            return (words & ~mask) | self.reevaluate(words, words & mask)
+            return (words & ~mask) | self.reevaluate(words, words & mask, host_changed=host_changed)
         own = words[rows]
         there = words.copy()
-        there[rows] = (own & ~mask) | self.reevaluate(own, own & mask)
+        there[rows] = (own & ~mask) | self.reevaluate(own, own & mask, host_changed=host_changed)
         return there
 
-    def reevaluate(self, words: Words, queue: Ints) -> Ints:
+    def reevaluate(self, words: Words, queue: Ints, *, host_changed: bool = False) -> Ints:
         """Return what remains of a queue, which may be one longer than a state can hold."""
         layout, tables = self._layout, self._tables
+        spared = tables.spared_by_host if host_changed else tables.spared
+        stays_anyway = tables.anyway_by_host if host_changed else tables.anyway
         base = layout.base.of(words)
         there = tables.task_leads[layout.task.of(words) * tables.bases + base]
         halfway = tables.vm_state[base]
@@ -127,8 +129,10 @@ class Queues:
         while queue.any():
             kind = queue & self._kind_ones
             place = kind * tables.bases + there
-            stays = tables.stays[place] | tables.holds[kind * tables.vm_states + halfway]
-            stays |= ~tables.in_turn[kind] & tables.permits[kind * tables.bases + base]
+            at_present = kind * tables.bases + base
+            anyway = stays_anyway[place] | spared[place] & tables.holds[kind * tables.vm_states + halfway]
+            stays = tables.permits[place] | anyway | ~tables.in_turn[kind] & tables.permits[at_present]
+            stays &= ~tables.moot[at_present]
             kind = np.where(stays, kind, 0)
             kept |= kind << at
             at += stays * layout.kind_bits

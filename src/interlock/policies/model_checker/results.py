@@ -9,6 +9,7 @@ import msgspec
 
 from interlock.core.operations import Lane, Operation
 from interlock.core.records import Instance
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 
 
@@ -40,6 +41,14 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     """Operations that are admitted and then wait behind the task for ever."""
 
 
+class RolePromise(msgspec.Struct, frozen=True, kw_only=True):
+    """The second promise of law 5: callers of one role can always reach the goal. It may be broken on purpose."""
+
+    role: Role
+    cannot: tuple[str, ...] = ()
+    """The states from which they cannot although callers of another role can, as text."""
+
+
 class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one exploration."""
 
@@ -61,6 +70,8 @@ class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     """Steps from an initial state to the farthest state."""
     assumptions: tuple[str, ...] = ()
     """What the search held fixed, one sentence each."""
+    weaker: RolePromise | None = None
+    """What callers of one role alone can do; None if it was not determined."""
     exits: tuple[Exit, ...] = ()
     """For every reached vm_state and task_state of a state change that does not lead to the goal."""
 

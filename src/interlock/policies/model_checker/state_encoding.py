@@ -10,6 +10,7 @@ import msgspec
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.records import SERVED, Instance, Request, Status
 from interlock.core.request_queue import in_service_order
+from interlock.core.roles import Role
 from interlock.core.views import at_present
 from interlock.policies.model_checker.actions import PACKED_ID, Ages, Alphabet, RequestKind, request_of
 from interlock.policies.model_checker.layout import Field, Layout
@@ -37,12 +38,13 @@ class StateEncoding:
 
     # --------------------------------------------------------------------------------------------------------- packing
 
-    def pack(self, instance: Instance, now_ms: int) -> int:
+    def pack(self, instance: Instance, now_ms: int, *, host_reachable: bool = True) -> int:
         """Return the word of an instance at `now_ms`."""
         layout, alphabet = self._layout, self._alphabet
-        base = alphabet.base_number[alphabet.canonical(at_present(instance))]
+        base = alphabet.base_number[alphabet.canonical(at_present(instance, host_reachable=host_reachable))]
         idle = bisect_right(alphabet.idle_ages, now_ms - instance.updated_at_ms)
-        locked = layout.locked.ones if instance.locked_by is not None else 0
+        level = alphabet.lock_level(instance.lock_role) if instance.locked_by is not None else 0
+        locked = level if layout.locked.bits else 0
         word = base << layout.base.shift | idle << layout.idle.shift | locked << layout.locked.shift
         at = layout.queue.shift
         for request in in_service_order(instance):
@@ -86,6 +88,10 @@ class StateEncoding:
 
     # ------------------------------------------------------------------------------------------------------- unpacking
 
+    def host_reachable(self, word: int) -> bool:
+        """Return whether the host of the instance is reachable in a state."""
+        return self._alphabet.bases[self._layout.base.one(word)].host_reachable
+
     def unpack(self, word: int, expiring: Field | None = None) -> Instance:
         """Return an instance at `NOW_MS` that the word represents.
 
@@ -93,7 +99,7 @@ class StateEncoding:
         millisecond later.
         """
         layout, alphabet = self._layout, self._alphabet
-        base = alphabet.bases[layout.base.one(word)]
+        base, locked = alphabet.bases[layout.base.one(word)], layout.locked.one(word)
         idle_ms = _lower_bound(alphabet.idle_ages, layout.idle.one(word))
         if expiring is layout.idle:
             idle_ms = alphabet.idle_ages[layout.idle.one(word)] - 1
@@ -107,7 +113,10 @@ class StateEncoding:
             fence=1,
             updated_at_ms=NOW_MS - idle_ms,
             launched_at_ms=0 if base.launched else None,
-            locked_by="someone" if layout.locked.one(word) else None,
+            tags=base.tags,
+            host_fenced=not base.host_reachable,
+            locked_by="someone" if locked else None,
+            lock_role=alphabet.lock_levels[locked - 1] if locked else Role.MEMBER,
             outstanding=tuple(replace(request, id=f"r{n}") for n, request in enumerate(outstanding, start=1)),
         )
         return instance.come_to(base.vm_state, base.memory)

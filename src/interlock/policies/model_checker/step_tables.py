@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from interlock.core.operations import BIT, CATALOGUE, Operation
+from interlock.core.request_queue import is_denied_around, judge_in
+from interlock.core.state_stack import ARRIVES
 from interlock.core.states import VmState
 from interlock.core.views import Foreseen
-from interlock.policies.model_checker.actions import VM_STATES, Alphabet, RequestKind
+from interlock.policies.model_checker.actions import VM_STATES, Alphabet, RequestKind, request_of
 from interlock.policies.model_checker.gate_table import NONE_OUTSTANDING, Bools, Ints
 
 
@@ -34,6 +36,12 @@ class StepTables:
         self.task_fails = self._lead(tasks, alphabet.fails_to)
         self.stopped = self._base_numbers(alphabet.guest_ends(each, VmState.STOPPED) for each in alphabet.bases)
         self.crashed = self._base_numbers(alphabet.guest_ends(each, VmState.ERROR) for each in alphabet.bases)
+        self.host_lost = self._base_numbers(alphabet.with_host(each, reachable=False) for each in alphabet.bases)
+        self.host_back = self._base_numbers(alphabet.with_host(each, reachable=True) for each in alphabet.bases)
+        self.relabelled = [
+            self._base_numbers(alphabet.relabelled(each, tag) for each in alphabet.bases) for tag in alphabet.tags
+        ]
+        self.task_arrives = np.array([False, *(task.operation in ARRIVES for task in alphabet.tasks)])
         self.resets = np.array(
             [
                 [alphabet.base_number.get(alphabet.reset(each, submission.target), 0) for each in alphabet.bases]
@@ -45,10 +53,23 @@ class StepTables:
         )
         self.permits = self._permitted(alphabet.kinds)
         self.holds = self._held(alphabet.kinds)
-        self.stays = self.permits | self.holds.reshape(-1, self.vm_states)[:, self.vm_state].reshape(-1)
-        """Whether a kind stays queued in a base state."""
+        performed = self.holds.reshape(-1, self.vm_states)[:, self.vm_state].reshape(-1)
+        self.spared, self.spared_by_host = (self._spared(host_changed=changed) for changed in (False, True))
+        """Whether a preempting kind stays in a base state if it can be performed; the second when the host is lost or
+        back."""
+        self.anyway, self.anyway_by_host = self.spared & performed, self.spared_by_host & performed
+        """Whether a kind stays in a base state that does not permit it."""
+        self.reachable = np.array([base.host_reachable for base in alphabet.bases])
+        evacuates = [False, *(kind.operation is Operation.EVACUATE for kind in alphabet.kinds)]
+        self.moot = (np.array(evacuates)[:, None] & self.reachable).reshape(-1)
+        """Whether a kind is an evacuation off a host that is back."""
         self._attributes()
         self._compatibility()
+
+    def is_task_of(self, operations: Iterable[Operation]) -> Bools:
+        """Return for each task whether it is one of these operations'."""
+        wanted = frozenset(operations)
+        return np.array([False, *(task.operation in wanted for task in self._alphabet.tasks)])
 
     def _attributes(self) -> None:
         alphabet = self._alphabet
@@ -71,6 +92,9 @@ class StepTables:
         self.variant = _variants(alphabet.kinds)
         self.component_of = np.array([0, *(alphabet.component_number.get(k.operation, 0) for k in kinds)], np.int64)
         self.leads_to_goal = np.array([False, *(leads_to(kind.operation, self.goal) for kind in alphabet.kinds)])
+        self.deletes = self.leads_to_goal | np.array(
+            [False, *(leads_to(kind.operation, VmState.SOFT_DELETED) for kind in alphabet.kinds)]
+        )
         self.task_leads_to_goal = np.array([False, *(leads_to(task.operation, self.goal) for task in alphabet.tasks)])
         self.silences = np.array([0, *(len(ages.silent) for ages in alphabet.task_ages)], np.int64)
         self.runnings = np.array([0, *(len(ages.running) for ages in alphabet.task_ages)], np.int64)
@@ -95,9 +119,11 @@ class StepTables:
 
     def _lead(self, operations: list[Operation | None], leads: Callable[[Operation, Foreseen], Foreseen]) -> Ints:
         bases = self._alphabet.bases
-        return self._base_numbers(
-            base if operation is None else leads(operation, base) for operation in operations for base in bases
-        )
+        rows = {
+            operation: self._base_numbers(base if operation is None else leads(operation, base) for base in bases)
+            for operation in dict.fromkeys(operations)
+        }
+        return np.concatenate([rows[operation] for operation in operations])
 
     def _base_numbers(self, bases: Iterable[Foreseen]) -> Ints:
         return np.array([self._alphabet.base_number[base] for base in bases], np.int64)
@@ -110,6 +136,22 @@ class StepTables:
             if key not in known:
                 known[key] = [self._alphabet.permitted(key, each) for each in self._alphabet.bases]
             rows.append(known[key])
+        return np.array(rows).reshape(-1)
+
+    def _spared(self, *, host_changed: bool) -> Bools:
+        policy, bases = self._alphabet.policy, self._alphabet.bases
+        rows = [[False] * len(bases)]
+        for kind in self._alphabet.kinds:
+            request = request_of(kind)
+            rows.append(
+                [
+                    kind.preempts
+                    and not is_denied_around(
+                        request, judge_in(policy, request, base), host_reachable=False, host_changed=host_changed
+                    )
+                    for base in bases
+                ]
+            )
         return np.array(rows).reshape(-1)
 
     def _held(self, kinds: tuple[RequestKind, ...]) -> Bools:

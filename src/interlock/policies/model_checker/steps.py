@@ -21,7 +21,7 @@ from interlock.policies.model_checker.step_tables import StepTables
 
 
 class Action(IntEnum):
-    """What happened. The last two start ranges: one for each slot of the queue, or each submission."""
+    """What happened. `RELABEL` and the last two start ranges: for each tag, slot of a queue, or submission."""
 
     BEGIN = 0
     TAKE = 1
@@ -48,6 +48,12 @@ class Action(IntEnum):
     DEADLINE = 18
     ADOPT = 19
     """Both requests in service are adopted; for a single one that equals `LIFE`."""
+    HOST_LOST = 20
+    HOST_BACK = 21
+    ARRIVE = 22
+    """A migration off a lost host has ended, and the instance is as it was on another host."""
+    RELABEL = 24
+    """A tag is set or removed: one for each of `Alphabet.tags`."""
     CANCEL = 32
     SUBMIT = 96
 
@@ -89,6 +95,7 @@ class Steps:
         yield from self._ends(words, busy, component_busy)
         yield from self._guest(words)
         yield from self._cancelled(words)
+        yield from self._surroundings(words)
         yield from self.time(words)
 
     # -------------------------------------------------------------------------------------------- taking and reporting
@@ -161,10 +168,10 @@ class Steps:
         leads = tables.task_leads[layout.task.of(own) * tables.bases + layout.base.of(own)]
         return Transitions(Action.SUCCEED, busy, self._settled(own & ~(layout.served | layout.idle.mask), leads))
 
-    def _settled(self, words: Words, base: Ints) -> Words:
+    def _settled(self, words: Words, base: Ints, *, host_changed: bool = False) -> Words:
         """Set the base state and re-evaluate the queues."""
-        shift = self.layout.base.shift
-        return self.queues.reevaluated((words & ~self.layout.base.mask) | base << shift)
+        there = (words & ~self.layout.base.mask) | base << self.layout.base.shift
+        return self.queues.reevaluated(there, host_changed=host_changed)
 
     def _guest(self, words: Words) -> Iterator[Transitions]:
         layout, tables = self.layout, self.tables
@@ -180,6 +187,27 @@ class Steps:
             yield Transitions(action, rows[changed], settled[changed])
         changed = np.flatnonzero(awake != words)
         yield Transitions(Action.GUEST_RESET, changed, awake[changed])
+
+    def _surroundings(self, words: Words) -> Iterator[Transitions]:
+        """Lose the host or get it back, set or remove a tag: each changes the base state, and is no sign of life."""
+        tables = self.tables
+        base = self.layout.base.of(words)
+        for action, leads in (
+            (Action.HOST_LOST, tables.host_lost),
+            (Action.HOST_BACK, tables.host_back),
+            *((Action.RELABEL + number, leads) for number, leads in enumerate(tables.relabelled)),
+        ):
+            there = leads[base]
+            rows = np.flatnonzero(there != base)
+            if len(rows):
+                changed = action in (Action.HOST_LOST, Action.HOST_BACK)
+                yield Transitions(action, rows, self._settled(words[rows], there[rows], host_changed=changed))
+        arrives = tables.task_arrives[self.layout.task.of(words)]
+        there = tables.host_back[base]
+        rows = np.flatnonzero(arrives & (there != base))
+        if len(rows):
+            own = words[rows] & ~(self.layout.served | self.layout.idle.mask)
+            yield Transitions(Action.ARRIVE, rows, self._settled(own, there[rows]))
 
     def _cancelled(self, words: Words) -> Iterator[Transitions]:
         layout = self.layout

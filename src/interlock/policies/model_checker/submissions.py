@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from interlock.core.policy import Rule
+from interlock.core.roles import Role
 from interlock.core.states import NO_TASK
 from interlock.policies.model_checker.actions import Alphabet
 from interlock.policies.model_checker.gate_table import (
     EFFECT_BITS,
     EFFECT_MASK,
+    ROLE_BIT,
     Bools,
     GateEffect,
     GateTable,
@@ -38,7 +40,7 @@ class PackedAnswers(NamedTuple):
     submission: Ints
     effect: Ints
     kind: Ints
-    """The kind of the admitted request; the number of the submission for an operation on the record."""
+    """The kind of the admitted request; for a lock its level, and 0 for other operations on the record."""
 
 
 class PackedGate:
@@ -54,8 +56,9 @@ class PackedGate:
         self._outstanding_max = outstanding_max
         self.gate = GateTable(alphabet)
         self._ages = _AgeCodes(alphabet)
+        self._locks = layout.locked.ones + 1
         self._situation_numbers = np.full(
-            len(alphabet.bases) * 2 * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
+            len(alphabet.bases) * self._locks * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
         )
         self._rows: Rows | None = None
         self._leads_to_goal = tables.leads_to_goal
@@ -68,10 +71,14 @@ class PackedGate:
         situations = self.situations(words)
         return self._answers(words, situations, self._table())
 
-    def answers_to_deletions(self, words: Words) -> PackedAnswers:
-        """Return the answers to the submissions that lead to the goal."""
+    def ways_out(self, words: Words, role: Role | None, *, deletions: bool) -> PackedAnswers:
+        """Return the answers to the submissions of a role (None: of any); with `deletions`, only to deletions."""
         situations = self.situations(words)
-        return self._answers(words, situations, self._table().chosen(self._goal_submissions))
+        rows = self._table()
+        kept = self._goal_submissions[rows.submission] | (not deletions)
+        if role is not None:
+            kept &= (rows.roles & ROLE_BIT[role]) > 0
+        return self._answers(words, situations, rows.chosen(kept))
 
     def _answers(self, words: Words, situations: Ints, rows: Rows) -> PackedAnswers:
         count = rows.counts[situations]
@@ -175,7 +182,8 @@ class PackedGate:
             own = own & ~(layout.served | layout.component_served | layout.idle.mask | layout.base.mask)
             there = self._queues.reevaluated(own | base << layout.base.shift)
         elif effect is GateEffect.LOCK:
-            there = own | layout.locked.mask
+            level = np.minimum(np.maximum(layout.locked.of(own), answers.kind), layout.locked.ones)
+            there = (own & ~layout.locked.mask) | level << layout.locked.shift
         else:
             there = own & ~layout.locked.mask
         changed = np.flatnonzero(there != own)
@@ -200,7 +208,7 @@ class PackedGate:
         codes = np.flatnonzero(self._situation_numbers >= 0) // self._ages.codes
         tasks = len(self._alphabet.tasks) + 1
         words = []
-        for base, task in {(code // tasks // 2, code % tasks) for code in codes.tolist() if code % tasks}:
+        for base, task in {(code // tasks // self._locks, code % tasks) for code in codes.tolist() if code % tasks}:
             ages = self._alphabet.task_ages[task - 1]
             word = base << layout.base.shift | task << layout.task.shift
             words += [
@@ -215,7 +223,7 @@ class PackedGate:
         task, component, locked = layout.task.of(words), layout.component.of(words), layout.locked.of(words)
         base = layout.base.of(words)
         age = self._ages.of(layout, words, task, component)
-        return ((base * 2 + locked) * (len(self._alphabet.tasks) + 1) + task) * self._ages.codes + age
+        return ((base * self._locks + locked) * (len(self._alphabet.tasks) + 1) + task) * self._ages.codes + age
 
     def rule(self, word: int, submission: int) -> Rule:
         """Return the rule that decides a submission in one state."""
@@ -228,11 +236,20 @@ class PackedGate:
     def _situation(self, code: int) -> Situation:
         rest, age = divmod(code, self._ages.codes)
         rest, task = divmod(rest, len(self._alphabet.tasks) + 1)
-        base, locked = divmod(rest, 2)
+        base, locked = divmod(rest, self._locks)
         there = self._alphabet.bases[base]
         task_state = self._alphabet.tasks[task - 1].phase if task else NO_TASK
         silent_ms, running_ms = self._ages.moments(task, age)
-        return Situation(there.vm_state, there.launched, bool(locked), task_state, silent_ms, running_ms)
+        return Situation(
+            there.vm_state,
+            there.launched,
+            there.host_reachable,
+            there.tags,
+            self._alphabet.lock_levels[locked - 1] if locked else None,
+            task_state,
+            silent_ms,
+            running_ms,
+        )
 
     def _table(self) -> Rows:
         if self._rows is None:

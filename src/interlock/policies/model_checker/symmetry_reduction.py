@@ -13,14 +13,16 @@ from interlock.core.operations import CATALOGUE, Entry, Lane, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 
 
-def distinct_operations(policy: CompiledPolicy, operations: Iterable[Operation]) -> tuple[Operation, ...]:
+def distinct_operations(
+    policy: CompiledPolicy, operations: Iterable[Operation], *, hosts_vary: bool = True
+) -> tuple[Operation, ...]:
     """Return the first operation of each class that neither the policy nor the catalogue distinguishes.
 
-    Evacuation is left out: the host is always alive in a search, and no policy admits it there.
+    Evacuation is left out where the host is always reachable: it is refused there before any rule (`HOST_NOT_FENCED`).
     """
     first: dict[Any, Operation] = {}
     for operation in operations:
-        if operation is not Operation.EVACUATE:
+        if hosts_vary or operation is not Operation.EVACUATE:
             first.setdefault(_signature(policy, operation), operation)
     return tuple(first.values())
 

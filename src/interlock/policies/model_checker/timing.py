@@ -15,7 +15,12 @@ AGEING: Final = frozenset(
     {Action.SILENT, Action.RUNNING, Action.COMPONENT_SILENT, Action.COMPONENT_RUNNING, Action.IDLE}
 )
 """The actions in which only time passes."""
-_RESETS_IDLE: Final = frozenset(Action) - AGEING - {Action.DEADLINE, Action.SUBMIT, Action.CANCEL}
+_RESETS_IDLE: Final = (
+    frozenset(Action)
+    - AGEING
+    - {Action.DEADLINE, Action.SUBMIT, Action.CANCEL}
+    - {Action.HOST_LOST, Action.HOST_BACK, Action.RELABEL}
+)
 _RESETS_TASK: Final = frozenset({Action.TAKE, Action.LIFE, Action.PHASE, Action.ADOPT})
 _RESETS_COMPONENT: Final = frozenset({Action.TAKE_COMPONENT, Action.COMPONENT_LIFE, Action.ADOPT})
 

@@ -20,7 +20,7 @@ from interlock.cli.output.progress import LiveLine, progress_stream
 from interlock.core.roles import Role
 
 if TYPE_CHECKING:
-    from interlock.policies.model_checker import Exit, Exploration, SearchProgress, Violation
+    from interlock.policies.model_checker import Exit, Exploration, RolePromise, SearchProgress, Violation
 
 _OUTSTANDING_MAX: Final = 16
 _FAULTS_MAX: Final = 15
@@ -65,7 +65,7 @@ class _Seconds(click.ParamType[float]):
     type=click.Choice([role.value for role in Role]),
     default="member",
     show_default=True,
-    help="Role of the callers.",
+    help="Also say where callers of this role alone cannot delete.",
 )
 @click.option(
     "--story", "story_path", type=click.Path(path_type=Path), help="Write the shortest counterexample to this file."
@@ -145,7 +145,7 @@ def _explored(
                 outstanding_max=outstanding_max,
                 faults_max=faults_max,
                 seconds_max=seconds_max,
-                role=role,
+                role=Role(role),
                 on_progress=None if live is None else lambda advance: live.update(_progress(advance)),
             )
     except MemoryError:
@@ -195,6 +195,8 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
         invocation.echo("\nAssumptions of the exploration:")
     for line in assumption_lines(found.assumptions):
         invocation.echo(line)
+    if found.weaker is not None:
+        _show_weaker(invocation, found.weaker)
     _show_exits(invocation, found.exits)
 
 
@@ -212,6 +214,16 @@ def _show_violations(invocation: Invocation, name: str, violations: tuple[Violat
     if len(violations) > _SHOWN:
         invocation.echo(f"\n{len(violations) - _SHOWN} more; --json has all of them.")
     invocation.echo(f"\nA story is played by: interlock rehearse --policy {printable(name)}")
+
+
+def _show_weaker(invocation: Invocation, promise: RolePromise) -> None:
+    """Print the states from which callers of one role cannot delete, and others can."""
+    if not promise.cannot:
+        invocation.echo(f"Callers with the role {promise.role} can always delete, soft or not.")
+        return
+    more = f", and {len(promise.cannot) - _SHOWN} more (--json)" if len(promise.cannot) > _SHOWN else ""
+    states = "; ".join(promise.cannot[:_SHOWN])
+    invocation.echo(f"Callers with the role {promise.role} alone cannot always delete, others can: {states}{more}.")
 
 
 def _show_exits(invocation: Invocation, exits: tuple[Exit, ...]) -> None:

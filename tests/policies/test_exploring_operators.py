@@ -1,0 +1,227 @@
+"""What operators write, judged by the model checker: several roles, surroundings, holds, and switches of policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interlock.core.operations import Operation
+from interlock.core.policy import CompiledPolicy
+from interlock.core.states import VmState
+from interlock.policies.language.loader import compile_named
+from interlock.policies.model_checker import Exploration, Violation, explore
+from interlock.policies.rehearsal.runner import rehearse
+
+O = Operation  # noqa: E741
+V = VmState
+Site = Callable[[str], CompiledPolicy]
+
+NO_RESET = """
+[[rule]]
+id = "no-reset"
+operations = ["reset_state"]
+verdict = "deny"
+reason = "no_reset"
+because = "States are not edited by hand here."
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    def compiled(rules: str) -> CompiledPolicy:
+        """Compile a site's policy: these rules before those of `standard`."""
+        path = tmp_path / "site.toml"
+        path.write_text(f'[policy]\nname = "site"\nextends = "standard"\n{rules}')
+        return compile_named(str(path))
+
+    return compiled
+
+
+def search(policy: CompiledPolicy, *operations: Operation, **more: Any) -> Exploration:
+    fields: dict[str, Any] = {"starts": [V.ACTIVE], "outstanding_max": 2, "operations": operations} | more
+    return explore(policy, **fields)
+
+
+def the_one(found: Exploration, what: str) -> Violation:
+    return next(violation for violation in found.violations if what in violation.what)
+
+
+def plays(violation: Violation, policy: CompiledPolicy, *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rehearse a story and what is tried after it; return the answers to that."""
+    lines = [*violation.story, *(json.dumps(event) for event in more)]
+    answers = [json.loads(answer) for answer in rehearse(lines, policy)]
+    assert not [answer for answer in answers if "error" in answer]
+    return answers[len(violation.story) :]
+
+
+# ------------------------------------------------------------------------------------------------------- all roles
+
+STAFF_SNAPSHOTS = """
+[[rule]]
+id = "snapshots-by-staff"
+operations = ["snapshot"]
+roles = ["member"]
+verdict = "deny"
+reason = "staff_only"
+because = "Staff take snapshots."
+
+[[rule]]
+id = "delete-waits-for-snapshot"
+operations = ["delete", "force_delete"]
+task_state = ["@snapshot"]
+outstanding = ["*", "!delete", "!force_delete"]
+verdict = "admit"
+because = "A snapshot by staff is finished first."
+"""
+
+
+def test_what_an_admin_starts_and_a_member_waits_for_is_one_story(site: Site) -> None:
+    """Neither role alone gets an instance stuck: staff do not wait, and members take no snapshot."""
+    policy = site(STAFF_SNAPSHOTS + NO_RESET)
+    found = search(policy, O.SNAPSHOT, O.DELETE, O.FORCE_DELETE, O.STOP, O.RESET_STATE)
+    violation = the_one(found, "from active while snapshot is served")
+    events = [json.loads(line) for line in violation.story]
+    assert {"submit": "snapshot", "role": "admin"} in events
+    answers = plays(violation, policy, {"advance": "1d"}, {"submit": "stop", "role": "admin"}, {"submit": "delete"})
+    assert [answer.get("disposition") for answer in answers[1:]] == ["denied", "denied"]
+
+
+def test_a_state_that_an_admin_can_reset_is_not_stuck(site: Site) -> None:
+    found = search(site(STAFF_SNAPSHOTS), O.SNAPSHOT, O.DELETE, O.FORCE_DELETE, O.STOP, O.RESET_STATE)
+    assert not found.violations
+    assert found.weaker is not None
+    assert "active while snapshot is served" in found.weaker.cannot
+
+
+SOFT = (O.STOP, O.REBUILD, O.EVACUATE, O.DELETE, O.SOFT_DELETE, O.RESTORE)
+MEMBERS_SOFT_DELETE = """
+[[rule]]
+id = "members-soft-delete"
+operations = ["delete", "force_delete"]
+roles = ["member"]
+vm_state = ["*", "!soft_deleted"]
+verdict = "deny"
+reason = "soft_delete_first"
+because = "Members soft delete; staff delete."
+"""
+
+
+def test_a_policy_is_sound_if_only_staff_can_always_delete(site: Site) -> None:
+    """Where members cannot is said beside it, and is no violation."""
+    found = search(site(MEMBERS_SOFT_DELETE), *SOFT)
+    assert found.complete
+    assert not found.violations
+    assert found.weaker is not None
+    assert found.weaker.role == "member"
+    assert "active while rebuild is served" in found.weaker.cannot
+    assert "active" not in found.weaker.cannot, "a member soft-deletes it, and the server reclaims it"
+
+
+SOFT_DELETE_FIRST = """
+[[rule]]
+id = "soft-delete-preempts"
+operations = ["soft_delete"]
+vm_state = ["*", "!soft_deleted"]
+task_state = ["*", "!@soft_delete", "!@delete", "!@force_delete"]
+outstanding = ["*", "!soft_delete", "!delete", "!force_delete"]
+verdict = "preempt"
+because = "Soft delete goes first."
+
+[[rule]]
+id = "only-soft-deleted"
+operations = ["delete", "force_delete"]
+vm_state = ["*", "!soft_deleted"]
+verdict = "deny"
+reason = "soft_delete_first"
+because = "Soft delete it first."
+"""
+
+
+def test_soft_delete_and_what_the_server_reclaims_reach_the_end(site: Site) -> None:
+    found = search(site(SOFT_DELETE_FIRST), *SOFT, O.RESET_STATE)
+    assert found.complete
+    assert not found.violations
+    assert found.weaker is not None
+    assert not found.weaker.cannot
+    assert "What is served completes, if it is soft_delete or evacuate." in found.assumptions
+
+
+def test_a_soft_delete_after_which_nobody_deletes_breaks_law_5(site: Site) -> None:
+    never = SOFT_DELETE_FIRST.replace('vm_state = ["*", "!soft_deleted"]\nverdict = "deny"', 'verdict = "deny"')
+    found = search(site(never + NO_RESET), O.STOP, O.DELETE, O.SOFT_DELETE)
+    assert the_one(found, "deleted cannot be reached from soft_deleted").law == 5
+
+
+# ---------------------------------------------------------------------------------------------------- surroundings
+
+LEGAL_HOLD = """
+[[rule]]
+id = "tagged"
+operations = "*"
+tags = ["legal-hold"]
+verdict = "deny"
+reason = "hold"
+because = "Legal hold."
+"""
+
+
+def test_a_tag_that_denies_everything_breaks_law_5(site: Site) -> None:
+    """Taking the tag off is no way out that the policy grants."""
+    policy = site(LEGAL_HOLD)
+    violation = the_one(search(policy, O.STOP, O.DELETE), "nothing is ever admitted in active")
+    assert [json.loads(line) for line in violation.story[1:]] == [{"relabel": ["legal-hold"], "role": "admin"}]
+    assert plays(violation, policy, {"submit": "delete", "role": "admin"})[0]["rule"] == "tagged"
+
+
+def test_a_tag_that_denies_one_operation_breaks_no_law(site: Site) -> None:
+    """What waits is judged again when the tag is set, so that it is never cancelled after a success."""
+    gpu = LEGAL_HOLD.replace('operations = "*"', 'operations = ["resize"]').replace("legal-hold", "gpu")
+    found = search(site(gpu), O.STOP, O.START, O.RESIZE, O.DELETE)
+    assert found.complete
+    assert not found.violations
+    assert "The tags gpu are set and removed; no way to delete counts on their removal." in found.assumptions
+
+
+EVACUATE_IN_TURN = """
+[[rule]]
+id = "evacuate-in-turn"
+operations = ["evacuate"]
+vm_state = ["@sources"]
+host_reachable = false
+verdict = "admit"
+because = "The host is lost."
+"""
+
+
+@pytest.mark.parametrize("rules", ["", EVACUATE_IN_TURN], ids=["preempting", "in turn"])
+def test_evacuations_break_no_law_whenever_the_host_is_lost_and_back(site: Site, rules: str) -> None:
+    found = search(site(rules), O.REBOOT, O.MIGRATE, O.ATTACH_VOLUME, O.EVACUATE, O.DELETE)
+    assert found.complete
+    assert not found.violations
+    assert O.EVACUATE in found.operations
+
+
+def test_a_delete_that_waits_for_a_lost_host_breaks_law_5(site: Site) -> None:
+    waits = """
+[[rule]]
+id = "wait-for-the-host"
+operations = "*"
+host_reachable = false
+verdict = "deny"
+reason = "host_lost"
+because = "Bring the host back."
+"""
+    violation = the_one(search(site(waits), O.STOP, O.DELETE), "nothing is ever admitted in active")
+    assert [json.loads(line) for line in violation.story[1:]] == [{"host_reachable": False}]
+
+
+def test_what_rules_do_not_name_costs_no_state(site: Site) -> None:
+    """Only tags that a rule about an operation of the search names are set."""
+    plain = search(site(""), O.STOP, O.DELETE)
+    tagged = search(site(LEGAL_HOLD.replace('operations = "*"', 'operations = ["rescue"]')), O.STOP, O.DELETE)
+    assert tagged.states == plain.states
+    assert not [line for line in plain.assumptions if "tags" in line]
