@@ -98,6 +98,13 @@ def test_whom_a_lock_binds_cannot_change_the_labels_of_the_vm() -> None:
     assert refused.value.remedy == "Unlock it first: `interlock vm unlock vm`."
 
 
+def test_a_rehearsal_begins_with_the_lock_of_an_admin(site: CompiledPolicy) -> None:
+    for role, expected in (("member", '"admitted"'), ("admin", '"locked-above"')):
+        begin = f'{{"instance": {{"vm_state": "active", "locked": true, "lock_role": "{role}", "role": "member"}}}}'
+        _, answer = rehearse([begin, '{"submit": "unlock"}'], site)
+        assert expected in answer.decode()
+
+
 # ------------------------------------------------------------------------------------------------------------- tags
 
 

@@ -34,6 +34,8 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prior_vm_state: str | None = None
     further_vm_states: tuple[str, ...] = ()
     locked: bool = False
+    lock_role: str = "member"
+    """The role of who locked it."""
     tags: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
     """Its own list of blocked operations."""
@@ -180,6 +182,7 @@ def made_instance(line: InstanceLine, now_ms: int) -> Instance:
         failures={named_operation(name): count for name, count in line.failures.items()},
         updated_at_ms=since_ms,
         locked_by="owner" if line.locked else None,
+        lock_role=named_role(line.lock_role),
         blocked_operations=tuple(named_operation(name) for name in line.blocked),
         tags=line.tags,
         # Without `launched`, an instance that is not building counts as launched.
