@@ -188,6 +188,60 @@ def test_a_threshold_that_cannot_be_changed_is_refused(line: str, said: str, rem
     assert remedy in hint
 
 
+LOCKS = """
+[[rule]]
+id = "locked"
+operations = ["*", "!unlock"]
+locked = true
+verdict = "deny"
+fixed = true
+exceptions = ["delete", "stop"]
+
+[[rule]]
+id = "open"
+operations = ["delete", "pause"]
+verdict = "admit"
+"""
+
+
+def excepting(lines: str, base: str = LOCKS) -> dict[str, frozenset[Operation]]:
+    policy = read(f'[policy]\nextends = "base.toml"\n[exceptions]\n{lines}\n', base=base)
+    return {rule.id: rule.operations for rule in policy.rules}
+
+
+def test_a_policy_takes_operations_out_of_rules_that_it_extends() -> None:
+    locked = frozenset(O) - {O.UNLOCK}
+    assert excepting('locked = ["delete"]') == {"locked": locked - {O.DELETE}, "open": frozenset({O.DELETE, O.PAUSE})}
+    assert excepting('locked = ["delete", "stop"]\nopen = ["pause"]')["open"] == frozenset({O.DELETE})
+    assert excepting('open = ["delete", "pause"]') == {"locked": locked}
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "remedy"),
+    [
+        ('locked = ["pause", "stop"]', "4:10: The rule 'locked', at base.toml:2, is fixed for pause.", "`exceptions`"),
+        ('lock = ["stop"]', "4:1: Rule 'lock' not found in the extended policy.", "'locked'"),
+        ('locked = "stop"', "4:10: locked must be a list of strings", ""),
+        ('locked = ["stpo"]', "4:11: Unknown operation 'stpo'.", "'stop'"),
+        ('r = ["stop"]', "4:1: 'r' is a rule of this file; [exceptions] changes", "itself"),
+    ],
+)
+def test_an_exception_that_cannot_be_made_is_refused(line: str, said: str, remedy: str) -> None:
+    message, hint = refused(f'[policy]\nextends = "base.toml"\n[exceptions]\n{line}\n{RULE}', base=LOCKS)
+    assert message.startswith(f"mine.toml:{said}")
+    assert remedy in hint
+
+
+def test_a_fixed_rule_without_exceptions_has_none_and_no_other_rule_names_them() -> None:
+    strict = LOCKS.replace('exceptions = ["delete", "stop"]\n', "")
+    message, hint = refused('[policy]\nextends = "base.toml"\n[exceptions]\nlocked = ["stop"]\n', base=strict)
+    assert "is fixed for stop" in message
+    assert hint == "It allows no exceptions."
+    loose = LOCKS.replace("fixed = true\n", "")
+    assert "exceptions is valid only in a fixed rule" in refused(loose)[0]
+    assert refused("[exceptions]\nr = ['stop']\n" + RULE)[0].startswith("mine.toml:1:1: [exceptions] changes the rules")
+
+
 def test_thresholds_without_anything_extended_are_refused() -> None:
     assert refused("[thresholds]\nr = '3m'\n" + RULE)[0].startswith("mine.toml:1:1: [thresholds] changes the rules")
 

@@ -85,6 +85,8 @@ class Rule(Conditions, frozen=True, kw_only=True):
     """The reason as a sentence for people."""
     fixed: bool = False
     """Whether policies that extend this one must not change its decisions."""
+    exceptions: frozenset[Operation] = frozenset()
+    """For a fixed rule: the operations that a policy that extends this one may take out of it."""
     source: str = ""
     """Its location: `file:line`."""
 

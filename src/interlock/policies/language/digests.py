@@ -12,7 +12,7 @@ from interlock.core.policy import Policy, Rule
 
 _FORM: Final = "interlock policy 1"
 """Version of the digest's input."""
-_DECIDES_NOTHING: Final = frozenset({"source", "because"})
+_DECIDES_NOTHING: Final = frozenset({"source", "because", "exceptions"})
 _FIELDS: Final = tuple(field for field in msgspec.structs.fields(Rule) if field.name not in _DECIDES_NOTHING)
 
 

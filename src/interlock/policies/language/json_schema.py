@@ -88,6 +88,7 @@ def schema() -> Schema:
             "sets": _sets(),
             "names": _names(),
             "thresholds": _thresholds(),
+            "exceptions": _exceptions(),
             "rule": {
                 "description": SECTIONS["rule"],
                 "type": "array",
@@ -97,6 +98,7 @@ def schema() -> Schema:
         "anyOf": [{"required": ["rule"], "properties": {"rule": {"minItems": 1}}}, _extending()],
         "allOf": [
             {"if": {"required": ["thresholds"]}, "then": _extending()},
+            {"if": {"required": ["exceptions"]}, "then": _extending()},
             {"if": _without_own_names(), "then": _strict()},
         ],
         "definitions": dict(_definitions()),
@@ -141,6 +143,11 @@ def _names() -> Schema:
         "propertyNames": {"pattern": _spelled(NAMEABLE)},
         "additionalProperties": named,
     }
+
+
+def _exceptions() -> Schema:
+    part = {"anyOf": [_words(Takes.OPERATIONS), {"type": "object"}]}
+    return {"description": SECTIONS["exceptions"], "type": "object", "additionalProperties": part}
 
 
 def _thresholds() -> Schema:

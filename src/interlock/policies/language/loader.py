@@ -1,7 +1,7 @@
 """Policy loader: read a built-in policy or a file, merge it with the policies that it extends, and compile it.
 
-`schema` defines the language; docs/reference/policy-language.md describes it. `section_parser` and `thresholds` parse
-the sections. Every error is a `PolicyError` that starts with file, line and column.
+`schema` defines the language; docs/reference/policy-language.md describes it. `section_parser` and `changed_rules`
+parse the sections. Every error is a `PolicyError` that starts with file, line and column.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from interlock.core.durations import spelled_time
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import DEFAULT_OUTSTANDING_MAX, CompiledPolicy, Policy, Rule
+from interlock.policies.language.changed_rules import changed, excepted
 from interlock.policies.language.digests import digest_of
 from interlock.policies.language.policy_files import (
     DiskShelf,
@@ -46,7 +47,6 @@ from interlock.policies.language.schema import (
 )
 from interlock.policies.language.section_parser import read_names, read_rules, read_sets
 from interlock.policies.language.source_location import Place, is_text, nearest, shown
-from interlock.policies.language.thresholds import changed
 from interlock.policies.language.toml_positions import OutOfBounds, Position, Positions, end_of
 from interlock.policies.language.vocabulary import Dictionary, UserSet
 
@@ -203,12 +203,13 @@ class _Document:
         base = self._base(header)
         names = read_names(self._table("names"), self._at("names"), base.policy.names if base else {})
         sets = read_sets(self._table("sets"), self._at("sets"), base.sets if base else {}, names)
-        rules, families = self._rules(Dictionary(sets, names), len(base.policy.rules) if base else 0)
+        dictionary = Dictionary(sets, names)
+        rules, families = self._rules(dictionary, len(base.policy.rules) if base else 0)
         if not rules and base is None:
             raise self._whole.error("The policy has no rule and would deny everything.", "Write a [[rule]].")
         _check_order(rules)
         _check_ids(rules, base.policy.rules if base else ())
-        below = self._changed_base(base, rules, families)
+        below = self._changed_base(base, rules, families, dictionary)
         extends = header.get("extends")
         built_in = extends in builtin_names()
         policy = Policy(
@@ -294,19 +295,25 @@ class _Document:
         return tuple(rules), families
 
     def _changed_base(
-        self, base: _Reading | None, rules: tuple[_Written, ...], families: Mapping[str, str]
+        self,
+        base: _Reading | None,
+        rules: tuple[_Written, ...],
+        families: Mapping[str, str],
+        dictionary: Dictionary,
     ) -> tuple[Rule, ...]:
-        """Return the rules of the base, with the thresholds of this file."""
-        table, place = self._table("thresholds"), self._at("thresholds")
+        """Return the rules of the base, with the thresholds of this file and without its exceptions."""
         if base is None:
-            if "thresholds" in self._content:
-                raise place.key.error(
-                    "[thresholds] changes the rules of an extended policy, and this one extends none.",
-                    "Write the threshold in the rule.",
-                )
+            for section in ("thresholds", "exceptions"):
+                if section in self._content:
+                    raise self._at(section).key.error(
+                        f"[{section}] changes the rules of an extended policy, and this one extends none.",
+                        "Change it in the rule itself.",
+                    )
             return ()
         own = frozenset({*(one.rule.id for one in rules), *families.values()})
-        return changed(base.policy.rules, base.families, own, table, place)
+        timed = changed(base.policy.rules, base.families, own, self._table("thresholds"), self._at("thresholds"))
+        table, place = self._table("exceptions"), self._at("exceptions")
+        return excepted(timed, base.families, own, table, place, dictionary)
 
 
 def _protected_tags(header: Mapping[str, Any], place: Place, base: _Reading | None) -> tuple[str, ...]:

@@ -192,6 +192,13 @@ RULE_KEYS: Final = (
         default="false",
         example=True,
     ),
+    Key(
+        name="exceptions",
+        takes=Takes.OPERATIONS,
+        meaning="The operations that a policy that extends this one may take out of a fixed rule, in `[exceptions]`.",
+        default="none",
+        example=["delete"],
+    ),
 )
 """Every key that a rule may have, in the order of the reference."""
 CONDITION_KEYS: Final = ("vm_state", "task_state", *(condition.key for condition in CONDITIONS))
@@ -243,6 +250,8 @@ SECTIONS: Final = {
     'of a rule that expands to one for each operation changes all of them; `"silent-power.stop"` changes one. Not for '
     'fixed rules, and not for rules of the same file. `"silent-power" = { threshold = "5s", silent_for = "2s" }` '
     "changes a rule's `silent_for` too, or alone.",
+    "exceptions": 'Operations that rules of the extended policy do not match any more, by id: `"locked" = ["delete"]`. '
+    "Of a fixed rule, those that its key `exceptions` lists.",
     "rule": "One rule; `[[rule]]` may be repeated. All of its conditions must hold; one that is left out always does. "
     "The first rule that matches decides; if none does, the request is denied.",
 }

@@ -352,8 +352,20 @@ def _rule(
         reason=source.optional_text("reason", CODE),
         because=source.optional_text("because"),
         fixed=source.flag("fixed") or False,
+        exceptions=_exceptions(source),
         source=source.source,
     )
+
+
+def _exceptions(source: _Table) -> frozenset[Operation]:
+    if "exceptions" not in source:
+        return frozenset()
+    if not source.flag("fixed"):
+        raise source.at("exceptions").key.error(
+            "exceptions is valid only in a fixed rule; any other may have exceptions.",
+            "Remove it, or write fixed = true.",
+        )
+    return OPERATIONS.expand(source.table["exceptions"], "exceptions", source.at("exceptions"), source.dictionary)
 
 
 def _is_any(source: _Table, key: str) -> bool:

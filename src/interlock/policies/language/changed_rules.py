@@ -1,4 +1,4 @@
-"""The section `[thresholds]`: other times for rules of the extended policy, by their ids."""
+"""The sections `[thresholds]` and `[exceptions]`: changes of rules of the extended policy, by their ids."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
+from interlock.core.operations import Operation
 from interlock.core.policy import Rule, Verdict
 from interlock.policies.language.section_parser import read_duration
 from interlock.policies.language.source_location import Place, nearest, shown
+from interlock.policies.language.vocabulary import OPERATIONS, Dictionary
 
+EXCEPTIONS: Final = "exceptions"
 TIMES_OF_RULES: Final = {"threshold": "threshold_ms", "silent_for": "silent_ms_min"}
 """The times of a rule that `[thresholds]` changes, with their fields."""
 
@@ -41,6 +44,48 @@ def changed(
     return tuple(replace(rule, **given[rule.id]) if rule.id in given else rule for rule in rules)
 
 
+def excepted(
+    rules: tuple[Rule, ...],
+    families: Mapping[str, str],
+    own: AbstractSet[str],
+    table: Mapping[str, Any],
+    place: Place,
+    dictionary: Dictionary,
+) -> tuple[Rule, ...]:
+    """Return the rules of the extended policy without the operations that `[exceptions]` takes out of them.
+
+    A rule without operations is left out. `families` and `own` are as for `changed`.
+
+    Raises:
+        PolicyError: rule or operation not found, or the rule is fixed and does not allow the exception.
+    """
+    known = _Extended(rules, families)
+    left = {rule.id: rule.operations for rule in rules}
+    for name, raw, here in _exceptions(table, place, ()):
+        operations = OPERATIONS.expand(raw, name, here, dictionary)
+        for rule in known.named(name, own, here, EXCEPTIONS):
+            bound = operations & rule.operations - rule.exceptions if rule.fixed else frozenset()
+            if bound:
+                names = ", ".join(operation.value for operation in Operation if operation in bound)
+                raise here.error(
+                    f"The rule {name!r}, at {rule.source}, is fixed for {names}.",
+                    "Its key `exceptions` lists the operations for which it is not."
+                    if rule.exceptions
+                    else "It allows no exceptions.",
+                )
+            left[rule.id] -= operations
+    return tuple(replace(rule, operations=left[rule.id]) for rule in rules if left[rule.id])
+
+
+def _exceptions(table: Mapping[str, Any], place: Place, before: tuple[str, ...]) -> Iterator[tuple[str, Any, Place]]:
+    """Yield ids, operations and their positions. An unquoted id with a dot is read by TOML as a table."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _exceptions(value, place.at(key), (*before, key))
+        else:
+            yield ".".join((*before, key)), value, place.at(key)
+
+
 class _NewTime(NamedTuple):
     """An entry of `[thresholds]`."""
 
@@ -62,23 +107,24 @@ class _Extended:
             if rule.id in families:
                 self._family.setdefault(families[rule.id], []).append(rule)
 
+    def named(self, name: str, own: AbstractSet[str], place: Place, section: str) -> tuple[Rule, ...]:
+        """Return the rules of an id. Raises `PolicyError`."""
+        if name in self.single:
+            return (self.single[name],)
+        if name in self._family:
+            return tuple(self._family[name])
+        if name in own:
+            raise place.key.error(
+                f"{shown(name)} is a rule of this file; [{section}] changes rules of the extended policy.",
+                "Change it in the rule itself.",
+            )
+        every = self.single.values()
+        choices = (*self._family, *(one.id for one in every if section == EXCEPTIONS or one.verdict is Verdict.AFTER))
+        raise place.key.error(f"Rule {shown(name)} not found in the extended policy.", nearest(name, choices))
+
     def meant(self, new: _NewTime, own: AbstractSet[str]) -> tuple[Rule, ...]:
         name, place = new.name, new.place
-        if name in self.single:
-            rules: tuple[Rule, ...] = (self.single[name],)
-        elif name in self._family:
-            rules = tuple(self._family[name])
-        elif name in own:
-            raise place.key.error(
-                f"{shown(name)} is a rule of this file; [thresholds] changes rules of the extended policy.",
-                "Write the threshold in the rule.",
-            )
-        else:
-            choices = (
-                *self._family,
-                *(rule.id for rule in self.single.values() if rule.verdict is Verdict.AFTER),
-            )
-            raise place.key.error(f"Rule {shown(name)} not found in the extended policy.", nearest(name, choices))
+        rules = self.named(name, own, place, "thresholds")
         first = rules[0]
         if first.fixed:
             raise place.key.error(f"The rule {name!r}, at {first.source}, is fixed and cannot be changed.")
