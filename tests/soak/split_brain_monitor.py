@@ -25,7 +25,7 @@ from soak.report import Book
 _LOOK_EVERY_S: Final = 0.5
 _STILL_S: Final = 0.3
 """For how long a guest is watched that must stand still."""
-_SWITCHES_MAX: Final = 5
+SWITCHES_MAX: Final = 5
 """How often the vCPUs of one that stands still may be woken in that time; that of the smallest guest is woken fifteen
 times."""
 _VCPU_THREADS: Final = ("CPU ", "ALL CPUs")
@@ -120,10 +120,10 @@ class Doubles:
 
 def moves(holder: Holder, within_s: float = _STILL_S) -> bool:
     """Whether its guest runs: within so long its vCPUs are woken again and again."""
-    before, deadline = _switches(holder), time.monotonic() + within_s
+    before, deadline = vcpu_switches(holder), time.monotonic() + within_s
     while True:
         threading.Event().wait(_STILL_S)
-        if sum(number - before.get(thread, 0) for thread, number in _switches(holder).items()) > _SWITCHES_MAX:
+        if sum(number - before.get(thread, 0) for thread, number in vcpu_switches(holder).items()) > SWITCHES_MAX:
             return True
         if time.monotonic() >= deadline:
             return False
@@ -148,7 +148,7 @@ def _stat(holder: Holder) -> list[str]:
         return []
 
 
-def _switches(holder: Holder) -> dict[str, int]:
+def vcpu_switches(holder: Holder) -> dict[str, int]:
     """How often each vCPU's thread was given a processor."""
     found = {}
     for thread in Path(f"/proc/{holder.process_id}/task").glob("*"):
