@@ -32,5 +32,5 @@ def check_tags(policy: CompiledPolicy, role: Role, before: Iterable[str], after:
     names = ", ".join(sorted(changed))
     raise Forbidden(
         f"Permission denied: only an admin may set or remove the tag{'s' if len(changed) > 1 else ''} {names}.",
-        remedy=f"The policy {policy.policy.name} protects them. Leave them as they are, or ask an admin.",
+        remedy=f"Ask an admin, or leave what the policy {policy.policy.name} protects as it is.",
     )
