@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from findings_page import findings_page
 from interlock.__main__ import root
 from interlock.cli.commands.policy.group import schema_page
 from language_page import language_page
@@ -23,6 +24,7 @@ def reference() -> Iterator[tuple[str, str]]:
     """Yield the files of docs/reference that are drawn, by name."""
     yield "cli.md", cli_page(root())
     yield "configuration.md", configuration_page()
+    yield "findings.md", findings_page()
     yield "http.md", http_page((DOCS / "reference" / "http.md").read_text(encoding="utf-8"))
     yield "library.md", page()
     yield "policy-language.md", language_page()

@@ -35,6 +35,7 @@ _CONSTANTS: Final = {
     "CATALOGUE": "For each `Operation` its `Entry`: lane, phases, sources and target state.",
     "DEFAULT_STATES_MAX": "How many states `explore` visits unless it is given another limit.",
     "Disposition": "What the gate answers: `Admitted`, `Redundant`, `Denied` or `Held`.",
+    "KINDS": "For each code of a finding its `FindingKind`, the most serious first.",
     "NO_TASK": "The task state of an instance without a state change in flight.",
 }
 

@@ -294,3 +294,29 @@ def test_a_policy_of_novas_api_is_converted_to_a_file_that_passes_the_check(poli
     missing = policy("import", str(tmp_path / "nothing.yaml"))
     assert missing.code == 2
     assert "not found" in missing.err
+
+
+def test_many_findings_of_one_kind_are_one_sentence_with_their_places(policy: Any, tmp_path: Path) -> None:
+    path = tmp_path / "messy.toml"
+    rules = "".join(f'[[rule]]\nid = "r{n}"\noperations = ["stop"]\nverdict = "deny"\n' for n in range(6))
+    path.write_text(f'[policy]\nextends = "standard"\n{rules}')
+    ran = policy("check", str(path))
+    assert (
+        f"{path}:7: error: Rules never decide: everything that they match is decided before them. 5 places: " in ran.out
+    )
+    assert "    7 r1, 11 r2, 15 r3, 19 r4, 23 r5\n" in ran.out
+    assert ran.out.count("[unreachable]") == 1
+    assert policy("check", str(path), "--verbose").out.count("[unreachable]") == 5
+    (groups,) = [one["groups"] for one in json.loads(policy("check", str(path), "--json").out)["policies"]]
+    assert [len(one["findings"]) for one in groups if one["code"] == "unreachable"] == [5]
+
+
+def test_a_kind_of_finding_is_explained_with_an_example(policy: Any) -> None:
+    ran = policy("check", "--explain", "no-exit")
+    assert ran.code == 0
+    assert "every operation is denied to every role" in " ".join(ran.out.split())
+    assert 'tags = ["legal-hold"]' in ran.out
+    unknown = policy("check", "--explain", "noexit")
+    assert unknown.code == 2
+    assert "Did you mean 'no-exit'?" in unknown.err
+    assert policy("check").code == 2

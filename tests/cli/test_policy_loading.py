@@ -117,8 +117,8 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.splitlines() == [
         "Rejected: Policy rejected: its check found 1 error. standard stays in force.",
-        "s.toml:9: error: Dead.",
-        "  Go.",
+        "s.toml:9: error: Dead. [x]",
+        "    Go.",
         f"Law 5 (never stuck) is violated: nothing is ever admitted. {LAWS[5].promise}",
         "Counterexample, for `interlock rehearse`:",
         *(f"  {line}" for line in story),

@@ -5,30 +5,34 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.commands.policy.output import SEVERITY_COLOURS, finding_lines, paragraph
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import printable
 
 if TYPE_CHECKING:
-    from interlock.policies.lint.findings import Finding
+    from interlock.policies.lint import Finding
     from interlock.policies.rehearsal.scenarios import Failed, ScenarioResults
-
-_COLOURS: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
 @policy_commands.command()
-@click.argument("policies", metavar="NAME|FILE...", nargs=-1, required=True)
+@click.argument("policies", metavar="NAME|FILE...", nargs=-1)
+@click.option("--explain", metavar="CODE", help="Explain a kind of finding, with an example, and check nothing.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
-@click.option("--verbose", is_flag=True, help="Show all notes, including overruled rules and parts that never decide.")
+@click.option(
+    "--verbose", is_flag=True, help="Show every finding, also overruled rules and parts that never decide, ungrouped."
+)
 @with_json
-def check(invocation: Invocation, *, policies: tuple[str, ...], strict: bool, verbose: bool) -> None:
+def check(
+    invocation: Invocation, *, policies: tuple[str, ...], explain: str | None, strict: bool, verbose: bool
+) -> None:
     """Check policies, without a server.
 
     Finds unreachable rules, contradictions of fixed rules, states without an exit or in which nothing can be deleted,
@@ -37,8 +41,13 @@ def check(invocation: Invocation, *, policies: tuple[str, ...], strict: bool, ve
 
     Exits with 1 on an error (with --strict, also on a warning), and with 2 if a policy does not exist.
     """
-    from interlock.policies.lint.checker import check_file
+    from interlock.policies.lint import check_file, grouped
 
+    if explain is not None:
+        _explain(invocation, explain)
+        return
+    if not policies:
+        raise Failure(ExitCode.USAGE, "Missing argument NAME|FILE.", remedy="Name a policy file or a built-in policy.")
     results = []
     for name in policies:
         _must_exist(name)
@@ -48,7 +57,9 @@ def check(invocation: Invocation, *, policies: tuple[str, ...], strict: bool, ve
     if invocation.json:
         invocation.emit(
             {
-                "policies": [{"policy": name, "findings": findings} for name, findings in results],
+                "policies": [
+                    {"policy": name, "findings": findings, "groups": grouped(findings)} for name, findings in results
+                ],
                 "errors": severities.count("error"),
                 "warnings": severities.count("warning"),
                 "notes": severities.count("note"),
@@ -80,16 +91,34 @@ def _must_exist(name: str) -> None:
 
 def _print_findings(invocation: Invocation, name: str, findings: Sequence[Finding], *, verbose: bool) -> None:
     shown = [one for one in findings if verbose or not one.detail]
-    for one in shown:
-        severity = click.style(f"{one.severity.value}:", fg=_COLOURS[one.severity.value], bold=True)
-        invocation.echo(f"{printable(one.place)}: {severity} {printable(one.message)} [{one.code}]")
-        if one.remedy:
-            invocation.echo(f"    {printable(one.remedy)}")
-    counts = {severity: sum(one.severity.value == severity for one in findings) for severity in _COLOURS}
+    for line in finding_lines(shown, singly=verbose):
+        invocation.echo(line)
+    counts = {severity: sum(one.severity.value == severity for one in findings) for severity in SEVERITY_COLOURS}
     parts = [f"{count} {severity}{'s' * (count != 1)}" for severity, count in counts.items() if count]
     hidden = len(findings) - len(shown)
     more = f" ({hidden} of them with --verbose)" if hidden else ""
     invocation.echo(f"{printable(name)}: {', '.join(parts) + more if parts else 'no findings'}.")
+
+
+def _explain(invocation: Invocation, code: str) -> None:
+    from interlock.policies.language.vocabulary import nearest
+    from interlock.policies.lint import KINDS
+
+    kind = KINDS.get(code)
+    if kind is None:
+        raise Failure(ExitCode.USAGE, f"Unknown finding {code!r}.", remedy=nearest(code, KINDS))
+    if invocation.json:
+        invocation.emit(kind)
+        return
+    severity = click.style(kind.severity.value, fg=SEVERITY_COLOURS[kind.severity.value], bold=True)
+    invocation.echo(f"{kind.code} ({severity})")
+    for title, text in (("", kind.meaning), ("Remedy: ", kind.remedy)):
+        for line in paragraph(title, text, indent=2):
+            invocation.echo(line)
+    if kind.example:
+        invocation.echo("  Example:")
+        for line in kind.text().splitlines():
+            invocation.echo(f"    {line}".rstrip())
 
 
 @policy_commands.command("test")

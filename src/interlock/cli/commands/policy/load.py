@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,7 +20,7 @@ from interlock.api.schemas.policy import (
 from interlock.cli.client.http_client import Reply
 from interlock.cli.commands.policy.certificate import read_certificate
 from interlock.cli.commands.policy.group import policy_commands
-from interlock.cli.commands.policy.output import walk_text
+from interlock.cli.commands.policy.output import finding_lines, walk_text
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
@@ -37,7 +37,6 @@ _DIGEST_SHOWN: Final = 16
 _BLOCKED_SHOWN: Final = 5
 _STORIES_SHOWN: Final = 2
 """How many violations are printed."""
-_COLOURS: Final = {"error": "red", "warning": "yellow", "note": None}
 
 
 def _number(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
@@ -203,8 +202,8 @@ def _show(invocation: Invocation, reply: Reply, *, dry_run: bool, built_in: bool
         notes = "note on it" if count == 1 else "notes on it"
         invocation.echo(f"{count} {notes}; `interlock policy check {loaded.name}` shows them.")
         return
-    for finding in loaded.findings:
-        invocation.echo(_finding_text(finding))
+    for line in _finding_lines(loaded.findings):
+        invocation.echo(line)
 
 
 def _outcome(loaded: PolicyLoaded, *, dry_run: bool) -> str:
@@ -222,10 +221,10 @@ def _outcome(loaded: PolicyLoaded, *, dry_run: bool) -> str:
     return click.style(f"{named} is in force", fg="green", bold=True) + f", instead of {before}. {outstanding}"
 
 
-def _finding_text(finding: PolicyFinding) -> str:
-    severity = click.style(finding.severity, fg=_COLOURS[finding.severity])
-    text = f"{printable(finding.place)}: {severity}: {printable(finding.message)}"
-    return text if finding.remedy is None else f"{text}\n  {printable(finding.remedy)}"
+def _finding_lines(findings: Iterable[PolicyFinding]) -> list[str]:
+    from interlock.policies.lint import Finding
+
+    return [*finding_lines(msgspec.convert(one, Finding, from_attributes=True) for one in findings)]
 
 
 def _blocked_text(blocked: PolicyBlockedVm) -> str:
@@ -238,7 +237,7 @@ def _problem_text(problem: PolicyProblem) -> str:
     lines = [click.style("Rejected: ", fg="red", bold=True) + printable(problem.detail)]
     if problem.remedy:
         lines.append(printable(problem.remedy))
-    lines += [_finding_text(finding) for finding in problem.findings]
+    lines += _finding_lines(problem.findings)
     for violation in problem.violations[:_STORIES_SHOWN]:
         law = LAWS[violation.law]
         lines.append(f"Law {violation.law} ({law.name}) is violated: {printable(violation.what)}. {law.promise}")

@@ -21,9 +21,13 @@ from interlock.core.conditions import CALLER, Condition
 if TYPE_CHECKING:
     from interlock.api.schemas.policy import PolicyWalk
     from interlock.core.policy import CompiledPolicy
+    from interlock.policies.lint import Finding, FindingGroup
 
 _WRITTEN: Final = 64 * 1024
 _WIDTH_MAX: Final = 120
+_SINGLY_MAX: Final = 3
+"""Up to how many findings of one kind are printed one by one."""
+SEVERITY_COLOURS: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -139,3 +143,32 @@ def walk_text(walk: PolicyWalk) -> str:
     if walk.certified_by is not None:
         first = f"Certified by {printable(walk.certified_by)}: {seen}; no violations under these assumptions:"
     return "\n".join((first, *assumption_lines(walk.assumptions)))
+
+
+def finding_lines(findings: Iterable[Finding], *, singly: bool = False) -> Iterator[str]:
+    """Format findings, the most serious first: many of one kind as one sentence with their places."""
+    from interlock.policies.lint import grouped
+
+    for group in grouped(findings):
+        if not singly and len(group.findings) > _SINGLY_MAX:
+            yield from _group_lines(group)
+            continue
+        for one in group.findings:
+            yield _finding_head(one.place, group.severity.value, one.message, group.code)
+            if one.remedy:
+                yield f"    {printable(one.remedy)}"
+
+
+def _group_lines(group: FindingGroup) -> Iterator[str]:
+    message = f"{group.summary} {len(group.findings)} places:"
+    yield _finding_head(group.findings[0].place, group.severity.value, message, group.code)
+    # A place stays on one line: its space is one at which lines do not break.
+    places = (f"{one.place.partition(':')[2] or one.place}\xa0{printable(one.rule or '')}" for one in group.findings)
+    yield from (line.replace("\xa0", " ") for line in paragraph("", ", ".join(places), indent=4))
+    if group.remedy:
+        yield f"    {printable(group.remedy)}"
+
+
+def _finding_head(place: str, severity: str, message: str, code: str) -> str:
+    coloured = click.style(f"{severity}:", fg=SEVERITY_COLOURS[severity], bold=True)
+    return f"{printable(place)}: {coloured} {printable(message)} [{code}]"
