@@ -85,7 +85,7 @@ def _rules() -> Iterator[str]:
     yield from _table(
         "key | value | only with | default | meaning",
         (
-            (name, takes, f"`{key.verdict.value}`" if key.verdict else "", default, meaning)
+            (name, takes, ", ".join(f"`{one.value}`" for one in key.verdicts), default, meaning)
             for key in RULE_KEYS
             for name, takes, default, meaning in (_key_cells(key),)
         ),

@@ -79,11 +79,14 @@ def test_a_refusal_that_ends_by_itself_says_when(interlock: Interlock, server: S
         blocked_by=blocker(status=Status.IN_FLIGHT, phase="rebooting", last_sign_of_life=AT),
         allowed_at="2026-03-01T12:03:03.000Z",
         retry_after_s=161.0,
+        allowed_if_silent=True,
+        allowed_latest_at="2026-03-01T12:10:13.000Z",
     )
     server.on("POST", REQUESTS, Given(409, timed))
     ran = interlock("vm", "reboot", "demo")
     assert "is in flight (rebooting) since 12:00:03; last progress 12:00:03." in ran.err
-    assert "Allowed again: 12:03:03 (in 2 min 41 s), unless there is progress before" in ran.err
+    latest = "unless there is progress before; at the latest 12:10:13"
+    assert f"Allowed again: 12:03:03 (in 2 min 41 s), {latest}" in ran.err
 
 
 def test_with_json_a_refusal_is_one_problem_document_on_standard_error(

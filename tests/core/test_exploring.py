@@ -10,7 +10,7 @@ import pytest
 from core_samples import ORDINARY, STUCK_MS, O, V, compiled, rule
 
 import model_checker_reference
-from interlock.core import admission, lifecycle, request_queue
+from interlock.core import admission, lifecycle, outcomes, request_queue
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import SERVED, Change, Instance, Request, Status
@@ -233,7 +233,7 @@ def test_a_request_that_is_dropped_breaks_law_3(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_success_that_changes_no_state_breaks_law_7(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next decision would be about the old state."""
-    monkeypatch.setattr(lifecycle, "resolve_target", lambda _, vm_state, prior: (vm_state, prior))
+    monkeypatch.setattr(outcomes, "resolve_target", lambda _, vm_state, prior: (vm_state, prior))
     assert 7 in broken_laws(by_the_core())
 
 

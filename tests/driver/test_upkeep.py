@@ -28,6 +28,7 @@ from interlock.driver.operation_context import DriverDependencies
 from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.hypervisors.simulated.faults import Method, Slow
 from interlock.images.dump_folder import DumpFolder
 from interlock.images.image_folder import ImageFolder
 from interlock.policies.active_policy import PolicyInForce
@@ -50,11 +51,12 @@ def _no_other(name: str) -> RemoteHost:
 class House:
     """An agent on one store and one host, both of which outlive it."""
 
-    def __init__(self, config: UpkeepConfig | None = None) -> None:
+    def __init__(self, config: UpkeepConfig | None = None, driver: DriverConfig | None = None) -> None:
         self.clock = LoopClock(asyncio.get_running_loop())
         self.store = MemoryStore(self.clock)
         self.host = SimulatedHost()
         self.config = config or UpkeepConfig()
+        self.driver_config = driver or DriverConfig(drain_ms=1)
         self.policy = PolicyInForce(CompiledPolicy(Source.read("standard").policy, PERFORMS))
         self.ids = itertools.count()
         self.agent: Dispatcher
@@ -72,7 +74,7 @@ class House:
             images=images,
             dumps=DumpFolder(Path("/nowhere")),
             passwords=PendingPasswords(),
-            config=DriverConfig(drain_ms=1),
+            config=self.driver_config,
         )
         self.agent = Dispatcher(means, self.policy, upkeep)
         await self.agent.open()
@@ -129,9 +131,13 @@ class House:
         return self.store.now("vm")
 
 
-def in_house(story: Callable[[House], Coroutine[Any, Any, None]], config: UpkeepConfig | None = None) -> None:
+def in_house(
+    story: Callable[[House], Coroutine[Any, Any, None]],
+    config: UpkeepConfig | None = None,
+    driver: DriverConfig | None = None,
+) -> None:
     async def main() -> None:
-        house = House(config)
+        house = House(config, driver)
         await house.start()
         await story(house)
         await house.agent.close()
@@ -446,3 +452,52 @@ async def test_the_policy_can_be_changed(fleet: Embedded) -> None:
     kept = await fleet.server.store.instance(vm)
     assert kept is not None
     assert kept.restart == ALWAYS
+
+
+# ------------------------------------------------------------------------------------------------- served at most
+
+
+def test_a_stop_whose_worker_reports_progress_for_ever_fails_after_an_hour_and_the_queue_goes_on() -> None:
+    """The guest ignores its power button, and the server waits for it for a day; each look at it is progress."""
+
+    async def story(house: House) -> None:
+        await house.put(VmState.STOPPED)
+        await house.ask(O.START)
+        await asyncio.sleep(10)
+        house.host.ignore_power_button("vm")
+        stop = await house.ask(O.STOP)
+        await asyncio.sleep(10)
+        start, pause = await house.ask(O.START), await house.ask(O.PAUSE)
+        assert isinstance(stop, Admitted)
+        assert isinstance(start, Admitted)
+        assert isinstance(pause, Admitted)
+        await asyncio.sleep(3_580)
+        assert house.store.requests[stop.request.id].status is Status.IN_FLIGHT
+        await asyncio.sleep(30)
+        ended = [house.store.requests[one.request.id] for one in (stop, start, pause)]
+        assert [(one.status, one.reason) for one in ended] == [
+            (Status.FAILED, "served_too_long"), (Status.CANCELLED, "already_active"), (Status.SUCCEEDED, None),
+        ]  # fmt: skip
+        assert house.vm().vm_state is VmState.PAUSED
+
+    in_house(story, driver=DriverConfig(drain_ms=1, guest_shutdown_timeout_ms=DAY_MS))
+
+
+def test_a_pause_that_cannot_be_interrupted_is_fenced_at_its_limit_and_what_it_did_is_found_out() -> None:
+    async def story(house: House) -> None:
+        await house.put(VmState.STOPPED)
+        await house.ask(O.START)
+        await asyncio.sleep(10)
+        house.host.faults.script("vm", Method.PAUSE, Slow(20 * 60_000))
+        pause = await house.ask(O.PAUSE)
+        assert isinstance(pause, Admitted)
+        await asyncio.sleep(620)
+        ended = house.store.requests[pause.request.id]
+        assert (ended.status, ended.reason) == (Status.FAILED, "served_too_long")
+        stop = await house.ask(O.STOP, hard=True)
+        assert isinstance(stop, Admitted)
+        await asyncio.sleep(1_000)
+        assert house.store.requests[stop.request.id].status is Status.SUCCEEDED
+        assert house.vm().vm_state is VmState.STOPPED
+
+    in_house(story)

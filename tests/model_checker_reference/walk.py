@@ -204,14 +204,22 @@ class Walk:
 
     def _retry_time_holds(self, index: int, node: _Node, submission: Submission, step: Step, at_ms: int) -> bool:
         """Return whether a submission is admitted at the time that its denial names; report if not, or if earlier."""
-        then = admission.judge(node.instance, submission, self.policy, at_ms)
+        states = (node.instance, self._later(node.instance, at_ms))
+        answers = [admission.judge(instance, submission, self.policy, at_ms) for instance in states]
+        then = any(isinstance(answer, Admitted) for answer in answers)
         early = admission.judge(node.instance, submission, self.policy, at_ms - 1)
         name = submission.operation.value
-        if not isinstance(then, Admitted):
+        if not then:
             self._report(index, step, Breach(5, f"{name} is not admitted at the retry time of its denial"))
         elif isinstance(early, Admitted):
             self._report(index, step, Breach(8, f"{name} is admitted before the retry time of its denial"))
-        return isinstance(then, Admitted)
+        return then
+
+    def _later(self, instance: Instance, at_ms: int) -> Instance:
+        """Return the instance at a time, if nothing happens until then but what is due."""
+        while (due_ms := lifecycle.next_deadline_ms(instance)) is not None and due_ms <= at_ms:
+            instance = lifecycle.expire(instance, self.policy, due_ms).instance
+        return instance
 
     def _other_transitions(self, node: _Node) -> Iterator[tuple[Step, Change[Any]]]:
         """Yield every transition but submissions and the passage of time."""

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from interlock.core import restarts
 from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.outcomes import fail_overdue, fenced_for_limit_at_ms
 from interlock.core.policy import (
     GONE,
     HOST_NOT_FENCED,
@@ -18,6 +19,7 @@ from interlock.core.policy import (
     TO_BE_DELETED,
     Before,
     CompiledPolicy,
+    MeasuredFrom,
     Rule,
     Verdict,
 )
@@ -163,6 +165,7 @@ class _Evaluation(NamedTuple):
             rule=rule.id,
             admitted_at_ms=self.draft.now_ms,
             in_turn=rule.in_turn,
+            served_at_most_ms=self.policy.limit_ms(rule, submission.operation),
         )
 
     def facts(self, rule: Rule) -> dict[str, Any]:
@@ -295,14 +298,52 @@ def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     )
 
 
+class _Allowed(NamedTuple):
+    """When a submission would be admitted, as `Denied` has it."""
+
+    at_ms: int | None = None
+    if_silent: bool = False
+    latest_ms: int | None = None
+
+
+_UNKNOWN: Final = _Allowed()
+
+
 def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
-    draft, view = evaluation.draft, evaluation.view
-    timed_ms = _in_time_ms(evaluation)
-    allowed_at_ms = timed_ms or draft.now_ms + rule.until_threshold_ms(view)
+    allowed = _takes_over(evaluation, rule)
     if rule.before is Before.REDUNDANT:
-        earlier = _latest(draft.instance, view.operation)
-        return _redundant(evaluation, rule, earlier, allowed_at_ms)
-    return _deny(evaluation, rule, allowed_at_ms=allowed_at_ms)
+        earlier = _latest(evaluation.draft.instance, evaluation.view.operation)
+        return _redundant(evaluation, rule, earlier, allowed)
+    return _deny(evaluation, rule, allowed=allowed)
+
+
+def _takes_over(evaluation: _Evaluation, rule: Rule) -> _Allowed:
+    """Return when the threshold of a rule will have passed.
+
+    Progress moves a threshold that measures silence, but not the end of what may be served for a limited time only.
+    """
+    at_ms = _in_time_ms(evaluation) or evaluation.draft.now_ms + rule.until_threshold_ms(evaluation.view)
+    if rule.measured_from is MeasuredFrom.TASK_STARTED:
+        return _Allowed(at_ms)
+    latest_ms = _after_limit_ms(evaluation)
+    if latest_ms is not None and latest_ms <= at_ms:
+        return _Allowed(latest_ms, latest_ms=latest_ms)
+    return _Allowed(at_ms, if_silent=True, latest_ms=latest_ms)
+
+
+def _after_limit_ms(evaluation: _Evaluation) -> int | None:
+    """Return when what is in flight is fenced at the latest, if the submission would be admitted then; else None."""
+    instance, now_ms = evaluation.draft.instance, evaluation.draft.now_ms
+    serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
+    fenced_at_ms = None if serving is None else fenced_for_limit_at_ms(serving, now_ms)
+    if serving is None or fenced_at_ms is None or not evaluation.looks_ahead:
+        return None
+    draft = Draft(instance, fenced_at_ms, host_reachable=evaluation.submission.host_reachable)
+    fail_overdue(draft, serving)
+    judge_again(draft, evaluation.policy)
+    then = replace(evaluation.submission, hold_ms=None)
+    change = _admit(draft.change(None).instance, then, evaluation.policy, fenced_at_ms, looks_ahead=False)
+    return fenced_at_ms if isinstance(change.answer, Admitted) else None
 
 
 def _deny(
@@ -311,12 +352,12 @@ def _deny(
     *,
     foreseen: VmState | None = None,
     blocked_by: Request | None = None,
-    allowed_at_ms: int | None = None,
+    allowed: _Allowed = _UNKNOWN,
 ) -> Change[Disposition]:
     instance = evaluation.draft.instance
-    if allowed_at_ms is None:
-        allowed_at_ms = _in_time_ms(evaluation)
-    fenced_at_ms = _once_fenced_ms(evaluation) if allowed_at_ms is None else None
+    if allowed.at_ms is None:
+        allowed = _Allowed(_in_time_ms(evaluation))
+    fenced_at_ms = _once_fenced_ms(evaluation) if allowed.at_ms is None else None
     answer = Denied(
         operation=evaluation.submission.operation,
         reason=rule.code,
@@ -325,7 +366,9 @@ def _deny(
         vm_state=foreseen or instance.vm_state,
         foreseen=foreseen is not None,
         blocked_by=blocked_by or _blocker(instance, rule),
-        allowed_at_ms=fenced_at_ms if allowed_at_ms is None else allowed_at_ms,
+        allowed_at_ms=fenced_at_ms if allowed.at_ms is None else allowed.at_ms,
+        allowed_if_silent=allowed.if_silent,
+        allowed_latest_at_ms=allowed.latest_ms,
     )
     hold_ms = evaluation.submission.hold_ms
     permanent = rule is GONE or rule is TO_BE_DELETED or rule.id == NOT_PERFORMED
@@ -387,7 +430,7 @@ def _hold(evaluation: _Evaluation, rule: Rule, denied: Denied, hold_ms: int) -> 
 
 
 def _redundant(
-    evaluation: _Evaluation, rule: Rule, earlier: Request | None, allowed_at_ms: int | None = None
+    evaluation: _Evaluation, rule: Rule, earlier: Request | None, allowed: _Allowed = _UNKNOWN
 ) -> Change[Disposition]:
     answer = Redundant(
         rule=rule.id,
@@ -395,7 +438,9 @@ def _redundant(
         reason=rule.reason or "already",
         because=rule.because,
         request=earlier,
-        allowed_at_ms=allowed_at_ms,
+        allowed_at_ms=allowed.at_ms,
+        allowed_if_silent=allowed.if_silent,
+        allowed_latest_at_ms=allowed.latest_ms,
     )
     return _unchanged(evaluation, "request.redundant", rule, answer)
 

@@ -16,6 +16,7 @@ from interlock.core.guest_events import STATE_UNCHANGED, after_event, with_troub
 from interlock.core.holds import judge_held
 from interlock.core.labels import check_lock, check_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.outcomes import end_of, fail_overdue, interrupt_overdue, move, next_limit_ms, settle
 from interlock.core.policy import CompiledPolicy
 from interlock.core.reconciliation import without_devices
 from interlock.core.records import (
@@ -36,8 +37,8 @@ from interlock.core.records import (
 from interlock.core.request_queue import Draft, first_phase, is_judged, judge_again, next_served, replace
 from interlock.core.restart_policy import Evacuate, RestartPolicy
 from interlock.core.roles import Role
-from interlock.core.state_stack import ARRIVES, Memory, resolve_target, without_guest
-from interlock.core.states import LEFT_AT_END, GuestTrouble, PowerState, VmState
+from interlock.core.state_stack import without_guest
+from interlock.core.states import LEFT_AT_END, GuestTrouble, PowerState
 
 
 def take(instance: Instance, lane: Lane | None, now_ms: int, *, host_reachable: bool = True) -> Change[Request | None]:
@@ -211,44 +212,11 @@ def finish(
     if outcome is Outcome.SUCCEEDED and draft.instance.guest_trouble is GuestTrouble.NOT_RESPONDING:
         draft.instance = replace(draft.instance, guest_trouble=None, guest_trouble_since_ms=None)
     if request.lane is Lane.STATE:
-        _settle(draft, request, outcome, message, arrived=arrived)
+        settle(draft, request, outcome, message, arrived=arrived)
         restarts.on_request_end(draft, request, outcome)
-    draft.end(request, *_end(request, outcome, message))
+    draft.end(request, *end_of(request, outcome, message))
     judge_again(draft, policy)
     return draft.change(draft.requests[request.id])
-
-
-def _end(request: Request, outcome: Outcome, message: str | None) -> tuple[Status, str | None, str | None]:
-    match outcome:
-        case Outcome.SUCCEEDED:
-            return Status.SUCCEEDED, None, message
-        case Outcome.INTERRUPTED if request.interrupted_for is not None:
-            return Status.SUPERSEDED, "superseded", message or f"Interrupted by request {request.interrupted_for}."
-        case Outcome.INTERRUPTED:
-            return Status.CANCELLED, "interrupted", message or "Interrupted and rolled back."
-        case Outcome.FAILED | Outcome.UNTOUCHED | Outcome.UNKNOWN:
-            return Status.FAILED, "failed", message
-
-
-def _settle(draft: Draft, request: Request, outcome: Outcome, message: str | None, *, arrived: bool) -> None:
-    """Set the vm_state that the outcome leads to."""
-    before = draft.instance
-    state, memory = before.vm_state, before.state_stack
-    if outcome is Outcome.SUCCEEDED and not (arrived and request.operation in ARRIVES):
-        state, memory = resolve_target(request.operation, state, memory)
-    elif outcome is Outcome.FAILED:
-        state = CATALOGUE[request.operation].on_failure or state
-    _move(draft, state, memory, message if outcome is Outcome.FAILED else None, request.id)
-
-
-def _move(draft: Draft, state: VmState, memory: Memory, error: str | None, request_id: str | None = None) -> None:
-    before = draft.instance
-    after = before.come_to(state, memory)
-    in_error = VmState.ERROR in (state, *after.state_stack)
-    draft.instance = replace(after, error=(error or before.error) if in_error else None)
-    if state is not before.vm_state:
-        draft.instance = replace(draft.instance, state_since_ms=draft.now_ms)
-        draft.emit("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
 
 
 def observe(
@@ -281,7 +249,7 @@ def observe(
         # The QEMU process of a crashed guest is kept, with its disks open.
         _complete_detachments(draft)
     draft.instance = replace(draft.instance, power_state=power)
-    _move(draft, state, memory, error)
+    move(draft, state, memory, error)
     restarts.on_guest_end(draft, instance, event)
     if event is not GuestEvent.RESET:
         judge_again(draft, policy)
@@ -334,6 +302,11 @@ def expire(
     """
     if not is_judged(instance, host_reachable=host_reachable):
         return rejudge(instance, policy, now_ms, host_reachable=host_reachable)
+    limit_ms = next_limit_ms(instance)
+    if limit_ms is not None and limit_ms <= now_ms:
+        draft = Draft(instance, now_ms, host_reachable=host_reachable)
+        interrupt_overdue(draft)
+        return draft.change(())
     deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
         if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
@@ -341,14 +314,17 @@ def expire(
         return Change(instance=instance, answer=())
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
     due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)
-    fenced = draft.fence_off(due.interrupted_for, "It was interrupted and did not stop in time.")
+    if due.overdue and due.interrupted_for is None:
+        fenced = fail_overdue(draft, due)
+    else:
+        fenced = draft.fence_off(due.interrupted_for, "It was interrupted and did not stop in time.")
     judge_again(draft, policy)
     return draft.change(fenced)
 
 
 def next_deadline_ms(instance: Instance) -> int | None:
     """Return when to call `expire` next, or None."""
-    moments = (_interrupt_deadline_ms(instance), instance.held_due_ms)
+    moments = (next_limit_ms(instance), _interrupt_deadline_ms(instance), instance.held_due_ms)
     return min((moment for moment in moments if moment is not None), default=None)
 
 

@@ -77,6 +77,8 @@ class Rule(Conditions, frozen=True, kw_only=True):
     before: Before = Before.DENY
     grace_ms: int = DEFAULT_GRACE_MS
     """How long a preempted request has to stop before it is fenced."""
+    served_at_most_ms: int | None = None
+    """How long a request that this rule admits may be served in total; 0: any time; None: the policy's default."""
     in_turn: bool = True
     """Whether a request that this rule admits must be permitted in the foreseen state too."""
     reason: str | None = None
@@ -174,6 +176,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """The maximum number of outstanding requests per instance, and of held ones."""
     protected_tags: tuple[str, ...] = ()
     """The tags that only an admin may set or remove; one that ends with `*` stands for all that begin so."""
+    served_at_most: dict[Operation, int] = {}
+    """How long the requests for an operation may be served in total, in milliseconds, where their rule has no limit of
+    its own; 0, or left out: any time."""
     digest: str = ""
     """SHA-256 of everything in it that affects decisions, in hexadecimal. Empty if it was not read from a file."""
     names: dict[str, tuple[str, ...]] = {}
@@ -223,6 +228,11 @@ class CompiledPolicy:
     @property
     def rules(self) -> tuple[Rule, ...]:
         return self._rules
+
+    def limit_ms(self, rule: Rule, operation: Operation) -> int | None:
+        """Return how long a request that the rule admits may be served in total; None: any time."""
+        own = rule.served_at_most_ms
+        return (self.policy.served_at_most.get(operation) if own is None else own) or None
 
     def protected(self, tags: Iterable[str]) -> frozenset[str]:
         """Return those of the tags that only an admin may set or remove."""

@@ -114,6 +114,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """Whether it goes before every other queued request."""
     in_turn: bool = True
     """Whether it was evaluated on the foreseen state too (law 2)."""
+    served_at_most_ms: int | None = None
+    """How long it may be served in total, with progress or without; None: any time. The policy's at its admission."""
     phase: str | None = None
     """Its task state; the last one after it has ended."""
     progress: float | None = None
@@ -136,6 +138,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """When its worker was asked to stop; None if it was not."""
     interrupt_deadline_ms: int | None = None
     """When it is fenced if its worker has not stopped by then."""
+    overdue: bool = False
+    """Whether its worker was asked to stop because it was served for `served_at_most_ms`."""
     held_until_ms: int | None = None
     """For one that was submitted with a hold: when the hold expires or would have expired."""
     interrupted_for: str | None = None
@@ -408,7 +412,11 @@ class Redundant(
     request: Request | None = None
     """The earlier request for it; None if it holds already."""
     allowed_at_ms: int | None = None
-    """When a new submission would take over from that request, if it makes no progress until then."""
+    """When a new submission would take over from that request."""
+    allowed_if_silent: bool = False
+    """Whether `allowed_at_ms` holds only if that request makes no progress until then."""
+    allowed_latest_at_ms: int | None = None
+    """When a new submission is admitted also if that request makes progress for ever; None: unknown."""
 
 
 class Denied(
@@ -426,6 +434,11 @@ class Denied(
     """Whether `vm_state` is the foreseen state, after everything outstanding has succeeded."""
     blocked_by: Request | None = None
     allowed_at_ms: int | None = None
+    allowed_if_silent: bool = False
+    """Whether `allowed_at_ms` holds only if what is in flight makes no progress until then."""
+    allowed_latest_at_ms: int | None = None
+    """When it would be admitted also if what is in flight makes progress for ever, since that may be served for a
+    limited time only; None: unknown."""
     remedy: str | None = None
     """What to do about it, if known."""
 

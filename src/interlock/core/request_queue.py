@@ -207,12 +207,13 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
     halfway = foreseen.vm_state
     host_changed = instance.host_fenced is draft.host_reachable
+    is_back = instance.host_fenced and draft.host_reachable
     cancelled: list[str] = []
     before: list[Request] = []
     for request in in_service_order(instance):
         is_state_change = request.lane is Lane.STATE
         if request.status is Status.QUEUED:
-            rule, state = _judge_waiting(policy, request, present, foreseen)
+            rule, state = _judge_waiting(policy, request, present, foreseen, is_back=is_back)
             around = is_state_change and not is_denied_around(
                 request, rule, host_reachable=present.host_reachable, host_changed=host_changed
             )
@@ -249,14 +250,14 @@ def _lacks(draft: Draft, request: Request, before: list[Request], cancelled: lis
 
 
 def _judge_waiting(
-    policy: CompiledPolicy, request: Request, present: Foreseen, foreseen: Foreseen
+    policy: CompiledPolicy, request: Request, present: Foreseen, foreseen: Foreseen, *, is_back: bool
 ) -> tuple[Rule, VmState]:
     """Return the rule for a queued request, and the vm_state on which it decided.
 
     A request that was not admitted in turn was admitted without regard to the foreseen state: it is cancelled only if
-    the present state does not permit it either. No policy has an instance evacuated whose host is reachable.
+    the present state does not permit it either. No policy has an instance evacuated whose fenced host is back.
     """
-    if request.operation is Operation.EVACUATE and present.host_reachable:
+    if request.operation is Operation.EVACUATE and is_back:
         return HOST_NOT_FENCED, present.vm_state
     rule = judge_in(policy, request, foreseen)
     if request.in_turn or permits(rule):

@@ -103,6 +103,7 @@ def policy_view(compiled: CompiledPolicy) -> Policy:
         digest=source.digest,
         outstanding_max=source.outstanding_max,
         protected_tags=source.protected_tags,
+        served_at_most_s={name.value: limit_ms / 1000 for name, limit_ms in source.served_at_most.items()},
         rules=rules,
     )
 
@@ -119,6 +120,7 @@ def _rule(rule: Rule) -> PolicyRule:
         measured_from=rule.measured_from.value if rule.threshold_ms is not None else None,
         before=rule.before.value if rule.verdict is Verdict.AFTER else None,
         grace_s=rule.grace_ms / 1000 if rule.verdict is Verdict.PREEMPT else None,
+        served_at_most_s=None if rule.served_at_most_ms is None else rule.served_at_most_ms / 1000,
         **{condition.wire: _condition(condition.kind.takes, condition.of(rule)) for condition in CONDITIONS},
         **{name: facts[name] for name in ("in_turn", "reason", "because", "fixed", "source")},
     )

@@ -57,6 +57,8 @@ class PolicyRule(PolicyConditions, frozen=True, kw_only=True, omit_defaults=True
     """Verdict of an `after` rule before its threshold: `deny` or `redundant`."""
     grace_s: Seconds | None = None
     """Time for a preempted operation to confirm the interrupt."""
+    served_at_most_s: Seconds | None = None
+    """How long an admitted request may be served in total; 0: any time; absent: the policy's default."""
     in_turn: bool = True
     reason: str | None = None
     because: str | None = None
@@ -85,6 +87,8 @@ class Policy(Wire, frozen=True, kw_only=True):
     outstanding_max: int
     protected_tags: tuple[str, ...] = ()
     """Tags that only an admin may set or remove; one that ends with `*` stands for all that begin so."""
+    served_at_most_s: dict[str, Seconds] = msgspec.field(default_factory=dict)
+    """How long the requests for an operation may be served in total; 0, or absent: any time."""
     number: int = 0
     """Number of the switch that put it in force."""
     source: str = ""

@@ -260,8 +260,12 @@ class Redundant(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="r
     request: Request | None
     """The earlier request; null if the state holds already."""
     allowed_at: Timestamp | None
-    """When a new submission would take over from that request, if it makes no progress until then."""
+    """When a new submission would take over from that request."""
     retry_after_s: Seconds | None
+    allowed_if_silent: bool = False
+    """Whether `allowed_at` holds only if the request in flight makes no progress until then."""
+    allowed_latest_at: Timestamp | None = None
+    """When it is admitted also if the request in flight makes progress for ever; null if that is unknown."""
 
 
 class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held"):
@@ -276,6 +280,10 @@ class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held")
     blocked_by: Blocker | None
     allowed_at: Timestamp | None
     retry_after_s: Seconds | None
+    allowed_if_silent: bool = False
+    """Whether `allowed_at` holds only if the request in flight makes no progress until then."""
+    allowed_latest_at: Timestamp | None = None
+    """When it is admitted also if the request in flight makes progress for ever; null if that is unknown."""
     until_at: Timestamp
     """When the hold expires."""
     password: str | None = None
@@ -316,6 +324,10 @@ class AllowedOperation(Wire, frozen=True, kw_only=True):
     """What to do about a denial, if known."""
     allowed_at: Timestamp | None
     retry_after_s: Seconds | None
+    allowed_if_silent: bool = False
+    """Whether `allowed_at` holds only if the request in flight makes no progress until then."""
+    allowed_latest_at: Timestamp | None = None
+    """When it is admitted also if the request in flight makes progress for ever; null if that is unknown."""
     supersedes: tuple[str, ...]
     cancels: tuple[str, ...]
 
@@ -444,4 +456,8 @@ class Refusal(Problem, frozen=True, kw_only=True, omit_defaults=False):
     blocked_by: Blocker | None
     allowed_at: Timestamp | None
     retry_after_s: Seconds | None
+    allowed_if_silent: bool = False
+    """Whether `allowed_at` holds only if the request in flight makes no progress until then."""
+    allowed_latest_at: Timestamp | None = None
+    """When it is admitted also if the request in flight makes progress for ever; null if that is unknown."""
     allowed_instead: tuple[Operation, ...]

@@ -237,7 +237,10 @@ def sentence(of: records.Instance, denied: records.Denied, now_ms: int) -> str:
             parts[-1] += f", last progress {max(0, now_ms - one.last_progress_at_ms) / 1000:.0f} s ago"
     if denied.allowed_at_ms is not None:
         left = max(0, denied.allowed_at_ms - now_ms) / 1000
-        parts.append(f"allowed at {timestamp(denied.allowed_at_ms)}, in {left:.0f} s")
+        silent = " if it makes no progress until then" if denied.allowed_if_silent else ""
+        parts.append(f"allowed at {timestamp(denied.allowed_at_ms)}, in {left:.0f} s{silent}")
+        if denied.allowed_if_silent and denied.allowed_latest_at_ms is not None:
+            parts[-1] += f", at the latest at {timestamp(denied.allowed_latest_at_ms)}"
     return "; ".join(parts) + "." + (f" {denied.because}" if denied.because else "")
 
 
@@ -269,6 +272,8 @@ def allowed_operation(
         "remedy": None,
         "allowed_at": None,
         "retry_after_s": None,
+        "allowed_if_silent": False,
+        "allowed_latest_at": None,
         "supersedes": (),
         "cancels": (),
     }
@@ -279,20 +284,22 @@ def allowed_operation(
             facts["detail"] = f"{operation.value} would be admitted."
         case records.Redundant():
             facts |= {"disposition": "redundant", "reason": one.reason, "blocked_by": blocker(one.request)}
-            facts |= {
-                "allowed_at": optional_timestamp(one.allowed_at_ms),
-                "retry_after_s": _until(one.allowed_at_ms, now_ms),
-            }
+            facts |= _times(one, now_ms)
             facts["detail"] = one.because or f"{operation.value} would change nothing."
         case records.Denied():
             facts |= {"disposition": "denied", "reason": one.reason, "blocked_by": blocker(one.blocked_by)}
             facts |= {"vm_state": one.vm_state, "foreseen": one.foreseen, "detail": sentence(of, one, now_ms)}
-            facts |= {
-                "remedy": one.remedy,
-                "allowed_at": optional_timestamp(one.allowed_at_ms),
-                "retry_after_s": _until(one.allowed_at_ms, now_ms),
-            }
+            facts |= {"remedy": one.remedy, **_times(one, now_ms)}
     return responses.AllowedOperation(operation=operation, rule=one.rule, because=one.because, **facts)
+
+
+def _times(one: records.Redundant | records.Denied, now_ms: int) -> dict[str, Any]:
+    return {
+        "allowed_at": optional_timestamp(one.allowed_at_ms),
+        "retry_after_s": _until(one.allowed_at_ms, now_ms),
+        "allowed_if_silent": one.allowed_if_silent,
+        "allowed_latest_at": optional_timestamp(one.allowed_latest_at_ms),
+    }
 
 
 def stuck(one: Stuck, now_ms: int) -> responses.Stuck:

@@ -75,11 +75,17 @@ def policy_of(document: dict[str, Any]) -> CompiledPolicy:
     """Return the server's policy; names unknown to this version are left out."""
     rules = tuple(_rule_of(rule) for rule in document.get("rules", ()))
     limit = int(document.get("outstanding_max", 16))
+    limits = document.get("served_at_most_s", {})
     policy = Policy(
         name=str(document.get("name", "")),
         rules=rules,
         outstanding_max=limit,
         protected_tags=tuple(document.get("protected_tags", ())),
+        served_at_most={
+            operation: _milliseconds(limits[operation.value]) or 0
+            for operation in Operation
+            if operation.value in limits
+        },
         digest=str(document.get("digest", "")),
     )
     return CompiledPolicy(policy)
@@ -99,6 +105,7 @@ def _rule_of(wire: dict[str, Any]) -> Rule:
         measured_from=MeasuredFrom(wire.get("measured_from") or MeasuredFrom.LAST_PROGRESS),
         before=Before(wire.get("before") or Before.DENY),
         grace_ms=_milliseconds(wire.get("grace_s")) or 0,
+        served_at_most_ms=_milliseconds(wire.get("served_at_most_s")),
         **facts,
     )
 

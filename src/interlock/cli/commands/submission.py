@@ -16,7 +16,7 @@ from interlock.cli.commands.request_waiter import report, wait_for_end
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import Failure
 from interlock.cli.output.formatting import clock, humanize
-from interlock.cli.output.refusals import as_refusal, refusal_text
+from interlock.cli.output.refusals import as_refusal, if_silent, refusal_text
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 
@@ -125,8 +125,9 @@ def _print_redundant(invocation: Invocation, answer: Redundant, what: str) -> No
     if answer.request is not None:
         invocation.echo(f"  Outstanding: {humanize(answer.request.operation)} {answer.request.id}")
     if answer.allowed_at is not None:
-        moment = clock(answer.allowed_at, invocation.client.now)
-        invocation.echo(f"  A retry from {moment} would take over, unless there is progress before.")
+        now = invocation.client.now
+        moment = clock(answer.allowed_at, now)
+        invocation.echo(f"  A retry from {moment} would take over{if_silent(answer, now)}.")
 
 
 def _print_held(invocation: Invocation, answer: Held, what: str) -> None:
@@ -135,7 +136,8 @@ def _print_held(invocation: Invocation, answer: Held, what: str) -> None:
     invocation.echo(f"{head}: {what} ({answer.reason}), request {answer.request.id}")
     invocation.echo(f"  {answer.because or answer.detail}")
     if answer.allowed_at is not None:
-        invocation.echo(f"  It will be admitted at {clock(answer.allowed_at, now)}, unless something changes before.")
+        held_for = if_silent(answer, now) or ", unless something changes before"
+        invocation.echo(f"  It will be admitted at {clock(answer.allowed_at, now)}{held_for}.")
     until = f"  Held until {clock(answer.until_at, now)}"
     invocation.echo(f"{until}; `interlock request cancel {answer.request.id}` cancels it.")
 

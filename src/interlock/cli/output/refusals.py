@@ -7,7 +7,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from interlock.api.schemas.responses import AllowedOperation, Blocker, Refusal
+from interlock.api.schemas.responses import AllowedOperation, Blocker, Held, Redundant, Refusal
 from interlock.cli.failures import Failure
 from interlock.cli.output.formatting import clock, duration, escape_all, humanize, printable
 from interlock.core.preconditions import RULE
@@ -85,11 +85,18 @@ def allowed_again(answer: Refusal | AllowedOperation, now: float | None) -> str 
     """Return when to retry, as a sentence; None if time does not change the decision."""
     if answer.allowed_at is not None:
         wait = f" (in {duration(answer.retry_after_s)})" if answer.retry_after_s is not None else ""
-        silence = ", unless there is progress before" if answer.blocked_by is not None else ""
-        return f"Allowed again: {clock(answer.allowed_at, now)}{wait}{silence}"
+        return f"Allowed again: {clock(answer.allowed_at, now)}{wait}{if_silent(answer, now)}"
     if answer.blocked_by is not None:
         return "Evaluated again: as soon as that has ended"
     return None
+
+
+def if_silent(answer: Refusal | AllowedOperation | Redundant | Held, now: float | None) -> str:
+    """Return what a named time depends on, to be appended to it; empty if it is definite."""
+    if not answer.allowed_if_silent:
+        return ""
+    latest = "" if answer.allowed_latest_at is None else f"; at the latest {clock(answer.allowed_latest_at, now)}"
+    return f", unless there is progress before{latest}"
 
 
 def failure_text(failure: Failure) -> str:

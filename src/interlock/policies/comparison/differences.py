@@ -83,6 +83,8 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
     """`outstanding_max` of both, if they differ."""
     protected_tags: tuple[tuple[str, ...], tuple[str, ...]] | None
     """`protected_tags` of both, if they differ."""
+    served_at_most: tuple[dict[str, int], dict[str, int]] | None
+    """`[served_at_most]` of both, in milliseconds by operation, if they differ."""
     complete: bool
     """False if the limits of the analysis were reached."""
     operations: tuple[str, ...]
@@ -93,7 +95,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def any(self) -> bool:
         """Whether they differ, or may differ because the analysis is incomplete."""
-        limits = (self.outstanding_max, self.protected_tags)
+        limits = (self.outstanding_max, self.protected_tags, self.served_at_most)
         return bool(self.groups) or any(one is not None for one in limits) or not self.complete
 
 
@@ -122,6 +124,7 @@ def differ(
             covers[found] = cover(place for kind in found for place in alike[kind])
         groups.append(_difference(mine, yours, key[-2], follows=key[-1], products=covers[found]))
     tags = (comparison.before.policy.protected_tags, comparison.after.policy.protected_tags)
+    limits = (_limits(comparison.before), _limits(comparison.after))
     maxima = (comparison.before.outstanding_max, comparison.after.outstanding_max)
     return Differences(
         before=comparison.before.stamp,
@@ -130,10 +133,15 @@ def differ(
         differing=differing,
         outstanding_max=maxima if maxima[0] != maxima[1] else None,
         protected_tags=tags if set(tags[0]) != set(tags[1]) else None,
+        served_at_most=limits if limits[0] != limits[1] else None,
         complete=comparison.complete,
         operations=tuple(variant.word for variant in comparison.variants),
         groups=tuple(sorted(groups, key=lambda one: (one.follows, one.effect is Effect.OTHER, -one.combinations))),
     )
+
+
+def _limits(policy: CompiledPolicy) -> dict[str, int]:
+    return {operation.value: limit_ms for operation, limit_ms in policy.policy.served_at_most.items() if limit_ms}
 
 
 class _Parting(NamedTuple):
@@ -271,11 +279,14 @@ def _answer(rule: Rule) -> tuple[Any, ...]:
     """All of a rule that decides what becomes of a request that it matches."""
     match rule.verdict:
         case Verdict.ADMIT:
-            return rule.verdict, rule.in_turn
+            return rule.verdict, rule.in_turn, rule.served_at_most_ms
         case Verdict.PREEMPT:
-            return rule.verdict, rule.grace_ms
+            return rule.verdict, rule.grace_ms, rule.served_at_most_ms
         case Verdict.AFTER:
-            return rule.verdict, rule.code, rule.threshold_ms, rule.measured_from, rule.before
+            return (
+                *(rule.verdict, rule.code, rule.threshold_ms, rule.measured_from, rule.before),
+                rule.served_at_most_ms,
+            )
         case Verdict.DENY | Verdict.REDUNDANT:
             return rule.verdict, rule.code
         case _:
@@ -299,7 +310,7 @@ def _difference(mine: Rule, yours: Rule, condition: str, *, follows: bool, produ
         before=_side(mine),
         after=_side(yours),
         condition=condition,
-        details=tuple(_details(mine, yours)),
+        details=(*_details(mine, yours), *_limit_details(mine, yours)),
         effect=_effect(mine, yours),
         follows=follows,
         combinations=sum(each.size for each in products),
@@ -315,7 +326,8 @@ def _details(mine: Rule, yours: Rule) -> Iterable[str]:
             if mine.in_turn is not yours.in_turn:
                 yield f"in_turn {str(mine.in_turn).lower()} → {str(yours.in_turn).lower()}"
         case Verdict.PREEMPT:
-            yield f"grace {seconds(mine.grace_ms)}s → {seconds(yours.grace_ms)}s"
+            if mine.grace_ms != yours.grace_ms:
+                yield f"grace {seconds(mine.grace_ms)}s → {seconds(yours.grace_ms)}s"
         case Verdict.AFTER:
             if mine.measured_from is not yours.measured_from:
                 yield f"measured_from {mine.measured_from.value} → {yours.measured_from.value}"
@@ -325,6 +337,17 @@ def _details(mine: Rule, yours: Rule) -> Iterable[str]:
             pass
         case _:
             assert_never(mine.verdict)
+
+
+def _limit_details(mine: Rule, yours: Rule) -> Iterable[str]:
+    if mine.verdict is yours.verdict and mine.served_at_most_ms != yours.served_at_most_ms:
+        yield f"served_at_most {_limit(mine)} → {_limit(yours)}"
+
+
+def _limit(rule: Rule) -> str:
+    if rule.served_at_most_ms is None:
+        return "default"
+    return f"{seconds(rule.served_at_most_ms)}s" if rule.served_at_most_ms else "unlimited"
 
 
 def _side(rule: Rule) -> Side:

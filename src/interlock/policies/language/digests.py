@@ -19,7 +19,10 @@ _FIELDS: Final = tuple(field for field in msgspec.structs.fields(Rule) if field.
 def digest_of(policy: Policy) -> str:
     """Return SHA-256 in hexadecimal. The policy's name and its custom names are left out."""
     content: list[Any] = [_FORM, policy.outstanding_max, [dict(_non_defaults(rule)) for rule in policy.rules]]
-    if policy.protected_tags:  # left out otherwise, so that the digests of other policies stay
+    # Left out otherwise, so that the digests of other policies stay.
+    if any(policy.served_at_most.values()):
+        content.append({"served_at_most": {name: limit for name, limit in policy.served_at_most.items() if limit}})
+    if policy.protected_tags:
         content.append({"protected_tags": sorted(policy.protected_tags)})
     return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from interlock.core.durations import EXPECTED
+from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import Verdict
 from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.language.schema import (
@@ -28,6 +29,7 @@ from interlock.policies.language.schema import (
     SETS_MAX,
     TEXT_LENGTH_MAX,
     TEXTS_MAX,
+    UNLIMITED,
     VERDICTS,
     Key,
     Takes,
@@ -63,12 +65,23 @@ _VOCABULARIES: Final[Mapping[Takes, tuple[str, Vocabulary[Any], tuple[str, ...]]
 """The name of each kind of list in the schema, its words and its additional groups."""
 _TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": TEXT_LENGTH_MAX}
 _ANY: Final[Schema] = {"const": "*"}
+_LIMIT: Final[Schema] = {
+    "anyOf": [{"type": "string", "pattern": _TIME, "maxLength": 64, "not": {"pattern": _NO_TIME}}, {"const": UNLIMITED}]
+}
+_SERVED: Final = tuple(
+    spelling
+    for word, operation in OPERATIONS.words.items()
+    if CATALOGUE[operation].lane is not Lane.RECORD
+    for spelling in dict.fromkeys((word, word.replace("_", "-")))
+)
+"""The operations that are served for a time, in both spellings."""
 _SHAPES: Final[Mapping[Takes, Schema]] = {
     Takes.TEXT: _TEXT,
     Takes.ID: {"type": "string", "pattern": f"^{ID.pattern}$"},
     Takes.CODE: {"type": "string", "pattern": f"^{CODE.pattern}$"},
     Takes.FLAG: {"type": "boolean"},
     Takes.TIME: {"allOf": [{"$ref": "#/definitions/time"}]},
+    Takes.LIMIT: _LIMIT,
     Takes.COUNT: {"type": "integer", "minimum": 1, "maximum": OUTSTANDING_MAX_LIMIT},
 }
 _MAY_BE_NAMED: Final = (Takes.OPERATIONS, Takes.TASK_STATES, Takes.KINDS)
@@ -89,6 +102,7 @@ def schema() -> Schema:
             "names": _names(),
             "thresholds": _thresholds(),
             "exceptions": _exceptions(),
+            "served_at_most": _table(SECTIONS["served_at_most"], dict.fromkeys(_SERVED, _LIMIT)),
             "rule": {
                 "description": SECTIONS["rule"],
                 "type": "array",
@@ -185,16 +199,16 @@ def _rule() -> Schema:
         "required": [key.name for key in RULE_KEYS if key.required],
         "additionalProperties": False,
         "properties": {key.name: _value(key) for key in RULE_KEYS},
-        "allOf": [_only_with(verdict) for verdict in Verdict if any(key.verdict is verdict for key in RULE_KEYS)],
+        "allOf": [_only_with(verdicts) for verdicts in dict.fromkeys(key.verdicts for key in RULE_KEYS) if verdicts],
     }
 
 
-def _only_with(verdict: Verdict) -> Schema:
-    """Return the condition on keys that are valid only with one verdict, or required by it."""
-    keys = [key.name for key in RULE_KEYS if key.verdict is verdict]
-    this = {"properties": {"verdict": {"const": verdict.value}}, "required": ["verdict"]}
+def _only_with(verdicts: tuple[Verdict, ...]) -> Schema:
+    """Return the condition on keys that are valid only with some verdicts, or required by them."""
+    keys = [key.name for key in RULE_KEYS if key.verdicts == verdicts]
+    this = {"properties": {"verdict": {"enum": [one.value for one in verdicts]}}, "required": ["verdict"]}
     found: Schema = {"if": this, "else": {"properties": dict.fromkeys(keys, False)}}
-    if verdict is Verdict.AFTER:
+    if verdicts == (Verdict.AFTER,):
         found["then"] = {
             "required": ["threshold"],
             "properties": {"threshold": {"not": {"type": "string", "pattern": _NO_TIME}}},
@@ -235,8 +249,9 @@ def _described(key: Key) -> str:
     parts = [key.meaning]
     if key.choices is Verdict:
         parts += [f"{verdict.value}: {meaning}" for verdict, meaning in VERDICTS.items()]
-    if key.verdict is not None:
-        parts.append(f'Only with verdict = "{key.verdict.value}".')
+    if key.verdicts:
+        known = " or ".join(f'"{verdict.value}"' for verdict in key.verdicts)
+        parts.append(f"Only with verdict = {known}.")
     if key.default is not None:
         parts.append(f"If it is left out: {key.default}.")
     return "\n".join(parts)

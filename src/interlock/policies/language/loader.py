@@ -45,7 +45,7 @@ from interlock.policies.language.schema import (
     THRESHOLD_PLACEHOLDER,
     Takes,
 )
-from interlock.policies.language.section_parser import read_names, read_rules, read_sets
+from interlock.policies.language.section_parser import read_limits, read_names, read_rules, read_sets
 from interlock.policies.language.source_location import Place, is_text, nearest, shown
 from interlock.policies.language.toml_positions import OutOfBounds, Position, Positions, end_of
 from interlock.policies.language.vocabulary import Dictionary, UserSet
@@ -217,6 +217,11 @@ class _Document:
             rules=_joined(tuple(one.rule for one in rules), below),
             outstanding_max=header.get(
                 "outstanding_max", base.policy.outstanding_max if base else DEFAULT_OUTSTANDING_MAX
+            ),
+            served_at_most=read_limits(
+                self._table("served_at_most"),
+                self._at("served_at_most"),
+                base.policy.served_at_most if base else {},
             ),
             protected_tags=_protected_tags(header, self._at("policy", "protected_tags"), base),
             names=names,

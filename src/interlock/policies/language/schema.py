@@ -33,6 +33,8 @@ COUNT_MAX: Final = 1_000_000_000
 NAMES_MAX: Final = 8
 """The limit of custom names for one word."""
 
+UNLIMITED: Final = "unlimited"
+ADMITTING: Final = (Verdict.ADMIT, Verdict.PREEMPT, Verdict.AFTER)
 THRESHOLD_PLACEHOLDER: Final = "{threshold}"
 """In `because`: the rule's threshold."""
 
@@ -50,6 +52,7 @@ class Takes(Enum):
     CODE = "code"
     FLAG = "true, false"
     TIME = "time"
+    LIMIT = "time, unlimited"
     CHOICE = "one of"
     COUNT = "number"
     POLICY = "policy"
@@ -70,8 +73,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     """For `Takes.CHOICE`."""
     default: str | None = None
     """The default, as it would be written; None if there is none."""
-    verdict: Verdict | None = None
-    """The only verdict with which the key is valid."""
+    verdicts: tuple[Verdict, ...] = ()
+    """The only verdicts with which the key is valid; empty: any."""
     required: bool = False
     example: Any = None
     condition: Condition | None = None
@@ -134,7 +137,7 @@ RULE_KEYS: Final = (
         name="threshold",
         takes=Takes.TIME,
         meaning="How long the request in flight must have made no progress. Required, and greater than zero.",
-        verdict=Verdict.AFTER,
+        verdicts=(Verdict.AFTER,),
         example="3m",
     ),
     Key(
@@ -143,7 +146,7 @@ RULE_KEYS: Final = (
         choices=MeasuredFrom,
         meaning="Where the threshold is measured from: the last progress, or the start of the task.",
         default='"last_progress"',
-        verdict=Verdict.AFTER,
+        verdicts=(Verdict.AFTER,),
         example="task_started",
     ),
     Key(
@@ -152,7 +155,7 @@ RULE_KEYS: Final = (
         choices=Before,
         meaning="The answer until the threshold has passed.",
         default='"deny"',
-        verdict=Verdict.AFTER,
+        verdicts=(Verdict.AFTER,),
         example="redundant",
     ),
     Key(
@@ -160,8 +163,18 @@ RULE_KEYS: Final = (
         takes=Takes.TIME,
         meaning="How long the request in flight has to stop before it is fenced.",
         default=f'"{DEFAULT_GRACE_MS // 1000}s"',
-        verdict=Verdict.PREEMPT,
+        verdicts=(Verdict.PREEMPT,),
         example="30s",
+    ),
+    Key(
+        name="served_at_most",
+        takes=Takes.LIMIT,
+        meaning="How long the request may be served in total, from the moment it is taken, with progress or without. "
+        "Then it is interrupted, fenced after a grace period of "
+        f"{DEFAULT_GRACE_MS // 1000} seconds, and fails with the reason `served_too_long`.",
+        default="that of `[served_at_most]`",
+        verdicts=ADMITTING,
+        example="10m",
     ),
     Key(
         name="in_turn",
@@ -169,7 +182,7 @@ RULE_KEYS: Final = (
         meaning="Whether the request must also be permitted in the foreseen state. With `false` law 2 does not hold "
         "for it, and it stays queued while the present or the foreseen state permits it.",
         default="true",
-        verdict=Verdict.ADMIT,
+        verdicts=(Verdict.ADMIT,),
         example=False,
     ),
     Key(
@@ -252,6 +265,8 @@ SECTIONS: Final = {
     "changes a rule's `silent_for` too, or alone.",
     "exceptions": 'Operations that rules of the extended policy do not match any more, by id: `"locked" = ["delete"]`. '
     "Of a fixed rule, those that its key `exceptions` lists.",
+    "served_at_most": 'How long a request may be served in total, by operation: `pause = "10m"`, or `"unlimited"`. '
+    "It holds for requests whose rule has no `served_at_most`. Policies that extend this one inherit it.",
     "rule": "One rule; `[[rule]]` may be repeated. All of its conditions must hold; one that is left out always does. "
     "The first rule that matches decides; if none does, the request is denied.",
 }

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar, assert_never
 from interlock.core.condition_kinds import Kind, Takes
 from interlock.core.conditions import CONDITIONS, Condition
 from interlock.core.durations import EXPECTED, parse_duration
-from interlock.core.operations import CATALOGUE, Operation
+from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import DEFAULT_GRACE_MS, SET_MARK, Before, MeasuredFrom, Rule, Verdict
 from interlock.policies.language.schema import (
     CODE,
@@ -31,6 +31,7 @@ from interlock.policies.language.schema import (
     TEXT_LENGTH_MAX,
     TEXTS_MAX,
     THRESHOLD_PLACEHOLDER,
+    UNLIMITED,
     WORD_LENGTH_MAX,
 )
 from interlock.policies.language.source_location import Place, foreign_letters, is_text, nearest, shown
@@ -300,9 +301,10 @@ def _check_keys(source: _Table) -> None:
 def _check_verdict(source: _Table, verdict: Verdict) -> None:
     for one in RULE_KEYS:
         key = one.name
-        if key in source and one.verdict not in (None, verdict):
+        if key in source and one.verdicts and verdict not in one.verdicts:
+            known = " or ".join(repr(each.value) for each in one.verdicts)
             raise source.at(key).key.error(
-                f"{key} is valid only with verdict = {one.verdict.value!r}; this rule's is {verdict.value!r}.",
+                f"{key} is valid only with verdict = {known}; this rule's is {verdict.value!r}.",
                 f"Remove {key}, or change the verdict.",
             )
     if verdict is not Verdict.AFTER and THRESHOLD_PLACEHOLDER in (source.optional_text("because") or ""):
@@ -348,6 +350,7 @@ def _rule(
         else MeasuredFrom.LAST_PROGRESS,
         before=source.choice("before", Before) if "before" in source else Before.DENY,
         grace_ms=DEFAULT_GRACE_MS if grace_ms is None else grace_ms,
+        served_at_most_ms=_limit(source),
         in_turn=True if in_turn is None else in_turn,
         reason=source.optional_text("reason", CODE),
         because=source.optional_text("because"),
@@ -366,6 +369,35 @@ def _exceptions(source: _Table) -> frozenset[Operation]:
             "Remove it, or write fixed = true.",
         )
     return OPERATIONS.expand(source.table["exceptions"], "exceptions", source.at("exceptions"), source.dictionary)
+
+
+def _limit(source: _Table) -> int | None:
+    key = "served_at_most"
+    return read_limit(source.table[key], key, source.at(key)) if key in source else None
+
+
+def read_limits(table: Mapping[str, Any], place: Place, inherited: Mapping[Operation, int]) -> dict[Operation, int]:
+    """Return `[served_at_most]` with what is inherited, in milliseconds by operation. Raises `PolicyError`."""
+    limits = dict(inherited)
+    for name, value in table.items():
+        operation = OPERATIONS.words.get(name.replace("-", "_"))
+        if operation is None or CATALOGUE[operation].lane is Lane.RECORD:
+            served = [word for word, one in OPERATIONS.words.items() if CATALOGUE[one].lane is not Lane.RECORD]
+            raise place.at(name).key.error(
+                f"{shown(name)} is not an operation that is served for a time.", nearest(name, served)
+            )
+        limits[operation] = read_limit(value, name, place.at(name))
+    return limits
+
+
+def read_limit(value: Any, key: str, place: Place) -> int:
+    """Return milliseconds, 0 for `unlimited`. Raises `PolicyError`."""
+    if value == UNLIMITED:
+        return 0
+    limit_ms = read_duration(value, key, place)
+    if not limit_ms:
+        raise place.error(f"Invalid {key}: it must be greater than zero.", f'Write "{UNLIMITED}" for no limit.')
+    return limit_ms
 
 
 def _is_any(source: _Table, key: str) -> bool:

@@ -183,6 +183,10 @@ class Rehearsal:
             "cancels": (),
             "request": None,
         }
+        if not isinstance(answer, Admitted) and answer.allowed_if_silent:
+            shown["if_silent"] = True
+        if not isinstance(answer, Admitted) and answer.allowed_latest_at_ms is not None:
+            shown["retry_after_latest"] = seconds(max(0, answer.allowed_latest_at_ms - self.now_ms))
         match answer:
             case Admitted():
                 shown["supersedes"], shown["cancels"] = answer.supersedes, answer.cancels

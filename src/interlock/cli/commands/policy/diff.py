@@ -62,6 +62,11 @@ def _differences(found: Differences, *, everything: bool) -> Iterator[str]:
     if found.protected_tags is not None:
         before, after = (", ".join(map(printable, tags)) or "none" for tags in found.protected_tags)
         yield f"protected_tags: {before} → {after}"
+    if found.served_at_most is not None:
+        limits = (
+            ", ".join(f"{name} {duration(ms / 1000)}" for name, ms in one.items()) for one in found.served_at_most
+        )
+        yield "served_at_most: {} → {}".format(*(one or "none" for one in limits))
     shown = found.groups if everything else [one for one in found.groups if not one.follows][:_GROUPS_SHOWN]
     for group in shown:
         yield ""

@@ -53,6 +53,10 @@ def show(invocation: Invocation) -> None:
     if policy.protected_tags:
         tags = ", ".join(map(printable, policy.protected_tags))
         invocation.echo(f"Only an admin may set or remove these tags: {tags}.")
+    if limits := [
+        f"{name.replace('_', ' ')} {duration(most)}" for name, most in policy.served_at_most_s.items() if most
+    ]:
+        invocation.echo(f"A request is served at most for: {', '.join(limits)}.")
     if policy.exploration is None:
         invocation.echo("Its states were not explored by this server; `interlock policy explore` does that.")
     else:
