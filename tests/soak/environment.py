@@ -234,7 +234,7 @@ class Ground:
             return found["ended_at"] is not None
 
         def signs() -> object:
-            return found and (found["status"], found["phase"], self.record(found["instance_id"]))
+            return found and (found["status"], found["phase"], self.record(found["instance"]))
 
         until(has_ended, signs)
         return found
