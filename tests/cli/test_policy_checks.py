@@ -16,6 +16,7 @@ from interlock.api.routes.policy import policy_view
 from interlock.api.schemas import serializers
 from interlock.cli.application import run
 from interlock.cli.commands.policy.group import policy_commands
+from interlock.cli.commands.policy.output import story_lines
 from interlock.config import UpkeepConfig
 from interlock.core.admission import admit_there
 from interlock.core.operations import Operation
@@ -320,3 +321,15 @@ def test_a_kind_of_finding_is_explained_with_an_example(policy: Any) -> None:
     assert unknown.code == 2
     assert "Did you mean 'no-exit'?" in unknown.err
     assert policy("check").code == 2
+
+
+def test_a_counterexample_ends_with_the_breach_and_its_answer() -> None:
+    policy = compile_named("standard")
+    deleted = ('{"instance":{"vm_state":"active"}}', '{"submit":"delete"}', '{"take":"any"}')
+    *events, asked, answer = story_lines(deleted, policy)
+    assert tuple(events) == deleted
+    assert asked == '{"submit":"delete","role":"admin"}'
+    assert answer.startswith('-> {"disposition":"redundant"')
+    assert [*story_lines(deleted[:2], policy)][-1].startswith('-> {"disposition":"admitted"')
+    assert tuple(story_lines(deleted, None)) == deleted
+    assert [*story_lines(['{"unknown":1}'], policy)] == ['{"unknown":1}']

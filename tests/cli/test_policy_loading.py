@@ -100,6 +100,10 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
 ) -> None:
     finding = {"severity": "error", "code": "x", "rule": "r", "place": "s.toml:9", "message": "Dead.", "remedy": "Go."}
     story = ['{"instance":{"vm_state":"active"}}', '{"submit":"stop"}']
+    answer = (
+        '-> {"disposition":"admitted","reason":null,"rule":"active-allowed","retry_after":null,"supersedes":[],'
+        '"cancels":[],"request":"r1"}'
+    )
     stuck = {"alike": 2, "rejudge_helps": False, "because": "it is stuck."}
     vm = {"instance_id": "1", "project": "p", "operation": "stop", "status": "queued", **stuck}
     problem = {
@@ -121,7 +125,7 @@ def test_a_refusal_shows_what_was_found_and_the_story_and_exits_with_1(
         "    Go.",
         f"Law 5 (never stuck) is violated: nothing is ever admitted. {LAWS[5].promise}",
         "Counterexample, for `interlock rehearse`:",
-        *(f"  {line}" for line in story),
+        *(f"  {line}" for line in (*story, answer)),
         "VM 'b' of project 'p', with stop queued: it is stuck. The same holds for 2 more.",
     ]
     as_json = interlock("policy", "load", "take2", "--json")

@@ -11,7 +11,7 @@ import click
 
 from interlock.cli.commands.policy.certificate import read_key, write_certificate
 from interlock.cli.commands.policy.group import policy_commands
-from interlock.cli.commands.policy.output import assumption_lines
+from interlock.cli.commands.policy.output import assumption_lines, compiled, story_lines
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
@@ -203,13 +203,14 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
 def _show_violations(invocation: Invocation, name: str, violations: tuple[Violation, ...]) -> None:
     from interlock.policies.laws import LAWS
 
+    policy = compiled(name)
     for violation in violations[:_SHOWN]:
         invocation.echo("")
         title = click.style(f"Law {violation.law} is broken", fg="red", bold=True)
         law = LAWS[violation.law]
         invocation.echo(f"{title} ({law.name}): {printable(violation.what)}.")
         invocation.echo(f"  {law.promise}")
-        for line in violation.story:
+        for line in story_lines(violation.story, policy):
             invocation.echo(f"  {printable(line)}")
     if len(violations) > _SHOWN:
         invocation.echo(f"\n{len(violations) - _SHOWN} more; --json has all of them.")

@@ -20,7 +20,7 @@ from interlock.api.schemas.policy import (
 from interlock.cli.client.http_client import Reply
 from interlock.cli.commands.policy.certificate import read_certificate
 from interlock.cli.commands.policy.group import policy_commands
-from interlock.cli.commands.policy.output import finding_lines, walk_text
+from interlock.cli.commands.policy.output import compiled, finding_lines, story_lines, walk_text
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import errors_as_failures
@@ -102,7 +102,7 @@ def load(
     if certificate_path is not None:
         body["certificate"] = read_certificate(certificate_path)
     headers = {} if digest is None else {"If-Match": f'"{digest}"'}
-    with _rejection_as_failure():
+    with _rejection_as_failure(name):
         reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(explore_seconds))
     _show(invocation, reply, dry_run=dry_run, built_in="main" not in body)
 
@@ -168,6 +168,9 @@ def _patience_s(explore_seconds: float | None) -> float:
 class _rejection_as_failure:  # noqa: N801 - used like a function
     """Context manager that adds the findings to the failure of a rejected policy."""
 
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name
+
     def __enter__(self) -> None:
         return None
 
@@ -183,7 +186,7 @@ class _rejection_as_failure:  # noqa: N801 - used like a function
             error.code = ExitCode.USAGE
             return
         error.code = ExitCode.ENDED_OTHERWISE
-        error.text = _problem_text(problem)
+        error.text = _problem_text(problem, self._name)
 
 
 # ---------------------------------------------------------------------------------------------------------- showing
@@ -233,7 +236,8 @@ def _blocked_text(blocked: PolicyBlockedVm) -> str:
     return printable(f"VM {blocked.name!r} of project {blocked.project!r}, with {request}: {blocked.because}{more}")
 
 
-def _problem_text(problem: PolicyProblem) -> str:
+def _problem_text(problem: PolicyProblem, name: str | None) -> str:
+    policy = None if name is None or not problem.violations else compiled(name)
     lines = [click.style("Rejected: ", fg="red", bold=True) + printable(problem.detail)]
     if problem.remedy:
         lines.append(printable(problem.remedy))
@@ -242,7 +246,7 @@ def _problem_text(problem: PolicyProblem) -> str:
         law = LAWS[violation.law]
         lines.append(f"Law {violation.law} ({law.name}) is violated: {printable(violation.what)}. {law.promise}")
         lines.append("Counterexample, for `interlock rehearse`:")
-        lines += [f"  {printable(line)}" for line in violation.story]
+        lines += [f"  {printable(line)}" for line in story_lines(violation.story, policy)]
     lines += [_blocked_text(one) for one in problem.blocked[1:_BLOCKED_SHOWN]]
     if len(problem.blocked) > _BLOCKED_SHOWN:
         lines.append(f"And {len(problem.blocked) - _BLOCKED_SHOWN} more kinds of VMs; see --json.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+import msgspec
 
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
@@ -17,6 +18,7 @@ from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import duration, printable
 from interlock.core.condition_kinds import Word
 from interlock.core.conditions import CALLER, Condition
+from interlock.core.errors import Invalid
 
 if TYPE_CHECKING:
     from interlock.api.schemas.policy import PolicyWalk
@@ -172,3 +174,28 @@ def _group_lines(group: FindingGroup) -> Iterator[str]:
 def _finding_head(place: str, severity: str, message: str, code: str) -> str:
     coloured = click.style(f"{severity}:", fg=SEVERITY_COLOURS[severity], bold=True)
     return f"{printable(place)}: {coloured} {printable(message)} [{code}]"
+
+
+def story_lines(story: Sequence[str], policy: CompiledPolicy | None) -> Iterator[str]:
+    """Yield the events of a counterexample, and the answer to the last, which is the breach.
+
+    Where the events lead to a state that cannot be left, the last is an admin's delete there. Without the policy, or if
+    a server's walk knew what is not known here, yield the events alone.
+    """
+    from interlock.policies.rehearsal.events import read_line
+    from interlock.policies.rehearsal.runner import Rehearsal
+
+    if policy is None:
+        yield from story
+        return
+    lines = list(story)
+    if "submit" not in msgspec.json.decode(lines[-1]):
+        lines.append(msgspec.json.encode({"submit": "delete", "role": "admin"}).decode())
+    stage = Rehearsal(policy)
+    try:
+        answers = [stage.play(*read_line(line)) for line in lines]
+    except Invalid:
+        yield from story
+        return
+    yield from lines
+    yield f"-> {msgspec.json.encode(answers[-1]).decode()}"
