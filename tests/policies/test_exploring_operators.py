@@ -225,3 +225,61 @@ def test_what_rules_do_not_name_costs_no_state(site: Site) -> None:
     tagged = search(site(LEGAL_HOLD.replace('operations = "*"', 'operations = ["rescue"]')), O.STOP, O.DELETE)
     assert tagged.states == plain.states
     assert not [line for line in plain.assumptions if "tags" in line]
+
+
+# ----------------------------------------------------------------------------------------------------------- holds
+
+ONE_HELD = """
+[[rule]]
+id = "one-held"
+operations = "*"
+held = ["*"]
+verdict = "deny"
+reason = "held"
+because = "Something is held."
+"""
+
+
+def test_a_hold_that_denies_everything_breaks_law_5(site: Site) -> None:
+    """The end of a hold is no way out: it may be any time away, and only its owner may cancel it."""
+    policy = site(ONE_HELD)
+    violation = the_one(search(policy, O.STOP, O.START, O.UNRESCUE, O.DELETE), "nothing is ever admitted in active")
+    assert "hold" in json.loads(violation.story[-1])
+    admin = {"submit": "delete", "role": "admin"}
+    answer, _, later, _, after = plays(violation, policy, admin, {"advance": "9h"}, admin, {"cancel": "r1"}, admin)
+    assert [one["disposition"] for one in (answer, later, after)] == ["denied", "denied", "admitted"]
+    assert answer["retry_after"] is None
+
+
+def test_a_hold_that_denies_no_deletion_breaks_no_law(site: Site) -> None:
+    found = search(site(ONE_HELD.replace('operations = "*"', 'operations = ["start"]')), O.STOP, O.START, O.DELETE)
+    assert found.complete
+    assert not found.violations
+    assert any("one-held" in assumed for assumed in found.assumptions)
+
+
+def test_a_delete_that_waits_for_another_that_is_held_breaks_no_law(site: Site) -> None:
+    """The held request is admitted as soon as the policy admits it, and deletes the instance."""
+    rules = """
+[[rule]]
+id = "held-already"
+operations = ["delete"]
+held = ["delete"]
+verdict = "redundant"
+reason = "held"
+because = "A deletion is held."
+
+[[rule]]
+id = "not-during-a-stop"
+operations = ["delete"]
+task_state = ["@stop"]
+verdict = "after"
+threshold = "1m"
+measured_from = "task_started"
+reason = "stopping"
+because = "It is being stopped."
+"""
+    found = search(site(rules), O.STOP, O.DELETE)
+    assert found.complete
+    assert not found.violations, found.violations
+    assert any(assumed.startswith("One request is held at a time") for assumed in found.assumptions)

@@ -36,7 +36,10 @@ UNNAMED = "someone"
 """Who asks, where no rule looks at the name."""
 RESET_TARGETS = (VmState.ERROR, VmState.ACTIVE)
 """The targets of `reset_state` that are explored."""
-TAGS_MAX: Final = 8
+_WAYS_OUT: Final = frozenset({Operation.DELETE, Operation.FORCE_DELETE, Operation.RESET_STATE})
+_HELD_ALIKE: Final = 2
+"""How many operations are held of those that the rules on held requests do not distinguish."""
+TAGS_MAX: Final = 7
 """How many tags are set and removed at most."""
 _FEW_TAGS: Final = 3
 _TOGETHER: Final = 2
@@ -121,6 +124,9 @@ class Alphabet:
         self.tags_together = len(self.tags) if len(self.tags) <= _FEW_TAGS else _TOGETHER
         """How many of them an instance has at most."""
         self.operations = distinct_operations(self._live, tried, hosts_vary=self.sees_host)
+        self.rules_on_holds = tuple(rule for rule in about_them if rule.held is not None)
+        self.idle_rules_on_holds = tuple(rule for rule in self.rules_on_holds if self._refuses_beside(rule))
+        """Those that only refuse operations which no way to delete needs: they are not explored."""
         self.lock_levels = self._lock_levels(rules)
         self._callers = {operation: self._distinct_callers(operation, rules) for operation in Operation}
         settled = [rule for rule in rules if _holds_settled(rule)]
@@ -132,6 +138,8 @@ class Alphabet:
         self.submissions = tuple(
             submission for operation in self.operations for submission in self._submissions(operation)
         )
+        self.held = self._held_submissions()
+        """The numbers of the submissions that are held, one at a time."""
         kinds = list(dict.fromkeys(kind for submission in self.submissions for kind in self._kinds(submission)))
         self.kinds = tuple(kind for kind in kinds if CATALOGUE[kind.operation].lane is not Lane.RECORD)
         state_changes = [kind.operation for kind in self.kinds if not kind.is_component]
@@ -216,6 +224,27 @@ class Alphabet:
             seen = any(rule.hard is not None and operation in rule.operations for rule in self._live.rules)
             if seen or self._phases[operation][1]:
                 yield SubmissionKind(operation, caller, hard=True)
+
+    def _refuses_beside(self, rule: Rule) -> bool:
+        """Return whether a rule on held requests can only refuse, and decides no deletion and no `reset_state`."""
+        if not rule.held or rule.verdict not in {Verdict.DENY, Verdict.REDUNDANT}:
+            return False
+        tasks = [NO_TASK, *(phase for entry in CATALOGUE.values() for phase in entry.phases + entry.hard_phases)]
+        needed = rule.operations & _WAYS_OUT
+        places = ((operation, state, task) for operation in needed for state in VmState for task in tasks)
+        return not any(one.id == rule.id for place in places for one in self._live.cell(*place))
+
+    def _held_submissions(self) -> tuple[int, ...]:
+        """Return submissions to hold: a few of each class that the rules on held requests do not distinguish."""
+        rules = [rule for rule in self.rules_on_holds if rule not in self.idle_rules_on_holds]
+        found: dict[tuple[bool, ...], list[int]] = {}
+        for number, submission in enumerate(self.submissions):
+            operation = submission.operation
+            alike = found.setdefault(tuple(operation in (rule.held or ()) for rule in rules), [])
+            known = {self.submissions[one].operation for one in alike}
+            if CATALOGUE[operation].lane is Lane.STATE and operation not in known and len(known) < _HELD_ALIKE:
+                alike.append(number)
+        return tuple(number for named, alike in found.items() if any(named) for number in alike)
 
     def _kinds(self, submission: SubmissionKind) -> Iterator[RequestKind]:
         """Yield every kind of request that the policy can admit a submission as."""
@@ -362,7 +391,18 @@ def request_of(kind: RequestKind) -> Request:
 
 
 EXPLORED: Final = frozenset(
-    {"outstanding", "locked", "launched", "hard", "silent_ms", "running_ms", "host_reachable", "tags", "locked_above"}
+    {
+        "outstanding",
+        "locked",
+        "launched",
+        "hard",
+        "silent_ms",
+        "running_ms",
+        "host_reachable",
+        "tags",
+        "locked_above",
+        "held",
+    }
 )
 """What varies in a search, by field of the view; besides, who asks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from interlock.core.conditions import CALLER, CONDITIONS, Condition, Subject
@@ -75,6 +75,12 @@ def _surroundings(alphabet: Alphabet) -> Iterator[str]:
     if alphabet.locks_by_least and alphabet.lock_levels:
         least = alphabet.lock_levels[0].value
         yield f"Locks are those of a {least}; a lock of a higher role only denies more to others."
+    if alphabet.held:
+        names = ", ".join(sorted({alphabet.submissions[number].operation.value for number in alphabet.held}))
+        yield f"One request is held at a time ({names}); no way to delete counts on the end of its hold."
+    if alphabet.idle_rules_on_holds:
+        rules = _rules(alphabet.idle_rules_on_holds)
+        yield f"The rules {rules} about held requests only refuse what no deletion needs, and are left out."
     if alphabet.sees_host:
         yield "The host is lost and comes back at any time; no way to delete counts on its return."
     if alphabet.tags:
@@ -92,7 +98,11 @@ def _or(states: Iterable[VmState]) -> str:
 
 def _fixed(condition: Condition, about: list[Rule]) -> str:
     """Return the sentence about a condition whose value does not vary, with the rules that name another value."""
-    named = [rule.id for rule in about[:_NAMED_MAX]]
-    more = f" and {len(about) - _NAMED_MAX} more" if len(about) > _NAMED_MAX else ""
     value = condition.kind.found(condition.usual)
-    return f"`{condition.key}` is always {value}; it is a condition of {', '.join(named)}{more}."
+    return f"`{condition.key}` is always {value}; it is a condition of {_rules(about)}."
+
+
+def _rules(rules: Sequence[Rule]) -> str:
+    """Return the ids of the first few rules, and how many more there are."""
+    more = f" and {len(rules) - _NAMED_MAX} more" if len(rules) > _NAMED_MAX else ""
+    return f"{', '.join(rule.id for rule in rules[:_NAMED_MAX])}{more}"

@@ -70,6 +70,8 @@ class Situation(NamedTuple):
     tags: tuple[str, ...]
     lock_role: Role | None
     """The role with which it is locked; None: it is not."""
+    held: int
+    """The operation that is held, as a bit mask."""
     task_state: str
     silent_ms: int
     running_ms: int
@@ -208,7 +210,7 @@ class GateTable:
         found = []
         for number, rule in self._cell(submission.operation, situation.vm_state, situation.task_state):
             if self._holds(number, rule, submission, situation):
-                mask = _ALWAYS if rule.outstanding is None else _mask(rule.outstanding)
+                mask = _ALWAYS if rule.outstanding is None else outstanding_mask(rule.outstanding)
                 found.append(GateAnswer(mask, rule))
                 if rule.outstanding is None:
                     break
@@ -239,6 +241,7 @@ class GateTable:
                 locked_above=situation.lock_role is not None
                 and not dict(submission.caller)["role"].includes(situation.lock_role),
                 host_reachable=situation.host_reachable,
+                held=situation.held,
                 tags=situation.tags,
                 hard=submission.hard,
                 silent_ms=situation.silent_ms,
@@ -327,7 +330,8 @@ def _until(answers: tuple[GateAnswer, ...], rule: Rule) -> tuple[GateAnswer, ...
     return answers
 
 
-def _mask(operations: frozenset[Operation]) -> int:
+def outstanding_mask(operations: frozenset[Operation]) -> int:
+    """Return the bits of which one is set if a condition on outstanding operations holds."""
     return sum(BIT[operation] for operation in operations) if operations else NONE_OUTSTANDING
 
 

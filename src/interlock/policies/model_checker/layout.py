@@ -62,6 +62,8 @@ class Layout:
         self.idle = self._next(len(alphabet.idle_ages))
         """The age class of an instance with nothing in service."""
         self.locked = self._next(len(alphabet.lock_levels) if locks else 0)
+        self.held = self._next(len(alphabet.held))
+        """The number in `Alphabet.held`, plus 1, of the submission that is held."""
         self.faults = self._next(faults_max or 0)
         if self._used > WORD_BITS:
             raise Invalid(

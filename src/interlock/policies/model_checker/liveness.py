@@ -106,4 +106,5 @@ def _unaided(model: Model, words: Words, means: _Means) -> Iterator[Transitions]
     yield steps.take_component(words, task, component)
     yield steps.deadline(words)
     yield from model.gate.transitions(words, model.gate.ways_out(words, means.role, deletions=means.deletions))
+    yield from model.gate.held_admitted(words)
     yield from steps.time(words)

@@ -10,6 +10,7 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.states import VmState
 from interlock.policies.model_checker.actions import Alphabet
+from interlock.policies.model_checker.holds import Holds
 from interlock.policies.model_checker.layout import Layout, Words
 from interlock.policies.model_checker.state_encoding import StateEncoding
 from interlock.policies.model_checker.step_tables import StepTables
@@ -47,6 +48,7 @@ class Model:
         self.steps = Steps(self.alphabet, self.layout, self.tables)
         self.gate = PackedGate(self.alphabet, self.layout, self.tables, self.steps.queues, outstanding_max)
         self.encoding = StateEncoding(self.alphabet, self.layout)
+        self.holds = Holds(self.alphabet, self.layout, self.gate, self.encoding)
         self.faults_max = faults_max
 
     def initial_words(self) -> Words:
@@ -63,6 +65,7 @@ class Model:
                 else self._counted(transitions)
             )
         yield from self.gate.transitions(words, answers)
+        yield from self.holds.after(words)
 
     def _counted(self, transitions: Transitions) -> Transitions:
         """Count one more fault, and drop the transitions past the limit."""

@@ -79,6 +79,7 @@ class PackedLaws:
         own = words[rows]
         # Once a deletion, soft or not, is queued, nothing else has to be admitted: liveness is checked last.
         fine = tables.is_goal[layout.base.of(own)]
+        fine |= self._model.gate.held_hope(own)
         queue = own & layout.queue.mask
         while queue.any():
             fine |= tables.deletes[queue & layout.queue_first]

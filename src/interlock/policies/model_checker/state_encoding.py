@@ -45,7 +45,9 @@ class StateEncoding:
         idle = bisect_right(alphabet.idle_ages, now_ms - instance.updated_at_ms)
         level = alphabet.lock_level(instance.lock_role) if instance.locked_by is not None else 0
         locked = level if layout.locked.bits else 0
+        held = self._held(instance) << layout.held.shift
         word = base << layout.base.shift | idle << layout.idle.shift | locked << layout.locked.shift
+        word |= held
         at = layout.queue.shift
         for request in in_service_order(instance):
             if request.status not in SERVED:
@@ -56,6 +58,22 @@ class StateEncoding:
             else:
                 word |= self._task(request, now_ms)
         return word
+
+    def _held(self, instance: Instance) -> int:
+        """Return the number of the held request; 0 for none, or one that is not explored."""
+        known = [self._alphabet.submissions[number] for number in self._alphabet.held]
+        for request in instance.held:
+            for number, submission in enumerate(known, start=1):
+                if (submission.operation, submission.hard) == (request.operation, request.hard):
+                    return number
+        return 0
+
+    def _unpacked_held(self, number: int) -> tuple[Request, ...]:
+        if not number:
+            return ()
+        submission = self._alphabet.submissions[self._alphabet.held[number - 1]]
+        kind = RequestKind(submission.operation, submission.caller, submission.hard, in_turn=True, preempts=False)
+        return (replace(request_of(kind), id="held", status=Status.HELD, held_until_ms=2 * NOW_MS),)
 
     def _kind(self, request: Request) -> int:
         hard = request.hard and (request.operation, True) in self._submitted
@@ -115,6 +133,8 @@ class StateEncoding:
             updated_at_ms=NOW_MS - idle_ms,
             launched_at_ms=0 if base.launched else None,
             tags=base.tags,
+            host_fenced=not base.host_reachable,
+            held=self._unpacked_held(layout.held.one(word)),
             locked_by="someone" if locked else None,
             lock_role=alphabet.lock_levels[locked - 1] if locked else Role.MEMBER,
             outstanding=tuple(replace(request, id=f"r{n}") for n, request in enumerate(outstanding, start=1)),

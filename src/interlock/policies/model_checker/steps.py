@@ -52,10 +52,15 @@ class Action(IntEnum):
     HOST_BACK = 21
     ARRIVE = 22
     """A migration off a lost host has ended, and the instance is as it was on another host."""
-    RELABEL = 24
+    HELD_ADMITTED = 23
+    HOLD_ENDED = 24
+    """The hold expires, or is cancelled by its owner."""
+    RELABEL = 25
     """A tag is set or removed: one for each of `Alphabet.tags`."""
     CANCEL = 32
     SUBMIT = 96
+    HOLD = 8192
+    """A submission is denied and held: one for each submission."""
 
 
 class Transitions(NamedTuple):

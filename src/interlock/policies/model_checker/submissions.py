@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from interlock.core.operations import BIT
 from interlock.core.policy import Rule
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK
@@ -52,13 +53,13 @@ class PackedGate:
         self._alphabet = alphabet
         self._layout = layout
         self._tables = tables
-        self._queues = queues
+        self.queues = queues
         self._outstanding_max = outstanding_max
         self.gate = GateTable(alphabet)
         self._ages = _AgeCodes(alphabet)
-        self._locks = layout.locked.ones + 1
+        self._locks, self._holds = layout.locked.ones + 1, layout.held.ones + 1
         self._situation_numbers = np.full(
-            len(alphabet.bases) * self._locks * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
+            len(alphabet.bases) * self._locks * self._holds * (len(alphabet.tasks) + 1) * self._ages.codes, -1, np.int64
         )
         self._rows: Rows | None = None
         self._leads_to_goal = tables.leads_to_goal
@@ -88,7 +89,7 @@ class PackedGate:
             - np.repeat(np.cumsum(count) - count, count)
             + np.repeat(rows.first[situations], count)
         )
-        outstanding = self._queues.outstanding(words)[states]
+        outstanding = self.queues.outstanding(words)[states]
         effect = rows.effects[at, -1]
         for level in reversed(range(rows.masks.shape[1])):
             effect = np.where(outstanding & rows.masks[at, level], rows.effects[at, level], effect)
@@ -102,8 +103,8 @@ class PackedGate:
         layout, tables = self._layout, self._tables
         task = layout.task.of(words)
         count = self._outstanding_count(words)
-        changes = self._queues.have_state_changes(words) | (task > 0)
-        foreseen = self._queues.foreseen(words)[answers.rows]
+        changes = self.queues.have_state_changes(words) | (task > 0)
+        foreseen = self.queues.foreseen(words)[answers.rows]
         admit = answers.effect == GateEffect.ADMIT
         kind = np.where(admit, answers.kind, 0)
         in_turn = tables.in_turn[kind] & changes[answers.rows]
@@ -118,7 +119,7 @@ class PackedGate:
 
     def _outstanding_count(self, words: Words) -> Ints:
         layout = self._layout
-        count: Ints = self._queues.lengths(words) + (layout.task.of(words) > 0) + (layout.component.of(words) > 0)
+        count: Ints = self.queues.lengths(words) + (layout.task.of(words) > 0) + (layout.component.of(words) > 0)
         return count
 
     def _waits_already(self, words: Words, answers: PackedAnswers, preempt: Ints) -> Bools:
@@ -151,7 +152,7 @@ class PackedGate:
         on_top = self._leads_to_goal[answers.kind]
         fits = np.flatnonzero(count[answers.rows] < self._outstanding_max + on_top)
         rows = answers.rows[fits]
-        there = self._queues.appended(words[rows], answers.kind[fits])
+        there = self.queues.appended(words[rows], answers.kind[fits])
         return Transitions(Action.SUBMIT + answers.submission[fits], rows, there)
 
     def _preempting(self, words: Words, answers: PackedAnswers, effect: GateEffect) -> Transitions:
@@ -164,7 +165,7 @@ class PackedGate:
             component_stopping = (layout.component.of(own) > 0).astype(np.int64) & layout.component_deadline.ones
             own = own | stopping << layout.deadline.shift | component_stopping << layout.component_deadline.shift
         queue = (own & layout.queue.mask) << layout.kind_bits | answers.kind
-        kept = self._queues.reevaluate(own, queue)
+        kept = self.queues.reevaluate(own, queue)
         count = _length(kept, layout.kind_bits) + (layout.task.of(own) > 0) + (layout.component.of(own) > 0)
         on_top = self._leads_to_goal[answers.kind]
         fits = np.flatnonzero(count <= self._outstanding_max + on_top)
@@ -180,7 +181,7 @@ class PackedGate:
         if effect is GateEffect.RESET:
             base = tables.resets[answers.submission, layout.base.of(own)]
             own = own & ~(layout.served | layout.component_served | layout.idle.mask | layout.base.mask)
-            there = self._queues.reevaluated(own | base << layout.base.shift)
+            there = self.queues.reevaluated(own | base << layout.base.shift)
         elif effect is GateEffect.LOCK:
             level = np.minimum(np.maximum(layout.locked.of(own), answers.kind), layout.locked.ones)
             there = (own & ~layout.locked.mask) | level << layout.locked.shift
@@ -188,6 +189,30 @@ class PackedGate:
             there = own & ~layout.locked.mask
         changed = np.flatnonzero(there != own)
         return Transitions(Action.SUBMIT + answers.submission[changed], answers.rows[changed], there[changed])
+
+    def held_admitted(self, words: Words) -> Iterator[Transitions]:
+        """Admit the held requests that the policy admits."""
+        for rows, own, answers in self._held_answers(words):
+            for transitions in self.transitions(own, answers):
+                yield Transitions(Action.HELD_ADMITTED, rows[transitions.rows], transitions.words)
+
+    def held_hope(self, words: Words) -> Bools:
+        """Return whether the held request of each state is admitted now, or waits for a time."""
+        hope = np.zeros(len(words), bool)
+        for rows, _, answers in self._held_answers(words):
+            hope[rows[answers.rows[answers.effect != GateEffect.UNEXPLAINED]]] = True
+        return hope
+
+    def _held_answers(self, words: Words) -> Iterator[tuple[Ints, Words, PackedAnswers]]:
+        """Evaluate held requests as if they were not held: the rows of their states, these states, and the answers."""
+        field = self._layout.held
+        for number, submission in enumerate(self._alphabet.held, start=1):
+            rows = np.flatnonzero(field.of(words) == number)
+            if len(rows):
+                own = words[rows] & ~field.mask
+                situations = self.situations(own)
+                table = self._table()
+                yield rows, own, self._answers(own, situations, table.chosen(table.submission == submission))
 
     # ---------------------------------------------------------------------------------------------------------- places
 
@@ -208,7 +233,9 @@ class PackedGate:
         codes = np.flatnonzero(self._situation_numbers >= 0) // self._ages.codes
         tasks = len(self._alphabet.tasks) + 1
         words = []
-        for base, task in {(code // tasks // self._locks, code % tasks) for code in codes.tolist() if code % tasks}:
+        for base, task in {
+            (code // tasks // self._holds // self._locks, code % tasks) for code in codes.tolist() if code % tasks
+        }:
             ages = self._alphabet.task_ages[task - 1]
             word = base << layout.base.shift | task << layout.task.shift
             words += [
@@ -223,19 +250,23 @@ class PackedGate:
         task, component, locked = layout.task.of(words), layout.component.of(words), layout.locked.of(words)
         base = layout.base.of(words)
         age = self._ages.of(layout, words, task, component)
-        return ((base * self._locks + locked) * (len(self._alphabet.tasks) + 1) + task) * self._ages.codes + age
+        return (
+            ((base * self._locks + locked) * self._holds + layout.held.of(words)) * (len(self._alphabet.tasks) + 1)
+            + task
+        ) * self._ages.codes + age
 
     def rule(self, word: int, submission: int) -> Rule:
         """Return the rule that decides a submission in one state."""
         words = np.array([word], np.int64)
         situation = self._situation(int(self._codes(words)[0]))
-        outstanding = int(self._queues.outstanding(words)[0])
+        outstanding = int(self.queues.outstanding(words)[0])
         answers = self.gate.answers(self._alphabet.submissions[submission], situation)
         return next(answer.rule for answer in answers if answer.mask & outstanding)
 
     def _situation(self, code: int) -> Situation:
         rest, age = divmod(code, self._ages.codes)
         rest, task = divmod(rest, len(self._alphabet.tasks) + 1)
+        rest, held = divmod(rest, self._holds)
         base, locked = divmod(rest, self._locks)
         there = self._alphabet.bases[base]
         task_state = self._alphabet.tasks[task - 1].phase if task else NO_TASK
@@ -246,6 +277,7 @@ class PackedGate:
             there.host_reachable,
             there.tags,
             self._alphabet.lock_levels[locked - 1] if locked else None,
+            BIT[self._alphabet.submissions[self._alphabet.held[held - 1]].operation] if held else 0,
             task_state,
             silent_ms,
             running_ms,

@@ -20,6 +20,7 @@ _RESETS_IDLE: Final = (
     - AGEING
     - {Action.DEADLINE, Action.SUBMIT, Action.CANCEL}
     - {Action.HOST_LOST, Action.HOST_BACK, Action.RELABEL}
+    - {Action.HOLD, Action.HELD_ADMITTED, Action.HOLD_ENDED}
 )
 _RESETS_TASK: Final = frozenset({Action.TAKE, Action.LIFE, Action.PHASE, Action.ADOPT})
 _RESETS_COMPONENT: Final = frozenset({Action.TAKE_COMPONENT, Action.COMPONENT_LIFE, Action.ADOPT})
