@@ -283,3 +283,37 @@ because = "It is being stopped."
     assert found.complete
     assert not found.violations, found.violations
     assert any(assumed.startswith("One request is held at a time") for assumed in found.assumptions)
+
+
+# ----------------------------------------------------------------------------------------------- endless heartbeats
+
+A_MINUTE_OF_SILENCE = """
+[[rule]]
+id = "delete-gives-a-minute"
+operations = ["delete", "force_delete"]
+task_state = ["*", "!none", "!@delete", "!@force_delete"]
+verdict = "after"
+threshold = "1m"
+reason = "in_progress"
+because = "A minute of silence is waited for."
+"""
+
+
+def test_where_a_deletion_waits_for_a_silence_that_may_never_come_is_listed(site: Site) -> None:
+    found = search(site(A_MINUTE_OF_SILENCE), O.SNAPSHOT, O.DELETE, O.RESET_STATE)
+    assert not found.violations
+    assert "active while snapshot is served" in found.until_silence
+
+
+FROM_THE_START = A_MINUTE_OF_SILENCE.replace('threshold = "1m"', 'threshold = "1m"\nmeasured_from = "task_started"')
+LIMITED = f'{A_MINUTE_OF_SILENCE}\n[served_at_most]\nsnapshot = "1h"\n'
+
+
+@pytest.mark.parametrize("rules", [FROM_THE_START, LIMITED], ids=["measured from the start", "served_at_most"])
+def test_a_time_from_the_start_ends_the_wait_for_a_worker_that_makes_progress(site: Site, rules: str) -> None:
+    found = search(site(rules), O.SNAPSHOT, O.DELETE, O.RESET_STATE)
+    assert "active while snapshot is served" not in found.until_silence
+
+
+def test_no_deletion_waits_for_silence_under_standard() -> None:
+    assert not search(compile_named("standard"), O.SNAPSHOT, O.MIGRATE, O.ATTACH_VOLUME, O.DELETE).until_silence

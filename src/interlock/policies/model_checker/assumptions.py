@@ -52,7 +52,7 @@ def _sentences(model: Model, tried: frozenset[Operation], outstanding_max: int, 
         yield f"reset_state leads to {_or(RESET_TARGETS)} only."
     if model.faults_max is not None:
         yield f"At most {model.faults_max} operations fail or guests end."
-    yield "A worker that makes no progress stays silent; one that makes progress ends."
+    yield "A worker ends, hangs, or makes progress for ever."
     yield "The deletion that is served last succeeds."
     if stuck is not None and stuck.completed:
         yield f"What is served completes, if it is {' or '.join(operation.value for operation in stuck.completed)}."

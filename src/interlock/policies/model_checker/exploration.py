@@ -18,7 +18,7 @@ from interlock.policies.model_checker.actions import Alphabet
 from interlock.policies.model_checker.assumed_values import with_assumed_values
 from interlock.policies.model_checker.assumptions import assumptions
 from interlock.policies.model_checker.counterexamples import CounterexampleBuilder
-from interlock.policies.model_checker.gate_table import GateEffect
+from interlock.policies.model_checker.gate_table import GateEffect, Ints
 from interlock.policies.model_checker.liveness import Stuck, find_stuck
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.packed_laws import described
@@ -88,6 +88,7 @@ def explore(
         seconds=seconds,
         depth=search.depth,
         assumptions=(*assumptions(model, tried, outstanding_used, stuck), *assumed),
+        until_silence=() if stuck is None else _listed(search, stuck.until_silence, stuck.for_everyone),
         weaker=None if stuck is None else _weaker(search, stuck, role),
         exits=tuple(_exits(model)),
     )
@@ -113,11 +114,16 @@ def _report_stuck(search: Search, stuck: Stuck, goal: VmState) -> None:
 
 def _weaker(search: Search, stuck: Stuck, role: Role) -> RolePromise:
     """Return in which states callers of the role cannot reach the goal, and others can."""
-    alone = np.setdiff1d(stuck.for_role, stuck.for_everyone, assume_unique=True)
+    return RolePromise(role=role, cannot=_listed(search, stuck.for_role, stuck.for_everyone))
+
+
+def _listed(search: Search, stuck: Ints, reported: Ints) -> tuple[str, ...]:
+    """Describe the states that are stuck and not reported as violations."""
+    alone = np.setdiff1d(stuck, reported, assume_unique=True)
     words, layout = search.visited.words[alone], search.model.layout
     # Where a request only has to be taken, the state after that is listed.
     shown = (words & layout.queue.mask == 0) | (words & (layout.task.mask | layout.component.mask) > 0)
-    return RolePromise(role=role, cannot=tuple(described(search.model, words[shown])))
+    return tuple(described(search.model, words[shown]))
 
 
 def _violations(search: Search) -> tuple[tuple[Violation, ...], tuple[str, ...]]:

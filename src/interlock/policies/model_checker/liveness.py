@@ -5,7 +5,9 @@ submissions, taking a request, time that passes, and the success of an operation
 not suffice, the success of a soft delete counts too, since the server deletes the instance when its time is over, and
 then that of an evacuation, which is performed by another host.
 
-It is first computed for the callers of one role alone, and then for callers of all roles.
+A worker may also make progress for ever and never end: then no silence comes, and only what needs none counts. From
+which states a deletion waits for silence is determined beside, and breaks no law: a takeover measured from the last
+progress promises no more. It is all computed for callers of all roles, and for the callers of one role alone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from interlock.core.roles import Role
 from interlock.policies.model_checker.gate_table import Bools, Ints
 from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
-from interlock.policies.model_checker.steps import Transitions
+from interlock.policies.model_checker.steps import SILENCE, Transitions
 from interlock.policies.model_checker.visited_states import Visited
 
 _CHUNK: Final = 65_536
@@ -34,8 +36,11 @@ class Stuck(NamedTuple):
     """The numbers of the states from which the goal cannot be reached."""
 
     for_role: Ints
-    """By callers of the role alone."""
+    """By callers of the role alone, if the worker hangs."""
     for_everyone: Ints
+    """If the worker hangs."""
+    until_silence: Ints
+    """If the worker makes progress for ever and nobody resets the state."""
     completed: tuple[Operation, ...] = ()
     """The operations that have to complete for a role, or everyone, to reach the goal from some state."""
 
@@ -43,12 +48,41 @@ class Stuck(NamedTuple):
 class _Means(NamedTuple):
     """What counts as a transition that needs no other worker."""
 
-    role: Role | None
+    role: Role | None = None
     """The role of the callers; None: any."""
-    deletions: bool
+    deletions: bool = False
     """Whether only operations that lead to the goal are submitted: they nearly always suffice."""
+    resets: bool = True
+    """Whether states are reset."""
+    silence: bool = True
+    """Whether workers become silent."""
     completed: tuple[Operation, ...] = ()
     """The operations in service that succeed, besides those that lead to the goal."""
+
+
+class _Fixpoint:
+    """The states from which the goal is known to be reachable, and the others."""
+
+    def __init__(self, model: Model, visited: Visited, expanded: int, until_s: float) -> None:
+        self._model = model
+        self._visited = visited
+        self._until_s = until_s
+        self._safe = model.tables.is_goal[model.layout.base.of(visited.words)]
+        self._safe[expanded:] = True
+        self.stuck = np.flatnonzero(~self._safe)
+        self.completed: tuple[Operation, ...] = ()
+
+    def extended(self, means: _Means) -> Ints | None:
+        """Return the states that are stuck although these means count too; None if time ran out."""
+        for deletions, completed in ((True, ()), *((False, some) for some in _COMPLETED)):
+            own = means._replace(deletions=deletions, completed=completed)
+            left = _reduced(self._model, self._visited, self._safe, self.stuck, own, self._until_s)
+            if left is None:
+                return None
+            if completed and len(left) < len(self.stuck):
+                self.completed = max(self.completed, completed, key=len)
+            self.stuck = left
+        return self.stuck
 
 
 def find_stuck(
@@ -58,20 +92,17 @@ def find_stuck(
 
     States that were found but not expanded do not count as stuck.
     """
-    safe = model.tables.is_goal[model.layout.base.of(visited.words)]
-    safe[expanded:] = True
-    stuck = Stuck(np.zeros(0, np.int64), np.flatnonzero(~safe))
-    for callers in (role, None):
-        pending = stuck.for_everyone
-        for means in (_Means(callers, deletions=True), *(_Means(callers, False, some) for some in _COMPLETED)):
-            left = _reduced(model, visited, safe, pending, means, until_s)
-            if left is None:
-                return None
-            if means.completed and len(left) < len(pending):
-                stuck = stuck._replace(completed=max(stuck.completed, means.completed, key=len))
-            pending = left
-        stuck = stuck._replace(for_everyone=pending, for_role=stuck.for_role if callers is None else pending)
-    return stuck
+    alone, everyone = (_Fixpoint(model, visited, expanded, until_s) for _ in range(2))
+    found = [
+        alone.extended(_Means(role)),
+        everyone.extended(_Means(resets=False, silence=False)),
+        everyone.extended(_Means()),
+    ]
+    for_role, until_silence, for_everyone = found
+    if for_role is None or until_silence is None or for_everyone is None:
+        return None
+    completed = max(alone.completed, everyone.completed, key=len)
+    return Stuck(for_role, for_everyone, until_silence, completed)
 
 
 def _reduced(model: Model, visited: Visited, safe: Bools, pending: Ints, means: _Means, until_s: float) -> Ints | None:
@@ -105,6 +136,8 @@ def _unaided(model: Model, words: Words, means: _Means) -> Iterator[Transitions]
     yield steps.take(words, task, component)
     yield steps.take_component(words, task, component)
     yield steps.deadline(words)
-    yield from model.gate.transitions(words, model.gate.ways_out(words, means.role, deletions=means.deletions))
+    answers = model.gate.ways_out(words, means.role, deletions=means.deletions, resets=means.resets)
+    yield from model.gate.transitions(words, answers)
     yield from model.gate.held_admitted(words)
-    yield from steps.time(words)
+    yield steps.limited(words)
+    yield from (passed for passed in steps.time(words) if means.silence or passed.action not in SILENCE)

@@ -70,6 +70,9 @@ class Exploration(msgspec.Struct, frozen=True, kw_only=True):
     """Steps from an initial state to the farthest state."""
     assumptions: tuple[str, ...] = ()
     """What the search held fixed, one sentence each."""
+    until_silence: tuple[str, ...] = ()
+    """The states in which a deletion is refused as long as a worker makes progress, be it for ever, as text: only its
+    silence or `reset_state` leads on."""
     weaker: RolePromise | None = None
     """What callers of one role alone can do; None if it was not determined."""
     exits: tuple[Exit, ...] = ()

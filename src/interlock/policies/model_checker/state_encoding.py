@@ -133,7 +133,6 @@ class StateEncoding:
             updated_at_ms=NOW_MS - idle_ms,
             launched_at_ms=0 if base.launched else None,
             tags=base.tags,
-            host_fenced=not base.host_reachable,
             held=self._unpacked_held(layout.held.one(word)),
             locked_by="someone" if locked else None,
             lock_role=alphabet.lock_levels[locked - 1] if locked else Role.MEMBER,

@@ -76,6 +76,8 @@ class Transitions(NamedTuple):
     """Indexes of submissions that were admitted in turn and cancelled in the same transition."""
 
 
+SILENCE = frozenset({Action.SILENT, Action.COMPONENT_SILENT})
+"""Time that passes without progress of a worker."""
 FAULTS = frozenset({Action.FAIL, Action.GUEST_STOPPED, Action.GUEST_CRASHED})
 """The actions that `faults_max` limits. Time that passes is not one: a worker may hang in every state (law 5)."""
 
@@ -243,6 +245,14 @@ class Steps:
                 possible = self._ages.are_possible(layout, there)
                 yield Transitions(action, rows[possible], there[possible])
         yield self.deadline(words)
+
+    def limited(self, words: Words) -> Transitions:
+        """Fence the requests in service whose total time is limited (`served_at_most`), once it has passed."""
+        layout, tables = self.layout, self.tables
+        limited = tables.task_limited[layout.task.of(words)] | tables.component_limited[layout.component.of(words)]
+        rows = np.flatnonzero(limited)
+        there = words[rows] & ~(layout.served | layout.component_served)
+        return Transitions(Action.DEADLINE, rows, self.queues.reevaluated(there))
 
     def deadline(self, words: Words) -> Transitions:
         """Fence the requests in service whose interrupt deadline has passed."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interlock.core.operations import BIT
+from interlock.core.operations import BIT, Operation
 from interlock.core.policy import Rule
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK
@@ -63,6 +63,7 @@ class PackedGate:
         )
         self._rows: Rows | None = None
         self._leads_to_goal = tables.leads_to_goal
+        self._resets = np.array([one.operation is Operation.RESET_STATE for one in alphabet.submissions], bool)
         self._goal_submissions = np.array(
             [leads_to(submission.operation, tables.goal) for submission in alphabet.submissions], bool
         )
@@ -72,11 +73,16 @@ class PackedGate:
         situations = self.situations(words)
         return self._answers(words, situations, self._table())
 
-    def ways_out(self, words: Words, role: Role | None, *, deletions: bool) -> PackedAnswers:
-        """Return the answers to the submissions of a role (None: of any); with `deletions`, only to deletions."""
+    def ways_out(self, words: Words, role: Role | None, *, deletions: bool, resets: bool) -> PackedAnswers:
+        """Return the answers to the submissions of a role (None: of any).
+
+        With `deletions`, return only those to deletions; without `resets`, none to `reset_state`.
+        """
         situations = self.situations(words)
         rows = self._table()
         kept = self._goal_submissions[rows.submission] | (not deletions)
+        if not resets:
+            kept &= ~self._resets[rows.submission]
         if role is not None:
             kept &= (rows.roles & ROLE_BIT[role]) > 0
         return self._answers(words, situations, rows.chosen(kept))

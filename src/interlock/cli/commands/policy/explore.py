@@ -195,6 +195,8 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
         invocation.echo("\nAssumptions of the exploration:")
     for line in assumption_lines(found.assumptions):
         invocation.echo(line)
+    if found.until_silence:
+        _show_until_silence(invocation, found.until_silence)
     if found.weaker is not None:
         _show_weaker(invocation, found.weaker)
     _show_exits(invocation, found.exits)
@@ -215,6 +217,15 @@ def _show_violations(invocation: Invocation, name: str, violations: tuple[Violat
     if len(violations) > _SHOWN:
         invocation.echo(f"\n{len(violations) - _SHOWN} more; --json has all of them.")
     invocation.echo(f"\nA story is played by: interlock rehearse --policy {printable(name)}")
+
+
+def _show_until_silence(invocation: Invocation, states: tuple[str, ...]) -> None:
+    """Print the states in which a deletion waits until a worker makes no progress."""
+    more = f", and {len(states) - _SHOWN} more (--json)" if len(states) > _SHOWN else ""
+    shown = "; ".join(states[:_SHOWN])
+    invocation.echo(
+        f"As long as a worker makes progress, nobody can delete without a reset of the state: {shown}{more}."
+    )
 
 
 def _show_weaker(invocation: Invocation, promise: RolePromise) -> None:
