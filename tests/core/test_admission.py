@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from core_samples import (
     BUSY,
@@ -23,11 +25,13 @@ from core_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interlock.core import lifecycle
 from interlock.core.admission import admit, judge, not_started
+from interlock.core.errors import Invalid
 from interlock.core.lifecycle import finish, progress, take
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Rule, Verdict
-from interlock.core.records import Admitted, Denied, Instance, Outcome, Redundant, Request, Status
+from interlock.core.records import Admitted, Denied, GuestEvent, Instance, Outcome, Redundant, Request, Status
 from interlock.core.request_queue import replace
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.loader import compile_named
@@ -408,3 +412,28 @@ def test_what_somebody_may_start_some_time_is_made_without_a_start(start: Rule) 
     waiting = not_started(made, ask(O.CREATE), policy, START_MS)
     assert isinstance(waiting, Instance)
     assert (waiting.vm_state, waiting.blocked_operations) == (V.STOPPED, (O.START,))
+
+
+# --------------------------------------------------------------------------------------------------- invalid calls
+
+
+def test_a_second_outstanding_request_with_the_same_id_is_refused() -> None:
+    """A report of its worker would be taken for one of the other's."""
+    instance = queue(instance_in(), POLICY, O.STOP)
+    with pytest.raises(Invalid, match="'q1' is that of an outstanding request"):
+        admit(instance, ask(O.START, "q1"), POLICY, START_MS)
+
+
+@pytest.mark.parametrize("target", ["deleted", "activ", "", 7])
+def test_a_state_is_not_reset_to_deleted_or_to_nonsense(target: Any) -> None:
+    with pytest.raises(Invalid, match=r"Invalid vm_state .* for reset_state: expected one of active, building"):
+        admit(instance_in(), ask(O.RESET_STATE, parameters={"vm_state": target}), POLICY, START_MS)
+
+
+def test_a_vm_state_given_as_text_is_refused() -> None:
+    """It equals a VmState and is none, so that every rule and precondition would miss it."""
+    instance = instance_in("active")  # type: ignore[arg-type]
+    with pytest.raises(Invalid, match="Invalid vm_state 'active' of instance i-1: expected a VmState"):
+        admit(instance, ask(O.STOP), POLICY, START_MS)
+    with pytest.raises(Invalid, match="expected a VmState"):
+        lifecycle.observe(instance, GuestEvent.STOPPED, POLICY, START_MS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from interlock.core import restarts
+from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.outcomes import fail_overdue, fenced_for_limit_at_ms
 from interlock.core.policy import (
@@ -24,7 +25,7 @@ from interlock.core.policy import (
     Verdict,
 )
 from interlock.core.preconditions import RULE, unmet
-from interlock.core.record_operations import RECORD_OPERATIONS
+from interlock.core.record_operations import RECORD_OPERATIONS, reset_target
 from interlock.core.records import (
     SERVED,
     Admitted,
@@ -41,16 +42,19 @@ from interlock.core.records import (
 from interlock.core.request_queue import (
     Draft,
     because_of,
+    cause_of,
     foresee,
     is_judged,
     judge_again,
     judge_in,
+    last_state_change,
+    latest_of,
     permits,
     replace,
 )
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
-from interlock.core.views import Foreseen, View, at_present, build_view, recorded
+from interlock.core.views import View, build_view, recorded
 
 
 def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Disposition:
@@ -63,6 +67,9 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
 
     Every submission is recorded as an event with the facts it was evaluated on, so that the history can be replayed
     against another policy.
+
+    Raises:
+        Invalid: the id is that of an outstanding or held request, or the target of a `reset_state` is invalid.
     """
     return _admit(instance, submission, policy, now_ms)
 
@@ -71,6 +78,7 @@ def _admit(
     instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int, *, looks_ahead: bool = True
 ) -> Change[Disposition]:
     """As `admit`; without `looks_ahead`, a denial does not say when time windows and ages let it through."""
+    _check(instance, submission)
     submission = policy.timed(submission, now_ms)
     view = build_view(instance, submission, now_ms)
     draft = Draft(instance, now_ms, host_reachable=submission.host_reachable)
@@ -82,7 +90,7 @@ def _admit(
     if verdict is Verdict.DENY:
         return _deny(evaluation, rule)
     if verdict is Verdict.REDUNDANT:
-        change = _redundant(evaluation, rule, _latest(instance, submission.operation))
+        change = _redundant(evaluation, rule, latest_of(instance, submission.operation))
         return _stay_down(evaluation, change) if submission.operation is Operation.STOP else change
     if CATALOGUE[submission.operation].lane is Lane.RECORD:
         return _check_preconditions(evaluation) or _record(evaluation, rule)
@@ -96,6 +104,16 @@ def _admit(
             if refused is not None:
                 return refused
     return _check_preconditions(evaluation) or _enqueue(evaluation, rule)
+
+
+def _check(instance: Instance, submission: Submission) -> None:
+    if any(request.id == submission.request_id for request in (*instance.outstanding, *instance.held)):
+        raise Invalid(
+            f"The request id {submission.request_id!r} is that of an outstanding request.",
+            remedy="Use a new id for each submission.",
+        )
+    if submission.operation is Operation.RESET_STATE:
+        reset_target(submission.parameters)
 
 
 def admit_there(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Change[Disposition]:
@@ -218,7 +236,7 @@ def _verdict_on_record(evaluation: _Evaluation, verdict: Verdict, reason: str, b
 def _judge_foreseen(evaluation: _Evaluation) -> Change[Disposition] | None:
     """Return the refusal in the foreseen state, or None if it is permitted there too (law 2)."""
     instance = evaluation.draft.instance
-    blocker = _last_state_change(instance)
+    blocker = last_state_change(instance)
     if blocker is None:
         return None
     foreseen = foresee(instance, host_reachable=evaluation.submission.host_reachable)
@@ -226,20 +244,8 @@ def _judge_foreseen(evaluation: _Evaluation) -> Change[Disposition] | None:
     if permits(rule):
         return None
     if rule.verdict is Verdict.REDUNDANT:
-        return _redundant(evaluation, rule, _cause_of(foreseen, instance) or blocker)
+        return _redundant(evaluation, rule, cause_of(foreseen, instance) or blocker)
     return _deny(evaluation, rule, foreseen=foreseen.vm_state, blocked_by=blocker)
-
-
-def _cause_of(foreseen: Foreseen, instance: Instance) -> Request | None:
-    """Return the last outstanding request that changes the vm_state to the foreseen one; None if none does."""
-    state = at_present(instance)
-    found = None
-    for request in instance.outstanding:
-        if request.lane is Lane.STATE:
-            before, state = state.vm_state, state.after(request.operation)
-            if state.vm_state is foreseen.vm_state and before is not foreseen.vm_state:
-                found = request
-    return found
 
 
 def _enqueue(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
@@ -312,7 +318,7 @@ _UNKNOWN: Final = _Allowed()
 def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     allowed = _takes_over(evaluation, rule)
     if rule.before is Before.REDUNDANT:
-        earlier = _latest(evaluation.draft.instance, evaluation.view.operation)
+        earlier = latest_of(evaluation.draft.instance, evaluation.view.operation)
         return _redundant(evaluation, rule, earlier, allowed)
     return _deny(evaluation, rule, allowed=allowed)
 
@@ -470,11 +476,6 @@ NOT_KEPT = QUEUE_FULL
 """Placeholder rule of a request that is built only for its evaluation."""
 
 
-def _latest(instance: Instance, operation: Operation) -> Request | None:
-    known = (*instance.held, *instance.outstanding)
-    return next((request for request in reversed(known) if request.operation is operation), None)
-
-
 def _preempting(instance: Instance, view: View) -> Request | None:
     """Return the same preempting request if one is queued. They have no queue limit, so they must not pile up."""
     for request in instance.outstanding:
@@ -482,10 +483,6 @@ def _preempting(instance: Instance, view: View) -> Request | None:
         if waits and request.operation is view.operation and request.hard is view.hard:
             return request
     return None
-
-
-def _last_state_change(instance: Instance) -> Request | None:
-    return next((request for request in reversed(instance.outstanding) if request.lane is Lane.STATE), None)
 
 
 def _blocker(instance: Instance, rule: Rule) -> Request | None:

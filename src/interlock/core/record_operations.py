@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from interlock.core import restarts
+from interlock.core.errors import Invalid
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Instance, Request, Submission
@@ -104,11 +105,27 @@ def _live_migration(draft: Draft) -> Request | None:
     return serving if serving is not None and serving.operation is Operation.LIVE_MIGRATE else None
 
 
+def reset_target(parameters: dict[str, Any]) -> VmState:
+    """Return the vm_state that a `reset_state` sets.
+
+    Raises:
+        Invalid: there is no such vm_state, or it is `deleted`, where only a deletion leads.
+    """
+    wanted = parameters.get("vm_state", VmState.ERROR)
+    if wanted not in _RESETTABLE:
+        known = ", ".join(sorted(_RESETTABLE))
+        raise Invalid(f"Invalid vm_state {wanted!r} for reset_state: expected one of {known}.")
+    return VmState(wanted)
+
+
+_RESETTABLE: Final = tuple(state for state in VmState if state is not VmState.DELETED)
+
+
 def _reset_state(draft: Draft, request: Request, policy: CompiledPolicy) -> Displaced:
     """Set the vm_state, fence the workers, and judge the queue again."""
     before = draft.instance
     supersedes = draft.fence_off(request.id, f"The state was reset by {request.requested_by}.")
-    target = VmState(request.parameters.get("vm_state", VmState.ERROR))
+    target = reset_target(request.parameters)
     message = str(request.parameters.get("reason", "reset")) if target is VmState.ERROR else None
     there = draft.instance.come_to(target, before.state_stack)
     draft.instance = replace(restarts.without_scheduled_restart(there), error=message)

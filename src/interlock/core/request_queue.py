@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, HOST_NOT_FENCED, TO_BE_DELETED, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE, unmet
@@ -33,6 +34,9 @@ class Draft:
     __slots__ = ("events", "generation", "host_reachable", "instance", "now_ms", "requests")
 
     def __init__(self, instance: Instance, now_ms: int, *, host_reachable: bool = True) -> None:
+        """Raises `Invalid` if the vm_state is a text: no rule would match it, nor any comparison of the core."""
+        if type(instance.vm_state) is not VmState:
+            raise Invalid(f"Invalid vm_state {instance.vm_state!r} of instance {instance.id}: expected a VmState.")
         self.instance = instance
         self.now_ms = now_ms
         self.host_reachable = host_reachable
@@ -160,6 +164,29 @@ def foresee(instance: Instance, *, host_reachable: bool = True) -> Foreseen:
         if request.operation in _STATE_OPERATIONS:
             state = state.after(request.operation)
     return state
+
+
+def cause_of(foreseen: Foreseen, instance: Instance) -> Request | None:
+    """Return the last outstanding request that changes the vm_state to the foreseen one; None if none does."""
+    state = at_present(instance)
+    found = None
+    for request in instance.outstanding:
+        if request.lane is Lane.STATE:
+            before, state = state.vm_state, state.after(request.operation)
+            if state.vm_state is foreseen.vm_state and before is not foreseen.vm_state:
+                found = request
+    return found
+
+
+def latest_of(instance: Instance, operation: Operation) -> Request | None:
+    """Return the latest held or outstanding request for an operation, or None."""
+    known = (*instance.held, *instance.outstanding)
+    return next((request for request in reversed(known) if request.operation is operation), None)
+
+
+def last_state_change(instance: Instance) -> Request | None:
+    """Return the last outstanding state change, or None."""
+    return next((request for request in reversed(instance.outstanding) if request.lane is Lane.STATE), None)
 
 
 def judge_in(policy: CompiledPolicy, request: Request, state: Foreseen) -> Rule:

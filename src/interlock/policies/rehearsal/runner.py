@@ -16,7 +16,7 @@ from interlock.core import lifecycle
 from interlock.core.admission import admit
 from interlock.core.durations import format_seconds, seconds
 from interlock.core.errors import Forbidden, Invalid
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     ENDS,
@@ -36,7 +36,7 @@ from interlock.core.records import (
 )
 from interlock.core.references import MIGRATIONS
 from interlock.core.roles import Role
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import NO_TASK
 from interlock.policies.language.vocabulary import nearest
 from interlock.policies.rehearsal.events import (
     InstanceLine,
@@ -57,7 +57,6 @@ BEGINNING_MS: Final = 1_000_000_000_000
 
 _LANES: Final[dict[str, Lane | None]] = {"any": None, "state": Lane.STATE, "component": Lane.COMPONENT}
 _GUEST_EVENTS: Final = {event.value: event for event in GuestEvent}
-_RESET_TARGETS: Final = tuple(state.value for state in VmState)
 _encode: Final = msgspec.json.Encoder().encode
 
 _REQUEST_ID: Final = re.compile(r"r([1-9][0-9]{0,15})", re.ASCII)
@@ -163,7 +162,6 @@ class Rehearsal:
             host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
         )
-        _check_reset(submission)
         change = admit(self.instance, submission, self._policy, self.now_ms)
         self._follow(change)
         if isinstance(change.answer, Admitted | Held):
@@ -405,12 +403,3 @@ class Rehearsal:
         if instance.held:
             shown["held"] = [{"request": one.id, "operation": one.operation.value} for one in instance.held]
         return shown
-
-
-def _check_reset(submission: Submission) -> None:
-    """Check the target of `reset_state`, which the core does not."""
-    if submission.operation is not Operation.RESET_STATE:
-        return
-    target = submission.parameters.get("vm_state", "error")
-    if target not in _RESET_TARGETS:
-        raise Invalid(f"Invalid vm_state {target!r} for reset_state. {nearest(str(target), _RESET_TARGETS)}")
