@@ -48,6 +48,8 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     assumptions: tuple[str, ...] = ()
     """What the search held fixed, one sentence each."""
+    role_limits: str | None = None
+    """What callers of an ordinary role alone can do, as a sentence; None if it was not determined."""
     certified_by: str | None = None
     """The public key of whoever certified that search; None if the server made it itself."""
 

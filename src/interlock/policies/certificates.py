@@ -57,6 +57,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     expires_at: Time
     bounds: Bounds
     assumptions: tuple[str, ...]
+    role_limits: str | None
+    """What callers of an ordinary role alone can do, as a sentence."""
     laws: tuple[int, ...]
     """The laws that were checked."""
     operations: tuple[Operation, ...]
@@ -91,6 +93,7 @@ def certify(
         expires_at=now + timedelta(days=valid_days),
         bounds=Bounds(outstanding_max=found.outstanding_max, faults_max=faults_max),
         assumptions=found.assumptions,
+        role_limits=None if found.weaker is None else found.weaker.sentence,
         laws=tuple(sorted(SEARCHED_LAWS)),
         operations=found.operations,
         states=found.states,
@@ -185,6 +188,7 @@ def check(signed: SignedCertificate, digest: str, trusted: Iterable[str], now: d
         complete=True,
         seconds=certificate.seconds,
         assumptions=certificate.assumptions,
+        role_limits=certificate.role_limits,
         certified_by=signed.public_key,
     )
 

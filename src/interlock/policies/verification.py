@@ -97,7 +97,10 @@ def _walked(proof: Proof, policy: Policy, question: Question) -> Proof:
         return msgspec.structs.replace(proof, walk=Walk(states=0, transitions=0, seconds=0.0, complete=False))
     return msgspec.structs.replace(
         proof,
-        walk=msgspec.convert(found, Walk, from_attributes=True),
+        walk=msgspec.structs.replace(
+            msgspec.convert(found, Walk, from_attributes=True),
+            role_limits=None if found.weaker is None else found.weaker.sentence,
+        ),
         violations=tuple(msgspec.convert(one, BrokenLaw, from_attributes=True) for one in found.violations),
     )
 

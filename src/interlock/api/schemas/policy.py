@@ -139,6 +139,8 @@ class PolicyWalk(Wire, frozen=True, kw_only=True):
     seconds: Seconds
     assumptions: tuple[str, ...]
     """What the exploration held fixed, one sentence each."""
+    role_limits: str | None = None
+    """What callers with the role `member` alone can do, as a sentence; null if that was not determined."""
     certified_by: str | None = None
     """Public key of the certificate that stands for the exploration; null if the server explored it."""
 

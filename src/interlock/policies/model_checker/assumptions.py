@@ -103,6 +103,7 @@ def _fixed(condition: Condition, about: list[Rule]) -> str:
 
 
 def _rules(rules: Sequence[Rule]) -> str:
-    """Return the ids of the first few rules, and how many more there are."""
-    more = f" and {len(rules) - _NAMED_MAX} more" if len(rules) > _NAMED_MAX else ""
-    return f"{', '.join(rule.id for rule in rules[:_NAMED_MAX])}{more}"
+    """Return the ids of the first few rules as written, and how many more there are."""
+    families = list(dict.fromkeys(rule.family for rule in rules))
+    more = f" and {len(families) - _NAMED_MAX} more" if len(families) > _NAMED_MAX else ""
+    return f"{', '.join(families[:_NAMED_MAX])}{more}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -11,6 +11,9 @@ from interlock.core.operations import Lane, Operation
 from interlock.core.records import Instance
 from interlock.core.roles import Role
 from interlock.core.states import VmState
+
+_STATES_NAMED: Final = 5
+"""How many states a sentence names."""
 
 
 class Breach(msgspec.Struct, frozen=True):
@@ -47,6 +50,15 @@ class RolePromise(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     cannot: tuple[str, ...] = ()
     """The states from which they cannot although callers of another role can, as text."""
+
+    @property
+    def sentence(self) -> str:
+        """Say what callers with the role alone can do; `cannot` has all states."""
+        if not self.cannot:
+            return f"Callers with the role {self.role} can always delete, soft or not."
+        more = f", and {len(self.cannot) - _STATES_NAMED} more" if len(self.cannot) > _STATES_NAMED else ""
+        states = "; ".join(self.cannot[:_STATES_NAMED])
+        return f"Callers with the role {self.role} alone cannot always delete, others can: {states}{more}."
 
 
 class Exploration(msgspec.Struct, frozen=True, kw_only=True):

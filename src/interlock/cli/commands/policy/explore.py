@@ -20,7 +20,7 @@ from interlock.cli.output.progress import LiveLine, progress_stream
 from interlock.core.roles import Role
 
 if TYPE_CHECKING:
-    from interlock.policies.model_checker import Exit, Exploration, RolePromise, SearchProgress, Violation
+    from interlock.policies.model_checker import Exit, Exploration, SearchProgress, Violation
 
 _OUTSTANDING_MAX: Final = 16
 _FAULTS_MAX: Final = 15
@@ -198,7 +198,7 @@ def _show(invocation: Invocation, name: str, found: Exploration) -> None:
     if found.until_silence:
         _show_until_silence(invocation, found.until_silence)
     if found.weaker is not None:
-        _show_weaker(invocation, found.weaker)
+        invocation.echo(printable(found.weaker.sentence))
     _show_exits(invocation, found.exits)
 
 
@@ -226,16 +226,6 @@ def _show_until_silence(invocation: Invocation, states: tuple[str, ...]) -> None
     invocation.echo(
         f"As long as a worker makes progress, nobody can delete without a reset of the state: {shown}{more}."
     )
-
-
-def _show_weaker(invocation: Invocation, promise: RolePromise) -> None:
-    """Print the states from which callers of one role cannot delete, and others can."""
-    if not promise.cannot:
-        invocation.echo(f"Callers with the role {promise.role} can always delete, soft or not.")
-        return
-    more = f", and {len(promise.cannot) - _SHOWN} more (--json)" if len(promise.cannot) > _SHOWN else ""
-    states = "; ".join(promise.cannot[:_SHOWN])
-    invocation.echo(f"Callers with the role {promise.role} alone cannot always delete, others can: {states}{more}.")
 
 
 def _show_exits(invocation: Invocation, exits: tuple[Exit, ...]) -> None:

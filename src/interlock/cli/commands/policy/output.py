@@ -144,7 +144,8 @@ def walk_text(walk: PolicyWalk) -> str:
         )
     if walk.certified_by is not None:
         first = f"Certified by {printable(walk.certified_by)}: {seen}; no violations under these assumptions:"
-    return "\n".join((first, *assumption_lines(walk.assumptions)))
+    limits = [] if walk.role_limits is None else [printable(walk.role_limits)]
+    return "\n".join((first, *assumption_lines(walk.assumptions), *limits))
 
 
 def finding_lines(findings: Iterable[Finding], *, singly: bool = False) -> Iterator[str]:
