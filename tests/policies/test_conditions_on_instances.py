@@ -271,6 +271,21 @@ def test_a_rule_sees_the_host_that_a_migration_names() -> None:
         assert answer.rule == rule  # type: ignore[union-attr]
 
 
+def test_a_rule_sees_the_name_of_the_image_of_a_rebuild_also_behind_other_requests() -> None:
+    golden = '[[rule]]\nid = "golden"\noperations = ["rebuild"]\ntask_state = ["none"]\nimages = ["golden-*"]\n'
+    rest = '[[rule]]\nid = "other"\noperations = ["rebuild"]\ntask_state = ["none"]\nverdict = "deny"\n'
+    policy = site(golden + 'verdict = "admit"\n' + rest)
+    rebuild = asked(O.REBUILD, image="00000000-0000-0000-0000-000000000001")
+    stopping = serving(V.ACTIVE, "powering_off")
+    for name, admits in (("golden-12", True), ("debian", False), ("", False)):
+        submission = msgspec.structs.replace(rebuild, image=name)
+        for found in (instance(V.STOPPED), stopping):
+            assert isinstance(judge(found, submission, policy, START_MS), Admitted) is admits
+    admitted = admit(stopping, msgspec.structs.replace(rebuild, image="golden-12"), policy, START_MS)
+    after = finish(admitted.instance, "r0", 0, Outcome.SUCCEEDED, policy, START_MS).instance
+    assert [(request.operation, request.image) for request in after.outstanding] == [(O.REBUILD, "golden-12")]
+
+
 def test_a_queued_request_is_judged_again_with_its_parameters() -> None:
     policy = site(SIZES)
     stopping = serving(V.ACTIVE, "powering_off")

@@ -180,6 +180,7 @@ class _Evaluation(NamedTuple):
             project=submission.project,
             groups=submission.groups,
             windows=submission.windows,
+            image=submission.image,
             rule=rule.id,
             admitted_at_ms=self.draft.now_ms,
             in_turn=rule.in_turn,

@@ -78,6 +78,8 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     root_gib_max: int | None = None
     target_hosts: frozenset[str] | None = None
     """Names of hosts; one that ends with `*` stands for all that begin so."""
+    images: frozenset[str] | None = None
+    """Names of images, as of hosts."""
     failures_min: int | None = None
     """Holds if the operation has failed at least so often since it last succeeded."""
     age_ms_min: int | None = None
@@ -160,6 +162,8 @@ _TAGS: Final = "tags, none of them empty"
 _TEXT: Final = r"[^!\x00-\x08\x0b-\x1f\x7f-\x9f][^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,999}"
 
 _EVER_MS: Final = 1 << 60
+_TARGET: Final = "host that the request names as its target, also if the server has chosen it for `any`."
+_IMAGE: Final = "image that the request names: of a rebuild or a rescue."
 
 
 def _size(field: str, what: str, example: int) -> Iterator[Condition]:
@@ -383,19 +387,24 @@ CONDITIONS: Final = (
         )
         for condition in _size(field, what, example)
     ),
-    Condition(
-        key="target_hosts",
-        field="target_hosts",
-        reads="target_host",
-        subject=Subject.PARAMETERS,
-        kind=Name(unnamed="none"),
-        meaning="The host that the request names as its target, also if the server has chosen it for `any`. `rack1-*` "
-        "stands for every name that begins with `rack1-`.",
-        example=["rack1-*"],
-        title="to host",
-        because=lambda host: f"to {host}" if host else "to a host that no rule names",
-        assumed=lambda _: "",
-        assumption="No request names a target host (`target_hosts`).",
+    *(
+        Condition(
+            key=f"{reads}s",
+            field=f"{reads}s",
+            reads=reads,
+            subject=Subject.PARAMETERS,
+            kind=Name(unnamed="none"),
+            meaning=f"The name of the {meaning} `x-*` stands for every name that begins with `x-`.",
+            example=[example],
+            title=title,
+            because=because,
+            assumed=lambda _: "",
+            assumption=f"No request names what a rule names (`{reads}s`).",
+        )
+        for reads, title, example, meaning, because in (
+            ("target_host", "to host", "rack1-*", _TARGET, lambda host: f"to {host or 'a host that no rule names'}"),
+            ("image", "image", "golden-*", _IMAGE, lambda name: f"with {name or 'an image that no rule names'}"),
+        )
     ),
     Condition(
         key="failures_min",

@@ -105,5 +105,6 @@ def _submission(held: Request, host_reachable: bool) -> Submission:
         operation=held.operation,
         parameters=held.parameters,
         **{condition.reads: getattr(held, condition.reads) for condition in CALLER},
+        image=held.image,
         host_reachable=host_reachable,
     )

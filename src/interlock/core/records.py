@@ -5,8 +5,7 @@ Everything is frozen: a change is a new value. Times are whole milliseconds on t
 only with other times of the same store. Records have no reference cycles, so those created for every request are
 excluded from garbage collection (`gc=False`).
 
-Stores keep them without the fields that have their default (`omit_defaults`), which halves what is written: a default
-must never change.
+Stores omit fields that have their default (`omit_defaults`), which halves what is written: a default must never change.
 """
 
 from __future__ import annotations
@@ -106,6 +105,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """The groups of its requester."""
     windows: tuple[str, ...] = ()
     """The time windows of the policy that were open when it was evaluated."""
+    image: str = ""  # the name, at its submission, of the image in its parameters
     rule: str
     """The id of the rule that admitted it."""
     admitted_at_ms: int
@@ -241,8 +241,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it is in error, or was when it was rescued or soft-deleted, for people."""
     launched_at_ms: int | None = None
     """When its guest first ran; None if it never did."""
-    failures: dict[Operation, int] = {}
-    """How often each operation has failed since it last succeeded; without those that have not."""
+    failures: dict[Operation, int] = {}  # of each operation since it last succeeded; without those that have none
     state_since_ms: int = 0
     """When its vm_state last changed; 0: unknown (recorded by an older version)."""
     detaching: tuple[str, ...] = ()
@@ -369,6 +368,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The caller's groups."""
     windows: tuple[str, ...] = ()
     """The time windows that are open, for a policy without a calendar."""
+    image: str = ""  # the name of the image in the parameters, which may have its id
     host_reachable: bool = True
     """False if the instance's host is fenced: its guests have ended for certain."""
     host_fenced_at_ms: int | None = None

@@ -67,6 +67,8 @@ class View(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     root_gib: int = 0
     target_host: str = ""
     """The host that the request names; empty: none, or any."""
+    image: str = ""
+    """The name of the image that the request names; empty: none."""
 
 
 _LATER: Final = frozenset(
@@ -81,6 +83,7 @@ _LATER: Final = frozenset(
         "memory_mib",
         "root_gib",
         "target_host",
+        "image",
     }
 )
 """Fields that are recorded only where they are not as in a plain submission."""
@@ -108,7 +111,13 @@ class _SeenParameters(NamedTuple):
 
 _NO_PARAMETERS: Final = _SeenParameters()
 _ANY_HOST: Final = "any"
-PARAMETERS: Final = {"vcpus": "vcpus", "memory_mib": "memory_mib", "root_gib": "root_gib", "target_host": "host"}
+PARAMETERS: Final = {
+    "vcpus": "vcpus",
+    "memory_mib": "memory_mib",
+    "root_gib": "root_gib",
+    "target_host": "host",
+    "image": "image",
+}
 """The parameters that rules see, by field of the view."""
 
 
@@ -137,6 +146,8 @@ class ByCaller(Protocol):
     def groups(self) -> tuple[str, ...]: ...
     @property
     def windows(self) -> tuple[str, ...]: ...
+    @property
+    def image(self) -> str: ...
 
 
 class WithParameters(ByCaller, Protocol):
@@ -202,6 +213,7 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         memory_mib,
         root_gib,
         target_host,
+        submission.image,
     )
 
 
@@ -273,6 +285,7 @@ class Foreseen(NamedTuple):
             memory_mib=seen.memory_mib,
             root_gib=seen.root_gib,
             target_host=seen.target_host,
+            image=request.image,
         )
 
     @property

@@ -305,6 +305,7 @@ class Instances:
             operation=operation,
             parameters=parameters,
             **caller.identity,
+            image="" if facts.image is None else facts.image.name,
             facts=facts,
             hold_ms=hold_ms,
         )

@@ -147,7 +147,9 @@ class SubmissionEvaluator:
         for parameters in view_classes.parameters(about):
             if not parameters.keys() <= known:
                 continue
-            asked = msgspec.structs.replace(submission, parameters=parameters, host_reachable=reachable)
+            asked = msgspec.structs.replace(
+                submission, parameters=parameters, image=parameters.get("image", ""), host_reachable=reachable
+            )
             answer = admission.judge(free, asked, policy, now_ms)
             if isinstance(answer, Admitted):
                 return answer

@@ -158,6 +158,7 @@ class Rehearsal:
             project="" if event.project is None else event.project,
             groups=event.groups or (),
             windows=event.windows or (),
+            image=str(parameters.get("image", "")),
             role=self._role_of(event),
             host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
