@@ -79,10 +79,10 @@ def plays(violation: Violation, policy: CompiledPolicy, *more: dict[str, Any]) -
 
 
 def without_reset(name: str) -> CompiledPolicy:
-    """Return a policy under which an admin cannot end what hangs by `reset_state`."""
+    """Return a policy under which neither an admin's `reset_state` nor a limit of time ends what hangs."""
     broken = compile_named(str(BROKEN / f"{name}.toml")).policy
     nobody = rule("no-reset", {O.RESET_STATE}, Verdict.DENY, reason="no_reset")
-    return CompiledPolicy(msgspec.structs.replace(broken, rules=(nobody, *broken.rules)))
+    return CompiledPolicy(msgspec.structs.replace(broken, rules=(nobody, *broken.rules), served_at_most={}))
 
 
 @pytest.mark.parametrize("name", sorted(MISTAKES))

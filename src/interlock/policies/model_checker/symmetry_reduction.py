@@ -1,7 +1,21 @@
 """Symmetry reduction: classes of operations and phases that neither a policy nor the catalogue distinguishes.
 
-The model checker explores one member of each class: operations that every rule and catalogue entry treats the same, and
-phases that the same rules name.
+The model checker explores one member of each class. Why that loses no violation:
+
+* Operations: their rows of the gate, target states, lanes and compatibility are equal, so that exchanging one for the
+  other in every request and submission maps transitions to transitions. What differs is only whether the same operation
+  is outstanding already, of which rules see no more than the mask; a preempting operation, which is queued only once,
+  is a class of its own.
+* Phases: a rule sees a phase only through the task states that it names. A phase that no rule distinguishes from the
+  one before leads to the same answers, and a report of it is a sign of life.
+* Callers (`Alphabet.callers`): rules see a caller only through their conditions, and what those answer is equal. A
+  queued request is judged by `judge_in` alone, on a settled instance, where rules about busy, locked or blocked
+  instances do not hold; callers that only such rules distinguish are queued as one.
+* Locks: where every rule about a lock above the caller's role denies, a lock with a higher role leaves fewer answers
+  that admit to some and the same to others, so that no state is reached that a lock with the least role does not lead
+  to, and whoever can delete under that can delete with the higher role.
+* Rules about held requests that only refuse, and decide no deletion and no reset, are left out: a held request is
+  admitted like a submission at that time, so that no state is added, and no deletion is lost.
 """
 
 from __future__ import annotations
