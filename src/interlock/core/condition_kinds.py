@@ -281,8 +281,10 @@ def _some_and_none(wanted: Iterable[str]) -> str:
 
 
 def _split(wanted: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the texts of which one is wanted, and those of which none is."""
+    """Return the texts without `!`, and those that have it, without it."""
     none = frozenset(text[1:] for text in wanted if text.startswith("!"))
+    if not none and isinstance(wanted, frozenset):
+        return wanted, none
     return frozenset(text for text in wanted if not text.startswith("!")), none
 
 
