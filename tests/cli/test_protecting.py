@@ -6,9 +6,11 @@ from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, instance, problem, request
 from interlock.api.schemas import responses
+from interlock.core.holds import ApprovalOutcome
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 
+APPROVED = ApprovalOutcome.APPROVED
 VM = "/v1/instances/demo"
 BY_ID = "/v1/instances/i-1"
 REQUESTS = "/v1/instances/demo/requests"
@@ -84,3 +86,34 @@ def test_a_vm_shows_what_is_held_for_it(interlock: Interlock, server: ScriptedSe
     shown = interlock("vm", "show", "demo").out
     assert "Held:           reboot of demo: held until" in shown
     assert "Metadata:       owner=ada" in shown
+
+
+def test_a_request_that_waits_for_an_approval_says_whose_and_how(interlock: Interlock, server: ScriptedServer) -> None:
+    held = responses.Held(
+        request=request(status=Status.HELD, held_until_at="2026-03-02T12:00:22.000Z"),
+        rule="two-persons",
+        reason="approval_required",
+        because="Another person must approve it.",
+        detail="",
+        blocked_by=None,
+        allowed_at=None,
+        retry_after_s=None,
+        remedy="It needs the approval of another caller than alice, with the role admin.",
+        until_at="2026-03-02T12:00:22.000Z",
+    )
+    server.on("POST", REQUESTS, Given(202, held))
+    assert interlock("vm", "reboot", "demo").out.splitlines()[2:4] == [
+        "  It needs the approval of another caller than alice, with the role admin.",
+        "  They approve it with `interlock request approve r-1`.",
+    ]
+
+
+def test_an_approval_says_what_became_of_the_request_which_shows_the_approver(
+    interlock: Interlock, server: ScriptedServer
+) -> None:
+    approval = responses.Approval(by="bob", belongs=("role:admin",), at=AT)
+    one = request(status=Status.QUEUED, approvals=(approval,))
+    server.on("POST", "/v1/requests/r-1/approve", Given(value=responses.Approved(outcome=APPROVED, request=one)))
+    assert interlock("request", "approve", "r-1").out == "Approved: reboot r-1 of alice, now queued\n"
+    server.on("GET", "/v1/requests/r-1", Given(value=one))
+    assert "Approved by:   bob at " in interlock("request", "show", "r-1").out

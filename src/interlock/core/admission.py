@@ -181,6 +181,10 @@ class _Evaluation(NamedTuple):
             groups=submission.groups,
             windows=submission.windows,
             image=submission.image,
+            approver=submission.approver,
+            approvals=submission.approvals,
+            project_outstanding=submission.project_outstanding,
+            host_outstanding=submission.host_outstanding,
             rule=rule.id,
             admitted_at_ms=self.draft.now_ms,
             in_turn=rule.in_turn,
@@ -376,8 +380,13 @@ def _deny(
         allowed_at_ms=fenced_at_ms if allowed.at_ms is None else allowed.at_ms,
         allowed_if_silent=allowed.if_silent,
         allowed_latest_at_ms=allowed.latest_ms,
+        remedy=None
+        if rule.unless_approved_by is None
+        else approval_text(rule.unless_approved_by, evaluation.submission),
     )
     hold_ms = evaluation.submission.hold_ms
+    if hold_ms is None and evaluation.submission.approvable and rule.unless_approved_by is not None:
+        hold_ms = rule.approve_within_ms
     permanent = rule is GONE or rule is TO_BE_DELETED or rule.id == NOT_PERFORMED
     if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
         return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
@@ -409,6 +418,14 @@ def _in_time_ms(evaluation: _Evaluation) -> int | None:
 
 _CHANGES_MAX: Final = 64
 """How many changes of the rules' answer are tried: more than there are in a week of time windows."""
+
+
+def approval_text(approvers: frozenset[str], submission: Submission) -> str:
+    """Say whose approval a submission needs, for people."""
+    kinds = {"role": "with the role {}", "group": "in the group {}"}
+    named = (text.partition(":") for text in sorted(approvers))
+    who = " or ".join(kinds[kind].format(name) for kind, _, name in named)
+    return f"It needs the approval of another caller than {submission.requested_by}, {who}."
 
 
 def _once_fenced_ms(evaluation: _Evaluation) -> int | None:

@@ -272,6 +272,21 @@ class Belongs(Choice):
         return ", ".join(value) or "none"
 
 
+class Unless(Belongs):
+    """What an approver belongs to, as a tuple of texts: a condition holds while it has none of some."""
+
+    def __init__(self, item: str, expected: str) -> None:
+        super().__init__(item, expected)
+        self.item, self.expected = re.compile(item), expected
+
+    def test(self, wanted: Any) -> Test:
+        approvers: frozenset[str] = wanted
+        return approvers.isdisjoint
+
+    def found(self, value: Any) -> str:
+        return ", ".join(value) or "no approval"
+
+
 _COMBINED_MAX = 4
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: PLC0414 - the description of a condition is imported from here
 """The conditions of a rule, each described once: key, value, test, values to analyse, and words.
 
 The gate compiles the tests; the analyses of policies, the parser, the JSON Schema, the API, explanations and the
@@ -7,13 +8,14 @@ that it tests is a field of `views.View`; how it is tested is one of the kinds i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
-from operator import attrgetter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 
+from interlock.core.condition import Condition as Condition
+from interlock.core.condition import Subject as Subject
 from interlock.core.condition_kinds import (
     AllTexts,
     AnyOperation,
@@ -21,18 +23,17 @@ from interlock.core.condition_kinds import (
     AtLeast,
     AtMost,
     Belongs,
-    Choice,
     Flag,
-    Members,
     Name,
     Takes,
     Test,
+    Unless,
     Word,
 )
 from interlock.core.durations import short_time
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
-from interlock.core.states import PowerState, VmState
+from interlock.core.states import PowerState
 from interlock.core.time_windows import WINDOW
 from interlock.core.views import View, power_in
 
@@ -56,6 +57,12 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Holds if the caller is in any of these groups, and in none of those with `!`."""
     within: frozenset[str] | None = None
     """Holds if any of these time windows is open at the submission, and none of those with `!`."""
+    unless_approved_by: frozenset[str] | None = None
+    """Roles and groups, `role:admin` or `group:ops`: holds until a caller with one of them has approved the request."""
+    project_outstanding_min: int | None = None
+    """Holds if at least so many requests are outstanding in the instance's project."""
+    host_outstanding_min: int | None = None
+    """Holds if at least so many requests are outstanding on the instance's host."""
     locked: bool | None = None
     locked_above: bool | None = None
     blocked: bool | None = None
@@ -90,73 +97,6 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Holds if the request in flight has made no progress for at least this time."""
 
 
-class Subject(Enum):
-    """What the value that a condition tests belongs to."""
-
-    CALLER = "caller"
-    """Who asks, and when: a field of requests and submissions with the same name as the view's, which a request keeps
-    as it was at its submission."""
-    REQUEST = "request"
-    PARAMETERS = "parameters"
-    """What a request asks for: any caller may ask for anything else."""
-    INSTANCE = "instance"
-    QUEUE = "queue"
-    TIME = "time"
-
-
-class Condition(msgspec.Struct, frozen=True, kw_only=True):
-    """One condition that a rule may have."""
-
-    key: str
-    """Its key in a policy file."""
-    field: str
-    """The field of `Conditions`."""
-    reads: str
-    """The field of `View` with the value that it tests."""
-    subject: Subject
-    kind: Choice | Members
-    meaning: str
-    """For the reference of the policy language."""
-    example: Any
-    title: str
-    """What is before its value in a list of conditions, such as `role member`; for a flag, all of it."""
-    option: str = ""
-    """The help of the option that sets it, for a condition on the caller."""
-    because: Callable[[Any], str]
-    """Describe what is unusual about a value of the view, or of a member, as in `as the instance is locked`."""
-
-    assumed: Callable[[VmState], Any] | None = None
-    """For one that the model checker does not vary: the value that it has there, by vm_state."""
-    assumption: str = ""
-    """The same as a sentence."""
-
-    @property
-    def wire(self) -> str:
-        """Return its field in the API, where times are in seconds."""
-        return self.field.replace("_ms_", "_s_")
-
-    @property
-    def value(self) -> Callable[[View], Any]:
-        """Return the function that gets its value from a view."""
-        return attrgetter(self.reads)
-
-    @property
-    def usual(self) -> Any:
-        """Return the value of a plain submission."""
-        return _USUAL[self.reads]
-
-    def of(self, rule: Conditions) -> Any:
-        """Return a rule's value; None if it has no such condition."""
-        return getattr(rule, self.field)
-
-    def wanted(self, rules: Iterable[Conditions]) -> list[Any]:
-        """Return the values of the rules that have this condition."""
-        return [wanted for rule in rules if (wanted := getattr(rule, self.field)) is not None]
-
-
-_USUAL: Final = {
-    field.name: field.default for field in msgspec.structs.fields(View) if field.default is not msgspec.NODEFAULT
-}
 _GROUP: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _TAGS: Final = "tags, none of them empty"
 _TEXT: Final = r"[^!\x00-\x08\x0b-\x1f\x7f-\x9f][^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,999}"
@@ -274,6 +214,34 @@ CONDITIONS: Final = (
         title="within",
         option="Time window that is open.",
         because=lambda windows: f"within {' and '.join(windows)}" if windows else "outside of these time windows",
+    ),
+    Condition(
+        key="unless_approved_by",
+        field="unless_approved_by",
+        reads="approver",
+        subject=Subject.CALLER,
+        kind=Unless(f"role:(?:{'|'.join(Role)})|group:{_GROUP}", "approvers such as 'role:admin' or 'group:ops'"),
+        meaning="Who may approve the request: another caller with one of these roles or groups. Holds until one has; "
+        'until then the request is held. Only with `verdict = "deny"`.',
+        example=["role:admin", "group:ops"],
+        title="approved by",
+        option="Role or group of the request's approver, such as group:ops.",
+        because=lambda words: f"with the approval of {' and '.join(words)}" if words else "without an approval",
+    ),
+    *(
+        Condition(
+            key=f"{where}_outstanding_min",
+            field=f"{where}_outstanding_min",
+            reads=f"{where}_outstanding",
+            subject=Subject.CALLER,
+            kind=AtLeast(Takes.COUNT),
+            meaning=f"Holds if at least so many requests are outstanding {place}, the new one not counted.",
+            example=50,
+            title=f"outstanding {place}:",
+            option=f"How many requests are outstanding {place}.",
+            because=partial("with {1} requests outstanding {0}".format, place),
+        )
+        for where, place in (("project", "in the VM's project"), ("host", "on the VM's host"))
     ),
     Condition(
         key="locked",

@@ -13,7 +13,7 @@ import msgspec
 from interlock.core import restarts
 from interlock.core.errors import BrokenInvariant
 from interlock.core.guest_events import STATE_UNCHANGED, after_event, with_trouble_noted
-from interlock.core.holds import judge_held
+from interlock.core.holds import NOT_COUNTED, Counts, judge_held
 from interlock.core.labels import check_lock, check_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.outcomes import end_of, fail_overdue, interrupt_overdue, move, next_limit_ms, settle
@@ -294,11 +294,13 @@ def expire(
     now_ms: int,
     *,
     host_reachable: bool = True,
+    counts: Counts = NOT_COUNTED,
 ) -> Change[tuple[str, ...]]:
     """Apply what is due: judge the queue again if its host was fenced or is back, apply deadlines, judge held requests.
 
-    The answer is the ids of the requests that ended or were admitted. The instance is unchanged if nothing is due;
-    otherwise call again, since there may be more to do.
+    `counts` are the outstanding requests around the instance, if the policy looks at them. The answer is the ids of the
+    requests that ended or were admitted. The instance is unchanged if nothing is due; otherwise call again, since there
+    may be more to do.
     """
     if not is_judged(instance, host_reachable=host_reachable):
         return rejudge(instance, policy, now_ms, host_reachable=host_reachable)
@@ -310,7 +312,7 @@ def expire(
     deadline = _interrupt_deadline_ms(instance)
     if deadline is None or deadline > now_ms:
         if instance.held_due_ms is not None and instance.held_due_ms <= now_ms:
-            return judge_held(instance, policy, now_ms, host_reachable=host_reachable)
+            return judge_held(instance, policy, now_ms, host_reachable=host_reachable, counts=counts)
         return Change(instance=instance, answer=())
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
     due = next(request for request in instance.outstanding if request.interrupt_deadline_ms == deadline)

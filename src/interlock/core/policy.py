@@ -57,6 +57,7 @@ class Before(StrEnum):
 SET_MARK: Final = "#"
 """Between the id of a rule and the number of one of its sets of conditions; no id as written contains it."""
 DEFAULT_GRACE_MS: Final = 10_000
+DEFAULT_APPROVE_WITHIN_MS: Final = 86_400_000
 DEFAULT_OUTSTANDING_MAX: Final = 16
 
 
@@ -79,6 +80,8 @@ class Rule(Conditions, frozen=True, kw_only=True):
     """How long a preempted request has to stop before it is fenced."""
     served_at_most_ms: int | None = None
     """How long a request that this rule admits may be served in total; 0: any time; None: the policy's default."""
+    approve_within_ms: int = DEFAULT_APPROVE_WITHIN_MS
+    """How long a request waits for the approval that this rule demands."""
     in_turn: bool = True
     """Whether a request that this rule admits must be permitted in the foreseen state too."""
     reason: str | None = None
@@ -222,6 +225,8 @@ class CompiledPolicy:
         """The time windows that its rules name."""
         self.time_matters = bool(self.windows) or any(map(names_age, self._rules))
         """Whether rules name time windows, or an age that no progress ends."""
+        self.counts = any(rule.project_outstanding_min or rule.host_outstanding_min for rule in self._rules)
+        """Whether its rules look at how many requests are outstanding in a project or on a host."""
         self.calendar: Calendar | None = None
         """When they are open; None: submissions say it."""
 

@@ -11,10 +11,12 @@ Stores omit fields that have their default (`omit_defaults`), which halves what 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from interlock.core.facts import NO_FACTS as NO_FACTS
+from interlock.core.facts import Facts as Facts
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.restart_policy import Evacuate, RestartPolicy, Restarts
 from interlock.core.roles import Role, named_role
@@ -90,6 +92,16 @@ class GuestEvent(StrEnum):
     """An operation that had timed out took effect later; inspect the guest to see which."""
 
 
+class Approval(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The approval of a held request by another caller."""
+
+    by: str
+    """The approver's name."""
+    belongs: tuple[str, ...]
+    """The approver's role and groups then, as rules name them: `role:admin`, `group:ops`."""
+    at_ms: int
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One request for an operation."""
 
@@ -106,6 +118,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     windows: tuple[str, ...] = ()
     """The time windows of the policy that were open when it was evaluated."""
     image: str = ""  # the name, at its submission, of the image in its parameters
+    approver: tuple[str, ...] = ()
+    """The roles and groups of those who approved it."""
+    approvals: tuple[Approval, ...] = ()
+    project_outstanding: int = 0
+    """As in the submission, if a rule of the policy looked at it."""
+    host_outstanding: int = 0
     rule: str
     """The id of the rule that admitted it."""
     admitted_at_ms: int
@@ -324,36 +342,6 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.launched_at_ms is not None or self.vm_state in EXECUTING_STATES
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Facts beyond the instance's record for the preconditions of a submission; an unknown fact refuses nothing."""
-
-    targets: tuple[str, ...] | None = None
-    """The hosts that are up and can access the instance's disks; None: unknown."""
-    target_lacks_root: bool = False
-    """Whether the target host does not have the shared folder with the instance's root disk."""
-    sends_guests: bool | None = None
-    """Whether its host supports live migration; None: unknown."""
-    target_lacks_volumes: bool = False
-    """Whether the target host cannot access one of the instance's volumes."""
-    host_lacks: frozenset[str] = frozenset()
-    """Those volumes of the parameters that the instance's host cannot access."""
-    agent_answers: bool | None = None
-    """Whether its guest agent responds; None: unknown."""
-    claimed: frozenset[str] = frozenset()
-    """Those volumes of the parameters that the instance has claimed."""
-    volume_bytes: dict[str, int] = {}
-    """The sizes of the volumes in the parameters."""
-    volume_paths: dict[str, str] = {}
-    """The paths of the volumes in the parameters, on the server."""
-    image: Image | None = None
-    """The image in the parameters."""
-    names: dict[str, str] = {}
-    """The names of the ids in the parameters."""
-
-
-NO_FACTS: Final = Facts()
-
-
 class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A submitted operation, with the id of its request if it is admitted."""
 
@@ -369,6 +357,13 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     windows: tuple[str, ...] = ()
     """The time windows that are open, for a policy without a calendar."""
     image: str = ""  # the name of the image in the parameters, which may have its id
+    approver: tuple[str, ...] = ()
+    """The roles and groups of those who approved the request; empty for a new one."""
+    approvals: tuple[Approval, ...] = ()
+    project_outstanding: int = 0
+    """How many requests are outstanding in the instance's project."""
+    host_outstanding: int = 0
+    """How many are outstanding on its host."""
     host_reachable: bool = True
     """False if the instance's host is fenced: its guests have ended for certain."""
     host_fenced_at_ms: int | None = None
@@ -376,6 +371,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     facts: Facts = NO_FACTS
     hold_ms: int | None = None
     """How long to hold it if the policy denies it now; None: not at all."""
+    approvable: bool = False
+    """Whether to hold it if a rule demands an approval, for as long as the rule says; False for dry runs."""
 
     def __post_init__(self) -> None:
         """Raise `Invalid` for an unknown role: no rule of a policy would name it."""

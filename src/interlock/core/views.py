@@ -40,6 +40,11 @@ class View(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The caller's groups."""
     windows: tuple[str, ...] = ()
     """The time windows that are open."""
+    approver: tuple[str, ...] = ()
+    """The roles and groups of those who approved the request."""
+    project_outstanding: int = 0
+    """How many requests were outstanding in the instance's project at the submission."""
+    host_outstanding: int = 0
     locked: bool = False
     locked_above: bool = False
     """Whether it was locked with a role that the caller's does not include."""
@@ -148,6 +153,12 @@ class ByCaller(Protocol):
     def windows(self) -> tuple[str, ...]: ...
     @property
     def image(self) -> str: ...
+    @property
+    def approver(self) -> tuple[str, ...]: ...
+    @property
+    def project_outstanding(self) -> int: ...
+    @property
+    def host_outstanding(self) -> int: ...
 
 
 class WithParameters(ByCaller, Protocol):
@@ -195,6 +206,9 @@ def build_view(instance: Instance, submission: Submission, now_ms: int) -> View:
         submission.project,
         submission.groups,
         submission.windows,
+        submission.approver,
+        submission.project_outstanding,
+        submission.host_outstanding,
         instance.locked_by is not None,
         instance.locked_by is not None and not submission.role.includes(instance.lock_role),
         submission.operation in instance.blocked_operations,
@@ -273,6 +287,9 @@ class Foreseen(NamedTuple):
             project=request.project,
             groups=request.groups,
             windows=request.windows,
+            approver=request.approver,
+            project_outstanding=request.project_outstanding,
+            host_outstanding=request.host_outstanding,
             tags=self.tags,
             host_reachable=self.host_reachable,
             power_state=self.power_state,

@@ -30,7 +30,7 @@ _INSPECTION_S_MAX: Final = 30.0
 """The timeout for inspecting one guest at start, in seconds."""
 _WAKING = frozenset(
     {
-        *("request.admitted", "request.held", "request.interrupting", "request.cancelled"),
+        *("request.admitted", "request.held", "request.approved", "request.interrupting", "request.cancelled"),
         *("instance.fenced", "instance.relabelled", "instance.host_fenced", "instance.host_back"),
     }
 )

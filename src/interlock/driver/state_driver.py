@@ -24,6 +24,7 @@ from interlock.driver.operation_context import DriverDependencies, FencePermit, 
 from interlock.driver.reconciliation import reconcile, release_detached
 from interlock.driver.worker import Worker
 from interlock.policies.active_policy import PolicyInForce
+from interlock.ports import counts_around
 
 _LOG = structlog.get_logger(__name__)
 _Step = tuple[Instance, Request | None, bool]
@@ -198,7 +199,9 @@ class StateDriver:
 
         def decide(instance: Instance, now_ms: int) -> Change[bool]:
             reachable = self._dependencies.hosts.reachable(instance.host)
-            return refuse_name(instance, self._policy.compiled, now_ms, because, host_reachable=reachable)
+            policy = self._policy.compiled
+            counts = counts_around(instance, policy, self._store)
+            return refuse_name(instance, policy, now_ms, because, host_reachable=reachable, counts=counts)
 
         return decide
 
@@ -207,7 +210,8 @@ class StateDriver:
         # Queued requests may be evaluated by an earlier policy; held requests never are.
         policy = self._policy.for_instance(instance)
         reachable = self._dependencies.hosts.reachable(instance.host)
-        expired = lifecycle.expire(instance, policy, now_ms, host_reachable=reachable)
+        counts = counts_around(instance, policy, self._store)
+        expired = lifecycle.expire(instance, policy, now_ms, host_reachable=reachable, counts=counts)
         if expired.instance is not instance:
             return _with_instance(expired, None, more=True)
         lane = Lane.COMPONENT if instance.served(Lane.STATE) else None

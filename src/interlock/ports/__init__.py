@@ -27,6 +27,7 @@ from interlock.ports.store import (
     Tally,
     Token,
     Volume,
+    counts_around,
     every_instance,
 )
 
@@ -64,5 +65,6 @@ __all__ = [
     "TransferReport",
     "Volume",
     "VolumeFiles",
+    "counts_around",
     "every_instance",
 ]

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
+from interlock.core.holds import NOT_COUNTED, Counts
+from interlock.core.policy import CompiledPolicy
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
 from interlock.core.roles import Role
@@ -110,6 +112,10 @@ class Tally(StrEnum):
     SHARED = "shared"
     """Instances with their root disk in a shared folder (by `core.resource_claims.shared_place`), without deleted ones.
     """
+    OUTSTANDING_IN_PROJECT = "outstanding_in_project"
+    """Outstanding requests (by project of their instance)."""
+    OUTSTANDING_ON_HOST = "outstanding_on_host"
+    """Outstanding requests (by host of their instance)."""
 
 
 class StoreTime(Protocol):
@@ -371,6 +377,16 @@ class Store(Protocol):
     async def last_event(self) -> int:
         """Return the sequence of the newest event; 0 if there is none."""
         ...
+
+
+def counts_around(instance: Instance, policy: CompiledPolicy, store: Store) -> Counts:
+    """Return how many requests are outstanding around an instance, as decided so far, if rules of the policy look."""
+    if not policy.counts:
+        return NOT_COUNTED
+    return Counts(
+        project_outstanding=store.tally(Tally.OUTSTANDING_IN_PROJECT, instance.project),
+        host_outstanding=store.tally(Tally.OUTSTANDING_ON_HOST, instance.host),
+    )
 
 
 _PAGE = 500

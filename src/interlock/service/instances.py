@@ -20,6 +20,7 @@ from interlock.core.errors import (
     not_found,
 )
 from interlock.core.evacuation import losses
+from interlock.core.holds import ApprovalOutcome
 from interlock.core.labels import check_tags
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.parameters import Refers, check_name, is_id
@@ -47,7 +48,7 @@ from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
 from interlock.ports import InstanceFilter, Page, Store
-from interlock.service import fleet_status
+from interlock.service import approvals, fleet_status
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
 from interlock.service.change_notifier import EVERYTHING, ChangeNotifier
@@ -90,7 +91,7 @@ class Instances:
         self._hosts = hosts
         self._capacity = capacity
         self._scheduler = Scheduler(hosts, capacity)
-        self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store.now_ms)
+        self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store)
         self._naming = asyncio.Lock()
         self.watch = ChangeNotifier()
         self._unlisten = store.listen(self.watch.notify)
@@ -116,8 +117,6 @@ class Instances:
     def policy(self) -> CompiledPolicy:
         """The policy in force at this moment."""
         return self._in_force.compiled
-
-    # ------------------------------------------------------------------------------------------------- submitting
 
     async def create(self, caller: Caller, new: NewInstance, key: str | None = None) -> SubmissionResult:
         """Record a new instance and, if `start` is set, submit its creation.
@@ -160,7 +159,7 @@ class Instances:
             if not new.start:
                 self._capacity.check(instance, None)
                 return Change(instance=instance, events=(created,), answer=_RECORDED)
-            change = admission.admit(instance, submission, self.policy, now_ms)
+            change = admission.admit(instance, self._evaluator.counted(instance, submission), self.policy, now_ms)
             if not isinstance(change.answer, Admitted):
                 raise TurnedAway(SubmissionResult(disposition=change.answer, instance=instance))
             self._capacity.check(instance, None)
@@ -267,7 +266,7 @@ class Instances:
         found = await self._resolve(caller, reference, new)
         instance = await self.describe(caller, found.instance_id)
         found.check(caller, instance)
-        submission = msgspec.structs.replace(found.submission, hold_ms=None)
+        submission = msgspec.structs.replace(found.submission, hold_ms=None, approvable=False)
         change = self._evaluator.judge(instance, submission, found.targets, self.now_ms())
         if change.instance.name != instance.name:
             await self._check_name(change.instance)
@@ -289,8 +288,7 @@ class Instances:
             return answer
         # A denial does not query the guest agent, so operations that need one are left out.
         found = self._evaluator.answers(answer.instance, caller.identity, agent_answers=False)
-        allowed = explainer.granted(found)
-        return msgspec.structs.replace(answer, allowed_instead=allowed)
+        return msgspec.structs.replace(answer, allowed_instead=explainer.granted(found))
 
     def _submission(
         self,
@@ -306,6 +304,7 @@ class Instances:
             parameters=parameters,
             **caller.identity,
             image="" if facts.image is None else facts.image.name,
+            approvable=operation is not Operation.CREATE,
             facts=facts,
             hold_ms=hold_ms,
         )
@@ -341,6 +340,12 @@ class Instances:
             return lifecycle.cancel(instance, request.id, policy, caller.name, now_ms, host_reachable=reachable)
 
         outcome = await self._store.change(request.instance_id, decide)
+        return outcome, await self.request(caller, request.id)
+
+    async def approve(self, caller: Caller, request_id: str) -> tuple[ApprovalOutcome, Request]:
+        """As `approvals.approve`; return the outcome and the request as it is now. Raises `NotFound` too."""
+        request = await self.request(caller, request_id)
+        outcome = await approvals.approve(self._store, self.policy, self._hosts, caller, request)
         return outcome, await self.request(caller, request.id)
 
     # ------------------------------------------------------------------------------------------------- describing
@@ -450,8 +455,6 @@ class Instances:
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
         """Call `listener` with every event, of all projects."""
         self._store.listen(listener)
-
-    # ---------------------------------------------------------------------------------------------------- events
 
     async def events(self, caller: Caller, reference: str, after: int, limit: int) -> tuple[Event, ...]:
         """Return the instance's events after a sequence number, in order, also of a deleted one by its last name.

@@ -5,19 +5,21 @@ Submissions and dry runs (`allowed`, `why`, what is allowed instead) use the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
 from interlock.core import admission, preconditions, view_classes
 from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, Invalid, NotFound
+from interlock.core.holds import NOT_COUNTED
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.records import Admitted, Change, Denied, Disposition, Facts, Held, Instance, Redundant, Submission
 from interlock.core.resource_claims import CLAIMING
 from interlock.core.states import VmState
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
+from interlock.ports import Store, counts_around
 from interlock.service.capacity import Capacity
 from interlock.service.hosts import ANY, HostService
 from interlock.service.scheduler import NAMING_A_HOST, Scheduler
@@ -47,13 +49,13 @@ class SubmissionEvaluator:
         hosts: HostService,
         scheduler: Scheduler,
         capacity: Capacity,
-        now_ms: Callable[[], int],
+        store: Store,
     ) -> None:
         self._in_force = in_force
         self._hosts = hosts
         self._scheduler = scheduler
         self._capacity = capacity
-        self._now_ms = now_ms
+        self._store = store
 
     def judge(
         self,
@@ -76,6 +78,7 @@ class SubmissionEvaluator:
             host_fenced_at_ms=self._hosts.leases.fenced_at_ms(instance.host),
             facts=self._scheduler.facts(instance, submission, targets),
         )
+        reached = self.counted(instance, reached)
         bound = self._scheduler.bound(instance, reached, targets, self._in_force.compiled, now_ms)
         change = admission.admit_there(instance, bound, self._in_force.for_instance(instance), now_ms)
         if compare:
@@ -83,6 +86,11 @@ class SubmissionEvaluator:
         if bound.operation in CLAIMING and isinstance(change.answer, Admitted | Held):
             self._capacity.check(change.instance, instance)
         return change
+
+    def counted(self, instance: Instance, submission: Submission) -> Submission:
+        """Return a submission with the counts of outstanding requests that rules of the policy look at."""
+        counts = counts_around(instance, self._in_force.compiled, self._store)
+        return submission if counts is NOT_COUNTED else msgspec.structs.replace(submission, **counts._asdict())
 
     def not_started(self, instance: Instance, creation: Submission, now_ms: int) -> Instance:
         """As `admission.not_started`. Raises `TurnedAway` with its denial."""
@@ -120,7 +128,7 @@ class SubmissionEvaluator:
         try:
             targets = self._scheduler.targets(operation, parameters)
             compare = operation not in _PARTIAL
-            answer = self.judge(instance, submission, targets, self._now_ms(), compare=compare).answer
+            answer = self.judge(instance, submission, targets, self._store.now_ms(), compare=compare).answer
         except (InUse, Invalid, InsufficientCapacity, NotFound) as error:
             return Denied(
                 operation=operation,
@@ -139,7 +147,7 @@ class SubmissionEvaluator:
 
         Preconditions are left out: whether they are met depends on parameters that nobody has given yet.
         """
-        policy, now_ms = self._in_force.compiled, self._now_ms()
+        policy, now_ms = self._in_force.compiled, self._store.now_ms()
         about = [rule for rule in policy.rules if submission.operation in rule.operations]
         reachable = self._hosts.leases.reachable(instance.host)
         free = msgspec.structs.replace(instance, spec=None)

@@ -123,6 +123,8 @@ class SqliteStore:
     def _find_ends(self) -> None:
         """Load the last row numbers and the sums."""
         self._tallies = self._database.read.tallies()
+        for instance in self._database.read.unsettled(None):
+            self._tallies.note_outstanding(None, instance)
         self._last_instance = self._database.read.last("instances")
         self._last_request = self._database.read.last("requests")
         self._last_sequence = self._database.read.last("events", "sequence")

@@ -20,7 +20,9 @@ from interlock.ports import Tally
 _MIB: Final = 1024**2
 _COUNTED: Final = CLAIMING | {Operation.RESCUE}
 """The operations that count while outstanding or held: they claim resources or refer to an image."""
-_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _SHARED = (tally.value for tally in Tally)
+_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _SHARED, _IN_PROJECT, _ON_HOST = (
+    tally.value for tally in Tally
+)
 _VERSION: Final = "version"
 """Key of the row with the version that computed the sums."""
 COUNTED_BY: Final = f"{__version__} 3"
@@ -56,6 +58,8 @@ class Tallies:
 
     def note(self, before: Instance | None, after: Instance) -> None:
         """Take note of what a decision makes of an instance."""
+        if after.outstanding or (before is not None and before.outstanding):
+            self.note_outstanding(before, after)
         if before is not None and _claims_alike(before, after):
             if before.vm_state is not after.vm_state:
                 self._add((_STATES, before.vm_state.value), -1)
@@ -70,6 +74,13 @@ class Tallies:
             if amount:
                 self._add(key, amount)
         self._move_ports(after.id, lost, won)
+
+    def note_outstanding(self, before: Instance | None, after: Instance) -> None:
+        """Count the outstanding requests. These sums are not written: a start reads unsettled instances anyway."""
+        for instance, sign in ((before, -1), (after, 1)):
+            if instance is not None and instance.vm_state is not VmState.DELETED:
+                for key in ((_IN_PROJECT, instance.project), (_ON_HOST, instance.host)):
+                    self._amounts[key] = self._amounts.get(key, 0) + sign * len(instance.outstanding)
 
     def _add(self, key: tuple[str, str], amount: int) -> None:
         self._amounts[key] = self._amounts.get(key, 0) + amount

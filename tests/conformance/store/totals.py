@@ -29,6 +29,8 @@ async def _counted(store: Store) -> dict[Tally, dict[str, int]]:
         sums[Tally.STATES][instance.vm_state.value] += 1
         sums[Tally.RECORDED][instance.host] += 1
         sums[Tally.IMAGES].update(instance.image_ids)
+        sums[Tally.OUTSTANDING_IN_PROJECT][instance.project] += len(instance.outstanding)
+        sums[Tally.OUTSTANDING_ON_HOST][instance.host] += len(instance.outstanding)
         if instance.spec is not None and instance.spec.shared is not None:
             sums[Tally.SHARED][shared_place(instance.spec.shared)] += 1
         for claim in claims_of(instance):

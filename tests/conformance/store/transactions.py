@@ -11,10 +11,41 @@ from msgspec.structs import replace
 
 from conformance.store.harness import Bench, admitting, check, creating, ending, growing, putting, raises
 from interlock.core.errors import NotFound
-from interlock.core.records import Change, Event, Instance
+from interlock.core.operations import Operation
+from interlock.core.records import Approval, Change, Event, Instance, Request, Status
 from interlock.ports import InstanceFilter, Store
 
 MANY = 300
+
+
+@check
+async def a_held_request_keeps_who_asked_and_who_approved_it(bench: Bench) -> None:
+    await bench.create("a")
+    approval = Approval(by="bob", belongs=("role:member", "group:audit"), at_ms=5)
+    held = Request(
+        id="r1",
+        instance_id="a",
+        operation=Operation.DELETE,
+        requested_by="alice",
+        project="one",
+        groups=("ops",),
+        windows=("Sat 02:00-06:00 UTC",),
+        approver=("group:audit",),
+        approvals=(approval,),
+        rule="two-persons",
+        admitted_at_ms=1,
+        status=Status.HELD,
+    )
+
+    def hold(instance: Instance, _now_ms: int) -> Change[None]:
+        return Change(instance=replace(instance, held=(held,)), requests=(held,), answer=None)
+
+    await bench.store.change("a", hold)
+    async with bench.power_cut() as found:
+        instance = await found.instance("a")
+        assert instance is not None
+        assert instance.held == (held,)
+        assert await found.request("r1") == held
 
 
 @check

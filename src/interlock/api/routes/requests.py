@@ -39,6 +39,17 @@ async def cancel(parts: ApiParts, caller: Caller, request: Request) -> Response:
 
 
 @routes.add(
+    "POST /v1/requests/{id}/approve",
+    "Approve a held request of another caller",
+    {200: schemas.Approved},
+    problems=(409,),
+)
+async def approve(parts: ApiParts, caller: Caller, request: Request) -> schemas.Approved:
+    outcome, one = await parts.instances.approve(caller, request.path_params["id"])
+    return schemas.Approved(outcome=outcome, request=serializers.request(one))
+
+
+@routes.add(
     "GET /v1/stuck",
     "List operations without progress past their threshold, and guests in trouble",
     {200: schemas.StuckList},

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from interlock.core.holds import ApprovalOutcome
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
 from interlock.core.restart_policy import Evacuate, RestartPolicy
@@ -69,6 +70,15 @@ class Due(Wire, frozen=True, kw_only=True):
     at: Timestamp
 
 
+class Approval(Wire, frozen=True, kw_only=True):
+    """The approval of a request by another caller."""
+
+    by: str
+    belongs: tuple[str, ...]
+    """The approver's role and groups then: `role:admin`, `group:ops`."""
+    at: Timestamp
+
+
 class Request(Wire, frozen=True, kw_only=True):
     """A submitted operation."""
 
@@ -87,6 +97,8 @@ class Request(Wire, frozen=True, kw_only=True):
     """The groups of its requester then."""
     windows: tuple[str, ...] = ()
     """The time windows of the policy that were open when it was evaluated."""
+    approvals: tuple[Approval, ...] = ()
+    """Who approved it."""
     rule: str
     """The id of the rule that admitted it."""
     preempts: bool
@@ -284,6 +296,8 @@ class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held")
     """Whether `allowed_at` holds only if the request in flight makes no progress until then."""
     allowed_latest_at: Timestamp | None = None
     """When it is admitted also if the request in flight makes progress for ever; null if that is unknown."""
+    remedy: str | None = None
+    """What to do about it, such as whose approval it needs."""
     until_at: Timestamp
     """When the hold expires."""
     password: str | None = None
@@ -352,6 +366,14 @@ class Cancelled(Wire, frozen=True, kw_only=True):
 
     outcome: Cancellation
     """`cancelled`: it has ended; `stopping`: its worker was asked to stop half-way."""
+    request: Request
+
+
+class Approved(Wire, frozen=True, kw_only=True):
+    """Result of approving a request, with the request as the gate has then evaluated it."""
+
+    outcome: ApprovalOutcome
+    """`approved`, or `already` if everything that the caller may approve had been approved."""
     request: Request
 
 

@@ -77,6 +77,7 @@ def request(one: records.Request) -> responses.Request:
         project=one.project,
         groups=one.groups,
         windows=one.windows,
+        approvals=tuple(wire(responses.Approval, each) for each in one.approvals),
         rule=one.rule,
         preempts=one.preempts,
         phase=one.phase,

@@ -54,6 +54,7 @@ def _request_of(wire: responses.Request) -> Request:
         project=wire.project,
         groups=wire.groups,
         windows=wire.windows,
+        approver=tuple(sorted({word for one in wire.approvals for word in one.belongs})),
         rule=wire.rule,
         admitted_at_ms=_ms(wire.admitted_at) or 0,
         status=wire.status,

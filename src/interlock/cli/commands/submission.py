@@ -135,6 +135,9 @@ def _print_held(invocation: Invocation, answer: Held, what: str) -> None:
     head = click.style("Held", fg="yellow", bold=True)
     invocation.echo(f"{head}: {what} ({answer.reason}), request {answer.request.id}")
     invocation.echo(f"  {answer.because or answer.detail}")
+    if answer.remedy is not None:
+        invocation.echo(f"  {answer.remedy}")
+        invocation.echo(f"  They approve it with `interlock request approve {answer.request.id}`.")
     if answer.allowed_at is not None:
         held_for = if_silent(answer, now) or ", unless something changes before"
         invocation.echo(f"  It will be admitted at {clock(answer.allowed_at, now)}{held_for}.")

@@ -10,6 +10,7 @@ import msgspec
 from interlock.api.schemas.responses import (
     AllowedOperation,
     AllowedOperations,
+    Approved,
     Cancelled,
     Instance,
     Request,
@@ -25,6 +26,7 @@ from interlock.cli.context import Cell, Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.output.formatting import STATE_COLOURS, clock, duration, humanize
 from interlock.cli.output.refusals import why_text
+from interlock.core.holds import ApprovalOutcome
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
 from interlock.core.states import NO_TASK
@@ -231,6 +233,7 @@ def print_request(invocation: Invocation, one: Request) -> None:
         "Detail": one.detail,
         "Warning": one.warning,
         "Requested by": f"{one.requested_by} ({one.role}) at {clock(one.admitted_at, now)}",
+        "Approved by": ", ".join(f"{each.by} at {clock(each.at, now)}" for each in one.approvals) or None,
         f"{_decision(one)} by": f"rule {one.rule}",
         "Started": one.taken_at and clock(one.taken_at, now),
         "Last progress": one.last_sign_of_life_at and clock(one.last_sign_of_life_at, now),
@@ -256,6 +259,23 @@ def _decision(one: Request) -> str:
         # It may have been cancelled before or after its admission.
         return "Decided"
     return "Admitted"
+
+
+@request_commands.command()
+@click.argument("request")
+@with_json
+def approve(invocation: Invocation, *, request: str) -> None:
+    """Approve a held request of somebody else.
+
+    A rule of the policy says who may, by role or group. The request is then
+    evaluated again: it is admitted, or stays held if another rule denies it.
+    """
+    reply = invocation.client.post(path_of(REQUESTS, request, "approve"), None)
+    answer = reply.decode(Approved)
+    if not invocation.print_json(reply):
+        one = answer.request
+        head = "Approved" if answer.outcome is ApprovalOutcome.APPROVED else "Already approved"
+        invocation.echo(f"{head}: {humanize(one.operation)} {one.id} of {one.requested_by}, now {one.status.value}")
 
 
 @request_commands.command()

@@ -288,7 +288,7 @@ def _answer(rule: Rule) -> tuple[Any, ...]:
                 rule.served_at_most_ms,
             )
         case Verdict.DENY | Verdict.REDUNDANT:
-            return rule.verdict, rule.code
+            return rule.verdict, rule.code, rule.unless_approved_by, rule.approve_within_ms
         case _:
             assert_never(rule.verdict)
 

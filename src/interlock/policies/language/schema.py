@@ -84,7 +84,12 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 def _condition_key(condition: Condition) -> Key:
     takes = Takes[condition.kind.takes.name]
     return Key(
-        name=condition.key, takes=takes, meaning=condition.meaning, example=condition.example, condition=condition
+        name=condition.key,
+        takes=takes,
+        meaning=condition.meaning,
+        example=condition.example,
+        condition=condition,
+        verdicts=(Verdict.DENY,) if condition.reads == "approver" else (),
     )
 
 
@@ -175,6 +180,14 @@ RULE_KEYS: Final = (
         default="that of `[served_at_most]`",
         verdicts=ADMITTING,
         example="10m",
+    ),
+    Key(
+        name="approve_within",
+        takes=Takes.TIME,
+        meaning="How long a request waits for the approval that `unless_approved_by` demands.",
+        default='"24h"',
+        verdicts=(Verdict.DENY,),
+        example="2h",
     ),
     Key(
         name="in_turn",

@@ -15,7 +15,15 @@ from interlock.core.condition_kinds import Kind, Takes
 from interlock.core.conditions import CONDITIONS, Condition
 from interlock.core.durations import EXPECTED, parse_duration
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.policy import DEFAULT_GRACE_MS, SET_MARK, Before, MeasuredFrom, Rule, Verdict
+from interlock.core.policy import (
+    DEFAULT_APPROVE_WITHIN_MS,
+    DEFAULT_GRACE_MS,
+    SET_MARK,
+    Before,
+    MeasuredFrom,
+    Rule,
+    Verdict,
+)
 from interlock.policies.language.schema import (
     CODE,
     CONDITION_KEYS,
@@ -307,6 +315,10 @@ def _check_verdict(source: _Table, verdict: Verdict) -> None:
                 f"{key} is valid only with verdict = {known}; this rule's is {verdict.value!r}.",
                 f"Remove {key}, or change the verdict.",
             )
+    if "approve_within" in source and "unless_approved_by" not in source:
+        raise source.place.at("approve_within").key.error(
+            "approve_within is valid only with unless_approved_by.", "Remove it, or say who approves the request."
+        )
     if verdict is not Verdict.AFTER and THRESHOLD_PLACEHOLDER in (source.optional_text("because") or ""):
         raise source.at("because").error(
             f"because has {THRESHOLD_PLACEHOLDER}, and this rule has no threshold: its verdict is {verdict.value!r}.",
@@ -335,7 +347,7 @@ def _varies(table: Mapping[str, Any]) -> bool:
 def _rule(
     source: _Table, verdict: Verdict, rule_id: str, operations: frozenset[Operation], of: Operation | None
 ) -> Rule:
-    grace_ms = source.duration_ms("grace")
+    grace_ms, approve_within_ms = source.duration_ms("grace"), source.duration_ms("approve_within")
     in_turn = source.flag("in_turn")
     return Rule(
         id=rule_id,
@@ -351,6 +363,7 @@ def _rule(
         before=source.choice("before", Before) if "before" in source else Before.DENY,
         grace_ms=DEFAULT_GRACE_MS if grace_ms is None else grace_ms,
         served_at_most_ms=_limit(source),
+        approve_within_ms=DEFAULT_APPROVE_WITHIN_MS if approve_within_ms is None else approve_within_ms,
         in_turn=True if in_turn is None else in_turn,
         reason=source.optional_text("reason", CODE),
         because=source.optional_text("because"),

@@ -55,13 +55,14 @@ class InstanceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One event: exactly one of the first eleven keys, and its options."""
+    """One event: exactly one of the first thirteen keys, and its options."""
 
     submit: str | None = None
     take: str | None = None
     finish: str | None = None
     observe: str | None = None
     cancel: str | None = None
+    approve: str | None = None
     progress: str | None = None
     advance: str | int | float | None = None
     show: bool | None = None
@@ -82,12 +83,17 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: tuple[str, ...] | None = None
     windows: tuple[str, ...] | None = None
     """The time windows that are open, where no time is given."""
+    approver: tuple[str, ...] | None = None
+    """Roles and groups that count as having approved the request: `role:admin`, `group:ops`."""
+    project_outstanding: int | None = None
+    """How many requests are outstanding in the instance's project."""
+    host_outstanding: int | None = None
     hold: str | int | float | None = None
 
 
 VERBS: Final = (
-    *("submit", "take", "finish", "observe", "cancel", "progress", "advance", "show", "adopt", "relabel"),
-    *("host_reachable", "instance"),
+    *("submit", "take", "finish", "observe", "cancel", "approve", "progress", "advance", "show"),
+    *("adopt", "relabel", "host_reachable", "instance"),
 )
 _COMPANIONS: Final = {
     "outcome": "finish",
@@ -95,11 +101,14 @@ _COMPANIONS: Final = {
     "phase": "progress",
     "parameters": "submit",
     "hard": "submit",
-    "role": "submit or relabel",
-    "requested_by": "submit",
+    "role": "submit or relabel or approve",
+    "requested_by": "submit or approve",
     "project": "submit",
-    "groups": "submit",
+    "groups": "submit or approve",
     "windows": "submit",
+    "approver": "submit",
+    "project_outstanding": "submit",
+    "host_outstanding": "submit",
     "hold": "submit",
 }
 """The options of events."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core import lifecycle
+from interlock.core import holds, lifecycle
 from interlock.core.admission import admit
 from interlock.core.durations import format_seconds, seconds
 from interlock.core.errors import Forbidden, Invalid
@@ -22,6 +22,7 @@ from interlock.core.records import (
     ENDS,
     SERVED,
     Admitted,
+    Approval,
     Change,
     Denied,
     Disposition,
@@ -92,6 +93,7 @@ class Rehearsal:
             "finish": self._finish,
             "observe": self._observe,
             "cancel": self._cancel,
+            "approve": self._approve,
             "progress": self._progress,
             "advance": self._advance,
             "show": self._show,
@@ -159,6 +161,10 @@ class Rehearsal:
             groups=event.groups or (),
             windows=event.windows or (),
             image=str(parameters.get("image", "")),
+            approver=event.approver or (),
+            approvable=True,
+            project_outstanding=event.project_outstanding or 0,
+            host_outstanding=event.host_outstanding or 0,
             role=self._role_of(event),
             host_reachable=self.host_reachable,
             hold_ms=None if event.hold is None else length_of_time_ms(event.hold),
@@ -271,6 +277,18 @@ class Rehearsal:
         answer: Answer = {"cancel": change.answer.value}
         answer.update(self._settled(self._follow(change)))
         return answer
+
+    def _approve(self, event: Line) -> Answer:
+        assert event.approve is not None
+        if not self._was_admitted(event.approve):
+            raise Invalid(f"Request {event.approve!r} not found.")
+        belongs = (f"role:{self._role_of(event).value}", *(f"group:{group}" for group in event.groups or ()))
+        by = "rehearsal" if event.requested_by is None else event.requested_by
+        approval = Approval(by=by, belongs=belongs, at_ms=self.now_ms)
+        change = holds.approve(self.instance, event.approve, approval, self._policy, host_reachable=self.host_reachable)
+        answer: Answer = {"approve": change.answer.value, **self._settled(self._follow(change))}
+        admitted = {one.id: one.rule for one in change.requests if one.status is Status.QUEUED}
+        return {**answer, "admitted": admitted} if admitted else answer
 
     def _was_admitted(self, request_id: str) -> bool:
         found = _REQUEST_ID.fullmatch(request_id)

@@ -43,8 +43,8 @@ def caller_options(*, defaults: bool = True) -> Callable[[_Command], _Command]:
             several = isinstance(condition.usual, tuple)
             command = click.option(
                 f"--{condition.reads.replace('_', '-')}",
-                type=str if words is None else click.Choice([str(word) for word in words]),
-                metavar="NAME" if words is None else None,
+                type=_option_type(condition),
+                metavar="NAME" if words is None and not isinstance(condition.usual, int) else None,
                 multiple=several,
                 default=str(condition.usual) if defaults and words is not None else None,
                 show_default=defaults and words is not None,
@@ -53,6 +53,12 @@ def caller_options(*, defaults: bool = True) -> Callable[[_Command], _Command]:
         return command
 
     return add
+
+
+def _option_type(condition: Condition) -> click.ParamType[Any] | type[str]:
+    if isinstance(condition.kind, Word):
+        return click.Choice([str(word) for word in condition.kind.words])
+    return click.IntRange(min=0) if isinstance(condition.usual, int) else str
 
 
 def _help(condition: Condition, *, shows_usual: bool) -> str:
