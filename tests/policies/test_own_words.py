@@ -282,12 +282,25 @@ def test_what_extends_a_policy_has_its_names_and_may_change_them() -> None:
     assert policy.rules[0].operations == {O.CRASH_DUMP}
 
 
+def test_a_list_of_operations_may_mix_names_of_hard_and_soft_variants() -> None:
+    mixed = RULE.replace('"stop"', '"reboot_soft", "stop", "reboot_hard"')
+    (rule,) = read(NAMES + mixed).rules
+    assert (rule.id, sorted(rule.operations), rule.hard) == ("r", [O.REBOOT, O.STOP], None)
+    one = RULE.replace('"stop"', '"reboot_hard", "stop"')
+    assert [(rule.id, rule.family, sorted(rule.operations), rule.hard) for rule in read(NAMES + one).rules] == [
+        ("r", "r", [O.STOP], None),
+        ("r#hard", "r", [O.REBOOT], True),
+    ]
+    soft = RULE.replace('"stop"', '"reboot_soft"')
+    assert [(rule.id, rule.hard) for rule in read(NAMES + soft).rules] == [("r#soft", False)]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (NAMES + RULE.replace("stop", "freeze"), "13:15: Ambiguous name 'freeze': pause or suspend."),
-        (NAMES + RULE.replace("stop", "reboot_soft"), "13:15: 'reboot_soft' is only one variant of 'reboot'."),
-        (NAMES + RULE.replace("stop", "reboot_hard"), "13:15: 'reboot_hard' is only one variant of 'reboot'."),
+        (NAMES + RULE + "outstanding = ['reboot_soft']\n", "15:16: 'reboot_soft' is only one variant of 'reboot'."),
+        (NAMES + RULE.replace("stop", "reboot_hard") + "hard = true\n", "13:15: 'reboot_hard' is only one variant"),
         (NAMES + RULE.replace("stop", "trigger_crash_dmp"), "13:15: Unknown operation 'trigger_crash_dmp'."),
         (NAMES + RULE + "task_state = ['freeze']\n", "15:15: Unknown task_state 'freeze'."),
         ("[names]\nrebot = 'x'\n" + RULE, "2:1: Unknown operation, hard variant or task state 'rebot'."),

@@ -323,8 +323,7 @@ _UNKNOWN: Final = _Allowed()
 def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
     allowed = _takes_over(evaluation, rule)
     if rule.before is Before.REDUNDANT:
-        earlier = latest_of(evaluation.draft.instance, evaluation.view.operation)
-        return _redundant(evaluation, rule, earlier, allowed)
+        return _redundant(evaluation, rule, latest_of(evaluation.draft.instance, evaluation.view.operation), allowed)
     return _deny(evaluation, rule, allowed=allowed)
 
 
@@ -380,13 +379,10 @@ def _deny(
         allowed_at_ms=fenced_at_ms if allowed.at_ms is None else allowed.at_ms,
         allowed_if_silent=allowed.if_silent,
         allowed_latest_at_ms=allowed.latest_ms,
-        remedy=None
-        if rule.unless_approved_by is None
-        else approval_text(rule.unless_approved_by, evaluation.submission),
+        remedy=rule.remedy(evaluation.submission.requested_by),
     )
-    hold_ms = evaluation.submission.hold_ms
-    if hold_ms is None and evaluation.submission.approvable and rule.unless_approved_by is not None:
-        hold_ms = rule.approve_within_ms
+    awaited_ms = rule.approve_within_ms if rule.unless_approved_by and evaluation.submission.approvable else None
+    hold_ms = awaited_ms if evaluation.submission.hold_ms is None else evaluation.submission.hold_ms
     permanent = rule is GONE or rule is TO_BE_DELETED or rule.id == NOT_PERFORMED
     if hold_ms is not None and not permanent and len(instance.held) < evaluation.policy.outstanding_max:
         return _check_preconditions(evaluation) or _hold(evaluation, rule, answer, hold_ms)
@@ -418,14 +414,6 @@ def _in_time_ms(evaluation: _Evaluation) -> int | None:
 
 _CHANGES_MAX: Final = 64
 """How many changes of the rules' answer are tried: more than there are in a week of time windows."""
-
-
-def approval_text(approvers: frozenset[str], submission: Submission) -> str:
-    """Say whose approval a submission needs, for people."""
-    kinds = {"role": "with the role {}", "group": "in the group {}"}
-    named = (text.partition(":") for text in sorted(approvers))
-    who = " or ".join(kinds[kind].format(name) for kind, _, name in named)
-    return f"It needs the approval of another caller than {submission.requested_by}, {who}."
 
 
 def _once_fenced_ms(evaluation: _Evaluation) -> int | None:

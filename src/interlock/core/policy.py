@@ -109,6 +109,15 @@ class Rule(Conditions, frozen=True, kw_only=True):
         """Return the reason code: the rule's own, or its verdict's."""
         return self.reason or _CODES[self.verdict]
 
+    def remedy(self, requested_by: str) -> str | None:
+        """Say whose approval a request that it denies needs, for people; None if it demands none."""
+        if self.unless_approved_by is None:
+            return None
+        kinds = {"role": "with the role {}", "group": "in the group {}"}
+        named = (text.partition(":") for text in sorted(self.unless_approved_by))
+        who = " or ".join(kinds[kind].format(name) for kind, _, name in named)
+        return f"It needs the approval of another caller than {requested_by}, {who}."
+
     def age_ms(self, view: View) -> int:
         """Return the age that the threshold is compared with."""
         return view.silent_ms if self.measured_from is MeasuredFrom.LAST_PROGRESS else view.running_ms

@@ -348,8 +348,6 @@ class Instances:
         outcome = await approvals.approve(self._store, self.policy, self._hosts, caller, request)
         return outcome, await self.request(caller, request.id)
 
-    # ------------------------------------------------------------------------------------------------- describing
-
     async def describe(self, caller: Caller, reference: str) -> Instance:
         """Return an instance by id, short id or name. Raises `NotFound`, or `Invalid` for an ambiguous id."""
         if is_id(reference):

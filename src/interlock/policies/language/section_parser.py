@@ -59,6 +59,7 @@ from interlock.policies.language.vocabulary import (
     listed,
     phases_of,
     plain,
+    split_variants,
 )
 from interlock.policies.time_windows import error_in
 
@@ -248,8 +249,13 @@ def read_rules(table: Mapping[str, Any], place: Place, line: int, dictionary: Di
     _check_keys(source)
     verdict = source.choice("verdict", Verdict)
     _check_verdict(source, verdict)
-    operations = OPERATIONS.expand(table["operations"], "operations", place.at("operations"), dictionary)
     rule_id = source.text("id", ID)
+    variants = _variants(source)
+    if variants:
+        return tuple(
+            rule for one, operations, mark in variants for rule in _expanded(one, verdict, rule_id, operations, mark)
+        )
+    operations = OPERATIONS.expand(table["operations"], "operations", place.at("operations"), dictionary)
     alternatives = tuple(_alternatives(source))
     if not alternatives:
         return tuple(_expanded(source, verdict, rule_id, operations, ""))
@@ -258,6 +264,20 @@ def read_rules(table: Mapping[str, Any], place: Place, line: int, dictionary: Di
         for number, one in enumerate(alternatives, start=1)
         for rule in _expanded(one, verdict, rule_id, operations, f"{SET_MARK}{number}")
     )
+
+
+def _variants(source: _Table) -> list[tuple[_Table, frozenset[Operation], str]]:
+    """Return the parts of a rule that lists names of one variant of an operation; none with `hard` or `any`."""
+    listing = source.table["operations"]
+    if not isinstance(listing, list) or "hard" in source or ANY in source:
+        return []
+    split = split_variants(listing, source.at("operations"), source.dictionary)
+    if split is None:
+        return []
+    both, hard, soft = split
+    of_hard, of_soft = (source.with_set({"hard": which}, source.place) for which in (True, False))
+    parts = ((source, both, ""), (of_hard, hard, f"{SET_MARK}hard"), (of_soft, soft, f"{SET_MARK}soft"))
+    return [part for part in parts if part[1]]
 
 
 def _alternatives(source: _Table) -> Iterator[_Table]:

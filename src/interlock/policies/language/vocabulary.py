@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from interlock.core.condition_kinds import Word
@@ -61,6 +61,16 @@ class Dictionary:
     def shared(self, words: frozenset[WordT]) -> frozenset[WordT]:
         """Deduplicate equal sets to save memory."""
         return self._shared.setdefault(words, words)
+
+    def variant(self, name: str) -> tuple[str, bool] | None:
+        """Return the operation and whether it is hard, if a name is of one variant only; else None."""
+        meanings = self.meanings.get(plain(name), ())
+        if name in OPERATIONS.words or len(meanings) != 1:
+            return None
+        word = meanings[0]
+        if word in HARD_VARIANTS:
+            return HARD_VARIANTS[word], True
+        return (word, False) if f"{word}_hard" in self.variants else None
 
     def members(self, vocabulary: Vocabulary[WordT], name: str, inside: tuple[str, ...]) -> frozenset[WordT]:
         """Return the words of a set, cached for each kind of list. Raises `PolicyError`."""
@@ -233,3 +243,22 @@ KNOWN_WORDS: Final = frozenset({*OPERATIONS.words, *VM_STATES.words, *TASKS.word
     *(words.words for words in CONDITION_WORDS.values())
 )
 """The valid members of sets."""
+
+
+def split_variants(
+    listing: Sequence[Any], place: Place, dictionary: Dictionary
+) -> tuple[frozenset[Operation], frozenset[Operation], frozenset[Operation]] | None:
+    """Split a list of operations into those meant in both variants, in the hard one only, and in the soft one only.
+
+    None if no item is a name of one variant. Raises `PolicyError`.
+    """
+    named = {item: dictionary.variant(item) for item in listing if isinstance(item, str)}
+    if not any(named.values()):
+        return None
+    others = [item for item in listing if not named.get(item)]
+    whole = OPERATIONS.expand(others, "operations", place, dictionary) if others else frozenset[Operation]()
+    hard, soft = (
+        frozenset(OPERATIONS.words[one[0]] for one in named.values() if one is not None and one[1] is which) - whole
+        for which in (True, False)
+    )
+    return whole | (hard & soft), hard - soft, soft - hard

@@ -259,9 +259,14 @@ class DeadRules:
                     code="idle-set",
                     rule=one.id,
                     place=one.rule.source,
-                    message=f"Set {own} in `any` of {one.id!r} never decides: {named}.",
-                    remedy="Remove the set, or change its conditions.",
+                    message=f"{_part(own)} of {one.id!r} never decides: {named}.",
+                    remedy="Remove it, or change its conditions.",
                 )
+
+
+def _part(mark: str) -> str:
+    """Name a part of a rule by the mark in its id: the number of a set of `any`, or a variant."""
+    return f"Set {mark} in `any`" if mark.isdigit() else f"The {mark} variant"
 
 
 def _same_answer(one: Rule, other: Rule) -> bool:
