@@ -88,6 +88,9 @@ _LATER: Final = frozenset(
         "memory_mib",
         "root_gib",
         "target_host",
+        "approver",
+        "project_outstanding",
+        "host_outstanding",
         "image",
     }
 )
