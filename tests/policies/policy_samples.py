@@ -36,9 +36,7 @@ def instance(vm_state: VmState, **more: Any) -> Instance:
         project="p",
         host="h",
         vm_state=vm_state,
-        created_at_ms=START_MS,
-        updated_at_ms=START_MS,
-        **more,
+        **{"created_at_ms": START_MS, "updated_at_ms": START_MS, **more},
     )
 
 

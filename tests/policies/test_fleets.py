@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from policy_samples import START_MS, instance, serving
 
 from interlock.core.admission import judge
+from interlock.core.conditions import POWER_STATES
 from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Disposition, Instance, Redundant, Request, Status, Submission
 from interlock.core.roles import Role
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import NO_TASK, PowerState, VmState
 from interlock.policies.fleet.comparison import compare
 from interlock.policies.fleet.gate import Answered, FleetAnswers, judge_fleet
 from interlock.policies.language.loader import builtin_names, compile_named
@@ -74,6 +75,9 @@ def instances(draw: st.DrawFn) -> Instance:
         further_vm_states=draw(st.sampled_from(((), (VmState.STOPPED,), (VmState.ACTIVE, VmState.STOPPED)))),
         updated_at_ms=START_MS - draw(AGES_MS),
         locked_by=draw(st.sampled_from((None, "somebody"))),
+        lock_role=draw(st.sampled_from((Role.MEMBER, Role.ADMIN))),
+        power_state=draw(st.sampled_from(PowerState)),
+        failures=dict.fromkeys(draw(KINDS), draw(st.sampled_from((1, 2)))),
         blocked_operations=tuple(draw(KINDS)),
         tags=tuple(draw(st.frozensets(st.sampled_from((*TAGS, "unknown to policies"))))),
         launched_at_ms=draw(st.sampled_from((None, START_MS))),
@@ -96,6 +100,9 @@ CONDITIONS: dict[str, st.SearchStrategy[Any]] = {
     "hard": st.booleans(),
     "launched": st.booleans(),
     "silent_ms_min": st.sampled_from(TIMES_MS),
+    "locked_above": st.booleans(),
+    "power_state": st.frozensets(st.sampled_from(POWER_STATES), min_size=1, max_size=2),
+    "failures_min": st.sampled_from((1, 2)),
 }
 
 
@@ -118,7 +125,7 @@ def rules(draw: st.DrawFn, number: int) -> Rule:
 
 VARIED = (
     *("vm_state", "updated_at_ms", "locked_by", "blocked_operations", "tags", "launched_at_ms", "held", "host"),
-    *("prior_vm_state", "further_vm_states", "outstanding"),
+    *("prior_vm_state", "further_vm_states", "outstanding", "lock_role", "power_state", "failures"),
 )
 
 
@@ -300,6 +307,38 @@ def test_a_full_queue_and_what_is_held_tell_instances_apart() -> None:
     ]
     answers = judge_fleet(fleet, policy, START_MS)
     assert [answers.of(Operation.STOP, group).reason for group in answers.groups] == [None, "queue_full", "held", None]
+
+
+def test_locks_are_told_apart_where_no_rule_is_about_them() -> None:
+    policy = made(rule(Verdict.ADMIT))
+    locks: list[dict[str, Any]] = [{}, {"locked_by": "a"}, {"locked_by": "a", "lock_role": Role.ADMIN}]
+    fleet = [instance(VmState.ACTIVE, **lock) for lock in locks]
+    answers = judge_fleet(fleet, policy, START_MS, caller={"role": Role.ADMIN})
+    assert dispositions(answers, Operation.LOCK) == [Answered.ADMITTED, Answered.ADMITTED, Answered.REDUNDANT]
+    assert answers.situations == 2
+
+
+def test_failures_are_told_apart_by_operation() -> None:
+    policy = made(rule(Verdict.DENY, failures_min=2), rule(Verdict.ADMIT))
+    failures: list[dict[Operation, int]] = [{}, {Operation.START: 2}, {Operation.START: 1}, {Operation.STOP: 2}]
+    fleet = [instance(VmState.ACTIVE, failures=each) for each in failures]
+    answers = judge_fleet(fleet, policy, START_MS)
+    admitted, denied = Answered.ADMITTED, Answered.DENIED
+    assert dispositions(answers, Operation.START) == [admitted, denied, admitted, admitted]
+    assert dispositions(answers, Operation.STOP) == [admitted, admitted, admitted, denied]
+
+
+def test_a_state_reached_meanwhile_is_not_one_it_has_been_in() -> None:
+    policy = made(
+        rule(Verdict.ADMIT, id="at-once", task_states=frozenset(TASK_STATES)),
+        rule(Verdict.DENY, in_state_ms_min=1_000),
+        rule(Verdict.ADMIT),
+    )
+    rebooting = serving(VmState.ACTIVE, "rebooting", state_since_ms=START_MS - 5_000)
+    back_again = (*rebooting.outstanding, queued(Operation.STOP), queued(Operation.START))
+    fleet = [rebooting, msgspec.structs.replace(rebooting, outstanding=back_again)]
+    answers = judge_fleet(fleet, policy, START_MS)
+    assert dispositions(answers, Operation.PAUSE) == [Answered.DENIED, Answered.ADMITTED]
 
 
 def test_blocked_operations_are_told_apart_by_operation() -> None:

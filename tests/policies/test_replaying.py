@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from policy_samples import START_MS, Play, instance
 
 from interlock.core.admission import admit
+from interlock.core.conditions import POWER_STATES
 from interlock.core.operations import BIT, TASK_STATES, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import (
@@ -26,7 +27,7 @@ from interlock.core.records import (
     Submission,
 )
 from interlock.core.roles import Role
-from interlock.core.states import NO_TASK, VmState
+from interlock.core.states import NO_TASK, PowerState, VmState
 from interlock.policies.history.recorded_submissions import RecordedAnswer, Untold
 from interlock.policies.history.replay import DISPOSITIONS, RecordedRow, Replay, replay
 from interlock.policies.language.loader import builtin_names, compile_named
@@ -37,6 +38,25 @@ V = VmState
 AGES_MS = (0, 1_000, 15_000, 59_999, 60_000, 180_000, 600_000, 3_600_000)
 BUILTIN = {name: compile_named(name) for name in builtin_names()}
 TAGS = ("gold", "batch")
+FURTHER: dict[str, st.SearchStrategy[Any]] = {
+    "locked_above": st.booleans(),
+    "power_state": st.frozensets(st.sampled_from(POWER_STATES), min_size=1, max_size=2),
+    "failures_min": st.sampled_from((1, 2)),
+    "age_ms_min": st.sampled_from(AGES_MS),
+    "age_ms_max": st.sampled_from(AGES_MS),
+    "in_state_ms_min": st.sampled_from(AGES_MS),
+    "requested_by": st.just(frozenset({"m*"})),
+    "projects": st.just(frozenset({"blue"})),
+    "groups": st.just(frozenset({"ops"})),
+    "unless_approved_by": st.just(frozenset({"group:ops"})),
+    "project_outstanding_min": st.just(3),
+    "host_outstanding_min": st.just(3),
+    "vcpus_min": st.just(2),
+    "memory_mib_max": st.just(512),
+    "target_hosts": st.just(frozenset({"h*"})),
+    "images": st.just(frozenset({"golden"})),
+}
+"""Conditions of which a rule seldom has more than one."""
 
 
 def row(told: Event, sequence: int = 1, number: int = 1, project: str = "p") -> RecordedRow:
@@ -90,6 +110,7 @@ def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @st.composite
 def rules(draw: st.DrawFn, number: int) -> Rule:
     verdict = draw(st.sampled_from(list(Verdict)))
+    further = draw(st.lists(st.sampled_from(list(FURTHER)), max_size=2, unique=True))
     return Rule(
         id=f"rule-{number}",
         operations=draw(st.just(frozenset(O)) | some(list(O))),
@@ -109,6 +130,7 @@ def rules(draw: st.DrawFn, number: int) -> Rule:
         before=draw(st.sampled_from(list(Before))),
         in_turn=draw(st.booleans()),
         reason=draw(maybe(st.just("because_so"))),
+        **{field: draw(FURTHER[field]) for field in further},
     )
 
 
@@ -156,6 +178,11 @@ def moments(draw: st.DrawFn) -> tuple[Play, Submission]:
         draw(st.sampled_from(list(V))),
         tags=draw(st.sampled_from(((), ("gold",), ("batch", "other")))),
         locked_by=draw(st.sampled_from((None, None, None, "me"))),
+        lock_role=draw(st.sampled_from((Role.MEMBER, Role.ADMIN))),
+        power_state=draw(st.sampled_from(PowerState)),
+        created_at_ms=START_MS - draw(st.sampled_from(AGES_MS)),
+        state_since_ms=START_MS - draw(st.sampled_from(AGES_MS)),
+        failures=draw(st.dictionaries(st.sampled_from(list(O)), st.integers(1, 2), max_size=3)),
         blocked_operations=draw(st.sampled_from(((), (), (O.DELETE, O.STOP)))),
         launched_at_ms=draw(st.sampled_from((None, START_MS))),
     )
@@ -166,8 +193,14 @@ def moments(draw: st.DrawFn) -> tuple[Play, Submission]:
     submission = Submission(
         request_id="asked",
         operation=draw(st.sampled_from([*O, *outstanding * 10])),
-        parameters=draw(st.sampled_from(({}, {"hard": True}))),
+        parameters=draw(st.sampled_from(({}, {"hard": True}, {"vcpus": 2, "memory_mib": 1024}, {"host": "h2"}))),
         requested_by="me",
+        project=draw(st.sampled_from(("", "blue"))),
+        groups=draw(st.sampled_from(((), ("ops",)))),
+        approver=draw(st.sampled_from(((), ("group:ops",)))),
+        image=draw(st.sampled_from(("", "golden"))),
+        project_outstanding=draw(st.sampled_from((0, 3))),
+        host_outstanding=draw(st.sampled_from((0, 3))),
         role=draw(st.sampled_from((Role.MEMBER, Role.MEMBER, Role.ADMIN, Role.ADMIN, Role.READER))),
         host_reachable=draw(st.booleans()),
         hold_ms=draw(st.sampled_from((None, None, None, 60_000))),
@@ -246,6 +279,32 @@ def test_an_old_event_does_not_say_whether_the_instance_had_ever_run() -> None:
     assert judged("request.denied", data(O.START, vm_state="stopped"), never).untold == {"launched_not_recorded": 1}
     assert judged("request.denied", data(O.START, vm_state="active"), never).totals.cannot_be_told == 0
     assert judged("request.denied", data(O.START, vm_state="stopped", launched=False), never).totals.admitted == 1
+
+
+def test_an_event_says_whether_a_lock_would_have_changed_nothing() -> None:
+    """An admin may replace the lock of a member, and who had locked it is not in the view."""
+    denying, admitting = one_rule(Verdict.DENY), one_rule(Verdict.ADMIT)
+    for lock_role, answer in ((Role.MEMBER, "admitted"), (Role.ADMIN, "redundant")):
+        locked = instance(V.ACTIVE, locked_by="somebody", lock_role=lock_role)
+        asked = Submission(request_id="asked", operation=O.LOCK, requested_by="me", role=Role.ADMIN)
+        told, _ = told_of(Play(denying, locked), asked)
+        found = replayed(told, admitting)
+        assert isinstance(found, RecordedAnswer)
+        assert found.disposition == answer
+
+
+def test_an_old_event_does_not_say_whether_a_lock_would_have_changed_anything() -> None:
+    admit_all = one_rule(Verdict.ADMIT)
+    locks: list[tuple[dict[str, Any], str]] = [
+        ({}, "admitted"),
+        ({"locked": True}, "cannot_be_told"),
+        ({"locked": True, "locked_above": True}, "redundant"),
+    ]
+    for seen, answer in locks:
+        totals = judged("request.denied", data(O.LOCK, **seen), admit_all).totals
+        assert getattr(totals, answer) == 1, seen
+    assert judged("request.denied", data(O.RENAME), admit_all).untold == {"unchanged_not_recorded": 1}
+    assert judged("request.admitted", data(O.RENAME), admit_all).totals.same == 1
 
 
 def test_what_the_hypervisor_cannot_do_stays_refused_by_every_policy() -> None:

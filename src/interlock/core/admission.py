@@ -25,7 +25,7 @@ from interlock.core.policy import (
     Verdict,
 )
 from interlock.core.preconditions import RULE, unmet
-from interlock.core.record_operations import RECORD_OPERATIONS, reset_target
+from interlock.core.record_operations import MAY_CHANGE_NOTHING, RECORD_OPERATIONS, changes_nothing, reset_target
 from interlock.core.records import (
     SERVED,
     Admitted,
@@ -203,13 +203,10 @@ class _Evaluation(NamedTuple):
             "view": recorded(self.view),
         }
         if instance.outstanding:
-            foreseen = foresee(instance, host_reachable=self.submission.host_reachable)
-            facts["foreseen"] = {
-                "vm_state": foreseen.vm_state.value,
-                "launched": foreseen.launched,
-                "host_reachable": foreseen.host_reachable,
-            }
+            facts["foreseen"] = foresee(instance, host_reachable=self.submission.host_reachable).recorded()
             facts["waiting"] = len(instance.outstanding)
+        if self.view.operation in MAY_CHANGE_NOTHING:
+            facts["unchanged"] = self.view.operation in changes_nothing(instance, self.submission)
         return facts
 
 

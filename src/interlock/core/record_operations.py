@@ -25,12 +25,16 @@ class Displaced(NamedTuple):
     cancels: tuple[str, ...] = ()
 
 
+def _is_never_so(_instance: Instance, _submission: Submission) -> str | None:
+    return None
+
+
 class RecordOperation(NamedTuple):
     """What one operation does to the record."""
 
     perform: Callable[[Draft, Request, CompiledPolicy], Displaced]
     """Applies a request to the draft; the policy is for operations after which the queue is judged again."""
-    holds_already: Callable[[Instance, Submission], str | None] = lambda _instance, _submission: None
+    holds_already: Callable[[Instance, Submission], str | None] = _is_never_so
     """Returns why a submission would change nothing, for people; None if it would."""
 
 
@@ -144,3 +148,17 @@ RECORD_OPERATIONS: Final[dict[Operation, RecordOperation]] = {
     Operation.RESET_STATE: RecordOperation(_reset_state),
 }
 """Every operation of `Lane.RECORD`."""
+
+MAY_CHANGE_NOTHING: Final = frozenset(
+    operation for operation, entry in RECORD_OPERATIONS.items() if entry.holds_already is not _is_never_so
+)
+"""Those that are redundant where what they set holds already."""
+
+
+def changes_nothing(instance: Instance, submission: Submission) -> frozenset[Operation]:
+    """Return the operations that would change nothing of the record, if they were submitted with these parameters."""
+    return frozenset(
+        operation
+        for operation in MAY_CHANGE_NOTHING
+        if RECORD_OPERATIONS[operation].holds_already(instance, submission) is not None
+    )

@@ -308,6 +308,16 @@ class Foreseen(NamedTuple):
             image=request.image,
         )
 
+    def recorded(self) -> dict[str, Any]:
+        """Return what the event of a decision has of it, from which a replay makes the view in this state."""
+        return {
+            "vm_state": self.vm_state.value,
+            "launched": self.launched,
+            "host_reachable": self.host_reachable,
+            "power_state": self.power_state.value,
+            "moved": self.moved,
+        }
+
     @property
     def power_state(self) -> PowerState:
         """Return what the hypervisor has reported, or will report once the state changes have succeeded."""

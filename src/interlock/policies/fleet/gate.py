@@ -17,8 +17,10 @@ import msgspec
 from interlock.core.admission import judge
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
+from interlock.core.record_operations import changes_nothing
 from interlock.core.records import Admitted, Denied, Held, Instance, Redundant, Status, Submission
 from interlock.core.request_queue import foresee
+from interlock.core.views import build_view
 
 NOBODY: Final[Mapping[str, Any]] = MappingProxyType({})
 """A caller of whom rules can ask nothing unusual."""
@@ -175,15 +177,24 @@ def judge_fleet(
 
 def _situations(policy: CompiledPolicy) -> Callable[[Instance, Submission, int], Hashable]:
     """Return a function that gives instances the same key if the gate answers every operation alike for them."""
+    counts_failures = any(rule.failures_min is not None for rule in policy.rules)
 
     def situation_of(instance: Instance, submission: Submission, now_ms: int) -> Hashable:
-        key = policy.class_of(policy.view(instance, submission, now_ms))
+        submission = policy.timed(submission, now_ms)
+        key = (
+            policy.class_of(build_view(instance, submission, now_ms)),
+            changes_nothing(instance, submission),
+            frozenset(instance.failures.items()) if counts_failures else None,
+        )
         if not instance.outstanding:
             return key
         foreseen = None
         if any(request.lane is Lane.STATE for request in instance.outstanding):
             there = foresee(instance, host_reachable=submission.host_reachable)
-            foreseen = (there.vm_state, there.launched, there.host_reachable)
+            foreseen = (
+                policy.class_of(there.view(submission, now_ms)),
+                frozenset(there.done) if counts_failures else None,
+            )
         preempting = frozenset(
             (request.operation, request.hard)
             for request in instance.outstanding

@@ -12,10 +12,11 @@ from typing import Final, assert_never
 import msgspec
 
 from interlock.core import views
-from interlock.core.operations import BIT, CATALOGUE, Lane
+from interlock.core.operations import BIT, CATALOGUE, Lane, Operation
 from interlock.core.policy import GONE, QUEUE_FULL, TO_BE_DELETED, Before, CompiledPolicy, Rule, Verdict
 from interlock.core.preconditions import RULE
-from interlock.core.states import EXECUTING_STATES, VmState
+from interlock.core.record_operations import MAY_CHANGE_NOTHING
+from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 from interlock.core.views import View
 
 _STATE_BITS: Final = sum(BIT[entry.operation] for entry in CATALOGUE.values() if entry.lane is Lane.STATE)
@@ -42,6 +43,8 @@ class Untold(StrEnum):
     """It would preempt, and the same is outstanding: whether that had preempted too is not recorded."""
     LAUNCHED_NOT_RECORDED = "launched_not_recorded"
     """The answer depends on `launched`, which the event, of an older version, does not have."""
+    UNCHANGED_NOT_RECORDED = "unchanged_not_recorded"
+    """It would be admitted if it changes anything, and the event, of an older version, does not say whether it does."""
 
 
 class Foreseen(msgspec.Struct, frozen=True, gc=False):
@@ -50,6 +53,22 @@ class Foreseen(msgspec.Struct, frozen=True, gc=False):
     vm_state: VmState
     launched: bool = True
     host_reachable: bool = True
+    power_state: PowerState | None = None
+    """None in events of older versions, as for `moved`: what belongs to the vm_state."""
+    moved: bool | None = None
+    """Whether the state changes before it change the vm_state."""
+
+    def view(self, view: View) -> View:
+        """Return the view in this state, from the one at the submission."""
+        state = views.Foreseen(self.vm_state, (), self.launched, self.host_reachable, view.tags)
+        moved = self.vm_state is not view.vm_state if self.moved is None else self.moved
+        return msgspec.structs.replace(
+            state.view(view),
+            power_state=self.power_state or state.power_state,
+            age_ms=view.age_ms,
+            in_state_ms=0 if moved else view.in_state_ms,
+            failures=0 if view.outstanding & _STATE_BITS & BIT[view.operation] else view.failures,
+        )
 
 
 class Met(msgspec.Struct, frozen=True, gc=False):
@@ -62,6 +81,8 @@ class Met(msgspec.Struct, frozen=True, gc=False):
     waiting: int | None = None
     """How many requests were outstanding; None as for `foreseen`."""
     launched_recorded: bool = True
+    unchanged: bool | None = None
+    """Whether what an operation of `MAY_CHANGE_NOTHING` sets held already; None if it was not recorded."""
 
 
 def judge_again(met: Met, policy: CompiledPolicy) -> RecordedAnswer | Untold:
@@ -100,7 +121,19 @@ def _judge(met: Met, view: View, policy: CompiledPolicy) -> RecordedAnswer | Unt
                 return _in_turn(met, view, rule, policy)
         case _:
             assert_never(rule.verdict)
-    return RecordedAnswer("admitted", rule.id)
+    return _on_record(met, view, rule) if view.operation in MAY_CHANGE_NOTHING else RecordedAnswer("admitted", rule.id)
+
+
+def _on_record(met: Met, view: View, rule: Rule) -> RecordedAnswer | Untold:
+    """Decide an operation that is redundant if it changes nothing."""
+    unchanged = met.unchanged
+    if met.recorded.disposition == "admitted" or met.recorded.rule == RULE:
+        unchanged = False  # it did change something, or `judge_again` returns what was recorded
+    elif unchanged is None and view.operation is Operation.LOCK and (view.locked_above or not view.locked):
+        unchanged = view.locked_above
+    if unchanged is None:
+        return Untold.UNCHANGED_NOT_RECORDED
+    return RecordedAnswer("redundant", RULE, "unchanged") if unchanged else RecordedAnswer("admitted", rule.id)
 
 
 def _denied(met: Met, rule: Rule) -> RecordedAnswer:
@@ -136,9 +169,7 @@ def _in_turn(met: Met, view: View, rule: Rule, policy: CompiledPolicy) -> Record
         there = met.foreseen
         if there is None:
             return Untold.FORESEEN_NOT_RECORDED
-        state = views.Foreseen(there.vm_state, (), there.launched, there.host_reachable, view.tags)
-        settled = msgspec.structs.replace(state.view(view), age_ms=view.age_ms)
-        then = TO_BE_DELETED if there.vm_state is VmState.DELETED else policy.decide(settled)
+        then = TO_BE_DELETED if there.vm_state is VmState.DELETED else policy.decide(there.view(view))
         if then.verdict is Verdict.REDUNDANT:
             return _redundant(then)
         if then.verdict is not Verdict.ADMIT and then.verdict is not Verdict.PREEMPT:

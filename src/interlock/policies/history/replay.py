@@ -137,6 +137,7 @@ class _Facts(msgspec.Struct, gc=False):
     reason: str | None = None
     foreseen: Foreseen | None = None
     waiting: int | None = None
+    unchanged: bool | None = None
     policy: Stamp = Stamp()
 
 
@@ -200,7 +201,8 @@ class _Replaying:
             view.launched,
             self._class_of(view),
             None if facts.waiting is None else facts.waiting < self._outstanding_max,
-            None if there is None else (there.vm_state, there.launched, there.host_reachable),
+            there,
+            facts.unchanged,
         )
         tally = self._known.get(key)
         if tally is None:
@@ -208,7 +210,7 @@ class _Replaying:
             recorded = RecordedAnswer(disposition, facts.rule, None if disposition == "admitted" else facts.reason)
             launched = cast("bool | None", view.launched)
             known = msgspec.structs.replace(view, launched=launched is not False)
-            met = Met(known, recorded, there, facts.waiting, launched is not None)
+            met = Met(known, recorded, there, facts.waiting, launched is not None, facts.unchanged)
             tally = self._judge(key, row, met)
         tally.projects[project] = tally.projects.get(project, 0) + 1
         stamp = facts.policy

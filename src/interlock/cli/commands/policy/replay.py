@@ -32,6 +32,7 @@ _UNTOLD: Final = {
     "foreseen_not_recorded": "an older version did not record where what was outstanding would have led",
     "earlier_not_known": "whether the same had preempted already was not recorded",
     "launched_not_recorded": "an older version did not record whether the instance had ever run",
+    "unchanged_not_recorded": "an older version did not record whether it would have changed anything",
 }
 
 
