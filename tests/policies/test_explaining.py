@@ -189,6 +189,18 @@ def test_a_state_that_would_do_is_named_with_what_leads_there(standard: Compiled
     assert (paused[0].turn, paused[0].value) == (Turn.HARD, True)
 
 
+def test_in_another_state_the_guest_is_as_it_belongs_to_that_state() -> None:
+    rule = Rule(
+        id="off",
+        operations=frozenset({O.REBUILD}),
+        verdict=Verdict.ADMIT,
+        vm_states=frozenset({V.STOPPED}),
+        power_state=frozenset({"none"}),
+    )
+    found = turns(made(V.ACTIVE, "none"), asking(O.REBUILD), CompiledPolicy(Policy(name="made", rules=(rule,))))
+    assert [(way.turn, way.value) for way in found.values()] == [(Turn.VM_STATE, "stopped")]
+
+
 def test_what_waits_in_the_way_is_named(standard: CompiledPolicy) -> None:
     found = turns(made(V.ACTIVE, "none", waiting=[O.STOP]), asking(O.REBOOT), standard)
     assert Turn.NOTHING_OUTSTANDING in found

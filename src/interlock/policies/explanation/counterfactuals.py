@@ -22,6 +22,7 @@ from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request,
 from interlock.core.state_stack import resolve_target
 from interlock.core.states import VmState
 from interlock.core.view_classes import members_of
+from interlock.core.views import power_in
 
 _MOMENTS_MAX: Final = 64
 """How many age bounds are tried; a policy has far fewer for one state."""
@@ -130,9 +131,10 @@ def _changes(
     yield Turn.HOST_REACHABLE, other, f"if its host {'can' if other else 'cannot'} be reached", instance, asked
     for state in VmState:
         if state not in (instance.vm_state, VmState.DELETED):
-            # `launched` stays as it is.
+            # `launched` stays as it is, and the guest is as it belongs to the vm_state.
             launched_at_ms = instance.updated_at_ms if instance.launched else None
-            changed = _replace(instance, vm_state=state, launched_at_ms=launched_at_ms)
+            power_state = power_in(state, instance.state_stack)
+            changed = _replace(instance, vm_state=state, launched_at_ms=launched_at_ms, power_state=power_state)
             yield Turn.VM_STATE, state.value, f"if it is {state.value}", changed, submission
 
 
