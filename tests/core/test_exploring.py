@@ -68,7 +68,8 @@ def test_the_laws_hold_for_all_operations(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_administrator_can_always_delete_and_a_reader_never(name: str, role: Role) -> None:
     """The second promise of law 5 is about one role, and breaks no law."""
-    exploration = explore(compile_named(name), outstanding_max=2, role=role)
+    operations = tier((*RESCUING, *BESIDE, O.CREATE, O.LOCK, O.UNLOCK, O.RESET_STATE), tuple(O))
+    exploration = explore(compile_named(name), operations=operations, outstanding_max=2, role=role)
     assert_holds(exploration)
     assert exploration.weaker is not None
     assert bool(exploration.weaker.cannot) is (role is Role.READER)

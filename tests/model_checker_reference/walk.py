@@ -172,7 +172,7 @@ class Walk:
         hopeful = False
         for operation, parameters, caller in self.submissions:
             submission = self._submission(node, operation, parameters, caller)
-            change = admission.admit(node.instance, submission, self.policy, node.now_ms)
+            change = admission.admit_there(node.instance, submission, self.policy, node.now_ms)
             self.transitions += 1
             step = Step(kind=StepKind.SUBMIT, event=_submit_event(operation, parameters, caller))
             for breach in explained(node.instance, change):

@@ -229,9 +229,10 @@ def test_steps_of_several_callers_equal_the_core() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_whatever_the_walk_by_objects_meets_the_packed_walk_has_seen(name: str) -> None:
     """The words of all of its instances, ages apart: it tells fewer of those apart, and comes by them otherwise."""
-    objects = Walk(compile_named(name), Operation, 2, tier(1_000, 4_000), VmState.DELETED)
+    policy, operations = compile_named(name), tier((*FEW, O.RESET_STATE), tuple(O))
+    objects = Walk(policy, operations, 2, tier(1_000, 4_000), VmState.DELETED)
     objects.run([VmState.BUILDING], math.inf)
-    model = model_of(compile_named(name), 2)
+    model = Model(policy, operations, starts=[VmState.BUILDING], outstanding_max=2)
     layout = model.layout
     seen = set((walked(model) & ~(layout.silent.mask | layout.running.mask | layout.idle.mask)).tolist())
     ageless = ~(layout.silent.mask | layout.running.mask | layout.idle.mask)
