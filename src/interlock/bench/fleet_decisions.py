@@ -106,8 +106,14 @@ def _busy(idle: Instance, policy: CompiledPolicy) -> list[Instance]:
 
 
 def _admitted(instance: Instance, policy: CompiledPolicy) -> list[Instance]:
+    number = len(instance.outstanding)
     changes = (
-        admit(instance, Submission(request_id=operation.value, operation=operation, requested_by="bench"), policy, 0)
+        admit(
+            instance,
+            Submission(request_id=f"{operation.value}-{number}", operation=operation, requested_by="bench"),
+            policy,
+            0,
+        )
         for operation, entry in CATALOGUE.items()
         if entry.lane is not Lane.RECORD
     )
