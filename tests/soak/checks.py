@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import httpx
 
+from interlock.hypervisors.remote.file_cache import RESUMABLE
 from soak.environment import HERE, Ground, Vm, is_free, until
 from soak.operations import ROTATION, Asking
 from soak.report import Book
@@ -261,7 +262,8 @@ class Judging:
             kinds = ("images", "spool", "dumps") if host != HERE else ("images", "volumes", "dumps")
             for place in (folder / "guests" / "vms", *(folder / kind for kind in kinds)):
                 for path in place.glob("*"):
-                    self._book.complain(f"left over on {host}: {path}")
+                    if RESUMABLE.fullmatch(path.name) is None:  # kept for an hour after its agent was killed
+                        self._book.complain(f"left over on {host}: {path}")
         if self._ground.shared is not None:
             for path in (self._ground.shared / "instances").glob("*"):
                 self._book.complain(f"left over: {path}")

@@ -22,7 +22,8 @@ PART: Final = ".part"
 """Suffix of a file that is not complete."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _CONTENT: Final = re.compile(r"[0-9a-f]{1,20}-[0-9a-f]{1,20}-[0-9a-f]{1,20}")
-_RESUMABLE: Final = re.compile(rf".+\.{_CONTENT.pattern}\{PART}")
+RESUMABLE: Final = re.compile(rf".+\.{_CONTENT.pattern}\{PART}")
+"""The names of downloads that were broken off and can be resumed."""
 _RESUMABLE_S: Final = 3600.0
 """How long a download that was broken off is kept, to be resumed."""
 
@@ -70,7 +71,7 @@ class FileCache:
     def clear(self) -> None:
         """Remove what was in transfer when the connection ended, except downloads that can be resumed."""
         for left in (*self._places["cache"].glob(f"*{PART}"), *self._places["spool"].iterdir()):
-            if _RESUMABLE.fullmatch(left.name) is None:
+            if RESUMABLE.fullmatch(left.name) is None:
                 left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._remove_expired(self._now_s())
@@ -79,7 +80,7 @@ class FileCache:
         """Remove the downloads that nobody has resumed in time. Raises OSError."""
         for place in self._places.values():
             for part in place.glob(f"*{PART}"):
-                if _RESUMABLE.fullmatch(part.name) and now_s - part.stat().st_mtime > _RESUMABLE_S:
+                if RESUMABLE.fullmatch(part.name) and now_s - part.stat().st_mtime > _RESUMABLE_S:
                     part.unlink(missing_ok=True)
 
     def _now_s(self) -> float:
