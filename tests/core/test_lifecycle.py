@@ -306,6 +306,13 @@ def test_the_end_of_a_guest_that_is_on_record_changes_nothing(event: GuestEvent)
     assert (again.instance, again.events) == (instance, ())
 
 
+def test_the_end_of_a_guest_that_is_being_started_again_is_recorded() -> None:
+    """The record has the end before: this is another guest's, and its start may yet succeed."""
+    stopped = observe(instance_in(), GuestEvent.STOPPED, POLICY, START_MS).instance
+    starting = take(admit(stopped, ask(O.START), POLICY, START_MS).instance, None, START_MS).instance
+    assert kinds_told(observe(starting, GuestEvent.STOPPED, POLICY, START_MS + 4)) == ["guest.stopped"]
+
+
 def test_a_crashed_guest_whose_process_is_gone_is_on_record() -> None:
     crashed = observe(instance_in(), GuestEvent.CRASHED, POLICY, START_MS).instance
     assert kinds_told(observe(crashed, GuestEvent.VANISHED, POLICY, START_MS)) == ["guest.vanished"]

@@ -235,7 +235,9 @@ def observe(
         return _note_trouble(instance, event, now_ms)
     state, power, error = after_event(instance, event)
     on_record = not instance.executing and instance.power_state is power and not instance.detaching
-    if on_record and event is not GuestEvent.RESET:
+    # The guest that a worker has just started may end before its request does: that end is not on record yet.
+    served = any(one.status in SERVED for one in instance.outstanding)
+    if on_record and not served and event is not GuestEvent.RESET:
         return Change(instance=instance, answer=None)
     draft = Draft(instance, now_ms, host_reachable=host_reachable)
     memory = instance.state_stack
