@@ -152,7 +152,7 @@ def configuration_page() -> str:
         "| `INTERLOCK_CONFIG` | Configuration file of `serve`, `demo` and `db upgrade`. |",
         "| `INTERLOCK_URL` | URL of the server, instead of the one on this machine. |",
         "| `INTERLOCK_TOKEN` | Access token, instead of the admin token in the data folder. |",
-        "| `SSL_CERT_FILE` | PEM file of CAs to trust, for a server with your own certificate. |",
+        "| `INTERLOCK_CA` | PEM file of CAs that the server's certificate may be from, besides the system's. |",
         "| `NO_COLOR` | Disables colours if set. |",
         "",
     ]

@@ -11,11 +11,12 @@ import signal
 from functools import partial
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
 
-from interlock.config import Config
+from interlock.config import Config, is_loopback
 from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
 from interlock.hypervisors.factory import hypervisor_of
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
@@ -48,8 +49,8 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     name: str
     """The host's name."""
-    certificate: Path | None = None
-    """An additional trusted certificate."""
+    ca: Path | None = None
+    """A PEM file of CAs that are trusted besides the system's."""
     shared: Path | None = None
     """A folder shared with the server, mounted under the same path."""
 
@@ -59,6 +60,9 @@ class HostAgent:
 
     def __init__(self, config: Config, contact: Contact, hypervisor: Hypervisor | None = None) -> None:
         self._contact = contact
+        server = urlsplit(contact.server)
+        if server.scheme == "http" and not is_loopback(server.hostname or ""):
+            _LOG.warning("connection not encrypted", server=contact.server, allowed_by="--insecure-plain-http")
         self._folder = config.folder
         self._lease = Lease(self._folder / LEASE)
         self._watchdog = Watchdog(self._folder, self._folder / "guests")
@@ -128,7 +132,7 @@ class HostAgent:
         """Keep a connection to the server. Raises `Forbidden` if the first attempt is rejected."""
         while True:
             try:
-                tls = await tls_settings(self._contact.server, self._contact.certificate)
+                tls = await tls_settings(self._contact.server, self._contact.ca)
                 await self._ranges.open(tls)
                 await self._converse(await dial(self._contact.server, self._contact.name, self._contact.token, tls))
             except OSError as error:

@@ -7,6 +7,7 @@ docs/reference/configuration.md is drawn from it. Reading it is here; acting on 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import os
 import tomllib
@@ -33,7 +34,7 @@ _MAY_BE_ZERO = frozenset(
 )
 _LISTS = frozenset({"policy_keys"})
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
-_ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN"})
+_ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
 """Variables that the command line reads."""
 
 
@@ -290,6 +291,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Path("~/.local/share/interlock").expanduser()
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address reaches this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     """The configuration from the file, if one is named, with the environment's values over it.
 
@@ -361,8 +370,7 @@ def _explain(message: str) -> str:
 def _check(config: Config) -> None:
     if bool(config.tls_certificate) != bool(config.tls_key):
         raise Invalid("The configuration names only one of tls_certificate and tls_key; TLS needs both.")
-    loopback = config.listen_host in {"127.0.0.1", "::1", "localhost"}
-    if not loopback and not config.tls_certificate and not config.allow_plain_http:
+    if not is_loopback(config.listen_host) and not config.tls_certificate and not config.allow_plain_http:
         raise Invalid(
             f"{config.listen_host} is not a loopback address, and tokens would cross the network in the clear.",
             remedy="Set tls_certificate and tls_key, or allow_plain_http if something in front does TLS.",

@@ -7,9 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import structlog
 
 from cli.conftest import Interlock
 from cli.scripted_server import HANG_UP, Given, ScriptedServer
+from interlock.agent import Contact, HostAgent
+from interlock.config import Config
 
 EMPTY = Given(value={"items": [], "next_cursor": None})
 
@@ -32,6 +35,35 @@ def test_the_admin_token_is_not_shown_to_another_server(interlock: Interlock, se
     assert ran.code == 6
     assert "INTERLOCK_TOKEN" in ran.err
     assert server.asked == []
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "north.token"
+    path.write_text("ilk_secret")
+    return path
+
+
+@pytest.mark.parametrize("server_url", ["http://192.0.2.1:7420", "http://server.example:7420"])
+def test_an_agent_does_not_send_its_token_unencrypted_to_another_machine(
+    interlock: Interlock, token_file: Path, server_url: str
+) -> None:
+    ran = interlock("agent", "--server", server_url, "--token-file", str(token_file))
+    assert ran.code == 2
+    assert f"The connection to {server_url} would not be encrypted" in ran.err
+    assert "--insecure-plain-http" in ran.err
+
+
+def test_an_agent_that_may_do_so_names_the_flag_in_its_log(tmp_path: Path) -> None:
+    contact = Contact(server="http://192.0.2.1:7420", token="ilk_secret", name="north")
+    with structlog.testing.capture_logs() as logged:
+        HostAgent(Config(data_dir=str(tmp_path), hypervisor="simulated"), contact)
+    assert {
+        "event": "connection not encrypted",
+        "log_level": "warning",
+        "server": "http://192.0.2.1:7420",
+        "allowed_by": "--insecure-plain-http",
+    } in logged
 
 
 def test_without_a_server_it_says_how_to_start_one(interlock: Interlock, tmp_path: Path) -> None:

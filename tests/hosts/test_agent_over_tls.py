@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -48,9 +50,22 @@ UNTRUSTED = {"SSL_CERT_FILE": "/dev/null"}
 
 
 def test_an_agent_trusts_the_certificate_that_it_is_given_also_for_files(secure: Fleet, certificate: Path) -> None:
-    north = secure.add("north", "--trust", str(certificate), settings=UNTRUSTED)
+    north = secure.add("north", "--ca", str(certificate), settings=UNTRUSTED)
     secure.create("one", "north")
     assert len(list((north.folder / "images").iterdir())) == 1
+
+
+def test_a_command_trusts_the_certificate_that_it_is_given_and_no_other(secure: Fleet, certificate: Path) -> None:
+    token = (secure.server.folder / "admin.token").read_text().strip()
+    url = str(secure.server.client.base_url)
+    environment = {**os.environ, **UNTRUSTED, "INTERLOCK_URL": url, "INTERLOCK_TOKEN": token}
+    command = (sys.executable, "-m", "interlock")
+    ran = subprocess.run((*command, "vm", "list"), env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 5
+    assert "not trusted" in ran.stderr
+    assert "--ca" in ran.stderr
+    subprocess.run((*command, "--ca", str(certificate), "vm", "list"), env=environment, check=True)
+    subprocess.run((*command, "vm", "list"), env={**environment, "INTERLOCK_CA": str(certificate)}, check=True)
 
 
 def test_an_agent_connects_to_no_server_whose_certificate_it_does_not_trust(secure: Fleet) -> None:

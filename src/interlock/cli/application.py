@@ -107,14 +107,18 @@ def build(*more: click.Command) -> click.Group:
     @click.option(
         "--url", metavar="URL", help="URL of the server, instead of INTERLOCK_URL or the server on this machine."
     )
+    @click.option(
+        "--ca", metavar="FILE", help="PEM file of CAs that its certificate may be from, besides the system's."
+    )
     @click.pass_context
-    def interlock(context: click.Context, url: str | None) -> None:
+    def interlock(context: click.Context, url: str | None, ca: str | None) -> None:
         """Manage virtual machines.
 
         One gate decides every request, a durable queue keeps it, and every
         answer says why.
         """
-        context.ensure_object(Invocation).url = url
+        invocation = context.ensure_object(Invocation)
+        invocation.url, invocation.ca = url, ca
 
     for command in (*COMMANDS, *more, help_of):
         interlock.add_command(command)

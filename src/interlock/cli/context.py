@@ -39,13 +39,14 @@ class Invocation:
         self.json = False
         """Whether to print JSON."""
         self.url: str | None = None
+        self.ca: str | None = None
         self.reconnect_timeout_s = 60.0
         """How long to try to reconnect while waiting for a request."""
         self.plain = bool(environment.get("NO_COLOR")) or environment.get("TERM") == "dumb"
 
     @cached_property
     def client(self) -> Client:
-        return Client(lambda: find(self.environment, self.url))
+        return Client(lambda: find(self.environment, self.url, self.ca))
 
     def close(self) -> None:
         """Close the connection to the server, if it is open."""

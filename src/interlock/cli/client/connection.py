@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from interlock.cli.failures import ExitCode, Failure
 
 URL_VARIABLE = "INTERLOCK_URL"
 TOKEN_VARIABLE = "INTERLOCK_TOKEN"  # noqa: S105 - a variable's name
+CA_VARIABLE = "INTERLOCK_CA"
 DATA_DIR_VARIABLE = "INTERLOCK_DATA_DIR"
 SERVER_FILE = "server.json"
 TOKEN_FILE = "admin.token"  # noqa: S105 - a file's name
@@ -25,6 +27,24 @@ class Connection(NamedTuple):
 
     url: str
     token: str
+    ca: str | None = None
+    """PEM file of CAs that the server's certificate may be from, besides the system's."""
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return the TLS settings; None without TLS. Raises `Failure` if the file of CAs cannot be read."""
+        if not self.url.startswith("https://"):
+            return None
+        settings = ssl.create_default_context()
+        if self.ca is not None:
+            try:
+                settings.load_verify_locations(self.ca)
+            except OSError as error:
+                raise Failure(
+                    ExitCode.USAGE,
+                    f"Cannot read the CAs in {self.ca}: {error.strerror or error}.",
+                    remedy=f"Set --ca or {CA_VARIABLE} to a PEM file of certificates.",
+                ) from None
+        return settings
 
 
 def folder_of(environment: Mapping[str, str]) -> Path:
@@ -34,8 +54,8 @@ def folder_of(environment: Mapping[str, str]) -> Path:
     return Config(data_dir=environment.get(DATA_DIR_VARIABLE, "")).folder
 
 
-def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
-    """Return the server to use: the given one, or the one of the data folder.
+def find(environment: Mapping[str, str], url: str | None = None, ca: str | None = None) -> Connection:
+    """Return the server to use: the given one, or the one of the data folder. `ca` replaces `INTERLOCK_CA`.
 
     The admin token in the data folder is sent only to the server that runs on that folder.
 
@@ -43,7 +63,7 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
         Failure: no server or no token.
     """
     named = url or environment.get(URL_VARIABLE)
-    token = environment.get(TOKEN_VARIABLE)
+    token, ca = environment.get(TOKEN_VARIABLE), ca or environment.get(CA_VARIABLE)
     if token is not None and not (token.isascii() and token.strip().isprintable()):
         raise Failure(
             ExitCode.USAGE,
@@ -53,7 +73,7 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
     if named:
         named = valid_url(named)
     if named and token:
-        return Connection(named, token.strip())
+        return Connection(named, token.strip(), ca)
     folder = folder_of(environment)
     if named:
         here = _read_url(folder / SERVER_FILE)
@@ -63,11 +83,11 @@ def find(environment: Mapping[str, str], url: str | None = None) -> Connection:
                 f"Token for {named} not found.",
                 remedy=f"Set {TOKEN_VARIABLE} to a token of that server.",
             )
-        return Connection(named, _read_token(folder / TOKEN_FILE))
+        return Connection(named, _read_token(folder / TOKEN_FILE), ca)
     here = _read_url(folder / SERVER_FILE)
     if here is None:
         raise _not_running(folder)
-    return Connection(valid_url(here), token.strip() if token else _read_token(folder / TOKEN_FILE))
+    return Connection(valid_url(here), token.strip() if token else _read_token(folder / TOKEN_FILE), ca)
 
 
 def valid_url(url: str) -> str:

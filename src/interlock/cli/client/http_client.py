@@ -18,7 +18,7 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
-from interlock.cli.client.connection import TOKEN_VARIABLE, URL_VARIABLE, Connection
+from interlock.cli.client.connection import CA_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, Connection
 from interlock.cli.client.paths import COLLECTIONS
 from interlock.cli.failures import ExitCode, Failure, of_status
 from interlock.cli.output.formatting import escape_all, escape_line
@@ -181,7 +181,7 @@ class Client:
         parts = urlsplit(self.server.url)
         host = parts.hostname or ""
         if parts.scheme == "https":
-            return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s)
+            return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=self.server.tls())
         return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
 
     def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
@@ -230,7 +230,7 @@ class Client:
         match error:
             case ssl.SSLCertVerificationError():
                 message = f"Certificate of {url} not trusted: {error.verify_message}."
-                remedy = "If it is your own, set SSL_CERT_FILE to the certificate of its CA."
+                remedy = f"If it is your own, name the certificate of its CA with --ca or {CA_VARIABLE}."
             case ssl.SSLError():
                 message = f"TLS connection to {url} failed: {error.reason}."
                 remedy = "Check whether the URL should start with http:// instead."

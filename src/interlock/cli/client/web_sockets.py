@@ -30,7 +30,12 @@ async def connected(client: Client, path: str, query: Query | None = None) -> As
     async with contextlib.AsyncExitStack() as held:
         try:
             connecting = connect(
-                url, additional_headers=headers, compression=None, max_size=_MESSAGE_BYTES_MAX, proxy=None
+                url,
+                additional_headers=headers,
+                compression=None,
+                max_size=_MESSAGE_BYTES_MAX,
+                ssl=client.server.tls(),
+                proxy=None,
             )
             connection = await held.enter_async_context(connecting)
         except InvalidStatus as refused:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
 
 import click
 
-from interlock.cli.client.connection import valid_url
+from interlock.cli.client.connection import CA_VARIABLE, valid_url
 from interlock.cli.context import Invocation, needs_invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import config_option, errors_as_failures, read_config, run
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+PLAIN_HTTP: Final = "--insecure-plain-http"
 
 
 def _folder(option: Path | None, configured: str) -> Path | None:
@@ -22,12 +25,35 @@ def _folder(option: Path | None, configured: str) -> Path | None:
     return Path(configured) if configured else None
 
 
+def _secure_url(server: str, *, plain_http: bool) -> str:
+    """Return the server's URL. Raises `Failure` if it is invalid, or needs `PLAIN_HTTP`."""
+    from interlock.config import is_loopback
+
+    url = valid_url(server)
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or "") and not plain_http:
+        raise Failure(
+            ExitCode.USAGE,
+            f"The connection to {url} would not be encrypted: this host's token, images and the secrets of its VMs "
+            "would cross the network in the clear.",
+            remedy="Use https:// (give the server tls_certificate and tls_key), or allow it with " + PLAIN_HTTP + ".",
+        )
+    return url
+
+
 @click.command()
 @click.option("--server", required=True, metavar="URL", help="The server's URL, such as https://HOST:7420.")
 @click.option("--token-file", required=True, type=_FILE, help="A file with the secret of a token of the role agent.")
 @click.option("--name", help="Name of this host. Default: the system's hostname.")
 @click.option("--data-dir", type=_FOLDER, help="Data folder of this agent, instead of the configured one.")
-@click.option("--trust", type=_FILE, help="Additional certificate (PEM) to trust, such as the server's own.")
+@click.option(
+    "--ca",
+    type=_FILE,
+    envvar=CA_VARIABLE,
+    show_envvar=True,
+    help="PEM file of CAs that the server's certificate may be from, besides the system's.",
+)
+@click.option(PLAIN_HTTP, "plain_http", is_flag=True, help="Allow http:// to another machine: nothing is encrypted.")
 @click.option(
     "--shared",
     type=_FOLDER,
@@ -42,7 +68,8 @@ def agent(
     token_file: Path,
     name: str | None,
     data_dir: Path | None,
-    trust: Path | None,
+    ca: Path | None,
+    plain_http: bool,
     shared: Path | None,
     path: Path | None,
 ) -> None:
@@ -61,15 +88,16 @@ def agent(
     if data_dir is not None:
         environment["INTERLOCK_DATA_DIR"] = str(data_dir)
     config = read_config(path, environment)
+    url = _secure_url(server, plain_http=plain_http)
     try:
         token = token_file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(ExitCode.USAGE, f"Cannot read token file {token_file}: {error}.") from None
     contact = hosting.Contact(
-        server=valid_url(server),
+        server=url,
         token=token,
         name=name or config.host or platform.node().partition(".")[0].lower() or "localhost",
-        certificate=trust,
+        ca=ca,
         shared=_folder(shared, config.hosts.shared_dir),
     )
 

@@ -61,16 +61,16 @@ def _problem(body: bytes | bytearray | None) -> tuple[str, str | None]:
     return problem.detail, problem.remedy
 
 
-async def tls_settings(server: str, certificate: Path | None) -> ssl.SSLContext | None:
-    """Return the TLS settings for a server's URL; None without TLS. `certificate` is trusted besides the system's.
+async def tls_settings(server: str, ca: Path | None) -> ssl.SSLContext | None:
+    """Return the TLS settings for a server's URL; None without TLS. `ca` is trusted besides the system's CAs.
 
     Raises OSError if that cannot be read.
     """
     if not server.startswith("https://"):
         return None
     settings = ssl.create_default_context()
-    if certificate is not None:
-        await asyncio.to_thread(settings.load_verify_locations, certificate)
+    if ca is not None:
+        await asyncio.to_thread(settings.load_verify_locations, ca)
     return settings
 
 
