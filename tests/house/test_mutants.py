@@ -8,8 +8,11 @@ from pathlib import Path
 from types import FunctionType
 
 import msgspec
+import pytest
 
 from mutants.mutations import Mutant, mutants_of, mutated
+from mutants.reach import Measured, Reach
+from mutants.trial import Fate, Trials, _End
 
 _ROOT = Path(__file__).parents[2]
 _SOURCE = '''
@@ -62,3 +65,53 @@ def test_what_is_listed_as_equivalent_exists() -> None:
 
 def test_the_name_of_a_mutant_does_not_move_with_its_line() -> None:
     assert Mutant("a.py", "f", 3, "1 -> 2", 0).name == Mutant("a.py", "f", 9, "1 -> 2", 4).name
+
+
+def test_a_change_within_a_statement_names_the_line_at_which_the_statement_begins(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f(a):\n    b = a\n    return (\n        a\n        + 1\n    )\n")
+    found = {one.change: one for one in mutants_of(path, tmp_path)}
+    assert (found["1 -> 2"].line, found["1 -> 2"].statement) == (5, 3)
+
+
+def _reach(tests: tuple[Measured, ...], lines: dict[int, tuple[int, ...]], measured: dict[str, str]) -> Reach:
+    file = "tests/house/test_mutants.py"
+    text = (_ROOT / file).read_text()
+    return Reach(tests, {file: lines}, {file: "\n".join(text.splitlines()[2:])}, measured)
+
+
+def test_what_was_measured_moves_with_the_lines_of_the_program() -> None:
+    """Two lines were added at the top since; of a line that is new the nearest one before it is taken."""
+    reach = _reach((Measured("a.py::t", 0.1, 3),), {1: (0,)}, {"a.py": ""}).of_today()
+    file = "tests/house/test_mutants.py"
+    assert [test.id for test in reach.of(file, 3)] == ["a.py::t"]
+    assert reach.of(file, 1) == []
+
+
+def test_what_is_measured_again_replaces_what_was_measured_of_a_file() -> None:
+    before = _reach(
+        (Measured("a.py::old", 1.0, 9), Measured("b.py::t", 1.0, 9)), {1: (0, 1)}, {"a.py": "1", "b.py": "1"}
+    )
+    both = before.merged(_reach((Measured("a.py::new", 1.0, 3),), {1: (0,)}, {"a.py": "2"}))
+    assert [test.id for test in both.of("tests/house/test_mutants.py", 1)] == ["a.py::new", "b.py::t"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "without", "fate"),
+    [(True, False, Fate.NOTICED), (False, False, Fate.SURVIVED), (True, True, Fate.SURVIVED)],
+)
+def test_a_mutant_is_noticed_if_a_test_fails_again_with_it_and_passes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, alone: bool, without: bool, fate: Fate
+) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(_SOURCE)
+    mutant = next(mutants_of(path, tmp_path))
+    trials = Trials([], Reach(), tmp_path, 1, lambda _result: None)
+    namespace: dict[str, FunctionType] = {}
+    exec(compile(_SOURCE, str(path), "exec"), namespace)
+    trials._functions[str(path), "within"].append(namespace["within"])
+    ends = iter([True, alone, without])
+    monkeypatch.setattr(
+        trials, "_run", lambda tests, places, code: _End(0, Fate.NOTICED) if tests and next(ends) else None
+    )
+    assert trials._tried(mutant, [Measured("a.py::t", 1.0, 3)]).fate is fate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,10 @@ class Mutant(NamedTuple):
     """Source before and after, as in `a < b -> a <= b`."""
     number: int
     """Which of the mutants of the function it is, from 0."""
+    statement: int = 0
+    """The line at which the statement begins that contains the change."""
+    digest: str = ""
+    """Of the function as it is."""
 
     @property
     def name(self) -> str:
@@ -61,14 +66,16 @@ class Mutant(NamedTuple):
 class _Site(NamedTuple):
     node: ast.AST
     edit: Edit
+    statement: int
 
 
 def mutants_of(path: Path, root: Path) -> Iterator[Mutant]:
     """Yield the mutants of a file, in the order of its lines."""
     file = str(path.relative_to(root))
     for name, function in _functions(ast.parse(path.read_text(encoding="utf-8"))):
+        digest = hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]
         for number, site in enumerate(_sites(function)):
-            yield Mutant(file, name, _line(site.node), _described(site), number)
+            yield Mutant(file, name, _line(site.node), _described(site), number, site.statement, digest)
 
 
 def mutated(path: Path, mutant: Mutant) -> tuple[CodeType, int]:
@@ -118,14 +125,16 @@ def _sites(function: Function) -> Iterator[_Site]:
     body = function.body
     if ast.get_docstring(function) is not None:
         body = body[1:]
-    pending: list[ast.AST] = list(reversed(body))
+    pending: list[tuple[ast.AST, int]] = [(each, each.lineno) for each in reversed(body)]
     while pending:
-        node = pending.pop()
+        node, statement = pending.pop()
+        if isinstance(node, ast.stmt):
+            statement = node.lineno
         if isinstance(node, ast.Assert) or (isinstance(node, ast.Call) and _name(node.func) == "assert_never"):
             continue
         for edit in _edits(node):
-            yield _Site(node, edit)
-        pending += reversed(list(_children(node)))
+            yield _Site(node, edit, statement)
+        pending += [(child, statement) for child in reversed(list(_children(node)))]
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:

@@ -1,32 +1,36 @@
-"""Tries mutants: each in a forked process of the one that collected the tests."""
+"""Tries mutants: each in processes that are forked from the one that collected the tests."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
+import resource
 import select
 import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import pytest
 
 from mutants.mutations import Mutant, mutated
-from mutants.reach import Reach, Test
+from mutants.reach import Measured, Reach
 
 _BUDGET_S: Final = 30.0
 """How long the tests of one mutant take at most, as measured without it."""
+_PROCESSOR_S: Final = 10.0
+"""How much processor time a test may use on top of five times the measured one: what loops for ever is found then."""
 _PATIENCE_S: Final = 60.0
-"""How much longer they may take with it: a mutant that loops for ever is noticed then."""
+"""How long a test may take on top of ten times the measured time: what waits for ever is found then."""
 
 
 class Fate(StrEnum):
@@ -35,49 +39,55 @@ class Fate(StrEnum):
     NOTICED = "noticed"
     SURVIVED = "survived"
     HUNG = "hung"
-    """No test ended in time: noticed."""
+    """A test did not end, and ends without the mutant: noticed."""
     NOT_REACHED = "not_reached"
     """No test in this process reaches the line."""
+    NOT_TRIED = "not_tried"
+    """The changed code cannot take the place of the function's, and is not counted."""
 
 
 class Result(msgspec.Struct, frozen=True):
     """One line of the file of results."""
 
     name: str
+    digest: str
+    """Of the function that was changed: a result is of no use once that is another one."""
     line: int
     fate: Fate
     by: str = ""
     """The test that failed."""
     tests: int = 0
-    """How many tests were run at most."""
+    """How many tests were run."""
 
 
-class _Running(NamedTuple):
-    mutant: Mutant
-    pipe: int
-    until_s: float
-    tests: int
-    folder: Path
+class _End(NamedTuple):
+    at: int
+    """Index of the test."""
+    fate: Fate
 
 
 class Trials:
-    """A plugin of pytest that tries mutants instead of running the tests."""
+    """A plugin of pytest that tries mutants instead of running the tests.
+
+    A mutant is noticed by a test that fails with it twice, the second time alone, and then passes without it. So
+    neither a slow machine nor a test that fails now and then counts.
+    """
 
     def __init__(
         self, mutants: Sequence[Mutant], reach: Reach, root: Path, jobs: int, keep: Callable[[Result], None]
     ) -> None:
         self._mutants, self._reach, self._root, self._jobs, self._keep = mutants, reach, root, jobs, keep
+        self._items: dict[str, pytest.Item] = {}
         self._functions: dict[tuple[str, str], list[FunctionType]] = defaultdict(list)
-        self._running: dict[int, _Running] = {}
-        self._failed = ""
+        self._running: dict[int, tuple[int, Mutant]] = {}
+        self._failed = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self._failed = report.nodeid
+        self._failed = self._failed or report.failed
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        items = {item.nodeid: item for item in session.items}
+        self._items = {item.nodeid: item for item in session.items}
         for each in gc.get_objects():
             if isinstance(each, FunctionType):
                 self._functions[each.__code__.co_filename, each.__code__.co_qualname].append(each)
@@ -85,16 +95,56 @@ class Trials:
         for mutant in self._mutants:
             while len(self._running) >= self._jobs:
                 self._settle()
-            chosen = list(_within_budget(self._reach.of(mutant.file, mutant.line)))
+            reaching = self._reach.of(mutant.file, mutant.line, mutant.statement)
+            chosen = list(_within_budget(test for test in reaching if test.id in self._items))
             if chosen:
-                self._start(mutant, [items[test.id] for test in chosen if test.id in items], chosen)
+                self._start(mutant, chosen)
             else:
-                self._keep(Result(mutant.name, mutant.line, Fate.NOT_REACHED))
+                self._keep(_result(mutant, Fate.NOT_REACHED))
         while self._running:
             self._settle()
         return True
 
-    def _start(self, mutant: Mutant, items: list[pytest.Item], chosen: list[Test]) -> None:
+    def _start(self, mutant: Mutant, chosen: list[Measured]) -> None:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(reading)
+            try:
+                os.write(writing, msgspec.json.encode(self._tried(mutant, chosen)))
+            except Exception:  # noqa: BLE001 (whatever it is, the parent goes on with the other mutants)
+                traceback.print_exc()
+            os._exit(0)
+        os.close(writing)
+        self._running[reading] = child, mutant
+
+    def _settle(self) -> None:
+        """Wait until one mutant or more have been tried."""
+        ready, _, _ = select.select(list(self._running), [], [])
+        for pipe in ready:
+            child, mutant = self._running.pop(pipe)
+            said = os.read(pipe, 65536)
+            os.close(pipe)
+            os.waitpid(child, 0)
+            self._keep(msgspec.json.decode(said, type=Result) if said else _result(mutant, Fate.NOT_TRIED))
+
+    def _tried(self, mutant: Mutant, tests: list[Measured]) -> Result:
+        path = self._root / mutant.file
+        code, _line = mutated(path, mutant)
+        places = self._functions[str(path), mutant.function]
+        if not places or any(place.__code__.co_freevars != code.co_freevars for place in places):
+            return _result(mutant, Fate.NOT_TRIED)
+        left = tests
+        while end := self._run(left, places, code):
+            test, left = left[end.at], left[end.at + 1 :]
+            if self._run([test], places, code) and not self._run([test], (), code):
+                return _result(mutant, end.fate, test.id, len(tests) - len(left))
+        return _result(mutant, Fate.SURVIVED, tests=len(tests))
+
+    def _run(self, tests: list[Measured], places: Iterable[FunctionType], code: CodeType) -> _End | None:
+        """Run tests in a process whose functions have the code, until one does not pass; return None if all do."""
+        if not tests:
+            return None
         folder = Path(tempfile.mkdtemp(prefix="interlock-mutant-"))
         reading, writing = os.pipe()
         child = os.fork()
@@ -102,48 +152,62 @@ class Trials:
             os.setsid()
             os.close(reading)
             with contextlib.suppress(BaseException):
-                os.write(writing, self._run(mutant, items, folder).encode())
+                self._perform(tests, places, code, folder, writing)
             os._exit(0)
         os.close(writing)
-        until_s = time.monotonic() + sum(test.seconds for test in chosen) * 3 + _PATIENCE_S
-        self._running[child] = _Running(mutant, reading, until_s, len(items), folder)
+        end = _followed(reading, tests)
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # and what its tests left running
+        _, status = os.waitpid(child, 0)
+        shutil.rmtree(folder, ignore_errors=True)
+        out_of_time = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        return end._replace(fate=Fate.HUNG) if end and out_of_time else end
 
-    def _run(self, mutant: Mutant, items: list[pytest.Item], folder: Path) -> str:
-        """Run the tests in this process until one fails; return its id, or '-' if none does."""
+    def _perform(
+        self, tests: list[Measured], places: Iterable[FunctionType], code: CodeType, folder: Path, pipe: int
+    ) -> None:
+        """Run tests in this process; write '.' before each, then 'E' if all passed and 'F' if one failed."""
+        from hypothesis.configuration import set_hypothesis_home_dir
+
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
+        items = [self._items[test.id] for test in tests]
         factory: Any = items[0].config._tmp_path_factory  # type: ignore[attr-defined]  # no public way to move it
         factory._given_basetemp = folder / "tests"
-        path = self._root / mutant.file
-        code, _line = mutated(path, mutant)
-        for function in self._functions[str(path), mutant.function]:
-            function.__code__ = code
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        set_hypothesis_home_dir(folder)  # no example is taken from another trial
+        for place in places:
+            place.__code__ = code
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for test, item, following in zip(tests, items, [*items[1:], None], strict=True):
+            limit_s = time.process_time() + _PROCESSOR_S + 5 * test.seconds
+            resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, resource.RLIM_INFINITY))
+            os.write(pipe, b".")
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self._failed:
-                return self._failed
-        return "-"
-
-    def _settle(self) -> None:
-        """Wait until one child has ended or is out of time."""
-        pipes = {running.pipe: child for child, running in self._running.items()}
-        left_s = min(running.until_s for running in self._running.values()) - time.monotonic()
-        ready, _, _ = select.select(list(pipes), [], [], max(0.0, left_s))
-        now_s = time.monotonic()
-        late = [child for child, running in self._running.items() if running.until_s <= now_s]
-        for child in {*(pipes[pipe] for pipe in ready), *late}:
-            running = self._running.pop(child)
-            said = os.read(running.pipe, 65536).decode() if running.pipe in ready else None
-            os.close(running.pipe)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # and what its tests left running
-            os.waitpid(child, 0)
-            shutil.rmtree(running.folder, ignore_errors=True)
-            self._keep(_result(running, said))
+                break
+        os.write(pipe, b"F" if self._failed else b"E")
 
 
-def _within_budget(tests: Iterable[Test]) -> Iterator[Test]:
+def _followed(pipe: int, tests: Sequence[Measured]) -> _End | None:
+    """Return the test that does not pass, by what the process writes that runs them."""
+    started = 0
+    while True:
+        at = max(started - 1, 0)
+        ready, _, _ = select.select([pipe], [], [], _PATIENCE_S + 10 * tests[at].seconds)
+        match os.read(pipe, 1) if ready else None:
+            case None:
+                return _End(at, Fate.HUNG)
+            case b".":
+                started += 1
+            case b"E":
+                return None
+            case _:  # a test failed, or the process ended
+                return _End(at, Fate.NOTICED)
+
+
+def _within_budget(tests: Iterable[Measured]) -> Iterator[Measured]:
     left_s = _BUDGET_S
     for test in tests:
         if test.seconds <= left_s:
@@ -151,13 +215,5 @@ def _within_budget(tests: Iterable[Test]) -> Iterator[Test]:
             yield test
 
 
-def _result(running: _Running, said: str | None) -> Result:
-    """Interpret what a child wrote: an empty text means that the mutant ended the process."""
-    mutant = running.mutant
-    match said:
-        case None:
-            return Result(mutant.name, mutant.line, Fate.HUNG, tests=running.tests)
-        case "-":
-            return Result(mutant.name, mutant.line, Fate.SURVIVED, tests=running.tests)
-        case _:
-            return Result(mutant.name, mutant.line, Fate.NOTICED, said or "(the process ended)", running.tests)
+def _result(mutant: Mutant, fate: Fate, by: str = "", tests: int = 0) -> Result:
+    return Result(mutant.name, mutant.digest, mutant.line, fate, by, tests)
