@@ -10,7 +10,7 @@ import pytest
 from core_samples import ORDINARY, STUCK_MS, O, V, compiled, rule
 
 import model_checker_reference
-from interlock.core import admission, lifecycle, outcomes, request_queue
+from interlock.core import admission, evaluation, lifecycle, outcomes, request_queue
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import SERVED, Change, Instance, Request, Status
@@ -238,12 +238,18 @@ def test_a_success_that_changes_no_state_breaks_law_7(monkeypatch: pytest.Monkey
     assert 7 in broken_laws(by_the_core())
 
 
+def test_a_quick_answer_that_is_not_that_of_the_gate_breaks_law_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry times are computed from it."""
+    monkeypatch.setattr(evaluation, "would_admit", lambda *_: True)
+    assert 8 in broken_laws(by_the_core())
+
+
 def test_a_refusal_that_names_an_ended_request_breaks_law_7(monkeypatch: pytest.MonkeyPatch) -> None:
     """No refusal follows from what was reported done."""
     ghost = Request(
         id="r99", instance_id="i", operation=O.STOP, requested_by="x", rule="x", admitted_at_ms=0, status=Status.FAILED
     )
-    monkeypatch.setattr(admission, "_blocker", lambda *_: ghost)
+    monkeypatch.setattr(admission, "blocker_of", lambda *_: ghost)
     assert 7 in broken_laws(by_the_core())
 
 

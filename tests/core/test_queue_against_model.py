@@ -14,6 +14,7 @@ from queue_model import BESIDE, GOES_BACK, KEEPS_WHERE_IT_WAS, LEADS_TO, NOTES, 
 from check_history import check_history
 from interlock.core import lifecycle
 from interlock.core.admission import admit
+from interlock.core.evaluation import would_admit
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
@@ -76,7 +77,9 @@ class Lives(RuleBasedStateMachine):
     def submit(self, operation: str) -> None:
         self.count += 1
         name = f"r{self.count}"
-        change = admit(self.instance, ask(Operation(operation), name), POLICY, self.now)
+        submission = ask(Operation(operation), name)
+        change = admit(self.instance, submission, POLICY, self.now)
+        assert would_admit(self.instance, submission, POLICY, self.now) is isinstance(change.answer, Admitted)
         expected = self.model.ask(operation, name, self.now)
         answer = change.answer
         before = self.instance

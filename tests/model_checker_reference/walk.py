@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core import admission, lifecycle
+from interlock.core import admission, evaluation, lifecycle
 from interlock.core.conditions import CALLER
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
@@ -177,6 +177,10 @@ class Walk:
             step = Step(kind=StepKind.SUBMIT, event=_submit_event(operation, parameters, caller))
             for breach in explained(node.instance, change):
                 self._report(index, step, breach)
+            if evaluation.would_admit(node.instance, submission, self.policy, node.now_ms) != isinstance(
+                admission.judge(node.instance, submission, self.policy, node.now_ms), Admitted
+            ):
+                self._report(index, step, Breach(8, f"whether {operation.value} is admitted is answered in two ways"))
             match change.answer:
                 case Admitted():
                     hopeful = hopeful or operation not in _NO_PROGRESS

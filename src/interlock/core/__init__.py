@@ -10,6 +10,7 @@ record, and the answer. Write all of that in one transaction, or none. docs/guid
 
 from interlock.core.admission import admit, judge
 from interlock.core.errors import BrokenInvariant, InterlockError, PolicyError
+from interlock.core.evaluation import would_admit
 from interlock.core.lifecycle import adopt, cancel, expire, finish, next_deadline_ms, observe, progress, rejudge, take
 from interlock.core.operations import CATALOGUE, Entry, Lane, Operation
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
@@ -86,4 +87,5 @@ __all__ = [
     "progress",
     "rejudge",
     "take",
+    "would_admit",
 ]

@@ -6,17 +6,16 @@ afterwards.
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from interlock.core import restarts
-from interlock.core.errors import Invalid
-from interlock.core.operations import CATALOGUE, Lane, Operation
+from interlock.core.evaluation import Effect, Evaluation, evaluate, ruling_on, would_admit
+from interlock.core.operations import Lane, Operation
 from interlock.core.outcomes import fail_overdue, fenced_for_limit_at_ms
 from interlock.core.policy import (
     GONE,
     HOST_NOT_FENCED,
     NOT_PERFORMED,
-    QUEUE_FULL,
     TO_BE_DELETED,
     Before,
     CompiledPolicy,
@@ -25,7 +24,7 @@ from interlock.core.policy import (
     Verdict,
 )
 from interlock.core.preconditions import RULE, unmet
-from interlock.core.record_operations import MAY_CHANGE_NOTHING, RECORD_OPERATIONS, changes_nothing, reset_target
+from interlock.core.record_operations import RECORD_OPERATIONS
 from interlock.core.records import (
     SERVED,
     Admitted,
@@ -42,19 +41,15 @@ from interlock.core.records import (
 from interlock.core.request_queue import (
     Draft,
     because_of,
-    cause_of,
+    blocker_of,
     foresee,
     is_judged,
     judge_again,
-    judge_in,
-    last_state_change,
     latest_of,
-    permits,
     replace,
 )
 from interlock.core.states import VmState
 from interlock.core.view_classes import callers
-from interlock.core.views import View, build_view, recorded
 
 
 def judge(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Disposition:
@@ -71,49 +66,21 @@ def admit(instance: Instance, submission: Submission, policy: CompiledPolicy, no
     Raises:
         Invalid: the id is that of an outstanding or held request, or the target of a `reset_state` is invalid.
     """
-    return _admit(instance, submission, policy, now_ms)
-
-
-def _admit(
-    instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int, *, looks_ahead: bool = True
-) -> Change[Disposition]:
-    """As `admit`; without `looks_ahead`, a denial does not say when time windows and ages let it through."""
-    _check(instance, submission)
-    submission = policy.timed(submission, now_ms)
-    view = build_view(instance, submission, now_ms)
-    draft = Draft(instance, now_ms, host_reachable=submission.host_reachable)
-    evaluation = _Evaluation(draft, view, submission, policy, looks_ahead)
-    rule = GONE if view.vm_state is VmState.DELETED else policy.decide(view)
-    verdict = rule.verdict
-    if verdict is Verdict.AFTER and rule.until_threshold_ms(view) > 0:
-        return _before_threshold(evaluation, rule)
-    if verdict is Verdict.DENY:
-        return _deny(evaluation, rule)
-    if verdict is Verdict.REDUNDANT:
-        change = _redundant(evaluation, rule, latest_of(instance, submission.operation))
-        return _stay_down(evaluation, change) if submission.operation is Operation.STOP else change
-    if CATALOGUE[submission.operation].lane is Lane.RECORD:
-        return _check_preconditions(evaluation) or _record(evaluation, rule)
-    if verdict is Verdict.PREEMPT and (waiting := _preempting(instance, view)) is not None:
-        return _redundant(evaluation, rule, waiting)
-    if verdict is Verdict.ADMIT:
-        if len(instance.outstanding) >= policy.outstanding_max:
-            return _deny(evaluation, QUEUE_FULL)
-        if rule.in_turn and instance.outstanding:
-            refused = _judge_foreseen(evaluation)
-            if refused is not None:
-                return refused
-    return _check_preconditions(evaluation) or _enqueue(evaluation, rule)
-
-
-def _check(instance: Instance, submission: Submission) -> None:
-    if any(request.id == submission.request_id for request in (*instance.outstanding, *instance.held)):
-        raise Invalid(
-            f"The request id {submission.request_id!r} is that of an outstanding request.",
-            remedy="Use a new id for each submission.",
-        )
-    if submission.operation is Operation.RESET_STATE:
-        reset_target(submission.parameters)
+    evaluation = evaluate(instance, submission, policy, now_ms)
+    effect, rule, about, foreseen = ruling_on(evaluation)
+    match effect:
+        case Effect.WAIT:
+            return _before_threshold(evaluation, rule)
+        case Effect.DENY:
+            return _deny(evaluation, rule, foreseen=foreseen, blocked_by=about)
+        case Effect.REDUNDANT:
+            change = _redundant(evaluation, rule, about)
+            is_down = rule.verdict is Verdict.REDUNDANT and foreseen is None
+            return _stay_down(evaluation, change) if is_down and submission.operation is Operation.STOP else change
+        case Effect.RECORD:
+            return _check_preconditions(evaluation) or _record(evaluation, rule)
+        case Effect.ENQUEUE:
+            return _check_preconditions(evaluation) or _enqueue(evaluation, rule)
 
 
 def admit_there(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Change[Disposition]:
@@ -125,8 +92,7 @@ def admit_there(instance: Instance, submission: Submission, policy: CompiledPoli
     evacuated = submission.operation is Operation.EVACUATE and isinstance(change.answer, Admitted)
     if not evacuated or not submission.host_reachable:
         return change
-    draft = Draft(instance, now_ms)
-    return _deny(_Evaluation(draft, policy.view(instance, submission, now_ms), submission, policy), HOST_NOT_FENCED)
+    return _deny(evaluate(instance, submission, policy, now_ms), HOST_NOT_FENCED, looks_ahead=False)
 
 
 def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy, now_ms: int) -> Instance | Denied:
@@ -142,7 +108,7 @@ def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy
     starts = [replace(creation, operation=Operation.START, **caller) for caller in ({}, *others)]
     for start in starts:
         for place, waiting in zip(places, (stopped, instance), strict=True):
-            if isinstance(judge(place, start, policy, now_ms), Admitted):
+            if would_admit(place, start, policy, now_ms):
                 return waiting
     views = [policy.view(place, start, now_ms) for place in places for start in starts]
     if any(policy.changes_in_ms(view, now_ms) is not None for view in views):
@@ -158,59 +124,7 @@ def not_started(instance: Instance, creation: Submission, policy: CompiledPolicy
     )
 
 
-class _Evaluation(NamedTuple):
-    """One submission during its evaluation."""
-
-    draft: Draft
-    view: View
-    submission: Submission
-    policy: CompiledPolicy
-    looks_ahead: bool = False
-    """Whether a denial says when time windows and ages let it through."""
-
-    def request(self, rule: Rule) -> Request:
-        submission = self.submission
-        return Request(
-            id=submission.request_id,
-            instance_id=self.draft.instance.id,
-            operation=submission.operation,
-            parameters=submission.parameters,
-            requested_by=submission.requested_by,
-            role=submission.role,
-            project=submission.project,
-            groups=submission.groups,
-            windows=submission.windows,
-            image=submission.image,
-            approver=submission.approver,
-            approvals=submission.approvals,
-            project_outstanding=submission.project_outstanding,
-            host_outstanding=submission.host_outstanding,
-            rule=rule.id,
-            admitted_at_ms=self.draft.now_ms,
-            in_turn=rule.in_turn,
-            served_at_most_ms=self.policy.limit_ms(rule, submission.operation),
-        )
-
-    def facts(self, rule: Rule) -> dict[str, Any]:
-        """Return the facts of the evaluation, complete enough to replay it against another policy."""
-        instance = self.draft.instance
-        facts: dict[str, Any] = {
-            "operation": self.view.operation.value,
-            "parameters": self.submission.parameters,
-            "by": self.submission.requested_by,
-            "rule": rule.id,
-            "policy": self.policy.stamp,
-            "view": recorded(self.view),
-        }
-        if instance.outstanding:
-            facts["foreseen"] = foresee(instance, host_reachable=self.submission.host_reachable).recorded()
-            facts["waiting"] = len(instance.outstanding)
-        if self.view.operation in MAY_CHANGE_NOTHING:
-            facts["unchanged"] = self.view.operation in changes_nothing(instance, self.submission)
-        return facts
-
-
-def _check_preconditions(evaluation: _Evaluation) -> Change[Disposition] | None:
+def _check_preconditions(evaluation: Evaluation) -> Change[Disposition] | None:
     """Return the refusal for an unmet precondition, or None. It is never held: no policy could admit it."""
     submission = evaluation.submission
     found = unmet(evaluation.draft.instance, submission.operation, submission.parameters, submission.facts)
@@ -229,28 +143,13 @@ def _check_preconditions(evaluation: _Evaluation) -> Change[Disposition] | None:
     return _unchanged(evaluation, "request.denied", rule, answer)
 
 
-def _verdict_on_record(evaluation: _Evaluation, verdict: Verdict, reason: str, because: str) -> Rule:
+def _verdict_on_record(evaluation: Evaluation, verdict: Verdict, reason: str, because: str) -> Rule:
     """Return the rule that is reported for a verdict on the record, which holds under every policy."""
     operations = frozenset({evaluation.submission.operation})
     return Rule(id=RULE, operations=operations, verdict=verdict, reason=reason, because=because, fixed=True)
 
 
-def _judge_foreseen(evaluation: _Evaluation) -> Change[Disposition] | None:
-    """Return the refusal in the foreseen state, or None if it is permitted there too (law 2)."""
-    instance = evaluation.draft.instance
-    blocker = last_state_change(instance)
-    if blocker is None:
-        return None
-    foreseen = foresee(instance, host_reachable=evaluation.submission.host_reachable)
-    rule = judge_in(evaluation.policy, evaluation.request(NOT_KEPT), foreseen)
-    if permits(rule):
-        return None
-    if rule.verdict is Verdict.REDUNDANT:
-        return _redundant(evaluation, rule, cause_of(foreseen, instance) or blocker)
-    return _deny(evaluation, rule, foreseen=foreseen.vm_state, blocked_by=blocker)
-
-
-def _enqueue(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+def _enqueue(evaluation: Evaluation, rule: Rule) -> Change[Disposition]:
     draft = evaluation.draft
     facts = evaluation.facts(rule)
     request = evaluation.request(rule)
@@ -289,7 +188,7 @@ def _interrupt_all(draft: Draft, by: str, grace_ms: int) -> tuple[str, ...]:
     return tuple(stopping)
 
 
-def _record(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+def _record(evaluation: Evaluation, rule: Rule) -> Change[Disposition]:
     """Perform an operation that changes only the record: it is done when it is admitted."""
     draft = evaluation.draft
     perform, holds_already = RECORD_OPERATIONS[evaluation.submission.operation]
@@ -317,14 +216,14 @@ class _Allowed(NamedTuple):
 _UNKNOWN: Final = _Allowed()
 
 
-def _before_threshold(evaluation: _Evaluation, rule: Rule) -> Change[Disposition]:
+def _before_threshold(evaluation: Evaluation, rule: Rule) -> Change[Disposition]:
     allowed = _takes_over(evaluation, rule)
     if rule.before is Before.REDUNDANT:
         return _redundant(evaluation, rule, latest_of(evaluation.draft.instance, evaluation.view.operation), allowed)
     return _deny(evaluation, rule, allowed=allowed)
 
 
-def _takes_over(evaluation: _Evaluation, rule: Rule) -> _Allowed:
+def _takes_over(evaluation: Evaluation, rule: Rule) -> _Allowed:
     """Return when the threshold of a rule will have passed.
 
     Progress moves a threshold that measures silence, but not the end of what may be served for a limited time only.
@@ -338,31 +237,32 @@ def _takes_over(evaluation: _Evaluation, rule: Rule) -> _Allowed:
     return _Allowed(at_ms, if_silent=True, latest_ms=latest_ms)
 
 
-def _after_limit_ms(evaluation: _Evaluation) -> int | None:
+def _after_limit_ms(evaluation: Evaluation) -> int | None:
     """Return when what is in flight is fenced at the latest, if the submission would be admitted then; else None."""
     instance, now_ms = evaluation.draft.instance, evaluation.draft.now_ms
     serving = instance.served(Lane.STATE) or instance.served(Lane.COMPONENT)
     fenced_at_ms = None if serving is None else fenced_for_limit_at_ms(serving, now_ms)
-    if serving is None or fenced_at_ms is None or not evaluation.looks_ahead:
+    if serving is None or fenced_at_ms is None:
         return None
     draft = Draft(instance, fenced_at_ms, host_reachable=evaluation.submission.host_reachable)
     fail_overdue(draft, serving)
     judge_again(draft, evaluation.policy)
-    then = replace(evaluation.submission, hold_ms=None)
-    change = _admit(draft.change(None).instance, then, evaluation.policy, fenced_at_ms, looks_ahead=False)
-    return fenced_at_ms if isinstance(change.answer, Admitted) else None
+    admitted = would_admit(draft.change(None).instance, evaluation.submission, evaluation.policy, fenced_at_ms)
+    return fenced_at_ms if admitted else None
 
 
 def _deny(
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     rule: Rule,
     *,
     foreseen: VmState | None = None,
     blocked_by: Request | None = None,
     allowed: _Allowed = _UNKNOWN,
+    looks_ahead: bool = True,
 ) -> Change[Disposition]:
+    """Deny it, or hold it if it asked for that; `looks_ahead`: time may let it through, so say when."""
     instance = evaluation.draft.instance
-    if allowed.at_ms is None:
+    if allowed.at_ms is None and looks_ahead:
         allowed = _Allowed(_in_time_ms(evaluation))
     fenced_at_ms = _once_fenced_ms(evaluation) if allowed.at_ms is None else None
     answer = Denied(
@@ -372,7 +272,7 @@ def _deny(
         because=because_of(rule, instance.host) if fenced_at_ms is None else _not_fenced_yet(instance.host),
         vm_state=foreseen or instance.vm_state,
         foreseen=foreseen is not None,
-        blocked_by=blocked_by or _blocker(instance, rule),
+        blocked_by=blocked_by or blocker_of(instance, rule),
         allowed_at_ms=fenced_at_ms if allowed.at_ms is None else allowed.at_ms,
         allowed_if_silent=allowed.if_silent,
         allowed_latest_at_ms=allowed.latest_ms,
@@ -386,12 +286,12 @@ def _deny(
     return _unchanged(evaluation, "request.denied", rule, answer)
 
 
-def _in_time_ms(evaluation: _Evaluation) -> int | None:
+def _in_time_ms(evaluation: Evaluation) -> int | None:
     """Return when it is first admitted if nothing but time passes; None: never, or no time window or age matters."""
     policy, instance = evaluation.policy, evaluation.draft.instance
-    if not evaluation.looks_ahead or not policy.time_matters:
+    if not policy.time_matters:
         return None
-    submission = replace(evaluation.submission, hold_ms=None)
+    submission = evaluation.submission
     at_ms = evaluation.draft.now_ms
     for _ in range(_CHANGES_MAX):
         views = [policy.view(instance, submission, at_ms)]
@@ -404,7 +304,7 @@ def _in_time_ms(evaluation: _Evaluation) -> int | None:
         if not waits:
             return None
         at_ms += min(waits)
-        if isinstance(_admit(instance, submission, policy, at_ms, looks_ahead=False).answer, Admitted):
+        if would_admit(instance, submission, policy, at_ms):
             return at_ms
     return None
 
@@ -413,21 +313,21 @@ _CHANGES_MAX: Final = 64
 """How many changes of the rules' answer are tried: more than there are in a week of time windows."""
 
 
-def _once_fenced_ms(evaluation: _Evaluation) -> int | None:
+def _once_fenced_ms(evaluation: Evaluation) -> int | None:
     """Return when the lost host is fenced, if the request would be admitted then; else None."""
     submission = evaluation.submission
     if submission.host_fenced_at_ms is None or not submission.host_reachable:
         return None
-    then = replace(submission, host_reachable=False, host_fenced_at_ms=None, hold_ms=None)
-    answer = judge(evaluation.draft.instance, then, evaluation.policy, evaluation.draft.now_ms)
-    return submission.host_fenced_at_ms if isinstance(answer, Admitted) else None
+    then = replace(submission, host_reachable=False, host_fenced_at_ms=None)
+    admitted = would_admit(evaluation.draft.instance, then, evaluation.policy, evaluation.draft.now_ms)
+    return submission.host_fenced_at_ms if admitted else None
 
 
 def _not_fenced_yet(host: str) -> str:
     return f"Host {host} does not respond, and the guest may run there until the host's lease expires and it is fenced."
 
 
-def _hold(evaluation: _Evaluation, rule: Rule, denied: Denied, hold_ms: int) -> Change[Disposition]:
+def _hold(evaluation: Evaluation, rule: Rule, denied: Denied, hold_ms: int) -> Change[Disposition]:
     """Hold a denied request until the policy admits it (see `lifecycle.expire`) or the hold expires."""
     draft = evaluation.draft
     until_ms = draft.now_ms + hold_ms
@@ -439,7 +339,7 @@ def _hold(evaluation: _Evaluation, rule: Rule, denied: Denied, hold_ms: int) -> 
 
 
 def _redundant(
-    evaluation: _Evaluation, rule: Rule, earlier: Request | None, allowed: _Allowed = _UNKNOWN
+    evaluation: Evaluation, rule: Rule, earlier: Request | None, allowed: _Allowed = _UNKNOWN
 ) -> Change[Disposition]:
     answer = Redundant(
         rule=rule.id,
@@ -454,7 +354,7 @@ def _redundant(
     return _unchanged(evaluation, "request.redundant", rule, answer)
 
 
-def _stay_down(evaluation: _Evaluation, change: Change[Disposition]) -> Change[Disposition]:
+def _stay_down(evaluation: Evaluation, change: Change[Disposition]) -> Change[Disposition]:
     """Cancel a scheduled restart when a stop is redundant."""
     instance = change.instance
     staying = restarts.without_scheduled_restart(instance)
@@ -465,7 +365,7 @@ def _stay_down(evaluation: _Evaluation, change: Change[Disposition]) -> Change[D
     return replace(change, instance=replace(staying, generation=after), events=events)
 
 
-def _unchanged(evaluation: _Evaluation, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:
+def _unchanged(evaluation: Evaluation, kind: str, rule: Rule, answer: Denied | Redundant) -> Change[Disposition]:
     """Record a submission that changes nothing as an event, with the generation unchanged."""
     draft = evaluation.draft
     draft.generation = draft.instance.generation
@@ -473,25 +373,3 @@ def _unchanged(evaluation: _Evaluation, kind: str, rule: Rule, answer: Denied | 
     facts["reason"] = answer.reason
     draft.emit_facts(kind, None, facts)
     return Change(instance=draft.instance, events=tuple(draft.events), answer=answer)
-
-
-NOT_KEPT = QUEUE_FULL
-"""Placeholder rule of a request that is built only for its evaluation."""
-
-
-def _preempting(instance: Instance, view: View) -> Request | None:
-    """Return the same preempting request if one is queued. They have no queue limit, so they must not pile up."""
-    for request in instance.outstanding:
-        waits = request.preempts and request.status is Status.QUEUED
-        if waits and request.operation is view.operation and request.hard is view.hard:
-            return request
-    return None
-
-
-def _blocker(instance: Instance, rule: Rule) -> Request | None:
-    """Return the outstanding request that a refusal names: the one the rule is about, or the one in flight."""
-    if rule.outstanding:
-        for request in reversed(instance.outstanding):
-            if request.operation in rule.outstanding:
-                return request
-    return instance.served(Lane.STATE) or (instance.outstanding[0] if instance.outstanding else None)

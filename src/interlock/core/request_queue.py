@@ -18,7 +18,7 @@ from interlock.core.preconditions import RULE, unmet
 from interlock.core.records import NO_FACTS, SERVED, AnswerT, Change, Event, Instance, Request, Status
 from interlock.core.states import EXECUTING_STATES, VmState
 from interlock.core.view_classes import names_tags
-from interlock.core.views import Foreseen, at_present
+from interlock.core.views import Foreseen, View, at_present
 
 replace = msgspec.structs.replace
 
@@ -182,6 +182,24 @@ def latest_of(instance: Instance, operation: Operation) -> Request | None:
     """Return the latest held or outstanding request for an operation, or None."""
     known = (*instance.held, *instance.outstanding)
     return next((request for request in reversed(known) if request.operation is operation), None)
+
+
+def preempting(instance: Instance, view: View) -> Request | None:
+    """Return the same preempting request if one is queued. They have no queue limit, so they must not pile up."""
+    for request in instance.outstanding:
+        waits = request.preempts and request.status is Status.QUEUED
+        if waits and request.operation is view.operation and request.hard is view.hard:
+            return request
+    return None
+
+
+def blocker_of(instance: Instance, rule: Rule) -> Request | None:
+    """Return the outstanding request that a refusal names: the one the rule is about, or the one in flight."""
+    if rule.outstanding:
+        for request in reversed(instance.outstanding):
+            if request.operation in rule.outstanding:
+                return request
+    return instance.served(Lane.STATE) or (instance.outstanding[0] if instance.outstanding else None)
 
 
 def last_state_change(instance: Instance) -> Request | None:

@@ -16,6 +16,7 @@ from interlock.core.admission import judge
 from interlock.core.condition_kinds import Choice
 from interlock.core.conditions import CALLER
 from interlock.core.durations import format_seconds
+from interlock.core.evaluation import would_admit
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, StaleFence, Submission
@@ -75,7 +76,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
 def ways(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> tuple[Way, ...]:
     """Yield every single change with which it would be admitted, nearest first; none if it is admitted now."""
-    if instance.vm_state is VmState.DELETED or isinstance(judge(instance, submission, policy, now_ms), Admitted):
+    if instance.vm_state is VmState.DELETED or would_admit(instance, submission, policy, now_ms):
         # Nothing leads out of a deletion.
         return ()
     found = [*_in_time(instance, submission, policy, now_ms)]
@@ -209,7 +210,5 @@ def _leading_to(
         for operation, entry in CATALOGUE.items()
         if entry.lane is Lane.STATE
         and resolve_target(operation, instance.vm_state, instance.state_stack)[0] == state
-        and isinstance(
-            judge(instance, _replace(submission, operation=operation, parameters={}), policy, now_ms), Admitted
-        )
+        and would_admit(instance, _replace(submission, operation=operation, parameters={}), policy, now_ms)
     )

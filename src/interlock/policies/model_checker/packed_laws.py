@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from interlock.core import admission
-from interlock.core.records import Admitted, Denied, Redundant
+from interlock.core.evaluation import would_admit
+from interlock.core.records import Denied, Redundant
 from interlock.policies.model_checker.actions import VM_STATES, RequestKind
 from interlock.policies.model_checker.gate_table import Bools, GateEffect, Ints
 from interlock.policies.model_checker.layout import Words
@@ -124,14 +125,11 @@ class PackedLaws:
         reachable = self._model.encoding.host_reachable(word)
         new = alphabet.submissions[submission].submission("new", host_reachable=reachable)
 
-        def judged(at_ms: int) -> Any:
-            return admission.judge(instance, new, alphabet.policy, at_ms)
-
-        answer = judged(NOW_MS)
+        answer: Any = admission.judge(instance, new, alphabet.policy, NOW_MS)
         at_ms = answer.allowed_at_ms if isinstance(answer, Denied | Redundant) else None
-        if at_ms is None or not isinstance(judged(at_ms), Admitted):
+        if at_ms is None or not would_admit(instance, new, alphabet.policy, at_ms):
             return _NOT_THEN
-        return _BEFORE if isinstance(judged(at_ms - 1), Admitted) else None
+        return _BEFORE if would_admit(instance, new, alphabet.policy, at_ms - 1) else None
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
