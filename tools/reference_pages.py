@@ -123,6 +123,7 @@ def configuration_page() -> str:
         Config,
         DriverConfig,
         HostsConfig,
+        HttpConfig,
         QemuConfig,
         UpkeepConfig,
     )
@@ -143,6 +144,7 @@ def configuration_page() -> str:
         *_table_of("driver", DriverConfig, "Execution of requests by the state drivers."),
         *_table_of("upkeep", UpkeepConfig, "Scheduled actions of the server, submitted to the gate like any request."),
         *_table_of("qemu", QemuConfig, "QEMU processes and timeouts."),
+        *_table_of("http", HttpConfig, "Limits on what a client of the HTTP API may send, hold and ask."),
         *_table_of("hosts", HostsConfig, "Other hosts, and shared storage."),
         *_table_of("clock", ClockConfig, "Jumps of the wall clock."),
         "## For the command line only",

@@ -33,6 +33,7 @@ _MAY_BE_ZERO = frozenset(
     }
 )
 _LISTS = frozenset({"policy_keys"})
+_SECRET_CHARACTERS_MIN = 16
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
 """Variables that the command line reads."""
@@ -200,6 +201,29 @@ class ClockConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     correct the clock."""
 
 
+class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits on the clients of the HTTP API. `[http]` in the file, `INTERLOCK_HTTP_*` in the environment."""
+
+    url_bytes_max: int = 8_192
+    """The longest URL of a request, in bytes; a longer one is answered with 414."""
+    header_bytes_max: int = 32_768
+    """The largest size of a request's headers together, in bytes; more is answered with 431."""
+    headers_max: int = 100
+    """The largest number of headers of a request; more are answered with 431."""
+    header_timeout_ms: int = 10_000
+    """How long a client may take until the headers of a request are complete, in ms; then it is answered with 408, and
+    a connection without any request is closed."""
+    body_timeout_ms: int = 20_000
+    """How long each 64 KiB of a request's body may take, and the rest of it, in ms; then it is answered with 408."""
+    idle_timeout_ms: int = 20_000
+    """How long a connection is kept open between two requests, in ms."""
+    send_timeout_ms: int = 30_000
+    """How long a client may not receive any of a response that waits for it, in ms; then its connection is closed."""
+    metrics_token: str = ""
+    """A secret of at least 16 characters that reads `/metrics` and nothing else, for a monitoring system. Empty: only
+    an admin's token reads it."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Configuration of a server. Top level of the file, `INTERLOCK_*` in the environment."""
 
@@ -279,6 +303,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     driver: DriverConfig = DriverConfig()
     upkeep: UpkeepConfig = UpkeepConfig()
     qemu: QemuConfig = QemuConfig()
+    http: HttpConfig = HttpConfig()
     hosts: HostsConfig = HostsConfig()
     clock: ClockConfig = ClockConfig()
 
@@ -380,6 +405,8 @@ def _check(config: Config) -> None:
     for share in ("host_vcpus_overcommit", "host_disk_overcommit"):
         if not 0 < getattr(config, share) < math.inf:
             raise Invalid(f"{share} is {getattr(config, share)}; it must be more than 0.")
+    if 0 < len(config.http.metrics_token) < _SECRET_CHARACTERS_MIN:
+        raise Invalid(f"http.metrics_token is too short: it must have at least {_SECRET_CHARACTERS_MIN} characters.")
     _check_shared_dir(config)
     for name in _NOT_NEGATIVE:
         if getattr(config, name) < 0:

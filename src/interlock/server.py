@@ -21,7 +21,8 @@ import uvicorn
 
 from interlock import __version__
 from interlock.api.app import ApiParts, Application, create_app
-from interlock.api.http.listener import HttpProtocol, bind, url_of
+from interlock.api.http.listener import bind, url_of
+from interlock.api.http.protocol import HttpProtocol
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.core.errors import NotResponding
@@ -410,7 +411,7 @@ class Server:
             self.app(),
             ssl_certfile=config.tls_certificate or None,
             ssl_keyfile=config.tls_key or None,
-            http=HttpProtocol,
+            http=partial(HttpProtocol, limits=config.http),  # type: ignore[arg-type]
             proxy_headers=False,
             ws="websockets-sansio",
             ws_max_size=FRAME_BYTES_MAX,

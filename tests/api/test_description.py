@@ -12,6 +12,7 @@ from unittest import SkipTest
 
 import apsw
 import httpx
+import msgspec
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -27,6 +28,7 @@ from interlock import server as wiring
 from interlock.api.app import ROUTES, _document
 from interlock.api.http import problems
 from interlock.api.schemas import responses
+from interlock.config import HttpConfig
 from interlock.core import errors
 from interlock.core.operations import CATALOGUE, FIELDS
 from interlock.service import readiness
@@ -80,13 +82,30 @@ async def test_the_documentation_needs_no_network(api: ApiServer) -> None:
         assert (await client.get(address)).status_code == 200
 
 
-async def test_health_readiness_and_figures_need_no_token(api: ApiServer, admin: httpx.AsyncClient) -> None:
+async def test_metrics_are_for_an_admin_or_the_configured_secret(api: ApiServer, admin: httpx.AsyncClient) -> None:
+    member = await api.token("member")
+    secret = "s" * 16
+    statuses = [
+        (await one.get("/metrics")).status_code for one in (api.client(None), api.client(secret), member, admin)
+    ]
+    assert statuses == [401, 401, 403, 200]
+    msgspec.structs.force_setattr(api.server.config, "http", HttpConfig(metrics_token=secret))
+    statuses = [
+        (await one.get("/metrics")).status_code for one in (api.client(None), api.client(secret), member, admin)
+    ]
+    assert statuses == [401, 200, 403, 200]
+    assert (await api.client(secret).get("/v1/instances")).status_code == 401, "it reads nothing else"
+
+
+async def test_health_and_readiness_need_no_token_and_figures_follow_events(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
     client = api.client(None)
     await make(admin, "vm")
     await admin.post("/v1/instances/vm/requests", json={"operation": "start"})
     assert (await client.get("/healthz")).json()["status"] == "alive"
     assert (await client.get("/readyz")).json()["ready"] is True
-    figures = (await client.get("/metrics")).text
+    figures = (await admin.get("/metrics")).text
     for line in (
         'interlock_submissions_total{disposition="admitted",operation="create"} 1.0',
         'interlock_submissions_total{disposition="redundant",operation="start"} 1.0',

@@ -10,7 +10,7 @@ from starlette.routing import Match
 
 from api.conftest import ApiServer
 from interlock.api.app import ROUTES
-from interlock.api.http.listener import _GATHERED_BYTES_MAX, _GatheringTransport
+from interlock.api.http.protocol import _GATHERED_BYTES_MAX, _GatheringTransport
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
@@ -57,10 +57,13 @@ class Wire:
     def close(self) -> None:
         self.closed = True
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
 
 async def test_a_head_and_its_body_are_one_write() -> None:
     wire = Wire()
-    transport = _GatheringTransport(wire)  # type: ignore[arg-type]
+    transport = _GatheringTransport(wire, 1.0)  # type: ignore[arg-type]
     transport.write(b"head")
     transport.write(b"body")
     assert wire.writes == []
@@ -70,7 +73,7 @@ async def test_a_head_and_its_body_are_one_write() -> None:
 
 async def test_much_is_not_gathered_and_closing_writes_what_is_left() -> None:
     wire = Wire()
-    transport = _GatheringTransport(wire)  # type: ignore[arg-type]
+    transport = _GatheringTransport(wire, 1.0)  # type: ignore[arg-type]
     transport.write(b"x" * _GATHERED_BYTES_MAX)
     transport.write(b"y")
     assert wire.writes == [b"x" * _GATHERED_BYTES_MAX + b"y"]

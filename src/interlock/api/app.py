@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hmac
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from hashlib import blake2b
@@ -244,6 +245,15 @@ def _authenticate(parts: ApiParts, request: Request, *, for_agents: bool) -> Cal
     return caller
 
 
+def _require_metrics_reader(parts: ApiParts, request: Request) -> None:
+    """Raise unless the request has the token of the monitoring system, or an admin's: metrics are of all projects."""
+    secret = request_parsing.header(request, "authorization", "").partition(" ")[2].strip()
+    configured = parts.config.http.metrics_token
+    if configured and hmac.compare_digest(secret.encode(), configured.encode()):
+        return
+    _authenticate(parts, request, for_agents=False).require(Role.ADMIN, "read metrics")
+
+
 def _configuration_warnings(parts: ApiParts) -> tuple[str, ...]:
     """Return what an operator should look into although the server is ready."""
     refused = parts.policies.refused
@@ -268,7 +278,11 @@ def _server_pages(parts: ApiParts) -> list[BaseRoute]:
         reasons = unready or (*_configuration_warnings(parts), *await parts.disk_space.warnings())
         return json_response(Readiness(ready=not unready, reasons=reasons), 503 if unready else 200)
 
-    async def metrics(_: Request) -> Response:
+    async def metrics(request: Request) -> Response:
+        try:
+            _require_metrics_reader(parts, request)
+        except InterlockError as error:
+            return problems.from_error(error, request.url.path)
         parts.metrics.set_refused_policy(refused=parts.policies.refused is not None)
         parts.metrics.set_space(await parts.disk_space.look())
         parts.metrics.set_clock(parts.clock.offset_s, parts.clock.jumps, cautious=parts.clock.cautious)

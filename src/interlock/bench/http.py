@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from interlock.api.http.listener import HttpProtocol, bind
+from interlock.api.http.listener import bind
+from interlock.api.http.protocol import HttpProtocol
 from interlock.bench.fleet import fill, scaled
 from interlock.config import Config
 from interlock.core.states import VmState

@@ -56,13 +56,17 @@ HTTP_PROBLEM_TYPES: Final[dict[str, ProblemType]] = {
         ProblemType(400, "duplicate-key", "Duplicate key"),
         ProblemType(400, "not-a-form", "Invalid form"),
         ProblemType(400, "bad-header", "Invalid header"),
+        ProblemType(400, "malformed", "Malformed request"),
         ProblemType(401, "unauthorized", "Unauthorized"),
         ProblemType(404, "no-such-path", "Path not found"),
         ProblemType(405, "method-not-allowed", "Method not allowed"),
+        ProblemType(408, "request-timeout", "Request timed out"),
         ProblemType(409, "too-late", "Too late to cancel"),
         ProblemType(413, "too-large", "Body too large"),
+        ProblemType(414, "url-too-long", "URL too long"),
         ProblemType(415, "media-type", "Unsupported media type"),
         ProblemType(422, "policy-refused", "Policy rejected"),
+        ProblemType(431, "headers-too-large", "Headers too large"),
         ProblemType(500, "internal", "Internal server error"),
     )
 }
