@@ -125,6 +125,7 @@ def configuration_page() -> str:
         HostsConfig,
         HttpConfig,
         QemuConfig,
+        TokensConfig,
         UpkeepConfig,
     )
 
@@ -147,6 +148,7 @@ def configuration_page() -> str:
         *_table_of("http", HttpConfig, "Limits on what a client of the HTTP API may send, hold and ask."),
         *_table_of("hosts", HostsConfig, "Other hosts, and shared storage."),
         *_table_of("clock", ClockConfig, "Jumps of the wall clock."),
+        *_table_of("tokens", TokensConfig, "Access tokens."),
         "## For the command line only",
         "",
         "| variable | meaning |",

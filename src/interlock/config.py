@@ -30,6 +30,7 @@ _MAY_BE_ZERO = frozenset(
         "lease_ms",
         "converge_timeout_ms",
         "image_unused_ms",
+        "lifetime_max_ms",
     }
 )
 _LISTS = frozenset({"policy_keys"})
@@ -224,6 +225,16 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     an admin's token reads it."""
 
 
+class TokensConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Access tokens. `[tokens]` in the file, `INTERLOCK_TOKENS_*` in the environment."""
+
+    lifetime_max_ms: int = 0
+    """How long the secret of a token may be valid, in ms; also the default of `interlock token create`. 0: no limit.
+    The first admin token and that of `interlock token recover` do not expire."""
+    last_use_interval_ms: int = 60_000
+    """How often the times at which tokens were last used are written, in ms."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Configuration of a server. Top level of the file, `INTERLOCK_*` in the environment."""
 
@@ -306,6 +317,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     http: HttpConfig = HttpConfig()
     hosts: HostsConfig = HostsConfig()
     clock: ClockConfig = ClockConfig()
+    tokens: TokensConfig = TokensConfig()
 
     @property
     def folder(self) -> Path:

@@ -144,7 +144,13 @@ class Server:
         self.leases = self._leases()
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
-        self.callers = Authenticator(self.store, new_id, new_secret)
+        self.callers = Authenticator(
+            self.store,
+            new_id,
+            new_secret,
+            lifetime_max_ms=config.tokens.lifetime_max_ms,
+            last_use_interval_ms=config.tokens.last_use_interval_ms,
+        )
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
         self.image_files = ImageFolder(
             self.folder / "images", small_guest=partial(build, self.folder / "packages"), tool=tool
@@ -321,6 +327,7 @@ class Server:
         await self.agent.close()
         await self.clock_watch.close()
         await self.disk_space.close()
+        await self.callers.close()
         await self.store.close()
 
     def app(self) -> Application:

@@ -15,6 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
+from interlock.api.http.revocation import REVOKED
 from interlock.api.routes.console import BEARER, MESSAGE_BYTES_MAX
 from interlock.core.errors import GuestNotFound
 from interlock.core.roles import Role
@@ -135,7 +136,7 @@ async def test_a_quiet_connection_ends_as_soon_as_its_token_is_deleted(
         if path == "display":
             await talk.recv()  # what the screen says first
         await listening.api.server.callers.delete(OPERATOR, "member")
-        assert await closed(talk) == (4401, "The token was deleted.")
+        assert await closed(talk) == (4401, REVOKED)
 
 
 async def test_the_end_of_the_guest_closes_the_console_with_a_reason(
@@ -150,7 +151,7 @@ async def test_a_token_that_is_deleted_can_type_no_more(listening: Listening, se
     async with listening.call("one/console/live", secret) as talk:
         await listening.api.server.callers.delete(OPERATOR, "member")
         await talk.send(b"hello\r")
-        assert await closed(talk) == (4401, "The token was deleted.")
+        assert await closed(talk) == (4401, REVOKED)
 
 
 @pytest.mark.parametrize(

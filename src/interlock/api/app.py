@@ -21,7 +21,8 @@ from starlette.routing import Route as PathRoute
 from starlette.staticfiles import StaticFiles
 
 from interlock.api.http import multipart_upload, openapi, problems, request_parsing, revocation
-from interlock.api.http.problems import HTTP_PROBLEM_TYPES, HttpProblem
+from interlock.api.http.authentication import authenticated, bearer
+from interlock.api.http.problems import HTTP_PROBLEM_TYPES
 from interlock.api.http.route import ApiParts, Route, json_response
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.routes import (
@@ -175,7 +176,7 @@ class _Path:
             try:
                 await response(scope, receive, revocable_send)
             except ClientDisconnect:
-                _LOG.info("response aborted: token deleted", path=request.url.path)
+                _LOG.info("response aborted: token no longer valid", path=request.url.path)
             if use.revoked:
                 await revocable_send.finish()
 
@@ -188,7 +189,7 @@ class _Path:
             return problems.from_error(error, request.url.path)
         except ClientDisconnect:
             if use.revoked:
-                return problems.response(HTTP_PROBLEM_TYPES["unauthorized"], "The token was deleted.", request.url.path)
+                return problems.response(HTTP_PROBLEM_TYPES["unauthorized"], revocation.REVOKED, request.url.path)
             return Response(status_code=400)
         except OSError as error:
             failed = system_failure(error, "the server's host")
@@ -231,15 +232,11 @@ def _with_etag(request: Request, response: Response) -> Response:
 
 def _authenticate(parts: ApiParts, request: Request, *, for_agents: bool) -> Caller:
     """Return the caller; an agent only on the paths for agents, which check their callers further."""
-    scheme, _, secret = request_parsing.header(request, "authorization", "").partition(" ")
-    caller = parts.callers.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
-    if caller is None:
-        raise HttpProblem(
-            "unauthorized",
-            "Access token missing or invalid.",
-            remedy="Send `Authorization: Bearer <secret>`; the first start writes one to the file admin.token.",
-            WWW_Authenticate='Bearer realm="interlock"',
-        )
+    caller = authenticated(
+        parts.callers,
+        bearer(request_parsing.header(request, "authorization", "")),
+        remedy="Send `Authorization: Bearer <secret>`; the first start writes one to the file admin.token.",
+    )
     if caller.role is Role.AGENT and not for_agents:
         raise Forbidden("Permission denied: a token with the role agent can only connect an agent.")
     return caller

@@ -24,6 +24,7 @@ from interlock.cli.commands import (  # each adds its commands to a group
     screen,  # noqa: F401
     server,
     ssh,  # noqa: F401
+    tokens,
     watch,
     why,
 )
@@ -55,7 +56,7 @@ COMMANDS: tuple[click.Command, ...] = (
     why.request_commands,
     inventory.image_commands,
     inventory.volume_commands,
-    inventory.token_commands,
+    tokens.token_commands,
     hosts.host_commands,
     policy.policy_commands,
     policy.rehearse,
@@ -122,7 +123,7 @@ def build(*more: click.Command) -> click.Group:
 
     for command in (*COMMANDS, *more, help_of):
         interlock.add_command(command)
-    inventory.token_commands.add_command(server.recover_token)
+    tokens.token_commands.add_command(server.recover_token)
     return interlock
 
 

@@ -5,7 +5,7 @@ Its conformance suite is `tests/conformance/store/`: docstrings here are tested 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
@@ -37,6 +37,18 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     host: str | None = None
     """The only host as which an agent may connect with it; None for other roles, and for an old token until its first
     use."""
+    created_by: str | None = None
+    """The name of who created it; None: the server, or unknown."""
+    expires_at_ms: int | None = None
+    """When its secret expires; None: never."""
+    rotated_at_ms: int | None = None
+    """When it got its present secret; None: at its creation."""
+    former_sha256: str | None = None
+    """Hash of the secret before the last rotation."""
+    former_until_ms: int | None = None
+    """Until when the former secret is valid."""
+    last_used_at_ms: int | None = None
+    """When it was last used, to within the interval at which that is written; None: never, or unknown."""
 
 
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +164,10 @@ class TokenRecords(Protocol):
     async def put(self, token: Token) -> None: ...
     async def replace(self, token: Token) -> None:
         """Update a token; does nothing if it does not exist."""
+        ...
+
+    async def note_uses(self, uses: Mapping[str, int]) -> None:
+        """Store when tokens were last used, by id, in one transaction; unknown ids are left out."""
         ...
 
     async def delete(self, token_id: str) -> bool: ...

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from interlock.core import parameters
-from interlock.core.durations import parse_duration
+from interlock.core.durations import EXPECTED, parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.parameters import NAME_PATTERN, HostName, Name, Reference, Tag
@@ -125,6 +125,14 @@ def hold_ms(text: str | None) -> int | None:
     length_ms = parse_duration(text)
     if not length_ms or length_ms > HOLD_MAX_MS:
         raise Invalid(f"Invalid hold {text[:80]!r}: expected a duration such as 30s or 10m, of at most seven days.")
+    return length_ms
+
+
+def duration_ms(field: str, text: str | None) -> int | None:
+    """Parse the duration in a field of a body to milliseconds; None for None. Raises `Invalid`, also for 0."""
+    length_ms = None if text is None else parse_duration(text)
+    if text is not None and not length_ms:
+        raise Invalid(f"Invalid {field} {text[:80]!r}: expected {EXPECTED}.")
     return length_ms
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import apsw
+
 from interlock.core.records import Image
 from interlock.ports import Token, Volume
 from interlock.ports.hosts import Host
@@ -23,6 +27,14 @@ class TokenTable:
 
     async def replace(self, token: Token) -> None:
         await self._database.write("UPDATE tokens SET body = ? WHERE id = ?", row_codec.body(token), token.id)
+
+    async def note_uses(self, uses: Mapping[str, int]) -> None:
+        def write(connection: apsw.Connection) -> None:
+            statement = "UPDATE tokens SET body = json_set(body, '$.last_used_at_ms', ?) WHERE id = ?"
+            connection.executemany(statement, [(at_ms, token_id) for token_id, at_ms in uses.items()])
+
+        if uses:
+            await self._database.writer.transaction(write)
 
     async def delete(self, token_id: str) -> bool:
         return await self._database.write("DELETE FROM tokens WHERE id = ?", token_id, when_full=True) > 0

@@ -41,6 +41,17 @@ async def a_token_that_is_replaced_keeps_its_place(bench: Bench) -> None:
 
 
 @check
+async def uses_of_tokens_are_kept_together_and_only_those_of_tokens_that_exist(bench: Bench) -> None:
+    other = replace(TOKEN, id="t2", expires_at_ms=START_MS + 9, former_sha256="b" * 64, former_until_ms=START_MS + 5)
+    await bench.store.tokens.put(TOKEN)
+    await bench.store.tokens.put(other)
+    await bench.store.tokens.note_uses({"t2": START_MS + 1, "unknown": START_MS + 2})
+    await bench.store.tokens.note_uses({})
+    async with bench.power_cut() as found:
+        assert await found.tokens.all() == (TOKEN, replace(other, last_used_at_ms=START_MS + 1))
+
+
+@check
 async def images_have_names_of_their_own(bench: Bench) -> None:
     await bench.store.images.put(IMAGE)
     async with raises(NameTaken):

@@ -1,4 +1,4 @@
-"""Token revocation: open requests, streams and WebSockets of a deleted token are closed at once."""
+"""Token revocation: open requests, streams and WebSockets are closed as soon as their token is no longer valid."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from interlock.service.auth import Use
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
+REVOKED: Final = "The access token was deleted, rotated or has expired."
 _DISCONNECTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "http": {"type": "http.disconnect"},
-    "websocket": {"type": "websocket.disconnect", "code": 4401, "reason": "The token was deleted."},
+    "websocket": {"type": "websocket.disconnect", "code": 4401, "reason": REVOKED},
 }
 
 
 def revocable_receive(use: Use, scope: Any, receive: Receive) -> Receive:
-    """Wrap the ASGI `receive` of a connection: it returns a disconnect as soon as the token is deleted."""
+    """Wrap the ASGI `receive` of a connection: it returns a disconnect as soon as the token is not valid."""
     disconnect = _DISCONNECTS[scope["type"]]
 
     async def receive_unless_revoked() -> Any:
@@ -42,13 +43,15 @@ def revocable_receive(use: Use, scope: Any, receive: Receive) -> Receive:
 
 
 class RevocableSend:
-    """Wraps the ASGI `send` of an HTTP request: a response that has started is aborted when the token is deleted."""
+    """Wraps the ASGI `send` of an HTTP request: a response that has started is aborted when the token is
+    no longer valid.
+    """
 
     def __init__(self, send: Send, use: Use) -> None:
         self._send = send
         self._use = use
         self._reports_revocation = False
-        """Whether the token was deleted before the response started, so that the response is the 401."""
+        """Whether the token became invalid before the response started, so that the response is the 401."""
         self._open = False
         """Whether the response has started and is not complete."""
         self._has_length = False

@@ -20,8 +20,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from interlock.api.http import problems, request_parsing
-from interlock.api.http.problems import HttpProblem
-from interlock.api.http.revocation import revocable_receive
+from interlock.api.http.authentication import authenticated, bearer
+from interlock.api.http.revocation import REVOKED, revocable_receive
 from interlock.api.http.route import ApiParts, Routes
 from interlock.api.schemas import serializers
 from interlock.api.schemas.inventory import DumpList, MemoryDump
@@ -149,14 +149,14 @@ class _Socket:
         while True:
             message = await socket.receive()
             if message["type"] == "websocket.disconnect":
-                return _TOKEN_DELETED if self._parts.callers.authenticate(client.secret) is None else None
+                return _TOKEN_INVALID if self._parts.callers.authenticate(client.secret) is None else None
             data = message.get("bytes") or (message.get("text") or "").encode()
             if not data:
                 continue
             if len(data) > MESSAGE_BYTES_MAX:
                 return _MESSAGE_TOO_LARGE
             if self._parts.callers.authenticate(client.secret) is None:
-                return _TOKEN_DELETED
+                return _TOKEN_INVALID
             if client.caller.role is Role.READER:
                 return _Close(PROBLEM + 403, "Permission denied: a token with the role reader is read-only.")
             try:
@@ -167,7 +167,7 @@ class _Socket:
     async def _forward_output(self, socket: WebSocket, client: _Client, stream: Stream) -> _Close | None:
         while data := await stream.read():
             if self._parts.callers.authenticate(client.secret) is None:
-                return _TOKEN_DELETED
+                return _TOKEN_INVALID
             await _send(socket, data)
         return _GUEST_ENDED
 
@@ -180,7 +180,7 @@ async def _send(socket: WebSocket, data: bytes) -> None:
         raise WebSocketDisconnect(1002) from closed
 
 
-_TOKEN_DELETED: Final = _Close(PROBLEM + 401, "The token was deleted.")
+_TOKEN_INVALID: Final = _Close(PROBLEM + 401, REVOKED)
 _MESSAGE_TOO_LARGE: Final = _Close(1009, f"Message too large: the limit is {MESSAGE_BYTES_MAX} bytes.")
 _GUEST_ENDED: Final = _Close(ENDED, "The guest has ended or closed the connection.")
 
@@ -193,19 +193,17 @@ def _authenticate(parts: ApiParts, socket: WebSocket) -> _Client:
             f"Cross-origin connection from {origin[:80]} denied.",
             remedy="Serve the page from the server's own address.",
         )
-    scheme, _, secret = socket.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
+    secret = bearer(socket.headers.get("authorization", ""))
+    if not secret:
         offered = (name for name in socket.scope["subprotocols"] if name.startswith(BEARER))
-        secret = next(offered, "").removeprefix(BEARER)
-    caller = parts.callers.authenticate(secret.strip()) if secret else None
-    if caller is None:
-        raise HttpProblem(
-            "unauthorized",
-            "Bearer token missing or invalid, in the Authorization header or as a subprotocol.",
-            remedy=f"Send `Authorization: Bearer <secret>`, or offer the subprotocol `{BEARER}<secret>`.",
-            WWW_Authenticate='Bearer realm="interlock"',
-        )
-    return _Client(caller, secret.strip())
+        secret = next(offered, "").removeprefix(BEARER).strip()
+    caller = authenticated(
+        parts.callers,
+        secret,
+        detail="Bearer token missing or invalid, in the Authorization header or as a subprotocol.",
+        remedy=f"Send `Authorization: Bearer <secret>`, or offer the subprotocol `{BEARER}<secret>`.",
+    )
+    return _Client(caller, secret)
 
 
 def _subprotocol(socket: WebSocket) -> str | None:

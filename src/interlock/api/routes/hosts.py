@@ -10,8 +10,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from interlock.api.http import problems, request_parsing
-from interlock.api.http.problems import HttpProblem
-from interlock.api.http.revocation import revocable_receive
+from interlock.api.http.authentication import authenticated, bearer
+from interlock.api.http.revocation import REVOKED, revocable_receive
 from interlock.api.http.route import ApiParts, Routes
 from interlock.api.schemas.hosts import (
     FenceConfirmation,
@@ -35,7 +35,7 @@ routes = Routes("hosts")
 own_routes = Routes("host")
 
 _LOG = structlog.get_logger(__name__)
-_TOKEN_DELETED: Final = 4401
+_UNAUTHORIZED: Final = 4401
 """WebSocket close code: 4000 plus the HTTP status."""
 _NORMAL: Final = 1000
 _TRY_AGAIN_LATER: Final = 1013
@@ -178,7 +178,7 @@ class _Link:
         if self._websocket.application_state is WebSocketState.CONNECTED:
             try:
                 if self._use.revoked:
-                    await self._websocket.close(_TOKEN_DELETED, "The token was deleted.")
+                    await self._websocket.close(_UNAUTHORIZED, REVOKED)
                 else:
                     await self._websocket.close(_TRY_AGAIN_LATER if reason else _NORMAL, reason)
             except (WebSocketDisconnect, RuntimeError) as gone:
@@ -206,14 +206,11 @@ class _AgentLink:
 
     def _authenticate(self, websocket: WebSocket, name: str) -> Caller:
         """Return the caller. Raises `HttpProblem`, `Forbidden`, `Invalid` or, if not ready, `Unavailable`."""
-        scheme, _, secret = websocket.headers.get("authorization", "").partition(" ")
-        caller = self._parts.callers.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
-        if caller is None:
-            raise HttpProblem(
-                "unauthorized",
-                "Access token missing or invalid.",
-                remedy=f"Create one with `interlock token create NAME --role agent --host {name[:80]}`.",
-            )
+        caller = authenticated(
+            self._parts.callers,
+            bearer(websocket.headers.get("authorization", "")),
+            remedy=f"Create one with `interlock token create NAME --role agent --host {name[:80]}`.",
+        )
         self._parts.hosts.require_may_link(caller, name)
         if not self._parts.accepting():
             raise Unavailable("The server is starting or stopping.")

@@ -17,9 +17,10 @@ from interlock.api.schemas import inventory, serializers
 from interlock.core.errors import Invalid
 from interlock.core.records import Image
 from interlock.core.roles import Role
+from interlock.ports import Token
 from interlock.service.auth import Caller
 from interlock.service.image_fetches import Fetch
-from interlock.service.request_models import PATTERNS, NewImageFetch, NewVolume
+from interlock.service.request_models import PATTERNS, NewImageFetch, NewVolume, duration_ms
 from interlock.service.validation_messages import in_words, what_instead
 
 images_routes = Routes("images")
@@ -208,7 +209,9 @@ async def delete_volume(parts: ApiParts, caller: Caller, request: Request) -> No
 
 @tokens_routes.add("GET /v1/tokens", "List tokens", {200: inventory.TokenList})
 async def tokens(parts: ApiParts, caller: Caller, request: Request) -> inventory.TokenList:
-    return inventory.TokenList(items=tuple(serializers.token(one) for one in await parts.callers.list(caller)))
+    now_ms = parts.instances.now_ms()
+    found = await parts.callers.list(caller)
+    return inventory.TokenList(items=tuple(serializers.token(one, now_ms) for one in found))
 
 
 @tokens_routes.add(
@@ -222,11 +225,35 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
     body = await request_parsing.body(request, inventory.NewToken, parts.config.request_body_bytes_max)
     if body.host is not None:
         parts.hosts.require_present_name(caller, body.host)
-    token, secret = await parts.callers.make(caller, body.name, body.role, body.project, body.host, body.groups)
-    made = inventory.MadeToken(token=serializers.token(token), secret=secret)
-    return json_response(made, 201, {"Cache-Control": "no-store"})
+    expires_in_ms = duration_ms("expires_in", body.expires_in)
+    token, secret = await parts.callers.make(
+        caller, body.name, body.role, body.project, body.host, body.groups, expires_in_ms=expires_in_ms
+    )
+    return _with_secret(parts, token, secret, 201)
 
 
-@tokens_routes.add("DELETE /v1/tokens/{reference}", "Delete a token", {204: None})
+@tokens_routes.add(
+    "POST /v1/tokens/{reference}/rotate",
+    "Give a token a new secret, which is shown only once",
+    {200: inventory.MadeToken},
+    body=inventory.TokenRotation,
+)
+async def rotate_token(parts: ApiParts, caller: Caller, request: Request) -> Response:
+    body = await request_parsing.body(request, inventory.TokenRotation, parts.config.request_body_bytes_max)
+    token, secret = await parts.callers.rotate(
+        caller,
+        request.path_params["reference"],
+        overlap_ms=duration_ms("overlap", body.overlap) or 0,
+        expires_in_ms=duration_ms("expires_in", body.expires_in),
+    )
+    return _with_secret(parts, token, secret, 200)
+
+
+def _with_secret(parts: ApiParts, token: Token, secret: str, status: int) -> Response:
+    made = inventory.MadeToken(token=serializers.token(token, parts.instances.now_ms()), secret=secret)
+    return json_response(made, status, {"Cache-Control": "no-store"})
+
+
+@tokens_routes.add("DELETE /v1/tokens/{reference}", "Delete a token, and close its connections at once", {204: None})
 async def delete_token(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.callers.delete(caller, request.path_params["reference"])

@@ -14,6 +14,7 @@ from interlock.ports import SmallForm
 from interlock.service.request_models import SHA256_PATTERN
 
 ImageKind = Literal["disk", "kernel", "iso"]
+Span = Annotated[str, Meta(min_length=1, max_length=64, description="A duration such as 30m, 12h or 90d.")]
 MinMemory = Annotated[int, Meta(ge=0, le=1_048_576)]
 """In MiB."""
 
@@ -131,6 +132,17 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The host of an agent: required for the role agent, not allowed for others."""
     groups: tuple[Name, ...] = ()
     """Groups of its holder, which policies may name."""
+    expires_in: Span | None = None
+    """When it expires, such as `90d`; by default after the longest time that the server allows, if it has one."""
+
+
+class TokenRotation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new secret for a token."""
+
+    overlap: Span | None = None
+    """How long the former secret stays valid, such as `1h`; by default it ends at once."""
+    expires_in: Span | None = None
+    """When the new secret expires; by default after as long as the former one was valid for."""
 
 
 class Token(Wire, frozen=True, kw_only=True):
@@ -145,10 +157,22 @@ class Token(Wire, frozen=True, kw_only=True):
     host: str | None
     """The only host whose agent may use it; null for other roles."""
     created_at: Timestamp
+    created_by: str | None = None
+    """Who created it; null: the server, or unknown."""
+    expires_at: Timestamp | None = None
+    """When its secret expires; null: never."""
+    expired: bool = False
+    """Whether its secret has expired."""
+    rotated_at: Timestamp | None = None
+    """When it got its present secret; null: when it was created."""
+    former_until_at: Timestamp | None = None
+    """Until when the secret before the last rotation is valid."""
+    last_used_at: Timestamp | None = None
+    """When it was last used; after a crash of the server, possibly a minute earlier. Null: never, or unknown."""
 
 
 class MadeToken(Wire, frozen=True, kw_only=True):
-    """A new token with its secret, which is shown only once."""
+    """A new or rotated token with its secret, which is shown only once."""
 
     token: Token
     secret: str

@@ -357,5 +357,7 @@ def volume(one: Volume) -> inventory.Volume:
     return wire(inventory.Volume, one)
 
 
-def token(one: Token) -> inventory.Token:
-    return wire(inventory.Token, one)
+def token(one: Token, now_ms: int) -> inventory.Token:
+    expired = one.expires_at_ms is not None and now_ms >= one.expires_at_ms
+    former_until_ms = one.former_until_ms if one.former_until_ms and one.former_until_ms > now_ms else None
+    return wire(inventory.Token, one, expired=expired, former_until_at=optional_timestamp(former_until_ms))

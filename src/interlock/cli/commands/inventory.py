@@ -1,4 +1,4 @@
-"""`interlock image`, `volume` and `token`: create, list, show and delete."""
+"""`interlock image` and `volume`: create, list, show and delete."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import click
 from interlock.api.schemas.inventory import (
     Image,
     ImageList,
-    MadeToken,
     NewSmallImage,
-    NewToken,
-    Token,
-    TokenList,
     Volume,
     VolumeList,
 )
 from interlock.cli.client.multipart import Form
-from interlock.cli.client.paths import IMAGES, TOKENS, VOLUMES, path_of
+from interlock.cli.client.paths import IMAGES, VOLUMES, path_of
 from interlock.cli.commands.transfers import download_image, fetch_image
 from interlock.cli.completion import completer
 from interlock.cli.context import Invocation, with_json
@@ -27,7 +23,6 @@ from interlock.cli.options.quantities import Size
 from interlock.cli.output.confirmation import confirm, yes_option
 from interlock.cli.output.formatting import age, size
 from interlock.cli.output.progress import Progress, transfer
-from interlock.core.roles import Role
 from interlock.ports import SmallForm
 from interlock.service.request_models import NewImageFetch, NewVolume
 
@@ -259,70 +254,3 @@ def delete_volume(invocation: Invocation, *, volume: str, yes: bool) -> None:
     """Delete a volume that is not attached, with its data, after confirmation."""
     confirm(f"Delete the volume {volume} and its data?", yes=yes)
     _remove(invocation, VOLUMES, volume)
-
-
-# ----------------------------------------------------------------------------------------------------------- tokens
-
-
-@click.group("token")
-def token_commands() -> None:
-    """Access tokens. For admins."""
-
-
-@token_commands.command("create")
-@click.argument("name")
-@click.option("--role", type=click.Choice([role.value for role in Role]), required=True, help="Role of the token.")
-@click.option("--project", default="default", show_default=True, help="Project of the token.")
-@click.option("--host", metavar="NAME", help="Host of an agent; only with --role agent.")
-@click.option("--group", "groups", metavar="NAME", multiple=True, help="Group of its holder, for policies; repeatable.")
-@with_json
-def create_token(
-    invocation: Invocation, *, name: str, role: str, project: str, host: str | None, groups: tuple[str, ...]
-) -> None:
-    """Create the token NAME. Its secret is printed only once, on standard output.
-
-    A token with the role agent is for `interlock agent` on the host --host,
-    and for nothing else.
-    """
-    reply = invocation.client.post(
-        TOKENS, NewToken(name=name, role=Role(role), project=project, host=host, groups=groups)
-    )
-    if not invocation.print_json(reply):
-        new = reply.decode(MadeToken)
-        invocation.echo(
-            f"Created: token {new.token.name} ({_role_text(new.token)}). Its secret is shown only once:", error=True
-        )
-        invocation.echo(new.secret)
-
-
-def _role_text(token: Token) -> str:
-    return f"{token.role.value} of {token.project}" if token.host is None else f"{token.role.value} of {token.host}"
-
-
-@token_commands.command("list")
-@with_json
-def list_tokens(invocation: Invocation) -> None:
-    """List the tokens, without their secrets."""
-    columns = {
-        "NAME": lambda one: one.name,
-        "ROLE": lambda one: one.role.value,
-        "PROJECT": lambda one: one.project,
-        "GROUPS": lambda one: ", ".join(one.groups) or "-",
-        "HOST": lambda one: one.host or "-",
-        "AGE": lambda one: age(one.created_at, invocation.client.now),
-        "ID": lambda one: one.id,
-    }
-    invocation.print_items(invocation.client.get(TOKENS), TokenList, columns)
-
-
-@token_commands.command("delete")
-@click.argument("token", shell_complete=completer(TOKENS))
-@with_json
-def delete_token(invocation: Invocation, *, token: str) -> None:
-    """Delete a token and close its connections at once.
-
-    This includes event streams, consoles, displays, and the connection of an
-    agent, whose VMs end with the host's lease unless it reconnects with another
-    token.
-    """
-    _remove(invocation, TOKENS, token)
