@@ -67,6 +67,7 @@ from interlock.service.passwords import PendingPasswords
 from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier
 from interlock.service.readiness import Readiness
+from interlock.service.tokens import Tokens
 from interlock.stores.schema import make_new, upgrade
 from interlock.stores.sqlite import SqliteStore
 
@@ -112,11 +113,10 @@ async def recover_admin_token(config: Config) -> Path:
     store = SqliteStore(config.folder / DATABASE)
     await store.open()
     try:
-        callers = Authenticator(store, new_id, new_secret)
-        await callers.open()
         secret = new_secret()
         write_atomically(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
-        await callers.make_admin(f"admin-{new_id()[-12:]}", secret)
+        tokens = Tokens(Authenticator(store), store, new_id, new_secret)
+        await tokens.make_admin(f"admin-{new_id()[-12:]}", secret)
     finally:
         await store.close()
     return config.folder / ADMIN_TOKEN
@@ -144,13 +144,8 @@ class Server:
         self.leases = self._leases()
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
-        self.callers = Authenticator(
-            self.store,
-            new_id,
-            new_secret,
-            lifetime_max_ms=config.tokens.lifetime_max_ms,
-            last_use_interval_ms=config.tokens.last_use_interval_ms,
-        )
+        self.callers = Authenticator(self.store, config.tokens.last_use_interval_ms)
+        self.tokens = Tokens(self.callers, self.store, new_id, new_secret, config.tokens.lifetime_max_ms)
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
         self.image_files = ImageFolder(
             self.folder / "images", small_guest=partial(build, self.folder / "packages"), tool=tool
@@ -342,6 +337,7 @@ class Server:
             dumps=Dumps(self.instances, self.dump_files),
             policies=self.policies,
             callers=self.callers,
+            tokens=self.tokens,
             config=self.config,
             accepting=lambda: self.accepting,
             disk_space=self.disk_space,
@@ -477,7 +473,7 @@ class Server:
         if self.callers.empty:
             secret = new_secret()
             write_atomically(path, secret + "\n", mode=0o600)
-            await self.callers.make_admin("admin", secret)
+            await self.tokens.make_admin("admin", secret)
         elif not path.exists():
             _LOG.warning("admin token file not found; `interlock token recover` creates one", file=str(path))
 

@@ -67,9 +67,11 @@ class ApiServer:
         self.clients.append(made)
         return made
 
-    async def token(self, name: str, role: Role = Role.MEMBER, project: str = "default") -> httpx.AsyncClient:
+    async def token(
+        self, name: str, role: Role = Role.MEMBER, project: str = "default", **more: Any
+    ) -> httpx.AsyncClient:
         """A client with a new token."""
-        _, secret = await self.server.callers.make(OPERATOR, name, role, project)
+        _, secret = await self.server.tokens.make(OPERATOR, name, role, project, **more)
         return self.client(secret)
 
     async def close(self) -> None:

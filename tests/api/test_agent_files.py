@@ -32,8 +32,8 @@ class Files:
         adapter._files._incoming["the-transfer"] = _Incoming(self.content)
 
     async def agent(self, host: str) -> httpx.AsyncClient:
-        callers = self.api.server.callers
-        _, secret = await callers.make(OPERATOR, f"agent-{host}", Role.AGENT, "default", host)
+        tokens = self.api.server.tokens
+        _, secret = await tokens.make(OPERATOR, f"agent-{host}", Role.AGENT, "default", host)
         return self.api.client(secret)
 
 

@@ -37,7 +37,7 @@ class Listening:
 
     async def secret(self, name: str, role: Role = Role.MEMBER, project: str = "default") -> str:
         host = name if role is Role.AGENT else None
-        _, secret = await self.api.server.callers.make(OPERATOR, name, role, project, host)
+        _, secret = await self.api.server.tokens.make(OPERATOR, name, role, project, host)
         return secret
 
     def call(self, path: str, secret: str | None = None, **options: object) -> connect:
@@ -135,7 +135,7 @@ async def test_a_quiet_connection_ends_as_soon_as_its_token_is_deleted(
     async with listening.call(f"one/{path}", secret) as talk:
         if path == "display":
             await talk.recv()  # what the screen says first
-        await listening.api.server.callers.delete(OPERATOR, "member")
+        await listening.api.server.tokens.delete(OPERATOR, "member")
         assert await closed(talk) == (4401, REVOKED)
 
 
@@ -149,7 +149,7 @@ async def test_the_end_of_the_guest_closes_the_console_with_a_reason(
 
 async def test_a_token_that_is_deleted_can_type_no_more(listening: Listening, secret: str) -> None:
     async with listening.call("one/console/live", secret) as talk:
-        await listening.api.server.callers.delete(OPERATOR, "member")
+        await listening.api.server.tokens.delete(OPERATOR, "member")
         await talk.send(b"hello\r")
         assert await closed(talk) == (4401, REVOKED)
 

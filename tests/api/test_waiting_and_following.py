@@ -135,7 +135,7 @@ async def test_whoever_waits_or_follows_is_turned_away_as_soon_as_the_token_is_d
     api: ApiServer, loopback: Loopback, client: httpx.AsyncClient
 ) -> None:
     callers = api.server.callers
-    _, secret = await callers.make(OPERATOR, "guest", Role.MEMBER, "default")
+    _, secret = await api.server.tokens.make(OPERATOR, "guest", Role.MEMBER, "default")
     instance = await make(client, "vm")
     api.host.faults.script(str(instance["id"]), Method.PAUSE, Hangs())
     asked = await client.post("/v1/instances/vm/requests", json={"operation": "pause"})
@@ -153,7 +153,7 @@ async def test_whoever_waits_or_follows_is_turned_away_as_soon_as_the_token_is_d
         ]
         other = asyncio.create_task(client.get(asked.headers["location"], params={"wait": "1s"}))
         await until_waiting(api, before + len(held) + 2)
-        await callers.delete(OPERATOR, "guest")
+        await api.server.tokens.delete(OPERATOR, "guest")
         async with asyncio.timeout(PATIENCE_S):
             async for _ in lines:
                 pass  # what was told before it ended
@@ -179,7 +179,7 @@ async def test_events_are_told_as_they_come_and_can_be_taken_up_again(client: ht
 async def test_events_of_another_project_are_not_told(
     api: ApiServer, loopback: Loopback, client: httpx.AsyncClient
 ) -> None:
-    _, secret = await api.server.callers.make(OPERATOR, "stranger", Role.MEMBER, "elsewhere")
+    _, secret = await api.server.tokens.make(OPERATOR, "stranger", Role.MEMBER, "elsewhere")
     await make(client, "vm")
     async with loopback.client(secret) as stranger, stranger.stream("GET", "/v1/events?after=0") as answer:
         await make(client, "other", start=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT
@@ -15,7 +17,7 @@ EXPIRY = "2026-03-01T13:00:03.000Z"
 def test_a_new_token_expires_when_asked_and_only_its_secret_is_on_standard_output(
     interlock: Interlock, server: ScriptedServer
 ) -> None:
-    made = MadeToken(token=Token(**{**_fields(CI), "expires_at": EXPIRY}), secret="ilk_new")
+    made = MadeToken(token=replace(CI, expires_at=EXPIRY), secret="ilk_new")
     server.on("POST", "/v1/tokens", Given(201, made))
     ran = interlock("token", "create", "ci", "--role", "member", "--project", "research", "--expires-in", "1h")
     assert (ran.code, ran.out) == (0, "ilk_new\n")
@@ -25,7 +27,7 @@ def test_a_new_token_expires_when_asked_and_only_its_secret_is_on_standard_outpu
 
 
 def test_a_rotation_says_until_when_the_former_secret_is_valid(interlock: Interlock, server: ScriptedServer) -> None:
-    made = MadeToken(token=Token(**{**_fields(CI), "former_until_at": EXPIRY}), secret="ilk_new")
+    made = MadeToken(token=replace(CI, former_until_at=EXPIRY), secret="ilk_new")
     server.on("POST", "/v1/tokens/ci/rotate", Given(200, made))
     ran = interlock("token", "rotate", "ci", "--overlap", "60m")
     assert (ran.code, ran.out) == (0, "ilk_new\n")
@@ -33,9 +35,16 @@ def test_a_rotation_says_until_when_the_former_secret_is_valid(interlock: Interl
     assert "The former secret is valid until 13:00:03." in ran.err
 
 
+def test_a_new_admin_is_said_to_administer_the_whole_server(interlock: Interlock, server: ScriptedServer) -> None:
+    server.on("POST", "/v1/tokens", Given(201, MadeToken(token=replace(CI, role=Role.ADMIN), secret="ilk_new")))
+    ran = interlock("token", "create", "ci", "--role", "admin", "--project", "research", "--server-admin")
+    assert server.asked[-1].json["server_admin"] is True
+    assert "admin of the whole server, in the project research" in ran.err
+
+
 def test_the_list_has_expiry_and_last_use(interlock: Interlock, server: ScriptedServer) -> None:
-    gone = Token(**{**_fields(CI), "name": "gone", "expires_at": AT, "expired": True})
-    used = Token(**{**_fields(CI), "name": "used", "expires_at": EXPIRY, "last_used_at": AT})
+    gone = replace(CI, name="gone", expires_at=AT, expired=True)
+    used = replace(CI, name="used", expires_at=EXPIRY, last_used_at=AT)
     server.on("GET", "/v1/tokens", Given(value=TokenList(items=(CI, gone, used))))
     ran = interlock("token", "list")
     lines = {line.split()[0]: line for line in ran.out.splitlines()[1:]}
@@ -43,7 +52,3 @@ def test_the_list_has_expiry_and_last_use(interlock: Interlock, server: Scripted
     assert "expired" in lines["gone"]
     assert "13:00:03" in lines["used"]
     assert "19 s ago" in lines["used"]
-
-
-def _fields(token: Token) -> dict[str, object]:
-    return {name: getattr(token, name) for name in token.__struct_fields__}

@@ -417,7 +417,7 @@ async def test_a_token_for_a_former_name_is_one_for_the_present_name_once_it_is_
     for other in street.others:
         await other.disconnect()
         await other.connect(street.house)
-    tokens = await street.house.server.callers.list(caller)
+    tokens = await street.house.server.tokens.list(caller)
     assert {token.host for token in tokens} == {None, "bonn", "south"}
     seen = await hosts.show(caller, "bonn")
     assert (seen.linked, seen.host.former, seen.host.other_former) == (True, "north", ())

@@ -256,11 +256,11 @@ async def test_one_identity_is_not_let_in_under_a_second_name(open_site: Callabl
 async def test_a_token_speaks_for_its_own_host_only(open_site: Callable[..., Site]) -> None:
     site = open_site()
     await site.house.start()
-    hosts, callers = site.house.server.other_hosts, site.house.server.callers
+    hosts = site.house.server.other_hosts
     with pytest.raises(Invalid, match="host: required"):
-        await callers.make(site.house.caller, "any", Role.AGENT, "default")
+        await site.house.server.tokens.make(site.house.caller, "any", Role.AGENT, "default")
     with pytest.raises(Invalid, match="host: not allowed"):
-        await callers.make(site.house.caller, "any", Role.ADMIN, "default", "north")
+        await site.house.server.tokens.make(site.house.caller, "any", Role.ADMIN, "default", "north")
     south = await agent_of(site.house, "south")
     with pytest.raises(Forbidden, match="this token is for the host south"):
         hosts.require_may_link(south, "north")
@@ -273,7 +273,7 @@ async def test_an_agents_token_from_before_is_bound_by_its_first_use(open_site: 
     site = open_site()
     await site.house.start()
     callers, store = site.house.server.callers, site.house.server.store
-    made, secret = await callers.make(site.house.caller, "old", Role.AGENT, "default", "north")
+    made, secret = await site.house.server.tokens.make(site.house.caller, "old", Role.AGENT, "default", "north")
     await store.tokens.replace(msgspec.structs.replace(made, host=None))
     await site.house.crash()
     await site.house.start()

@@ -59,7 +59,7 @@ def linked_ends(flows: Callable[[], Awaitable[None]] | None = None) -> tuple[Lin
 async def agent_of(house: Embedded, host: str) -> Caller:
     """The agent of a host, with a token of its own."""
     callers = house.server.callers
-    _, secret = await callers.make(house.caller, f"agent-{next(_NUMBERS)}", Role.AGENT, "default", host)
+    _, secret = await house.server.tokens.make(house.caller, f"agent-{next(_NUMBERS)}", Role.AGENT, "default", host)
     caller = callers.authenticate(secret)
     assert caller is not None
     return caller

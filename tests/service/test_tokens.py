@@ -37,7 +37,7 @@ def callers(house: Embedded) -> Authenticator:
 
 
 async def make(house: Embedded, name: str = "ci", expires_in_ms: int | None = None) -> tuple[Token, str]:
-    return await house.server.callers.make(house.caller, name, Role.MEMBER, "default", expires_in_ms=expires_in_ms)
+    return await house.server.tokens.make(house.caller, name, Role.MEMBER, "default", expires_in_ms=expires_in_ms)
 
 
 async def test_a_token_is_valid_until_it_expires_and_not_longer(house: Embedded, callers: Authenticator) -> None:
@@ -70,7 +70,7 @@ async def test_a_rotated_token_has_a_new_secret_and_the_former_one_for_as_long_a
     house: Embedded, callers: Authenticator
 ) -> None:
     token, former = await make(house)
-    rotated, secret = await callers.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
+    rotated, secret = await house.server.tokens.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
     assert (rotated.id, rotated.name, rotated.role) == (token.id, "ci", Role.MEMBER)
     old, new = callers.authenticate(former), callers.authenticate(secret)
     assert old is not None
@@ -90,15 +90,15 @@ async def test_a_rotation_without_an_overlap_ends_the_former_secret_at_once(
     caller = callers.authenticate(former)
     assert caller is not None
     with callers.using(caller) as use:
-        await callers.rotate(house.caller, "ci")
+        await house.server.tokens.rotate(house.caller, "ci")
         assert use.revoked
     assert callers.authenticate(former) is None
 
 
 async def test_a_second_rotation_ends_the_secret_before_the_first(house: Embedded, callers: Authenticator) -> None:
     _, first = await make(house)
-    _, second = await callers.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
-    await callers.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
+    _, second = await house.server.tokens.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
+    await house.server.tokens.rotate(house.caller, "ci", overlap_ms=HOUR_MS)
     assert callers.authenticate(first) is None
     assert callers.authenticate(second) is not None
 
@@ -106,19 +106,19 @@ async def test_a_second_rotation_ends_the_secret_before_the_first(house: Embedde
 async def test_a_new_secret_is_valid_for_as_long_as_the_former_one_was(house: Embedded) -> None:
     await make(house, expires_in_ms=HOUR_MS)
     await asyncio.sleep(1_800)
-    rotated, _ = await house.server.callers.rotate(house.caller, "ci", overlap_ms=2 * HOUR_MS)
+    rotated, _ = await house.server.tokens.rotate(house.caller, "ci", overlap_ms=2 * HOUR_MS)
     now_ms = house.server.store.now_ms()
     assert rotated.expires_at_ms == pytest.approx(now_ms + HOUR_MS, abs=1_000)
     assert rotated.former_until_ms == pytest.approx(now_ms + HOUR_MS / 2, abs=1_000), "it would have expired then"
 
 
 async def test_a_token_cannot_rotate_itself_without_an_overlap(house: Embedded, callers: Authenticator) -> None:
-    _, secret = await callers.make(house.caller, "boss", Role.ADMIN, "default")
+    _, secret = await house.server.tokens.make(house.caller, "boss", Role.ADMIN, "default")
     caller = callers.authenticate(secret)
     assert caller is not None
     with pytest.raises(Invalid, match="overlap: required"):
-        await callers.rotate(caller, "boss")
-    await callers.rotate(caller, "boss", overlap_ms=60_000)
+        await house.server.tokens.rotate(caller, "boss")
+    await house.server.tokens.rotate(caller, "boss", overlap_ms=60_000)
 
 
 async def test_no_token_is_valid_for_longer_than_the_server_allows(tmp_path: Path) -> None:
@@ -128,14 +128,14 @@ async def test_no_token_is_valid_for_longer_than_the_server_allows(tmp_path: Pat
         await make(house, expires_in_ms=2 * HOUR_MS)
     token, _ = await make(house)
     assert token.expires_at_ms == token.created_at_ms + HOUR_MS
-    admin = next(one for one in await house.server.callers.list(house.caller) if one.name == "admin")
+    admin = next(one for one in await house.server.tokens.list(house.caller) if one.name == "admin")
     assert admin.expires_at_ms is None, "nobody could create another"
     await house.crash()
 
 
 async def test_expiry_and_rotation_survive_a_restart(house: Embedded) -> None:
     _, former = await make(house, expires_in_ms=HOUR_MS)
-    _, secret = await house.server.callers.rotate(house.caller, "ci", overlap_ms=60_000)
+    _, secret = await house.server.tokens.rotate(house.caller, "ci", overlap_ms=60_000)
     await house.crash()
     await house.start()
     callers = house.server.callers
@@ -164,7 +164,7 @@ async def test_the_time_of_last_use_is_written_once_a_minute_however_many_reques
             assert callers.authenticate(secret) is not None
         await asyncio.sleep(1)
     assert [len(uses) for uses in written] == [2, 2, 2]
-    tokens = {one.name: one for one in await callers.list(house.caller)}
+    tokens = {one.name: one for one in await house.server.tokens.list(house.caller)}
     assert tokens["a"].last_used_at_ms == pytest.approx(house.server.store.now_ms(), abs=1_000)
     await house.crash()
     with apsw.Connection(str(house.server.folder / DATABASE)) as database:

@@ -11,8 +11,8 @@ from interlock.core.errors import Invalid
 class Role(StrEnum):
     """A caller's role, from the least to the most powerful.
 
-    An admin administers the server: its images, and the tokens of every project. Instances, volumes and events are
-    limited to the token's project, whatever its role.
+    An admin administers the server: its hosts, policy, public images and projects, and the tokens of every project.
+    Instances, volumes and events are limited to the token's project, whatever its role.
     """
 
     AGENT = "agent"
@@ -20,7 +20,7 @@ class Role(StrEnum):
     READER = "reader"
     MEMBER = "member"
     PROJECT_ADMIN = "project_admin"
-    """May do what a member may."""
+    """May do what a member may, and administers the tokens of its own project."""
     ADMIN = "admin"
 
     def includes(self, other: Role) -> bool:

@@ -24,6 +24,7 @@ from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
 from interlock.service.readiness import Readiness
+from interlock.service.tokens import Tokens
 
 
 class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +40,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     dumps: Dumps
     policies: Policies
     callers: Authenticator
+    tokens: Tokens
     hosts: HostService
     moves: HostMoves
     config: Config

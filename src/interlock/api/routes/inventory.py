@@ -210,7 +210,7 @@ async def delete_volume(parts: ApiParts, caller: Caller, request: Request) -> No
 @tokens_routes.add("GET /v1/tokens", "List tokens", {200: inventory.TokenList})
 async def tokens(parts: ApiParts, caller: Caller, request: Request) -> inventory.TokenList:
     now_ms = parts.instances.now_ms()
-    found = await parts.callers.list(caller)
+    found = await parts.tokens.list(caller)
     return inventory.TokenList(items=tuple(serializers.token(one, now_ms) for one in found))
 
 
@@ -226,8 +226,15 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
     if body.host is not None:
         parts.hosts.require_present_name(caller, body.host)
     expires_in_ms = duration_ms("expires_in", body.expires_in)
-    token, secret = await parts.callers.make(
-        caller, body.name, body.role, body.project, body.host, body.groups, expires_in_ms=expires_in_ms
+    token, secret = await parts.tokens.make(
+        caller,
+        body.name,
+        body.role,
+        body.project or caller.project,
+        body.host,
+        body.groups,
+        expires_in_ms=expires_in_ms,
+        server_admin=body.server_admin,
     )
     return _with_secret(parts, token, secret, 201)
 
@@ -240,7 +247,7 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
 )
 async def rotate_token(parts: ApiParts, caller: Caller, request: Request) -> Response:
     body = await request_parsing.body(request, inventory.TokenRotation, parts.config.request_body_bytes_max)
-    token, secret = await parts.callers.rotate(
+    token, secret = await parts.tokens.rotate(
         caller,
         request.path_params["reference"],
         overlap_ms=duration_ms("overlap", body.overlap) or 0,
@@ -256,4 +263,4 @@ def _with_secret(parts: ApiParts, token: Token, secret: str, status: int) -> Res
 
 @tokens_routes.add("DELETE /v1/tokens/{reference}", "Delete a token, and close its connections at once", {204: None})
 async def delete_token(parts: ApiParts, caller: Caller, request: Request) -> None:
-    await parts.callers.delete(caller, request.path_params["reference"])
+    await parts.tokens.delete(caller, request.path_params["reference"])

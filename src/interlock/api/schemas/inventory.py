@@ -127,7 +127,10 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: Name
     role: Role
-    project: Name
+    project: Name | None = None
+    """By default the caller's own."""
+    server_admin: bool = False
+    """Confirms that an admin in another project than the caller's is to administer the whole server."""
     host: Name | None = None
     """The host of an agent: required for the role agent, not allowed for others."""
     groups: tuple[Name, ...] = ()
@@ -179,7 +182,7 @@ class MadeToken(Wire, frozen=True, kw_only=True):
 
 
 class TokenList(Wire, frozen=True, kw_only=True):
-    """All tokens."""
+    """All tokens; for a project_admin, those of its project."""
 
     items: tuple[Token, ...]
 

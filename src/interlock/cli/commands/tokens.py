@@ -16,13 +16,16 @@ from interlock.core.roles import Role
 
 @click.group("token")
 def token_commands() -> None:
-    """Access tokens. For admins."""
+    """Access tokens. For admins, and for a project_admin in its own project."""
 
 
 @token_commands.command("create")
 @click.argument("name")
 @click.option("--role", type=click.Choice([role.value for role in Role]), required=True, help="Role of the token.")
-@click.option("--project", default="default", show_default=True, help="Project of the token.")
+@click.option("--project", metavar="NAME", help="Project of the token. Default: your own.")
+@click.option(
+    "--server-admin", is_flag=True, help="Confirm that an admin in another project is to administer the whole server."
+)
 @click.option("--host", metavar="NAME", help="Host of an agent; only with --role agent.")
 @click.option("--group", "groups", metavar="NAME", multiple=True, help="Group of its holder, for policies; repeatable.")
 @click.option(
@@ -38,18 +41,27 @@ def create_token(
     *,
     name: str,
     role: str,
-    project: str,
+    project: str | None,
+    server_admin: bool,
     host: str | None,
     groups: tuple[str, ...],
     expires_in_ms: int | None,
 ) -> None:
     """Create the token NAME. Its secret is printed only once, on standard output.
 
-    A token with the role agent is for `interlock agent` on the host --host,
-    and for nothing else.
+    A reader may read, a member may also change what the project has, and a
+    project_admin may also administer the project's tokens. An admin administers
+    the whole server, whatever its project. A token with the role agent is for
+    `interlock agent` on the host --host, and for nothing else.
     """
     new = NewToken(
-        name=name, role=Role(role), project=project, host=host, groups=groups, expires_in=_span(expires_in_ms)
+        name=name,
+        role=Role(role),
+        project=project,
+        server_admin=server_admin,
+        host=host,
+        groups=groups,
+        expires_in=_span(expires_in_ms),
     )
     reply = invocation.client.post(TOKENS, new)
     if not invocation.print_json(reply):
@@ -76,7 +88,9 @@ def _moment(invocation: Invocation, moment: str) -> str:
 
 
 def _role_text(token: Token) -> str:
-    return f"{token.role.value} of {token.project}" if token.host is None else f"{token.role.value} of {token.host}"
+    if token.role is Role.ADMIN:
+        return f"admin of the whole server, in the project {token.project}"
+    return f"{token.role.value} of {token.host or token.project}"
 
 
 @token_commands.command("list")
