@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -15,6 +16,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import interlock
 from built_package import EPOCH, copy_sources, make_package
@@ -55,6 +58,19 @@ def test_the_wheel_has_every_module_and_data_file_and_nothing_else(package: Path
         for path in (source / "interlock").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
+
+
+def test_the_bill_of_materials_has_every_locked_package_of_a_server_with_its_licence(package: Path) -> None:
+    text = (package / "interlock.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    document = json.loads(text)
+    listed = {f"{one['name']}=={one['version']}" for one in document["components"]}
+    assert listed == set(
+        re.findall(r"^([\w.-]+==[^\s;\\]+)", (package / "requirements.lock").read_text(), re.MULTILINE)
+    )
+    assert all(one["licenses"] and one["hashes"] for one in document["components"])
+    assert document["metadata"]["component"]["version"] == interlock.__version__
+    assert not {"pytest", "mypy", "hypothesis"} & {one["name"] for one in document["components"]}
 
 
 def test_the_source_distribution_builds_the_same_wheel(package: Path, tmp_path: Path) -> None:
