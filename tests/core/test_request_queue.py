@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from core_samples import GRACE_MS, ORDINARY, START_MS, O, V, ask, instance_in, queue, rule, serving, waiting_for
 
 from interlock.core.admission import admit
-from interlock.core.lifecycle import finish, take
+from interlock.core.lifecycle import cancel, finish, take
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy, Policy, Verdict
 from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, Status
@@ -157,6 +158,21 @@ def test_a_preempting_request_goes_before_everything_that_waits_and_behind_what_
     """Section 3: a preempting request first."""
     instance = queue(serving(O.REBOOT), ANYTHING, O.PAUSE, O.UNPAUSE, O.STOP)
     assert waiting_for(instance) == ["reboot", "stop", "pause", "unpause"]
+
+
+@pytest.mark.parametrize("asked_to_stop", [False, True])
+def test_a_preempting_request_counts_on_what_is_in_flight_unless_that_was_asked_to_stop(asked_to_stop: bool) -> None:
+    """Else it would stay behind a start although the success of that start cancels it (law 2)."""
+    instance = serving(O.START, V.STOPPED)
+    deadline_ms = START_MS + GRACE_MS if asked_to_stop else None
+    waiting = [
+        Request(id=f"q{number}", instance_id="i-1", operation=operation, requested_by="ada", rule="made",
+                admitted_at_ms=START_MS, preempts=True)
+        for number, operation in enumerate((O.STOP, O.START), 1)
+    ]  # fmt: skip
+    served = replace(instance.outstanding[0], interrupt_deadline_ms=deadline_ms)
+    left = cancel(replace(instance, outstanding=(served, *waiting)), "q1", POLICY, "ada", START_MS).instance
+    assert waiting_for(left) == (["start", "start"] if asked_to_stop else ["start"])
 
 
 def test_the_foreseen_state_is_where_everything_outstanding_leads() -> None:

@@ -270,7 +270,7 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
                 continue
         if is_state_change:
             foreseen = foreseen.after(request.operation)
-            if request.status is Status.QUEUED:
+            if request.status is Status.QUEUED or request.interrupt_deadline_ms is None:
                 halfway = foreseen.vm_state
         before.append(request)
     draft.instance = replace(draft.instance, host_fenced=not draft.host_reachable)

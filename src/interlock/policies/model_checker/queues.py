@@ -123,7 +123,8 @@ class Queues:
         stays_anyway = tables.anyway_by_host if host_changed else tables.anyway
         base = layout.base.of(words)
         there = tables.task_leads[layout.task.of(words) * tables.bases + base]
-        halfway = tables.vm_state[base]
+        asked_to_stop = (words & layout.deadline.mask) > 0
+        halfway = tables.vm_state[np.where(asked_to_stop, base, there)]
         kept = np.zeros(len(words), np.int64)
         at = np.zeros(len(words), np.int64)
         while queue.any():
