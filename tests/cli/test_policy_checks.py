@@ -144,6 +144,17 @@ def test_a_state_is_explained_without_a_server(policy: Any) -> None:
     assert "in 2 min 40 s, unless there is progress before  (rule silent-power.stop)" in ran.out
 
 
+def test_a_time_that_progress_does_not_move_is_explained_without_a_proviso(policy: Any, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "patient"\noperations = ["stop"]\ntask_state = ["@reboot"]\n'
+        'verdict = "after"\nthreshold = "1m"\nmeasured_from = "task_started"\n'
+    )
+    ran = policy("explain", "active/rebooting", "stop", "--policy", str(site), "--silent", "5s", "--running", "20s")
+    assert "in 40 s  (rule patient)" in ran.out
+    assert "unless" not in ran.out
+
+
 def test_rules_that_fail_for_the_same_cause_are_folded(policy: Any) -> None:
     folded, everything = (policy("explain", "active", "unrescue", *more).out for more in ((), ("--all",)))
     assert len(everything) > len(folded)
@@ -251,7 +262,7 @@ def test_a_vm_is_explained_by_the_policy_of_its_server(policy: Any, server: Scri
     document = json.loads(policy("explain", "demo", "stop", "--json").out)
     assert document["ways"][0] == {
         "turn": "time", "value": None, "at_ms": NOW_MS + 160_000, "rule": "silent-power.stop", "by": [],
-        "text": "in 160s, if nothing shows life until then", "in_s": 160,
+        "text": "in 160s, if nothing makes progress until then", "in_s": 160, "if_silent": True, "latest_ms": None,
     }  # fmt: skip
 
 

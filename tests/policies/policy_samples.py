@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -25,8 +27,18 @@ from interlock.core.records import (
 )
 from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.policies.language.loader import compile_named
 
 START_MS = 1_000_000_000_000
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+def site(rules: str, base: str = "standard") -> CompiledPolicy:
+    """A site's policy: rules before those of a built-in policy."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "site.toml"
+        path.write_text(f'[policy]\nname = "site"\nextends = "{base}"\n{rules}')
+        return compile_named(str(path))
 
 
 def instance(vm_state: VmState, **more: Any) -> Instance:

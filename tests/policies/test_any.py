@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-from policy_samples import START_MS, instance, serving
+from policy_samples import START_MS, instance, serving, site
 
 from interlock.core.admission import judge
 from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.records import Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
@@ -47,13 +46,6 @@ threshold = "3m"
 """
 
 
-def site(rules: str) -> Policy:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "site.toml"
-        path.write_text(f'[policy]\nextends = "standard"\n{rules}')
-        return load(path)
-
-
 def asked(operation: Operation, role: Role = Role.MEMBER) -> Submission:
     return Submission(request_id="r1", operation=operation, requested_by="alice", role=role)
 
@@ -71,12 +63,12 @@ def asked(operation: Operation, role: Role = Role.MEMBER) -> Submission:
 def test_a_rule_holds_if_its_own_conditions_and_one_of_its_sets_do(
     vm_state: VmState, tags: tuple[str, ...], role: Role, rule: str
 ) -> None:
-    answer = judge(instance(vm_state, tags=tags), asked(O.REBUILD, role), CompiledPolicy(site(FREEZE)), START_MS)
+    answer = judge(instance(vm_state, tags=tags), asked(O.REBUILD, role), site(FREEZE), START_MS)
     assert answer.rule == rule  # type: ignore[union-attr]
 
 
 def test_an_explanation_names_the_sets_that_failed_and_the_one_that_held() -> None:
-    found = explain(instance(V.ACTIVE, tags=("gpu",)), asked(O.RESIZE), CompiledPolicy(site(FREEZE)), START_MS)
+    found = explain(instance(V.ACTIVE, tags=("gpu",)), asked(O.RESIZE), site(FREEZE), START_MS)
     tried = {one.rule: one.failed for one in found.tried}
     assert tried["freeze#1"] == "tags: wants prod, found gpu"
     assert tried["freeze#2"] is None
@@ -90,7 +82,7 @@ def test_sets_are_expanded_for_each_operation_where_they_differ_with_it() -> Non
     (one,) = [one for one in written(policy.rules) if one.id == "mine"]
     assert len(one.numbers) == 3
     stopping = serving(V.ACTIVE, "powering_off", tags=("a",))
-    assert judge(stopping, asked(O.STOP), CompiledPolicy(policy), START_MS).rule == "mine.stop#1"  # type: ignore[union-attr]
+    assert judge(stopping, asked(O.STOP), policy, START_MS).rule == "mine.stop#1"  # type: ignore[union-attr]
 
 
 def test_thresholds_change_all_sets_of_a_rule_or_one() -> None:
@@ -120,7 +112,7 @@ def test_what_is_no_set_of_conditions_is_refused_at_its_place(sets: str, why: st
     text = FREEZE[:start] + f"any = {sets}\n" + FREEZE[FREEZE.index("verdict") :]
     with pytest.raises(PolicyError, match=why) as refused:
         site(text)
-    assert "site.toml:8:" in str(refused.value)
+    assert "site.toml:9:" in str(refused.value)
 
 
 def test_editors_accept_what_the_reader_accepts() -> None:
@@ -138,9 +130,9 @@ def test_editors_accept_what_the_reader_accepts() -> None:
 
 def test_the_check_finds_a_set_that_never_decides() -> None:
     again = FREEZE.replace('{ power_state = ["paused"] }', '{ tags = ["prod"], locked = false }')
-    (found,) = [one for one in check(site(again)) if one.code == "idle-set"]
+    (found,) = [one for one in check(site(again).policy) if one.code == "idle-set"]
     assert found.message.startswith("Set 3 in `any` of 'freeze' never decides")
-    assert not [one for one in check(site(FREEZE)) if one.code == "idle-set"]
+    assert not [one for one in check(site(FREEZE).policy) if one.code == "idle-set"]
 
 
 def split(text: str) -> str:
@@ -153,7 +145,7 @@ def split(text: str) -> str:
 
 
 def test_a_comparison_sees_the_same_as_with_one_rule_for_each_set() -> None:
-    together, apart = (differ(site(""), site(text)) for text in (FREEZE, split(FREEZE)))
+    together, apart = (differ(site("").policy, site(text).policy) for text in (FREEZE, split(FREEZE)))
     assert together.complete
     assert together.differing == apart.differing > 0
     assert {one.after.rule for one in together.groups} == {"freeze"}
@@ -173,5 +165,5 @@ any = [{ tags = ["x"] }, { locked = true }]
 verdict = "deny"
 """
     few = [O.DELETE, O.LOCK, O.UNLOCK, O.STOP]
-    assert explore(CompiledPolicy(site("")), operations=few, outstanding_max=1).violations == ()
-    assert explore(CompiledPolicy(site(stuck)), operations=few, outstanding_max=1).violations
+    assert explore(site(""), operations=few, outstanding_max=1).violations == ()
+    assert explore(site(stuck), operations=few, outstanding_max=1).violations

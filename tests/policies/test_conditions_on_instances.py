@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import pytest
-from policy_samples import START_MS, instance, serving
+from policy_samples import START_MS, instance, serving, site
 
 from interlock.core.admission import admit, judge
 from interlock.core.errors import PolicyError
@@ -21,21 +19,12 @@ from interlock.core.roles import Role
 from interlock.core.states import PowerState, VmState
 from interlock.policies.comparison import differ
 from interlock.policies.explanation import explain
-from interlock.policies.language.loader import load
 from interlock.policies.lint import check
 from interlock.policies.model_checker import explore
 from interlock.policies.rehearsal.runner import rehearse
 
 O = Operation  # noqa: E741
 V = VmState
-
-
-def site(rules: str, base: str = "standard") -> CompiledPolicy:
-    """Return a policy that extends a built-in one."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "site.toml"
-        path.write_text(f'[policy]\nextends = "{base}"\n{rules}')
-        return CompiledPolicy(load(path))
 
 
 def asked(operation: Operation, role: Role = Role.MEMBER, **parameters: object) -> Submission:

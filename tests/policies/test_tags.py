@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from policy_samples import START_MS, instance
+from policy_samples import START_MS, instance, site
 
 from interlock.core.admission import judge
 from interlock.core.operations import Operation
-from interlock.core.policy import CompiledPolicy, Policy
+from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Submission
 from interlock.core.states import VmState
 from interlock.policies.comparison import differ
 from interlock.policies.explanation import explain, ways
-from interlock.policies.language.loader import load
 from interlock.policies.lint import check
 
 O = Operation  # noqa: E741
@@ -32,12 +29,9 @@ reason = "tagged"
 """
 
 
-def site(*conditions: str) -> Policy:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "site.toml"
-        rules = [RULE.format(id=f"tagged{number}", tags=tags) for number, tags in enumerate(conditions, start=1)]
-        path.write_text('[policy]\nextends = "standard"\n' + "".join(rules))
-        return load(path)
+def tagged(*conditions: str) -> CompiledPolicy:
+    rules = [RULE.format(id=f"tagged{number}", tags=tags) for number, tags in enumerate(conditions, start=1)]
+    return site("".join(rules))
 
 
 def asked() -> Submission:
@@ -60,7 +54,7 @@ def subsets(*tags: str) -> Iterator[tuple[str, ...]]:
     ],
 )
 def test_a_rule_holds_for_the_tags_that_its_conditions_name(written: str, held_by: set[tuple[str, ...]]) -> None:
-    policy = CompiledPolicy(site(written))
+    policy = tagged(written)
     found = set()
     for tags in subsets("a", "b", "c"):
         answer = judge(instance(V.ACTIVE, tags=tags), asked(), policy, START_MS)
@@ -70,7 +64,7 @@ def test_a_rule_holds_for_the_tags_that_its_conditions_name(written: str, held_b
 
 
 def test_an_explanation_says_which_tags_are_wanted_and_which_change_would_help() -> None:
-    policy = CompiledPolicy(site('tags_all = ["a", "b"]\ntags = ["!c"]'))
+    policy = tagged('tags_all = ["a", "b"]\ntags = ["!c"]')
     failed = [
         next(one.failed for one in explain(instance(V.ACTIVE, tags=tags), asked(), policy, START_MS).tried[::-1]
              if one.rule == "tagged1")
@@ -94,12 +88,12 @@ def test_an_explanation_says_which_tags_are_wanted_and_which_change_would_help()
     ],
 )
 def test_the_check_finds_exactly_the_rules_that_no_tags_reach(conditions: tuple[str, ...], dead: set[str]) -> None:
-    found = {one.rule for one in check(site(*conditions)) if one.code in ("unreachable", "contradiction")}
+    found = {one.rule for one in check(tagged(*conditions).policy) if one.code in ("unreachable", "contradiction")}
     assert {rule for rule in found if str(rule).startswith("tagged")} == dead
 
 
 def test_a_comparison_finds_the_tags_on_which_two_policies_differ() -> None:
-    found = differ(site('tags = ["a"]'), site('tags = ["a", "!b"]'))
+    found = differ(tagged('tags = ["a"]').policy, tagged('tags = ["a", "!b"]').policy)
     assert found.complete
     assert {one.condition for one in found.groups} == {"tagged a, tagged b"}
-    assert not differ(site('tags_all = ["a"]'), site('tags = ["a"]')).groups
+    assert not differ(tagged('tags_all = ["a"]').policy, tagged('tags = ["a"]').policy).groups

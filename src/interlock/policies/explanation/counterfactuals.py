@@ -19,7 +19,17 @@ from interlock.core.durations import format_seconds
 from interlock.core.evaluation import would_admit
 from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy
-from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, StaleFence, Submission
+from interlock.core.records import (
+    SERVED,
+    Admitted,
+    Denied,
+    Instance,
+    Outcome,
+    Redundant,
+    Request,
+    StaleFence,
+    Submission,
+)
 from interlock.core.state_stack import resolve_target
 from interlock.core.states import VmState
 from interlock.core.view_classes import members_of
@@ -65,7 +75,11 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     value: str | bool | None = None
     """The tag, value of the caller, vm_state or value of the flag; or the request that has to end."""
     at_ms: int | None = None
-    """For `time`: when it is admitted, if nothing makes progress until then."""
+    """For `time`: when it is admitted."""
+    if_silent: bool = False
+    """Whether `at_ms` holds only if what is in flight makes no progress until then."""
+    latest_ms: int | None = None
+    """When it is admitted also if that makes progress for ever; None: unknown."""
     rule: str
     """The rule that would admit it."""
     by: tuple[Operation, ...] = ()
@@ -89,17 +103,44 @@ def ways(instance: Instance, submission: Submission, policy: CompiledPolicy, now
 
 
 def _in_time(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Iterator[Way]:
+    answer = judge(instance, submission, policy, now_ms)
+    named_ms = answer.allowed_at_ms if isinstance(answer, Denied | Redundant) else None
+    for at_ms in _moments(named_ms, instance, submission, policy, now_ms):
+        # By then, what may be served for a limited time only may have been fenced.
+        later = judge(_expired(instance, policy, at_ms), submission, policy, at_ms)
+        if isinstance(later, Admitted):
+            if_silent, latest_ms = bool(_served(instance)), None
+            if isinstance(answer, Denied | Redundant) and at_ms == named_ms:
+                if_silent, latest_ms = answer.allowed_if_silent, answer.allowed_latest_at_ms
+            text = f"in {format_seconds(at_ms - now_ms)}" + (", if nothing makes progress until then" * if_silent)
+            yield Way(turn=Turn.TIME, at_ms=at_ms, if_silent=if_silent, latest_ms=latest_ms, rule=later.rule, text=text)
+            return
+
+
+def _moments(
+    named_ms: int | None, instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int
+) -> Iterator[int]:
+    """Yield the time that the answer names, and then those at which the rules' answer changes."""
+    if named_ms is not None:
+        yield named_ms
     at_ms = now_ms
     for _ in range(_MOMENTS_MAX):
         wait_ms = policy.changes_in_ms(policy.view(instance, submission, at_ms), at_ms)
         if wait_ms is None:
             return
         at_ms += wait_ms
-        answer = judge(instance, submission, policy, at_ms)
-        if isinstance(answer, Admitted):
-            text = f"in {format_seconds(at_ms - now_ms)}, if nothing shows life until then"
-            yield Way(turn=Turn.TIME, at_ms=at_ms, rule=answer.rule, text=text)
-            return
+        yield at_ms
+
+
+def _expired(instance: Instance, policy: CompiledPolicy, at_ms: int) -> Instance:
+    """Return the instance at a time, if nothing happens until then but what is due."""
+    while (due_ms := lifecycle.next_deadline_ms(instance)) is not None and due_ms <= at_ms:
+        instance = lifecycle.expire(instance, policy, due_ms).instance
+    return instance
+
+
+def _served(instance: Instance) -> tuple[Request, ...]:
+    return tuple(request for request in instance.outstanding if request.status in SERVED)
 
 
 _Changed = tuple[str, str | bool | None, str, Instance, Submission]
@@ -142,21 +183,20 @@ def _changes(
 def _queue(
     instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int
 ) -> Iterator[_Changed]:  # fmt: skip
-    for request in instance.outstanding:
-        if request.status in SERVED:
-            over = lifecycle.finish(
-                instance,
-                request.id,
-                request.fence,
-                Outcome.SUCCEEDED,
-                policy,
-                now_ms,
-                host_reachable=submission.host_reachable,
-            )
-            if not isinstance(over.answer, StaleFence):
-                text = f"once {_named(request)} has succeeded, and left it {over.instance.vm_state.value}"
-                yield Turn.TASK_OVER, request.id, text, over.instance, submission
-    served = tuple(request for request in instance.outstanding if request.status in SERVED)
+    for request in _served(instance):
+        over = lifecycle.finish(
+            instance,
+            request.id,
+            request.fence,
+            Outcome.SUCCEEDED,
+            policy,
+            now_ms,
+            host_reachable=submission.host_reachable,
+        )
+        if not isinstance(over.answer, StaleFence):
+            text = f"once {_named(request)} has succeeded, and left it {over.instance.vm_state.value}"
+            yield Turn.TASK_OVER, request.id, text, over.instance, submission
+    served = _served(instance)
     if served and len(served) < len(instance.outstanding):
         changed = _replace(instance, outstanding=served)
         yield Turn.NOTHING_WAITS, None, "if nothing is queued behind the operation in progress", changed, submission

@@ -155,9 +155,9 @@ def _print_ways(invocation: Invocation, question: Question, answer: Disposition,
             continue
         text = way.text
         if way.at_ms is not None:
-            wait_s = (way.at_ms - question.now_ms) / 1000
-            moment = f", at {clock_of(way.at_ms)}" if question.real else ""
-            text = f"in {duration(wait_s)}{moment}, unless there is progress before"
+            text = _moment(question, way.at_ms) + ", unless there is progress before" * way.if_silent
+        if way.if_silent and way.latest_ms is not None:
+            text += f"; at the latest {_moment(question, way.latest_ms)}"
         invocation.echo(f"  {printable(text)}  (rule {printable(way.rule)})")
     states = [way for way in found if way.turn == "vm_state"]
     near = [way for way in states if way.by]
@@ -166,6 +166,11 @@ def _print_ways(invocation: Invocation, question: Question, answer: Disposition,
         invocation.echo(f"  if it is {way.value}: {how} leads there, and is allowed now  (rule {printable(way.rule)})")
     if others := [str(way.value) for way in states if not way.by]:
         invocation.echo(f"  if it is {', '.join(others)}")
+
+
+def _moment(question: Question, at_ms: int) -> str:
+    moment = f", at {clock_of(at_ms)}" if question.real else ""
+    return f"in {duration((at_ms - question.now_ms) / 1000)}{moment}"
 
 
 def clock_of(at_ms: int) -> str:
