@@ -28,7 +28,7 @@ class HistoryViolation(msgspec.Struct, frozen=True, kw_only=True):
     """A law that the history breaks, and the event that shows it."""
 
     law: int
-    """Its number in the design's list."""
+    """Its number in `interlock.policies.laws`."""
     what: str
     instance_id: str
     request_id: str | None = None

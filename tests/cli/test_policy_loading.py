@@ -47,7 +47,12 @@ def loaded(**changes: Any) -> PolicyLoaded:
         "cancelled": None,
         "findings": (),
         "exploration": PolicyWalk(
-            states=12_345, transitions=99, complete=False, seconds=5.0, assumptions=("Held fixed.",)
+            states=12_345,
+            transitions=99,
+            complete=False,
+            seconds=5.0,
+            assumptions=("Held fixed.",),
+            version="1.2.3",
         ),
     }
     return PolicyLoaded(**given | changes)
@@ -75,7 +80,7 @@ def test_a_file_is_sent_with_what_it_extends_on_the_terms_that_were_asked_for(
     assert assumed == "  - Held fixed."
     assert outcome.startswith(f"site ({'ab' * 8}) is in force, instead of standard ({'cd' * 8}). Queued requests were ")
     assert outcome.endswith("again: 2 requests were cancelled.")
-    assert walk.startswith("Explored: 12,345 states in 5 s, incomplete;")
+    assert walk.startswith("Explored by Interlock 1.2.3: 12,345 states in 5 s, incomplete;")
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ class Lives(RuleBasedStateMachine):
         assert (taken and taken.id) == self.model.take(lane, self.now)
         if taken is not None:
             beside = taken.lane is Lane.COMPONENT and self.model.changing is not None
-            assert not ahead or beside, "law 9: served in turn"
-            assert not any(other.plugs or other.overtakes for other in ahead), "law 9: served in turn"
+            assert not ahead or beside, "law 12: served in turn"
+            assert not any(other.plugs or other.overtakes for other in ahead), "law 12: served in turn"
             self.workers.append((taken.id, taken.fence))
         self.follow(change)
 

@@ -56,7 +56,7 @@ def test_only_one_state_change_is_in_flight() -> None:
 
 
 def test_state_changes_and_component_changes_are_served_in_the_order_admitted() -> None:
-    """Law 9: nothing that came later goes first, in either lane."""
+    """Law 12: nothing that came later goes first, in either lane."""
     instance = queue(instance_in(), POLICY, O.ATTACH_VOLUME, O.STOP, O.SWAP_VOLUME)
     served = []
     while instance.outstanding:
@@ -68,7 +68,7 @@ def test_state_changes_and_component_changes_are_served_in_the_order_admitted() 
 
 
 def test_a_detachment_is_not_starved_by_state_changes_that_keep_coming() -> None:
-    """Law 9: it is served next, however many others are submitted after it."""
+    """Law 12: it is served next, however many others are submitted after it."""
     policy = compile_named("standard")
     instance = queue(instance_in(), policy, O.PAUSE)
     pausing = take(instance, None, START_MS)

@@ -173,7 +173,7 @@ def _may_be_cancelled(before: Instance, change: Change[Any], step: Step, request
 
 
 def served_in_turn(before: Instance, change: Change[Any], step: Step) -> Iterator[Breach]:
-    """Law 9: nothing is taken before an earlier request, unless it preempts or runs beside what that one waits for."""
+    """Law 12: nothing is taken before an earlier request, unless it preempts or runs beside what that one waits for."""
     taken = change.answer
     if step.kind is not StepKind.TAKE or not isinstance(taken, Request) or taken.preempts:
         return
@@ -183,7 +183,7 @@ def served_in_turn(before: Instance, change: Change[Any], step: Step) -> Iterato
         promised = other.in_turn or other.lane is Lane.STATE
         beside = taken.lane is Lane.COMPONENT and serving is not None and not other.preempts
         if promised and not (beside and other.lane is Lane.STATE):
-            yield Breach(9, f"{taken.operation.value} is served before {other.operation.value}, which came first")
+            yield Breach(12, f"{taken.operation.value} is served before {other.operation.value}, which came first")
 
 
 def _permitted(policy: CompiledPolicy, request: Request, state: VmState, launched: bool, tags: tuple[str, ...]) -> bool:

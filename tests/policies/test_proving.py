@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from interlock import __version__
 from interlock.core.operations import Operation
 from interlock.core.policy_switches import PolicyBundle
 from interlock.policies.language.bundle import builtin
@@ -18,6 +19,7 @@ def test_a_built_in_policy_is_walked() -> None:
     assert proof.holds
     assert proof.walk is not None
     assert proof.walk.complete
+    assert proof.walk.version == __version__
     assert proof.walk.states > 100
 
 

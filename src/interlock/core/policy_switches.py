@@ -52,6 +52,8 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
     """What callers of an ordinary role alone can do, as a sentence; None if it was not determined."""
     certified_by: str | None = None
     """The public key of whoever certified that search; None if the server made it itself."""
+    version: str | None = None
+    """The version of Interlock that made the search; None if that was not recorded."""
 
 
 class PolicySwitch(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The request queue of one instance: its order, the foreseen state, and re-evaluation of queued requests.
 
 Requests in flight come first, then preempting ones, then the rest in the order admitted, state changes and component
-changes alike (law 9). The queue is evaluated again whenever the state is not the foreseen one; `admission` decides
+changes alike (law 12). The queue is evaluated again whenever the state is not the foreseen one; `admission` decides
 whether a new request may enter it.
 """
 
@@ -345,7 +345,7 @@ def _cancel(draft: Draft, request: Request, rule: Rule, state: VmState, policy: 
 def next_served(instance: Instance, lane: Lane | None) -> Request | None:
     """Return the request to perform next in `lane`, or in any lane if None; None if none can be performed now.
 
-    The next one is the first that waits, of both lanes (law 9). Only a component change that is compatible with the
+    The next one is the first that waits, of both lanes (law 12). Only a component change that is compatible with the
     state change in flight may be served earlier, and only before requests that have to wait for that state change: a
     component change served before a preempting request has no deadline, and would block the queue if it hung.
     """

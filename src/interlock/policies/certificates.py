@@ -23,7 +23,7 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.policy_switches import Walk
-from interlock.policies.laws import SEARCHED_LAWS
+from interlock.policies.laws import LAWS
 
 if TYPE_CHECKING:
     from interlock.policies.model_checker import Exploration
@@ -94,7 +94,7 @@ def certify(
         bounds=Bounds(outstanding_max=found.outstanding_max, faults_max=faults_max),
         assumptions=found.assumptions,
         role_limits=None if found.weaker is None else found.weaker.sentence,
-        laws=tuple(sorted(SEARCHED_LAWS)),
+        laws=tuple(LAWS),
         operations=found.operations,
         states=found.states,
         transitions=found.transitions,
@@ -190,6 +190,7 @@ def check(signed: SignedCertificate, digest: str, trusted: Iterable[str], now: d
         assumptions=certificate.assumptions,
         role_limits=certificate.role_limits,
         certified_by=signed.public_key,
+        version=certificate.version,
     )
 
 
@@ -207,7 +208,7 @@ def _mismatches(certificate: Certificate, digest: str, now: datetime) -> Iterato
         yield f"the exploration found {certificate.violations} violations"
     if not certificate.complete:
         yield "the exploration is incomplete"
-    missing = SEARCHED_LAWS.difference(certificate.laws)
+    missing = LAWS.keys() - certificate.laws
     if missing:
         yield f"the laws {', '.join(map(str, sorted(missing)))} were not checked"
     if certificate.bounds.outstanding_max < OUTSTANDING_MIN:

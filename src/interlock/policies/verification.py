@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock import __version__
 from interlock.core.errors import Invalid, PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
@@ -94,12 +95,14 @@ def _walked(proof: Proof, policy: Policy, question: Question) -> Proof:
         found = explore(CompiledPolicy(policy, question.performs), seconds_max=question.explore_ms / 1000)
     except Invalid:
         # Too many states even with one request at a time, as with hundreds of thresholds: no verdict.
-        return msgspec.structs.replace(proof, walk=Walk(states=0, transitions=0, seconds=0.0, complete=False))
+        nothing = Walk(states=0, transitions=0, seconds=0.0, complete=False, version=__version__)
+        return msgspec.structs.replace(proof, walk=nothing)
     return msgspec.structs.replace(
         proof,
         walk=msgspec.structs.replace(
             msgspec.convert(found, Walk, from_attributes=True),
             role_limits=None if found.weaker is None else found.weaker.sentence,
+            version=__version__,
         ),
         violations=tuple(msgspec.convert(one, BrokenLaw, from_attributes=True) for one in found.violations),
     )

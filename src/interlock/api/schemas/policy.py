@@ -143,6 +143,8 @@ class PolicyWalk(Wire, frozen=True, kw_only=True):
     """What callers with the role `member` alone can do, as a sentence; null if that was not determined."""
     certified_by: str | None = None
     """Public key of the certificate that stands for the exploration; null if the server explored it."""
+    version: str | None = None
+    """Version of Interlock that explored it; null if that was not recorded."""
 
 
 class PolicyViolation(Wire, frozen=True, kw_only=True):

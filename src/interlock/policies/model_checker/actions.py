@@ -462,12 +462,16 @@ def _deciding(operation: Operation, caller: Mapping[str, Any], rules: Iterable[R
 
 
 def _answers(rules: list[Rule], values: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Return how the conditions on the caller answer for one, by field."""
-    return tuple(
+    """Return for each rule with conditions on the caller whether all of them hold for one."""
+    return tuple(all(one) for rule in rules if (one := _caller_conditions(rule, values)))
+
+
+def _caller_conditions(rule: Rule, values: Mapping[str, Any]) -> list[bool]:
+    return [
         bool(condition.kind.test(wanted)(values[condition.reads]))
         for condition in CALLER
-        for wanted in condition.wanted(rules)
-    )
+        if (wanted := condition.of(rule)) is not None
+    ]
 
 
 def _names_phase(rule: Rule, phases: Iterable[str]) -> bool:

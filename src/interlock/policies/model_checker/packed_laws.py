@@ -1,11 +1,8 @@
-"""Laws 2, 5 and 8 checked on packed states: those that a policy can violate.
-
-The other laws depend on the core alone and not on the policy; its tests check them.
-"""
+"""Laws 2, 5 and 8 checked on packed states: those that a policy can violate. The others are in `step_laws`."""
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,32 +13,11 @@ from interlock.policies.model_checker.actions import VM_STATES, RequestKind
 from interlock.policies.model_checker.gate_table import Bools, GateEffect, Ints
 from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
-from interlock.policies.model_checker.results import Breach, describe
+from interlock.policies.model_checker.results import CANDIDATES_MAX, Breach, Breaches, describe
 from interlock.policies.model_checker.state_encoding import NOW_MS
+from interlock.policies.model_checker.step_laws import StepLaws
 from interlock.policies.model_checker.steps import Action, Transitions
 from interlock.policies.model_checker.submissions import PackedAnswers
-
-_CANDIDATES_MAX: Final = 8
-"""How many states are kept for one breach: the first that can be replayed becomes the counterexample."""
-
-
-class Candidate(NamedTuple):
-    """A state in which a law is violated, and the action that violates it, if one does."""
-
-    state: int
-    action: int | None
-
-
-class Breaches:
-    """Each distinct breach, with the first states that show it."""
-
-    def __init__(self) -> None:
-        self.found: dict[Breach, list[Candidate]] = {}
-
-    def add(self, breach: Breach, state: int, action: int | None = None) -> None:
-        known = self.found.setdefault(breach, [])
-        if len(known) < _CANDIDATES_MAX:
-            known.append(Candidate(state, action))
 
 
 class PackedLaws:
@@ -50,6 +26,7 @@ class PackedLaws:
     def __init__(self, model: Model, breaches: Breaches) -> None:
         self._model = model
         self._breaches = breaches
+        self._steps = StepLaws(model, breaches)
         self._retry_times: dict[tuple[int, ...], str | None] = {}
         """What is wrong with a denial's retry time, if anything, for those checked with the core."""
 
@@ -66,7 +43,7 @@ class PackedLaws:
         if len(doubtful):
             kept = self._retry_times_hold(numbers, words, answers, doubtful)
             hopeful[answers.rows[doubtful[kept]]] = True
-        for at in np.flatnonzero(answers.effect == GateEffect.UNEXPLAINED)[:_CANDIDATES_MAX]:
+        for at in np.flatnonzero(answers.effect == GateEffect.UNEXPLAINED)[:CANDIDATES_MAX]:
             submission = int(answers.submission[at])
             name = self._model.alphabet.submissions[submission].operation.value
             breach = Breach(8, f"{name} was refused without a rule or a reason")
@@ -134,9 +111,10 @@ class PackedLaws:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def check_transitions(self, numbers: Ints, words: Words, transitions: Transitions) -> None:
-        """Check law 2: a request taken is permitted then, and none is cancelled while all goes as foreseen."""
+        """Check law 2: a request taken is permitted then, none is cancelled as all goes as foreseen; and `StepLaws`."""
         if not len(transitions.rows):
             return
+        self._steps.check(numbers, words, transitions)
         if not isinstance(transitions.action, int):
             self._dropped(numbers, transitions.action, transitions)
         elif transitions.action == Action.TAKE:
@@ -147,7 +125,7 @@ class PackedLaws:
             self._succeeded(numbers, words, transitions)
 
     def _dropped(self, numbers: Ints, actions: Ints, transitions: Transitions) -> None:
-        for at in [] if transitions.dropped is None else transitions.dropped[: 64 * _CANDIDATES_MAX].tolist():
+        for at in [] if transitions.dropped is None else transitions.dropped[: 64 * CANDIDATES_MAX].tolist():
             action = int(actions[at])
             name = self._model.alphabet.submissions[action - Action.SUBMIT].operation.value
             breach = Breach(2, f"{name} was cancelled although all went as foreseen")
@@ -177,7 +155,7 @@ class PackedLaws:
     def _not_permitted(
         self, numbers: Ints, transitions: Transitions, fine: Bools, names: list[str], kind: Ints, base: Ints
     ) -> None:
-        for at in np.flatnonzero(~fine)[: 64 * _CANDIDATES_MAX].tolist():
+        for at in np.flatnonzero(~fine)[: 64 * CANDIDATES_MAX].tolist():
             state = VM_STATES[self._model.tables.vm_state[base[at]]].value
             breach = Breach(2, f"{names[kind[at] - 1]} is served in {state}, where it is not permitted")
             self._breaches.add(breach, int(numbers[transitions.rows[at]]), int(transitions.action))
@@ -187,7 +165,7 @@ class PackedLaws:
         own = words[transitions.rows]
         asked = layout.deadline.mask if transitions.action == Action.SUCCEED else layout.component_deadline.mask
         before, after = own & layout.queue.mask, transitions.words & layout.queue.mask
-        for at in np.flatnonzero(before != after)[: 64 * _CANDIDATES_MAX].tolist():
+        for at in np.flatnonzero(before != after)[: 64 * CANDIDATES_MAX].tolist():
             lost = _lost(int(before[at]), int(after[at]), layout.kind_bits)
             kinds = [alphabet.kinds[kind - 1] for kind in lost]
             if (int(own[at]) & asked) and any(kind.preempts for kind in kinds):
@@ -208,7 +186,7 @@ def described(model: Model, words: Words) -> dict[str, list[int]]:
     order = np.argsort(seen, kind="stable")
     found: dict[str, list[int]] = {}
     for first in np.flatnonzero(np.diff(seen[order], prepend=-1)).tolist():
-        alike = [at for at in order[first : first + _CANDIDATES_MAX].tolist() if seen[at] == seen[order[first]]]
+        alike = [at for at in order[first : first + CANDIDATES_MAX].tolist() if seen[at] == seen[order[first]]]
         word = int(words[alike[0]])
         base = model.alphabet.bases[layout.base.one(word)]
         lost = "" if base.host_reachable else " on a lost host"

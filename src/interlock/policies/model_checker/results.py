@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -21,6 +21,29 @@ class Breach(msgspec.Struct, frozen=True):
 
     law: int
     what: str
+
+
+CANDIDATES_MAX: Final = 8
+"""How many states are kept for one breach: the first that can be replayed becomes the counterexample."""
+
+
+class Candidate(NamedTuple):
+    """A state in which a law is violated, and the action that violates it, if one does."""
+
+    state: int
+    action: int | None
+
+
+class Breaches:
+    """Each distinct breach, with the first states that show it."""
+
+    def __init__(self) -> None:
+        self.found: dict[Breach, list[Candidate]] = {}
+
+    def add(self, breach: Breach, state: int, action: int | None = None) -> None:
+        known = self.found.setdefault(breach, [])
+        if len(known) < CANDIDATES_MAX:
+            known.append(Candidate(state, action))
 
 
 class Violation(msgspec.Struct, frozen=True, kw_only=True):

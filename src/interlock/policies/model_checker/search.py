@@ -12,8 +12,8 @@ import numpy as np
 from interlock.policies.model_checker.gate_table import Ints
 from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
-from interlock.policies.model_checker.packed_laws import Breaches, PackedLaws
-from interlock.policies.model_checker.results import OnProgress, SearchProgress
+from interlock.policies.model_checker.packed_laws import PackedLaws
+from interlock.policies.model_checker.results import Breaches, OnProgress, SearchProgress
 from interlock.policies.model_checker.steps import Transitions
 from interlock.policies.model_checker.visited_states import Visited
 

@@ -200,7 +200,7 @@ class PackedGate:
         """Admit the held requests that the policy admits."""
         for rows, own, answers in self._held_answers(words):
             for transitions in self.transitions(own, answers):
-                yield Transitions(Action.HELD_ADMITTED, rows[transitions.rows], transitions.words)
+                yield transitions._replace(action=Action.HELD_ADMITTED, rows=rows[transitions.rows])
 
     def held_hope(self, words: Words) -> Bools:
         """Return whether the held request of each state is admitted now, or waits for a time."""

@@ -8,9 +8,9 @@ The model checker explores one member of each class. Why that loses no violation
   is a class of its own.
 * Phases: a rule sees a phase only through the task states that it names. A phase that no rule distinguishes from the
   one before leads to the same answers, and a report of it is a sign of life.
-* Callers (`Alphabet.callers`): rules see a caller only through their conditions, and what those answer is equal. A
-  queued request is judged by `judge_in` alone, on a settled instance, where rules about busy, locked or blocked
-  instances do not hold; callers that only such rules distinguish are queued as one.
+* Callers (`Alphabet.callers`): a rule sees a caller only through whether all of its conditions on callers hold, and
+  that is equal. A queued request is judged by `judge_in` alone, on a settled instance, where rules about busy, locked
+  or blocked instances do not hold; callers that only such rules distinguish are queued as one.
 * Locks: where every rule about a lock above the caller's role denies, a lock with a higher role leaves fewer answers
   that admit to some and the same to others, so that no state is reached that a lock with the least role does not lead
   to, and whoever can delete under that can delete with the higher role.

@@ -141,15 +141,17 @@ def assumption_lines(assumptions: Iterable[str]) -> list[str]:
 def walk_text(walk: PolicyWalk) -> str:
     """Describe the exploration of a policy without violations, with its assumptions."""
     seen = f"{walk.states:,} states in {duration(walk.seconds)}"
+    by = "" if walk.version is None else f" by Interlock {printable(walk.version)}"
     if walk.complete:
-        first = f"Explored: all {seen}; no violations under these assumptions:"
+        first = f"Explored{by}: all {seen}; no violations under these assumptions:"
     else:
         first = (
-            f"Explored: {seen}, incomplete; `interlock policy explore` explores all. No violations under these "
+            f"Explored{by}: {seen}, incomplete; `interlock policy explore` explores all. No violations under these "
             "assumptions:"
         )
     if walk.certified_by is not None:
-        first = f"Certified by {printable(walk.certified_by)}: {seen}; no violations under these assumptions:"
+        certified = f"Certified by {printable(walk.certified_by)}, explored{by}"
+        first = f"{certified}: {seen}; no violations under these assumptions:"
     limits = [] if walk.role_limits is None else [printable(walk.role_limits)]
     return "\n".join((first, *assumption_lines(walk.assumptions), *limits))
 
