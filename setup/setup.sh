@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly OLDEST="3.11"
-readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "dot:graphviz"
-    "systemd-analyze:systemd" "debootstrap:debootstrap")
+readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "bwrap:bubblewrap"
+    "dot:graphviz" "systemd-analyze:systemd" "debootstrap:debootstrap")
 readonly STAMP=.venv/set-up
 
 say() { echo "setup: $*"; }

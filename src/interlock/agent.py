@@ -18,7 +18,7 @@ import structlog
 
 from interlock.config import Config, is_loopback
 from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
-from interlock.hypervisors.factory import hypervisor_of
+from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
 from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
@@ -67,14 +67,16 @@ class HostAgent:
         self._lease = Lease(self._folder / LEASE)
         self._watchdog = Watchdog(self._folder, self._folder / "guests")
         self._ranges = HttpRanges(contact.server, contact.name, contact.token)
+        self._hypervisor = opened = hypervisor or hypervisor_of(config)
         self._service = AgentService(
             contact.name,
-            hypervisor or hypervisor_of(config),
+            opened,
             self._folder,
             shared=contact.shared,
             address=config.qemu.migration_address,
             ranges=self._ranges,
             limits=lambda: limits_of(config, config.folder),
+            protections=lambda: protections_of(opened),
             images_in_use=partial(images_in_use, self._folder / "guests" / "vms"),
             may_hold=self._may_hold,
         )
@@ -105,6 +107,7 @@ class HostAgent:
         make_data_folder(self._folder)
         self._lease.open()
         await self._service.open()
+        log_protections(self._hypervisor)
         try:
             await self._watchdog.ensure()
             loop = asyncio.get_running_loop()

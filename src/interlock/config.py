@@ -33,7 +33,7 @@ _MAY_BE_ZERO = frozenset(
         "lifetime_max_ms",
     }
 )
-_LISTS = frozenset({"policy_keys"})
+_LISTS = frozenset({"policy_keys", "program_paths"})
 _SECRET_CHARACTERS_MIN = 16
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
@@ -105,6 +105,24 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How much translated guest code `tcg` keeps per VM, in MiB; counts on top of the guest's memory."""
     processes_max: int = 500
     """The largest number of guests on this host."""
+    users_first: int = 1_900_000_000
+    """The first of the user and group ids that VMs run as, each with one of its own, if the server is root. They must
+    belong to nobody else on the host, containers included; these are in no range that systemd or useradd assigns."""
+    users_max: int = 65_536
+    """How many user ids, from `users_first` on, are for VMs."""
+    program_paths: tuple[str, ...] = ()
+    """Files and folders that QEMU needs besides itself, the system's libraries and /usr/share/qemu, such as those of a
+    QEMU in /opt. VMs can read them. In an environment variable: separated by spaces."""
+    threads_extra: int = 256
+    """How many threads a VM's process may have beyond one for each vCPU."""
+    memory_overhead_mib: int = 512
+    """How much memory a VM's process may use beyond its guest's memory and translation cache, in MiB, where the host
+    has cgroups; of more, the kernel ends it. The page cache of its disks counts, and is freed first."""
+    cpu_weight: int = 100
+    """The share of the processors that a VM gets for each vCPU when they are scarce, where the host has cgroups; 100 is
+    that of a process group without a weight."""
+    io_weight: int = 100
+    """The share of disk I/O that a VM gets when it is scarce, 1 to 10,000, likewise."""
     open_files_max: int = 512
     """How many files a VM's process may have open: its disks, and one for each forwarded connection."""
     address_space_extra_mib: int = 2048

@@ -37,7 +37,7 @@ from interlock.driver.operation_context import DriverDependencies
 from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.guests.small_guest import build
-from interlock.hypervisors.factory import hypervisor_of
+from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
@@ -331,6 +331,7 @@ class Server:
             instances=self.instances,
             capacity=self.capacity,
             accelerator=lambda: self.hypervisor.accelerator if isinstance(self.hypervisor, QemuHypervisor) else None,
+            protections=lambda: protections_of(self.hypervisor),
             inventory=self.inventory,
             image_fetches=self.image_fetches,
             consoles=ConsoleService(self.instances, self._hypervisor_of),
@@ -380,6 +381,7 @@ class Server:
             self.stop()
             raise
         self._log_accelerator()
+        log_protections(self.hypervisor)
 
     def _hypervisor_of(self, host: str) -> Hypervisor:
         """Return the hypervisor of a host. Raises `NotResponding` while its guests are being looked for."""

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import instance, other_host, problem
-from interlock.api.schemas.hosts import HostCapacity, HostEvent, HostEventList, HostList, Resources
+from interlock.api.schemas.hosts import HostCapacity, HostEvent, HostEventList, HostList, Protection, Resources
 from interlock.core.restart_policy import OnCrash, RestartPolicy
 from interlock.ports import HostState
 
@@ -22,6 +22,10 @@ def test_the_host_is_shown_with_what_is_free(interlock: Interlock, server: Scrip
         name="here",
         hypervisor="qemu",
         accelerator="tcg",
+        protections=(
+            Protection(name="own_user", on=True, detail="user ids 1 to 9"),
+            Protection(name="memory_limit", on=False, detail="no cgroups"),
+        ),
         guests=3,
         total=Resources(memory_mib=1000, vcpus=32, disk_mib=None),
         promised=Resources(memory_mib=400, vcpus=3, disk_mib=7),
@@ -38,6 +42,9 @@ def test_the_host_is_shown_with_what_is_free(interlock: Interlock, server: Scrip
         ["vCPUs", "32", "3", "29"],
         ["Disk", "(MiB)", "unlimited", "7", "unlimited"],
         ["Free", "disk", "space:", "12345", "MiB"],
+        ["protections", "of", "VMs:"],
+        ["own_user", "on", "user", "ids", "1", "to", "9"],
+        ["memory_limit", "OFF", "no", "cgroups"],
     ]
 
 

@@ -30,6 +30,10 @@ def test_a_guest_goes_from_host_to_host_as_it_runs(fleet: Fleet) -> None:
     assert guests_in(fleet.server.folder) == []
     (after,) = north.guests()
     assert after != before
+    for host in ("/v1/host", "/v1/hosts/north"):
+        protections = {one["name"]: one["on"] for one in fleet.server.get(host)["protections"]}
+        assert protections["no_privileges"]
+        assert protections["own_user"] == (os.geteuid() == 0)
     one = fleet.server.get("/v1/instances/one")
     assert (one["host"], one["vm_state"], one["power_state"]) == ("north", "active", "running")
     fleet.carry_out("one", "live_migrate", host="here")

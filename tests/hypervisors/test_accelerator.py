@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from interlock.confinement.sandbox import Account
 from interlock.core.errors import Unavailable
 from interlock.hypervisors.qemu import QemuSettings
 from interlock.hypervisors.qemu.process import accelerator
-from interlock.images.subprocess_runner import Account
 
 NOBODY = Account(user_id=65534, group_id=65534)
 VERSION = 12

@@ -156,7 +156,7 @@ def test_only_a_guest_that_powers_itself_off_has_stopped() -> None:
 async def test_a_journal_gives_whole_events_and_passes_over_the_rest(tmp_path: Path) -> None:
     folder = InstanceFolder(tmp_path / "one")
     folder.inside.mkdir(parents=True)
-    folder.make_event_pipes(None)
+    folder.make_event_pipes()
     heard: asyncio.Queue[str] = asyncio.Queue()
     journal = QmpEventLog(
         folder.open_event_pipe("in"),

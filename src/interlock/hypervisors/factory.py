@@ -1,8 +1,9 @@
-"""Creates the hypervisor of a configuration."""
+"""Creates the hypervisor of a configuration, and logs what confines its guests."""
 
 from __future__ import annotations
 
 import msgspec
+import structlog
 
 from interlock.config import Config
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
@@ -10,6 +11,9 @@ from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.ports import Hypervisor
+from interlock.ports.hosts import Protection
+
+_LOG = structlog.get_logger(__name__)
 
 
 def hypervisor_of(config: Config) -> Hypervisor:
@@ -25,3 +29,17 @@ def hypervisor_of(config: Config) -> Hypervisor:
             **msgspec.structs.asdict(config.qemu),
         )
     )
+
+
+def protections_of(hypervisor: Hypervisor) -> tuple[Protection, ...]:
+    """Return what confines the guests of an open hypervisor; empty for simulated ones."""
+    return hypervisor.protections if isinstance(hypervisor, QemuHypervisor) else ()
+
+
+def log_protections(hypervisor: Hypervisor) -> None:
+    """Log which protections of guests are on and which are off, as a warning if some are off."""
+    found = protections_of(hypervisor)
+    off = {one.name: one.detail for one in found if not one.on}
+    if found:
+        log = _LOG.warning if off else _LOG.info
+        log("protections selected", on=[one.name for one in found if one.on], off=off)

@@ -17,8 +17,9 @@ from typing import Final
 
 import msgspec
 
+from interlock.confinement.sandbox import Account, View, confined
 from interlock.core.errors import NotResponding
-from interlock.images.subprocess_runner import Account, Ended, confined
+from interlock.images.subprocess_runner import Ended
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 30
 _OPEN_FILES: Final = 64
@@ -75,7 +76,10 @@ class ImageTool(msgspec.Struct, frozen=True, kw_only=True):
         """
         limits = [f"--as={_ADDRESS_SPACE_BYTES}", f"--cpu={max(1, timeout_ms // 1000)}", f"--fsize={self.bytes_max}"]
         limits += ["--core=0", f"--nofile={_OPEN_FILES}", f"--stack={_STACK_BYTES}"]
-        command = [*_without_network(), *confined(["qemu-img", *words], folder, limits, self.account, _MARKS)]
+        command = [
+            *_without_network(),
+            *confined(["qemu-img", *words], View(folder=folder), limits, self.account, _MARKS),
+        ]
         with subprocess.Popen(  # noqa: S603 - the words are this package's own, never through a shell
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:

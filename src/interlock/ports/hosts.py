@@ -98,6 +98,16 @@ class HostCondition(msgspec.Struct, frozen=True, kw_only=True):
     """
 
 
+class Protection(msgspec.Struct, frozen=True, kw_only=True):
+    """What confines the guests of a host."""
+
+    name: str
+    """What it is, such as `mount_namespace`."""
+    on: bool
+    detail: str
+    """How it is done, or why it is off, for people."""
+
+
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The record of a host."""
 
@@ -126,6 +136,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The folder that it shares with other hosts, at the same path; None if it has none."""
     limits: Limits = Limits()
     """Its capacity, as last reported by its agent."""
+    protections: tuple[Protection, ...] = ()
+    """What confines its guests, as last reported by its agent; empty if unknown."""
     history: tuple[HostEvent, ...] = ()
     """Its events, latest last."""
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from interlock.api.metrics import Metrics
 from interlock.config import Config
+from interlock.ports.hosts import Protection
 from interlock.service.auth import Authenticator, Caller
 from interlock.service.capacity import Capacity
 from interlock.service.clock_watch import ClockWatch
@@ -36,6 +37,8 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Capacity
     accelerator: Callable[[], str | None]
     """The accelerator of this host's QEMU, `tcg` or `kvm`; None for the simulated hypervisor."""
+    protections: Callable[[], tuple[Protection, ...]]
+    """What confines the guests of this host; empty for the simulated hypervisor."""
     consoles: ConsoleService
     dumps: Dumps
     policies: Policies

@@ -22,6 +22,7 @@ from interlock.api.schemas.hosts import (
     HostEventList,
     HostList,
     HostRenameRequest,
+    Protection,
     Resources,
 )
 from interlock.api.schemas.serializers import optional_timestamp, timestamp, wire
@@ -51,6 +52,7 @@ async def own_capacity(parts: ApiParts, caller: Caller, request: Request) -> Hos
         name=parts.capacity.host,
         hypervisor=parts.config.hypervisor,
         accelerator=parts.accelerator(),
+        protections=tuple(wire(Protection, one) for one in parts.protections()),
         guests=occupancy.guests,
         total=resources(occupancy.total),
         promised=resources(occupancy.claimed),
@@ -76,6 +78,7 @@ def _view(seen: HostView) -> Host:
         host,
         identity=None if host.identity is None else host.identity.id,
         drain=drain_view(seen.drain),
+        protections=tuple(wire(Protection, one) for one in host.protections),
         linked=seen.linked,
         lost_since_at=None if seen.condition.state is HostState.UP else timestamp(seen.condition.since_ms),
         fenced_at=optional_timestamp(seen.fenced_at_ms),

@@ -23,6 +23,16 @@ class Resources(Wire, frozen=True, kw_only=True):
     disk_mib: int | None
 
 
+class Protection(Wire, frozen=True, kw_only=True):
+    """What confines the guests of a host."""
+
+    name: str
+    """What it is, such as `own_user` or `mount_namespace`; SECURITY.md explains them."""
+    on: bool
+    detail: str
+    """How it is done, or why it is off."""
+
+
 class HostCapacity(Wire, frozen=True, kw_only=True):
     """Capacity of the server's own host. Claims count whether or not they are used."""
 
@@ -30,6 +40,8 @@ class HostCapacity(Wire, frozen=True, kw_only=True):
     hypervisor: Literal["qemu", "simulated"]
     accelerator: str | None
     """`tcg` or `kvm`; null where the hypervisor has none."""
+    protections: tuple[Protection, ...] = ()
+    """What confines its guests; empty for simulated ones."""
     guests: int
     """Number of instances, running or not."""
     total: Resources
@@ -156,6 +168,8 @@ class Host(Wire, frozen=True, kw_only=True):
     """What can still be claimed."""
     disk_free_mib: int | None
     """Free space of the file system of its data folder; null while its agent is disconnected."""
+    protections: tuple[Protection, ...] = ()
+    """What confines its guests, as last reported by its agent; empty if unknown."""
 
 
 class HostEvent(Wire, frozen=True, kw_only=True):

@@ -59,6 +59,7 @@ def show(invocation: Invocation, *, name: str | None) -> None:
     hypervisor = host.hypervisor if host.accelerator is None else f"{host.hypervisor} ({host.accelerator})"
     invocation.echo(f"{host.name}: {host.guests} VMs, hypervisor {hypervisor}")
     _print_capacity(invocation, host)
+    _print_protections(invocation, host)
 
 
 @host_commands.command("list")
@@ -138,6 +139,15 @@ def _print_host(invocation: Invocation, host: Host) -> None:
     for name, value in rows.items():
         invocation.echo(f"  {name:<14}{value}")
     _print_capacity(invocation, host)
+    _print_protections(invocation, host)
+
+
+def _print_protections(invocation: Invocation, host: HostCapacity | Host) -> None:
+    """List what confines the host's VMs: what is on with how it is done, what is off with the reason."""
+    if host.protections:
+        invocation.echo("  protections of VMs:")
+    for one in host.protections:
+        invocation.echo(f"    {one.name:<19}{'on' if one.on else 'OFF':<5}{one.detail}")
 
 
 def _former_text(host: Host) -> str:

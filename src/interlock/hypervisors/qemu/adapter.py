@@ -22,6 +22,7 @@ from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent
+from interlock.ports.hosts import Protection
 
 
 @final
@@ -40,7 +41,7 @@ class QemuHypervisor:
         self.screenshot = consoles.screenshot
         self.console_tail = consoles.console_tail
 
-        launcher = Launcher(registry, consoles)
+        self._launcher = launcher = Launcher(registry, consoles)
         self._migration = migration = LiveMigration(registry, launcher)
         self.machine_kind = migration.machine_kind
         self.receive_guest = migration.receive_guest
@@ -100,6 +101,11 @@ class QemuHypervisor:
         """Why guests do not run with KVM, for people; empty if they do, and before `open`."""
         return self.registry.why_not_kvm
 
+    @property
+    def protections(self) -> tuple[Protection, ...]:
+        """What confines the guests on this host; empty before `open`."""
+        return self.registry.protections
+
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
         await self.registry.open(listener)
         if len(self.registry):
@@ -117,3 +123,4 @@ class QemuHypervisor:
         self._liveness.stop()
         await self._migration.close()
         await self.registry.close()
+        self._launcher.close()

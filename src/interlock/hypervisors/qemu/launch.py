@@ -8,6 +8,11 @@ import os
 from pathlib import Path
 from typing import Final
 
+import msgspec
+import structlog
+
+from interlock.confinement.control_groups import GroupLimits
+from interlock.confinement.sandbox import Namespaces, View, confined
 from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu.command_line import (
@@ -25,16 +30,23 @@ from interlock.hypervisors.qemu.command_line import (
 )
 from interlock.hypervisors.qemu.consoles import Consoles
 from interlock.hypervisors.qemu.disks import root_disks
-from interlock.hypervisors.qemu.files.file_handles import open_disk, open_kernel
+from interlock.hypervisors.qemu.files.file_handles import BootFiles, open_disk
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.guest import Guest
-from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, spawn
+from interlock.hypervisors.qemu.process.accelerator import DEVICE
+from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, reap, reported_child, spawn
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.images.subprocess_runner import Account, confined
 from interlock.ports import Permit
 
+_LOG = structlog.get_logger(__name__)
 _MIB: Final = 1024**2
+_WEIGHT_MAX: Final = 10_000
+_REPORT_MS: Final = 5_000
+"""How long bubblewrap may take to report the process that becomes QEMU, in milliseconds."""
+_FIRMWARE: Final = ("/usr/share/qemu", "/usr/share/seabios", "/usr/share/OVMF", "/usr/share/ovmf")
+_RESOLVER: Final = ("/etc/resolv.conf", "/etc/hosts")
+"""What the user network reads to answer the guest's DNS queries."""
 
 
 class Launcher:
@@ -43,6 +55,11 @@ class Launcher:
     def __init__(self, registry: ProcessRegistry, consoles: Consoles) -> None:
         self._registry = registry
         self._consoles = consoles
+        self._boot_files = BootFiles()
+
+    def close(self) -> None:
+        """Close the files that are kept open for the next start."""
+        self._boot_files.close()
 
     async def start(self, permit: Permit, instance_id: str, spec: Spec, machine: Machine | None = None) -> Guest:
         """Start a process with a paused guest; return when QEMU responds.
@@ -69,12 +86,36 @@ class Launcher:
         with folder.os_errors_rejected():
             root_disks.require_files(folder, spec)
             await root_disks.make_seed_disk(permit, folder, instance_id, spec)
-        guest = self._registry.add(instance_id, folder, self._launch(permit, instance_id, folder, spec, machine))
-        self._consoles.limit_log_sizes()
-        guest.event_log.negotiate()
-        guest.watch()
-        await self._await_greeting(guest)
+        try:
+            guest = self._registry.add(instance_id, folder, self._launch(permit, instance_id, folder, spec, machine))
+        except ProcessLookupError:
+            raise _not_started(instance_id, folder) from None
+        placing = asyncio.create_task(self._place_in_group(guest, spec))
+        try:
+            self._consoles.limit_log_sizes()
+            guest.event_log.negotiate()
+            guest.watch()
+            await self._await_greeting(guest)
+        finally:
+            await placing  # before anything of the guest is run or read
         return guest
+
+    async def _place_in_group(self, guest: Guest, spec: Spec) -> None:
+        groups, settings = self._registry.groups, self._registry.settings
+        if groups is None:
+            return
+        limits = GroupLimits(
+            memory_bytes=(spec.memory_mib + settings.translation_cache_mib + settings.memory_overhead_mib) * _MIB,
+            threads=spec.vcpus + settings.threads_extra,
+            cpu_weight=min(settings.cpu_weight * spec.vcpus, _WEIGHT_MAX),
+            io_weight=settings.io_weight,
+        )
+        name = self._registry.group_name(guest.instance_id)
+        try:
+            await asyncio.to_thread(groups.place, name, guest.process.process_id, limits)
+        except OSError as error:
+            if not guest.process.ended.is_set():
+                _LOG.warning("guest not limited", instance=guest.instance_id, why=str(error), by=groups.kind)
 
     def _launch(
         self, permit: Permit, instance_id: str, folder: InstanceFolder, spec: Spec, machine: Machine | None
@@ -84,26 +125,42 @@ class Launcher:
         Nothing waits in here, so that nothing in this process comes between the steps. A crash between them leaves at
         most a process that holds the lock of the instance, by which it is found.
         """
-        settings, account = self._registry.settings, self._registry.account
+        registry = self._registry
+        settings, account, namespaces = registry.settings, registry.account, registry.namespaces
         with contextlib.ExitStack() as opened, folder.os_errors_rejected():
             lock = folder.lock()
             if lock is None:
                 raise folder.held_by_unknown()
             opened.callback(os.close, lock)
             permit.check()
-            handed_over, at = _open_all(folder, spec, account, opened)
+            handed_over = [lock]
+            if account is not None and registry.users is not None:
+                claim = registry.users.claim(instance_id)
+                opened.callback(os.close, claim.descriptor)
+                handed_over.append(claim.descriptor)
+                account = msgspec.structs.replace(account, user_id=claim.user_id, group_id=claim.user_id)
+            at = self._open_all(folder, spec, handed_over, opened)
             errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, errors)
             command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
-            marks = self._registry.home.marks(instance_id)
-            words = confined(command, folder.inside, _limits(spec, settings), account, marks)
-            folder.make_event_pipes(None if account is None else (account.user_id, account.group_id))
+            words = confined(
+                command,
+                _view(settings, folder),
+                _limits(spec, settings, alone=registry.users is not None),
+                account,
+                registry.home.marks(instance_id),
+                namespaces=namespaces,
+                report=FIRST_DESCRIPTOR + len(handed_over),
+            )
+            folder.make_event_pipes()
             folder.remove_node_names()
             folder.write_spec(spec)
             folder.write_machine(machine or machine_of(settings, spec))
             folder.write_process_record(ProcessRecord(phase=Phase.STARTING))
             permit.check()
-            return spawn(words, errors, [*handed_over, lock])
+            if namespaces is Namespaces.NONE:
+                return spawn(words, errors, handed_over)
+            return _spawn_in_namespaces(words, errors, handed_over, folder)
 
     async def _await_greeting(self, guest: Guest) -> None:
         settings = self._registry.settings
@@ -125,48 +182,78 @@ class Launcher:
                 "probably listens on it.",
                 remedy=f"End what listens on 127.0.0.1:{port}, then start the VM.",
             )
-        raise OperationRejected(
-            f"QEMU did not start for VM {guest.instance_id}: {error}",
-            remedy=f"QEMU's log is {guest.folder.errors}.",
+        raise _not_started(guest.instance_id, guest.folder)
+
+    def _open_all(
+        self, folder: InstanceFolder, spec: Spec, handed_over: list[int], opened: contextlib.ExitStack
+    ) -> Descriptors:
+        """Open what QEMU uses, and append it to the descriptors to hand over; return their numbers in QEMU."""
+
+        def hand_over(descriptor: int) -> int:
+            opened.callback(os.close, descriptor)
+            handed_over.append(descriptor)
+            return FIRST_DESCRIPTOR + len(handed_over) - 1
+
+        monitor = hand_over(folder.listen(MONITOR).detach())
+        agent = hand_over(folder.listen(AGENT).detach())
+        console = hand_over(folder.listen(CONSOLE).detach())
+        console_log = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        image = booted_image(spec)
+        kernel = image.kind == "kernel"
+        return Descriptors(
+            monitor=monitor,
+            agent=agent,
+            console=console,
+            console_log=hand_over(console_log),
+            seed=None if spec.seed is None else hand_over(open_disk(folder.seed_disk, read_only=True)),
+            cdrom=hand_over(open_disk(Path(image.path), read_only=True)) if image.kind == "iso" else None,
+            kernel=hand_over(self._boot_file(image.path)) if kernel else None,
+            initrd=hand_over(self._boot_file(image.initrd)) if kernel and image.initrd else None,
+            backings={
+                disk_id: hand_over(open_disk(Path(backing.path), read_only=True))
+                for disk_id, backing in backing_images(spec).items()
+            },
+            disks={
+                disk.id: hand_over(open_disk(_path_of(disk, spec, folder), read_only=disk.read_only))
+                for disk in all_disks(spec)
+            },
         )
 
+    def _boot_file(self, path: str) -> int:
+        """Open a kernel or initrd, which QEMU opens again as the user that it runs as."""
+        own = self._registry.account is None
+        return open_disk(Path(path), read_only=True) if own else self._boot_files.open(Path(path))
 
-def _open_all(
-    folder: InstanceFolder, spec: Spec, account: Account | None, opened: contextlib.ExitStack
-) -> tuple[list[int], Descriptors]:
-    """Open what QEMU uses; return the descriptors to hand over, and the numbers under which QEMU finds them."""
-    handed_over: list[int] = []
 
-    def hand_over(descriptor: int) -> int:
-        opened.callback(os.close, descriptor)
-        handed_over.append(descriptor)
-        return FIRST_DESCRIPTOR + len(handed_over) - 1
+def _spawn_in_namespaces(words: list[str], errors: int, handed_over: list[int], folder: InstanceFolder) -> int:
+    """Start QEMU as the child of bubblewrap; return QEMU's process id."""
+    report, reported = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            monitor = spawn(words, errors, [*handed_over, reported])
+        finally:
+            os.close(reported)
+        process_id = reported_child(report, _REPORT_MS)
+    finally:
+        os.close(report)
+    if process_id is None:
+        reap(monitor)
+        raise _not_started(folder.path.name, folder)
+    return process_id
 
-    monitor = hand_over(folder.listen(MONITOR).detach())
-    agent = hand_over(folder.listen(AGENT).detach())
-    console = hand_over(folder.listen(CONSOLE).detach())
-    console_log = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    image = booted_image(spec)
-    kernel = image.kind == "kernel"
-    at = Descriptors(
-        monitor=monitor,
-        agent=agent,
-        console=console,
-        console_log=hand_over(console_log),
-        seed=None if spec.seed is None else hand_over(open_disk(folder.seed_disk, read_only=True)),
-        cdrom=hand_over(open_disk(Path(image.path), read_only=True)) if image.kind == "iso" else None,
-        kernel=hand_over(open_kernel(Path(image.path), account)) if kernel else None,
-        initrd=hand_over(open_kernel(Path(image.initrd), account)) if kernel and image.initrd else None,
-        backings={
-            disk_id: hand_over(open_disk(Path(backing.path), read_only=True))
-            for disk_id, backing in backing_images(spec).items()
-        },
-        disks={
-            disk.id: hand_over(open_disk(_path_of(disk, spec, folder), read_only=disk.read_only))
-            for disk in all_disks(spec)
-        },
+
+def _not_started(instance_id: str, folder: InstanceFolder) -> OperationRejected:
+    return OperationRejected(
+        f"QEMU did not start for VM {instance_id}: {folder.last_error()}",
+        remedy=f"QEMU's log is {folder.errors}.",
     )
-    return handed_over, at
+
+
+def _view(settings: QemuSettings, folder: InstanceFolder) -> View:
+    """Return what QEMU can reach: its firmware, its pipes, and the host's network for the user network."""
+    files = tuple(Path(path) for path in (*_FIRMWARE, *_RESOLVER, *settings.program_paths))
+    devices = (DEVICE,) if settings.accelerator == "kvm" else ()
+    return View(folder=folder.inside, files=files, devices=devices, network=True)
 
 
 def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:
@@ -179,6 +266,8 @@ def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:
             return Path(disk.path)
 
 
-def _limits(spec: Spec, settings: QemuSettings) -> list[str]:
+def _limits(spec: Spec, settings: QemuSettings, *, alone: bool) -> list[str]:
+    """Return the resource limits; `alone`: no other process runs as its user, whose processes are counted."""
     memory_mib = spec.memory_mib + settings.translation_cache_mib + settings.address_space_extra_mib
-    return ["--core=0", f"--nofile={settings.open_files_max}", f"--as={memory_mib * _MIB}"]
+    threads = [f"--nproc={spec.vcpus + settings.threads_extra}"] if alone else []
+    return ["--core=0", f"--nofile={settings.open_files_max}", f"--as={memory_mib * _MIB}", *threads]

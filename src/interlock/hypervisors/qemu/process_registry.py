@@ -15,6 +15,9 @@ import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
+from interlock.confinement.control_groups import ControlGroups, control_groups
+from interlock.confinement.host_users import HostUsers
+from interlock.confinement.sandbox import Account, Namespaces, namespaces_for
 from interlock.core.errors import OperationRejected, Unavailable
 from interlock.core.records import GuestEvent
 from interlock.hypervisors.host_identity import host_id
@@ -22,15 +25,17 @@ from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Pha
 from interlock.hypervisors.qemu.guest import Guest, no_guest
 from interlock.hypervisors.qemu.process.accelerator import choose
 from interlock.hypervisors.qemu.process.process_scan import GuestFolder
-from interlock.hypervisors.qemu.process.qemu_process import account, find_in, runs_in, started_ticks
+from interlock.hypervisors.qemu.process.qemu_process import find_in, runs_in, shared_account, started_ticks
 from interlock.hypervisors.qemu.process.strays import LOCK, settle_strays
+from interlock.hypervisors.qemu.protections import protections
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.images.subprocess_runner import Account
 from interlock.ports import HypervisorEvent
+from interlock.ports.hosts import Protection
 
 AnswerT = TypeVar("AnswerT")
 
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_HOST_PREFIX: Final = 8
 _CONCURRENT_ADOPTIONS: Final = 128
 _CATCH_UP_S: Final = 0.5
 """How long `open` waits for guests to respond, in seconds. A guest that takes longer delays only its own operations."""
@@ -47,7 +52,16 @@ class ProcessRegistry:
         self.settings = settings
         """Accelerator and CPU model are resolved from `open` on."""
         self.account: Account | None = None
-        """The account that QEMU runs as, from `open` on; None if it runs as this process does."""
+        """The account that QEMU runs as, from `open` on; None if it runs as this process does. With `users`, its user
+        and group are replaced by the VM's own."""
+        self.users: HostUsers | None = None
+        """The users of VMs, from `open` on; None if VMs share one."""
+        self.namespaces = Namespaces.NONE
+        """How namespaces of VMs are made, from `open` on."""
+        self.groups: ControlGroups | None = None
+        """The control groups of VMs, from `open` on; None if there are none."""
+        self.protections: tuple[Protection, ...] = ()
+        """What confines VMs on this host, from `open` on."""
         self.path = settings.folder.absolute()
         self.home = GuestFolder(host_id="", path=str(self.path), device=0, inode=0)
         """Identifies the folder to later processes, from `open` on."""
@@ -64,9 +78,8 @@ class ProcessRegistry:
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
         """Lock the folder and adopt its guests. Raises as `Hypervisor.open`."""
-        chosen = choose(self.settings, account(self.settings))
-        self.settings, self.account, self.why_not_kvm = chosen.settings, chosen.account, chosen.because
         self._require_programs()
+        await asyncio.to_thread(self._choose_confinement)
         self._lock_folder()
         self._listener = listener
         try:
@@ -80,11 +93,27 @@ class ProcessRegistry:
             async with asyncio.TaskGroup() as adoptions:
                 for _ in range(_CONCURRENT_ADOPTIONS):
                     adoptions.create_task(self._adopt_each(remaining))
+            if self.groups is not None:
+                await asyncio.to_thread(self.groups.remove_unused, self.group_name(""))
             if self._catching_up:
                 await asyncio.wait(self._catching_up.values(), timeout=_CATCH_UP_S)
         except BaseExceptionGroup as failures:
             await self.close()
             raise failures.exceptions[0] from failures
+
+    def _choose_confinement(self) -> None:
+        users = HostUsers(self.settings.users_first, self.settings.users_max)
+        shared = users.unusable() if os.geteuid() == 0 else "the server does not run as root"
+        if not shared:
+            self.users = users
+            chosen = choose(self.settings, Account(user_id=users.first, group_id=users.first))
+        else:
+            chosen = choose(self.settings, shared_account(self.settings))
+        self.settings, self.account, self.why_not_kvm = chosen.settings, chosen.account, chosen.because
+        namespaced = namespaces_for(self.account)
+        self.namespaces = namespaced.namespaces
+        self.groups, no_groups = control_groups()
+        self.protections = protections(self.users or shared, namespaced, self.groups, no_groups)
 
     def _require_programs(self) -> None:
         packages = {
@@ -209,6 +238,8 @@ class ProcessRegistry:
         if self._guests.get(guest.instance_id) is guest:
             del self._guests[guest.instance_id]
         self.run_in_background(guest.monitor.close())
+        if self.groups is not None:
+            self.run_in_background(asyncio.to_thread(self.groups.remove, self.group_name(guest.instance_id)))
 
     def run_in_background(self, work: Coroutine[Any, Any, AnswerT]) -> asyncio.Task[AnswerT]:
         """Start a task that `close` waits for."""
@@ -245,6 +276,10 @@ class ProcessRegistry:
         """Return the ids of all instances that have a folder."""
         with os.scandir(self.path / "vms") as entries:
             return frozenset(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def group_name(self, instance_id: str) -> str:
+        """Return the name of the control group of an instance, which no other host of this machine uses."""
+        return f"{self.home.host_id[:_HOST_PREFIX]}-{instance_id}"
 
     def can_name_folder(self, instance_id: str) -> bool:
         """Whether an id can be the name of a folder."""

@@ -169,6 +169,7 @@ class RemoteHypervisor:
             address=greeting.address,
             shared=greeting.shared,
             limits=greeting.limits,
+            protections=greeting.protections,
         )
 
     def rename(self, name: str, former: frozenset[str]) -> None:

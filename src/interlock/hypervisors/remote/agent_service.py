@@ -57,7 +57,7 @@ from interlock.hypervisors.remote.protocol import (
 )
 from interlock.hypervisors.remote.range_transfer import RangeServer, RangeTransfers
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, TransferReport
-from interlock.ports.hosts import Limits, Link
+from interlock.ports.hosts import Limits, Link, Protection
 from interlock.ports.migration import MigrationPort
 from interlock.ports.system_errors import system_failure
 
@@ -80,6 +80,7 @@ class AgentService:
         shared: a folder shared with the server, under the same path.
         ranges: the server's files over HTTP ranges; None: files travel as messages, in protocol version 4.
         limits: returns the host's capacity; called with each greeting.
+        protections: returns what confines the guests here; called with each greeting.
         images_in_use: returns the paths of image files that guests here need; called in a thread, may raise OSError.
         reaches: whether a volume's file can be used here; by default if it is in `shared`.
         may_hold: raises if this host may not run guests now.
@@ -95,6 +96,7 @@ class AgentService:
         address: str | None = None,
         ranges: RangeServer | None = None,
         limits: Callable[[], Limits] = Limits,
+        protections: Callable[[], tuple[Protection, ...]] = tuple,
         images_in_use: Callable[[], Collection[str]] = frozenset,
         reaches: Callable[[str], bool] | None = None,
         may_hold: Callable[[], None] = _always,
@@ -104,6 +106,7 @@ class AgentService:
         self._shared = shared
         self._address = address
         self._limits = limits
+        self._protections = protections
         self._guests = folder / "guests"
         self._files = FileCache(folder, shared, images_in_use)
         self._newest_version = 4 if ranges is None else VERSION
@@ -181,6 +184,7 @@ class AgentService:
             address=self._address,
             shared=None if self._shared is None else str(self._shared),
             limits=self._limits(),
+            protections=self._protections(),
         )
 
     async def _cancel_calls(self) -> None:

@@ -22,7 +22,7 @@ import msgspec
 from interlock.core import errors
 from interlock.core.errors import HostTaken, InterlockError, Unavailable
 from interlock.ports import HypervisorEvent
-from interlock.ports.hosts import HostIdentity, Limits
+from interlock.ports.hosts import HostIdentity, Limits, Protection
 
 VERSION: Final = 5
 """The newest version of the protocol."""
@@ -60,6 +60,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     shared: str | None = None
     limits: Limits = Limits()
     """The host's capacity."""
+    protections: tuple[Protection, ...] = ()
+    """What confines the host's guests."""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
 from interlock.core.errors import OperationRejected
-from interlock.images.subprocess_runner import Account
 
-_READ_BY_OTHERS: Final = 0o004
-_READ_BY_GROUP: Final = 0o040
+_COPIES_MAX: Final = 8
+"""How many kernels and initrds are kept in memory for the next VM that boots them."""
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def open_disk(path: Path, *, read_only: bool) -> int:
@@ -19,14 +21,48 @@ def open_disk(path: Path, *, read_only: bool) -> int:
     return _open(path, os.O_RDONLY if read_only else os.O_RDWR)
 
 
-def open_kernel(path: Path, account: Account | None) -> int:
-    """Open a kernel or initrd, and let QEMU's user read it, who opens it by its `/proc` path."""
-    descriptor = _open(path, os.O_RDONLY)
-    mode = os.fstat(descriptor).st_mode
-    if account is not None and not mode & _READ_BY_OTHERS:
-        os.fchown(descriptor, -1, account.group_id)
-        os.fchmod(descriptor, mode | _READ_BY_GROUP)
-    return descriptor
+class BootFiles:
+    """Kernels and initrds, as copies in memory that cannot be changed.
+
+    QEMU opens them again by their `/proc` path, for which its user needs permission. Such a copy may be opened by
+    whoever has its descriptor, so that the file itself need not be readable to any VM's user. VMs share the copies.
+    """
+
+    def __init__(self) -> None:
+        self._copies: OrderedDict[tuple[int, ...], int] = OrderedDict()
+
+    def open(self, path: Path) -> int:
+        """Return a new descriptor of the copy of a file. Blocks while it is made. Raises `OperationRejected`."""
+        source = _open(path, os.O_RDONLY)
+        try:
+            found = os.fstat(source)
+            identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if identity not in self._copies:
+                self._copies[identity] = _sealed_copy(source, found.st_size)
+                if len(self._copies) > _COPIES_MAX:
+                    os.close(self._copies.popitem(last=False)[1])
+            self._copies.move_to_end(identity)
+            return fcntl.fcntl(self._copies[identity], fcntl.F_DUPFD_CLOEXEC, 0)
+        finally:
+            os.close(source)
+
+    def close(self) -> None:
+        """Forget the copies; those of running VMs stay."""
+        while self._copies:
+            os.close(self._copies.popitem()[1])
+
+
+def _sealed_copy(source: int, size: int) -> int:
+    copy = os.memfd_create("boot file", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        offset = 0
+        while offset < size and (sent := os.sendfile(copy, source, offset, size - offset)):
+            offset += sent
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
 
 
 def _open(path: Path, access: int) -> int:

@@ -23,7 +23,7 @@ vms/ID/                 0700, of the server's user: QEMU gets everything in it a
     errors.log          QEMU's standard error
     awaited, sent       marks of a live migration: see `migration`
     inside/             0711: the working folder of QEMU, by which its process is recognised
-        journal.in/.out the pipes of the event log, of QEMU's user
+        journal.in/.out the pipes of the event log
 """
 
 from __future__ import annotations
@@ -232,14 +232,16 @@ class InstanceFolder:
             raise
         return caller
 
-    def make_event_pipes(self, user: tuple[int, int] | None) -> None:
-        """Create the pipes of the event log, for QEMU's user and group."""
+    def make_event_pipes(self) -> None:
+        """Create the pipes of the event log.
+
+        Every user may open them who can reach them, which is only QEMU: no other has this folder in view.
+        """
         for end in ("in", "out"):
             pipe = self.inside / f"{EVENT_LOG}.{end}"
             pipe.unlink(missing_ok=True)
             os.mkfifo(pipe, 0o600)
-            if user is not None:
-                os.chown(pipe, *user)
+            pipe.chmod(0o666)
 
     def open_event_pipe(self, end: str) -> int:
         """Open one of the pipes, `in` or `out`, without waiting for QEMU to open it."""

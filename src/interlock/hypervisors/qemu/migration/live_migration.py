@@ -80,7 +80,6 @@ class LiveMigration:
             guest,
             endpoint,
             report,
-            self._registry.account,
             converge_ms=converge_ms,
             disk=spec is not None and _sends_root(spec),
             ran=ran,

@@ -24,7 +24,6 @@ from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.memory.guest_memory import BYTES_PER_S_MAX, cancel_migration
 from interlock.hypervisors.qemu.migration.convergence import THROTTLE, ConvergenceLimit, memory_state
 from interlock.hypervisors.qemu.stall_timeout import copy_stall
-from interlock.images.subprocess_runner import Account
 from interlock.ports import Permit, Report, TransferReport
 from interlock.ports.migration import MigrationEndpoint
 
@@ -158,7 +157,6 @@ async def send(
     guest: Guest,
     endpoint: MigrationEndpoint,
     report: TransferReport,
-    account: Account | None,
     *,
     converge_ms: int,
     disk: bool,
@@ -168,7 +166,7 @@ async def send(
     forwarding: asyncio.Task[None] | None = None
     try:
         if disk:
-            forwarding = await _mirror(permit, guest, endpoint, _limited(guest, report, converge_ms), account)
+            forwarding = await _mirror(permit, guest, endpoint, _limited(guest, report, converge_ms))
         limit = ConvergenceLimit(converge_ms, f"Sending the memory of VM {guest.instance_id}")
         await _send_memory(permit, guest, endpoint, report, limit, disk=disk)
     except BaseException:
@@ -195,9 +193,7 @@ def _limited(guest: Guest, report: Report, converge_ms: int) -> Report:
     return limited
 
 
-async def _mirror(
-    permit: Permit, guest: Guest, endpoint: MigrationEndpoint, report: Report, account: Account | None
-) -> asyncio.Task[None]:
+async def _mirror(permit: Permit, guest: Guest, endpoint: MigrationEndpoint, report: Report) -> asyncio.Task[None]:
     """Mirror the root disk until both are the same; return the task that forwards later writes."""
     outer = await _connect(guest, endpoint, _DISK)
     path = guest.folder.inside / _SOCKET
@@ -206,8 +202,7 @@ async def _mirror(
         with _inside(guest) as folder:
             path.unlink(missing_ok=True)
             listening.bind(f"{folder}/{_SOCKET}")
-        if account is not None:
-            os.chown(path, account.user_id, account.group_id)
+        path.chmod(0o666)  # QEMU's user connects to it; no other has the folder in view
         listening.listen(1)
         listening.setblocking(False)
         forwarding = asyncio.create_task(

@@ -14,9 +14,9 @@ from typing import Final
 
 import msgspec
 
+from interlock.confinement.sandbox import Account
 from interlock.core.errors import Unavailable
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.images.subprocess_runner import Account
 
 DEVICE: Final = Path("/dev/kvm")
 _GET_API_VERSION: Final = 0xAE00

@@ -18,7 +18,8 @@ from typing import Final
 
 import msgspec
 
-from interlock.hypervisors.qemu.process.qemu_process import has_ended, started_ticks
+from interlock.confinement.sandbox import BWRAP
+from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, has_ended, started_ticks
 
 _INSTANCE: Final = "INTERLOCK_GUEST_INSTANCE"
 _HOST: Final = "INTERLOCK_GUEST_HOST_ID"
@@ -68,15 +69,19 @@ class FoundGuest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def working_folder(self) -> Path:
-        """A path to its working folder that holds if that was moved."""
+        """A link to its working folder, whose target is the path in its own mount namespace."""
         return _PROC / str(self.process_id) / "cwd"
 
     def place(self) -> Path | None:
-        """Return the current path of its working folder; None if that was deleted, or the process has ended."""
+        """Return the current path of its working folder; None if that was deleted, or the process has ended.
+
+        The path is that of the lock beside it, which the process has open.
+        """
         try:
-            place = self.working_folder.readlink()
-            deleted = place.name.endswith(_DELETED) and not place.exists()
-            return None if deleted or not self.working_folder.stat().st_nlink else place
+            lock = _lock_of(_PROC / str(self.process_id))
+            if lock is None or (lock.name.endswith(_DELETED) and not lock.exists()):
+                return None
+            return lock.parent / "inside" if self.working_folder.stat().st_nlink else None
         except OSError:
             return None
 
@@ -108,11 +113,17 @@ def find_guests() -> Iterator[FoundGuest]:
                 yield found
 
 
+def _lock_of(place: Path) -> Path | None:
+    """Return the path of the lock that a guest's process has open, as the kernel writes it; None if it has none."""
+    lock = (place / "fd" / str(FIRST_DESCRIPTOR)).readlink()
+    return lock if lock.name.removesuffix(_DELETED) == "lock" else None
+
+
 def _guest_in(place: Path) -> FoundGuest | None:
     try:
         arguments = (place / "cmdline").read_bytes().split(b"\0")
-        if b"-uuid" not in arguments:
-            return None
+        if b"-uuid" not in arguments or (arguments[0] == BWRAP.encode() and _lock_of(place) is None):
+            return None  # also bubblewrap that waits for a guest
         # Before it executes QEMU, its later environment is among its arguments.
         marks = dict(
             word.decode(errors="replace").partition("=")[::2]

@@ -10,28 +10,32 @@ import asyncio
 import contextlib
 import fcntl
 import grp
+import json
 import os
 import pwd
+import select
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from interlock.confinement.sandbox import Account
 from interlock.core.errors import NotResponding, Unavailable
 from interlock.hypervisors.qemu.settings import QemuSettings
-from interlock.images.subprocess_runner import Account
 
 FIRST_DESCRIPTOR: Final = 3
-"""The number of the first descriptor that is passed to a process."""
+"""The number of the first descriptor that is passed to a process; a guest's is the lock of its instance."""
 
 _PARKED: Final = 256
 """Descriptors are duplicated above this number before they are passed, so that none overwrites another."""
+_REPORT_BYTES: Final = 4096
+_PARENT_FIELD: Final = 3 - 2
 _START_TIME_FIELD: Final = 21 - 2
 """The index of `starttime` in /proc/PID/stat, counted after the name in parentheses."""
 
 
-def account(settings: QemuSettings) -> Account | None:
-    """Return the unprivileged account of the settings, or None if this process is not root.
+def shared_account(settings: QemuSettings) -> Account | None:
+    """Return the unprivileged account of the settings, which VMs share, or None if this process is not root.
 
     Raises:
         Unavailable: the user or group does not exist.
@@ -66,6 +70,31 @@ def spawn(command: list[str], errors: int, descriptors: Sequence[int]) -> int:
     finally:
         for descriptor in (nothing, *parked):
             os.close(descriptor)
+
+
+def reported_child(report: int, timeout_ms: int) -> int | None:
+    """Read the id of the process that a confined command becomes, from what `confined` reports.
+
+    Returns:
+        The process id as this process sees it; None if there is none within the time.
+    """
+    text, poll = b"", select.poll()
+    poll.register(report, select.POLLIN)
+    while poll.poll(timeout_ms):
+        chunk = os.read(report, _REPORT_BYTES)
+        if not chunk:
+            break
+        text += chunk
+    with contextlib.suppress(ValueError, KeyError):
+        return int(json.loads(text)["child-pid"])
+    return None
+
+
+def reap(process_id: int) -> None:
+    """Kill a child that failed to start a process, and wait for it."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process_id, signal.SIGKILL)
+        os.waitpid(process_id, 0)
 
 
 def _inheritable_descriptors(*, above: int) -> list[int]:
@@ -121,6 +150,19 @@ def find_in(folder: Path) -> int | None:
     return None
 
 
+def _child_above(process_id: int) -> int | None:
+    """Return the parent of a process if that is a child of this one, as bubblewrap is."""
+    fields = _stat(process_id)
+    parent = int(fields[_PARENT_FIELD]) if fields else 0
+    try:
+        if parent and parent != os.getpid():
+            os.waitid(os.P_PID, parent, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return parent
+    except ChildProcessError:
+        pass
+    return None
+
+
 class Process:
     """One running process, held by a pidfd, which never comes to mean another one."""
 
@@ -136,6 +178,7 @@ class Process:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._descriptor: int | None = os.pidfd_open(process_id)
+        self._monitor = _child_above(process_id)
         self._loop.add_reader(self._descriptor, self._on_readable)
 
     def _on_readable(self) -> None:
@@ -145,8 +188,25 @@ class Process:
             # Only a child needs this; the parent of any other process reaps it.
             os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
         self.detach()
+        if self._monitor is not None:
+            self._reap_monitor(self._monitor)
         self.ended.set()
         self._on_end()
+
+    def _reap_monitor(self, process_id: int) -> None:
+        """Reap the process of bubblewrap, which ends a moment after the one that it waits for."""
+        try:
+            monitor = os.pidfd_open(process_id)
+        except ProcessLookupError:
+            return
+
+        def on_end() -> None:
+            self._loop.remove_reader(monitor)
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, monitor, os.WEXITED | os.WNOHANG)
+            os.close(monitor)
+
+        self._loop.add_reader(monitor, on_end)
 
     def kill(self) -> None:
         """Send SIGKILL."""

@@ -70,8 +70,11 @@ def _is_in(guest: FoundGuest, folder: Path) -> bool:
 
 def _is_served(guest: FoundGuest) -> bool:
     """Whether a server or agent has locked the VM folder that the guest is in now."""
+    place = guest.place()
+    if place is None:
+        return False
     try:
-        lock = os.open(guest.working_folder / "../../.." / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(place.parents[2] / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:

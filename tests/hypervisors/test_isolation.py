@@ -1,0 +1,263 @@
+"""Each row of the isolation table in SECURITY.md: attacks that run in QEMU's place, confined as QEMU is."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from conformance.hypervisor import GivenPermit, Told
+from conformance.qemu_workbench import QemuWorkbench, opened
+from interlock.confinement.sandbox import Namespaces, View, confined, namespaces_for
+from interlock.core.errors import OperationRejected
+from interlock.hypervisors.qemu import QemuHypervisor
+from waiting import PATIENCE_S
+
+PERMIT = GivenPermit()
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root gives each VM a user of its own"),
+    pytest.mark.skipif(not SYSTEM_PYTHON.exists(), reason="the attacks need the system's Python"),
+]
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+PROCESSES_MAX = 12
+MEMORY_MIB = 96
+HOST_NAMESPACES = {kind: str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("mnt", "pid", "ipc", "uts")}
+
+
+class Scene:
+    """A VM, and the attacks of another one on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.victim = QemuWorkbench(_made(folder / "victim"))
+        self.attacker = QemuWorkbench(_made(folder / "attacker"))
+        self.image = self.victim.folder / "image.qcow2"
+        self.victim_process = 0
+        self.shared_memory = ctypes.CDLL(None).shmget(0x1EAF, 4096, 0o1666)
+        self.program = folder / "attacks.py"
+        shutil.copy(Path(__file__).with_name("attacks.py"), self.program)
+        self.program.chmod(0o755)
+
+    async def attack(self, *, namespaces: bool) -> dict[str, Any]:
+        """Run the attacks in QEMU's place; return what came of them."""
+        victim = await opened(self.victim)
+        spec = msgspec.structs.replace(self.victim.spec(), root_gib=1)
+        await victim.define(PERMIT, "victim", spec)
+        await victim.power_on(PERMIT, "victim", spec)
+        self.victim_process = self.victim.process_id("victim")
+        root = self.victim.instance_folder("victim").roots(spec).disk(0)
+        groups = victim.registry.groups
+        self._describe([str(root), str(self.victim.instance_folder("victim").console)], cgroups=groups is not None)
+        attacker = await self._attacker(namespaces=namespaces)
+        try:
+            await attacker.define(PERMIT, "attacker", self.attacker.spec())
+            with pytest.raises(OperationRejected, match="QEMU did not start"):
+                await attacker.power_on(PERMIT, "attacker", self.attacker.spec())
+            written = self.attacker.instance_folder("attacker").errors.read_text()
+            return {"victim": owner_of(self.victim_process), **json.loads(written)}
+        finally:
+            for hypervisor, name in ((attacker, "attacker"), (victim, "victim")):
+                await hypervisor.undefine(PERMIT, name)
+                await hypervisor.close()
+
+    async def _attacker(self, *, namespaces: bool) -> QemuHypervisor:
+        self.attacker.settings = msgspec.structs.replace(
+            self.attacker.settings,
+            qemu_binary=str(self.program),
+            program_paths=(str(SYSTEM_PYTHON), str(self.program.with_name("target.json"))),
+            threads_extra=PROCESSES_MAX - 1,
+            memory_overhead_mib=MEMORY_MIB - 16 - self.attacker.settings.translation_cache_mib,
+        )
+        hypervisor = await opened(self.attacker, Told())
+        if not namespaces:
+            hypervisor.registry.namespaces = Namespaces.NONE
+        return hypervisor
+
+    def _describe(self, files: list[str], *, cgroups: bool) -> None:
+        folders = ["/", "/tmp", "/usr/lib", "/run/inside", "/dev", "/dev/shm", "/etc", str(self.program.parent)]
+        target = {
+            "process_id": self.victim_process,
+            "files": files,
+            "writable": [f"{folder}/written-by-attack" for folder in folders],
+            "shared_memory": 0x1EAF,
+            "processes_max": PROCESSES_MAX * 3,
+            "memory_mib": MEMORY_MIB * 4,
+            "cgroups": cgroups,
+        }
+        self.program.with_name("target.json").write_text(json.dumps(target))
+
+    def close(self) -> None:
+        for bench in (self.victim, self.attacker):
+            bench.end_everything()
+        ctypes.CDLL(None).shmctl(self.shared_memory, 0, None)
+
+
+def owner_of(process_id: int) -> int:
+    return Path(f"/proc/{process_id}").stat().st_uid
+
+
+def groups_of(process_id: int) -> dict[str, str]:
+    """The control group of a process, by controller."""
+    lines = Path(f"/proc/{process_id}/cgroup").read_text().splitlines()
+    return {line.split(":")[1]: line.split(":")[2] for line in lines}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(mode=0o755)
+    return folder
+
+
+def _attacked(*, namespaces: bool) -> dict[str, Any]:
+    # Readable to all users, unlike pytest's own folders: without namespaces only the user keeps the attacker out.
+    with tempfile.TemporaryDirectory(prefix="interlock-isolation-") as folder:
+        Path(folder).chmod(0o755)
+        scene = Scene(Path(folder))
+        try:
+            return asyncio.run(scene.attack(namespaces=namespaces))
+        finally:
+            scene.close()
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What came of the attacks on a host with every protection."""
+    return _attacked(namespaces=True)
+
+
+@needs_bwrap
+def test_a_confined_process_cannot_read_the_memory_of_another_vm(found: dict[str, Any]) -> None:
+    assert found["memory"] == "No such file or directory"
+
+
+@needs_bwrap
+def test_a_confined_process_cannot_signal_another_vm(found: dict[str, Any]) -> None:
+    assert found["signal"] == "No such process"
+
+
+@needs_bwrap
+def test_a_confined_process_sees_no_process_but_its_own(found: dict[str, Any]) -> None:
+    assert found["processes"] == [1]
+
+
+@needs_bwrap
+def test_a_confined_process_cannot_read_the_files_of_another_vm(found: dict[str, Any]) -> None:
+    assert set(found["files"].values()) == {"No such file or directory"}
+
+
+@needs_bwrap
+def test_a_confined_process_can_write_no_file(found: dict[str, Any]) -> None:
+    assert found["written"] == []
+
+
+@needs_bwrap
+def test_a_confined_process_shares_no_memory_segments_and_no_hostname_with_the_host(found: dict[str, Any]) -> None:
+    assert found["shared_memory"] == "No such file or directory"
+    assert found["hostname"] == "Operation not permitted"
+    assert [kind for kind, space in found["namespaces"].items() if space == HOST_NAMESPACES[kind]] == []
+
+
+def test_each_vm_runs_as_a_user_of_its_own(found: dict[str, Any]) -> None:
+    assert found["user"] == found["group"]
+    assert found["user"] not in {0, found["victim"]}
+    assert found["groups"] == []
+
+
+def test_a_confined_process_has_no_privileges_and_gets_none(found: dict[str, Any]) -> None:
+    status = found["status"]
+    assert {name: int(status[name].strip(), 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {
+        **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0)
+    }
+    assert status["NoNewPrivs"].strip() == "1"
+    assert found["become_root"] == "Operation not permitted"
+
+
+def test_a_fork_bomb_is_limited(found: dict[str, Any]) -> None:
+    assert found["bomb"] == PROCESSES_MAX - 1
+
+
+def test_a_process_that_takes_more_memory_than_its_vm_has_is_killed(found: dict[str, Any]) -> None:
+    if not found["cgroups"]:
+        pytest.skip("this host has no cgroups")
+    assert found["memory_signal"] == -signal.SIGKILL
+
+
+def test_without_namespaces_the_user_of_its_own_keeps_a_process_from_other_vms() -> None:
+    found = _attacked(namespaces=False)
+    assert found["memory"] == "Permission denied"
+    assert found["signal"] == "Operation not permitted"
+    assert set(found["files"].values()) == {"Permission denied"}
+    assert {path for path in found["written"] if not path.startswith(("/tmp/", "/dev/shm"))} == set()
+    assert found["bomb"] == PROCESSES_MAX - 1
+
+
+@needs_bwrap
+def test_a_user_without_privileges_gets_what_user_namespaces_allow() -> None:
+    words = confined(["ls", "/proc", "/tmp"], View(folder=Path("/usr/lib"), files=(Path("/bin/ls"),)), [], None)
+    assert "bwrap" not in words
+    words = confined(
+        ["ls", "/proc", "/"],
+        View(folder=Path("/usr/lib")),
+        ["--core=0"],
+        None,
+        namespaces=Namespaces.IN_USER_NAMESPACE,
+    )
+    dropped = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+    if subprocess.run([*dropped, "bwrap", "--unshare-user", "--ro-bind", "/", "/", "true"], check=False).returncode:
+        pytest.skip("this host permits no user namespaces")
+    seen = subprocess.run([*dropped, *words], capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
+    assert [name for name in seen.split() if name.isdigit()] == ["1"]
+    assert "tmp" not in seen.split()
+
+
+def test_a_host_without_bubblewrap_says_why_it_has_no_namespaces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    namespaces_for.cache_clear()
+    try:
+        assert "bubblewrap" in namespaces_for(None).because
+    finally:
+        namespaces_for.cache_clear()
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Nothing of a VM may be left in the control groups."""
+    yield
+    assert list(Path("/sys/fs/cgroup").glob("*/interlock/*-group-test")) == []
+
+
+async def test_the_control_groups_of_a_vm_have_its_limits_and_end_with_it(tmp_path: Path, nothing_left: None) -> None:
+    host = QemuWorkbench(tmp_path)
+    hypervisor = await opened(host)
+    try:
+        groups = hypervisor.registry.groups
+        if groups is None or groups.kind != "cgroup version 1":
+            pytest.skip("this host has no cgroups of version 1")
+        await hypervisor.define(PERMIT, "group-test", host.spec())
+        await hypervisor.power_on(PERMIT, "group-test", host.spec())
+        places = groups_of(host.process_id("group-test"))
+        name = f"/interlock/{hypervisor.registry.group_name('group-test')}"
+        assert {places[controller] for controller in ("memory", "pids", "cpu", "blkio")} == {name}
+        settings, top = host.settings, Path("/sys/fs/cgroup")
+        memory_mib = host.spec().memory_mib + settings.translation_cache_mib + settings.memory_overhead_mib
+        assert int((top / f"memory{name}/memory.limit_in_bytes").read_text()) == memory_mib << 20
+        assert int((top / f"pids{name}/pids.max").read_text()) == 1 + settings.threads_extra
+        assert int((top / f"cpu{name}/cpu.shares").read_text()) == 1024
+    finally:
+        await hypervisor.undefine(PERMIT, "group-test")
+        await hypervisor.close()
+        host.end_everything()
