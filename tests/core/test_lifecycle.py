@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from core_samples import (
     GRACE_MS,
@@ -33,6 +35,7 @@ from interlock.core.lifecycle import (
     take,
 )
 from interlock.core.operations import Lane
+from interlock.core.outcomes import end_of
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     Cancellation,
@@ -143,6 +146,60 @@ def test_an_interruption_ends_as_superseded_or_as_cancelled_by_who_asked_for_it(
     assert accepted(report(own, Outcome.INTERRUPTED)).status is Status.CANCELLED
     preempted = admit(serving(O.REBOOT), ask(O.DELETE, "d"), POLICY, START_MS).instance
     assert accepted(report(preempted, Outcome.INTERRUPTED)).status is Status.SUPERSEDED
+
+
+TOO_LONG = {"overdue": True, "served_at_most_ms": 60_000}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "more", "status", "reason", "message"),
+    [
+        (Outcome.SUCCEEDED, {}, Status.SUCCEEDED, None, None),
+        (Outcome.FAILED, {}, Status.FAILED, "failed", None),
+        (Outcome.UNTOUCHED, {}, Status.FAILED, "failed", None),
+        (Outcome.INTERRUPTED, {}, Status.CANCELLED, "interrupted", "Interrupted and rolled back."),
+        (
+            Outcome.INTERRUPTED,
+            {"interrupted_for": "r9"} | TOO_LONG,
+            Status.SUPERSEDED,
+            "superseded",
+            "Interrupted by request r9.",
+        ),
+        *(
+            (
+                outcome,
+                TOO_LONG,
+                Status.FAILED,
+                "served_too_long",
+                "The start was served for 1 minute without an end, its limit (served_at_most).",
+            )
+            for outcome in (Outcome.INTERRUPTED, Outcome.FAILED, Outcome.UNTOUCHED)
+        ),
+        (Outcome.SUCCEEDED, TOO_LONG, Status.SUCCEEDED, None, None),
+    ],
+)
+def test_each_end_has_its_reason_and_its_message_unless_the_worker_said_more(
+    outcome: Outcome, more: dict[str, Any], status: Status, reason: str | None, message: str | None
+) -> None:
+    (request,) = serving(O.START, V.STOPPED).outstanding
+    assert end_of(replace(request, **more), outcome, None) == (status, reason, message)
+    assert end_of(replace(request, **more), outcome, "so it was") == (status, reason, "so it was")
+
+
+def test_what_was_served_too_long_and_preempted_as_well_is_superseded() -> None:
+    """Whoever preempted it is named, and nothing is said of its limit."""
+    (request,) = serving(O.START, V.STOPPED).outstanding
+    waiting = replace(request, interrupt_deadline_ms=START_MS + 5, **TOO_LONG)
+    ends = {}
+    for interrupted_for in (None, "r9"):
+        due = replace(serving(O.START, V.STOPPED), outstanding=(replace(waiting, interrupted_for=interrupted_for),))
+        change = expire(due, POLICY, START_MS + 5)
+        (ended,) = [one for one in change.requests if one.id == "r0"]
+        ends[interrupted_for] = (ended.status, ended.reason, change.instance.vm_state)
+    assert ends == {
+        None: (Status.FAILED, "served_too_long", V.ERROR),
+        "r9": (Status.SUPERSEDED, "superseded", V.STOPPED),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- fence

@@ -12,10 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from interlock.core import admission, lifecycle, scheduled_actions
 from interlock.core import restarts as restarting
+from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import Admitted, GuestEvent, Instance, Outcome, Request, Submission
-from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts
+from interlock.core.restart_policy import OnCrash, OnPowerOff, RestartPolicy, Restarts, check_limit
 from interlock.core.roles import Role
 from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.core.states import PowerState, VmState
@@ -110,6 +111,22 @@ def test_the_limit_is_said_where_its_owner_looks() -> None:
     assert scheduled_actions.due(change.instance, NEVER) is None
     assert "instance.gave_up" in [event.kind for event in change.events]
     assert change.instance.error == ("The guest crashed. It was restarted 1 times within 60 s; no more restarts.")
+
+
+@pytest.mark.parametrize(("after_ms", "limited"), [(59_999, True), (60_000, False)])
+def test_restarts_are_counted_afresh_at_the_end_of_the_window(after_ms: int, *, limited: bool) -> None:
+    policy = RestartPolicy(on_crash=OnCrash.RESTART, restarts_max=1, window_s=60)
+    tired = running(policy, restarts=Restarts(count=1, window_since_ms=T0))
+    due = scheduled_actions.due(ended(tired, GuestEvent.CRASHED, T0 + after_ms), NEVER)
+    assert (due is None) is limited
+
+
+def test_the_delays_of_a_restart_policy_are_shorter_than_its_window() -> None:
+    policy = RestartPolicy(on_crash=OnCrash.RESTART, restarts_max=2, window_s=4)
+    assert policy.pauses_s == 3
+    check_limit(policy)
+    with pytest.raises(Invalid, match=r"before 2 restarts take 3 s together"):
+        check_limit(msgspec.structs.replace(policy, window_s=3))
 
 
 def test_a_stop_that_waits_keeps_a_crashed_guest_down() -> None:
