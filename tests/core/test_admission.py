@@ -428,6 +428,9 @@ def test_a_second_outstanding_request_with_the_same_id_is_refused() -> None:
 def test_a_state_is_not_reset_to_deleted_or_to_nonsense(target: Any) -> None:
     with pytest.raises(Invalid, match=r"Invalid vm_state .* for reset_state: expected one of active, building"):
         admit(instance_in(), ask(O.RESET_STATE, parameters={"vm_state": target}), POLICY, START_MS)
+    nothing = compiled(rule("nothing", frozenset(O), Verdict.DENY))
+    with pytest.raises(Invalid, match="Invalid vm_state"):  # whatever the policy says
+        admit(instance_in(), ask(O.RESET_STATE, parameters={"vm_state": target}), nothing, START_MS)
 
 
 def test_a_vm_state_given_as_text_is_refused() -> None:

@@ -355,6 +355,29 @@ def test_a_guest_that_crashed_or_vanished_is_in_error(event: GuestEvent, power: 
     assert instance.error
 
 
+@pytest.mark.parametrize(
+    ("event", "left"),
+    [
+        (GuestEvent.STOPPED, ()),
+        (GuestEvent.VANISHED, ()),
+        (GuestEvent.LEASE_ENDED, ()),
+        (GuestEvent.CRASHED, ("v",)),
+        (GuestEvent.RESET, ("v",)),
+    ],
+)
+def test_a_pending_detachment_is_complete_once_the_process_of_the_guest_is_gone(
+    event: GuestEvent, left: tuple[str, ...]
+) -> None:
+    """The process of a crashed guest is kept, and has its disks open."""
+    image = Image(id="i", name="i", kind="disk", path="/i", size_bytes=512, sha256="0")
+    spec = Spec(image=image, disks=(Disk(id="v", path="/v"),))
+    change = observe(replace(instance_in(), spec=spec, detaching=("v",)), event, POLICY, START_MS)
+    assert change.instance.detaching == left
+    assert change.instance.spec is not None
+    assert tuple(disk.id for disk in change.instance.spec.disks) == left
+    assert [one.data for one in change.events if one.kind == "guest.changed"] == ([] if left else [{"detached": ["v"]}])
+
+
 @pytest.mark.parametrize("event", [GuestEvent.STOPPED, GuestEvent.CRASHED, GuestEvent.VANISHED, GuestEvent.LEASE_ENDED])
 def test_the_end_of_a_guest_that_is_on_record_changes_nothing(event: GuestEvent) -> None:
     """A hypervisor may report it twice, and an inspection may find it just before it is reported."""

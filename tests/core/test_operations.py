@@ -7,7 +7,7 @@ from core_samples import O, V
 
 from interlock.core.operations import BIT, CATALOGUE, FIELDS, TASK_OPERATION, TASK_STATES, Entry, Lane, Operation
 from interlock.core.record_operations import RECORD_OPERATIONS
-from interlock.core.state_stack import resolve_target
+from interlock.core.state_stack import Memory, resolve_target, without_guest
 from interlock.core.states import NO_TASK, Target, VmState
 from interlock.driver.operations import PERFORMS
 
@@ -158,3 +158,38 @@ def test_what_is_offloaded_goes_back_to_where_it_was_shelved() -> None:
 def test_what_came_from_where_it_could_not_be_asked_has_no_way_back_beyond_that() -> None:
     """So that a policy that admits anything makes no memory longer and longer."""
     assert resolve_target(O.RESCUE, V.SHELVED, (V.STOPPED,)) == (V.RESCUED, (V.SHELVED,))
+
+
+@pytest.mark.parametrize(
+    ("vm_state", "memory", "after"),
+    [
+        (V.SHELVED, (V.SUSPENDED,), (V.SHELVED_OFFLOADED, (V.STOPPED,))),
+        (V.SHELVED, (V.ERROR,), (V.SHELVED_OFFLOADED, (V.ERROR,))),
+        (V.SHELVED, (V.PAUSED,), (V.SHELVED_OFFLOADED, (V.PAUSED,))),
+        (V.RESCUED, (V.BUILDING,), (V.RESCUED, (V.BUILDING,))),
+        (V.SOFT_DELETED, (V.SHELVED, V.SUSPENDED), (V.SOFT_DELETED, (V.SHELVED_OFFLOADED, V.STOPPED))),
+        (V.SOFT_DELETED, (V.RESIZED, V.PAUSED), (V.SOFT_DELETED, (V.PAUSED,))),
+        (V.SOFT_DELETED, (), (V.SOFT_DELETED, ())),
+    ],
+)
+def test_what_an_evacuated_instance_returns_to_was_evacuated_too(
+    vm_state: VmState, memory: Memory, after: tuple[VmState, Memory]
+) -> None:
+    """A state to return to that was building or in error stays: it needs no guest and no disk."""
+    assert resolve_target(O.EVACUATE, vm_state, memory) == after
+
+
+@pytest.mark.parametrize(
+    ("vm_state", "memory", "after"),
+    [
+        (V.RESIZED, (), (V.ACTIVE, V.STOPPED)),
+        (V.RESIZED, (V.PAUSED,), (V.PAUSED, V.STOPPED)),
+        (V.RESIZED, (V.STOPPED,), (V.STOPPED,)),
+        (V.RESIZED, (V.PAUSED, V.STOPPED), (V.PAUSED, V.STOPPED)),
+        (V.RESCUED, (V.ACTIVE,), (V.ACTIVE,)),
+    ],
+)
+def test_only_a_resized_instance_remembers_that_its_guest_has_ended(
+    vm_state: VmState, memory: Memory, after: Memory
+) -> None:
+    assert without_guest(vm_state, memory) == after
