@@ -84,8 +84,16 @@ def test_what_was_measured_moves_with_the_lines_of_the_program() -> None:
     """Two lines were added at the top since; of a line that is new the nearest one before it is taken."""
     reach = _reach((Measured("a.py::t", 0.1, 3),), {1: (0,)}, {"a.py": ""}).of_today()
     file = "tests/house/test_mutants.py"
-    assert [test.id for test in reach.of(file, 3)] == ["a.py::t"]
-    assert reach.of(file, 1) == []
+    assert [test.id for test in reach.of(file, [3])] == ["a.py::t"]
+    assert reach.of(file, [1]) == []
+
+
+def test_the_narrowest_tests_of_each_branch_are_tried_first() -> None:
+    tests = tuple(Measured(f"a.py::t{lines}", 0.1, lines) for lines in range(10, 30))
+    reach = _reach(tests, {1: tuple(range(20)), 2: tuple(range(19)), 3: (19,)}, {"a.py": ""})
+    ids = [test.id for test in reach.of("tests/house/test_mutants.py", [1], range(1, 4))]
+    assert ids[:6] == [*(f"a.py::t{lines}" for lines in range(10, 15)), "a.py::t29"]
+    assert len(ids) == 20
 
 
 def test_what_is_measured_again_replaces_what_was_measured_of_a_file() -> None:
@@ -93,7 +101,7 @@ def test_what_is_measured_again_replaces_what_was_measured_of_a_file() -> None:
         (Measured("a.py::old", 1.0, 9), Measured("b.py::t", 1.0, 9)), {1: (0, 1)}, {"a.py": "1", "b.py": "1"}
     )
     both = before.merged(_reach((Measured("a.py::new", 1.0, 3),), {1: (0,)}, {"a.py": "2"}))
-    assert [test.id for test in both.of("tests/house/test_mutants.py", 1)] == ["a.py::new", "b.py::t"]
+    assert [test.id for test in both.of("tests/house/test_mutants.py", [1])] == ["a.py::new", "b.py::t"]
 
 
 @pytest.mark.parametrize(

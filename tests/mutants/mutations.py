@@ -54,6 +54,8 @@ class Mutant(NamedTuple):
     """Which of the mutants of the function it is, from 0."""
     statement: int = 0
     """The line at which the statement begins that contains the change."""
+    around: range = range(0)
+    """The lines of the function."""
     digest: str = ""
     """Of the function as it is."""
 
@@ -74,8 +76,9 @@ def mutants_of(path: Path, root: Path) -> Iterator[Mutant]:
     file = str(path.relative_to(root))
     for name, function in _functions(ast.parse(path.read_text(encoding="utf-8"))):
         digest = hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]
+        lines = range(function.lineno, (function.end_lineno or function.lineno) + 1)
         for number, site in enumerate(_sites(function)):
-            yield Mutant(file, name, _line(site.node), _described(site), number, site.statement, digest)
+            yield Mutant(file, name, _line(site.node), _described(site), number, site.statement, lines, digest)
 
 
 def mutated(path: Path, mutant: Mutant) -> tuple[CodeType, int]:

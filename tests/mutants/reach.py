@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
+import signal
 import subprocess
 import sys
-from collections import defaultdict
+import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Final, Self
@@ -24,6 +26,10 @@ OPTIONS: Final = (
     *("-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not long and not qemu"),
     "--hypothesis-seed=0",  # the same examples in each trial
 )
+_PROCESSOR_S: Final = 3.0
+"""How much processor time a test that is tried with mutants may take while it is measured."""
+_NARROWEST: Final = 5
+"""How many tests of each line of a function are tried before the others."""
 Lines = dict[int, tuple[int, ...]]
 
 
@@ -32,6 +38,7 @@ class Measured(msgspec.Struct, frozen=True):
 
     id: str
     seconds: float
+    """Processor time, which says the same on a machine that has other work."""
     lines: int
     """How many lines of the program it reaches: the fewer, the narrower it is."""
 
@@ -47,11 +54,20 @@ class Reach(msgspec.Struct, frozen=True):
     measured: dict[str, str] = {}
     """The digests of the files of tests."""
 
-    def of(self, file: str, *lines: int) -> list[Measured]:
-        """Return the tests that reach the first line that any reaches, the narrowest first."""
+    def of(self, file: str, lines: Iterable[int], around: Iterable[int] = ()) -> list[Measured]:
+        """Return the tests that reach the first of the lines that any reaches, the narrowest first.
+
+        Before them come those of these that are the narrowest for any line around it: a wrong branch is noticed by what
+        ought to take the other one.
+        """
         found = self.lines.get(file, {})
-        reaching = next((found[line] for line in lines if line in found), ())
-        return sorted((self.tests[at] for at in reaching), key=lambda one: one.lines)
+        reaching = {at: self.tests[at].lines for at in next((found[line] for line in lines if line in found), ())}
+        narrow = {
+            at
+            for line in around
+            for at in heapq.nsmallest(_NARROWEST, reaching.keys() & set(found.get(line, ())), key=reaching.__getitem__)
+        }
+        return [self.tests[at] for at in sorted(reaching, key=lambda at: (at not in narrow, reaching[at], at))]
 
     def missing(self, files: Iterable[str]) -> list[str]:
         """Return the files of tests that were not measured as they are."""
@@ -125,7 +141,7 @@ class Measure:
         self._coverage = coverage.Coverage(
             data_file=str(data_file), source_pkgs=["interlock"], config_file=False, data_suffix=False, branch=False
         )
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = {}
         self._failed: set[str] = set()
 
     def pytest_collection_finish(self) -> None:
@@ -135,10 +151,23 @@ class Measure:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self._coverage.switch_context(item.nodeid)
-        return (yield)
+        begun_s = time.process_time()
+        try:
+            return (yield)
+        finally:
+            self._seconds[item.nodeid] = time.process_time() - begun_s
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        """Fail a test that computes for too long: no mutant is tried with it."""
+        signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail("It computes for too long."))
+        signal.setitimer(signal.ITIMER_VIRTUAL, _PROCESSOR_S)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds[report.nodeid] += report.duration
         if not report.passed:
             self._failed.add(report.nodeid)
 
