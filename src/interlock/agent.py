@@ -135,9 +135,10 @@ class HostAgent:
         """Keep a connection to the server. Raises `Forbidden` if the first attempt is rejected."""
         while True:
             try:
-                tls = await tls_settings(self._contact.server, self._contact.ca)
-                await self._ranges.open(tls)
-                await self._converse(await dial(self._contact.server, self._contact.name, self._contact.token, tls))
+                contact = self._contact
+                await self._ranges.open(await tls_settings(contact.server, contact.ca))
+                tls = await tls_settings(contact.server, contact.ca)
+                await self._converse(await dial(contact.server, contact.name, contact.token, tls))
             except OSError as error:
                 # Connection errors, or local ones: no space for the watchdog's log, too many open files.
                 _LOG.info("not connected", server=self._contact.server, why=str(error))

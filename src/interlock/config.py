@@ -238,6 +238,11 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How long a connection is kept open between two requests, in ms."""
     send_timeout_ms: int = 30_000
     """How long a client may not receive any of a response that waits for it, in ms; then its connection is closed."""
+    connections_max: int = 4_096
+    """The largest number of connections of clients, but at most half of the files that the process may have open; more
+    are answered with 503. With TLS they are closed. Agents have as many of their own."""
+    connections_per_client_max: int = 1_024
+    """The largest number of connections from one address (IPv6: one /64 network); more are treated in the same way."""
     metrics_token: str = ""
     """A secret of at least 16 characters that reads `/metrics` and nothing else, for a monitoring system. Empty: only
     an admin's token reads it."""

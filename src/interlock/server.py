@@ -17,12 +17,11 @@ from pathlib import Path
 
 import structlog
 import uuid_utils
-import uvicorn
 
 from interlock import __version__
 from interlock.api.app import ApiParts, Application, create_app
 from interlock.api.http.listener import bind, url_of
-from interlock.api.http.protocol import HttpProtocol
+from interlock.api.http.server import HttpServer
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.core.errors import NotResponding
@@ -175,7 +174,7 @@ class Server:
         self.accepting = False
         """Whether requests are accepted. Whether they are served: see `readiness`."""
         self.url = ""  # set once it listens
-        self._http: uvicorn.Server | None = None
+        self._http: HttpServer | None = None
         self._stopping = False
         self._reloading: set[asyncio.Task[None]] = set()
 
@@ -412,26 +411,19 @@ class Server:
 
     async def _listen(self, listening: socket.socket, started: asyncio.Event | None) -> None:
         config = self.config
-        settings = uvicorn.Config(
+        self._http = HttpServer(
             self.app(),
+            config.http,
             ssl_certfile=config.tls_certificate or None,
             ssl_keyfile=config.tls_key or None,
-            http=partial(HttpProtocol, limits=config.http),  # type: ignore[arg-type]
-            proxy_headers=False,
-            ws="websockets-sansio",
             ws_max_size=FRAME_BYTES_MAX,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
             timeout_graceful_shutdown=max(1, config.driver.drain_ms // 1000),
         )
-        self._http = _Http(settings)
         self._http.should_exit = self._stopping
         self.url = url_of(listening, tls=bool(config.tls_certificate))
         with self._signal_handlers():
             self._announce(started)
-            await self._http.serve(sockets=[listening])
+            await self._http.serve_on(listening)
 
     def _announce(self, started: asyncio.Event | None) -> None:
         """Write the URL to the log and the server file. From now on it gets requests and signals."""
@@ -488,11 +480,3 @@ def _store(config: Config, clock: Clock | None) -> SqliteStore:
         jump_ms=config.clock.jump_ms,
         grace_ms=config.clock.grace_ms,
     )
-
-
-class _Http(uvicorn.Server):
-    """uvicorn's server without its signal handlers, which would end the process before the store is closed."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from in_process.virtual_time import run_in_virtual_time
+from in_process.virtual_time import VirtualTimeLoop, run_in_virtual_time
 from interlock.core.errors import HostTaken, Invalid, NotFound, StoreError
 from interlock.driver.host_admission import HostAdmission
 from interlock.driver.host_registry import HostRegistry
@@ -70,6 +70,11 @@ class AnAgent:
         self.closed = False
         self.disk_free_mib = 7
         self.fences: list[tuple[str, int]] = []
+        self.renewed_s = 0.0
+        """As its connection's thread has it."""
+        self.renewing_s: float | None = None
+        """A renewal that comes between the judgement and the end of the lease."""
+        self.resumed = 0
         self.names: tuple[str, frozenset[str]] | None = None
 
     async def answers(self) -> bool:
@@ -80,6 +85,14 @@ class AnAgent:
 
     def rename(self, name: str, former: frozenset[str]) -> None:
         self.names = (name, former)
+
+    def end_lease(self, unless_after_s: float | None = None) -> bool:
+        if self.renewing_s is not None:
+            self.renewed_s, self.renewing_s = self.renewing_s, None
+        return unless_after_s is None or self.renewed_s <= unless_after_s
+
+    def resume_lease(self) -> None:
+        self.resumed += 1
 
     def superseded(self, instance_id: str, fence: int) -> None:
         self.fences.append((instance_id, fence))
@@ -256,6 +269,61 @@ def test_a_loss_that_cannot_be_kept_is_kept_later_and_promised_to_nobody_before(
         assert yard.store.puts == 1
         await asyncio.sleep(0.2)
         assert yard.state("north") is HostState.FENCED
+
+    in_yard(story, host("north"))
+
+
+def test_a_renewal_that_another_thread_has_granted_counts_as_soon_as_it_is_granted() -> None:
+    async def story(yard: Yard) -> None:
+        agent = yard.agent("north")
+        await asyncio.sleep(PATIENCE_S - 0.1)
+        agent.renewed_s = PATIENCE_S - 1
+        await asyncio.sleep(PATIENCE_S - 1)
+        assert (yard.state("north"), yard.leases.ends_in_ms("north")) == (HostState.UP, 100)
+        await asyncio.sleep(0.2)
+        assert yard.state("north") is HostState.FENCED
+
+    in_yard(story, host("north"))
+
+
+def test_a_renewal_between_the_judgement_and_the_end_of_a_lease_keeps_the_host() -> None:
+    async def story(yard: Yard) -> None:
+        agent = yard.agent("north")
+        agent.renewing_s = PATIENCE_S
+        await asyncio.sleep(PATIENCE_S + 1)
+        assert (yard.state("north"), yard.store.puts, agent.disconnected) == (HostState.UP, 0, 0)
+        await asyncio.sleep(PATIENCE_S)
+        assert yard.state("north") is HostState.FENCED
+
+    in_yard(story, host("north"))
+
+
+def test_a_lease_that_was_ended_goes_on_if_the_fencing_cannot_be_kept() -> None:
+    async def story(yard: Yard) -> None:
+        agent = yard.agent("north")
+        yard.store.failures = 1
+        await asyncio.sleep(PATIENCE_S + 0.1)
+        assert (yard.state("north"), agent.resumed) == (HostState.UP, 1)
+        yard.store.failures = 1
+        with pytest.raises(StoreError):
+            await yard.leases.fence("north", "ann")
+        assert agent.resumed == 2
+
+    in_yard(story, host("north"))
+
+
+@pytest.mark.parametrize(("received_after_s", "state"), [(0.5, HostState.UP), (1.5, HostState.FENCED)])
+def test_a_server_that_was_busy_receives_what_agents_have_sent_before_it_judges_them(
+    received_after_s: float, state: HostState
+) -> None:
+    async def story(yard: Yard) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        await asyncio.sleep(1)
+        loop._jumping.elapsed_s += 2 * PATIENCE_S
+        loop.call_later(received_after_s, yard.leases.renewed, "north")
+        await asyncio.sleep(2)
+        assert yard.state("north") is state
 
     in_yard(story, host("north"))
 

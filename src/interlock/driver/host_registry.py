@@ -90,6 +90,21 @@ class HostRegistry:
         if name in self._others:
             self._others[name].disconnect()
 
+    def renewed_s(self, name: str) -> float:
+        """Return when that other host's last renewal was granted, on the monotonic clock; 0: never."""
+        other = self._others.get(name)
+        return 0.0 if other is None else other.renewed_s
+
+    def end_lease(self, name: str, unless_after_s: float | None = None) -> bool:
+        """Grant that other host no more renewals, as `RemoteHost.end_lease`."""
+        other = self._others.get(name)
+        return other is None or other.end_lease(unless_after_s)
+
+    def resume_lease(self, name: str) -> None:
+        """Grant that other host renewals again."""
+        if name in self._others:
+            self._others[name].resume_lease()
+
     def all_linked(self) -> dict[str, RemoteHost]:
         """Return the connected other hosts, by name."""
         return {name: host for name, host in self._others.items() if host.linked}

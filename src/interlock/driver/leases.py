@@ -2,12 +2,14 @@
 
 The agent measures a lease from its renewal request, and ends its guests when the lease expires; the server measures it
 from the grant, which is later, and adds a margin. Both use monotonic clocks.
+
+Renewals are granted in the thread that has the agents' connections, so that no load on this event loop keeps an agent
+from its lease. Before a host is fenced, its lease is ended there; a renewal that came before that keeps it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Final
 
 import msgspec
@@ -16,7 +18,7 @@ import structlog
 from interlock.core.errors import Invalid, StoreError, not_found
 from interlock.driver.host_registry import HostRegistry
 from interlock.ports import Drain, Host, HostCondition, HostEvent, HostState, Limits, Store
-from interlock.ports.hosts import HISTORY_MAX
+from interlock.ports.hosts import HISTORY_MAX, STALL_S
 
 _LOG = structlog.get_logger(__name__)
 _LOST_SHARE: Final = 2 / 3
@@ -143,7 +145,7 @@ class Leases:
         """Return the time until the host is fenced if it does not respond; None if only an admin can fence it."""
         if not self._lease_ms or name not in self._granted:
             return None
-        left_s = self._granted[name] + self._fence_after_s - asyncio.get_running_loop().time()
+        left_s = self._renewed_s(name) + self._fence_after_s - asyncio.get_running_loop().time()
         return max(0, round(left_s * 1000))
 
     async def rename(self, host: Host, name: str) -> Host:
@@ -178,6 +180,10 @@ class Leases:
         self._granted[name] = asyncio.get_running_loop().time()
         self._seen_at_ms[name] = self._store.now_ms()
         self._wakeup.set()
+
+    def _renewed_s(self, name: str) -> float:
+        """Return when the present lease of a host began, on the monotonic clock."""
+        return max(self._granted[name], self._hosts.renewed_s(name))
 
     def drain(self, name: str) -> Drain | None:
         """Return the host's drain, or None; also for the server's own host. Raises `NotFound`."""
@@ -227,7 +233,12 @@ class Leases:
             )
         host = self.host(name)
         if host.state is not HostState.FENCED:
-            host = await self.keep(msgspec.structs.replace(host, state=HostState.FENCED, fenced_by=by))
+            self._hosts.end_lease(name)
+            try:
+                host = await self.keep(msgspec.structs.replace(host, state=HostState.FENCED, fenced_by=by))
+            except StoreError:
+                self._hosts.resume_lease(name)
+                raise
             self._hosts.disconnect(name)
         return host
 
@@ -243,30 +254,43 @@ class Leases:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        stalled = False
         while True:
             self._wakeup.clear()
-            now, due = loop.time(), None
-            for name, host in tuple(self._known.items()):
-                if host.state is not HostState.UP:
-                    continue
-                linked = self._hosts.linked(name)
-                ends = self._granted[name] + self._fence_after_s
-                lost = self._granted[name] + self._lost_after_s
-                if not self._lease_ms and linked:
-                    # The end of the connection is not an event.
-                    ends = max(ends, now + self._fence_after_s)
-                if ends <= now:
+            now_s = loop.time()
+            # What agents have sent while the server was busy is received before they are judged.
+            due_s = now_s + STALL_S if stalled else await self._judge(now_s)
+            try:
+                async with asyncio.timeout_at(due_s):
+                    await self._wakeup.wait()
+                stalled = False
+            except TimeoutError:
+                stalled = not stalled and due_s is not None and loop.time() - due_s > STALL_S
+
+    async def _judge(self, now_s: float) -> float | None:
+        """Give up the hosts whose leases have ended. Return when to judge again (monotonic clock), or None."""
+        due_s = None
+        for name, host in tuple(self._known.items()):
+            if host.state is not HostState.UP:
+                continue
+            linked = self._hosts.linked(name)
+            renewed_s = self._renewed_s(name)
+            ends_s, lost_s = renewed_s + self._fence_after_s, renewed_s + self._lost_after_s
+            if not self._lease_ms and linked:
+                # The end of the connection is not an event.
+                ends_s = max(ends_s, now_s + self._fence_after_s)
+            if ends_s <= now_s:
+                if self._hosts.end_lease(name, renewed_s):
                     await self._give_up(host)
                     continue
-                if self._lease_ms and name not in self._lost:
-                    if lost > now:
-                        ends = lost
-                    elif not linked:
-                        await self._note_lost(host)
-                due = ends if due is None else min(due, ends)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
-                    await self._wakeup.wait()
+                ends_s = lost_s = now_s + self._lost_after_s
+            if self._lease_ms and name not in self._lost:
+                if lost_s > now_s:
+                    ends_s = lost_s
+                elif not linked:
+                    await self._note_lost(host)
+            due_s = ends_s if due_s is None else min(due_s, ends_s)
+        return due_s
 
     async def _note_lost(self, host: Host) -> None:
         """Record that a host does not respond, whose lease still runs."""
@@ -300,6 +324,7 @@ class Leases:
             await self.keep(msgspec.structs.replace(host, state=state, fenced_by="lease" if fenced else None))
         except StoreError as error:
             _LOG.error("failed to persist host state", host=host.name, why=error.message)
+            self._hosts.resume_lease(host.name)
             # Retry after the same time.
             self._granted[host.name] = asyncio.get_running_loop().time()
             self._wakeup.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
@@ -151,6 +151,13 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         return self.identity is None or other.identity is None or self.identity.id == other.identity.id
 
 
+STALL_S: Final = 1.0
+"""A timer that fires later than this shows that the server was busy, and not the agents, in seconds."""
+LINK_ALPN: Final = "interlock-agent"
+"""The protocol that an agent offers in its TLS handshake (ALPN), by which the server distinguishes its connection from
+those of other clients before it is decrypted."""
+
+
 class Link(Protocol):
     """A connection between server and agent that carries whole messages, in order."""
 
@@ -167,6 +174,18 @@ class Link(Protocol):
         ...
 
 
+@runtime_checkable
+class ThreadedLink(Link, Protocol):
+    """A link whose messages arrive in a thread of their own, whatever the event loop that receives them does."""
+
+    def reply_at_once(self, reply: Callable[[bytes], bytes | None]) -> None:
+        """Call `reply` in that thread with each message that arrives, and send what it returns, if anything.
+
+        Each message is also received as usual.
+        """
+        ...
+
+
 class RemoteHost(Hypervisor, Protocol):
     """The hypervisor of a host with an agent. While that is disconnected every call raises `NotResponding`."""
 
@@ -178,6 +197,25 @@ class RemoteHost(Hypervisor, Protocol):
     @property
     def disk_free_mib(self) -> int | None:
         """The free space of its data folder's file system, as last reported; None while it is disconnected."""
+        ...
+
+    @property
+    def renewed_s(self) -> float:
+        """When the last renewal of its agent was granted, in seconds of the monotonic clock; 0: never.
+
+        Renewals may be granted in another thread, so that this is up to date however long the event loop was blocked.
+        """
+        ...
+
+    def end_lease(self, unless_after_s: float | None = None) -> bool:
+        """Grant its agent no more renewals in this session, unless one was granted after that time.
+
+        Return whether none is granted any more, also because there is no session.
+        """
+        ...
+
+    def resume_lease(self) -> None:
+        """Grant renewals again, after `end_lease`."""
         ...
 
     async def serve(

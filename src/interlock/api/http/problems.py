@@ -68,6 +68,7 @@ HTTP_PROBLEM_TYPES: Final[dict[str, ProblemType]] = {
         ProblemType(422, "policy-refused", "Policy rejected"),
         ProblemType(431, "headers-too-large", "Headers too large"),
         ProblemType(500, "internal", "Internal server error"),
+        ProblemType(503, "overloaded", "Server overloaded"),
     )
 }
 

@@ -7,11 +7,13 @@ parser last completed something. A request that is refused here never reaches th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Final
 
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from interlock.api.http import problems
 from interlock.config import HttpConfig
@@ -36,11 +38,19 @@ class HttpProtocol(HttpToolsProtocol):
 
     Args:
         limits: sizes and times; the defaults of the configuration without.
+        on_lost: called when the connection has ended, also if it became a WebSocket.
         others: the arguments of uvicorn's protocol.
     """
 
-    def __init__(self, *others: Any, limits: HttpConfig | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        *others: Any,
+        limits: HttpConfig | None = None,
+        on_lost: Callable[[], None] = lambda: None,
+        **more: Any,
+    ) -> None:
         super().__init__(*others, **more)
+        self._on_lost = on_lost
         self._limits = limits = limits or HttpConfig()
         self.timeout_keep_alive = limits.idle_timeout_ms / 1000  # type: ignore[assignment]
         self._head_begun = False
@@ -69,11 +79,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_receiving()
         self._stop_sending()
         super().connection_lost(exc)
+        self._on_lost()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_receiving()
         self._stop_sending()
         super().handle_websocket_upgrade()
+        upgraded = self.transport.get_protocol()
+        if isinstance(upgraded, WebSocketProtocol):
+            upgraded.on_lost = self._on_lost
 
     def data_received(self, data: bytes) -> None:
         if self._lingering_bytes is not None:
@@ -165,11 +179,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         path = getattr(self, "url", b"").partition(b"?")[0][:_PATH_SHOWN_MAX].decode("latin-1")
         response = problems.response(problems.HTTP_PROBLEM_TYPES[name], detail, path)
-        status = HTTPStatus(response.status_code)
-        head = [f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()]
-        fields = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
-        head += [field + b": " + value + b"\r\n" for field, value in fields]
-        self.transport.write(b"".join([*head, b"\r\n", response.body]))
+        self.transport.write(refusal(response, self.server_state.default_headers))
         self._lingering_bytes = 0
         if not self._is_idle():
             self.cycle.disconnected = True
@@ -227,6 +237,25 @@ class HttpProtocol(HttpToolsProtocol):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
+
+
+def refusal(response: Response, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """Return a response after which the connection is closed, as it is sent."""
+    status = HTTPStatus(response.status_code)
+    fields = [*headers, *response.raw_headers, (b"connection", b"close")]
+    head = [f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()]
+    head += [field + b": " + value + b"\r\n" for field, value in fields]
+    return b"".join([*head, b"\r\n", response.body])
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol of a WebSocket, which says when its connection has ended."""
+
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.on_lost()
 
 
 class _GatheringTransport:

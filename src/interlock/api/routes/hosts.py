@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -11,6 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from interlock.api.http import problems, request_parsing
 from interlock.api.http.authentication import authenticated, bearer
+from interlock.api.http.loop_relay import REPLY_AT_ONCE
 from interlock.api.http.revocation import REVOKED, revocable_receive
 from interlock.api.http.route import ApiParts, Routes
 from interlock.api.schemas.hosts import (
@@ -165,6 +167,11 @@ class _Link:
         self._websocket = websocket
         self._use = use
 
+    @classmethod
+    def of(cls, websocket: WebSocket, use: Use) -> _Link:
+        """Return the link of a connection, which is a `ports.ThreadedLink` if a thread of its own has it."""
+        return (_ThreadedLink if REPLY_AT_ONCE in websocket.scope else cls)(websocket, use)
+
     async def send(self, frame: bytes) -> None:
         try:
             await self._websocket.send_bytes(frame)
@@ -188,6 +195,13 @@ class _Link:
                 raise ConnectionError(str(gone)) from gone
 
 
+class _ThreadedLink(_Link):
+    """Implements `ports.ThreadedLink`."""
+
+    def reply_at_once(self, reply: Callable[[bytes], bytes | None]) -> None:
+        self._websocket.scope[REPLY_AT_ONCE](reply)
+
+
 class _AgentLink:
     """ASGI application of the WebSocket on which a host's agent connects, with a bearer token."""
 
@@ -205,7 +219,7 @@ class _AgentLink:
         with self._parts.callers.using(caller) as use:
             websocket = WebSocket(scope, revocable_receive(use, scope, receive), send)
             await websocket.accept()
-            await self._serve(caller, name, _Link(websocket, use))
+            await self._serve(caller, name, _Link.of(websocket, use))
 
     def _authenticate(self, websocket: WebSocket, name: str) -> Caller:
         """Return the caller. Raises `HttpProblem`, `Forbidden`, `Invalid` or, if not ready, `Unavailable`."""

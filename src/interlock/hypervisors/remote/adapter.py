@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,8 +33,9 @@ from interlock.hypervisors.remote.protocol import (
     failure_of,
 )
 from interlock.hypervisors.remote.server_session import ServerSession
+from interlock.hypervisors.remote.session_lease import SessionLease
 from interlock.ports import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
-from interlock.ports.hosts import Host, Link
+from interlock.ports.hosts import STALL_S, Host, Link, ThreadedLink
 from interlock.ports.migration import MigrationPort
 
 _LOG = structlog.get_logger(__name__)
@@ -67,6 +69,8 @@ class RemoteHypervisor:
         """The session that accepts calls: the agent has delivered its earlier events."""
         self._admitted: ServerSession | None = None
         """The session of the admitted agent, from its admission on."""
+        self._lease = SessionLease()
+        """Of the last session. It is kept after the end of that, as its last renewal still counts."""
         self._admitting = asyncio.Lock()
         self._serving: asyncio.Task[None] | None = None
         self._linked = asyncio.Event()
@@ -83,6 +87,17 @@ class RemoteHypervisor:
     @property
     def disk_free_mib(self) -> int | None:
         return None if self._session is None else self._session.disk_free_mib
+
+    @property
+    def renewed_s(self) -> float:
+        return self._lease.renewed_s
+
+    def end_lease(self, unless_after_s: float | None = None) -> bool:
+        return self._lease.end(unless_after_s)
+
+    def resume_lease(self) -> None:
+        if self._serving is not None:
+            self._lease.resume()
 
     async def until_linked(self) -> None:
         """Return as soon as the agent is connected."""
@@ -115,15 +130,21 @@ class RemoteHypervisor:
             if self._last_event[0] != greeting.log:
                 self._last_event = (greeting.log, 0)
                 self._last.clear()
+            lease = self._lease = SessionLease()
+            if isinstance(link, ThreadedLink):
+                link.reply_at_once(lease.reply)
+            renew = partial(_renewed_here, lease, threaded=isinstance(link, ThreadedLink))
             exchange.post(Welcome(lease_ms=self._lease_ms, version=version))
             caught_up = asyncio.Event()
             # Already here, so that the next agent to be admitted finds this one.
-            session = self._admitted = ServerSession(self.name, exchange, version, self._on_event, caught_up.set)
+            session = ServerSession(self.name, exchange, version, self._on_event, caught_up.set, renew)
+            self._admitted = session
             conversing = self._converse(session, caught_up, greeting, on_connected)
             serving = self._serving = asyncio.create_task(conversing, name=f"the host {self.name}")
         try:
             await asyncio.wait({serving})
         finally:
+            lease.end()
             serving.cancel()
             await asyncio.wait({serving})
             if self._serving is serving:
@@ -222,13 +243,18 @@ class RemoteHypervisor:
 
     async def _watch(self, session: ServerSession) -> None:
         """Return when the agent has sent nothing for too long."""
+        loop = asyncio.get_running_loop()
         while True:
             session.alive.clear()
+            deadline_s = loop.time() + self._silence_s
             try:
-                async with asyncio.timeout(self._silence_s):
+                async with asyncio.timeout_at(deadline_s):
                     await session.alive.wait()
             except TimeoutError:
-                return
+                if loop.time() - deadline_s < STALL_S and loop.time() - self.renewed_s > self._silence_s:
+                    return
+                # The server was busy: what the agent has sent meanwhile is received next.
+                continue
             self._renewed(self.name)
 
     def _on_event(self, message: GuestEventMessage) -> None:
@@ -363,6 +389,11 @@ class RemoteHypervisor:
 
     async def receive_range(self, transfer: str, offset: int, chunks: AsyncIterator[bytes]) -> None:
         await self._files.receive(transfer, offset, chunks)
+
+
+def _renewed_here(lease: SessionLease, *, threaded: bool) -> bool:
+    """Grant a renewal that was received by the event loop, unless the thread of its connection has done so."""
+    return not threaded and lease.renew(asyncio.get_running_loop().time())
 
 
 class RemoteStream:

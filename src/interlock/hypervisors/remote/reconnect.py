@@ -15,6 +15,7 @@ from websockets.frames import CloseCode
 
 from interlock.core.errors import Forbidden, Invalid
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
+from interlock.ports.hosts import LINK_ALPN
 
 _OPEN_S: Final = 10.0
 _REFUSED: Final = frozenset({401, 403, 404, 422})
@@ -75,13 +76,15 @@ async def tls_settings(server: str, ca: Path | None) -> ssl.SSLContext | None:
 
 
 async def dial(server: str, name: str, token: str, tls: ssl.SSLContext | None = None) -> WebSocketLink:
-    """Connect to the server whose URL is `server`.
+    """Connect to the server whose URL is `server`; `tls` is for such connections alone.
 
     Raises:
         ConnectionError: it cannot be reached now.
         Forbidden: it rejects the token.
         Invalid: the URL is invalid.
     """
+    if tls is not None:
+        tls.set_alpn_protocols([LINK_ALPN, "http/1.1"])
     address = f"{server.rstrip('/')}/v1/hosts/{name}/link"
     address = address.replace("https://", "wss://", 1).replace("http://", "ws://", 1)
     try:

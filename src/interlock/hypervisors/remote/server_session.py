@@ -50,6 +50,7 @@ class ServerSession:
         version: of the protocol, as agreed.
         on_event: called with each event of a guest.
         on_caught_up: called when the agent has sent all earlier events.
+        renew: called with each renewal; returns whether to grant it here.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class ServerSession:
         version: int,
         on_event: Callable[[GuestEventMessage], None],
         on_caught_up: Callable[[], None],
+        renew: Callable[[], bool],
     ) -> None:
         self._host = host
         self._exchange = exchange
         self.version = version
         self._on_event = on_event
         self._on_caught_up = on_caught_up
+        self._renew = renew
         self._numbers = itertools.count(1)
         self._pending: dict[int, _PendingCall] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
@@ -116,7 +119,8 @@ class ServerSession:
                     ping.set_result(None)
             case Renew():
                 self.disk_free_mib = message.disk_free_mib
-                self._exchange.post(LeaseGranted(number=message.number))
+                if self._renew():
+                    self._exchange.post(LeaseGranted(number=message.number))
             case _:
                 raise ConnectionError(f"unexpected message of the agent of {self._host}: {type(message).__name__}")
 
