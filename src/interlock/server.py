@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import platform
-import secrets
 import signal
 import socket
 from collections.abc import Iterator
@@ -65,8 +64,9 @@ from interlock.service.inventory import Inventory
 from interlock.service.passwords import PendingPasswords
 from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier
+from interlock.service.projects import Projects
 from interlock.service.readiness import Readiness
-from interlock.service.tokens import Tokens
+from interlock.service.tokens import Tokens, make_admin, new_secret
 from interlock.stores.schema import make_new, upgrade
 from interlock.stores.sqlite import SqliteStore
 
@@ -85,11 +85,6 @@ _LOG = structlog.get_logger(__name__)
 def new_id() -> str:
     """Return a UUID version 7: ids sort by creation time."""
     return str(uuid_utils.uuid7())
-
-
-def new_secret() -> str:
-    """Return a token secret: 256 random bits, with a prefix for secret scanners."""
-    return f"ilk_{secrets.token_urlsafe(32)}"
 
 
 def upgrade_database(config: Config) -> None:
@@ -114,8 +109,7 @@ async def recover_admin_token(config: Config) -> Path:
     try:
         secret = new_secret()
         write_atomically(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
-        tokens = Tokens(Authenticator(store), store, new_id, new_secret)
-        await tokens.make_admin(f"admin-{new_id()[-12:]}", secret)
+        await make_admin(Authenticator(store), store, new_id(), f"admin-{new_id()[-12:]}", secret)
     finally:
         await store.close()
     return config.folder / ADMIN_TOKEN
@@ -144,7 +138,6 @@ class Server:
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
         self.callers = Authenticator(self.store, config.tokens.last_use_interval_ms)
-        self.tokens = Tokens(self.callers, self.store, new_id, new_secret, config.tokens.lifetime_max_ms)
         tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
         self.image_files = ImageFolder(
             self.folder / "images", small_guest=partial(build, self.folder / "packages"), tool=tool
@@ -156,6 +149,8 @@ class Server:
         self.upkeep = ScheduledActions(self.store, self.in_force, config.upkeep, new_id, self.leases.reachable)
         self.agent = Dispatcher(self.means, self.in_force, self.upkeep)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder), self.leases)
+        self.projects = Projects(self.store, self.capacity.quotas, self.callers)
+        self.tokens = Tokens(self.callers, self.store, new_id, self.projects, config.tokens.lifetime_max_ms)
         self.shared_roots = shared_roots_of(config)
         self.host_admission = self._host_admission()
         self.other_hosts = self._host_verbs()
@@ -281,6 +276,7 @@ class Server:
         await self.store.open()
         try:
             await self.capacity.open()
+            await self.projects.open()
             await self.policies.open()
             self.policies.listen(self.metrics.set_policy)
             self.metrics.begin(*await self.instances.census())
@@ -338,6 +334,7 @@ class Server:
             policies=self.policies,
             callers=self.callers,
             tokens=self.tokens,
+            projects=self.projects,
             config=self.config,
             accepting=lambda: self.accepting,
             disk_space=self.disk_space,
@@ -467,7 +464,7 @@ class Server:
         if self.callers.empty:
             secret = new_secret()
             write_atomically(path, secret + "\n", mode=0o600)
-            await self.tokens.make_admin("admin", secret)
+            await make_admin(self.callers, self.store, new_id(), "admin", secret)
         elif not path.exists():
             _LOG.warning("admin token file not found; `interlock token recover` creates one", file=str(path))
 

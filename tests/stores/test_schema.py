@@ -6,16 +6,18 @@ from pathlib import Path
 
 import apsw
 import pytest
+from msgspec.structs import replace
 
-from conformance.store.harness import creating
+from conformance.store.harness import IMAGE, creating
 from interlock.core.admission import admit
 from interlock.core.errors import StoreBusy, StoreCorrupt, StoreError
 from interlock.core.operations import Operation
+from interlock.core.quotas import Quota
 from interlock.core.records import Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
-from interlock.ports import Token
+from interlock.ports import Token, Volume
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 
@@ -81,7 +83,7 @@ async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Pa
     await store.close()
     with apsw.Connection(str(path)) as database:
         database.execute("UPDATE instances SET body = json_remove(body, '$.lock_role')")
-        database.execute("ALTER TABLE policy_switches DROP COLUMN walk")
+        database.execute("ALTER TABLE policy_switches DROP COLUMN walk; DROP TABLE projects")
         database.execute("UPDATE alembic_version SET version_num = '0006'")
     database.close()
     assert schema.upgrade(path).before == "0006"
@@ -91,6 +93,39 @@ async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Pa
     await store.close()
     found = [(vm.locked_by, vm.lock_role) for vm in kept if vm is not None]
     assert found == [("ann", Role.MEMBER), ("root", Role.ADMIN), (None, Role.MEMBER), ("ann", Role.ADMIN)]
+
+
+async def test_projects_that_were_only_names_become_records(path: Path) -> None:
+    """Each is as old as the oldest of what is in it; the first one is there even if nothing is."""
+    store = SqliteStore(path)
+    await store.open()
+    token = Token(id="t", name="ann", role=Role.READER, project="a", secret_sha256="0", created_at_ms=5)
+    await store.tokens.put(token)
+    await store.create(creating("vm", project="b"))
+    await store.create(creating("gone", project="c", vm_state=VmState.DELETED))
+    volume = Volume(id="v", name="v", project="a", path="/v", size_bytes=1, created_at_ms=3)
+    await store.volumes.put(volume)
+    await store.images.put(replace(IMAGE, project="d", created_at_ms=9))
+    await store.images.put(replace(IMAGE, id="public", name="public"))
+    await store.close()
+    with apsw.Connection(str(path)) as database:
+        database.execute("DROP TABLE projects; UPDATE alembic_version SET version_num = '0008'")
+        database.execute("UPDATE instances SET body = json_set(body, '$.created_at_ms', 6 + seq)")
+    database.close()
+    assert schema.upgrade(path).before == "0008"
+    store = SqliteStore(path)
+    await store.open()
+    found = await store.projects.all()
+    assert [(one.name, one.created_at_ms) for one in found] == [
+        ("a", 3),
+        ("b", 7),
+        ("c", 8),
+        ("d", 9),
+        ("default", None),
+    ]
+    assert all(one.quota == Quota() for one in found)
+    assert await store.tokens.all() == (token,), "a token of an older Interlock does not expire"
+    await store.close()
 
 
 async def test_a_token_with_an_unknown_role_is_refused(path: Path) -> None:

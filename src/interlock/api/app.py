@@ -34,6 +34,7 @@ from interlock.api.routes import (
     instances,
     inventory,
     policy,
+    projects,
     requests,
 )
 from interlock.api.schemas import serializers
@@ -53,6 +54,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     *inventory.images_routes,
     *inventory.volumes_routes,
     *inventory.tokens_routes,
+    *projects.routes,
     *policy.routes,
     *hosts.own_routes,
     *hosts.routes,

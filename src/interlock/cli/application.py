@@ -20,6 +20,7 @@ from interlock.cli.commands import (  # each adds its commands to a group
     inventory,
     migrate,  # noqa: F401
     operations,  # noqa: F401
+    projects,
     protect,  # noqa: F401
     screen,  # noqa: F401
     server,
@@ -57,6 +58,7 @@ COMMANDS: tuple[click.Command, ...] = (
     inventory.image_commands,
     inventory.volume_commands,
     tokens.token_commands,
+    projects.project_commands,
     hosts.host_commands,
     policy.policy_commands,
     policy.rehearse,

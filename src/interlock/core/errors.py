@@ -3,7 +3,7 @@
     InterlockError
     ├── PolicyError              invalid policy, with file and line
     ├── BrokenInvariant          a bug: an invariant of the core does not hold
-    ├── NotFound                 no such instance, request, image, volume or token (for this caller)
+    ├── NotFound                 no such instance, request, image, volume, token or project (for this caller)
     ├── NameTaken                the name is in use in the project
     ├── KeyReused                an idempotency key was reused with a different body
     ├── GenerationMismatch       If-Match is not the instance's generation
@@ -11,6 +11,7 @@
     ├── Invalid                  invalid input: which field, its value, and what was expected
     ├── Forbidden                permission denied for the caller's role
     ├── InsufficientCapacity     it does not fit on the host: what it needs, and what is free
+    ├── QuotaExceeded            the project may not use so much: what it needs, uses and may use
     ├── InUse                    something else uses it, so it cannot be removed or claimed
     │   └── HostTaken            another agent has the host's name
     ├── StoreError               the store cannot read or write
@@ -58,7 +59,7 @@ class NotFound(InterlockError):
 def not_found(kind: str, reference: str) -> NotFound:
     """Return the error for a resource that does not exist or is not visible to the caller: the two look the same.
 
-    `kind` is VM, Image, Volume, Token or Host; the command line has a command of that name.
+    `kind` is VM, Image, Volume, Token, Project or Host; the command line has a command of that name.
     """
     return NotFound(f"{kind} not found: {reference[:80]}.", remedy=f"List them with `interlock {kind.lower()} list`.")
 
@@ -125,6 +126,33 @@ class InsufficientCapacity(InterlockError):
     ) -> None:
         super().__init__(message, remedy=remedy)
         self.needed = needed
+        self.free = free
+
+
+class QuotaExceeded(InterlockError):
+    """The project may not use so much. Nothing was changed.
+
+    Args:
+        needed: how much more is needed of each resource of which too little is left (`core.quotas.RESOURCES`).
+        used: how much of each is used now.
+        limit: how much of each may be used.
+        free: how much of each is left.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: dict[str, int],
+        used: dict[str, int],
+        limit: dict[str, int],
+        free: dict[str, int],
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.needed = needed
+        self.used = used
+        self.limit = limit
         self.free = free
 
 

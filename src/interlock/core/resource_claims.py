@@ -84,6 +84,15 @@ def claims_of(instance: Instance) -> tuple[Claim, ...]:
 
 def claim_of(instance: Instance) -> Claim | None:
     """Return the instance's claim on its host, including its outstanding requests; None if it has none."""
+    claim = resources_of(instance)
+    if claim is None or instance.spec is None or instance.spec.shared is None:
+        return claim
+    # A root disk in a shared folder takes no space on the host's own disk.
+    return msgspec.structs.replace(claim, disk_bytes=0)
+
+
+def resources_of(instance: Instance) -> Claim | None:
+    """As `claim_of`, with its root disk also if that is in a shared folder."""
     growing = [one for one in (*instance.outstanding, *instance.held) if one.operation in GROWING]
     unshelving = any(one.operation is Operation.UNSHELVE for one in growing)
     if instance.spec is None:
@@ -98,8 +107,7 @@ def claim_of(instance: Instance) -> Claim | None:
         claim = claim.joined(_of_spec(instance.host, instance.prior_spec))
     for request in growing:
         claim = claim.joined(_of_resize(claim, request.parameters))
-    # A root disk in a shared folder takes no space on the host's own disk.
-    return claim if instance.spec.shared is None else msgspec.structs.replace(claim, disk_bytes=0)
+    return claim
 
 
 def _devices(instance: Instance, spec: Spec) -> tuple[int, int]:

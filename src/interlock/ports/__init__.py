@@ -18,6 +18,7 @@ from interlock.ports.hosts import (
 )
 from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream, TransferReport
 from interlock.ports.passwords import Passwords
+from interlock.ports.projects import Project
 from interlock.ports.store import (
     IdempotencyKey,
     InstanceFilter,
@@ -54,6 +55,7 @@ __all__ = [
     "Page",
     "Passwords",
     "Permit",
+    "Project",
     "RemoteHost",
     "Report",
     "SharedRoots",

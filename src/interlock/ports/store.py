@@ -19,6 +19,7 @@ from interlock.core.records import Change, Event, Image, Instance, Request
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.ports.hosts import Host
+from interlock.ports.projects import Project
 
 AnswerT = TypeVar("AnswerT")
 
@@ -128,6 +129,12 @@ class Tally(StrEnum):
     """Outstanding requests (by project of their instance)."""
     OUTSTANDING_ON_HOST = "outstanding_on_host"
     """Outstanding requests (by host of their instance)."""
+    HELD_IN_PROJECT = "held_in_project"
+    """Held requests (by project of their instance)."""
+    IMAGES_IN_PROJECT = "images_in_project"
+    """Outstanding and held requests that make an image (by project of their instance)."""
+    QUOTA = "quota"
+    """What instances use of `instances`, `vcpus`, `memory_mib` and `disk_mib` of a quota (by `core.quotas.place`)."""
 
 
 class StoreTime(Protocol):
@@ -183,6 +190,9 @@ class ImageRecords(Protocol):
 
     async def delete(self, image_id: str) -> bool: ...
     async def all(self) -> tuple[Image, ...]: ...
+    def count(self, project: str) -> int:
+        """Return how many images a project has, without public ones, as last committed."""
+        ...
 
 
 class VolumeRecords(Protocol):
@@ -206,6 +216,23 @@ class VolumeRecords(Protocol):
 
     async def get(self, volume_id: str) -> Volume | None: ...
     async def all(self, project: str | None = None) -> tuple[Volume, ...]: ...
+
+
+class ProjectRecords(Protocol):
+    """Projects."""
+
+    async def put(self, project: Project) -> None:
+        """Store a project. Raises `NameTaken`."""
+        ...
+
+    async def replace(self, project: Project) -> None:
+        """Update a project; does nothing if it does not exist."""
+        ...
+
+    async def delete(self, name: str) -> bool: ...
+    async def all(self) -> tuple[Project, ...]:
+        """Return projects in the order of their names."""
+        ...
 
 
 class PolicyRecords(Protocol):
@@ -252,6 +279,8 @@ class Store(Protocol):
     def images(self) -> ImageRecords: ...
     @property
     def volumes(self) -> VolumeRecords: ...
+    @property
+    def projects(self) -> ProjectRecords: ...
     @property
     def policies(self) -> PolicyRecords: ...
     @property

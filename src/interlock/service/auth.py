@@ -257,6 +257,11 @@ class Authenticator:
                 if token.host == before:
                     await self.replace(token, host=name)
 
+    async def add(self, token: Token) -> None:
+        """Store a new token. Durable when this returns."""
+        await self._store.tokens.put(token)
+        self.remember(token)
+
     async def replace(self, token: Token, **fields: Any) -> Token:
         """Change a token, durably, while `changing` is held; return it."""
         changed = msgspec.structs.replace(token, **fields)

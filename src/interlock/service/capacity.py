@@ -1,5 +1,7 @@
 """Capacity of hosts: total, allocated and free memory, vCPUs and disk, and the checks of claims against them.
 
+What projects may use is judged beside it, by `Capacity.quotas`.
+
 The store keeps the sums of the instances' claims and updates them with each decision, so that concurrent requests
 cannot claim the same capacity. The sums of volumes are kept here.
 """
@@ -19,6 +21,7 @@ from interlock.core.errors import InsufficientCapacity, InUse
 from interlock.core.records import Instance
 from interlock.core.resource_claims import Claim, apart_place, claims_of
 from interlock.ports import Limits, Store, Tally
+from interlock.service.quotas import Quotas
 
 _MIB: Final = 1024**2
 _NAMES: Final = {"memory_mib": "MiB of memory", "vcpus": "virtual processors", "disk_mib": "MiB of disk"}
@@ -140,13 +143,15 @@ class Capacity:
         self._folder = folder
         self._find_limits = limits
         self._limits = Limits()
-        self._volumes: dict[str, int] = {}
-        """Disk claimed by each volume on the server's own host, in MiB."""
+        self._volumes: dict[str, tuple[str, int]] = {}
+        """The project of each volume, and its disk on the server's own host in MiB."""
+        self.quotas = Quotas(store, self.volumes_of)
 
     async def open(self) -> None:
         """Load the claims of volumes. The store must be open."""
         self._limits = self._find_limits()
-        self._volumes = {volume.id: _disk_mib(volume.size_bytes) for volume in await self._store.volumes.all()}
+        volumes = await self._store.volumes.all()
+        self._volumes = {volume.id: (volume.project, _disk_mib(volume.size_bytes)) for volume in volumes}
 
     # -------------------------------------------------------------------------------------------------------- claims
 
@@ -203,14 +208,20 @@ class Capacity:
         """Return a copy for planning with hypothetical claims."""
         return ImaginedCapacity(self)
 
-    def claim_volume(self, volume_id: str, name: str, size_bytes: int) -> None:
-        """Claim a volume's disk. Raises `InsufficientCapacity`."""
+    def claim_volume(self, volume_id: str, name: str, size_bytes: int, project: str) -> None:
+        """Claim a volume's disk. Raises `InsufficientCapacity`, `QuotaExceeded`."""
+        self.quotas.check_volume(project, name, _disk_mib(size_bytes))
         self._check(name, Claim(host=self.host, disk_bytes=size_bytes), Claim(host=self.host))
-        self._volumes[volume_id] = _disk_mib(size_bytes)
+        self._volumes[volume_id] = (project, _disk_mib(size_bytes))
 
     def release_volume(self, volume_id: str) -> None:
         """Release the claim of a volume that was deleted or not created."""
         self._volumes.pop(volume_id, None)
+
+    def volumes_of(self, project: str) -> tuple[int, int]:
+        """Return the number of a project's volumes, and their size in MiB."""
+        sizes = [size_mib for owner, size_mib in self._volumes.values() if owner == project]
+        return len(sizes), sum(sizes)
 
     def _examine(self, instance: Instance, claims: Sequence[Claim], claimed: Sequence[Claim]) -> None:
         """Raise `InsufficientCapacity` or `InUse` if `claims` cannot replace the instance's present claims."""
@@ -306,7 +317,7 @@ class Capacity:
     def _claimed(self, host: str) -> dict[str, int]:
         claimed = {what: self._sums.tally(tally, host) for what, tally in _TALLIES.items()}
         if host == self.host:
-            claimed["disk_mib"] += sum(self._volumes.values())
+            claimed["disk_mib"] += sum(size_mib for _, size_mib in self._volumes.values())
         return claimed
 
 

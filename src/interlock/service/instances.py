@@ -124,8 +124,8 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` if it is not started.
 
         Raises:
-            Forbidden, Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, InUse (a host's
-            port), Unavailable.
+            Forbidden, Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, QuotaExceeded,
+            InUse (a host's port), Unavailable.
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(new.name, "name")
@@ -157,12 +157,12 @@ class Instances:
             facts = {"name": instance.name, "by": caller.name, "vm_state": instance.vm_state.value}
             created = _event("instance.created", instance, now_ms, facts)
             if not new.start:
-                self._capacity.check(instance, None)
+                self._evaluator.check_claims(instance, None, submission)
                 return Change(instance=instance, events=(created,), answer=_RECORDED)
             change = admission.admit(instance, self._evaluator.counted(instance, submission), self.policy, now_ms)
             if not isinstance(change.answer, Admitted):
                 raise TurnedAway(SubmissionResult(disposition=change.answer, instance=instance))
-            self._capacity.check(instance, None)
+            self._evaluator.check_claims(change.instance, None, submission)
             return msgspec.structs.replace(change, events=(created, *change.events))
 
         try:
@@ -191,7 +191,7 @@ class Instances:
 
         Raises:
             Invalid, NotFound (instance or reference), GenerationMismatch, KeyReused, InUse (volume), NameTaken,
-            InsufficientCapacity.
+            InsufficientCapacity, QuotaExceeded.
         """
         try:
             if new.operation not in _NAMES_AN_IMAGE:

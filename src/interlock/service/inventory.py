@@ -203,7 +203,10 @@ class Inventory:
     # ---------------------------------------------------------------------------------------------------- volumes
 
     async def make_volume(self, caller: Caller, new: NewVolume) -> Volume:
-        """Create an empty volume. Raises `Invalid`, `NameTaken`, `InsufficientCapacity`, `StoreFull`."""
+        """Create an empty volume.
+
+        Raises `Invalid`, `NameTaken`, `InsufficientCapacity`, `QuotaExceeded`, `StoreFull`.
+        """
         caller.require(Role.MEMBER, "create volumes")
         check_name(new.name, "name")
         if new.size_mib > self._volume_gib_max * 1024:
@@ -211,7 +214,7 @@ class Inventory:
         if any(volume.name == new.name for volume in await self._store.volumes.all(caller.project)):
             raise NameTaken(f"A volume named {new.name} already exists.", remedy="Choose another name.")
         volume_id = self._new_id()
-        self._capacity.claim_volume(volume_id, new.name, new.size_mib * MIB)
+        self._capacity.claim_volume(volume_id, new.name, new.size_mib * MIB, caller.project)
         try:
             return await self._make_volume(caller, new, volume_id)
         except BaseException:

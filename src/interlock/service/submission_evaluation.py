@@ -11,11 +11,13 @@ from typing import Any, Final
 import msgspec
 
 from interlock.core import admission, preconditions, view_classes
-from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, Invalid, NotFound
+from interlock.core.errors import InsufficientCapacity, InterlockError, InUse, Invalid, NotFound, QuotaExceeded
+from interlock.core.full_store import SERVED_WHEN_FULL
 from interlock.core.holds import NOT_COUNTED
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.records import Admitted, Change, Denied, Disposition, Facts, Held, Instance, Redundant, Submission
 from interlock.core.resource_claims import CLAIMING
+from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
@@ -29,6 +31,7 @@ _REASONS: Final[dict[type[InterlockError], str]] = {
     InUse: "in_use",
     Invalid: "invalid",
     InsufficientCapacity: "no_room",
+    QuotaExceeded: "quota",
     NotFound: "not_found",
 }
 """Reason codes for errors in a dry run."""
@@ -66,7 +69,7 @@ class SubmissionEvaluator:
         *,
         compare: bool = True,
     ) -> Change[Disposition]:
-        """Return the gate's decision on a submission. Raises `InUse`, `InsufficientCapacity`.
+        """Return the gate's decision on a submission. Raises `InUse`, `InsufficientCapacity`, `QuotaExceeded`.
 
         `compare` is false if the parameters are not given, so that they cannot be compared to an earlier request's.
         """
@@ -83,9 +86,23 @@ class SubmissionEvaluator:
         change = admission.admit_there(instance, bound, self._in_force.for_instance(instance), now_ms)
         if compare:
             _check_same(instance, change.answer, bound.operation, bound.parameters)
-        if bound.operation in CLAIMING and isinstance(change.answer, Admitted | Held):
-            self._capacity.check(change.instance, instance)
+        if isinstance(change.answer, Admitted | Held):
+            self.check_claims(change.instance, instance, bound)
         return change
+
+    def check_claims(self, instance: Instance, before: Instance | None, submission: Submission) -> None:
+        """Check what an admitted or held submission adds to the claims of an instance (`before`; None: a new one).
+
+        The number of requests binds neither admins nor what frees something, so that a full project can be emptied.
+
+        Raises:
+            InsufficientCapacity, InUse: as `Capacity.check`.
+            QuotaExceeded: the project may not use so much.
+        """
+        if before is None or submission.operation in CLAIMING:
+            self._capacity.check(instance, before)
+        freeing = submission.role is Role.ADMIN or submission.operation in SERVED_WHEN_FULL
+        self._capacity.quotas.check(instance, before, requests=not freeing)
 
     def counted(self, instance: Instance, submission: Submission) -> Submission:
         """Return a submission with the counts of outstanding requests that rules of the policy look at."""
@@ -129,7 +146,7 @@ class SubmissionEvaluator:
             targets = self._scheduler.targets(operation, parameters)
             compare = operation not in _PARTIAL
             answer = self.judge(instance, submission, targets, self._store.now_ms(), compare=compare).answer
-        except (InUse, Invalid, InsufficientCapacity, NotFound) as error:
+        except (InUse, Invalid, InsufficientCapacity, QuotaExceeded, NotFound) as error:
             return Denied(
                 operation=operation,
                 reason=_REASONS[type(error)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -14,9 +15,32 @@ from interlock.core.restarts import SERVER_REQUESTER
 from interlock.core.roles import Role
 from interlock.ports import Store, Token
 from interlock.service.auth import ASK_ADMIN, Authenticator, Caller, hash_of
+from interlock.service.projects import DEFAULT, Projects
 
 GROUPS_MAX: Final = 32
 """The limit of groups of one token."""
+
+
+def new_secret() -> str:
+    """Return a token secret: 256 random bits, with a prefix for secret scanners."""
+    return f"ilk_{secrets.token_urlsafe(32)}"
+
+
+async def make_admin(callers: Authenticator, store: Store, token_id: str, name: str, secret: str) -> None:
+    """Create an admin token, without expiry, with a secret that is already in the token file.
+
+    In this order a crash leaves at worst a file with an unknown secret, which the next start replaces.
+    """
+    await callers.add(
+        Token(
+            id=token_id,
+            name=name,
+            role=Role.ADMIN,
+            project=DEFAULT,
+            secret_sha256=hash_of(secret),
+            created_at_ms=store.now_ms(),
+        )
+    )
 
 
 class Tokens:
@@ -26,7 +50,7 @@ class Tokens:
         callers: the tokens as they are now.
         store: keeps the tokens.
         new_id: makes ids.
-        new_secret: makes secrets.
+        projects: knows which projects exist.
         lifetime_max_ms: the longest time from the creation of a secret to its expiry, and the default; 0: no limit.
     """
 
@@ -35,23 +59,16 @@ class Tokens:
         callers: Authenticator,
         store: Store,
         new_id: Callable[[], str],
-        new_secret: Callable[[], str],
+        projects: Projects,
         lifetime_max_ms: int = 0,
     ) -> None:
         self._callers = callers
+        self._projects = projects
         self._store = store
         self._new_id = new_id
-        self._new_secret = new_secret
         self._lifetime_max_ms = lifetime_max_ms
         # Projects and names reserved while their token is written, so that concurrent creations cannot share a name.
         self._reserved_names: set[tuple[str, str]] = set()
-
-    async def make_admin(self, name: str, secret: str) -> None:
-        """Create an admin token, without expiry, with a secret that is already in the token file.
-
-        In this order a crash leaves at worst a file with an unknown secret, which the next start replaces.
-        """
-        await self._keep(self._token(name, Role.ADMIN, "default", secret))
 
     async def make(
         self,
@@ -73,7 +90,8 @@ class Tokens:
         An agent's token is for one host: a token valid for any host would give access to the images and secrets of
         every project.
 
-        It expires after `expires_in_ms`; if that is None, after the configured maximum, or never.
+        A project that does not exist is created, without a quota. The token expires after `expires_in_ms`; if that is
+        None, after the configured maximum, or never.
 
         Raises:
             Forbidden: the caller does not administer the project, or may not grant the role or a group.
@@ -91,18 +109,24 @@ class Tokens:
         _check_groups(groups)
         lifetime_ms = self._lifetime_ms(expires_in_ms)
         self._check_free(project, name)
-        secret = self._new_secret()
-        token = self._token(name, role, project, secret)
-        token = msgspec.structs.replace(
-            token,
-            host=host,
-            groups=tuple(dict.fromkeys(groups)),
+        secret = new_secret()
+        now_ms = self._store.now_ms()
+        token = Token(
+            id=self._new_id(),
+            name=name,
+            role=role,
+            project=project,
+            secret_sha256=hash_of(secret),
+            created_at_ms=now_ms,
             created_by=caller.name,
-            expires_at_ms=None if lifetime_ms is None else token.created_at_ms + lifetime_ms,
+            groups=tuple(dict.fromkeys(groups)),
+            host=host,
+            expires_at_ms=None if lifetime_ms is None else now_ms + lifetime_ms,
         )
         self._reserved_names.add((project, name))
         try:
-            await self._keep(token)
+            async with self._projects.entered(caller, project):
+                await self._callers.add(token)
         finally:
             self._reserved_names.discard((project, name))
         return token, secret
@@ -115,21 +139,6 @@ class Tokens:
         if (project, name) in known:
             taken = f"A token named {name} already exists in the project {project}."
             raise NameTaken(taken, remedy="Choose another name, or delete that one.")
-
-    def _token(self, name: str, role: Role, project: str, secret: str) -> Token:
-        now_ms = self._store.now_ms()
-        return Token(
-            id=self._new_id(),
-            name=name,
-            role=role,
-            project=project,
-            secret_sha256=hash_of(secret),
-            created_at_ms=now_ms,
-        )
-
-    async def _keep(self, token: Token) -> None:
-        await self._store.tokens.put(token)
-        self._callers.remember(token)
 
     def _lifetime_ms(self, wanted_ms: int | None) -> int | None:
         """Return how long a new secret is valid. Raises `Invalid` if that is longer than the configured maximum."""
@@ -188,7 +197,7 @@ class Tokens:
             former_until_ms = now_ms + overlap_ms
             if token.expires_at_ms is not None:
                 former_until_ms = min(former_until_ms, token.expires_at_ms)
-            secret = self._new_secret()
+            secret = new_secret()
             rotated = await self._callers.replace(
                 token,
                 secret_sha256=hash_of(secret),

@@ -12,7 +12,7 @@ from interlock.core.errors import Invalid
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
-from interlock.ports import InstanceFilter, Page, Token, Volume
+from interlock.ports import InstanceFilter, Page, Project, Token, Volume
 from interlock.ports.hosts import Host
 from interlock.stores import row_codec
 from interlock.stores.clock import KeptTime, Offsets
@@ -219,6 +219,15 @@ class Queries:
             *(scope, key, since_ms),
         )
         return None if row is None else (row[0], row[1])
+
+    def images_of(self, project: str) -> int:
+        """Count the images of a project; their keys begin with its name and a slash."""
+        statement = "SELECT count(*) FROM images WHERE name >= ? AND name < ?"
+        return int(self._all(statement, f"{project}/", f"{project}0")[0][0])
+
+    def projects(self) -> tuple[Project, ...]:
+        found = self._all("SELECT body FROM projects ORDER BY name")
+        return tuple(row_codec.decode_project(text) for (text,) in found)
 
     def tokens(self) -> tuple[Token, ...]:
         return tuple(row_codec.decode_token(text) for (text,) in self._all("SELECT body FROM tokens ORDER BY seq"))

@@ -11,7 +11,7 @@ from interlock.core import scheduled_actions
 from interlock.core.errors import KeyReused, StoreCorrupt
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
-from interlock.ports import IdempotencyKey, Token, Volume
+from interlock.ports import IdempotencyKey, Project, Token, Volume
 from interlock.ports.hosts import Host
 from interlock.stores.clock import KeptTime
 from interlock.stores.sqlite_errors import RESTORE_REMEDY
@@ -35,6 +35,7 @@ decode_instance: Final = msgspec.json.Decoder(Instance).decode
 decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
 decode_host: Final = msgspec.json.Decoder(Host).decode
+decode_project: Final = msgspec.json.Decoder(Project).decode
 _decode_token: Final = msgspec.json.Decoder(Token).decode
 decode_time: Final = msgspec.json.Decoder(KeptTime).decode
 decode_answer: Final = msgspec.json.Decoder(Disposition).decode

@@ -1,4 +1,4 @@
-"""Records of tokens, images, volumes and hosts in SQLite, each written in its own transaction."""
+"""Records of tokens, images, volumes, projects and hosts in SQLite, each written in its own transaction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import apsw
 
 from interlock.core.records import Image
-from interlock.ports import Token, Volume
+from interlock.ports import Project, Token, Volume
 from interlock.ports.hosts import Host
 from interlock.stores import row_codec
 from interlock.stores.database import Database
@@ -62,6 +62,9 @@ class ImageTable:
     async def all(self) -> tuple[Image, ...]:
         return self._database.read.images()
 
+    def count(self, project: str) -> int:
+        return self._database.read.images_of(project)
+
 
 class VolumeTable:
     """Satisfies `ports.VolumeRecords`."""
@@ -94,6 +97,30 @@ class VolumeTable:
 
     async def all(self, project: str | None = None) -> tuple[Volume, ...]:
         return self._database.read.volumes(project)
+
+
+class ProjectTable:
+    """Satisfies `ports.ProjectRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, project: Project) -> None:
+        await self._database.insert(
+            f"A project named {project.name} already exists.",
+            "INSERT INTO projects (name, body) VALUES (?, ?)",
+            *(project.name, row_codec.body(project)),
+        )
+
+    async def replace(self, project: Project) -> None:
+        statement = "UPDATE projects SET body = ? WHERE name = ?"
+        await self._database.write(statement, row_codec.body(project), project.name)
+
+    async def delete(self, name: str) -> bool:
+        return await self._database.write("DELETE FROM projects WHERE name = ?", name, when_full=True) > 0
+
+    async def all(self) -> tuple[Project, ...]:
+        return self._database.read.projects()
 
 
 class HostTable:

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from interlock import __version__
 from interlock.core.operations import Operation
+from interlock.core.quotas import MAKES_IMAGE, use_of
+from interlock.core.quotas import place as quota_place
 from interlock.core.records import Instance
 from interlock.core.resource_claims import AWAY, CLAIMING, Claim, apart_place, claims_of, shared_place
 from interlock.core.states import VmState
@@ -20,13 +22,16 @@ from interlock.ports import Tally
 _MIB: Final = 1024**2
 _COUNTED: Final = CLAIMING | {Operation.RESCUE}
 """The operations that count while outstanding or held: they claim resources or refer to an image."""
-_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _SHARED, _IN_PROJECT, _ON_HOST = (
+_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _SHARED, *_OTHERS = (
     tally.value for tally in Tally
 )
+_IN_PROJECT, _ON_HOST, _HELD, _MAKING_IMAGES, _QUOTA = _OTHERS
+_QUOTA_SUMS: Final = ("instances", "vcpus", "memory_mib", "disk_mib")
+"""The resources of a quota whose use changes with an instance's claims; the others have sums of their own."""
 _VERSION: Final = "version"
 """Key of the row with the version that computed the sums."""
-COUNTED_BY: Final = f"{__version__} 3"
-"""Change it together with `core.resource_claims`: sums of another version are computed again."""
+COUNTED_BY: Final = f"{__version__} 4"
+"""Change it together with `core.resource_claims` and `core.quotas`: sums of another version are computed again."""
 
 
 class Tallies:
@@ -58,7 +63,7 @@ class Tallies:
 
     def note(self, before: Instance | None, after: Instance) -> None:
         """Take note of what a decision makes of an instance."""
-        if after.outstanding or (before is not None and before.outstanding):
+        if after.outstanding or after.held or (before is not None and (before.outstanding or before.held)):
             self.note_outstanding(before, after)
         if before is not None and _claims_alike(before, after):
             if before.vm_state is not after.vm_state:
@@ -76,11 +81,23 @@ class Tallies:
         self._move_ports(after.id, lost, won)
 
     def note_outstanding(self, before: Instance | None, after: Instance) -> None:
-        """Count the outstanding requests. These sums are not written: a start reads unsettled instances anyway."""
+        """Count the outstanding and held requests.
+
+        These sums are not written: a start reads unsettled instances anyway.
+        """
         for instance, sign in ((before, -1), (after, 1)):
             if instance is not None and instance.vm_state is not VmState.DELETED:
-                for key in ((_IN_PROJECT, instance.project), (_ON_HOST, instance.host)):
-                    self._amounts[key] = self._amounts.get(key, 0) + sign * len(instance.outstanding)
+                project, outstanding = instance.project, len(instance.outstanding)
+                self._note((_IN_PROJECT, project), sign * outstanding)
+                self._note((_ON_HOST, instance.host), sign * outstanding)
+                if instance.held:
+                    self._note((_HELD, project), sign * len(instance.held))
+                for request in (*instance.outstanding, *instance.held):
+                    if request.operation in MAKES_IMAGE:
+                        self._note((_MAKING_IMAGES, project), sign)
+
+    def _note(self, key: tuple[str, str], amount: int) -> None:
+        self._amounts[key] = self._amounts.get(key, 0) + amount
 
     def _add(self, key: tuple[str, str], amount: int) -> None:
         self._amounts[key] = self._amounts.get(key, 0) + amount
@@ -142,6 +159,9 @@ def _count(change: Counter[tuple[str, str]], instance: Instance, claims: Sequenc
             change[_IMAGES, image_id] += sign
         if instance.spec is not None and instance.spec.shared is not None:
             change[_SHARED, shared_place(instance.spec.shared)] += sign
+        used = use_of(instance)
+        for what in _QUOTA_SUMS:
+            change[_QUOTA, quota_place(what, instance.project)] += sign * used[what]
     for claim in claims:
         change[_GUESTS, claim.host] += sign
         change[_MEMORY_MIB, claim.host] += sign * claim.memory_mib

@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, START_MS, Bench, check, raises
 from interlock.core.errors import NameTaken
+from interlock.core.quotas import Quota
 from interlock.core.roles import Role
-from interlock.ports import Token, Volume
+from interlock.ports import Project, Token, Volume
 
 TOKEN = Token(id="t1", name="ci", role=Role.MEMBER, project="one", secret_sha256="a" * 64, created_at_ms=START_MS)
 VOLUME = Volume(id="v1", name="data", project="one", path="/v1", size_bytes=4096, created_at_ms=START_MS)
@@ -64,6 +65,35 @@ async def images_have_names_of_their_own(bench: Bench) -> None:
     assert not await bench.store.images.delete("image")
     await bench.store.images.put(replace(IMAGE, id="third"))
     assert [image.id for image in await bench.store.images.all()] == ["another", "third"]
+
+
+@check
+async def images_are_counted_by_project(bench: Bench) -> None:
+    for number, project in enumerate((None, "one", "one", "one-more", "one0")):
+        await bench.store.images.put(replace(IMAGE, id=f"i{number}", name=f"n{number}", project=project))
+    found = {project: bench.store.images.count(project) for project in ("one", "one-more", "one0", "none")}
+    assert found == {"one": 2, "one-more": 1, "one0": 1, "none": 0}
+    await bench.store.images.delete("i1")
+    assert bench.store.images.count("one") == 1
+
+
+@check
+async def projects_are_kept_until_they_are_deleted(bench: Bench) -> None:
+    one = Project(name="one", created_at_ms=START_MS, created_by="ann", quota=Quota(vcpus=3))
+    two = Project(name="a-second")
+    await bench.store.projects.put(one)
+    await bench.store.projects.put(two)
+    async with raises(NameTaken):
+        await bench.store.projects.put(replace(one, quota=Quota()))
+    await bench.store.projects.replace(replace(two, quota=Quota(instances=0)))
+    await bench.store.projects.replace(Project(name="unknown"))
+    async with bench.power_cut() as found:
+        known = {project.name: project for project in await found.projects.all()}
+    assert sorted(known) == list(known), "in the order of their names"
+    assert (known["one"], known["a-second"].quota) == (one, Quota(instances=0))
+    assert "unknown" not in known
+    assert await bench.store.projects.delete("one")
+    assert not await bench.store.projects.delete("one")
 
 
 @check

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, Bench, admitting, check, creating, ending, putting
 from interlock.core.operations import Operation
+from interlock.core.quotas import place, use_of
 from interlock.core.records import Forward, Instance, Spec
 from interlock.core.resource_claims import apart_place, claims_of, shared_place
 from interlock.core.restart_policy import Restarts
@@ -31,6 +32,11 @@ async def _counted(store: Store) -> dict[Tally, dict[str, int]]:
         sums[Tally.IMAGES].update(instance.image_ids)
         sums[Tally.OUTSTANDING_IN_PROJECT][instance.project] += len(instance.outstanding)
         sums[Tally.OUTSTANDING_ON_HOST][instance.host] += len(instance.outstanding)
+        sums[Tally.HELD_IN_PROJECT][instance.project] += len(instance.held)
+        used = use_of(instance)
+        sums[Tally.IMAGES_IN_PROJECT][instance.project] += used["images"]
+        for resource in ("instances", "vcpus", "memory_mib", "disk_mib"):
+            sums[Tally.QUOTA][place(resource, instance.project)] += used[resource]
         if instance.spec is not None and instance.spec.shared is not None:
             sums[Tally.SHARED][shared_place(instance.spec.shared)] += 1
         for claim in claims_of(instance):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -34,6 +36,7 @@ PROBLEM_TYPES: Final[dict[type[errors.InterlockError], ProblemType]] = {
     errors.NotFound: ProblemType(404, "not-found", "Not found"),
     errors.NameTaken: ProblemType(409, "name-taken", "Name already exists"),
     errors.InsufficientCapacity: ProblemType(409, "no-room", "Not enough capacity on the host"),
+    errors.QuotaExceeded: ProblemType(409, "quota", "Quota of the project exceeded"),
     errors.InUse: ProblemType(409, "in-use", "Resource in use"),
     errors.KeyReused: ProblemType(422, "key-reused", "Idempotency key already used for another request"),
     errors.GenerationMismatch: ProblemType(412, "generation-mismatch", "Instance has changed"),
@@ -85,9 +88,16 @@ def problem_type_of(error: errors.InterlockError) -> ProblemType:
 def from_error(error: errors.InterlockError, path: str) -> Response:
     """Return the error response for an exception."""
     headers = error.headers if isinstance(error, HttpProblem) else {}
-    needed, free = (error.needed, error.free) if isinstance(error, errors.InsufficientCapacity) else (None, None)
     kind = problem_type_of(error)
-    return response(kind, error.message, path, remedy=error.remedy, headers=headers, needed=needed, free=free)
+    amounts: dict[str, dict[str, int]] = {}
+    match error:
+        case errors.InsufficientCapacity():
+            amounts = {"needed": error.needed, "free": error.free}
+        case errors.QuotaExceeded():
+            amounts = {"needed": error.needed, "used": error.used, "limit": error.limit, "free": error.free}
+        case _:
+            pass
+    return response(kind, error.message, path, remedy=error.remedy, headers=headers, amounts=amounts)
 
 
 def response(
@@ -98,8 +108,7 @@ def response(
     remedy: str | None = None,
     occurrence: str | None = None,
     headers: dict[str, str] | None = None,
-    needed: dict[str, int] | None = None,
-    free: dict[str, int] | None = None,
+    amounts: Mapping[str, dict[str, int]] = MappingProxyType({}),
 ) -> Response:
     problem = schemas.Problem(
         type=f"urn:interlock:problem:{kind.name}",
@@ -109,7 +118,6 @@ def response(
         instance=path,
         remedy=remedy,
         occurrence=occurrence,
-        needed=needed,
-        free=free,
+        **amounts,
     )
     return Response(_ENCODE(problem), kind.status, headers, MEDIA_TYPE)

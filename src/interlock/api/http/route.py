@@ -24,6 +24,7 @@ from interlock.service.image_fetches import ImageFetches
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.policies import Policies
+from interlock.service.projects import Projects
 from interlock.service.readiness import Readiness
 from interlock.service.tokens import Tokens
 
@@ -44,6 +45,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     policies: Policies
     callers: Authenticator
     tokens: Tokens
+    projects: Projects
     hosts: HostService
     moves: HostMoves
     config: Config

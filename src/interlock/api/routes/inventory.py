@@ -226,17 +226,19 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
     if body.host is not None:
         parts.hosts.require_present_name(caller, body.host)
     expires_in_ms = duration_ms("expires_in", body.expires_in)
+    project = body.project or caller.project
+    is_new = not parts.projects.exists(project)
     token, secret = await parts.tokens.make(
         caller,
         body.name,
         body.role,
-        body.project or caller.project,
+        project,
         body.host,
         body.groups,
         expires_in_ms=expires_in_ms,
         server_admin=body.server_admin,
     )
-    return _with_secret(parts, token, secret, 201)
+    return _with_secret(parts, token, secret, 201, project_created=is_new)
 
 
 @tokens_routes.add(
@@ -256,8 +258,9 @@ async def rotate_token(parts: ApiParts, caller: Caller, request: Request) -> Res
     return _with_secret(parts, token, secret, 200)
 
 
-def _with_secret(parts: ApiParts, token: Token, secret: str, status: int) -> Response:
-    made = inventory.MadeToken(token=serializers.token(token, parts.instances.now_ms()), secret=secret)
+def _with_secret(parts: ApiParts, token: Token, secret: str, status: int, *, project_created: bool = False) -> Response:
+    view = serializers.token(token, parts.instances.now_ms())
+    made = inventory.MadeToken(token=view, secret=secret, project_created=project_created)
     return json_response(made, status, {"Cache-Control": "no-store"})
 
 

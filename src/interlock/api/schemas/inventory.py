@@ -179,6 +179,8 @@ class MadeToken(Wire, frozen=True, kw_only=True):
 
     token: Token
     secret: str
+    project_created: bool = False
+    """Whether its project is new: it did not exist, and was created without a quota."""
 
 
 class TokenList(Wire, frozen=True, kw_only=True):

@@ -459,9 +459,14 @@ class Problem(Wire, frozen=True, kw_only=True, omit_defaults=True):
     occurrence: str | None = None
     """Of an internal error: the id of the server's log entry."""
     needed: dict[str, int] | None = None
-    """Of `no-room`: the missing amounts of `memory_mib`, `vcpus`, `disk_mib`, `devices` or `interfaces`."""
+    """Of `no-room`: the missing amounts of `memory_mib`, `vcpus`, `disk_mib`, `devices` or `interfaces`. Of `quota`:
+    how much more is needed of those resources of a quota of which too little is left."""
     free: dict[str, int] | None = None
-    """Of `no-room`: the free amounts of the same."""
+    """The free amounts of the same."""
+    used: dict[str, int] | None = None
+    """Of `quota`: the used amounts of the same."""
+    limit: dict[str, int] | None = None
+    """Of `quota`: the limits of the same."""
 
 
 class Refusal(Problem, frozen=True, kw_only=True, omit_defaults=False):

@@ -9,9 +9,17 @@ INSTANCES: Final = "/v1/instances"
 IMAGES: Final = "/v1/images"
 VOLUMES: Final = "/v1/volumes"
 TOKENS: Final = "/v1/tokens"
+PROJECTS: Final = "/v1/projects"
 HOSTS: Final = "/v1/hosts"
 
-COLLECTIONS: Final = {"VM": INSTANCES, "Image": IMAGES, "Volume": VOLUMES, "Token": TOKENS, "Host": HOSTS}
+COLLECTIONS: Final = {
+    "VM": INSTANCES,
+    "Image": IMAGES,
+    "Volume": VOLUMES,
+    "Token": TOKENS,
+    "Project": PROJECTS,
+    "Host": HOSTS,
+}
 """By the name of the resource in an error of the server."""
 
 

@@ -49,6 +49,7 @@ def create_token(
 ) -> None:
     """Create the token NAME. Its secret is printed only once, on standard output.
 
+    A project that does not exist is created, without a quota.
     A reader may read, a member may also change what the project has, and a
     project_admin may also administer the project's tokens. An admin administers
     the whole server, whatever its project. A token with the role agent is for
@@ -79,6 +80,8 @@ def _print_secret(invocation: Invocation, done: str, made: MadeToken) -> None:
     if token.former_until_at is not None:
         until = _moment(invocation, token.former_until_at)
         invocation.echo(f"The former secret is valid until {until}.", error=True)
+    if made.project_created:
+        invocation.echo(f"The project {token.project} is new; it has no quota.", error=True)
     invocation.echo("Its secret is shown only once:", error=True)
     invocation.echo(made.secret)
 
