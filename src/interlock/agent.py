@@ -18,6 +18,7 @@ import structlog
 
 from interlock.config import Config, is_loopback
 from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
 from interlock.hypervisors.remote.agent_service import AgentService
@@ -79,6 +80,7 @@ class HostAgent:
             protections=lambda: protections_of(opened),
             images_in_use=partial(images_in_use, self._folder / "guests" / "vms"),
             may_hold=self._may_hold,
+            certificate=HostCertificate(config.certificates),
         )
         self._stopping = asyncio.Event()
         self._lease_ms = 0
@@ -193,6 +195,7 @@ class HostAgent:
             self._answered.clear()
             self._sent[number] = now_ns()
             exchange.post(Renew(number=number, disk_free_mib=disk_free_mib(self._folder)))
+            self._service.renew_certificate(exchange)
             try:
                 async with asyncio.timeout(interval_s * 3):
                     await self._answered.wait()

@@ -176,6 +176,9 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How fast the memory of a guest is sent to another host, in bytes per second; 0: no limit."""
     migration_address: str = "127.0.0.1"
     """The address of this host for incoming live migrations; on any free TCP port."""
+    migration_unencrypted: bool = False
+    """Allow live migrations without encryption, with hosts that cannot do TLS: those of an earlier version. Set it on
+    the server and on both hosts."""
     firmware_ms: int = 250
     """How long a guest that begins to boot is not reset, in ms: a reset while its firmware relocates itself in memory
     makes it hang permanently, also after further resets."""
@@ -203,6 +206,9 @@ class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     evacuate: Literal["never", "auto", "from-image"] = "never"
     """Whether VMs without a setting of their own are evacuated automatically once their host is fenced. `auto`: if no
     root disk is lost; `from-image`: also if it is, starting again from the image."""
+    certificate_ms: int = 30 * 24 * 3_600_000
+    """How long the certificate of a host is valid, in ms; it is renewed after a third of it, and whenever its agent
+    connects."""
     moves_max: int = 8
     """How many VMs the server moves at a time from hosts that are drained or fenced."""
     silence_ms: int = 15_000
@@ -349,6 +355,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if os.geteuid() == 0:
             return Path("/var/lib/interlock")
         return Path("~/.local/share/interlock").expanduser()
+
+    @property
+    def certificates(self) -> Path:
+        """The folder of this host's certificate, and of the server's CA."""
+        return self.folder / "tls"
 
 
 def is_loopback(host: str) -> bool:

@@ -35,6 +35,7 @@ from interlock.driver.operation_context import DriverDependencies
 from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.guests.small_guest import build
+from interlock.hypervisors.certificates.authority import CertificateAuthority
 from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
@@ -133,7 +134,9 @@ class Server:
         configured = ConfiguredPolicy(config.policy)
         self.in_force = PolicyInForce(CompiledPolicy(configured.at_first, PERFORMS), self._with_windows)
         host = config.host or platform.node() or "localhost"
-        self.hosts = HostRegistry(host, self.hypervisor, self._remote, self._reachable)
+        self.authority = CertificateAuthority(config, host, self.store)
+        unencrypted = config.qemu.migration_unencrypted
+        self.hosts = HostRegistry(host, self.hypervisor, self._remote, self._reachable, unencrypted=unencrypted)
         self.leases = self._leases()
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
@@ -201,6 +204,7 @@ class Server:
             silence_ms=config.silence_ms,
             now_ms=self.store.now_ms,
             renewed=self.leases.renewed,
+            certify=self.authority.issue,
         )
 
     def _reachable(self, name: str) -> bool:

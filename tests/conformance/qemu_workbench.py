@@ -18,6 +18,7 @@ from conformance.hypervisor import Told
 from interlock.bench.nano_guest import HERE, MEMORY_MIB, nano_guest
 from interlock.core.errors import NotResponding
 from interlock.core.records import Disk, Spec
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process.qemu_process import find_in
@@ -50,12 +51,14 @@ class QemuWorkbench:
             liveness_interval_ms=500,
             liveness_timeout_ms=2_500,
             display=False,
+            migration_unencrypted=True,
         )
+        self.certificate = HostCertificate(folder / "tls")
         self._hypervisor: QemuHypervisor | None = None
         self._image = nano_guest(folder)
 
     def make(self) -> Hypervisor:
-        self._hypervisor = QemuHypervisor(self.settings)
+        self._hypervisor = QemuHypervisor(self.settings, self.certificate)
         return self._hypervisor
 
     async def abandon(self, hypervisor: Hypervisor) -> None:

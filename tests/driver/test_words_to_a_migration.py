@@ -11,6 +11,8 @@ import pytest
 from in_process.embedded import Embedded, admitted, refused
 from in_process.in_memory_agent import Neighbour
 from in_process.migrating_guests import TravellingHypervisor
+from interlock.config import QemuConfig
+from interlock.core.errors import OperationRejected
 from interlock.core.operations import Operation
 from interlock.core.records import Request, Status
 from interlock.core.states import PowerState
@@ -122,3 +124,19 @@ async def test_once_it_has_arrived_there_is_nothing_left_to_say_to_it(journey: J
     journey.source.arrives.set()
     await journey.ended()
     assert refused(await journey.house.submit(journey.vm, word)) == "not_migrating"
+
+
+async def test_an_agent_that_cannot_encrypt_gets_no_guest_unless_that_is_allowed(tmp_path: Path) -> None:
+    """Agents in memory speak version 4 of the protocol."""
+    house = Embedded(tmp_path / "data", SimulatedHost(), kind=TravellingHypervisor, settings={"qemu": QemuConfig()})
+    await house.start()
+    north = Neighbour("north", tmp_path / "north", kind=TravellingHypervisor)
+    await north.open()
+    await north.connect(house)
+    vm = await house.create("web")
+    for host in ("north", "any"):
+        assert refused(await house.submit(vm, O.LIVE_MIGRATE, host=host)) == "cannot_encrypt"
+    with pytest.raises(OperationRejected, match="the agent of host north cannot do that"):
+        house.server.hosts.certificate_names("here", "north")
+    await north.close()
+    await house.server.close()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from qemu.qmp import QMPClient
 
+from hosts.loopback_capture import LoopbackCapture, can_capture, is_tls
+from interlock.bench.nano_guest import GREETING
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
@@ -82,6 +84,25 @@ def test_the_root_disk_comes_along(fleet: Fleet) -> None:
     fleet.carry_out("one", "stop")
     fleet.carry_out("one", "start")
     assert len(north.guests()) == 1
+
+
+SOUTH = "127.0.0.77"
+"""The address at which the host south receives guests."""
+
+
+@pytest.mark.skipif(not can_capture(), reason="only root may record packets")
+def test_a_capture_of_a_migration_between_two_agents_shows_tls_records_only(fleet: Fleet) -> None:
+    fleet.add("north")
+    south = fleet.add("south", settings={"INTERLOCK_QEMU_MIGRATION_ADDRESS": SOUTH})
+    fleet.create("one", "north", root_gib=1)
+    with LoopbackCapture(SOUTH) as capture:
+        fleet.carry_out("one", "live_migrate", host="south")
+    assert len(south.guests()) == 1
+    streams = capture.streams()
+    assert len(streams) == 4, "memory and disk are a connection each"
+    assert max(map(len, streams)) > 10_000
+    assert not any(GREETING.encode() in stream for stream in streams), "the guest's memory was sent unencrypted"
+    assert all(map(is_tls, streams))
 
 
 @pytest.mark.parametrize("after_s", [0.1, 0.35, *only_long(0.02, 0.2)])

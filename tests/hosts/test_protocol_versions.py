@@ -19,6 +19,7 @@ from conformance.hypervisor import GivenPermit
 from in_process.in_memory_agent import LinkEnd, linked_ends
 from interlock.core.errors import Fenced, OperationRejected, Unavailable
 from interlock.core.records import Disk, GuestEvent, Image, Spec
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.remote import AgentService, RemoteHypervisor
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.methods import PROTOCOLS, RangeCalls, RemoteMethod
@@ -36,7 +37,8 @@ from interlock.hypervisors.remote.protocol import (
 )
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Host, HostIdentity, HypervisorEvent
-from waiting import PATIENCE_S
+from interlock.ports.hosts import IssuedCertificate
+from waiting import PATIENCE_S, eventually
 
 RECORDED = Path(__file__).parent / "recorded"
 IMAGE = Image(id="image", name="image", kind="disk", path="image.disk", size_bytes=3, sha256="0" * 64)
@@ -77,9 +79,9 @@ def test_the_span_is_two_versions_back_from_the_first_that_negotiates() -> None:
 @pytest.mark.parametrize(
     ("oldest", "newest", "said", "remedy"),
     [
-        (1, None, "speaks protocol version 1, and this server versions 4 to 5", "Upgrade the agent."),
+        (1, None, "speaks protocol version 1, and this server versions 4 to 6", "Upgrade the agent."),
         (2, 3, "speaks protocol versions 2 to 3,", "Upgrade the agent."),
-        (VERSION + 1, VERSION + 3, "speaks protocol versions 6 to 8,", "Upgrade the server."),
+        (VERSION + 1, VERSION + 3, "speaks protocol versions 7 to 9,", "Upgrade the server."),
     ],
 )
 async def test_an_agent_outside_the_span_is_told_which_side_to_upgrade(
@@ -101,7 +103,7 @@ async def test_an_agent_outside_the_span_is_told_which_side_to_upgrade(
 def test_an_agent_refuses_a_version_that_it_does_not_speak(version: int, remedy: str) -> None:
     with pytest.raises(Unavailable) as refused:
         require_spoken(Welcome(lease_ms=0, version=version))
-    assert f"The server chose protocol version {version}, and this agent speaks versions 4 to 5." in str(refused.value)
+    assert f"The server chose protocol version {version}, and this agent speaks versions 4 to 6." in str(refused.value)
     assert refused.value.remedy == remedy
 
 
@@ -240,8 +242,6 @@ async def test_a_recorded_agent_of_version_4_is_called_as_it_was() -> None:
                 await agents.send(msgspec.msgpack.encode(frame))
                 continue
             sent = msgspec.msgpack.decode(await agents.receive())
-            if frame["type"] == "welcome":
-                frame["version"] = 4  # which an agent of that version ignores
             assert typed(sent) == typed(frame)
 
     talking = asyncio.create_task(agent())
@@ -337,3 +337,36 @@ async def test_an_agent_is_told_why_a_server_refuses_it(tmp_path: Path) -> None:
         await agent.run(agents, lambda *_: None, lambda _: None)
     assert isinstance(decode(await servers.receive()), Hello)
     assert not isinstance(decode(msgspec.msgpack.encode({"type": "welcome", "lease_ms": 1})), Refusal)
+
+
+async def test_an_agent_gets_a_certificate_with_its_welcome_and_renews_it_in_time(tmp_path: Path) -> None:
+    requests: list[str] = []
+
+    def certify(name: str, request: str) -> IssuedCertificate:
+        assert name == "north"
+        requests.append(request)
+        return IssuedCertificate(certificate=f"certificate {len(requests)}", ca="ca", renew_s=0)
+
+    certificate = HostCertificate(tmp_path / "tls")
+    hypervisor = SimulatedHypervisor(SimulatedHost())
+    agent = AgentService("north", hypervisor, tmp_path, ranges=Unused(), certificate=certificate)
+    await agent.open()
+    one = RemoteHypervisor(
+        "north", lease_ms=LEASE_MS, silence_ms=30_000, now_ms=lambda: 0, renewed=lambda _: None, certify=certify
+    )
+    agents, servers = linked_ends()
+    exchanges: list[Exchange] = []
+    running = (
+        asyncio.create_task(one.serve(servers, nothing, nothing)),
+        asyncio.create_task(agent.run(agents, lambda exchange, _: exchanges.append(exchange), lambda _: None)),
+    )
+    await one.until_linked()
+    assert one.certificate_name == "north"
+    assert certificate.path is not None
+    assert certificate.path.read_text().endswith("certificate 1")
+    agent.renew_certificate(exchanges[0])
+    agent.renew_certificate(exchanges[0])  # not before the first answer, or a minute
+    await eventually(lambda: str(certificate.path and certificate.path.read_text()).endswith("certificate 2"))
+    assert len(set(requests)) == 2
+    await end(*running)
+    await agent.close()

@@ -33,7 +33,7 @@ EXTERNAL_PACKAGES = {
     "service": {"msgspec", "structlog"},
     "driver": {"msgspec", "structlog"},
     "stores": {"apsw", "msgspec", "structlog"},
-    "hypervisors": {"httpx", "msgspec", "qemu", "structlog", "websockets"},
+    "hypervisors": {"cryptography", "httpx", "msgspec", "qemu", "structlog", "websockets"},
     "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui", "uvicorn"},
     "dashboard": {"msgspec"},
     "guests": {"msgspec"},

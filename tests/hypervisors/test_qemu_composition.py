@@ -124,7 +124,7 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
         registry.folder("../other")
     consoles = Consoles(registry)
     launcher = Launcher(registry, consoles)
-    lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher))
+    lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher, None))
     assert await consoles.console_tail("../other", 10) is None
     assert not (await lifecycle.inspect("../other")).defined
 
@@ -136,7 +136,7 @@ async def test_a_guest_is_started_only_where_it_is_defined(registry: ProcessRegi
 
 
 async def test_what_is_received_is_marked_until_it_is_discarded(registry: ProcessRegistry) -> None:
-    migration = LiveMigration(registry, Launcher(registry, Consoles(registry)))
+    migration = LiveMigration(registry, Launcher(registry, Consoles(registry)), None)
     folder = registry.folder("one")
     folder.make(PERMIT)
     assert await migration.arrival("one") is IncomingState.NONE

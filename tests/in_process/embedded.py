@@ -15,7 +15,7 @@ import msgspec
 
 from in_process.trusting_verifier import TrustingProver
 from in_process.virtual_time import LoopClock, VirtualTimeLoop
-from interlock.config import Config, DriverConfig
+from interlock.config import Config, DriverConfig, QemuConfig
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Denied, Event, Image, Instance, Request
 from interlock.core.roles import Role
@@ -57,7 +57,7 @@ class Embedded:
             hypervisor="simulated",
             host="here",
             policy=policy,
-            **{"driver": QUICK, **(settings or {})},
+            **{"driver": QUICK, "qemu": QemuConfig(migration_unencrypted=True), **(settings or {})},
         )
         self._kind = kind
         self._simulated = simulated

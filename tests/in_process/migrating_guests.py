@@ -55,6 +55,22 @@ class TravellingHypervisor(SimulatedHypervisor):
         permit.check()
         self.host.pause_for_memory(self._calls.guest(instance_id))
 
+    async def receive_guest_tls(
+        self, permit: Permit, instance_id: str, spec: Spec, machine: str, source: str
+    ) -> MigrationEndpoint:
+        raise AssertionError(f"{source}: agents in memory have no certificates")
+
+    async def send_guest_tls(
+        self,
+        permit: Permit,
+        instance_id: str,
+        endpoint: MigrationEndpoint,
+        target: str,
+        converge_ms: int,
+        report: TransferReport,
+    ) -> None:
+        raise AssertionError(f"{target}: agents in memory have no certificates")
+
     async def force_converge(self, permit: Permit, instance_id: str) -> None:
         permit.check()
         self._calls.guest(instance_id)

@@ -18,6 +18,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Whether the target host does not have the shared folder with the instance's root disk."""
     sends_guests: bool | None = None
     """Whether its host supports live migration; None: unknown."""
+    cannot_encrypt: bool = False
+    """Whether live migration to the target host must be encrypted, and one of both hosts cannot do that."""
     target_lacks_volumes: bool = False
     """Whether the target host cannot access one of the instance's volumes."""
     host_lacks: frozenset[str] = frozenset()

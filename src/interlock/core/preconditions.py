@@ -130,6 +130,10 @@ def _cannot_be_sent(of: Situation) -> bool:
     return of.facts.sends_guests is False
 
 
+def _cannot_encrypt(of: Situation) -> bool:
+    return of.facts.cannot_encrypt
+
+
 def _no_live_migration(of: Situation) -> bool:
     serving = of.instance.served(Lane.STATE)
     return serving is None or serving.operation is not _O.LIVE_MIGRATE
@@ -339,6 +343,14 @@ PRECONDITIONS: Final[dict[Operation, tuple[Precondition, ...]]] = {
             broken=_cannot_be_sent,
             because="Host {host} does not support live migration.",
             remedy="Migrate it cold.",
+        ),
+        Precondition(
+            reason="cannot_encrypt",
+            broken=_cannot_encrypt,
+            because="Cannot live-migrate {name} from host {host} to {target}: it must be encrypted, and the agent of "
+            "one of them has no certificate, or speaks an earlier version of the protocol.",
+            remedy="Upgrade and restart the agents; `interlock host show` says which has a certificate. Or migrate it "
+            "cold, or set qemu.migration_unencrypted on the server and both hosts.",
         ),
         Precondition(
             reason="root_disk_stands_alone",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from interlock.core.errors import OperationRejected
 from interlock.ports import Host, Hypervisor, RemoteHost
 
 
@@ -16,6 +17,7 @@ class HostRegistry:
         hypervisor: of that host.
         make: creates the adapter of another host.
         reachable: returns False for a fenced host; see `Leases`.
+        unencrypted: whether guests may be migrated without TLS between hosts of which one cannot do it.
     """
 
     def __init__(
@@ -24,11 +26,14 @@ class HostRegistry:
         hypervisor: Hypervisor,
         make: Callable[[str], RemoteHost],
         reachable: Callable[[str], bool],
+        *,
+        unencrypted: bool = False,
     ) -> None:
         self.own = own
         self.reachable = reachable
         self._hypervisor = hypervisor
         self._make = make
+        self._unencrypted = unencrypted
         self._others: dict[str, RemoteHost] = {}
         self._former: dict[str, str] = {}
         """Present names of hosts, by former name."""
@@ -108,6 +113,30 @@ class HostRegistry:
     def all_linked(self) -> dict[str, RemoteHost]:
         """Return the connected other hosts, by name."""
         return {name: host for name, host in self._others.items() if host.linked}
+
+    def certificate_names(self, source: str, target: str) -> tuple[str, str] | None:
+        """Return the names in the certificates of two hosts, for TLS between them; None to migrate without encryption.
+
+        Raises:
+            OperationRejected: one of them has no certificate, and encryption is required.
+        """
+        names = {name: self._certificate_name(name) for name in (source, target)}
+        if (one := names[source]) is not None and (other := names[target]) is not None:
+            return one, other
+        if self._unencrypted:
+            return None
+        lacking = next(name for name, certified in names.items() if certified is None)
+        raise OperationRejected(
+            f"VMs are migrated encrypted, and the agent of host {lacking} cannot do that: it speaks an earlier version "
+            "of the protocol, or has no certificate.",
+            remedy="Upgrade and restart that agent; the server's log says if it could not issue a certificate. "
+            "qemu.migration_unencrypted, set on the server and both hosts, allows migration without encryption.",
+        )
+
+    def _certificate_name(self, name: str) -> str | None:
+        """Return the name in the certificate of a host. The server's own has one as soon as another host has."""
+        other = self._others.get(self.current_name(name))
+        return self.own if other is None else other.certificate_name
 
     def disk_free_mib(self, name: str) -> int | None:
         """Return the free space of that other host's file system in MiB; None if unknown."""

@@ -6,6 +6,7 @@ import msgspec
 import structlog
 
 from interlock.config import Config
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
@@ -27,7 +28,8 @@ def hypervisor_of(config: Config) -> Hypervisor:
             accelerator=config.accelerator,
             qmp_timeout_ms=config.qmp_timeout_ms,
             **msgspec.structs.asdict(config.qemu),
-        )
+        ),
+        HostCertificate(config.certificates),
     )
 
 

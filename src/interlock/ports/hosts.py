@@ -158,6 +158,17 @@ LINK_ALPN: Final = "interlock-agent"
 those of other clients before it is decrypted."""
 
 
+class IssuedCertificate(msgspec.Struct, frozen=True, kw_only=True):
+    """A host's certificate for migrations, from the server's CA."""
+
+    certificate: str
+    """PEM."""
+    ca: str
+    """The CA that the certificates of other hosts must be from, as PEM."""
+    renew_s: int
+    """After how many seconds to request the next one."""
+
+
 class Link(Protocol):
     """A connection between server and agent that carries whole messages, in order."""
 
@@ -216,6 +227,11 @@ class RemoteHost(Hypervisor, Protocol):
 
     def resume_lease(self) -> None:
         """Grant renewals again, after `end_lease`."""
+        ...
+
+    @property
+    def certificate_name(self) -> str | None:
+        """The name in the certificate of the host, which its agent got when it connected; None if it has none."""
         ...
 
     async def serve(

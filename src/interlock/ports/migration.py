@@ -49,19 +49,48 @@ class MigrationPort(Protocol):
         ...
 
     async def receive_guest(self, permit: Permit, instance_id: str, spec: Spec, machine: str) -> MigrationEndpoint:
-        """Start a QEMU process that waits for the incoming guest, paused until `complete_incoming`. It must be defined.
-
-        The process of an earlier attempt that never ran the guest is ended first.
+        """As `receive_guest_tls`, without encryption.
 
         Raises:
-            OperationRejected: the guest runs here, or QEMU cannot be started.
+            OperationRejected: also if this host's configuration does not allow it.
+        """
+        ...
+
+    async def receive_guest_tls(
+        self, permit: Permit, instance_id: str, spec: Spec, machine: str, source: str
+    ) -> MigrationEndpoint:
+        """Start a QEMU process that waits for the incoming guest, paused until `complete_incoming`. It must be defined.
+
+        The guest is received over TLS, from the host whose certificate names it `source`. The process of an earlier
+        attempt that never ran the guest is ended first.
+
+        Raises:
+            OperationRejected: the guest runs here, QEMU cannot be started, or this host has no certificate.
         """
         ...
 
     async def send_guest(
         self, permit: Permit, instance_id: str, endpoint: MigrationEndpoint, converge_ms: int, report: TransferReport
     ) -> None:
-        """Migrate the guest with its root disk; it runs until almost everything is transferred, and is paused then.
+        """As `send_guest_tls`, without encryption.
+
+        Raises:
+            OperationRejected: also if this host's configuration does not allow it.
+        """
+        ...
+
+    async def send_guest_tls(
+        self,
+        permit: Permit,
+        instance_id: str,
+        endpoint: MigrationEndpoint,
+        target: str,
+        converge_ms: int,
+        report: TransferReport,
+    ) -> None:
+        """Migrate the guest with its root disk, over TLS, to the host whose certificate names it `target`.
+
+        It runs until almost everything is transferred, and is paused then.
 
         A guest that writes faster than it is sent is throttled (auto-converge). `converge_ms` limits the time for
         sending changed memory or disk again after the first pass, in milliseconds; 0: no limit.

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding
+from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding, OperationRejected
 from interlock.core.parameters import check_name
 from interlock.core.records import Instance, SharedFolder
 from interlock.core.roles import Role
@@ -79,6 +79,7 @@ class HostConnections(Protocol):
     def of(self, name: str) -> Hypervisor: ...
     def remote(self, name: str) -> RemoteHost: ...
     def linked(self, name: str) -> bool: ...
+    def certificate_names(self, source: str, target: str) -> tuple[str, str] | None: ...
     def listen(self, listener: Callable[[Host], None]) -> None: ...
 
 
@@ -96,6 +97,8 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     host: Host
     linked: bool
     """Whether its agent is connected now."""
+    certified: bool
+    """Whether its agent got a certificate when it connected, for encrypted migrations."""
     last_seen_at_ms: int
     instances: int
     """Number of instances recorded on it."""
@@ -230,6 +233,7 @@ class HostService:
         return HostView(
             host=host,
             linked=self.connections.linked(host.name),
+            certified=self.connections.remote(host.name).certificate_name is not None,
             last_seen_at_ms=self.leases.last_seen_at_ms(host.name),
             instances=self._store.tally(Tally.RECORDED, host.name),
             room=await self._capacity.occupancy(host.name),
@@ -318,6 +322,16 @@ class HostService:
     def sends_guests(self, name: str) -> bool:
         """Whether the host's hypervisor supports live migration."""
         return isinstance(self.connections.of(name), MigrationPort)
+
+    def can_encrypt(self, source: str, target: str) -> bool:
+        """Whether guests can be migrated between the hosts encrypted, or need not be; True while one is away."""
+        if not (self.connections.linked(source) and self.connections.linked(target)):
+            return True
+        try:
+            self.connections.certificate_names(source, target)
+        except OperationRejected:
+            return False
+        return True
 
     def in_trouble(self) -> tuple[HostCondition, ...]:
         """Return the hosts that are lost or fenced."""

@@ -104,12 +104,17 @@ class Scheduler:
         disks = () if instance.spec is None else instance.spec.disks
         return all(disk.id in leaving or self._hosts.reaches(host, disk.path) for disk in disks)
 
+    def _encrypting(self, instance: Instance, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those hosts to which the instance can be live-migrated as far as encryption is required."""
+        return tuple(name for name in hosts if self._hosts.can_encrypt(instance.host, name))
+
     def facts(self, instance: Instance, submission: Submission, targets: tuple[str, ...]) -> Facts:
         """Return the submission's facts, with those about the candidate targets added."""
         facts, operation = submission.facts, submission.operation
         if operation in MIGRATIONS and submission.parameters.get("host") == ANY:
             others = tuple(name for name in targets if name != instance.host and self._reaches(name, instance))
-            facts = msgspec.structs.replace(facts, targets=others)
+            able = others if operation is not Operation.LIVE_MIGRATE else self._encrypting(instance, others)
+            facts = msgspec.structs.replace(facts, targets=able or others)
         elif operation in MIGRATIONS:
             facts = msgspec.structs.replace(
                 facts,
@@ -120,7 +125,12 @@ class Scheduler:
         if lacking:
             facts = msgspec.structs.replace(facts, host_lacks=frozenset(lacking))
         if operation is Operation.LIVE_MIGRATE:
-            facts = msgspec.structs.replace(facts, sends_guests=self._hosts.sends_guests(instance.host))
+            found = targets if facts.targets is None else facts.targets
+            facts = msgspec.structs.replace(
+                facts,
+                sends_guests=self._hosts.sends_guests(instance.host),
+                cannot_encrypt=bool(found) and not self._encrypting(instance, found),
+            )
         return facts
 
     def bound(

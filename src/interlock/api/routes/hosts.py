@@ -82,6 +82,7 @@ def _view(seen: HostView) -> Host:
         drain=drain_view(seen.drain),
         protections=tuple(wire(Protection, one) for one in host.protections),
         linked=seen.linked,
+        certified=seen.certified,
         lost_since_at=None if seen.condition.state is HostState.UP else timestamp(seen.condition.since_ms),
         fenced_at=optional_timestamp(seen.fenced_at_ms),
         to_evacuate=seen.instances if host.state is HostState.FENCED else 0,

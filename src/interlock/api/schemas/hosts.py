@@ -146,6 +146,8 @@ class Host(Wire, frozen=True, kw_only=True):
     """The drain in progress; null if there is none."""
     linked: bool
     """Whether its agent is connected."""
+    certified: bool = False
+    """Whether its agent got a certificate when it last connected, for encrypted live migration."""
     lost_since_at: str | None = None
     """Since when its agent does not respond, though its lease may still be valid, or since when it is fenced."""
     fenced_at: str | None = None

@@ -133,6 +133,7 @@ def _print_host(invocation: Invocation, host: Host) -> None:
         "VMs": f"{host.instances}, to be evacuated" if host.to_evacuate else str(host.instances),
         "identity": host.identity or "unknown",
         "address": host.address or "none (no incoming migrations)",
+        "certificate": "issued" if host.certified else "none (no encrypted live migration)",
         "shared folder": host.shared or "none",
     }
     invocation.echo(host.name)

@@ -18,8 +18,8 @@ from interlock.core.records import InstanceUpdate
 from interlock.core.states import PowerState, VmState
 from interlock.driver.operation_context import Done, OperationContext
 from interlock.driver.operations.boot_steps import without_root
-from interlock.ports import Hypervisor, TransferReport
-from interlock.ports.migration import IncomingState, MigrationEndpoint, MigrationPort
+from interlock.ports import Hypervisor
+from interlock.ports.migration import IncomingState, MigrationPort
 
 
 async def require_root(work: OperationContext, hypervisor: Hypervisor) -> None:
@@ -55,14 +55,26 @@ async def _bring(work: OperationContext, target: str) -> None:
     # Clean up after an earlier attempt: a paused guest on the source, and one that never ran on the target.
     await here.resume_source(work.permit, work.id)
     machine = await here.machine_kind(work.id)
+    names = work.hosts.certificate_names(work.instance.host, target)
     with answering(target):
         await work.hosts.of(target).undefine(work.permit, work.id)
         await require_root(work, work.hosts.of(target))
         spec = work.spec if work.spec.shared is not None else without_root(work.spec)
         await work.hosts.of(target).define(work.permit, work.id, spec)
-        endpoint = await there.receive_guest(work.permit, work.id, work.spec, machine)
+        if names is None:
+            endpoint = await there.receive_guest(work.permit, work.id, work.spec, machine)
+        else:
+            endpoint = await there.receive_guest_tls(work.permit, work.id, work.spec, machine, names[0])
     async with work.moving() as report:
-        await _send(work, here, endpoint, report)
+        forcing = asyncio.create_task(_force_on_request(work, here))
+        try:
+            if names is None:
+                await here.send_guest(work.permit, work.id, endpoint, _converge_ms(work), report)
+            else:
+                await here.send_guest_tls(work.permit, work.id, endpoint, names[1], _converge_ms(work), report)
+        finally:
+            forcing.cancel()
+            await asyncio.wait({forcing})
     with answering(target):
         await there.await_guest(work.id)
 
@@ -84,17 +96,6 @@ def answering(target: str) -> Iterator[None]:
         raise OperationRejected(
             f"Host {target} rejected the incoming migration: {silent.message}", remedy=silent.remedy
         ) from None
-
-
-async def _send(
-    work: OperationContext, here: MigrationPort, endpoint: MigrationEndpoint, report: TransferReport
-) -> None:
-    forcing = asyncio.create_task(_force_on_request(work, here))
-    try:
-        await here.send_guest(work.permit, work.id, endpoint, _converge_ms(work), report)
-    finally:
-        forcing.cancel()
-        await asyncio.wait({forcing})
 
 
 def _converge_ms(work: OperationContext) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import final
 
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.qemu.consoles import Consoles
 from interlock.hypervisors.qemu.disks.host_disks import HostDisks
 from interlock.hypervisors.qemu.guest import Guest
@@ -29,10 +30,12 @@ from interlock.ports.hosts import Protection
 class QemuHypervisor:
     """Runs guests as QEMU processes that outlive it. See `ports.Hypervisor` and `ports.MigrationPort`.
 
+    `certificate` is this host's, for migrations.
+
     It cannot be extended by inheritance: a part calls the methods of other parts, not those of this object.
     """
 
-    def __init__(self, settings: QemuSettings) -> None:
+    def __init__(self, settings: QemuSettings, certificate: HostCertificate | None = None) -> None:  # noqa: PLR0915 - a line for each method
         self.registry = registry = ProcessRegistry(settings, on_adopted=thaw_forgotten)
 
         self._consoles = consoles = Consoles(registry)
@@ -42,10 +45,12 @@ class QemuHypervisor:
         self.console_tail = consoles.console_tail
 
         self._launcher = launcher = Launcher(registry, consoles)
-        self._migration = migration = LiveMigration(registry, launcher)
+        self._migration = migration = LiveMigration(registry, launcher, certificate)
         self.machine_kind = migration.machine_kind
         self.receive_guest = migration.receive_guest
         self.send_guest = migration.send_guest
+        self.receive_guest_tls = migration.receive_guest_tls
+        self.send_guest_tls = migration.send_guest_tls
         self.force_converge = migration.force_converge
         self.arrival = migration.arrival
         self.await_guest = migration.await_guest

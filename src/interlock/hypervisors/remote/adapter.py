@@ -35,7 +35,7 @@ from interlock.hypervisors.remote.protocol import (
 from interlock.hypervisors.remote.server_session import ServerSession
 from interlock.hypervisors.remote.session_lease import SessionLease
 from interlock.ports import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream
-from interlock.ports.hosts import STALL_S, Host, Link, ThreadedLink
+from interlock.ports.hosts import STALL_S, Host, IssuedCertificate, Link, ThreadedLink
 from interlock.ports.migration import MigrationPort
 
 _LOG = structlog.get_logger(__name__)
@@ -52,12 +52,22 @@ class RemoteHypervisor:
         silence_ms: after how long without a message a connection counts as broken, in milliseconds.
         now_ms: the store's clock.
         renewed: called with the host's name when its agent has renewed its lease.
+        certify: issues a certificate for a host's name and a request; may raise InterlockError, OSError.
     """
 
     def __init__(
-        self, name: str, *, lease_ms: int, silence_ms: int, now_ms: Callable[[], int], renewed: Callable[[str], None]
+        self,
+        name: str,
+        *,
+        lease_ms: int,
+        silence_ms: int,
+        now_ms: Callable[[], int],
+        renewed: Callable[[str], None],
+        certify: Callable[[str, str], IssuedCertificate] | None = None,
     ) -> None:
         self.name = name
+        self.certificate_name: str | None = None
+        self._certify = certify
         self._former: frozenset[str] = frozenset()
         self._lease_ms = lease_ms
         self._silence_s = silence_ms / 1000
@@ -134,10 +144,13 @@ class RemoteHypervisor:
             if isinstance(link, ThreadedLink):
                 link.reply_at_once(lease.reply)
             renew = partial(_renewed_here, lease, threaded=isinstance(link, ThreadedLink))
-            exchange.post(Welcome(lease_ms=self._lease_ms, version=version))
+            certify = partial(self._certificate, greeting.name)
+            certificate = certify(greeting.certificate_request)
+            self.certificate_name = None if certificate is None else greeting.name
+            exchange.post(Welcome(lease_ms=self._lease_ms, version=version, certificate=certificate))
             caught_up = asyncio.Event()
             # Already here, so that the next agent to be admitted finds this one.
-            session = ServerSession(self.name, exchange, version, self._on_event, caught_up.set, renew)
+            session = ServerSession(self.name, exchange, version, self._on_event, caught_up.set, renew, certify)
             self._admitted = session
             conversing = self._converse(session, caught_up, greeting, on_connected)
             serving = self._serving = asyncio.create_task(conversing, name=f"the host {self.name}")
@@ -177,6 +190,16 @@ class RemoteHypervisor:
         with contextlib.suppress(ConnectionError):
             await link.send(encode(Refusal(failure=failure_of(error))))
             await link.close()
+
+    def _certificate(self, name: str, request: str | None) -> IssuedCertificate | None:
+        """Return the certificate for the name under which the agent runs, which may be a former one of the host."""
+        if request is None or self._certify is None:
+            return None
+        try:
+            return self._certify(name, request)
+        except (InterlockError, OSError) as error:
+            _LOG.warning("host certificate not issued", host=name, why=str(error))
+            return None
 
     def _host_of(self, greeting: Hello) -> Host:
         now_ms = self._now_ms()
@@ -308,7 +331,9 @@ class RemoteHypervisor:
     console_tail = Forwarded(Hypervisor.console_tail)
     machine_kind = Forwarded(MigrationPort.machine_kind)
     receive_guest = Forwarded(MigrationPort.receive_guest)
+    receive_guest_tls = Forwarded(MigrationPort.receive_guest_tls)
     send_guest = Forwarded(MigrationPort.send_guest)
+    send_guest_tls = Forwarded(MigrationPort.send_guest_tls)
     force_converge = Forwarded(MigrationPort.force_converge)
     arrival = Forwarded(MigrationPort.arrival)
     await_guest = Forwarded(MigrationPort.await_guest)

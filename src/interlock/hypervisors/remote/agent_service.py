@@ -7,6 +7,7 @@ again from what exists. Events of guests are kept until the server has acknowled
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ import structlog
 
 from interlock.core.errors import InterlockError, OperationRejected
 from interlock.core.records import Disk, GuestEvent, Spec
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.host_identity import identity_of
 from interlock.hypervisors.remote.event_log import EventLog
 from interlock.hypervisors.remote.exchange import Exchange
@@ -37,6 +39,8 @@ from interlock.hypervisors.remote.protocol import (
     CallResult,
     Cancel,
     CaughtUp,
+    CertificateIssued,
+    CertificateRequest,
     EventAck,
     Failure,
     GuestEventMessage,
@@ -57,13 +61,15 @@ from interlock.hypervisors.remote.protocol import (
 )
 from interlock.hypervisors.remote.range_transfer import RangeServer, RangeTransfers
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, TransferReport
-from interlock.ports.hosts import Limits, Link, Protection
+from interlock.ports.hosts import IssuedCertificate, Limits, Link, Protection
 from interlock.ports.migration import MigrationPort
 from interlock.ports.system_errors import system_failure
 
 _LOG = structlog.get_logger(__name__)
 _NOTHING: Final = packed(None)
-_STARTING: Final = frozenset({"power_on", "restore_memory", "receive_guest", "undefine"})
+_STARTING: Final = frozenset({"power_on", "restore_memory", "receive_guest", "receive_guest_tls", "undefine"})
+_RENEW_AGAIN_S: Final = 60.0
+"""How long to wait for a renewed certificate before it is requested again, in seconds."""
 
 
 def _always() -> None:
@@ -84,6 +90,7 @@ class AgentService:
         images_in_use: returns the paths of image files that guests here need; called in a thread, may raise OSError.
         reaches: whether a volume's file can be used here; by default if it is in `shared`.
         may_hold: raises if this host may not run guests now.
+        certificate: of this host, to be requested from the server; None: no TLS with other hosts.
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class AgentService:
         images_in_use: Callable[[], Collection[str]] = frozenset,
         reaches: Callable[[str], bool] | None = None,
         may_hold: Callable[[], None] = _always,
+        certificate: HostCertificate | None = None,
     ) -> None:
         self._name = name
         self._hypervisor = hypervisor
@@ -112,6 +120,9 @@ class AgentService:
         self._newest_version = 4 if ranges is None else VERSION
         self._reaches = reaches or self._files.reaches
         self._may_hold = may_hold
+        self._certificate = certificate
+        self._renew_at_s = math.inf
+        """When the certificate is to be renewed, on the clock of the event loop."""
         self._log = EventLog(folder / "events.jsonl")
         self._fences = FenceTable(folder / "fences")
         self._ended_by_lease = EndedByLease(folder)
@@ -163,6 +174,7 @@ class AgentService:
         if not isinstance(answer, Welcome):
             raise ConnectionError(f"unexpected message of the server: {type(answer).__name__}")
         require_spoken(answer)
+        self._install(answer.certificate)
         for event in self._log.waiting():
             exchange.post(event)
         exchange.post(CaughtUp())
@@ -185,7 +197,25 @@ class AgentService:
             shared=None if self._shared is None else str(self._shared),
             limits=self._limits(),
             protections=self._protections(),
+            certificate_request=None if self._certificate is None else self._certificate.request(),
         )
+
+    def renew_certificate(self, exchange: Exchange) -> None:
+        """Request the next certificate if it is time to renew the present one."""
+        now_s = asyncio.get_running_loop().time()
+        if self._certificate is not None and now_s >= self._renew_at_s:
+            self._renew_at_s = now_s + _RENEW_AGAIN_S
+            exchange.post(CertificateRequest(request=self._certificate.request()))
+
+    def _install(self, issued: IssuedCertificate | None) -> None:
+        if issued is None or self._certificate is None:
+            return
+        try:
+            self._certificate.install(issued)
+        except OSError as error:
+            _LOG.warning("host certificate not stored", why=error.strerror)
+            return
+        self._renew_at_s = asyncio.get_running_loop().time() + issued.renew_s
 
     async def _cancel_calls(self) -> None:
         """Cancel the calls of a connection that ended; return when they have stopped."""
@@ -199,6 +229,12 @@ class AgentService:
         await self._streams.close()
         self._files.clear()
 
+    def _cancel(self, number: int) -> None:
+        if number in self._permits:
+            self._permits[number].revoke()
+        if number in self._calls:
+            self._calls[number].cancel()
+
     def _on_message(self, exchange: Exchange, message: Message, renewed: Callable[[int], None]) -> None:
         match message:
             case Call():
@@ -206,14 +242,13 @@ class AgentService:
                 self._calls[message.number] = task
                 task.add_done_callback(lambda task: self._send_result(exchange, message.number, task))
             case Cancel():
-                if message.number in self._permits:
-                    self._permits[message.number].revoke()
-                if message.number in self._calls:
-                    self._calls[message.number].cancel()
+                self._cancel(message.number)
             case Ping():
                 exchange.post(Pong(number=message.number))
             case EventAck():
                 self._log.acknowledge(message.number)
+            case CertificateIssued():
+                self._install(message.certificate)
             case LeaseGranted():
                 renewed(message.number)
             case Superseded():

@@ -8,6 +8,7 @@ Server and agent agree on the newest version that both speak. What a version add
 
 * 4: the oldest that is supported. Files travel as messages.
 * 5: files travel as HTTP ranges (`RangeCalls`), and the versions that an agent speaks are in its `Hello`.
+* 6: live migration over TLS (`receive_guest_tls`, `send_guest_tls`), with certificates that the server issues.
 
 Structs may get fields with defaults within a version: the other side ignores unknown fields. A new method needs a new
 version, and its entry in `methods._SINCE`; a method that exists keeps its name and arguments.
@@ -22,9 +23,9 @@ import msgspec
 from interlock.core import errors
 from interlock.core.errors import HostTaken, InterlockError, Unavailable
 from interlock.ports import HypervisorEvent
-from interlock.ports.hosts import HostIdentity, Limits, Protection
+from interlock.ports.hosts import HostIdentity, IssuedCertificate, Limits, Protection
 
-VERSION: Final = 5
+VERSION: Final = 6
 """The newest version of the protocol."""
 OLDEST_VERSION: Final = max(VERSION - 2, 4)
 """The oldest one that is spoken: two versions back, but never one before negotiation was possible."""
@@ -62,15 +63,19 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """The host's capacity."""
     protections: tuple[Protection, ...] = ()
     """What confines the host's guests."""
+    certificate_request: str | None = None
+    """A request for the host's certificate (PEM); since version 6."""
 
 
-class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome", omit_defaults=True):
     """The server accepts the agent."""
 
     lease_ms: int
     """For how long guests may run after a renewal, in milliseconds; 0: without leases."""
     version: int = 4
     """The version that both speak from now on. A server of version 4 does not send it."""
+    certificate: IssuedCertificate | None = None
+    """What was requested; None also if the server cannot issue one."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, tag="refusal"):
@@ -120,6 +125,19 @@ class LeaseGranted(msgspec.Struct, frozen=True, kw_only=True, tag="renewed"):
     """The renewal of that number is granted."""
 
     number: int
+
+
+class CertificateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="certificate_request"):
+    """The agent renews the host's certificate; since version 6."""
+
+    request: str
+    """As in `Hello`."""
+
+
+class CertificateIssued(msgspec.Struct, frozen=True, kw_only=True, tag="certificate"):
+    """The certificate for a `CertificateRequest`; there is no answer if it cannot be issued."""
+
+    certificate: IssuedCertificate
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
@@ -174,6 +192,8 @@ Message = (
     | CaughtUp
     | Renew
     | LeaseGranted
+    | CertificateRequest
+    | CertificateIssued
     | Call
     | Cancel
     | CallResult

@@ -17,6 +17,8 @@ from interlock.hypervisors.remote.protocol import (
     CallResult,
     Cancel,
     CaughtUp,
+    CertificateIssued,
+    CertificateRequest,
     EventAck,
     GuestEventMessage,
     LeaseGranted,
@@ -30,6 +32,7 @@ from interlock.hypervisors.remote.protocol import (
     packed,
 )
 from interlock.ports import Report, TransferReport
+from interlock.ports.hosts import IssuedCertificate
 
 
 class _PendingCall:
@@ -51,6 +54,7 @@ class ServerSession:
         on_event: called with each event of a guest.
         on_caught_up: called when the agent has sent all earlier events.
         renew: called with each renewal; returns whether to grant it here.
+        certify: returns the certificate for a request; None if it cannot be issued.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ServerSession:
         on_event: Callable[[GuestEventMessage], None],
         on_caught_up: Callable[[], None],
         renew: Callable[[], bool],
+        certify: Callable[[str | None], IssuedCertificate | None],
     ) -> None:
         self._host = host
         self._exchange = exchange
@@ -68,6 +73,7 @@ class ServerSession:
         self._on_event = on_event
         self._on_caught_up = on_caught_up
         self._renew = renew
+        self._certify = certify
         self._numbers = itertools.count(1)
         self._pending: dict[int, _PendingCall] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
@@ -117,12 +123,21 @@ class ServerSession:
                 ping = self._pings.pop(message.number, None)
                 if ping is not None and not ping.done():
                     ping.set_result(None)
+            case Renew() | CertificateRequest():
+                self._on_renewal(message)
+            case _:
+                raise ConnectionError(f"unexpected message of the agent of {self._host}: {type(message).__name__}")
+
+    def _on_renewal(self, message: Renew | CertificateRequest) -> None:
+        match message:
             case Renew():
                 self.disk_free_mib = message.disk_free_mib
                 if self._renew():
                     self._exchange.post(LeaseGranted(number=message.number))
-            case _:
-                raise ConnectionError(f"unexpected message of the agent of {self._host}: {type(message).__name__}")
+            case CertificateRequest():
+                certificate = self._certify(message.request)
+                if certificate is not None:
+                    self._exchange.post(CertificateIssued(certificate=certificate))
 
     def _on_progress(self, message: TransferMessage) -> None:
         pending = self._pending.get(message.number)

@@ -13,11 +13,13 @@ import msgspec
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Spec
 from interlock.core.states import PowerState
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.qemu.command_line import Machine
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase
 from interlock.hypervisors.qemu.launch import Launcher
 from interlock.hypervisors.qemu.memory import guest_memory
 from interlock.hypervisors.qemu.migration import transfer
+from interlock.hypervisors.qemu.migration.connections import PeerTls
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.images.atomic_files import drafted, sync_folder
 from interlock.ports import Permit, TransferReport
@@ -33,8 +35,9 @@ _PAUSED: Final = "stood still"
 class LiveMigration:
     """Sends and receives guests. See `ports.MigrationPort` for the methods."""
 
-    def __init__(self, registry: ProcessRegistry, launcher: Launcher) -> None:
+    def __init__(self, registry: ProcessRegistry, launcher: Launcher, certificate: HostCertificate | None) -> None:
         self._registry = registry
+        self._certificate = certificate
         self._launcher = launcher
         self._listeners: dict[str, transfer.IncomingListener] = {}
 
@@ -43,6 +46,30 @@ class LiveMigration:
         return msgspec.json.encode(machine).decode()
 
     async def receive_guest(self, permit: Permit, instance_id: str, spec: Spec, machine: str) -> MigrationEndpoint:
+        self._require_unencrypted()
+        return await self._receive(permit, instance_id, spec, machine, None)
+
+    async def receive_guest_tls(
+        self, permit: Permit, instance_id: str, spec: Spec, machine: str, source: str
+    ) -> MigrationEndpoint:
+        return await self._receive(permit, instance_id, spec, machine, self._tls(source))
+
+    def _require_unencrypted(self) -> None:
+        if not self._registry.settings.migration_unencrypted:
+            raise OperationRejected(
+                "This host does not send or receive VMs without encryption.",
+                remedy="Upgrade both hosts and the server; or set qemu.migration_unencrypted on each of them.",
+            )
+
+    def _tls(self, peer: str) -> PeerTls:
+        if self._certificate is None:
+            raise OperationRejected("This host has no folder for certificates.")
+        self._certificate.settings(server_side=True)  # raises what would otherwise fail later
+        return PeerTls(self._certificate, peer)
+
+    async def _receive(
+        self, permit: Permit, instance_id: str, spec: Spec, machine: str, tls: PeerTls | None
+    ) -> MigrationEndpoint:
         folder = self._registry.folder(instance_id)
         guest = self._registry.find(instance_id)
         if guest is not None:
@@ -53,7 +80,7 @@ class LiveMigration:
         _mark(permit, folder, _AWAITED, "")
         guest = await self._launcher.start(permit, instance_id, spec, msgspec.json.decode(machine, type=Machine))
         address = self._registry.settings.migration_address
-        listener = await transfer.listen(permit, guest, address, disk=_sends_root(spec))
+        listener = await transfer.listen(permit, guest, address, tls, disk=_sends_root(spec))
         self._listeners[instance_id] = listener
         return listener.endpoint
 
@@ -71,6 +98,29 @@ class LiveMigration:
     async def send_guest(
         self, permit: Permit, instance_id: str, endpoint: MigrationEndpoint, converge_ms: int, report: TransferReport
     ) -> None:
+        self._require_unencrypted()
+        await self._send(permit, instance_id, endpoint, None, converge_ms, report)
+
+    async def send_guest_tls(
+        self,
+        permit: Permit,
+        instance_id: str,
+        endpoint: MigrationEndpoint,
+        target: str,
+        converge_ms: int,
+        report: TransferReport,
+    ) -> None:
+        await self._send(permit, instance_id, endpoint, self._tls(target), converge_ms, report)
+
+    async def _send(
+        self,
+        permit: Permit,
+        instance_id: str,
+        endpoint: MigrationEndpoint,
+        tls: PeerTls | None,
+        converge_ms: int,
+        report: TransferReport,
+    ) -> None:
         guest = self._registry.require(instance_id)
         ran = await guest.require_running() is PowerState.RUNNING
         spec = guest.folder.spec()
@@ -79,6 +129,7 @@ class LiveMigration:
             permit,
             guest,
             endpoint,
+            tls,
             report,
             converge_ms=converge_ms,
             disk=spec is not None and _sends_root(spec),

@@ -1,8 +1,7 @@
 """The transfer of a live migration: the root disk is mirrored over NBD, then the memory is sent.
 
-Both use TCP connections between the hosts, which begin with the secret of the endpoint and are not encrypted. The
-memory's connection is handed over to QEMU on both sides. The disk's is forwarded here between the network and the NBD
-client and server of QEMU, which connect to Unix sockets only.
+Both use TCP connections between the hosts, with TLS, which begin with the secret of the endpoint. QEMU has sockets of
+this machine only: a socket pair for the memory, and Unix sockets for its NBD client and server. A `Relay` forwards.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
+
+import structlog
 
 from interlock.core.errors import Fenced, GuestNotFound, HypervisorError, OperationRejected
 from interlock.core.states import PowerState
@@ -22,14 +23,15 @@ from interlock.hypervisors.qemu.command_line import ROOT, node_name
 from interlock.hypervisors.qemu.disks import block_jobs
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.memory.guest_memory import BYTES_PER_S_MAX, cancel_migration
+from interlock.hypervisors.qemu.migration.connections import OK, PeerTls, connect, explain, read_line, send_line
 from interlock.hypervisors.qemu.migration.convergence import THROTTLE, ConvergenceLimit, memory_state
+from interlock.hypervisors.qemu.migration.relay import Relay
 from interlock.hypervisors.qemu.stall_timeout import copy_stall
 from interlock.ports import Permit, Report, TransferReport
 from interlock.ports.migration import MigrationEndpoint
 
+_LOG = structlog.get_logger(__name__)
 _SECRET_BYTES: Final = 32
-_LINE_BYTES_MAX: Final = 200
-_CHUNK_BYTES: Final = 1 << 20
 _MIRROR: Final = "away"
 """The block node and the job that mirror the root disk."""
 _EXPORT: Final = "root"
@@ -52,16 +54,22 @@ host may run it."""
 
 
 class IncomingListener:
-    """Accepts the connections of one incoming guest that begin with its secret, until it is closed."""
+    """Accepts the connections of one incoming guest that begin with its secret, until it is closed.
 
-    def __init__(self, guest: Guest, permit: Permit, address: str, *, disk: bool) -> None:
+    With `tls` they must come from the host that it names; without, they are not encrypted.
+    """
+
+    def __init__(self, guest: Guest, permit: Permit, address: str, tls: PeerTls | None, *, disk: bool) -> None:
         self._guest = guest
         self._permit = permit
-        self._listening = socket.create_server((address, 0))
+        self._tls = tls
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listening = socket.create_server((address, 0), family=family)
         self._listening.setblocking(False)
         self._secret = secrets.token_hex(_SECRET_BYTES)
         self._disk = disk
         self._tasks: set[asyncio.Task[None]] = set()
+        self._relays: list[Relay] = []
         self.endpoint = MigrationEndpoint(host=address, port=self._listening.getsockname()[1], secret=self._secret)
         self._accepting = asyncio.create_task(self._accept(), name=f"accept the migration of {guest.instance_id}")
 
@@ -73,6 +81,8 @@ class IncomingListener:
     async def abort(self) -> None:
         """Close the accepted connections too: this process ends."""
         self.close()
+        for relay in self._relays:
+            relay.close()
         tasks = {self._accepting, *self._tasks}
         for task in tasks:
             task.cancel()
@@ -86,32 +96,49 @@ class IncomingListener:
             task = asyncio.create_task(self._serve(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            # Also if it is cancelled before it has begun.
+            # Also if it is cancelled before it has begun; a connection with TLS or of a relay is detached.
             task.add_done_callback(functools.partial(_close, connection))
 
     async def _serve(self, connection: socket.socket) -> None:
         try:
             async with asyncio.timeout(self._guest.settings.copy_silence_timeout_ms / 1000):
-                secret, _, what = (await _read_line(connection)).partition(" ")
-            if not secrets.compare_digest(secret, self._secret):
-                return
-            loop = asyncio.get_running_loop()
-            if what == _MEMORY:
-                await self._guest.execute(self._permit, "getfd", {"fdname": _MEMORY}, attach=connection.fileno())
-                await loop.sock_sendall(connection, b"ok\n")
-                await self._guest.execute(self._permit, "migrate-incoming", {"uri": f"fd:{_MEMORY}"})
-            elif what == _DISK and self._disk:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as inner:
-                    inner.setblocking(False)
-                    with _inside(self._guest) as folder:
-                        inner.connect(f"{folder}/{_SOCKET}")
-                    await loop.sock_sendall(connection, b"ok\n")
-                    await _forward(connection, inner)
-        except (OSError, TimeoutError, HypervisorError, Fenced):
-            return  # the source finds the connection closed
+                outer = await self._secured(connection)
+                with contextlib.ExitStack() as held:
+                    held.callback(outer.close)
+                    secret, _, what = (await read_line(outer)).partition(" ")
+                    if secrets.compare_digest(secret, self._secret) and (what == _MEMORY or self._disk):
+                        inner = await self._connected(held, what)
+                        await send_line(outer, OK)
+                        if what == _MEMORY:
+                            await self._guest.execute(self._permit, "migrate-incoming", {"uri": f"fd:{_MEMORY}"})
+                        held.pop_all()
+                        self._relays.append(Relay(inner, outer, f"migrate {what}"))
+        except (OSError, TimeoutError) as error:
+            # The source finds the connection closed.
+            _LOG.warning("migration connection refused", instance=self._guest.instance_id, why=explain(error)[0])
+        except (HypervisorError, Fenced) as error:
+            _LOG.warning("migration connection refused", instance=self._guest.instance_id, why=error.message)
+
+    async def _secured(self, connection: socket.socket) -> socket.socket:
+        if self._tls is not None:
+            return await self._tls.secure(connection, server_side=True)
+        return socket.socket(fileno=connection.detach())
+
+    async def _connected(self, held: contextlib.ExitStack, what: str) -> socket.socket:
+        """Return a socket whose other end QEMU has."""
+        if what == _MEMORY:
+            inner, theirs = socket.socketpair()
+            held.enter_context(inner)
+            with theirs:
+                await self._guest.execute(self._permit, "getfd", {"fdname": _MEMORY}, attach=theirs.fileno())
+        else:
+            inner = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            with _inside(self._guest) as folder:
+                inner.connect(f"{folder}/{_SOCKET}")
+        return inner
 
 
-async def listen(permit: Permit, guest: Guest, address: str, *, disk: bool) -> IncomingListener:
+async def listen(permit: Permit, guest: Guest, address: str, tls: PeerTls | None, *, disk: bool) -> IncomingListener:
     """Prepare a process that was started to receive a guest. Raises as `Guest.execute`."""
     await guest.execute(permit, "migrate-set-capabilities", {"capabilities": [*_CAPABILITIES, _LATE_BLOCK_ACTIVATE]})
     if disk:
@@ -124,7 +151,7 @@ async def listen(permit: Permit, guest: Guest, address: str, *, disk: bool) -> I
         await guest.execute(permit, "nbd-server-start", {"addr": {"type": "fd", "data": {"str": _SOCKET}}})
         export = {"type": "nbd", "id": _EXPORT, "node-name": node_name(ROOT), "name": _EXPORT, "writable": True}
         await guest.execute(permit, "block-export-add", export)
-    return IncomingListener(guest, permit, address, disk=disk)
+    return IncomingListener(guest, permit, address, tls, disk=disk)
 
 
 async def wait_received(guest: Guest) -> None:
@@ -156,6 +183,7 @@ async def send(
     permit: Permit,
     guest: Guest,
     endpoint: MigrationEndpoint,
+    tls: PeerTls | None,
     report: TransferReport,
     *,
     converge_ms: int,
@@ -163,20 +191,51 @@ async def send(
     ran: bool,
 ) -> None:
     """Send a guest. Raises as `MigrationPort.send_guest`."""
-    forwarding: asyncio.Task[None] | None = None
+    connections = _Connections(guest, endpoint, tls)
     try:
         if disk:
-            forwarding = await _mirror(permit, guest, endpoint, _limited(guest, report, converge_ms))
+            await _mirror(permit, guest, connections, _limited(guest, report, converge_ms))
         limit = ConvergenceLimit(converge_ms, f"Sending the memory of VM {guest.instance_id}")
-        await _send_memory(permit, guest, endpoint, report, limit, disk=disk)
-    except BaseException:
+        await _send_memory(permit, guest, connections, report, limit, disk=disk)
+    except BaseException as error:
+        connections.close(_MEMORY)
         with contextlib.suppress(HypervisorError, Fenced, OSError):
             await resume(permit, guest, ran=ran)
+        if isinstance(error, OperationRejected) and connections.failure is not None:
+            raise OperationRejected(
+                f"{error.message} The connection to {endpoint.host}:{endpoint.port} broke: {connections.failure}.",
+                remedy="The VM continues on the source host. Check that the agent of the target host runs, then retry.",
+            ) from error
         raise
     finally:
-        if forwarding is not None:
-            forwarding.cancel()
-            await asyncio.wait({forwarding})
+        connections.close(_DISK)
+
+
+class _Connections:
+    """The connections of a guest that is being sent, with their relays."""
+
+    def __init__(self, guest: Guest, endpoint: MigrationEndpoint, tls: PeerTls | None) -> None:
+        self._endpoint = endpoint
+        self._tls = tls
+        self._timeout_s = guest.settings.copy_silence_timeout_ms / 1000
+        self._relays: dict[str, Relay] = {}
+
+    async def open(self, what: str) -> socket.socket:
+        """Raises as `connections.connect`."""
+        return await connect(self._endpoint, what, self._tls, self._timeout_s)
+
+    def relay(self, what: str, inner: socket.socket, outer: socket.socket) -> None:
+        self._relays[what] = Relay(inner, outer, f"migrate {what}")
+
+    def close(self, what: str) -> None:
+        """Close the connection for that, if it is open. That for the memory ends by itself when all was sent."""
+        if what in self._relays:
+            self._relays[what].close()
+
+    @property
+    def failure(self) -> str | None:
+        """Why a connection broke; None if none did."""
+        return next((relay.failure for relay in self._relays.values() if relay.failure is not None), None)
 
 
 def _limited(guest: Guest, report: Report, converge_ms: int) -> Report:
@@ -193,9 +252,38 @@ def _limited(guest: Guest, report: Report, converge_ms: int) -> Report:
     return limited
 
 
-async def _mirror(permit: Permit, guest: Guest, endpoint: MigrationEndpoint, report: Report) -> asyncio.Task[None]:
-    """Mirror the root disk until both are the same; return the task that forwards later writes."""
-    outer = await _connect(guest, endpoint, _DISK)
+async def _mirror(permit: Permit, guest: Guest, connections: _Connections, report: Report) -> None:
+    """Mirror the root disk until both are the same; later writes are forwarded until the connection is closed."""
+    outer = await connections.open(_DISK)
+    try:
+        listening = _listen_for_client(guest)
+    except BaseException:
+        outer.close()
+        raise
+
+    def accepted(task: asyncio.Task[tuple[socket.socket, Any]]) -> None:
+        listening.close()
+        if task.cancelled() or task.exception() is not None:
+            outer.close()
+        else:
+            connections.relay(_DISK, task.result()[0], outer)
+
+    accepting = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listening))
+    accepting.add_done_callback(accepted)
+    try:
+        node = {"driver": "nbd", "node-name": _MIRROR, "server": {"type": "unix", "path": _SOCKET}, "export": _EXPORT}
+        await guest.execute(permit, "blockdev-add", node)
+    finally:
+        accepting.cancel()
+    await block_jobs.start(
+        guest, permit, "blockdev-mirror", _MIRROR, device=node_name(ROOT), target=_MIRROR, sync="top"
+    )
+    what = f"Sending the root disk of VM {guest.instance_id}"
+    await block_jobs.follow(guest, _MIRROR, what, report, until=block_jobs.READY)
+
+
+def _listen_for_client(guest: Guest) -> socket.socket:
+    """Return the socket to which the NBD client of QEMU connects."""
     path = guest.folder.inside / _SOCKET
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -205,43 +293,30 @@ async def _mirror(permit: Permit, guest: Guest, endpoint: MigrationEndpoint, rep
         path.chmod(0o666)  # QEMU's user connects to it; no other has the folder in view
         listening.listen(1)
         listening.setblocking(False)
-        forwarding = asyncio.create_task(
-            _forward_from(listening, outer), name=f"forward the disk of {guest.instance_id}"
-        )
     except BaseException:
-        outer.close()
         listening.close()
         raise
-    try:
-        server = {"type": "unix", "path": _SOCKET}
-        node = {"driver": "nbd", "node-name": _MIRROR, "server": server, "export": _EXPORT}
-        await guest.execute(permit, "blockdev-add", node)
-        await block_jobs.start(
-            guest, permit, "blockdev-mirror", _MIRROR, device=node_name(ROOT), target=_MIRROR, sync="top"
-        )
-        what = f"Sending the root disk of VM {guest.instance_id}"
-        await block_jobs.follow(guest, _MIRROR, what, report, until=block_jobs.READY)
-    except BaseException:
-        forwarding.cancel()
-        raise
-    return forwarding
+    return listening
 
 
 async def _send_memory(
     permit: Permit,
     guest: Guest,
-    endpoint: MigrationEndpoint,
+    connections: _Connections,
     report: TransferReport,
     limit: ConvergenceLimit,
     *,
     disk: bool,
 ) -> None:
     """Send the memory; the guest is paused when this returns."""
-    with await _connect(guest, endpoint, _MEMORY) as connection:
-        bandwidth = guest.settings.migration_bytes_per_s or BYTES_PER_S_MAX
-        await guest.execute(permit, "migrate-set-capabilities", {"capabilities": [*_CAPABILITIES, _AUTO_CONVERGE]})
-        await guest.execute(permit, "migrate-set-parameters", {"max-bandwidth": bandwidth, **THROTTLE})
-        await guest.execute(permit, "getfd", {"fdname": _MEMORY}, attach=connection.fileno())
+    bandwidth = guest.settings.migration_bytes_per_s or BYTES_PER_S_MAX
+    await guest.execute(permit, "migrate-set-capabilities", {"capabilities": [*_CAPABILITIES, _AUTO_CONVERGE]})
+    await guest.execute(permit, "migrate-set-parameters", {"max-bandwidth": bandwidth, **THROTTLE})
+    outer = await connections.open(_MEMORY)
+    inner, theirs = socket.socketpair()
+    connections.relay(_MEMORY, inner, outer)
+    with theirs:
+        await guest.execute(permit, "getfd", {"fdname": _MEMORY}, attach=theirs.fileno())
     with guest.events("MIGRATION") as events:
         await guest.execute(permit, "migrate", {"uri": f"fd:{_MEMORY}"})
         stall = copy_stall(guest.settings.memory_stall_timeout_ms, f"Sending the memory of VM {guest.instance_id}")
@@ -299,73 +374,8 @@ async def resume(permit: Permit, guest: Guest, *, ran: bool) -> None:
             await guest.execute(permit, "stop")
 
 
-# ------------------------------------------------------------------------------------------------------- connections
-
-
-async def _connect(guest: Guest, endpoint: MigrationEndpoint, what: str) -> socket.socket:
-    """Return an authenticated connection to the target. Raises `OperationRejected`."""
-    loop = asyncio.get_running_loop()
-    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    connection.setblocking(False)
-    try:
-        async with asyncio.timeout(guest.settings.copy_silence_timeout_ms / 1000):
-            await loop.sock_connect(connection, (endpoint.host, endpoint.port))
-            await loop.sock_sendall(connection, f"{endpoint.secret} {what}\n".encode())
-            if await _read_line(connection) != "ok":
-                raise ConnectionError("it was closed")  # noqa: TRY301 - handled like any other
-    except (OSError, TimeoutError) as error:
-        connection.close()
-        raise OperationRejected(
-            f"The target host does not accept VM {guest.instance_id} at {endpoint.host}:{endpoint.port}: {error}.",
-            remedy="Check that the hosts can reach each other.",
-        ) from error
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
 def _close(connection: socket.socket, _task: asyncio.Task[None]) -> None:
     connection.close()
-
-
-async def _read_line(connection: socket.socket) -> str:
-    """Read one line and no more: QEMU reads what follows."""
-    loop, line = asyncio.get_running_loop(), b""
-    while not line.endswith(b"\n"):
-        byte = await loop.sock_recv(connection, 1)
-        if not byte or len(line) > _LINE_BYTES_MAX:
-            raise ConnectionError("it was closed")
-        line += byte
-    return line[:-1].decode("ascii", "replace")
-
-
-async def _forward_from(listening: socket.socket, outer: socket.socket) -> None:
-    """Forward between the client that connects here and the network."""
-    with listening, outer:
-        inner, _ = await asyncio.get_running_loop().sock_accept(listening)
-        inner.setblocking(False)
-        with inner, contextlib.suppress(OSError):
-            await _forward(inner, outer)
-
-
-async def _forward(one: socket.socket, other: socket.socket) -> None:
-    """Forward bytes both ways until one side ends."""
-    directions = {asyncio.create_task(_forward_one_way(one, other)), asyncio.create_task(_forward_one_way(other, one))}
-    try:
-        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for direction in directions:
-            direction.cancel()
-        await asyncio.wait(directions)
-
-
-async def _forward_one_way(source: socket.socket, sink: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):
-        while chunk := await loop.sock_recv(source, _CHUNK_BYTES):
-            await loop.sock_sendall(sink, chunk)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""The key and certificate of one host, in its data folder, and the TLS settings made of them.
+
+A certificate names its host in a URI, which no client takes for the name of an HTTPS server.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Final, cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from interlock.core.errors import OperationRejected
+from interlock.images.atomic_files import write_atomically
+from interlock.ports.hosts import IssuedCertificate
+
+CA_FILE: Final = "ca.pem"
+_FILE: Final = "host.pem"
+_URI: Final = "interlock:host:"
+
+
+def host_uri(name: str) -> str:
+    """Return the URI that names a host in its certificate."""
+    return f"{_URI}{name}"
+
+
+def certified_host(connection: ssl.SSLSocket | ssl.SSLObject) -> str | None:
+    """Return the host that the certificate of the other side names; None if it has sent none that names a host.
+
+    The certificate was verified in the handshake.
+    """
+    found = connection.getpeercert() or {}
+    names = cast("tuple[tuple[str, str], ...]", found.get("subjectAltName", ()))
+    return next((uri.removeprefix(_URI) for kind, uri in names if kind == "URI" and uri.startswith(_URI)), None)
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+class HostCertificate:
+    """The certificate of this host, with its key; both are in one file, and replaced together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key: ec.EllipticCurvePrivateKey | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file with certificate and key; None if there is none yet."""
+        path = self._folder / _FILE
+        return path if path.exists() else None
+
+    def request(self) -> str:
+        """Create a key, and return the request for its certificate (PEM)."""
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        built = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(self._key, hashes.SHA256())
+        return built.public_bytes(serialization.Encoding.PEM).decode()
+
+    def install(self, issued: IssuedCertificate) -> None:
+        """Store the certificate for the key of the last `request`. Raises OSError."""
+        assert self._key is not None
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(self._folder / CA_FILE, issued.ca, mode=0o644)
+        write_atomically(self._folder / _FILE, key_pem(self._key) + issued.certificate.encode(), mode=0o600)
+
+    def settings(self, *, server_side: bool) -> ssl.SSLContext:
+        """Return settings for TLS 1.3 with another host: both sides need a certificate of the same CA.
+
+        The name in the other side's certificate is to be checked with `certified_host`.
+
+        Raises:
+            OperationRejected: this host has no certificate.
+        """
+        settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        settings.minimum_version = ssl.TLSVersion.TLSv1_3
+        settings.check_hostname = False
+        settings.verify_mode = ssl.CERT_REQUIRED
+        if server_side:
+            settings.num_tickets = 0  # sessions are not resumed
+        try:
+            settings.load_cert_chain(self._folder / _FILE)
+            settings.load_verify_locations(self._folder / CA_FILE)
+        except OSError as error:
+            raise OperationRejected(
+                f"This host has no valid certificate in {self._folder}: {error.strerror or error}.",
+                remedy="Restart its agent: it gets one from its server when it connects.",
+            ) from None
+        return settings
