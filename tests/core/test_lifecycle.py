@@ -202,6 +202,17 @@ def test_what_was_served_too_long_and_preempted_as_well_is_superseded() -> None:
     }
 
 
+@pytest.mark.parametrize("earliest", ["limit", "interruption", "hold"])
+def test_the_next_deadline_is_the_earliest_of_a_limit_an_interruption_and_a_hold(earliest: str) -> None:
+    at_ms = {"limit": START_MS + 30, "interruption": START_MS + 30, "hold": START_MS + 30} | {earliest: START_MS + 20}
+    limited = replace(serving(O.START, V.STOPPED).outstanding[0], served_at_most_ms=at_ms["limit"] - START_MS)
+    stopping = replace(limited, id="r1", served_at_most_ms=1, interrupt_deadline_ms=at_ms["interruption"])
+    later = replace(stopping, id="r2", interrupt_deadline_ms=START_MS + 40)
+    instance = instance_in(outstanding=(limited, stopping, later), held_due_ms=at_ms["hold"])
+    assert next_deadline_ms(instance) == START_MS + 20
+    assert next_deadline_ms(instance_in()) is None
+
+
 # --------------------------------------------------------------------------------------------------------- fence
 
 
