@@ -424,6 +424,26 @@ def test_a_second_outstanding_request_with_the_same_id_is_refused() -> None:
         admit(instance, ask(O.START, "q1"), POLICY, START_MS)
 
 
+def test_a_rename_to_the_name_that_it_has_is_redundant() -> None:
+    policy = compiled(rule("any", frozenset(O), Verdict.ADMIT))
+    change = admit(instance_in(), ask(O.RENAME, parameters={"name": "web"}), policy, START_MS)
+    assert isinstance(change.answer, Redundant)
+    assert change.answer.because == "The VM is called web already."
+    renamed = admit(instance_in(), ask(O.RENAME, parameters={"name": "db"}), policy, START_MS)
+    assert isinstance(renamed.answer, Admitted)
+    assert renamed.instance.name == "db"
+
+
+def test_an_admission_records_what_it_superseded_and_cancelled() -> None:
+    instance = queue(serving(O.REBOOT), POLICY, O.PAUSE)
+    change = admit(instance, ask(O.REBOOT, "again"), POLICY, START_MS + STUCK_MS)
+    facts = next(event.data for event in change.events if event.kind == "request.admitted")
+    assert (facts["supersedes"], facts["cancels"]) == (("r0",), ())
+    deletion = admit(instance, ask(O.DELETE, "d"), POLICY, START_MS)
+    facts = next(event.data for event in deletion.events if event.kind == "request.admitted")
+    assert (facts["supersedes"], facts["cancels"]) == (("r0",), ("q1",))
+
+
 @pytest.mark.parametrize("target", ["deleted", "activ", "", 7])
 def test_a_state_is_not_reset_to_deleted_or_to_nonsense(target: Any) -> None:
     with pytest.raises(Invalid, match=r"Invalid vm_state .* for reset_state: expected one of active, building"):

@@ -262,8 +262,7 @@ class Belongs(Choice):
         return tuple(chosen for size in sizes for chosen in combinations(named, size))
 
     def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        named = _texts(wanted)
-        return lambda texts: named.intersection(texts) if texts else texts
+        return _texts(wanted).intersection
 
     def wanted(self, wanted: Any) -> str:
         return _some_and_none(wanted)
@@ -356,8 +355,7 @@ class AnyText(Members):
         return tuple(sorted(_texts(wanted)))
 
     def class_of(self, wanted: Iterable[Any]) -> Callable[[Any], Hashable] | None:
-        named = _texts(wanted)
-        return lambda texts: named.intersection(texts) if texts else texts
+        return _texts(wanted).intersection
 
     def with_members(self, value: Any, members: Iterable[Any]) -> Any:
         return tuple(sorted({*value, *members}))
