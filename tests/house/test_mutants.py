@@ -119,7 +119,21 @@ def test_a_mutant_is_noticed_if_a_test_fails_again_with_it_and_passes_without(
     exec(compile(_SOURCE, str(path), "exec"), namespace)
     trials._functions[str(path), "within"].append(namespace["within"])
     ends = iter([True, alone, without])
-    monkeypatch.setattr(
-        trials, "_run", lambda tests, places, code: _End(0, Fate.NOTICED) if tests and next(ends) else None
-    )
+    monkeypatch.setattr(trials, "_run", lambda tests, places: _End(0, Fate.NOTICED) if tests and next(ends) else None)
     assert trials._tried(mutant, [Measured("a.py::t", 1.0, 3)]).fate is fate
+
+
+def test_what_a_changed_function_has_made_before_is_changed_too(tmp_path: Path) -> None:
+    """Tables are filled at import with what such functions return."""
+    path = tmp_path / "module.py"
+    path.write_text("def above(limit):\n    return lambda value: value > limit\n")
+    namespace: dict[str, FunctionType] = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    made = namespace["above"](3)
+    trials = Trials([], Reach(), tmp_path, 1, lambda _result: None)
+    for function in (namespace["above"], made):
+        trials._functions[str(path), function.__code__.co_qualname].append(function)
+    mutant = next(one for one in mutants_of(path, tmp_path) if one.change == "value > limit -> value >= limit")
+    for function, code in trials._places(str(path), mutated(path, mutant)[0]):
+        function.__code__ = code
+    assert made(3)

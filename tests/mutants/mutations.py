@@ -88,14 +88,15 @@ def mutated(path: Path, mutant: Mutant) -> tuple[CodeType, int]:
     site = list(_sites(function))[mutant.number]
     _Replacer(site).visit(module)
     code = compile(ast.fix_missing_locations(module), str(path), "exec")
-    return next(each for each in _codes(code) if each.co_qualname == mutant.function), function.lineno
+    return next(each for each in codes_in(code) if each.co_qualname == mutant.function), function.lineno
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of everything that is defined within a code."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
-            yield from _codes(constant)
+            yield from codes_in(constant)
 
 
 def _functions(module: ast.Module) -> Iterator[tuple[str, Function]]:

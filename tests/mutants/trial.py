@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 
-from mutants.mutations import Mutant, mutated
+from mutants.mutations import Mutant, codes_in, mutated
 from mutants.reach import Measured, Reach
 
 _BUDGET_S: Final = 6.0
@@ -64,6 +64,9 @@ class _End(NamedTuple):
     at: int
     """Index of the test."""
     fate: Fate
+
+
+_Places = Sequence[tuple[FunctionType, CodeType]]
 
 
 class Trials:
@@ -131,18 +134,31 @@ class Trials:
     def _tried(self, mutant: Mutant, tests: list[Measured]) -> Result:
         path = self._root / mutant.file
         code, _line = mutated(path, mutant)
-        places = self._functions[str(path), mutant.function]
-        if not places or any(place.__code__.co_freevars != code.co_freevars for place in places):
+        places = self._places(str(path), code)
+        if not places:
             return _result(mutant, Fate.NOT_TRIED)
         left = tests
-        while end := self._run(left, places, code):
+        while end := self._run(left, places):
             test, left = left[end.at], left[end.at + 1 :]
-            if self._run([test], places, code) and not self._run([test], (), code):
+            if self._run([test], places) and not self._run([test], ()):
                 return _result(mutant, end.fate, test.id, len(tests) - len(left))
         return _result(mutant, Fate.SURVIVED, tests=len(tests))
 
-    def _run(self, tests: list[Measured], places: Iterable[FunctionType], code: CodeType) -> _End | None:
-        """Run tests in a process whose functions have the code, until one does not pass; return None if all do."""
+    def _places(self, path: str, code: CodeType) -> _Places:
+        """Return the function and its new code, and the same of what it has made already, such as lambdas in tables."""
+        codes = [code, *codes_in(code)]
+        alike = Counter((each.co_qualname, each.co_firstlineno) for each in codes)
+        return [
+            (function, each)
+            for each in codes
+            if alike[each.co_qualname, each.co_firstlineno] == 1
+            for function in self._functions[path, each.co_qualname]
+            if function.__code__.co_firstlineno == each.co_firstlineno
+            and function.__code__.co_freevars == each.co_freevars
+        ]
+
+    def _run(self, tests: list[Measured], places: _Places) -> _End | None:
+        """Run tests in a process with that code in place, until one does not pass; return None if all do."""
         if not tests:
             return None
         folder = Path(tempfile.mkdtemp(prefix="interlock-mutant-"))
@@ -152,7 +168,7 @@ class Trials:
             os.setsid()
             os.close(reading)
             with contextlib.suppress(BaseException):
-                self._perform(tests, places, code, folder, writing)
+                self._perform(tests, places, folder, writing)
             os._exit(0)
         os.close(writing)
         end = _followed(reading, tests)
@@ -164,9 +180,7 @@ class Trials:
         out_of_time = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         return end._replace(fate=Fate.HUNG) if end and out_of_time else end
 
-    def _perform(
-        self, tests: list[Measured], places: Iterable[FunctionType], code: CodeType, folder: Path, pipe: int
-    ) -> None:
+    def _perform(self, tests: list[Measured], places: _Places, folder: Path, pipe: int) -> None:
         """Run tests in this process; write '.' before each, then 'E' if all passed and 'F' if one failed."""
         from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -177,8 +191,8 @@ class Trials:
         factory: Any = items[0].config._tmp_path_factory  # type: ignore[attr-defined]  # no public way to move it
         factory._given_basetemp = folder / "tests"
         set_hypothesis_home_dir(folder)  # no example is taken from another trial
-        for place in places:
-            place.__code__ = code
+        for function, code in places:
+            function.__code__ = code
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for test, item, following in zip(tests, items, [*items[1:], None], strict=True):
             limit_s = time.process_time() + _PROCESSOR_S + 5 * test.seconds
