@@ -119,6 +119,7 @@ def configuration_page() -> str:
     """docs/reference/configuration.md."""
     from interlock.config import (
         ENVIRONMENT_PREFIX,
+        AuditConfig,
         ClockConfig,
         Config,
         DriverConfig,
@@ -149,6 +150,7 @@ def configuration_page() -> str:
         *_table_of("hosts", HostsConfig, "Other hosts, and shared storage."),
         *_table_of("clock", ClockConfig, "Jumps of the wall clock."),
         *_table_of("tokens", TokensConfig, "Access tokens."),
+        *_table_of("audit", AuditConfig, "The audit log."),
         "## For the command line only",
         "",
         "| variable | meaning |",

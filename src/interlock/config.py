@@ -31,6 +31,7 @@ _MAY_BE_ZERO = frozenset(
         "converge_timeout_ms",
         "image_unused_ms",
         "lifetime_max_ms",
+        "keep_ms",
     }
 )
 _LISTS = frozenset({"policy_keys", "program_paths"})
@@ -264,6 +265,13 @@ class TokensConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How often the times at which tokens were last used are written, in ms."""
 
 
+class AuditConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The audit log. `[audit]` in the file, `INTERLOCK_AUDIT_*` in the environment."""
+
+    keep_ms: int = 90 * 24 * 3_600_000
+    """How long entries are kept, in ms; 0: for ever."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Configuration of a server. Top level of the file, `INTERLOCK_*` in the environment."""
 
@@ -347,6 +355,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hosts: HostsConfig = HostsConfig()
     clock: ClockConfig = ClockConfig()
     tokens: TokensConfig = TokensConfig()
+    audit: AuditConfig = AuditConfig()
 
     @property
     def folder(self) -> Path:

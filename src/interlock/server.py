@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import structlog
 import uuid_utils
@@ -50,6 +49,7 @@ from interlock.images.volume_folder import VolumeFolder
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.time_windows import resolved
 from interlock.ports import Clock, Hypervisor, RemoteHost, Tally
+from interlock.service.audit import AuditLog
 from interlock.service.auth import Authenticator
 from interlock.service.capacity import Capacity, limits_of
 from interlock.service.clock_watch import ClockWatch
@@ -68,7 +68,6 @@ from interlock.service.policy_verifier import PolicyVerifier
 from interlock.service.projects import Projects
 from interlock.service.readiness import Readiness
 from interlock.service.tokens import Tokens, make_admin, new_secret
-from interlock.stores.schema import make_new, upgrade
 from interlock.stores.sqlite import SqliteStore
 
 DATABASE = "interlock.db"
@@ -86,34 +85,6 @@ _LOG = structlog.get_logger(__name__)
 def new_id() -> str:
     """Return a UUID version 7: ids sort by creation time."""
     return str(uuid_utils.uuid7())
-
-
-def upgrade_database(config: Config) -> None:
-    """Migrate the database to this version's schema. Raises `StoreError`."""
-    upgrade(config.folder / DATABASE)
-
-
-def new_database(config: Config) -> None:
-    """Create an empty database to replace a lost one. Raises `StoreError`."""
-    make_data_folder(config.folder)
-    make_new(config.folder / DATABASE)
-
-
-async def recover_admin_token(config: Config) -> Path:
-    """Create an admin token in the data folder while no server runs; return its file.
-
-    Raises:
-        StoreError: the database cannot be opened; `StoreBusy` if a server runs.
-    """
-    store = SqliteStore(config.folder / DATABASE)
-    await store.open()
-    try:
-        secret = new_secret()
-        write_atomically(config.folder / ADMIN_TOKEN, secret + "\n", mode=0o600)
-        await make_admin(Authenticator(store), store, new_id(), f"admin-{new_id()[-12:]}", secret)
-    finally:
-        await store.close()
-    return config.folder / ADMIN_TOKEN
 
 
 class Server:
@@ -137,6 +108,7 @@ class Server:
         self.authority = CertificateAuthority(config, host, self.store)
         unencrypted = config.qemu.migration_unencrypted
         self.hosts = HostRegistry(host, self.hypervisor, self._remote, self._reachable, unencrypted=unencrypted)
+        self.audit = AuditLog(self.store, config.audit.keep_ms)
         self.leases = self._leases()
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
@@ -193,7 +165,12 @@ class Server:
     def _leases(self) -> Leases:
         wait = self.config.hosts
         return Leases(
-            self.store, self.hosts, lease_ms=wait.lease_ms, margin_ms=wait.lease_margin_ms, silence_ms=wait.silence_ms
+            self.store,
+            self.hosts,
+            lease_ms=wait.lease_ms,
+            margin_ms=wait.lease_margin_ms,
+            silence_ms=wait.silence_ms,
+            fenced=partial(self.audit.record_own, "host.fence"),
         )
 
     def _remote(self, name: str) -> RemoteHost:
@@ -314,6 +291,7 @@ class Server:
             reloading.cancel()
         await asyncio.gather(*self._reloading, return_exceptions=True)
         self.instances.close()
+        self.audit.close()
         await self.moves.close()
         await self.image_fetches.close()
         await self.image_copies.close()
@@ -336,6 +314,7 @@ class Server:
             consoles=ConsoleService(self.instances, self._hypervisor_of),
             dumps=Dumps(self.instances, self.dump_files),
             policies=self.policies,
+            audit=self.audit,
             callers=self.callers,
             tokens=self.tokens,
             projects=self.projects,
@@ -469,6 +448,7 @@ class Server:
             secret = new_secret()
             write_atomically(path, secret + "\n", mode=0o600)
             await make_admin(self.callers, self.store, new_id(), "admin", secret)
+            await self.audit.record_own("token.create", "admin", role="admin")
         elif not path.exists():
             _LOG.warning("admin token file not found; `interlock token recover` creates one", file=str(path))
 

@@ -118,6 +118,26 @@ async def test_what_is_typed_reaches_the_guest_and_what_it_says_comes_back(liste
         await until(talk, b"as text")
 
 
+async def test_who_opens_a_console_or_tries_to_is_in_the_audit_log(
+    listening: Listening, secret: str, admin: httpx.AsyncClient
+) -> None:
+    async with listening.call("one/console/live", secret) as talk:
+        await talk.send(b"secret words\r")
+    with pytest.raises(InvalidStatus):
+        async with listening.call("other/display", secret):
+            pass
+    with pytest.raises(InvalidStatus):
+        async with listening.call("one/display", "ilk_guessed"):
+            pass
+    found = (await admin.get("/v1/audit", params={"limit": 3})).json()
+    assert [(one["action"], one["outcome"], one["who"], one["target"]) for one in found["items"]] == [
+        ("authenticate", "refused", "", "/v1/instances/one/display"),
+        ("display.open", "refused", "member", "other"),
+        ("console.open", "succeeded", "member", "one"),
+    ]
+    assert "secret words" not in str(found)
+
+
 async def test_a_reader_may_look_on_and_not_type(listening: Listening, secret: str, admin: httpx.AsyncClient) -> None:
     assert secret
     reader = await listening.secret("reader", Role.READER)

@@ -109,6 +109,7 @@ class Yard:
         self.own = AnAgent()
         self.hosts = HostRegistry("here", cast("Hypervisor", self.own), self._make, self._reachable)
         self.told: list[Host] = []
+        self.fenced: list[str] = []
         self.hosts.listen(self.told.append)
         self.leases = Leases(
             cast("Store", self.store),
@@ -116,7 +117,11 @@ class Yard:
             lease_ms=lease_s * 1000,
             margin_ms=MARGIN_S * 1000,
             silence_ms=SILENCE_S * 1000,
+            fenced=self._note_fenced,
         )
+
+    async def _note_fenced(self, name: str) -> None:
+        self.fenced.append(name)
 
     def _reachable(self, name: str) -> bool:
         return self.leases.reachable(name)
@@ -157,6 +162,7 @@ def test_a_host_is_fenced_when_its_lease_and_the_margin_are_over_and_not_before(
         await asyncio.sleep(0.2)
         assert (yard.state("north"), yard.hosts.reachable("north")) == (HostState.FENCED, False)
         assert yard.store.kept["north"].fenced_by == "lease"
+        assert yard.fenced == ["north"]
         assert agent.disconnected == 1
         assert yard.told[-1].state is HostState.FENCED
         await asyncio.sleep(PATIENCE_S)

@@ -83,7 +83,7 @@ async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Pa
     await store.close()
     with apsw.Connection(str(path)) as database:
         database.execute("UPDATE instances SET body = json_remove(body, '$.lock_role')")
-        database.execute("ALTER TABLE policy_switches DROP COLUMN walk; DROP TABLE projects")
+        database.execute("ALTER TABLE policy_switches DROP COLUMN walk; DROP TABLE projects; DROP TABLE audit")
         database.execute("UPDATE alembic_version SET version_num = '0006'")
     database.close()
     assert schema.upgrade(path).before == "0006"

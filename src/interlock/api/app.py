@@ -20,13 +20,14 @@ from starlette.routing import BaseRoute, Mount
 from starlette.routing import Route as PathRoute
 from starlette.staticfiles import StaticFiles
 
-from interlock.api.http import multipart_upload, openapi, problems, request_parsing, revocation
+from interlock.api.http import audit_entries, multipart_upload, openapi, problems, request_parsing, revocation
 from interlock.api.http.authentication import authenticated, bearer
 from interlock.api.http.problems import HTTP_PROBLEM_TYPES
 from interlock.api.http.route import ApiParts, Route, json_response
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.routes import (
     agent_files,
+    audit,
     console,
     events,
     host_moves,
@@ -55,6 +56,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     *inventory.volumes_routes,
     *inventory.tokens_routes,
     *projects.routes,
+    *audit.routes,
     *policy.routes,
     *hosts.own_routes,
     *hosts.routes,
@@ -169,11 +171,15 @@ class _Path:
         try:
             caller = _authenticate(self._parts, request, for_agents=self._for_agents)
         except InterlockError as error:
+            await audit_entries.record_failure(self._parts.audit, request, error)
             await problems.from_error(error, request.url.path)(scope, receive, send)
             return
         with self._parts.callers.using(caller) as use:
             receive = revocation.revocable_receive(use, scope, receive)
-            response = await self._respond(caller, Request(scope, receive), use)
+            request = Request(scope, receive)
+            response = await self._respond(caller, request, use)
+            action = self._route(request).audited
+            await audit_entries.record(self._parts.audit, caller, request, action, response.status_code)
             revocable_send = revocation.RevocableSend(send, use)
             try:
                 await response(scope, receive, revocable_send)
@@ -202,9 +208,12 @@ class _Path:
         except Exception as error:  # noqa: BLE001 - the outermost frame of a request
             return await _internal_error(request, error)
 
+    def _route(self, request: Request) -> Route:
+        return self._routes["GET" if request.method == "HEAD" else request.method]
+
     async def _call_endpoint(self, caller: Caller, request: Request) -> Response:
-        reads = request.method in {"GET", "HEAD"}
-        route = self._routes["GET" if reads else request.method]
+        route = self._route(request)
+        reads = route.method == "GET"
         if request.scope["query_string"]:
             request_parsing.check_parameters(request.query_params, *route.query_names)
         response = await route.endpoint(self._parts, caller, request)

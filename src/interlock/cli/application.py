@@ -12,6 +12,7 @@ import click
 from interlock import __version__
 from interlock.cli.commands import (  # each adds its commands to a group
     agent,
+    audit,
     clone,  # noqa: F401
     console,  # noqa: F401
     dumps,  # noqa: F401
@@ -55,6 +56,7 @@ COMMANDS: tuple[click.Command, ...] = (
     watch.watch,
     why.stuck,
     why.request_commands,
+    audit.audit,
     inventory.image_commands,
     inventory.volume_commands,
     tokens.token_commands,

@@ -10,6 +10,7 @@ from its lease. Before a host is fenced, its lease is ended there; a renewal tha
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -34,9 +35,20 @@ class Leases:
         lease_ms: the length of a lease, in milliseconds; 0: no leases.
         margin_ms: the time between the expiry of a lease and the fencing of its host, in milliseconds.
         silence_ms: without leases, the time after which an unresponsive host is lost, in milliseconds.
+        fenced: called with the name of each host that is fenced because its lease has expired.
     """
 
-    def __init__(self, store: Store, hosts: HostRegistry, *, lease_ms: int, margin_ms: int, silence_ms: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        hosts: HostRegistry,
+        *,
+        lease_ms: int,
+        margin_ms: int,
+        silence_ms: int,
+        fenced: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._fenced = fenced
         self._store = store
         self._hosts = hosts
         self._lease_ms = lease_ms
@@ -329,6 +341,8 @@ class Leases:
             self._granted[host.name] = asyncio.get_running_loop().time()
             self._wakeup.set()
         else:
+            if fenced:
+                await self._fenced(host.name)
             # One that was only unresponsive must be admitted again before it gets a lease.
             self._hosts.disconnect(host.name)
 

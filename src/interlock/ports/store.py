@@ -1,4 +1,4 @@
-"""The store port: persistent instances, requests, events, tokens, images, volumes, policies and hosts.
+"""The store port: persistent instances, requests, events, tokens, images, volumes, policies, hosts and the audit log.
 
 Its conformance suite is `tests/conformance/store/`: docstrings here are tested there.
 """
@@ -18,6 +18,7 @@ from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
 from interlock.core.roles import Role
 from interlock.core.states import VmState
+from interlock.ports.audit import AuditRecords
 from interlock.ports.hosts import Host
 from interlock.ports.projects import Project
 
@@ -285,6 +286,8 @@ class Store(Protocol):
     def policies(self) -> PolicyRecords: ...
     @property
     def hosts(self) -> HostRecords: ...
+    @property
+    def audit(self) -> AuditRecords: ...
 
     async def open(self) -> None:
         """Open and lock the store for this process.

@@ -26,15 +26,16 @@ class ChangeNotifier:
         """Wake the tasks that wait for the instances of these events. A listener of the store."""
         if self._waiting:
             for instance_id in {event.instance_id for event in events} | {EVERYTHING}:
-                self._wake(instance_id)
+                self.wake(instance_id)
 
     def close(self) -> None:
         """Release all waiting tasks; `until` returns the current value."""
         self.closed = True
         for instance_id in tuple(self._waiting):
-            self._wake(instance_id)
+            self.wake(instance_id)
 
-    def _wake(self, instance_id: str) -> None:
+    def wake(self, instance_id: str) -> None:
+        """Wake the tasks that wait for this instance, or under another key."""
         for future in self._waiting.pop(instance_id, ()):
             _release(future)
 

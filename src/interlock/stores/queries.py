@@ -13,6 +13,7 @@ from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter, Page, Project, Token, Volume
+from interlock.ports.audit import AuditEntry, AuditFilter
 from interlock.ports.hosts import Host
 from interlock.stores import row_codec
 from interlock.stores.clock import KeptTime, Offsets
@@ -261,6 +262,24 @@ class Queries:
             number,
         )
         return None if row is None else row_codec.bundle_of(*row)
+
+    def audit(self, place: str, sequence: int, order: str, limit: int, where: AuditFilter) -> tuple[AuditEntry, ...]:
+        """Return entries of the audit log that match, from a place on and in an order given as SQL."""
+        conditions: list[str] = [place]
+        values: list[Any] = [sequence]
+        if where.action is not None:
+            conditions.append("(action = ? OR substr(action, 1, ?) = ?)")
+            values += (where.action, len(where.action) + 1, f"{where.action}.")
+        for name, value in (("who", where.who), ("outcome", where.outcome)):
+            if value is not None:
+                conditions.append(f"{name} = ?")
+                values.append(str(value))
+        found = self._all(
+            f"SELECT sequence, body FROM audit WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?",  # noqa: S608
+            *values,
+            limit,
+        )
+        return tuple(row_codec.audit_entry_of(*row) for row in found)
 
     def hosts(self) -> tuple[Host, ...]:
         return tuple(row_codec.decode_host(text) for (text,) in self._all("SELECT body FROM hosts ORDER BY name"))

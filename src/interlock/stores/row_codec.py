@@ -12,6 +12,7 @@ from interlock.core.errors import KeyReused, StoreCorrupt
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Project, Token, Volume
+from interlock.ports.audit import AuditEntry
 from interlock.ports.hosts import Host
 from interlock.stores.clock import KeptTime
 from interlock.stores.sqlite_errors import RESTORE_REMEDY
@@ -25,6 +26,8 @@ EVENT_COLUMNS: Final = """
 """
 """Columns and tables for `event_of`."""
 VOLUME_COLUMNS: Final = "id, name, project, path, size_bytes, attached_to, created_at_ms"
+INTEGER_MAX: Final = 2**63 - 1
+"""The greatest integer of SQLite."""
 SWITCH_COLUMNS: Final = "number, digest, name, at_ms, made_by, source, configured_digest, outstanding, cancelled, walk"
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -36,6 +39,7 @@ decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
 decode_host: Final = msgspec.json.Decoder(Host).decode
 decode_project: Final = msgspec.json.Decoder(Project).decode
+_decode_audit: Final = msgspec.json.Decoder(AuditEntry).decode
 _decode_token: Final = msgspec.json.Decoder(Token).decode
 decode_time: Final = msgspec.json.Decoder(KeptTime).decode
 decode_answer: Final = msgspec.json.Decoder(Disposition).decode
@@ -47,6 +51,10 @@ def decode_token(text: str) -> Token:
         return _decode_token(text)
     except msgspec.ValidationError as error:
         raise StoreCorrupt(f"A token in the database is invalid: {error}.", remedy=RESTORE_REMEDY) from None
+
+
+def audit_entry_of(sequence: int, text: str) -> AuditEntry:
+    return msgspec.structs.replace(_decode_audit(text), sequence=sequence)
 
 
 def body(record: object) -> str:

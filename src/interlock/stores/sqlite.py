@@ -31,7 +31,7 @@ from interlock.stores.instance_names import InstanceNames
 from interlock.stores.policy_table import PolicyTable
 from interlock.stores.row_codec import Row
 from interlock.stores.statements import SEEN
-from interlock.stores.tables import HostTable, ImageTable, ProjectTable, TokenTable, VolumeTable
+from interlock.stores.tables import AuditTable, HostTable, ImageTable, ProjectTable, TokenTable, VolumeTable
 from interlock.stores.tallies import Tallies
 from interlock.stores.timekeeping import StoreTime
 from interlock.stores.write_batch import CachedInstance, WriteBatch, write_tallies
@@ -78,6 +78,7 @@ class SqliteStore:
         self.projects = ProjectTable(database)
         self.policies = PolicyTable(database)
         self.hosts = HostTable(database)
+        self.audit = AuditTable(database)
         self._keys = IdempotencyKeys(database)
         self._probe: asyncio.Future[None] | None = None
         self._hints: list[Callable[[str], None]] = []

@@ -1,4 +1,4 @@
-"""Records of tokens, images, volumes, projects and hosts in SQLite, each written in its own transaction."""
+"""Records of tokens, images, volumes, projects and hosts, and the audit log; each is written in its own transaction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import apsw
 
 from interlock.core.records import Image
 from interlock.ports import Project, Token, Volume
+from interlock.ports.audit import AuditEntry, AuditFilter
 from interlock.ports.hosts import Host
 from interlock.stores import row_codec
 from interlock.stores.database import Database
@@ -139,3 +140,27 @@ class HostTable:
 
     async def all(self) -> tuple[Host, ...]:
         return self._database.read.hosts()
+
+
+class AuditTable:
+    """Satisfies `ports.AuditRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, entry: AuditEntry) -> None:
+        await self._database.write(
+            "INSERT INTO audit (at_ms, action, who, outcome, body) VALUES (?, ?, ?, ?, ?)",
+            *(entry.at_ms, entry.action, entry.who, entry.outcome.value, row_codec.body(entry)),
+            when_full=True,
+        )
+
+    async def after(self, sequence: int, limit: int, where: AuditFilter) -> tuple[AuditEntry, ...]:
+        return self._database.read.audit("sequence > ?", sequence, "sequence", limit, where)
+
+    async def before(self, sequence: int | None, limit: int, where: AuditFilter) -> tuple[AuditEntry, ...]:
+        newest = row_codec.INTEGER_MAX if sequence is None else sequence
+        return self._database.read.audit("sequence < ?", newest, "sequence DESC", limit, where)
+
+    async def forget(self, before_ms: int) -> int:
+        return await self._database.write("DELETE FROM audit WHERE at_ms < ?", before_ms, when_full=True)

@@ -1,4 +1,4 @@
-"""What a store promises of tokens, images and volumes."""
+"""What a store promises of tokens, images, volumes and the audit log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from interlock.core.errors import NameTaken
 from interlock.core.quotas import Quota
 from interlock.core.roles import Role
 from interlock.ports import Project, Token, Volume
+from interlock.ports.audit import AuditEntry, AuditFilter, Outcome
 
 TOKEN = Token(id="t1", name="ci", role=Role.MEMBER, project="one", secret_sha256="a" * 64, created_at_ms=START_MS)
 VOLUME = Volume(id="v1", name="data", project="one", path="/v1", size_bytes=4096, created_at_ms=START_MS)
@@ -148,3 +149,59 @@ async def a_claimed_volume_is_not_forgotten(bench: Bench) -> None:
     assert await bench.store.volumes.delete("v1")
     assert not await bench.store.volumes.delete("v1")
     assert await bench.store.volumes.all() == ()
+
+
+ENTRY = AuditEntry(
+    at_ms=START_MS,
+    action="token.create",
+    outcome=Outcome.SUCCEEDED,
+    who="ada",
+    role="admin",
+    address="192.0.2.1",
+    details={"role": "member"},
+)
+_ALL = AuditFilter()
+
+
+@check
+async def the_audit_log_is_read_from_both_ends(bench: Bench) -> None:
+    denied = replace(ENTRY, at_ms=START_MS + 1, action="policy.switch", outcome=Outcome.REFUSED, who="bob", details={})
+    for entry in (ENTRY, denied, replace(ENTRY, at_ms=START_MS + 2, action="token.delete")):
+        await bench.store.audit.add(entry)
+    async with bench.power_cut() as found:
+        newest = await found.audit.before(None, 2, _ALL)
+        assert [entry.action for entry in newest] == ["token.delete", "policy.switch"]
+        (oldest,) = await found.audit.before(newest[-1].sequence, 10, _ALL)
+        assert oldest == replace(ENTRY, sequence=oldest.sequence)
+        assert await found.audit.after(oldest.sequence, 10, _ALL) == newest[::-1]
+        assert await found.audit.after(newest[0].sequence, 10, _ALL) == ()
+
+
+@check
+async def the_audit_log_is_filtered(bench: Bench) -> None:
+    for action, who, outcome in (
+        ("token.create", "ada", Outcome.SUCCEEDED),
+        ("token.create", "bob", Outcome.REFUSED),
+        ("token", "ada", Outcome.SUCCEEDED),
+        ("tokens.other", "ada", Outcome.FAILED),
+    ):
+        await bench.store.audit.add(replace(ENTRY, action=action, who=who, outcome=outcome))
+
+    async def actions(**where: object) -> list[str]:
+        return [entry.action for entry in await bench.store.audit.after(0, 10, AuditFilter(**where))]  # type: ignore[arg-type]
+
+    assert await actions(action="token") == ["token.create", "token.create", "token"]
+    assert await actions(action="token.create", who="bob") == ["token.create"]
+    assert await actions(outcome=Outcome.FAILED) == ["tokens.other"]
+
+
+@check
+async def entries_of_the_audit_log_are_forgotten_and_their_sequence_is_not_used_again(bench: Bench) -> None:
+    await bench.store.audit.add(ENTRY)
+    (before,) = await bench.store.audit.after(0, 10, _ALL)
+    assert await bench.store.audit.forget(START_MS) == 0
+    assert await bench.store.audit.forget(START_MS + 1) == 1
+    await bench.reopen()
+    await bench.store.audit.add(ENTRY)
+    (after,) = await bench.store.audit.after(0, 10, _ALL)
+    assert after.sequence > before.sequence

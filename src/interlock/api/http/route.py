@@ -12,6 +12,7 @@ from starlette.responses import Response
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.ports.hosts import Protection
+from interlock.service.audit import AuditLog
 from interlock.service.auth import Authenticator, Caller
 from interlock.service.capacity import Capacity
 from interlock.service.clock_watch import ClockWatch
@@ -43,6 +44,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     consoles: ConsoleService
     dumps: Dumps
     policies: Policies
+    audit: AuditLog
     callers: Authenticator
     tokens: Tokens
     projects: Projects
@@ -93,6 +95,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Error statuses in addition to those that any path can return, and to 404 for one with a parameter."""
     can_be_denied: bool = False
     """Whether the gate can deny it."""
+    audited: str = ""
+    """The action that the audit log records, such as `token.create`; empty for what it does not."""
     error_422: Any = None
     """Wire type of a 422 other than `Problem`, or None."""
     tag: str

@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from interlock.api.http import problems, request_parsing
+from interlock.api.http import audit_entries, problems, request_parsing
 from interlock.api.http.authentication import authenticated, bearer
 from interlock.api.http.revocation import REVOKED, revocable_receive
 from interlock.api.http.route import ApiParts, Routes
@@ -93,8 +93,9 @@ async def _display(parts: ApiParts, caller: Caller, socket: WebSocket) -> tuple[
 class _Socket:
     """ASGI application of one WebSocket path."""
 
-    def __init__(self, parts: ApiParts, open_stream: OpenStream) -> None:
+    def __init__(self, parts: ApiParts, open_stream: OpenStream, action: str) -> None:
         self._parts = parts
+        self._action = action
         self._open_stream = open_stream
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -102,6 +103,7 @@ class _Socket:
         try:
             client = _authenticate(self._parts, socket)
         except InterlockError as error:
+            await audit_entries.record_failure(self._parts.audit, socket, error)
             await _reject(socket, error)
             return
         with self._parts.callers.using(client.caller) as use:
@@ -111,15 +113,20 @@ class _Socket:
         try:
             first, stream = await self._open_stream(self._parts, client.caller, socket)
         except InterlockError as error:
+            await self._record(client, socket, problems.problem_type_of(error).status)
             await _reject(socket, error)
             return
         try:
+            await self._record(client, socket, 200)
             await socket.accept(_subprotocol(socket))
             await self._serve(socket, client, first, stream)
         except (WebSocketDisconnect, OSError):
             pass  # disconnected before the handshake, or during the close
         finally:
             await stream.close()
+
+    async def _record(self, client: _Client, socket: WebSocket, status: int) -> None:
+        await audit_entries.record(self._parts.audit, client.caller, socket, self._action, status)
 
     async def _serve(self, socket: WebSocket, client: _Client, first: bytes, stream: Stream) -> None:
         if first:
@@ -224,14 +231,21 @@ async def _reject(socket: WebSocket, error: InterlockError) -> None:
 
 def socket_routes(parts: ApiParts) -> list[WebSocketRoute]:
     """Return the WebSocket routes."""
-    streams: dict[str, OpenStream] = {"console/live": _console, "display": _display}
     return [
-        WebSocketRoute(f"/v1/instances/{{reference}}/{path}", _Socket(parts, open_stream))
-        for path, open_stream in streams.items()
+        WebSocketRoute(f"/v1/instances/{{reference}}/{path}", _Socket(parts, open_stream, action))
+        for path, open_stream, action in (
+            ("console/live", _console, "console.open"),
+            ("display", _display, "display.open"),
+        )
     ]
 
 
-@routes.add("GET /v1/instances/{reference}/screenshot", "Take a screenshot of the guest's display", {200: "image/png"})
+@routes.add(
+    "GET /v1/instances/{reference}/screenshot",
+    "Take a screenshot of the guest's display",
+    {200: "image/png"},
+    audited="display.read",
+)
 async def screenshot(parts: ApiParts, caller: Caller, request: Request) -> Response:
     picture = await parts.consoles.screenshot(caller, request.path_params["reference"])
     return Response(picture, media_type="image/png", headers={"Cache-Control": "no-store"})
@@ -247,12 +261,17 @@ async def dumps(parts: ApiParts, caller: Caller, request: Request) -> DumpList:
     return DumpList(items=items)
 
 
-@routes.add("GET /v1/instances/{reference}/dumps/{id}", "Download a memory dump", {200: "application/octet-stream"})
+@routes.add(
+    "GET /v1/instances/{reference}/dumps/{id}",
+    "Download a memory dump",
+    {200: "application/octet-stream"},
+    audited="dump.read",
+)
 async def download_dump(parts: ApiParts, caller: Caller, request: Request) -> Response:
     dump = await parts.dumps.find(caller, request.path_params["reference"], request.path_params["id"])
     return FileResponse(dump.path, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
 
-@routes.add("DELETE /v1/instances/{reference}/dumps/{id}", "Delete a memory dump", {204: None})
+@routes.add("DELETE /v1/instances/{reference}/dumps/{id}", "Delete a memory dump", {204: None}, audited="dump.delete")
 async def delete_dump(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.dumps.delete(caller, request.path_params["reference"], request.path_params["id"])

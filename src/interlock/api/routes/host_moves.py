@@ -49,6 +49,7 @@ def _views(moves: tuple[Move, ...], *, dry_run: bool) -> Response:
     "Evacuate all instances of a fenced host, or plan it",
     {200: HostMoves},
     body=HostEvacuationRequest,
+    audited="host.evacuate",
 )
 async def evacuate(parts: ApiParts, caller: Caller, request: Request) -> Response:
     body = await request_parsing.body(request, HostEvacuationRequest, parts.config.request_body_bytes_max)
@@ -57,7 +58,13 @@ async def evacuate(parts: ApiParts, caller: Caller, request: Request) -> Respons
     return _views(await parts.moves.evacuate(caller, name, parameters, dry_run=body.dry_run), dry_run=body.dry_run)
 
 
-@routes.add("POST /v1/hosts/{name}/drain", "Drain a host, or plan it", {200: HostMoves}, body=HostDrainRequest)
+@routes.add(
+    "POST /v1/hosts/{name}/drain",
+    "Drain a host, or plan it",
+    {200: HostMoves},
+    body=HostDrainRequest,
+    audited="host.drain",
+)
 async def drain(parts: ApiParts, caller: Caller, request: Request) -> Response:
     body = await request_parsing.body(request, HostDrainRequest, parts.config.request_body_bytes_max)
     name = request.path_params["name"]
@@ -67,7 +74,7 @@ async def drain(parts: ApiParts, caller: Caller, request: Request) -> Response:
     return _views(await parts.moves.left(caller, name), dry_run=False)
 
 
-@routes.add("DELETE /v1/hosts/{name}/drain", "Stop draining a host", {204: None})
+@routes.add("DELETE /v1/hosts/{name}/drain", "Stop draining a host", {204: None}, audited="host.undrain")
 async def undrain(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.moves.undrain(caller, request.path_params["name"])
 

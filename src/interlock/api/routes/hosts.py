@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from interlock.api.http import problems, request_parsing
+from interlock.api.http import audit_entries, problems, request_parsing
 from interlock.api.http.authentication import authenticated, bearer
 from interlock.api.http.loop_relay import REPLY_AT_ONCE
 from interlock.api.http.revocation import REVOKED, revocable_receive
@@ -124,6 +124,7 @@ async def events(parts: ApiParts, caller: Caller, request: Request) -> HostEvent
     "Fence a lost host: confirm that its guests have ended",
     {200: Host},
     body=FenceConfirmation,
+    audited="host.fence",
 )
 async def fence(parts: ApiParts, caller: Caller, request: Request) -> Host:
     confirmation = await request_parsing.body(request, FenceConfirmation, parts.config.request_body_bytes_max)
@@ -137,6 +138,7 @@ async def fence(parts: ApiParts, caller: Caller, request: Request) -> Host:
     "Replace a host's data folder: confirm that the guests of the old one have ended",
     {200: Host},
     body=FenceConfirmation,
+    audited="host.replace",
 )
 async def replace(parts: ApiParts, caller: Caller, request: Request) -> Host:
     confirmation = await request_parsing.body(request, FenceConfirmation, parts.config.request_body_bytes_max)
@@ -146,14 +148,19 @@ async def replace(parts: ApiParts, caller: Caller, request: Request) -> Host:
 
 
 @routes.add(
-    "POST /v1/hosts/{name}/rename", "Rename a host and everything recorded on it", {200: Host}, body=HostRenameRequest
+    "POST /v1/hosts/{name}/rename",
+    "Rename a host and everything recorded on it",
+    {200: Host},
+    body=HostRenameRequest,
+    audited="host.rename",
 )
 async def rename(parts: ApiParts, caller: Caller, request: Request) -> Host:
     body = await request_parsing.body(request, HostRenameRequest, parts.config.request_body_bytes_max)
+    audit_entries.note(request, details={"name": body.name})
     return _view(await parts.hosts.rename(caller, request.path_params["name"], body.name))
 
 
-@routes.add("DELETE /v1/hosts/{name}", "Delete a fenced host that has no instances", {204: None})
+@routes.add("DELETE /v1/hosts/{name}", "Delete a fenced host that has no instances", {204: None}, audited="host.delete")
 async def forget(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.hosts.forget(caller, request.path_params["name"])
 
@@ -215,6 +222,8 @@ class _AgentLink:
         try:
             caller = self._authenticate(websocket, name)
         except InterlockError as error:
+            if not isinstance(error, Unavailable):
+                await audit_entries.record_failure(self._parts.audit, websocket, error)
             await websocket.send_denial_response(problems.from_error(error, websocket.url.path))
             return
         with self._parts.callers.using(caller) as use:

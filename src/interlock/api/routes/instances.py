@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from interlock.api.http import problems, request_parsing
+from interlock.api.http import audit_entries, problems, request_parsing
 from interlock.api.http.disconnects import cancel_on_disconnect
 from interlock.api.http.route import (
     CURSOR,
@@ -29,6 +29,7 @@ from interlock.api.schemas import responses as schemas
 from interlock.api.schemas import serializers
 from interlock.core import records
 from interlock.core.errors import Invalid
+from interlock.core.operations import Operation
 from interlock.core.records import ENDS, Admitted, Denied, Held, Instance, Redundant
 from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.core.states import VmState
@@ -166,6 +167,8 @@ async def relabel(parts: ApiParts, caller: Caller, request: Request) -> Response
 async def submit(parts: ApiParts, caller: Caller, request: Request) -> Response:
     """Submit an operation. The most performance-critical path."""
     body = await request_parsing.body(request, NewRequest, parts.config.request_body_bytes_max)
+    if body.operation is Operation.RESET_STATE:
+        audit_entries.note(request, action="instance.reset_state", details={"parameters": body.parameters})
     result = await parts.instances.submit(
         caller,
         request.path_params[_REFERENCE],
@@ -263,6 +266,7 @@ async def events(parts: ApiParts, caller: Caller, request: Request) -> schemas.E
     "GET /v1/instances/{reference}/console",
     "Read the end of the serial console's log",
     {200: "text/plain"},
+    audited="console.read",
     parameters=(
         Parameter(
             "tail_bytes",

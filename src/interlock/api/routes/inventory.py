@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from interlock.api.http import multipart_upload, request_parsing
+from interlock.api.http import audit_entries, multipart_upload, request_parsing
 from interlock.api.http.route import ApiParts, Parameter, Routes, json_response
 from interlock.api.schemas import inventory, serializers
 from interlock.core.errors import Invalid
@@ -220,9 +220,12 @@ async def tokens(parts: ApiParts, caller: Caller, request: Request) -> inventory
     {201: inventory.MadeToken},
     problems=(409,),
     body=inventory.NewToken,
+    audited="token.create",
 )
 async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Response:
     body = await request_parsing.body(request, inventory.NewToken, parts.config.request_body_bytes_max)
+    project = body.project or caller.project
+    audit_entries.note(request, target=body.name, details={"role": body.role.value, "project_of_token": project})
     if body.host is not None:
         parts.hosts.require_present_name(caller, body.host)
     expires_in_ms = duration_ms("expires_in", body.expires_in)
@@ -246,6 +249,7 @@ async def make_token(parts: ApiParts, caller: Caller, request: Request) -> Respo
     "Give a token a new secret, which is shown only once",
     {200: inventory.MadeToken},
     body=inventory.TokenRotation,
+    audited="token.rotate",
 )
 async def rotate_token(parts: ApiParts, caller: Caller, request: Request) -> Response:
     body = await request_parsing.body(request, inventory.TokenRotation, parts.config.request_body_bytes_max)
@@ -264,6 +268,11 @@ def _with_secret(parts: ApiParts, token: Token, secret: str, status: int, *, pro
     return json_response(made, status, {"Cache-Control": "no-store"})
 
 
-@tokens_routes.add("DELETE /v1/tokens/{reference}", "Delete a token, and close its connections at once", {204: None})
+@tokens_routes.add(
+    "DELETE /v1/tokens/{reference}",
+    "Delete a token, and close its connections at once",
+    {204: None},
+    audited="token.delete",
+)
 async def delete_token(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.tokens.delete(caller, request.path_params["reference"])

@@ -9,7 +9,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
-from interlock.api.http import problems, request_parsing
+from interlock.api.http import audit_entries, problems, request_parsing
 from interlock.api.http.problems import HTTP_PROBLEM_TYPES, PROBLEM_TYPES
 from interlock.api.http.route import CURSOR, LIMIT, ApiParts, Parameter, Routes, json_response
 from interlock.api.schemas.policy import (
@@ -171,6 +171,7 @@ async def text(parts: ApiParts, _caller: Caller, request: Request) -> Response:
     {200: PolicyLoaded},
     problems=(409, 412, 507),
     body=NewPolicy,
+    audited="policy.switch",
     text=TOML,
     parameters=_PARAMETERS,
     error_422=PolicyProblem,
@@ -194,6 +195,7 @@ async def load(parts: ApiParts, caller: Caller, request: Request) -> Response:
     {200: PolicyLoaded},
     problems=(404, 409, 412, 507),
     body=OldPolicy,
+    audited="policy.switch",
     parameters=_PARAMETERS,
     error_422=PolicyProblem,
 )
@@ -230,6 +232,9 @@ def _loaded_response(request: Request, terms: Terms, loaded: Loaded) -> Response
     proof, before, after = loaded.proof, loaded.before, loaded.after
     if proof.policy is None or not proof.holds:
         return _rejected_response(request, proof, before.name)
+    audit_entries.note(
+        request, target=proof.policy.name, details={"digest": proof.policy.digest, "number": after.number}
+    )
     loaded_view = PolicyLoaded(
         name=proof.policy.name,
         digest=proof.policy.digest,

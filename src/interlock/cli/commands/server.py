@@ -53,11 +53,11 @@ def db_commands() -> None:
 @needs_invocation
 def upgrade(invocation: Invocation, *, path: Path | None) -> None:
     """Upgrade the database to this version's schema. The server must not be running."""
-    from interlock import server
+    from interlock import maintenance
 
     config = read_config(path, invocation.environment)
     with errors_as_failures():
-        server.upgrade_database(config)
+        maintenance.upgrade_database(config)
     invocation.echo(f"The database in {config.folder} is up to date.")
 
 
@@ -70,11 +70,11 @@ def new(invocation: Invocation, *, path: Path | None) -> None:
     It has no tokens, VMs, images or volumes; their files are kept. The next
     start writes a new admin token.
     """
-    from interlock import server
+    from interlock import maintenance
 
     config = read_config(path, invocation.environment)
     with errors_as_failures():
-        server.new_database(config)
+        maintenance.new_database(config)
     invocation.echo(f"Created: an empty database in {config.folder}")
 
 
@@ -121,9 +121,9 @@ def recover_token(invocation: Invocation, *, path: Path | None) -> None:
     The token is written to the file admin.token in the data folder, where this
     program finds it. Run this as the server's user.
     """
-    from interlock import server
+    from interlock import maintenance
 
     config = read_config(path, invocation.environment)
     with errors_as_failures():
-        file = run(server.recover_admin_token(config))
+        file = run(maintenance.recover_admin_token(config))
     invocation.echo(f"Created: an admin token, in {file}")

@@ -13,6 +13,7 @@ from interlock.stores.migrations.versions import (
     r0006_clock,
     r0007_lock_roles,
     r0008_walks,
+    r0009_audit,
     r0010_projects,
 )
 
@@ -25,6 +26,7 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "0006": r0006_clock.STATEMENTS,
     "0007": r0007_lock_roles.STATEMENTS,
     "0008": r0008_walks.STATEMENTS,
+    "0009": r0009_audit.STATEMENTS,
     "0010": r0010_projects.STATEMENTS,
 }
 """The statements of each migration by revision, oldest first."""
