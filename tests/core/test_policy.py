@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from interlock.core import policy as policy_module
 from interlock.core.operations import BIT, TASK_STATES, Operation
 from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.states import NO_TASK, VmState
@@ -230,3 +231,15 @@ def test_one_decision_costs_the_same_however_many_rules_only_a_tag_tells_apart()
     for _ in range(3):
         assert policy.decide(seen(tags=("t1999",))).id == "r1999"
     assert CountedTags.asked == 2_000
+
+
+def test_a_policy_remembers_a_limited_number_of_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers make up names and tags without end."""
+    monkeypatch.setattr(policy_module, "_RECALLED_MAX", 5)
+    rules = [rule(f"r{number}", {O.STOP}, Verdict.DENY, tags=frozenset({f"t{number}"})) for number in range(12)]
+    policy = compiled(*rules, rule("last", {O.STOP}, Verdict.ADMIT))
+    sizes = []
+    for number in range(12):
+        assert policy.decide(seen(tags=(f"t{number}",))).id == f"r{number}"
+        sizes.append(len(policy._recalled))
+    assert sizes == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]

@@ -26,7 +26,7 @@ from interlock.stores import writer as writer_module
 from interlock.stores.database_file import DatabaseFile
 from interlock.stores.file_lock import FileLock
 from interlock.stores.queries import Queries
-from interlock.stores.reserve import log_of
+from interlock.stores.reserve import Reserve, log_of
 from interlock.stores.schema import bring_up
 from interlock.stores.sqlite import SqliteStore
 from interlock.stores.timekeeping import StoreTime
@@ -303,6 +303,20 @@ async def test_a_broken_disk_is_not_told_as_a_full_one(path: Path, monkeypatch: 
         assert not isinstance(failure.value, StoreFull)
         assert not store.full
     await store.close()
+
+
+def test_the_reserve_gives_up_what_is_missing_in_whole_rows_and_no_more(path: Path) -> None:
+    bring_up(path)
+    with closing(apsw.Connection(str(path))) as connection:
+        log_of(path).touch()
+        reserve = Reserve(connection, path, mib=1)
+        reserve.require(0)
+        left = []
+        for pages in (0, 1, 17, 17, 1, 1_000_000, 1_000_000):
+            free = int(connection.pragma("freelist_count"))
+            reserve.give_up(free + pages if pages != 1 else pages)
+            left.append(int(connection.execute("SELECT count(*) FROM reserve").get))
+    assert left == [16, 15, 13, 11, 11, 0, 0]
 
 
 # ----------------------------------------------------------------------------------------- what has to go on working
