@@ -35,7 +35,7 @@ from interlock.core.lifecycle import (
     take,
 )
 from interlock.core.operations import Lane
-from interlock.core.outcomes import end_of
+from interlock.core.outcomes import end_of, fenced_for_limit_at_ms
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     Cancellation,
@@ -211,6 +211,28 @@ def test_the_next_deadline_is_the_earliest_of_a_limit_an_interruption_and_a_hold
     instance = instance_in(outstanding=(limited, stopping, later), held_due_ms=at_ms["hold"])
     assert next_deadline_ms(instance) == START_MS + 20
     assert next_deadline_ms(instance_in()) is None
+
+
+def test_what_is_served_for_a_limited_time_is_fenced_a_grace_period_after_its_limit_or_now() -> None:
+    (request,) = serving(O.START, V.STOPPED).outstanding
+    limited = replace(request, served_at_most_ms=60_000)
+    limit_ms = START_MS + 60_000
+    assert fenced_for_limit_at_ms(limited, START_MS) == limit_ms + GRACE_MS
+    assert fenced_for_limit_at_ms(limited, limit_ms + 7) == limit_ms + 7 + GRACE_MS
+    assert fenced_for_limit_at_ms(request, START_MS) is None
+    stopping = replace(limited, interrupt_deadline_ms=limit_ms + 3)
+    assert fenced_for_limit_at_ms(stopping, START_MS) is None
+    assert fenced_for_limit_at_ms(replace(stopping, overdue=True), START_MS) == limit_ms + 3
+    assert fenced_for_limit_at_ms(replace(stopping, overdue=True, interrupted_for="r9"), START_MS) is None
+
+
+def test_an_instance_is_launched_when_its_guest_runs_for_the_first_time() -> None:
+    building = serving(O.CREATE, V.BUILDING)
+    assert report(building, Outcome.FAILED).instance.launched_at_ms is None
+    launched = report(building, Outcome.SUCCEEDED).instance
+    assert launched.launched_at_ms == START_MS + 5
+    later = observe(launched, GuestEvent.RESET, POLICY, START_MS + 9).instance
+    assert later.launched_at_ms == START_MS + 5
 
 
 # --------------------------------------------------------------------------------------------------------- fence

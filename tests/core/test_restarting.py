@@ -103,6 +103,18 @@ def test_a_restart_that_failed_counts_and_is_tried_again_later() -> None:
     assert due.at_ms == T0 + 1_100 + 2_000
 
 
+def test_a_restart_that_was_served_too_long_counts_and_is_tried_again_later() -> None:
+    instance = restarted(ended(running(ALWAYS), GuestEvent.CRASHED, T0), T0 + 1_000)
+    limited = msgspec.structs.replace(instance.outstanding[0], served_at_most_ms=60_000)
+    instance = msgspec.structs.replace(instance, outstanding=(limited,))
+    instance = lifecycle.take(instance, None, T0 + 1_000).instance
+    for now_ms in (T0 + 61_000, T0 + 71_000):  # at its limit, and after the grace period
+        instance = lifecycle.expire(instance, STANDARD, now_ms).instance
+    due = scheduled_actions.due(instance, NEVER)
+    assert due is not None
+    assert due.at_ms == T0 + 71_000 + 2_000
+
+
 def test_the_limit_is_said_where_its_owner_looks() -> None:
     instance = running(RestartPolicy(on_crash=OnCrash.RESTART, restarts_max=1, window_s=60))
     instance = restarted(ended(instance, GuestEvent.CRASHED, T0), T0 + 1_000)

@@ -84,11 +84,12 @@ def test_with_a_limit_the_refusal_names_the_latest_time_and_it_is_kept(site: Any
     assert deleted["disposition"] == "admitted"
 
 
-def test_near_its_limit_the_time_is_definite(site: Any) -> None:
+@pytest.mark.parametrize(("advance", "left_s"), [("1790s", 20), ("1750s", 60)])
+def test_near_its_limit_the_time_is_definite(site: Any, advance: str, left_s: int) -> None:
     *_, denied = play(
-        site(BEAT + HALF_AN_HOUR), *SNAPSHOT, {"advance": "1790s"}, {"progress": "snapshot"}, {"submit": "delete"}
+        site(BEAT + HALF_AN_HOUR), *SNAPSHOT, {"advance": advance}, {"progress": "snapshot"}, {"submit": "delete"}
     )
-    assert (denied["retry_after"], denied["retry_after_latest"]) == (20, 20)
+    assert (denied["retry_after"], denied["retry_after_latest"]) == (left_s, left_s)
     assert "if_silent" not in denied
 
 
