@@ -13,7 +13,7 @@ from in_process.embedded import IMAGE
 from interlock.api.app import ROUTES
 from interlock.api.http.route import Route
 from interlock.core.roles import Role
-from interlock.hypervisors.simulated.faults import Hangs, Method
+from interlock.hypervisors.simulated.faults import Hangs, Method, Refuses
 
 
 async def ask(client: httpx.AsyncClient, operation: str, vm: str = "vm", **headers: str) -> httpx.Response:
@@ -321,3 +321,18 @@ async def test_protected_tags_are_set_and_removed_by_admins_only(api: ApiServer,
     assert (await member.patch("/v1/instances/vm", json={"tags": ["freeze"]})).status_code == 200
     assert (await admin.patch("/v1/instances/vm", json={"tags": []})).status_code == 200
     assert (await member.get("/v1/policy")).json()["protected_tags"] == ["freeze"]
+
+
+async def test_an_instance_says_what_failed_since_it_last_succeeded_and_since_when_it_is_in_its_state(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    before = await make(admin, "vm")
+    api.host.faults.script(str(before["id"]), Method.PAUSE, Refuses())
+    failed = await admin.get((await ask(admin, "pause")).headers["location"], params={"wait": "20s"})
+    assert failed.json()["status"] == "failed"
+    shown = (await admin.get("/v1/instances/vm")).json()
+    assert (shown["failures"], shown["state_since_at"]) == ({"pause": 1}, before["state_since_at"])
+    await admin.get((await ask(admin, "pause")).headers["location"], params={"wait": "20s"})
+    shown = (await admin.get("/v1/instances/vm")).json()
+    assert shown["failures"] == {}
+    assert shown["state_since_at"] > before["state_since_at"]

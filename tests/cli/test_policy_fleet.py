@@ -166,3 +166,34 @@ def test_a_policy_that_is_wrong_is_told_before_the_server_is_asked(fleet: Fleet,
     assert ran.code == 2
     assert "standrad" in ran.err
     assert server.asked == []
+
+
+def test_failures_and_the_age_of_a_state_count(fleet: Fleet, folder: Path, server: ScriptedServer) -> None:
+    """As on the server, whose records have both."""
+    file = folder / "site.toml"
+    file.write_text("""
+[policy]
+name = "site"
+extends = "standard"
+
+[[rule]]
+id = "fails-again"
+operations = ["reboot"]
+failures_min = 3
+verdict = "deny"
+reason = "fails_again"
+
+[[rule]]
+id = "just-started"
+operations = ["stop"]
+vm_state = ["active"]
+state_for = "10m"
+verdict = "deny"
+reason = "long_runner"
+""")
+    failing = vm(1, failures={Operation.REBOOT: 3}, state_since_at=wire_samples.AT, updated_at=wire_samples.AT)
+    failed = vm(2, failures={Operation.REBOOT: 2}, state_since_at="2026-03-01T11:00:00.000Z")
+    server.on("GET", "/v1/instances", Given(200, InstancePage(items=(failing, failed), next_cursor=None)))
+    changes = json.loads(fleet("--policy", str(file), "--json").out)["changes"]
+    found = {(one["operation"], tuple(one["examples"]), one["then"]["reason"]) for one in changes}
+    assert found == {("reboot", ("vm-1",), "fails_again"), ("stop", ("vm-2",), "long_runner")}

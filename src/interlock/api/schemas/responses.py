@@ -165,6 +165,10 @@ class Instance(Wire, frozen=True, kw_only=True):
     created_at: Timestamp
     updated_at: Timestamp
     """The last state change, phase or progress."""
+    state_since_at: Timestamp | None = None
+    """Since when it has been in its vm_state."""
+    failures: dict[Operation, int] = {}
+    """How often each operation has failed since it last succeeded; without those that have not."""
     locked_by: str | None
     lock_role: Role | None = None
     """The role of who locked it: one that does not include it cannot unlock it. Null if it is not locked."""

@@ -112,6 +112,7 @@ def instance(
         one,
         power_state=power_state(one, host_state),
         host_state=host_state,
+        state_since_at=optional_timestamp(one.state_since_ms or None),
         lock_role=None if one.locked_by is None else one.lock_role,
         error=one.error if one.vm_state is VmState.ERROR else None,
         restarts=0 if one.restarts is None else one.restarts.count,

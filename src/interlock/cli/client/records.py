@@ -32,6 +32,8 @@ def instance_of(wire: responses.Instance) -> Instance:
         generation=wire.generation,
         created_at_ms=_ms(wire.created_at) or 0,
         updated_at_ms=_ms(wire.updated_at) or 0,
+        state_since_ms=_ms(wire.state_since_at) or 0,
+        failures=wire.failures,
         launched_at_ms=_ms(wire.launched_at),
         locked_by=wire.locked_by,
         lock_role=wire.lock_role or Role.MEMBER,
