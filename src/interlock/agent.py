@@ -18,6 +18,7 @@ import structlog
 
 from interlock.config import Config, is_loopback
 from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
+from interlock.core.specs import repr_hiding
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
@@ -44,6 +45,8 @@ _RENEWAL_MAX_S: Final = 5.0
 
 class Contact(msgspec.Struct, frozen=True, kw_only=True):
     """The agent's connection settings."""
+
+    __repr__ = repr_hiding("token")
 
     server: str
     """The server's URL."""

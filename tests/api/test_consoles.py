@@ -238,6 +238,24 @@ async def test_a_page_from_elsewhere_may_not_connect(listening: Listening, secre
         await until(talk, b"hello")
 
 
+async def test_the_console_of_another_project_cannot_be_told_from_an_unknown_one(
+    listening: Listening, secret: str, admin: httpx.AsyncClient
+) -> None:
+    assert secret
+    foreign = (await admin.get("/v1/instances/one")).json()["id"]
+    stranger = await listening.secret("stranger", Role.PROJECT_ADMIN, "elsewhere")
+    for path in ("console/live", "display"):
+        said = []
+        for reference in (foreign, foreign[:-12] + "0123456789ab"):
+            with pytest.raises(InvalidStatus) as refused:
+                async with listening.call(f"{reference}/{path}", stranger):
+                    pass
+            response = refused.value.response
+            said.append((response.status_code, (response.body or b"").replace(reference.encode(), b"ID")))
+        assert said[0] == said[1]
+        assert said[0][0] == 404
+
+
 async def test_a_display_speaks_vnc(listening: Listening, secret: str) -> None:
     async with listening.call("one/display", secret, subprotocols=[Subprotocol("binary")]) as talk:
         assert talk.subprotocol == "binary"

@@ -5,7 +5,8 @@ The core does not interpret it. Import these classes from `records`.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 
@@ -75,8 +76,24 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """As in `52:54:00:12:34:56`."""
 
 
+def repr_hiding(*secrets: str) -> Callable[[Any], str]:
+    """Return a `__repr__` for a struct that shows these fields as `...`, unless they are None.
+
+    A log, an error or a failed assertion may print a record with whatever is in it.
+    """
+
+    def text(struct: Any) -> str:
+        fields = msgspec.structs.asdict(struct).items()
+        shown = (f"{name}={'...' if name in secrets and value is not None else repr(value)}" for name, value in fields)
+        return f"{type(struct).__name__}({', '.join(shown)})"
+
+    return text
+
+
 class Seed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The cloud-init NoCloud seed of an instance."""
+
+    __repr__ = repr_hiding("user_data", "user_data_bytes", "network_config")
 
     hostname: str
     ssh_keys: tuple[str, ...] = ()

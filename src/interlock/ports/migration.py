@@ -12,11 +12,14 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from interlock.core.records import Spec
+from interlock.core.specs import repr_hiding
 from interlock.ports.hypervisor import Permit, TransferReport
 
 
 class MigrationEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The endpoint of one incoming migration."""
+
+    __repr__ = repr_hiding("secret")
 
     host: str
     """Address of the target host."""

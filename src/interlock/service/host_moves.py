@@ -173,10 +173,14 @@ class HostMoves:
         return tuple([self._plan_drain(caller.name, one, hypothetical, cold=cold) for one in found])
 
     async def left(self, caller: Caller, name: str) -> tuple[Move, ...]:
-        """Return the instances still on a drained or fenced host: their moves, or why they stay."""
+        """Return the instances still on a drained or fenced host: their moves, or why they stay.
+
+        Of all projects to an admin, and to others of their own.
+        """
         caller.require(Role.READER, "see hosts")
         self._hosts.known(name)
-        return tuple([await self._status(instance) async for instance in self._of(name, ON_NO_HOST)])
+        project = None if caller.role is Role.ADMIN else caller.project
+        return tuple([await self._status(instance) async for instance in self._of(name, ON_NO_HOST, project)])
 
     async def _status(self, instance: Instance) -> Move:
         migrating = _migrating(instance)
@@ -210,8 +214,8 @@ class HostMoves:
 
     # ------------------------------------------------------------------------------------------------------ planning
 
-    async def _of(self, name: str, without: frozenset[VmState]) -> AsyncIterator[Instance]:
-        async for instance in every_instance(self._store, InstanceFilter(host=name)):
+    async def _of(self, name: str, without: frozenset[VmState], project: str | None = None) -> AsyncIterator[Instance]:
+        async for instance in every_instance(self._store, InstanceFilter(host=name, project=project)):
             if instance.vm_state not in without:
                 yield instance
 

@@ -13,6 +13,7 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.parameters import NAME_PATTERN, HostName, Name, Reference, Tag
 from interlock.core.restart_policy import Evacuate, RestartPolicy
+from interlock.core.specs import repr_hiding
 from interlock.service.validation_messages import in_words, what_instead
 
 SHA256_PATTERN: Final = "^[0-9a-fA-F]{64}$"
@@ -34,6 +35,8 @@ class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An instance to create."""
+
+    __repr__ = repr_hiding("user_data", "user_data_base64", "network_config")
 
     name: Name
     image: Reference
@@ -96,6 +99,8 @@ class NewImageFetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operation to carry out on an instance."""
+
+    __repr__ = repr_hiding("parameters")
 
     operation: Operation
     parameters: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from interlock.api.schemas import serializers
 from interlock.api.schemas.inventory import DumpList, MemoryDump
 from interlock.core.errors import Forbidden, GuestNotFound, InterlockError
 from interlock.core.roles import Role
+from interlock.core.specs import repr_hiding
 from interlock.ports import Stream
 from interlock.service.auth import Caller
 
@@ -71,6 +72,8 @@ class _Close(msgspec.Struct, frozen=True):
 
 class _Client(msgspec.Struct, frozen=True):
     """An authenticated client."""
+
+    __repr__ = repr_hiding("secret")
 
     caller: Caller
     secret: str

@@ -10,6 +10,7 @@ from msgspec import Meta
 from interlock.api.schemas.responses import Timestamp, Wire
 from interlock.core.parameters import Name
 from interlock.core.roles import Role
+from interlock.core.specs import repr_hiding
 from interlock.ports import SmallForm
 from interlock.service.request_models import SHA256_PATTERN
 
@@ -176,6 +177,8 @@ class Token(Wire, frozen=True, kw_only=True):
 
 class MadeToken(Wire, frozen=True, kw_only=True):
     """A new or rotated token with its secret, which is shown only once."""
+
+    __repr__ = repr_hiding("secret")
 
     token: Token
     secret: str

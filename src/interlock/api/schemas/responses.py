@@ -16,6 +16,7 @@ from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
 from interlock.core.restart_policy import Evacuate, RestartPolicy
 from interlock.core.roles import Role
+from interlock.core.specs import repr_hiding
 from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import HostState
 from interlock.service.request_models import NewForward
@@ -266,6 +267,8 @@ class Admitted(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="ad
     password: str | None = None
     """Of a set_password without a password: the generated one. It is shown only once and not stored."""
 
+    __repr__ = repr_hiding("password")
+
 
 class Redundant(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="redundant"):
     """The requested state holds already, or an earlier request will reach it."""
@@ -306,6 +309,8 @@ class Held(Wire, frozen=True, kw_only=True, tag_field="disposition", tag="held")
     """When the hold expires."""
     password: str | None = None
     """As in `Admitted`."""
+
+    __repr__ = repr_hiding("password")
 
 
 class Blocker(Wire, frozen=True, kw_only=True):
