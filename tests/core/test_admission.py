@@ -439,6 +439,14 @@ def test_an_admission_records_what_it_superseded_and_cancelled() -> None:
     change = admit(instance, ask(O.REBOOT, "again"), POLICY, START_MS + STUCK_MS)
     facts = next(event.data for event in change.events if event.kind == "request.admitted")
     assert (facts["supersedes"], facts["cancels"]) == (("r0",), ())
+    assert (facts["operation"], facts["by"], facts["parameters"], facts["waiting"]) == ("reboot", "ada", {}, 2)
+    assert facts["foreseen"] == {
+        "vm_state": "paused",
+        "launched": True,
+        "host_reachable": True,
+        "power_state": "paused",
+        "moved": True,
+    }
     deletion = admit(instance, ask(O.DELETE, "d"), POLICY, START_MS)
     facts = next(event.data for event in deletion.events if event.kind == "request.admitted")
     assert (facts["supersedes"], facts["cancels"]) == (("r0",), ("q1",))
