@@ -424,6 +424,28 @@ def test_a_second_outstanding_request_with_the_same_id_is_refused() -> None:
         admit(instance, ask(O.START, "q1"), POLICY, START_MS)
 
 
+def test_a_refusal_names_the_time_at_which_a_silent_host_is_fenced_if_that_is_waited_for() -> None:
+    policy = compiled(
+        rule("lost", {O.EVACUATE}, Verdict.ADMIT, host_reachable=False),
+        rule("stuck", {O.REBOOT}, Verdict.AFTER, threshold_ms=STUCK_MS, because="It was rebooted just now."),
+        rule("no", frozenset(O), Verdict.DENY, because="It runs."),
+    )
+    answers = {}
+    for operation, fenced_at_ms in ((O.EVACUATE, START_MS + 9), (O.EVACUATE, None), (O.STOP, START_MS + 9)):
+        answer = admit(instance_in(), ask(operation, host_fenced_at_ms=fenced_at_ms), policy, START_MS).answer
+        assert isinstance(answer, Denied)
+        answers[operation, fenced_at_ms] = answer.allowed_at_ms, answer.because
+    waits = "Host h does not respond, and the guest may run there until the host's lease expires and it is fenced."
+    assert answers == {
+        (O.EVACUATE, START_MS + 9): (START_MS + 9, waits),
+        (O.EVACUATE, None): (None, "It runs."),
+        (O.STOP, START_MS + 9): (None, "It runs."),
+    }
+    threshold = admit(instance_in(), ask(O.REBOOT, host_fenced_at_ms=START_MS + 9), policy, START_MS).answer
+    assert isinstance(threshold, Denied)
+    assert (threshold.allowed_at_ms, threshold.because) == (START_MS + STUCK_MS, "It was rebooted just now.")
+
+
 def test_a_rename_to_the_name_that_it_has_is_redundant() -> None:
     policy = compiled(rule("any", frozenset(O), Verdict.ADMIT))
     change = admit(instance_in(), ask(O.RENAME, parameters={"name": "web"}), policy, START_MS)

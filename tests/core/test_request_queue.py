@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from core_samples import GRACE_MS, ORDINARY, START_MS, O, V, ask, instance_in, queue, rule, serving, waiting_for
+from core_samples import (
+    GRACE_MS,
+    ORDINARY,
+    START_MS,
+    O,
+    V,
+    ask,
+    compiled,
+    instance_in,
+    queue,
+    rule,
+    serving,
+    waiting_for,
+)
 
 from interlock.core.admission import admit
-from interlock.core.lifecycle import cancel, finish, take
+from interlock.core.lifecycle import cancel, finish, relabel, take
 from interlock.core.operations import Lane
 from interlock.core.policy import CompiledPolicy, Policy, Verdict
 from interlock.core.records import SERVED, Admitted, Instance, Outcome, Request, Status
@@ -285,3 +298,33 @@ def test_what_was_not_admitted_in_turn_stays_where_only_the_foreseen_state_permi
     assert judge_again(Draft(instance, START_MS), OUT_OF_TURN) == ()
     kept_in_turn = replace(instance, outstanding=(replace(stop, in_turn=True),))
     assert judge_again(Draft(kept_in_turn, START_MS), OUT_OF_TURN) == ("q2",)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "before", "after", "message"),
+    [
+        ({"freeze"}, (), ("freeze", "web"), "The VM has the tags freeze, web: Not now."),
+        ({"!web"}, ("web",), (), "The VM has the tags (none): Not now."),
+    ],
+)
+def test_what_is_cancelled_for_the_tags_of_the_instance_names_them(
+    wanted: set[str], before: tuple[str, ...], after: tuple[str, ...], message: str
+) -> None:
+    frozen = rule("frozen", {O.PAUSE}, Verdict.DENY, tags=frozenset(wanted), because="Not now.")
+    policy = compiled(frozen, rule("all", frozenset(O), Verdict.ADMIT))
+    instance = queue(instance_in(tags=before), policy, O.PAUSE)
+    change = relabel(instance, policy, "ada", START_MS, tags=after)
+    assert [(one.status, one.message) for one in change.requests] == [(Status.CANCELLED, message)]
+
+
+@pytest.mark.parametrize(
+    ("fenced", "reachable", "stays"), [(False, True, True), (True, False, True), (True, True, False)]
+)
+def test_an_evacuation_that_waits_is_cancelled_once_its_host_is_back(
+    *, fenced: bool, reachable: bool, stays: bool
+) -> None:
+    policy = compiled(rule("all", frozenset(O), Verdict.ADMIT))
+    instance = replace(queue(instance_in(), policy, O.EVACUATE), host_fenced=fenced)
+    draft = Draft(instance, START_MS, host_reachable=reachable)
+    assert judge_again(draft, policy) == (() if stays else ("q1",))
+    assert draft.instance.host_fenced is not reachable
