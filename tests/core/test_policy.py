@@ -246,9 +246,7 @@ def test_a_policy_remembers_a_limited_number_of_decisions(monkeypatch: pytest.Mo
 
 
 def test_a_protected_tag_is_named_as_a_whole_or_by_its_beginning() -> None:
-    policy = CompiledPolicy(
-        Policy(name="p", rules=(), protected_tags=frozenset({"frozen", "gpu-*"}), outstanding_max=8)
-    )
+    policy = CompiledPolicy(Policy(name="p", rules=(), protected_tags=("frozen", "gpu-*"), outstanding_max=8))
     tags = ("frozen", "frozen-1", "gpu-", "gpu-a100", "gpu", "GPU-1", "web")
     assert policy.protected(tags) == {"frozen", "gpu-", "gpu-a100"}
     assert compiled().protected(tags) == frozenset()

@@ -379,8 +379,10 @@ async def test_an_operation_that_shows_no_sign_of_life_is_given_up(
     await fleet.server.close()
 
 
-async def test_signs_of_life_put_the_end_off(tmp_path: Path, host: SimulatedHost) -> None:
-    settings = _impatient(silence_timeout_ms=400, guest_shutdown_timeout_ms=1_200, guest_shutdown_retry_ms=100)
+@pytest.mark.parametrize("retry_ms", [100, 600])
+async def test_signs_of_life_put_the_end_off(tmp_path: Path, host: SimulatedHost, retry_ms: int) -> None:
+    """Also between two requests to shut down."""
+    settings = _impatient(silence_timeout_ms=400, guest_shutdown_timeout_ms=1_200, guest_shutdown_retry_ms=retry_ms)
     fleet = Embedded(tmp_path / "data", host, settings=settings)
     await fleet.start()
     vm = await fleet.create("web")
