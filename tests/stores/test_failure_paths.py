@@ -19,11 +19,13 @@ import pytest
 from conformance.store.harness import creating, growing
 from interlock.core.errors import StoreBusy, StoreClosed, StoreError, StoreFull
 from interlock.core.records import Change, Instance
+from interlock.ports.projects import Project
 from interlock.stores import database_file
 from interlock.stores import reserve as reserve_module
 from interlock.stores import sqlite as sqlite_store
 from interlock.stores import writer as writer_module
 from interlock.stores.database_file import DatabaseFile
+from interlock.stores.decision_gate import DecisionGate
 from interlock.stores.file_lock import FileLock
 from interlock.stores.queries import Queries
 from interlock.stores.reserve import Reserve, log_of
@@ -247,6 +249,60 @@ async def test_only_a_want_of_space_is_told_as_a_full_disk(
     await store.retry_full()
     assert not store.full
     await store.close()
+
+
+async def test_what_frees_space_or_ends_guests_is_written_while_the_disk_is_full(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await opened(path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "posix_fallocate", refuse)
+        store._database.writer._reserve._log_allocated = False
+        with pytest.raises(StoreFull):
+            await store.retry_full()
+        for table in (store.tokens, store.images, store.volumes, store.projects, store.hosts):
+            assert not await table.delete("none")
+        await store.volumes.release("none", "none")
+        with pytest.raises(StoreFull):
+            await store.projects.put(Project(name="p"))
+        with pytest.raises(StoreFull):
+            await store.create(creating("a"))
+    await store.close()
+
+
+def test_the_connection_that_writes_enforces_references_and_the_one_that_reads_cannot_write(path: Path) -> None:
+    file = DatabaseFile(path)
+    file.take()
+    try:
+        for connection, pragma in ((file.writer(), "foreign_keys"), (file.reader(), "query_only")):
+            with closing(connection):
+                assert connection.pragma(pragma) == 1
+    finally:
+        file.unlock()
+
+
+async def test_no_decision_is_made_while_the_gate_is_paused_full_or_closing() -> None:
+    full = False
+    gate = DecisionGate(lambda: full)
+    assert not gate.shut
+    with gate.paused():
+        assert gate.shut
+        waiting = asyncio.ensure_future(gate.passed())
+        with gate.paused():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    await asyncio.wait_for(waiting, PATIENCE_S)
+    full = True
+    assert gate.shut
+    full, gate.closing = False, True
+    assert gate.shut
+    with pytest.raises(StoreClosed):
+        await gate.passed()
 
 
 @pytest.mark.parametrize("what", ["commit", "growth"])
