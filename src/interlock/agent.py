@@ -55,6 +55,8 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True):
     """The host's name."""
     ca: Path | None = None
     """A PEM file of CAs that are trusted besides the system's."""
+    enrolment: Path | None = None
+    """The file with a secret of `interlock host enroll`; it is removed once it was used."""
     shared: Path | None = None
     """A folder shared with the server, mounted under the same path."""
 
@@ -72,6 +74,7 @@ class HostAgent:
         self._watchdog = Watchdog(self._folder, self._folder / "guests")
         self._ranges = HttpRanges(contact.server, contact.name, contact.token)
         self._hypervisor = opened = hypervisor or hypervisor_of(config)
+        self._certificate = HostCertificate(config.certificates)
         self._service = AgentService(
             contact.name,
             opened,
@@ -83,7 +86,7 @@ class HostAgent:
             protections=lambda: protections_of(opened),
             images_in_use=partial(images_in_use, self._folder / "guests" / "vms"),
             may_hold=self._may_hold,
-            certificate=HostCertificate(config.certificates),
+            certificate=self._certificate,
         )
         self._stopping = asyncio.Event()
         self._lease_ms = 0
@@ -140,10 +143,7 @@ class HostAgent:
         """Keep a connection to the server. Raises `Forbidden` if the first attempt is rejected."""
         while True:
             try:
-                contact = self._contact
-                await self._ranges.open(await tls_settings(contact.server, contact.ca))
-                tls = await tls_settings(contact.server, contact.ca)
-                await self._converse(await dial(contact.server, contact.name, contact.token, tls))
+                await self._connect()
             except OSError as error:
                 # Connection errors, or local ones: no space for the watchdog's log, too many open files.
                 _LOG.info("not connected", server=self._contact.server, why=str(error))
@@ -157,6 +157,21 @@ class HostAgent:
                 pause_s = self._pause_s
             await asyncio.sleep(pause_s)
 
+    async def _connect(self) -> None:
+        """Serve one connection to the server; the one that enrols the host ends as soon as it has a certificate."""
+        contact, enrolment = self._contact, self._enrolment()
+        certificate = self._certificate.path if enrolment is None else None
+        await self._ranges.open(await tls_settings(contact.server, contact.ca, certificate))
+        tls = await tls_settings(contact.server, contact.ca, certificate)
+        await self._converse(await dial(contact.server, contact.name, contact.token, tls, enrolment), enrolment)
+
+    def _enrolment(self) -> str | None:
+        """Return the enrolment secret; None if there is none, or it was used."""
+        try:
+            return None if self._contact.enrolment is None else self._contact.enrolment.read_text("ascii").strip()
+        except FileNotFoundError:
+            return None
+
     def _pause_after(self, refusal: InterlockError) -> float:
         """Return the pause before the next attempt in seconds; log each new reason once."""
         if refusal.message != self._refusal:
@@ -168,7 +183,7 @@ class HostAgent:
             return min(max(refusal.retry_ms / 1000, _PAUSE_S), _REFUSED_PAUSE_MAX_S)
         return pause_s
 
-    async def _converse(self, link: Link) -> None:
+    async def _converse(self, link: Link, enrolment: str | None) -> None:
         renewing: list[asyncio.Task[None]] = []
 
         def welcomed(exchange: Exchange, welcome: Welcome) -> None:
@@ -176,6 +191,11 @@ class HostAgent:
             # Only after the welcome, so that a server that rejects this agent is not called in a tight loop.
             self._pause_s = self._refused_pause_s = _PAUSE_S
             self._welcomed, self._refusal = True, None
+            if enrolment is not None and welcome.certificate is not None and self._contact.enrolment is not None:
+                _LOG.info("host enrolled", server=self._contact.server, host=self._contact.name)
+                self._contact.enrolment.unlink(missing_ok=True)
+                renewing.append(asyncio.create_task(link.close(), name="connect again, with the certificate"))
+                return
             self._lease_ms = welcome.lease_ms
             renewing.append(asyncio.create_task(self._renew(exchange, link), name="renew the lease"))
 

@@ -1,44 +1,21 @@
-"""The configuration: one frozen value, from a TOML file and the environment.
+"""The configuration: one frozen value.
 
 Every number that an operator may want to change stands here with its unit, its default and a sentence;
-docs/reference/configuration.md is drawn from it. Reading it is here; acting on it is not.
+docs/reference/configuration.md is drawn from it. `config_file` reads it; acting on it is not here.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import math
 import os
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
-from interlock.core.errors import Invalid
 from interlock.core.scheduled_actions import UpkeepTimes
 
 ENVIRONMENT_PREFIX = "INTERLOCK_"
-_MAY_BE_ZERO = frozenset(
-    {
-        "policy_explore_ms",
-        "resize_confirm_window_ms",
-        "reclaim_after_ms",
-        "offload_after_ms",
-        "lease_ms",
-        "converge_timeout_ms",
-        "image_unused_ms",
-        "lifetime_max_ms",
-        "keep_ms",
-    }
-)
-_LISTS = frozenset({"policy_keys", "program_paths"})
-_SECRET_CHARACTERS_MIN = 16
-_NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
-_ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
-"""Variables that the command line reads."""
 
 
 class DriverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -178,8 +155,7 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     migration_address: str = "127.0.0.1"
     """The address of this host for incoming live migrations; on any free TCP port."""
     migration_unencrypted: bool = False
-    """Allow live migrations without encryption, with hosts that cannot do TLS: those of an earlier version. Set it on
-    the server and on both hosts."""
+    """Allow unencrypted live migration with hosts of an earlier version. Set it on the server and both hosts."""
     firmware_ms: int = 250
     """How long a guest that begins to boot is not reset, in ms: a reset while its firmware relocates itself in memory
     makes it hang permanently, also after further resets."""
@@ -208,8 +184,12 @@ class HostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Whether VMs without a setting of their own are evacuated automatically once their host is fenced. `auto`: if no
     root disk is lost; `from-image`: also if it is, starting again from the image."""
     certificate_ms: int = 30 * 24 * 3_600_000
-    """How long the certificate of a host is valid, in ms; it is renewed after a third of it, and whenever its agent
-    connects."""
+    """How long a host's certificate is valid, in ms; renewed after a third of it, and when its agent connects."""
+    require_client_certificates: bool = False
+    """Whether an agent needs the certificate of its host besides its token; without one it needs a secret of
+    `interlock host enroll`. Needs TLS."""
+    enrolment_ms: int = 3_600_000
+    """How long a secret of `interlock host enroll` is valid, in ms."""
     moves_max: int = 8
     """How many VMs the server moves at a time from hosts that are drained or fenced."""
     silence_ms: int = 15_000
@@ -286,6 +266,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A PEM file with the certificate and its chain; together with `tls_key` it turns TLS on."""
     tls_key: str = ""
     """A PEM file with the certificate's private key."""
+    tls_names: tuple[str, ...] = ()
+    """Names and addresses of the server, for a certificate of its own CA instead of `tls_certificate`; clients trust
+    `tls/ca.pem` of the data folder. In an environment variable: separated by spaces."""
     allow_plain_http: bool = False
     """Allow an address that is not loopback without TLS."""
     host: str = ""
@@ -366,6 +349,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return Path("~/.local/share/interlock").expanduser()
 
     @property
+    def tls(self) -> bool:
+        """Whether the server has TLS."""
+        return bool(self.tls_certificate or self.tls_names)
+
+    @property
     def certificates(self) -> Path:
         """The folder of this host's certificate, and of the server's CA."""
         return self.folder / "tls"
@@ -377,110 +365,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def load(path: Path | None, environment: Mapping[str, str]) -> Config:
-    """The configuration from the file, if one is named, with the environment's values over it.
-
-    Raises:
-        Invalid: the file cannot be read, or a key or value is wrong; the message names which and what was expected.
-    """
-    values = _read(path) if path is not None else {}
-    _lay_over(values, environment)
-    try:
-        config = msgspec.convert(values, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise Invalid(f"The configuration is wrong: {_explain(str(error))}") from None
-    _check(config)
-    return config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Invalid(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Invalid(f"The configuration file {path} is not TOML: {error}.") from None
-
-
-def _tables() -> dict[str, type[msgspec.Struct]]:
-    """The tables of the file, and what each holds."""
-    fields = msgspec.structs.fields(Config)
-    return {field.name: type(field.default) for field in fields if isinstance(field.default, msgspec.Struct)}
-
-
-def _keys() -> dict[str, tuple[str, str]]:
-    """Every variable of the environment that stands for a key: its table (empty at the top level) and the key."""
-    keys = {}
-    structs: dict[str, type[msgspec.Struct]] = {"": Config, **_tables()}
-    for table, struct in structs.items():
-        for field in msgspec.structs.fields(struct):
-            if not isinstance(field.default, msgspec.Struct):
-                keys[ENVIRONMENT_PREFIX + "_".join(filter(None, (table, field.name))).upper()] = (table, field.name)
-    return keys
-
-
-def _lay_over(values: dict[str, Any], environment: Mapping[str, str]) -> None:
-    for variable, (table, key) in _keys().items():
-        text = environment.get(variable)
-        if text is not None:
-            place = values.setdefault(table, {}) if table else values
-            if isinstance(place, dict):
-                place[key] = text.split() if key in _LISTS else text
-
-
-def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """The variables that look like Interlock's and are not, each with the nearest that is; None where none is near."""
-    known = {*_keys(), *_ELSEWHERE}
-    unknown = [name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known]
-    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in sorted(unknown)}
-
-
-def _explain(message: str) -> str:
-    """The validator's message, with the nearest key where one is unknown."""
-    if "unknown field" not in message:
-        return message
-    names = [*_tables(), *(key for _, key in _keys().values())]
-    unknown = message.split("`")[1] if "`" in message else ""
-    near = difflib.get_close_matches(unknown, names, n=1)
-    return f"{message}; did you mean `{near[0]}`?" if near else message
-
-
-def _check(config: Config) -> None:
-    if bool(config.tls_certificate) != bool(config.tls_key):
-        raise Invalid("The configuration names only one of tls_certificate and tls_key; TLS needs both.")
-    if not is_loopback(config.listen_host) and not config.tls_certificate and not config.allow_plain_http:
-        raise Invalid(
-            f"{config.listen_host} is not a loopback address, and tokens would cross the network in the clear.",
-            remedy="Set tls_certificate and tls_key, or allow_plain_http if something in front does TLS.",
-        )
-    if not 0 <= config.listen_port <= 65_535:  # noqa: PLR2004 - the last TCP port
-        raise Invalid(f"listen_port is {config.listen_port}; a TCP port is 0 to 65535 (0: any free one).")
-    for share in ("host_vcpus_overcommit", "host_disk_overcommit"):
-        if not 0 < getattr(config, share) < math.inf:
-            raise Invalid(f"{share} is {getattr(config, share)}; it must be more than 0.")
-    if 0 < len(config.http.metrics_token) < _SECRET_CHARACTERS_MIN:
-        raise Invalid(f"http.metrics_token is too short: it must have at least {_SECRET_CHARACTERS_MIN} characters.")
-    _check_shared_dir(config)
-    for name in _NOT_NEGATIVE:
-        if getattr(config, name) < 0:
-            raise Invalid(f"{name} is {getattr(config, name)}; it must be 0 or more.")
-    for table in ("", *_tables()):
-        _check_numbers(getattr(config, table) if table else config, f"{table}." if table else "")
-
-
-def _check_shared_dir(config: Config) -> None:
-    shared = config.hosts.shared_dir
-    if shared and not Path(shared).is_absolute():
-        raise Invalid(f"hosts.shared_dir is {shared}; it must be a whole path, which begins with /.")
-    if shared and config.hypervisor == "simulated":
-        raise Invalid("hosts.shared_dir is set, and simulated guests have no disks to share.")
-
-
-def _check_numbers(struct: msgspec.Struct, prefix: str) -> None:
-    for field in msgspec.structs.fields(type(struct)):
-        least = 0 if field.name in _MAY_BE_ZERO else 1
-        if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) < least:
-            what = "positive" if least else "0 or more"
-            raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be {what}.")

@@ -20,6 +20,7 @@ from interlock import __version__
 from interlock.api.app import ApiParts, Application, create_app
 from interlock.api.http.listener import bind, url_of
 from interlock.api.http.server import HttpServer
+from interlock.api.http.server_tls import server_tls
 from interlock.api.metrics import Metrics
 from interlock.config import Config
 from interlock.core.errors import NotResponding
@@ -35,6 +36,7 @@ from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.guests.small_guest import build
 from interlock.hypervisors.certificates.authority import CertificateAuthority
+from interlock.hypervisors.certificates.host_certificate import CA_FILE
 from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
@@ -57,6 +59,7 @@ from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.console_service import ConsoleService
 from interlock.service.disk_space import DiskSpace
 from interlock.service.dumps import Dumps
+from interlock.service.host_enrolment import HostEnrolment
 from interlock.service.host_moves import HostMoves
 from interlock.service.hosts import HostService
 from interlock.service.image_fetches import ImageFetches
@@ -129,6 +132,7 @@ class Server:
         self.shared_roots = shared_roots_of(config)
         self.host_admission = self._host_admission()
         self.other_hosts = self._host_verbs()
+        self.enrolment = HostEnrolment(config.hosts, self.leases.current_name, self.store.now_ms)
         gib_max = config.volume_gib_max
         self.image_copies = ImageCopies(self.store, self.hosts, config.hosts.image_unused_ms)
         self.inventory = Inventory(
@@ -326,6 +330,7 @@ class Server:
             version=__version__,
             metrics=self.metrics,
             hosts=self.other_hosts,
+            enrolment=self.enrolment,
             moves=self.moves,
         )
         return create_app(parts)
@@ -377,7 +382,9 @@ class Server:
             _LOG.info("accelerator selected", accelerator=self.hypervisor.accelerator, **why_not_kvm)
 
     def reload(self) -> None:
-        """Reload the configured policy; the result is logged."""
+        """Reload the configured policy and the certificate of the HTTP server; the results are logged."""
+        if self._http is not None:
+            self._http.reload_tls()
         task = asyncio.create_task(self.policies.reload(), name="reload the policy")
         self._reloading.add(task)
         task.add_done_callback(self._reloading.discard)
@@ -394,13 +401,14 @@ class Server:
         self._http = HttpServer(
             self.app(),
             config.http,
-            ssl_certfile=config.tls_certificate or None,
-            ssl_keyfile=config.tls_key or None,
+            partial(server_tls, config, self.authority) if config.tls else None,
             ws_max_size=FRAME_BYTES_MAX,
             timeout_graceful_shutdown=max(1, config.driver.drain_ms // 1000),
         )
         self._http.should_exit = self._stopping
-        self.url = url_of(listening, tls=bool(config.tls_certificate))
+        self.url = url_of(listening, tls=config.tls)
+        renewal_s = config.hosts.certificate_ms / 3000
+        self._reloading.add(asyncio.create_task(self._http.reload_tls_every(renewal_s), name="renew the certificate"))
         with self._signal_handlers():
             self._announce(started)
             await self._http.serve_on(listening)
@@ -418,7 +426,8 @@ class Server:
 
     def _write_server_file(self) -> None:
         """Write the server's URL for the command line; a full disk must not keep it from serving."""
-        path, text = self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid()})
+        ca = str(self.config.certificates / CA_FILE) if self.config.tls_names else None
+        path, text = self.folder / SERVER_FILE, json.dumps({"url": self.url, "pid": os.getpid(), "ca": ca})
         try:
             write_or_overwrite(path, text, mode=0o644)
         except OSError as error:

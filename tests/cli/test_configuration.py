@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from interlock.config import Config, QemuConfig, load, unknown_variables
+from interlock.config import Config, QemuConfig
+from interlock.config_file import load, unknown_variables
 from interlock.core.errors import Invalid
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -72,6 +73,13 @@ def test_what_is_set_of_qemu_reaches_the_adapter(tmp_path: Path) -> None:
         ("[qemu]\nstart_timeout_ms = 0\n", "qemu.start_timeout_ms is 0"),
         ("[upkeep]\nreclaim_after_ms = -1\n", "upkeep.reclaim_after_ms is -1; it must be 0 or more"),
         ("host_vcpus_overcommit = 0\n", "host_vcpus_overcommit is 0"),
+        ('listen_host = "10.0.0.1"\n', "10.0.0.1 is not a loopback address"),
+        ('tls_key = "key.pem"\n', "only one of tls_certificate and tls_key"),
+        ('tls_key = "k"\ntls_certificate = "c"\ntls_names = ["a"]\n', "both tls_certificate and tls_names"),
+        (
+            "[hosts]\nrequire_client_certificates = true\n",
+            "require_client_certificates is set, and the server has no TLS",
+        ),
         ("host_disk_overcommit = nan\n", "host_disk_overcommit is nan"),
         ("host_memory_mib = -5\n", "host_memory_mib is -5"),
     ],

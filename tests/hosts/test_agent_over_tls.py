@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -10,16 +13,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from processes.real_agent import RealAgent
 from processes.real_fleet import Fleet
+from waiting import until
 
 pytestmark = pytest.mark.qemu
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
+    return self_signed(tmp_path)
+
+
+def self_signed(tmp_path: Path) -> Path:
     path = tmp_path / "certificate.pem"
     request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=interlock"
     names = ("-addext", "subjectAltName=IP:127.0.0.1")
@@ -77,3 +88,74 @@ def test_an_agent_connects_to_no_server_whose_certificate_it_does_not_trust(secu
         time.sleep(0.02)
     assert "certificate verify failed" in failed[0]["why"]
     assert secure.server.get("/v1/hosts")["items"] == []
+
+
+def test_a_certificate_that_was_replaced_is_used_after_a_reload(secure: Fleet, certificate: Path) -> None:
+    url = secure.server.client.base_url
+    before = ssl.get_server_certificate((url.host, url.port or 0))
+    self_signed(certificate.parent)
+    os.kill(json.loads((secure.server.folder / "server.json").read_text())["pid"], signal.SIGHUP)
+    until(lambda: ssl.get_server_certificate((url.host, url.port or 0)) != before, "the old certificate is used")
+    assert ssl.get_server_certificate((url.host, url.port or 0)) == certificate.read_text()
+
+
+# -------------------------------------------------------------------------------------------- certificates of agents
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """A server with a certificate of its own CA, which requires certificates of agents."""
+    with tempfile.TemporaryDirectory(prefix="interlock-tls-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        settings = {"INTERLOCK_TLS_NAMES": "127.0.0.1", "INTERLOCK_HOSTS_REQUIRE_CLIENT_CERTIFICATES": "true"}
+        one = Fleet(folder, settings)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca_of(one)))  # for the test's own client
+        try:
+            one.start()
+            yield one
+        finally:
+            one.clear()
+
+
+def ca_of(fleet: Fleet) -> Path:
+    return fleet.server.folder / "tls" / "ca.pem"
+
+
+def refusal(fleet: Fleet, token: Path, secret: str = "") -> str:
+    """Why somebody is refused who connects as the agent of north, with its token and without its certificate."""
+    tls = ssl.create_default_context(cafile=ca_of(fleet))
+    headers = {"Authorization": f"Bearer {token.read_text()}"} | ({"Interlock-Enrolment": secret} if secret else {})
+    url = f"{fleet.server.client.base_url}/v1/hosts/north"
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{url.replace('https', 'wss')}/link", ssl=tls, additional_headers=headers)
+    file = httpx.get(f"{url}/files/x", verify=tls, headers=headers)
+    assert (refused.value.response.status_code, file.status_code) == (403, 403)
+    assert "has sent no certificate" in file.json()["detail"]
+    return str(json.loads(refused.value.response.body or b"")["detail"])
+
+
+def enrol(fleet: Fleet) -> str:
+    """A secret for north, which an admin created on the server's machine."""
+    command = (sys.executable, "-m", "interlock", "host", "enroll", "north")
+    environment = {**os.environ, **UNTRUSTED, "INTERLOCK_DATA_DIR": str(fleet.server.folder)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "valid once, until" in ran.stderr
+    return ran.stdout
+
+
+def test_an_impostor_with_the_token_of_a_host_and_without_its_certificate_is_refused(strict: Fleet) -> None:
+    secret = strict.folder / "north.enrolment"
+    options = ("--ca", str(ca_of(strict)), "--enrolment-file", str(secret))
+    north = RealAgent(strict.server, "north", strict.folder / "north", options, UNTRUSTED)
+    strict.agents["north"] = north
+    assert "the agent of north has sent no certificate" in refusal(strict, north.token_file())
+    secret.write_text(enrol(strict))
+    used = secret.read_text()
+    north.start()
+    until(lambda: not secret.exists(), "the secret was not removed")
+    strict.until_linked("north")
+    strict.create("one", "north")  # its image is a file over HTTP, with the certificate
+    assert "the agent of north has sent no certificate" in refusal(strict, north.token)
+    assert "was used, or has expired" in refusal(strict, north.token, used.strip())
+    assert strict.server.get("/v1/hosts/north")["linked"]

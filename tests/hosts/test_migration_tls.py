@@ -160,7 +160,6 @@ def test_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     keys = [tmp_path / "server" / "tls" / name for name in ("ca.key", "host.pem")]
     for path in (*keys, tmp_path / "north" / "host.pem"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    assert stat.S_IMODE((tmp_path / "server" / "tls").stat().st_mode) == 0o700
 
 
 async def test_the_ca_is_the_same_after_a_restart_of_the_server(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ EXTERNAL_PACKAGES = {
     "core": {"msgspec"},
     "ports": {"msgspec"},
     "config": {"msgspec"},
+    "config_file": {"msgspec"},
     "confinement": {"msgspec"},
     "policies": {"cryptography", "matplotlib", "msgspec", "numpy", "yaml"},
     "service": {"msgspec", "structlog"},

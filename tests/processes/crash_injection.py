@@ -18,7 +18,7 @@ from typing import Any, Final
 import uvloop
 
 from interlock import server
-from interlock.config import load
+from interlock.config_file import load
 from interlock.driver.operation_context import FencePermit, OperationContext
 from interlock.driver.worker import Worker
 from interlock.service import server_log

@@ -14,7 +14,7 @@ from pathlib import Path
 import uvloop
 
 from interlock import server
-from interlock.config import load
+from interlock.config_file import load
 from interlock.service import server_log
 from interlock.stores.clock import SystemClock
 

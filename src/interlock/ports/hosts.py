@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 
@@ -156,6 +156,21 @@ STALL_S: Final = 1.0
 LINK_ALPN: Final = "interlock-agent"
 """The protocol that an agent offers in its TLS handshake (ALPN), by which the server distinguishes its connection from
 those of other clients before it is decrypted."""
+
+
+_CERTIFIED: Final = "interlock:host:"
+
+
+def host_uri(name: str) -> str:
+    """Return the URI that names a host in its certificate; no client takes it for the name of an HTTPS server."""
+    return f"{_CERTIFIED}{name}"
+
+
+def certified_host(certificate: Mapping[str, Any] | None) -> str | None:
+    """Return the host that a verified certificate names, as `ssl` decodes it; None if there is none that names one."""
+    names: Iterable[tuple[str, str]] = (certificate or {}).get("subjectAltName", ())
+    uris = (value.removeprefix(_CERTIFIED) for kind, value in names if kind == "URI" and value.startswith(_CERTIFIED))
+    return next(uris, None)
 
 
 class IssuedCertificate(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import structlog
 
-from interlock.config import Config, unknown_variables
+from interlock.config import Config
+from interlock.config_file import unknown_variables
 
 _LOG = structlog.get_logger(__name__)
 

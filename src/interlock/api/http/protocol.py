@@ -17,6 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from interlock.api.http import problems
 from interlock.config import HttpConfig
+from interlock.ports.hosts import certified_host
 
 _GATHERED_BYTES_MAX: Final = 64 * 1024
 """Gathered output beyond this is written at once."""
@@ -26,6 +27,8 @@ _LINGER_BYTES_MAX: Final = 1024 * 1024
 the client would not see the response."""
 BODY_STEP_BYTES: Final = 64 * 1024
 """The part of a body for which `body_timeout_ms` holds."""
+CERTIFIED_HOST: Final = "certified_host"
+"""In the state of a request or WebSocket: the host that the client's certificate names, or None."""
 _PATH_SHOWN_MAX: Final = 200
 
 
@@ -71,6 +74,10 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------------ the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        secured = transport.get_extra_info("ssl_object")
+        if secured is not None:
+            # Also for a WebSocket that this connection becomes.
+            self.app_state = {**self.app_state, CERTIFIED_HOST: certified_host(secured.getpeercert())}
         gathering = _GatheringTransport(transport, self._limits.send_timeout_ms / 1000)
         super().connection_made(gathering)  # type: ignore[arg-type]
         self._start_receiving(self._limits.header_timeout_ms, self._on_head_timeout)

@@ -19,6 +19,7 @@ from interlock.service.clock_watch import ClockWatch
 from interlock.service.console_service import ConsoleService
 from interlock.service.disk_space import DiskSpace
 from interlock.service.dumps import Dumps
+from interlock.service.host_enrolment import HostEnrolment
 from interlock.service.host_moves import HostMoves
 from interlock.service.hosts import HostService
 from interlock.service.image_fetches import ImageFetches
@@ -49,6 +50,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Tokens
     projects: Projects
     hosts: HostService
+    enrolment: HostEnrolment
     moves: HostMoves
     config: Config
     accepting: Callable[[], bool]

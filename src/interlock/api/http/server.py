@@ -28,6 +28,7 @@ from interlock.api.http.listener import PEEK_BYTES_MAX, ConnectionSlots, connect
 from interlock.api.http.loop_relay import LoopRelay
 from interlock.api.http.protocol import HttpProtocol, WebSocketProtocol, refusal
 from interlock.config import HttpConfig
+from interlock.core.errors import Unavailable
 
 _LOG = structlog.get_logger(__name__)
 _ACCEPTED_AT_ONCE: Final = 64
@@ -52,10 +53,18 @@ class HttpServer(uvicorn.Server):
     Args:
         application: an ASGI application.
         limits: of connections and requests.
+        tls: returns the settings of TLS, now and again for each `reload_tls`; None: without TLS.
         more: other settings of uvicorn.
+
+    Raises:
+        Unavailable, OSError: as `tls`.
     """
 
-    def __init__(self, application: Any, limits: HttpConfig, **more: Any) -> None:
+    def __init__(
+        self, application: Any, limits: HttpConfig, tls: Callable[[], ssl.SSLContext] | None = None, **more: Any
+    ) -> None:
+        self._tls = tls
+        context = None if tls is None else tls()
         self._settings: dict[str, Any] = {
             "ws": WebSocketProtocol,
             "http": HttpProtocol,
@@ -64,6 +73,7 @@ class HttpServer(uvicorn.Server):
             "access_log": False,
             "server_header": False,
             "lifespan": "off",
+            "ssl_context_factory": None if context is None else lambda _config, _default: context,
             **more,
         }
         super().__init__(uvicorn.Config(application, **self._settings))
@@ -76,6 +86,26 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: uvicorn's handlers would end the process before the store is closed."""
         yield
+
+    def reload_tls(self) -> None:
+        """Use the present certificate for new connections, if there is TLS; the result is logged."""
+        if self._tls is None or self._thread is None:
+            return
+        try:
+            context = self._tls()
+        except (Unavailable, OSError) as error:
+            _LOG.warning("certificate of the server not reloaded", why=str(error))
+            return
+        # Replaced as a whole: another thread may be using the former settings.
+        self.config.ssl = context
+        self._thread.use_tls(context)
+        _LOG.info("certificate of the server reloaded")
+
+    async def reload_tls_every(self, interval_s: float) -> None:
+        """As `reload_tls`, periodically, so that a certificate is replaced before it expires."""
+        while True:
+            await asyncio.sleep(interval_s)
+            self.reload_tls()
 
     async def serve_on(self, listening: socket.socket) -> None:
         """Serve the connections of a listening socket until `should_exit`."""
@@ -166,6 +196,10 @@ class ConnectionThread:
 
     def start(self) -> None:
         self._thread.start()
+
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """Use these settings for new connections. Called from another thread."""
+        self._settings.ssl = context
 
     async def close(self, drain_s: float) -> None:
         """Accept no more connections, close those of agents, and wait for their sessions, for `drain_s` at most."""

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from interlock.api.http.problems import HttpProblem
+from interlock.api.http.protocol import CERTIFIED_HOST
 from interlock.api.http.route import ApiParts, Routes
 from interlock.service.auth import Caller
 
@@ -27,7 +28,7 @@ _WRITE_BYTES: Final = 1 << 20
     "GET /v1/hosts/{name}/files/{transfer}", "Download a file, or a range of it", {200: "application/octet-stream"}
 )
 async def download(parts: ApiParts, caller: Caller, request: Request) -> FileResponse:
-    name, transfer = request.path_params["name"], request.path_params["transfer"]
+    name, transfer = _path(parts, request)
     return FileResponse(parts.hosts.outgoing_file(caller, name, transfer), media_type="application/octet-stream")
 
 
@@ -39,8 +40,15 @@ async def upload(parts: ApiParts, caller: Caller, request: Request) -> None:
         raise HttpProblem(
             "bad-header", "Invalid Content-Range: expected `bytes FIRST-LAST/*`.", remedy="Send the range of the body."
         )
-    name, transfer = request.path_params["name"], request.path_params["transfer"]
+    name, transfer = _path(parts, request)
     await parts.hosts.receive_range(caller, name, transfer, first, _body(request, last - first + 1))
+
+
+def _path(parts: ApiParts, request: Request) -> tuple[str, str]:
+    """Return the host and the transfer. Raises `Forbidden` if the agent lacks a required certificate."""
+    name = request.path_params["name"]
+    parts.enrolment.require(name, request.scope.get("state", {}).get(CERTIFIED_HOST))
+    return name, request.path_params["transfer"]
 
 
 async def _body(request: Request, length: int) -> AsyncIterator[bytes]:

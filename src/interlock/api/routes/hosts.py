@@ -13,6 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from interlock.api.http import audit_entries, problems, request_parsing
 from interlock.api.http.authentication import authenticated, bearer
 from interlock.api.http.loop_relay import REPLY_AT_ONCE
+from interlock.api.http.protocol import CERTIFIED_HOST
 from interlock.api.http.revocation import REVOKED, revocable_receive
 from interlock.api.http.route import ApiParts, Routes
 from interlock.api.schemas.hosts import (
@@ -20,6 +21,7 @@ from interlock.api.schemas.hosts import (
     Host,
     HostCapacity,
     HostDrain,
+    HostEnrolment,
     HostEvent,
     HostEventList,
     HostList,
@@ -40,6 +42,8 @@ own_routes = Routes("host")
 _LOG = structlog.get_logger(__name__)
 _UNAUTHORIZED: Final = 4401
 """WebSocket close code: 4000 plus the HTTP status."""
+ENROLMENT_HEADER: Final = "interlock-enrolment"
+"""Header with the secret of an enrolment."""
 _NORMAL: Final = 1000
 _TRY_AGAIN_LATER: Final = 1013
 
@@ -160,6 +164,17 @@ async def rename(parts: ApiParts, caller: Caller, request: Request) -> Host:
     return _view(await parts.hosts.rename(caller, request.path_params["name"], body.name))
 
 
+@routes.add(
+    "POST /v1/hosts/{name}/enrolment",
+    "Create a one-time secret with which a host's agent connects without a certificate, and gets one",
+    {201: HostEnrolment},
+    audited="host.enroll",
+)
+async def enrol(parts: ApiParts, caller: Caller, request: Request) -> HostEnrolment:
+    made = parts.enrolment.create(caller, request.path_params["name"])
+    return HostEnrolment(host=made.host, secret=made.secret, expires_at=timestamp(made.expires_at_ms))
+
+
 @routes.add("DELETE /v1/hosts/{name}", "Delete a fenced host that has no instances", {204: None}, audited="host.delete")
 async def forget(parts: ApiParts, caller: Caller, request: Request) -> None:
     await parts.hosts.forget(caller, request.path_params["name"])
@@ -239,6 +254,8 @@ class _AgentLink:
             remedy=f"Create one with `interlock token create NAME --role agent --host {name[:80]}`.",
         )
         self._parts.hosts.require_may_link(caller, name)
+        certified = websocket.scope.get("state", {}).get(CERTIFIED_HOST)
+        self._parts.enrolment.require(name, certified, websocket.headers.get(ENROLMENT_HEADER))
         if not self._parts.accepting():
             raise Unavailable("The server is starting or stopping.")
         return caller

@@ -174,6 +174,15 @@ class Host(Wire, frozen=True, kw_only=True):
     """What confines its guests, as last reported by its agent; empty if unknown."""
 
 
+class HostEnrolment(Wire, frozen=True, kw_only=True):
+    """A one-time secret for the first connection of a host's agent, which has no certificate yet."""
+
+    host: str
+    secret: str
+    """Shown only here."""
+    expires_at: str
+
+
 class HostEvent(Wire, frozen=True, kw_only=True):
     """An event of a host."""
 

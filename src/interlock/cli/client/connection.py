@@ -76,18 +76,18 @@ def find(environment: Mapping[str, str], url: str | None = None, ca: str | None 
         return Connection(named, token.strip(), ca)
     folder = folder_of(environment)
     if named:
-        here = _read_url(folder / SERVER_FILE)
+        here, own_ca = _read_server(folder / SERVER_FILE)
         if here is None or here.rstrip("/") != named.rstrip("/"):
             raise Failure(
                 ExitCode.NOT_AUTHORISED,
                 f"Token for {named} not found.",
                 remedy=f"Set {TOKEN_VARIABLE} to a token of that server.",
             )
-        return Connection(named, _read_token(folder / TOKEN_FILE), ca)
-    here = _read_url(folder / SERVER_FILE)
+        return Connection(named, _read_token(folder / TOKEN_FILE), ca or own_ca)
+    here, own_ca = _read_server(folder / SERVER_FILE)
     if here is None:
         raise _not_running(folder)
-    return Connection(valid_url(here), token.strip() if token else _read_token(folder / TOKEN_FILE), ca)
+    return Connection(valid_url(here), token.strip() if token else _read_token(folder / TOKEN_FILE), ca or own_ca)
 
 
 def valid_url(url: str) -> str:
@@ -106,13 +106,13 @@ def valid_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _read_url(path: Path) -> str | None:
-    """Return the URL in a server's file, or None if the file does not exist."""
+def _read_server(path: Path) -> tuple[str | None, str | None]:
+    """Return the URL in a server's file, None if the file does not exist; and the file of the server's own CA."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return str(document["url"])
+        return str(document["url"]), document.get("ca")
     except FileNotFoundError:
-        return None
+        return None, None
     except OSError as error:
         raise Failure(
             ExitCode.NOT_REACHABLE,

@@ -53,6 +53,11 @@ def _secure_url(server: str, *, plain_http: bool) -> str:
     show_envvar=True,
     help="PEM file of CAs that the server's certificate may be from, besides the system's.",
 )
+@click.option(
+    "--enrolment-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file with a secret of `interlock host enroll`; it is deleted once the host has a certificate.",
+)
 @click.option(PLAIN_HTTP, "plain_http", is_flag=True, help="Allow http:// to another machine: nothing is encrypted.")
 @click.option(
     "--shared",
@@ -69,6 +74,7 @@ def agent(
     name: str | None,
     data_dir: Path | None,
     ca: Path | None,
+    enrolment_file: Path | None,
     plain_http: bool,
     shared: Path | None,
     path: Path | None,
@@ -98,6 +104,7 @@ def agent(
         token=token,
         name=name or config.host or platform.node().partition(".")[0].lower() or "localhost",
         ca=ca,
+        enrolment=enrolment_file,
         shared=_folder(shared, config.hosts.shared_dir),
     )
 

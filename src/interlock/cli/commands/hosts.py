@@ -11,6 +11,7 @@ from interlock.api.schemas.hosts import (
     Host,
     HostCapacity,
     HostDrain,
+    HostEnrolment,
     HostEventList,
     HostList,
     HostRenameRequest,
@@ -209,6 +210,26 @@ def host_events(invocation: Invocation, *, name: str | None) -> None:
         "DETAIL": lambda one: one.detail or "-",
     }
     invocation.print_items(invocation.client.get(path_of(HOSTS, name, "events")), HostEventList, columns)
+
+
+@host_commands.command("enroll")
+@click.argument("name")
+@with_json
+def enroll_host(invocation: Invocation, *, name: str) -> None:
+    """Create a one-time secret for the first connection of a host's agent.
+
+    Where the server requires certificates of agents, an agent without one
+    connects with the secret (`interlock agent --enrolment-file FILE`), besides
+    its token, and gets the host's certificate, which it renews by itself. The
+    secret is printed only once, on standard output.
+    """
+    reply = invocation.client.post(path_of(HOSTS, name, "enrolment"), {})
+    if invocation.print_json(reply):
+        return
+    made = reply.decode(HostEnrolment)
+    until = clock(made.expires_at, invocation.client.now)
+    invocation.echo(f"Enrolment of {made.host}: valid once, until {until}. Its secret is shown only here:", error=True)
+    invocation.echo(made.secret)
 
 
 @host_commands.command("fence")

@@ -25,13 +25,13 @@ config_option = click.option(
 
 def read_config(path: Path | None, environment: Mapping[str, str], listen: tuple[str, str] | None = None) -> Config:
     """Load the configuration; `listen` (host, port) overrides its address. Raises `Failure`."""
-    from interlock import config
+    from interlock import config_file
 
     variables = dict(environment)
     if listen is not None:
         variables["INTERLOCK_LISTEN_HOST"], variables["INTERLOCK_LISTEN_PORT"] = listen
     with errors_as_failures():
-        return config.load(path, variables)
+        return config_file.load(path, variables)
 
 
 class errors_as_failures:  # noqa: N801 - used like a function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Protocol
@@ -14,11 +15,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from interlock.config import Config
 from interlock.core.errors import Invalid, Unavailable
-from interlock.hypervisors.certificates.host_certificate import CA_FILE, HostCertificate, host_uri, key_pem
+from interlock.hypervisors.certificates.host_certificate import CA_FILE, HostCertificate, key_pem
 from interlock.images.atomic_files import write_atomically
-from interlock.ports.hosts import IssuedCertificate
+from interlock.ports.hosts import IssuedCertificate, host_uri
 
 _KEY_FILE: Final = "ca.key"
+_SERVER_FILE: Final = "server.pem"
 _CA_LIFETIME: Final = timedelta(days=365 * 20)
 _SKEW: Final = timedelta(days=1)
 """How far the clock of a host may be behind the server's."""
@@ -67,31 +69,60 @@ class CertificateAuthority:
             self._own_expires = now + self._valid
         return self._sign(name, request, now)
 
+    @property
+    def ca(self) -> str:
+        """The certificate of the CA (PEM). Raises as `issue`."""
+        return _pem(self._open(self._now())[1])
+
+    def issue_server(self, names: tuple[str, ...]) -> Path:
+        """Return the file of a new key and certificate for an HTTPS server of these names and addresses.
+
+        Raises:
+            Unavailable, OSError: as `issue`.
+        """
+        now = self._now()
+        key, ca = ec.generate_private_key(ec.SECP256R1()), self._open(now)[1]
+        built = _builder(_subject(names[0]), ca.subject, key.public_key(), now, self._valid)
+        alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names])
+        certificate = self._signed(built, alternatives, (ExtendedKeyUsageOID.SERVER_AUTH,))
+        path = self._folder / _SERVER_FILE
+        write_atomically(path, key_pem(key) + _pem(certificate).encode(), mode=0o600)
+        return path
+
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._store.shown_ms(self._store.now_ms()) / 1000, tz=UTC)
 
     def _sign(self, name: str, request: str, now: datetime) -> IssuedCertificate:
-        key, ca = self._open(now)
+        ca = self._open(now)[1]
         public_key = _requested_key(request)
-        certificate = (
-            _builder(_subject(name), ca.subject, public_key, now, self._valid)
-            .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(host_uri(name))]), critical=True)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
+        built = _builder(_subject(name), ca.subject, public_key, now, self._valid)
+        uri = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(host_uri(name))])
+        certificate = self._signed(built, uri, (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH))
         return IssuedCertificate(
             certificate=_pem(certificate), ca=_pem(ca), renew_s=int(self._valid.total_seconds() / _RENEWALS)
         )
 
+    def _signed(
+        self,
+        built: x509.CertificateBuilder,
+        names: x509.SubjectAlternativeName,
+        uses: tuple[x509.ObjectIdentifier, ...],
+    ) -> x509.Certificate:
+        """Return the certificate of a host or server, with the extensions that all of them have."""
+        assert self._ca is not None
+        key = self._ca[0]
+        return (
+            built.add_extension(names, critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+
     def _open(self, now: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
         if self._ca is None:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            self._folder.mkdir(mode=0o711, exist_ok=True)
             key_path, path = self._folder / _KEY_FILE, self._folder / CA_FILE
             if key_path.exists():
                 key = self._read_key(key_path)
@@ -117,6 +148,13 @@ class CertificateAuthority:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise Unavailable(f"Invalid key of the server's CA in {path}: expected an EC key.")
         return key
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def _requested_key(request: str) -> ec.EllipticCurvePublicKey:

@@ -1,13 +1,10 @@
-"""The key and certificate of one host, in its data folder, and the TLS settings made of them.
-
-A certificate names its host in a URI, which no client takes for the name of an HTTPS server.
-"""
+"""The key and certificate of one host, in its data folder, and the TLS settings made of them."""
 
 from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,22 +16,6 @@ from interlock.ports.hosts import IssuedCertificate
 
 CA_FILE: Final = "ca.pem"
 _FILE: Final = "host.pem"
-_URI: Final = "interlock:host:"
-
-
-def host_uri(name: str) -> str:
-    """Return the URI that names a host in its certificate."""
-    return f"{_URI}{name}"
-
-
-def certified_host(connection: ssl.SSLSocket | ssl.SSLObject) -> str | None:
-    """Return the host that the certificate of the other side names; None if it has sent none that names a host.
-
-    The certificate was verified in the handshake.
-    """
-    found = connection.getpeercert() or {}
-    names = cast("tuple[tuple[str, str], ...]", found.get("subjectAltName", ()))
-    return next((uri.removeprefix(_URI) for kind, uri in names if kind == "URI" and uri.startswith(_URI)), None)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -65,14 +46,14 @@ class HostCertificate:
     def install(self, issued: IssuedCertificate) -> None:
         """Store the certificate for the key of the last `request`. Raises OSError."""
         assert self._key is not None
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder.mkdir(mode=0o711, exist_ok=True)
         write_atomically(self._folder / CA_FILE, issued.ca, mode=0o644)
         write_atomically(self._folder / _FILE, key_pem(self._key) + issued.certificate.encode(), mode=0o600)
 
     def settings(self, *, server_side: bool) -> ssl.SSLContext:
         """Return settings for TLS 1.3 with another host: both sides need a certificate of the same CA.
 
-        The name in the other side's certificate is to be checked with `certified_host`.
+        The name in the other side's certificate is to be checked: `ports.hosts.certified_host`.
 
         Raises:
             OperationRejected: this host has no certificate.

@@ -17,6 +17,7 @@ from interlock.core.errors import Forbidden, Invalid
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
 from interlock.ports.hosts import LINK_ALPN
 
+_ENROLMENT_HEADER: Final = "Interlock-Enrolment"
 _OPEN_S: Final = 10.0
 _REFUSED: Final = frozenset({401, 403, 404, 422})
 
@@ -62,21 +63,28 @@ def _problem(body: bytes | bytearray | None) -> tuple[str, str | None]:
     return problem.detail, problem.remedy
 
 
-async def tls_settings(server: str, ca: Path | None) -> ssl.SSLContext | None:
-    """Return the TLS settings for a server's URL; None without TLS. `ca` is trusted besides the system's CAs.
+async def tls_settings(server: str, ca: Path | None, certificate: Path | None = None) -> ssl.SSLContext | None:
+    """Return the TLS settings for a server's URL; None without TLS.
 
-    Raises OSError if that cannot be read.
+    `ca` is trusted besides the system's CAs, and `certificate` shown to a server that asks for one. Raises OSError if
+    one of them cannot be read.
     """
     if not server.startswith("https://"):
         return None
     settings = ssl.create_default_context()
     if ca is not None:
         await asyncio.to_thread(settings.load_verify_locations, ca)
+    if certificate is not None:
+        await asyncio.to_thread(settings.load_cert_chain, certificate)
     return settings
 
 
-async def dial(server: str, name: str, token: str, tls: ssl.SSLContext | None = None) -> WebSocketLink:
+async def dial(
+    server: str, name: str, token: str, tls: ssl.SSLContext | None = None, enrolment: str | None = None
+) -> WebSocketLink:
     """Connect to the server whose URL is `server`; `tls` is for such connections alone.
+
+    `enrolment` is a secret of `interlock host enroll`.
 
     Raises:
         ConnectionError: it cannot be reached now.
@@ -87,10 +95,11 @@ async def dial(server: str, name: str, token: str, tls: ssl.SSLContext | None = 
         tls.set_alpn_protocols([LINK_ALPN, "http/1.1"])
     address = f"{server.rstrip('/')}/v1/hosts/{name}/link"
     address = address.replace("https://", "wss://", 1).replace("http://", "ws://", 1)
+    headers = {"Authorization": f"Bearer {token}"} | ({} if enrolment is None else {_ENROLMENT_HEADER: enrolment})
     try:
         connection = await connect(
             address,
-            additional_headers={"Authorization": f"Bearer {token}"},
+            additional_headers=headers,
             compression=None,
             max_size=FRAME_BYTES_MAX,
             open_timeout=_OPEN_S,

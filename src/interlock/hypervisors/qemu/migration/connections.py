@@ -15,7 +15,8 @@ from typing import Final, TypeVar
 import msgspec
 
 from interlock.core.errors import OperationRejected
-from interlock.hypervisors.certificates.host_certificate import HostCertificate, certified_host
+from interlock.hypervisors.certificates.host_certificate import HostCertificate
+from interlock.ports.hosts import certified_host
 from interlock.ports.migration import MigrationEndpoint
 
 _ResultT = TypeVar("_ResultT")
@@ -56,7 +57,7 @@ class PeerTls(msgspec.Struct, frozen=True):
         )
         try:
             await _until_done(secured, secured.do_handshake, writing=False)
-            found = certified_host(secured)
+            found = certified_host(secured.getpeercert())
             wrong = None if found == self.peer else f"its certificate is of host {found}, not of host {self.peer}"
             if wrong is not None and server_side:
                 await send_line(secured, wrong)
