@@ -389,6 +389,8 @@ async def test_signs_of_life_put_the_end_off(tmp_path: Path, host: SimulatedHost
     host.ignore_power_button(vm)
     ended = await fleet.carry_out(vm, O.STOP)
     assert (ended.status, "shutdown timed out after 1.2 s" in str(ended.message)) == (Status.SUCCEEDED, True)
+    details = [event.data.get("detail") for event in await fleet.events(vm) if event.kind == "request.progress"]
+    assert "waiting for the guest to power off, for 1.2 s at most" in details
     await fleet.server.close()
 
 
