@@ -491,6 +491,19 @@ async def test_a_key_is_forgotten_after_its_time(path: Path) -> None:
     await store.close()
 
 
+async def test_a_beginning_finds_the_ids_of_what_is_there_and_of_every_request(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.create(creating("abc"))
+    await store.change("abc", admitting("abd"))
+    for state, instances in ((VmState.ACTIVE, ("abc",)), (VmState.DELETED, ())):
+        await store.change("abc", putting(vm_state=state))
+        assert await store.ids_like("instances", "one", "ab") == instances
+        assert await store.ids_like("requests", "one", "ab") == ("abd",)
+        assert await store.ids_like("requests", "two", "ab") == ()
+    await store.close()
+
+
 async def test_more_callers_than_a_transaction_takes_are_all_served(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
