@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,11 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from hosts.test_migration_tls import DAY_MS, authority
+from hosts.test_migration_tls import certificate as certificate_of
+from interlock.api.http.server_tls import server_tls
+from interlock.config import Config, HostsConfig
+from interlock.hypervisors.remote.reconnect import dial, tls_settings
 from processes.real_agent import RealAgent
 from processes.real_fleet import Fleet
 from waiting import until
@@ -159,3 +165,16 @@ def test_an_impostor_with_the_token_of_a_host_and_without_its_certificate_is_ref
     assert "the agent of north has sent no certificate" in refusal(strict, north.token)
     assert "was used, or has expired" in refusal(strict, north.token, used.strip())
     assert strict.server.get("/v1/hosts/north")["linked"]
+
+
+async def test_an_agent_whose_certificate_has_expired_says_how_to_get_another(tmp_path: Path) -> None:
+    folder, now_ms = tmp_path / "server", int(time.time() * 1000)
+    north = certificate_of(authority(folder, now_ms - 31 * DAY_MS), "north", tmp_path / "north")
+    config = Config(data_dir=str(folder), tls_names=("127.0.0.1",), hosts=HostsConfig(require_client_certificates=True))
+    tls = server_tls(config, authority(folder, now_ms))
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=tls)
+    async with server:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        settings = await tls_settings(url, folder / "tls" / "ca.pem", north.path)
+        with pytest.raises(ConnectionError, match="interlock host enroll north"):
+            await dial(url, "north", "token", settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import socket
@@ -24,6 +25,7 @@ from interlock.core.records import Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.certificates.authority import CertificateAuthority
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
+from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.migration.connections import OK, PeerTls, connect, read_line, send_line
 from interlock.hypervisors.qemu.migration.relay import Relay
 from interlock.ports.migration import MigrationEndpoint
@@ -191,11 +193,11 @@ def test_the_certificate_of_the_servers_own_host_is_renewed_in_time(tmp_path: Pa
     config = Config(data_dir=str(tmp_path / "server"), hosts=HostsConfig(certificate_ms=30 * DAY_MS))
     ca, own = CertificateAuthority(config, "here", clock), tmp_path / "server" / "tls" / "host.pem"
     seen = []
-    for days in (0, 9, 11):
+    for days in (0, 9, 11, -20):
         clock.wall_ms = NOW_MS + days * DAY_MS
         certificate(ca, "north", tmp_path / "north")
         seen.append(own.read_bytes())
-    assert seen[0] == seen[1] != seen[2]
+    assert seen[0] == seen[1] != seen[2] != seen[3]
 
 
 # ------------------------------------------------------------------------------------------------------------ relay
@@ -271,7 +273,7 @@ async def test_a_relay_that_is_closed_ends_both_sides(tmp_path: Path) -> None:
 
 @pytest.mark.qemu
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
-async def test_a_guest_whose_relay_ends_on_the_way_runs_on_at_the_source(tmp_path: Path) -> None:
+async def test_a_guest_whose_connection_breaks_on_the_way_runs_on_at_the_source(tmp_path: Path) -> None:
     with two_benches(tmp_path) as benches:
         north, _ = benches
         north.settings = replace(north.settings, migration_bytes_per_s=4 * MIB)
@@ -288,15 +290,36 @@ async def test_a_guest_whose_relay_ends_on_the_way_runs_on_at_the_source(tmp_pat
             here.send_guest_tls(PERMIT, "one", endpoint, "south", 0, lambda *_, **__: moved.set())
         )
         await moved.wait()
-        await there._migration.close()
-        with pytest.raises(OperationRejected, match="VM one could not be migrated") as failed:
+        break_connection(there)
+        with pytest.raises(OperationRejected, match=f"The connection to 127.0.0.1:{endpoint.port} broke: ") as failed:
             await sending
-        assert failed.value.remedy
+        assert "VM one could not be migrated" in failed.value.message
+        assert "The VM continues on the source host." in str(failed.value.remedy)
         assert (await here.inspect("one")).power_state is PowerState.RUNNING
         await north.until_up("one")
         for hypervisor in (here, there):
             await hypervisor.undefine(PERMIT, "one")
             await hypervisor.close()
+
+
+def break_connection(target: QemuHypervisor) -> None:
+    """End the connection to a target as the end of its process does, without a word of TLS."""
+    (relay,) = target._migration._listeners["one"]._relays
+    with socket.socket(fileno=os.dup(relay._outer.fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_host_neither_sends_nor_receives_unencrypted_unless_its_configuration_allows_it(tmp_path: Path) -> None:
+    hypervisor = QemuHypervisor(QemuSettings(folder=tmp_path))
+    endpoint = MigrationEndpoint(host="127.0.0.1", port=1, secret="secret")
+    spec = Spec(image=nano_guest(tmp_path))
+    for refused in (
+        hypervisor.receive_guest(PERMIT, "one", spec, ""),
+        hypervisor.send_guest(PERMIT, "one", endpoint, 0, lambda *_, **__: None),
+    ):
+        with pytest.raises(OperationRejected, match="does not send or receive VMs without encryption") as rejected:
+            await refused
+        assert "qemu.migration_unencrypted" in str(rejected.value.remedy)
 
 
 def certify(folder: Path, benches: tuple[QemuWorkbench, QemuWorkbench]) -> None:

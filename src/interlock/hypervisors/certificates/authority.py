@@ -63,7 +63,8 @@ class CertificateAuthority:
             OSError: a file cannot be written.
         """
         now = self._now()
-        if self._own_expires is None or self._own_expires - now < self._valid * (_RENEWALS - 1) / _RENEWALS:
+        left = timedelta() if self._own_expires is None else self._own_expires - now
+        if not self._valid * (_RENEWALS - 1) / _RENEWALS < left <= self._valid:  # more, if the clock was set back
             own = HostCertificate(self._folder)
             own.install(self._sign(self._own, own.request(), now))
             self._own_expires = now + self._valid

@@ -196,10 +196,12 @@ class RemoteHypervisor:
         if request is None or self._certify is None:
             return None
         try:
-            return self._certify(name, request)
+            issued = self._certify(name, request)
         except (InterlockError, OSError) as error:
             _LOG.warning("host certificate not issued", host=name, why=str(error))
             return None
+        _LOG.info("host certificate issued", host=name)
+        return issued
 
     def _host_of(self, greeting: Hello) -> Host:
         now_ms = self._now_ms()

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus, InvalidURI
 from websockets.frames import CloseCode
 
 from interlock.core.errors import Forbidden, Invalid
@@ -116,6 +116,12 @@ async def dial(
                 remedy=remedy or f"Make a token for it: `interlock token create NAME --role agent --host {name}`.",
             ) from error
         raise ConnectionError(str(error)) from error
+    except InvalidMessage as error:
+        # As far as a client of TLS 1.3 sees, also if its certificate was rejected.
+        raise ConnectionError(
+            f"{error}. If the server requires certificates, that of this host may have expired: create a secret with "
+            f"`interlock host enroll {name}`, and start the agent with --enrolment-file."
+        ) from error
     except (OSError, InvalidHandshake, TimeoutError) as error:
         raise ConnectionError(str(error)) from error
     return WebSocketLink(connection)
