@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from interlock.core import lifecycle
-from interlock.core.operations import CATALOGUE, Lane
+from interlock.core.operations import CATALOGUE, Lane, Operation
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.records import (
     ENDS,
@@ -68,6 +68,8 @@ def check(before: Instance, change: Change[Any], step: Step, policy: CompiledPol
     yield from held_fence(before, change, step, policy, now_ms)
     yield from settled_success(before, after, step)
     yield from served_in_turn(before, change, step)
+    yield from written(before, change)
+    yield from unknown_waits(before, change.instance, step)
 
 
 def one_at_a_time(after: Instance) -> Iterator[Breach]:
@@ -278,6 +280,31 @@ def _late_report(after: Instance, request: Request, policy: CompiledPolicy, now_
             yield Breach(4, f"a late report of {name} was accepted")
         elif [event.kind for event in report.events] != ["request.fenced"]:
             yield Breach(4, f"a late report of {name} was refused and not recorded")
+
+
+def written(before: Instance, change: Change[Any]) -> Iterator[Breach]:
+    """Law 9: every request that changed is in the change that a store writes before anybody is answered."""
+    known = {request.id: request for request in (*before.outstanding, *before.held)}
+    kept = {request.id: request for request in change.requests}
+    for request in (*change.instance.outstanding, *change.instance.held):
+        if request != known.get(request.id) and request != kept.get(request.id):
+            yield Breach(9, f"{request.operation.value} changed and is not in what is written")
+
+
+def unknown_waits(before: Instance, after: Instance, step: Step) -> Iterator[Breach]:
+    """Law 10: a request whose outcome is unknown has not ended, and has changed nothing."""
+    if step.outcome is not Outcome.UNKNOWN or step.request is None:
+        return
+    waiting = [request.status for request in after.outstanding if request.id == step.request.id]
+    if waiting != [Status.UNKNOWN] or after.vm_state is not before.vm_state:
+        yield Breach(10, f"{step.request.operation.value} ended although its outcome is unknown")
+
+
+def one_copy(change: Change[Any], host_reachable: bool) -> Iterator[Breach]:
+    """Law 11, as far as the core decides on it: nothing is evacuated from a host that is not fenced."""
+    answer = change.answer
+    if isinstance(answer, Admitted) and answer.request.operation is Operation.EVACUATE and host_reachable:
+        yield Breach(11, "an evacuation was admitted although the host is not fenced")
 
 
 def settled_success(before: Instance, after: Instance, step: Step) -> Iterator[Breach]:

@@ -40,7 +40,7 @@ from interlock.core.view_classes import callers
 from interlock.policies.model_checker.results import Breach, Exploration, Violation, describe
 from interlock.policies.model_checker.symmetry_reduction import distinct_operations, distinct_phases
 from model_checker_reference.ages import Ages
-from model_checker_reference.laws import Step, StepKind, check, explained
+from model_checker_reference.laws import Step, StepKind, check, explained, one_copy
 
 START_MS: Final = 1_000_000_000
 DEFAULT_STATES_MAX: Final = 200_000
@@ -50,6 +50,7 @@ _NO_PROGRESS: Final = frozenset({entry.operation for entry in CATALOGUE.values()
     Operation.RESET_STATE,
 }
 """Operations whose admission does not unblock a hung instance."""
+_CLOCK_BACK_MS: Final = 3_600_000
 _encode = msgspec.json.Encoder().encode
 _GUEST_EVENTS: Final = (GuestEvent.STOPPED, GuestEvent.RESET, GuestEvent.CRASHED, GuestEvent.VANISHED)
 """The guest events that are explored; an unresponsive guest changes no decision."""
@@ -145,7 +146,8 @@ class Walk:
             self._expand(self.expanded)
             self.expanded += 1
         self.open_ends.update(range(self.expanded, len(self.nodes)))
-        self._check_never_stuck()
+        for index, breach in self.stuck():
+            self._report(index, None, breach)
 
     def _expand(self, index: int) -> None:
         node = self.nodes[index]
@@ -175,12 +177,13 @@ class Walk:
             change = admission.admit_there(node.instance, submission, self.policy, node.now_ms)
             self.transitions += 1
             step = Step(kind=StepKind.SUBMIT, event=_submit_event(operation, parameters, caller))
-            for breach in explained(node.instance, change):
-                self._report(index, step, breach)
-            if evaluation.would_admit(node.instance, submission, self.policy, node.now_ms) != isinstance(
-                admission.judge(node.instance, submission, self.policy, node.now_ms), Admitted
+            for breach in (
+                *explained(node.instance, change),
+                *one_copy(change, submission.host_reachable),
+                *self.hastened(node, submission, change),
+                *self.answered_otherwise(node, submission),
             ):
-                self._report(index, step, Breach(8, f"whether {operation.value} is admitted is answered in two ways"))
+                self._report(index, step, breach)
             match change.answer:
                 case Admitted():
                     hopeful = hopeful or operation not in _NO_PROGRESS
@@ -191,6 +194,21 @@ class Walk:
                 case _:
                     pass
         return hopeful
+
+    def hastened(self, node: _Node, submission: Submission, change: Change[Any]) -> Iterator[Breach]:
+        """Law 6: what is refused until a time takes nothing over because the clock went back."""
+        answer = change.answer
+        if isinstance(answer, Denied | Redundant) and answer.allowed_at_ms is not None:
+            back = admission.judge(node.instance, submission, self.policy, node.now_ms - _CLOCK_BACK_MS)
+            if isinstance(back, Admitted) and back.supersedes:
+                yield Breach(6, f"{submission.operation.value} takes over because the clock went back")
+
+    def answered_otherwise(self, node: _Node, submission: Submission) -> Iterator[Breach]:
+        """Law 8: the quick answer, from which retry times are computed, is that of the gate."""
+        quick = evaluation.would_admit(node.instance, submission, self.policy, node.now_ms)
+        answer = admission.judge(node.instance, submission, self.policy, node.now_ms)
+        if quick != isinstance(answer, Admitted):
+            yield Breach(8, f"whether {submission.operation.value} is admitted is answered in two ways")
 
     def _submission(
         self, node: _Node, operation: Operation, parameters: dict[str, Any], caller: dict[str, Any]
@@ -331,7 +349,7 @@ class Walk:
             None if deadline_ms is None else deadline_ms <= now_ms,
         )
 
-    def _check_never_stuck(self) -> None:
+    def stuck(self) -> Iterator[tuple[int, Breach]]:
         """Check law 5: search backwards from the goal over transitions that need no other worker."""
         safe = {index for index, node in enumerate(self.nodes) if node.instance.vm_state is self.goal}
         # States past the bound were not explored and do not count as violations.
@@ -345,7 +363,7 @@ class Walk:
         for index, node in enumerate(self.nodes):
             if index not in safe:
                 what = f"{self.goal.value} cannot be reached from {describe(node.instance)} without its worker's help"
-                self._report(index, None, Breach(5, what))
+                yield index, Breach(5, what)
 
     def _report(self, index: int, step: Step | None, breach: Breach) -> None:
         key = (breach.law, breach.what)

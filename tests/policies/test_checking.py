@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from large_policies import SHAPES, large_policy
-from policy_samples import instance
+from policy_samples import instance, site
 
 from interlock.core.admission import judge
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Lane, Operation
@@ -35,9 +35,11 @@ BROKEN = Path(__file__).parent / "broken"
 
 CAUGHT_BY_CHECK = {
     "against-fixed": ("against-fixed", "owners-reset", Severity.ERROR),
+    "cancelled-at-once": ("not-performable", "unpause-a-stop", Severity.ERROR),
     "contradiction": ("contradiction", "start-during-stop", Severity.ERROR),
     "covered-by-both": ("unreachable", "rebuild-of-builders", Severity.ERROR),
     "dead-rule": ("unreachable", "members-may-stop", Severity.ERROR),
+    "late-retry": ("threshold-never-passes", "late", Severity.ERROR),
     "no-exit-from-error": ("no-exit", "hands-off-errors", Severity.ERROR),
     "no-promise": ("no-promise", "pause-at-once", Severity.ERROR),
     "nobody-performs": ("not-performable", "unrescue-anything", Severity.ERROR),
@@ -165,6 +167,28 @@ def test_operations_that_no_driver_performs_are_one_note() -> None:
 def test_a_built_in_policy_has_no_error(name: str) -> None:
     findings = check_file(name)
     assert not [one for one in findings if one.severity is Severity.ERROR]
+
+
+A_MINUTE_OF_SILENCE = """
+[[rule]]
+id = "delete-gives-a-minute"
+operations = ["delete", "force_delete"]
+task_state = ["@snapshot", "@reboot"]
+verdict = "after"
+threshold = "1m"
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "listed"),
+    [("", True), ('measured_from = "task_started"', False), ('[served_at_most]\nsnapshot = "1h"', False)],
+)
+def test_a_deletion_that_waits_for_a_silence_that_may_never_come_is_a_note(more: str, *, listed: bool) -> None:
+    """A reboot is served for a limited time under `standard`, and a snapshot is not."""
+    found = [one for one in check(site(A_MINUTE_OF_SILENCE + more).policy) if one.code == "delete-needs-silence"]
+    own = [one for one in found if one.rule == "delete-gives-a-minute"]
+    assert bool(own) is listed
+    assert all("@snapshot" in one.message and "@reboot" not in one.message for one in own)
 
 
 def test_a_check_takes_less_than_a_second() -> None:

@@ -10,12 +10,14 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+import proof_page
 from interlock.cli.commands.policy.explore import explore as command
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
+from interlock.policies.laws import LAWS, POLICY_LAWS, SERVER_LAWS
 from interlock.policies.model_checker import Exploration, Violation, explore
 from interlock.policies.rehearsal.runner import rehearse
 from tiers import tier
@@ -28,6 +30,7 @@ _SOME = {
     O.START,
     O.STOP,
     O.REBOOT,
+    O.UNPAUSE,
     O.SUSPEND,
     O.RESUME,
     O.REBUILD,
@@ -53,10 +56,26 @@ class Mistake(NamedTuple):
 
 
 MISTAKES = {
+    "cancelled-at-once": Mistake(
+        2, "unpause was cancelled although all went as foreseen", ["submit stop", "take state", "submit unpause"]
+    ),
     "hung-component": Mistake(
         5,
         "deleted cannot be reached from active while attach_volume is served",
         ["submit start", "submit attach_volume", "take state", "finish start", "take component"],
+    ),
+    "late-retry": Mistake(
+        8,
+        "reboot is admitted before the retry time of its denial",
+        [
+            "submit start",
+            "submit reboot",
+            "take state",
+            "finish start",
+            "take state",
+            "submit reboot",
+            "submit reboot",
+        ],
     ),
     "no-exit-from-error": Mistake(
         5, "nothing is ever admitted in error", ["submit start", "take state", "finish start"]
@@ -113,6 +132,12 @@ def test_a_mistake_is_found_with_the_law_that_it_breaks_and_its_counterexample(n
     assert violation.law == mistake.law
     assert verbs(violation) == mistake.story
     plays(violation, policy)
+
+
+def test_the_page_lists_the_policies_that_break_each_law() -> None:
+    listed = {law: proof_page.mistakes(law).policies for law in (*LAWS, *SERVER_LAWS)}
+    broken = {law: [name for name, mistake in sorted(MISTAKES.items()) if mistake.law == law] for law in POLICY_LAWS}
+    assert {law: names for law, names in listed.items() if names != ["none can"]} == broken
 
 
 def test_where_only_an_admin_can_delete_is_listed_for_members() -> None:
@@ -182,37 +207,6 @@ def test_what_is_served_where_it_is_not_permitted_breaks_law_2() -> None:
     violation = the_one(found, "start was cancelled although all went as foreseen")
     answers = plays(violation, policy)
     assert "r3" in answers[-1]["cancelled"]
-
-
-def test_a_preempting_request_that_is_cancelled_at_once_breaks_law_2() -> None:
-    """It was admitted, and ended before it was served."""
-    busy = frozenset({"powering_off"})
-    policy = made(
-        DELETE,
-        rule("unpause", {O.UNPAUSE}, Verdict.PREEMPT, task_states=busy),
-        rule("no-unpause", {O.UNPAUSE}, Verdict.DENY),
-        rule("stop", {O.STOP}, Verdict.ADMIT),
-    )
-    found = search(policy, operations=(O.STOP, O.UNPAUSE, O.DELETE))
-    violation = the_one(found, "unpause was cancelled although all went as foreseen")
-    assert verbs(violation) == ["submit stop", "take state", "submit unpause"]
-    assert plays(violation, policy)[-1]["cancels"] == ["r2"]
-
-
-def test_a_retry_time_that_is_too_late_breaks_law_8() -> None:
-    """Another rule admits it a minute earlier: nothing is stuck, but the answer explains itself wrongly."""
-    busy = frozenset({"rebooting", "reboot_pending", "reboot_started"})
-    policy = made(
-        DELETE,
-        rule("early", {O.REBOOT}, Verdict.PREEMPT, task_states=busy, silent_ms_min=60_000),
-        rule("late", {O.REBOOT}, Verdict.AFTER, task_states=busy, threshold_ms=120_000),
-        ANYTHING,
-    )
-    violation = the_one(search(policy), "reboot is admitted before the retry time of its denial")
-    assert violation.law == 8
-    assert verbs(violation)[-1] == "submit reboot"
-    answers = plays(violation, policy)
-    assert [answer["retry_after"] for answer in answers if answer.get("disposition") == "denied"] == [120]
 
 
 def test_a_refusal_without_a_reason_breaks_law_8_whatever_is_outstanding() -> None:

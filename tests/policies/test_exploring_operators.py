@@ -272,6 +272,10 @@ def test_where_a_deletion_waits_for_a_silence_that_may_never_come_is_listed() ->
     found = search(site(A_MINUTE_OF_SILENCE), O.SNAPSHOT, O.DELETE, O.RESET_STATE)
     assert not found.violations
     assert "active while snapshot is served" in found.until_silence
+    said = "A worker ends or hangs: as long as one makes progress, be it for ever, nobody can delete"
+    assert f"{said} without a reset of the state in some states." in found.assumptions
+    nobody = search(site(A_MINUTE_OF_SILENCE + NO_RESET), O.SNAPSHOT, O.DELETE, O.RESET_STATE)
+    assert f"{said} in some states." in nobody.assumptions
 
 
 FROM_THE_START = A_MINUTE_OF_SILENCE.replace('threshold = "1m"', 'threshold = "1m"\nmeasured_from = "task_started"')
@@ -281,7 +285,8 @@ LIMITED = f'{A_MINUTE_OF_SILENCE}\n[served_at_most]\nsnapshot = "1h"\n'
 @pytest.mark.parametrize("rules", [FROM_THE_START, LIMITED], ids=["measured from the start", "served_at_most"])
 def test_a_time_from_the_start_ends_the_wait_for_a_worker_that_makes_progress(rules: str) -> None:
     found = search(site(rules), O.SNAPSHOT, O.DELETE, O.RESET_STATE)
-    assert "active while snapshot is served" not in found.until_silence
+    assert not found.until_silence
+    assert "A worker ends, hangs, or makes progress for ever." in found.assumptions
 
 
 def test_no_deletion_waits_for_silence_under_standard() -> None:

@@ -9,9 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
+import proof_page
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
+from interlock.policies.laws import LAWS, SERVER_LAWS
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.queues import Queues
 from interlock.policies.model_checker.search import Search
@@ -146,21 +148,32 @@ def the_last_component_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Steps, "take_component", unfair)
 
 
-MISTAKES: tuple[tuple[int, Mistake], ...] = (
-    (1, beside_everything),
-    (1, a_second_state_change),
-    (3, doubled_by_a_cancellation),
-    (3, ended_by_progress),
-    (4, fenced_and_served),
-    (4, nobody_is_asked_to_stop),
-    (7, success_without_effect),
-    (7, served_after_success),
-    (12, newest_first),
-    (12, the_last_component_first),
+MISTAKES: tuple[tuple[int, str, Mistake], ...] = (
+    (1, "a component change is served beside any state change", beside_everything),
+    (1, "a state change is taken while another is served", a_second_state_change),
+    (3, "a cancelled request stays and comes once more", doubled_by_a_cancellation),
+    (3, "a progress report ends its request", ended_by_progress),
+    (4, "a fenced worker goes on", fenced_and_served),
+    (4, "a worker is preempted and not asked to stop", nobody_is_asked_to_stop),
+    (7, "a success has no effect", success_without_effect),
+    (7, "what has ended is still served", served_after_success),
+    (12, "the newest request is queued first", newest_first),
+    (12, "a component change overtakes what waits", the_last_component_first),
 )
+"""The law, the mistake as docs/proof.md has it, and what makes it."""
 
 
-@pytest.mark.parametrize(("law", "mistake"), MISTAKES, ids=[mistake.__name__ for _, mistake in MISTAKES])
+def test_the_page_lists_these_mistakes() -> None:
+    listed = {law: proof_page.mistakes(law).steps for law in (*LAWS, *SERVER_LAWS)}
+    made = {law: [what for number, what, _ in MISTAKES if number == law] for law in listed}
+    assert listed == made
+
+
+@pytest.mark.parametrize(
+    ("law", "mistake"),
+    [(law, mistake) for law, _, mistake in MISTAKES],
+    ids=[mistake.__name__ for _, _, mistake in MISTAKES],
+)
 def test_a_mistake_in_the_steps_is_found_with_its_law(
     monkeypatch: pytest.MonkeyPatch, law: int, mistake: Mistake
 ) -> None:

@@ -248,6 +248,12 @@ class CompiledPolicy:
         own = rule.served_at_most_ms
         return (self.policy.served_at_most.get(operation) if own is None else own) or None
 
+    def limits(self, operation: Operation) -> bool:
+        """Return whether every request for an operation has a limit of its total time."""
+        admitting = (Verdict.ADMIT, Verdict.AFTER, Verdict.PREEMPT)
+        rules = (rule for rule in self.rules if operation in rule.operations and rule.verdict in admitting)
+        return all(self.limit_ms(rule, operation) is not None for rule in rules)
+
     def protected(self, tags: Iterable[str]) -> frozenset[str]:
         """Return those of the tags that only an admin may set or remove."""
         names = self.policy.protected_tags

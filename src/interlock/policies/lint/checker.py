@@ -41,11 +41,12 @@ def check(policy: Policy | PolicyText, performs: Iterable[Operation] | None = No
     own = policy.source if isinstance(policy, PolicyText) else _own_file(subject)
     reaching = Reaching(subject.rules)
     dead = DeadRules(reaching, own)
-    ways_out = WaysOut(reaching)
+    compiled = CompiledPolicy(subject)
+    ways_out = WaysOut(reaching, compiled.limits)
     strange = StrangeVerdicts(reaching, dead, ways_out)
     lints = (dead, Undeletable(reaching, ways_out), ways_out, strange)
     found = [_inherited(one, own) for lint in lints for one in lint.findings()]
-    found += strange.unbinding(CompiledPolicy(subject).protected)
+    found += strange.unbinding(compiled.protected)
     found += window_findings(dead.written, own)
     if reaching.exhausted:
         found.append(_exhausted(own))

@@ -6,7 +6,7 @@ Looks at single decisions; `exploring` checks what a hung operation does to a qu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from operator import not_
 from typing import Final
@@ -32,7 +32,9 @@ _COMPONENT_KINDS: Final = tuple(operation for operation, entry in CATALOGUE.item
 class WaysOut:
     """The exit lint of one policy."""
 
-    def __init__(self, reaching: Reaching) -> None:
+    def __init__(self, reaching: Reaching, limits: Callable[[Operation], bool]) -> None:
+        """`limits` says whether every request for an operation has a limit of its total time."""
+        self._limits = limits
         self._held: dict[tuple[str, bool, int], int] = {}
         self._reaching = reaching
         self._rules = reaching.rules
@@ -154,6 +156,7 @@ class WaysOut:
             'Add a rule with verdict = "after", which takes over from a task without progress.',
         )  # fmt: skip
         yield from self._waiting()
+        yield from self._needing_silence()
 
     def _findings(
         self, pairs: set[Pair], severity: Severity, code: str, message: str, remedy: str
@@ -199,6 +202,40 @@ class WaysOut:
                 message=f"Delete only waits its turn in {states_text(waiting)}: if the task hangs, it waits for ever.",
                 remedy='Give delete the verdict "preempt", or "after" with a threshold.',
             )
+
+    def _needing_silence(self) -> Iterator[Finding]:
+        """Find tasks during which a deletion is refused as long as the worker makes progress, for any time."""
+        waiting: dict[Pair, Rule] = {}
+        for state, task in self.permitted:
+            if task != NO_TASK and can_be_together(state, task) and not self._limits(TASK_OPERATION[task]):
+                rule = self._needs_silence(state, task)
+                if rule is not None:
+                    waiting[state, task] = rule
+        if waiting:
+            first = next(iter(waiting.values()))
+            yield Finding(
+                severity=Severity.NOTE,
+                code="delete-needs-silence",
+                rule=first.id,
+                place=self._place(first),
+                message=f"Delete is denied in {states_text(waiting)} as long as the task makes progress, be it for "
+                "ever. Then only a reset leads on.",
+                remedy='Limit the task with [served_at_most], or write measured_from = "task_started".',
+            )
+
+    def _needs_silence(self, state: VmState, task: str) -> Rule | None:
+        """Return the rule that lets a deletion take over after silence only, if none lets it in before."""
+        if TASK_OPERATION[task] in DELETIONS:
+            return None
+        rules = [self.decided(one, state, task, silent_ms=0) for one in (*DELETIONS, Operation.SOFT_DELETE)]
+        taking_over = [one for one in rules if one.verdict is Verdict.AFTER]
+        # A deletion that is admitted behind the task is found by `_waiting`.
+        queued = any(one.verdict is Verdict.ADMIT for one in rules[: len(DELETIONS)])
+        if queued or any(one.verdict is Verdict.PREEMPT for one in rules):
+            return None
+        if any(one.measured_from is MeasuredFrom.TASK_STARTED for one in taking_over):
+            return None
+        return next(iter(taking_over), None)
 
     def decided(
         self, operation: Operation, state: VmState, task: str, *, hard: bool = False, silent_ms: int = DURATION_MAX_MS

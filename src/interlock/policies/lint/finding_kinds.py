@@ -243,6 +243,22 @@ _KINDS: Final = (
         example=_rule("staff-deletes", '["delete", "force_delete", "soft_delete"]', "deny", 'roles = ["*", "!admin"]'),
     ),
     FindingKind(
+        code="delete-needs-silence",
+        severity=_N,
+        several="Delete is denied as long as tasks make progress.",
+        meaning="Delete takes over only after a time without progress, and nothing limits how long the task may make "
+        "progress: a worker that always does keeps it waiting, and only a reset leads on. The refusal says that its "
+        "time holds only without progress.",
+        remedy='Limit the task with [served_at_most], or write measured_from = "task_started".',
+        example=_rule(
+            "delete-gives-a-minute",
+            '["delete", "force_delete"]',
+            "after",
+            'task_state = ["@snapshot"]',
+            'threshold = "1m"',
+        ),
+    ),
+    FindingKind(
         code="only-deletion",
         severity=_N,
         several="Only a deletion or a reset ends hung tasks.",

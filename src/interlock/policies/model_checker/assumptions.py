@@ -52,13 +52,21 @@ def _sentences(model: Model, tried: frozenset[Operation], outstanding_max: int, 
         yield f"reset_state leads to {_or(RESET_TARGETS)} only."
     if model.faults_max is not None:
         yield f"At most {model.faults_max} operations fail or guests end."
-    yield "A worker ends, hangs, or makes progress for ever."
+    yield _workers(stuck)
     yield "The deletion that is served last succeeds."
     if stuck is not None and stuck.completed:
         yield f"What is served completes, if it is {' or '.join(operation.value for operation in stuck.completed)}."
     if any(not rule.in_turn for rule in rules):
         yield "A request that a rule with `in_turn = false` admits may be cancelled: law 2 is not checked for it."
     yield HOW_CHECKED
+
+
+def _workers(stuck: Stuck | None) -> str:
+    """Say what workers do, and whether law 5 is kept while one makes progress for ever."""
+    if stuck is None or not len(stuck.until_silence):
+        return "A worker ends, hangs, or makes progress for ever."
+    who = "nobody can delete" if len(stuck.with_progress) else "nobody can delete without a reset of the state"
+    return f"A worker ends or hangs: as long as one makes progress, be it for ever, {who} in some states."
 
 
 def _callers(alphabet: Alphabet) -> Iterator[str]:

@@ -6,8 +6,9 @@ not suffice, the success of a soft delete counts too, since the server deletes t
 then that of an evacuation, which is performed by another host.
 
 A worker may also make progress for ever and never end: then no silence comes, and only what needs none counts. From
-which states a deletion waits for silence is determined beside, and breaks no law: a takeover measured from the last
-progress promises no more. It is all computed for callers of all roles, and for the callers of one role alone.
+which states a deletion waits for silence is determined beside. A takeover measured from the last progress promises no
+more, so that this breaks no law; the result says that the law is not kept there, as an assumption. It is all computed
+for callers of all roles, and for the callers of one role alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Stuck(NamedTuple):
     """By callers of the role alone, if the worker hangs."""
     for_everyone: Ints
     """If the worker hangs."""
+    with_progress: Ints
+    """If the worker makes progress for ever, although states may be reset."""
     until_silence: Ints
     """If the worker makes progress for ever and nobody resets the state."""
     completed: tuple[Operation, ...] = ()
@@ -96,13 +99,14 @@ def find_stuck(
     found = [
         alone.extended(_Means(role)),
         everyone.extended(_Means(resets=False, silence=False)),
+        everyone.extended(_Means(silence=False)),
         everyone.extended(_Means()),
     ]
-    for_role, until_silence, for_everyone = found
-    if for_role is None or until_silence is None or for_everyone is None:
+    for_role, until_silence, with_progress, for_everyone = found
+    if for_role is None or until_silence is None or with_progress is None or for_everyone is None:
         return None
     completed = max(alone.completed, everyone.completed, key=len)
-    return Stuck(for_role, for_everyone, until_silence, completed)
+    return Stuck(for_role, for_everyone, with_progress, until_silence, completed)
 
 
 def _reduced(model: Model, visited: Visited, safe: Bools, pending: Ints, means: _Means, until_s: float) -> Ints | None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from interlock.core.operations import BIT, CATALOGUE, Operation
-from interlock.core.policy import Verdict
 from interlock.core.request_queue import is_denied_around, judge_in
 from interlock.core.state_stack import ARRIVES
 from interlock.core.states import VmState
@@ -67,13 +66,6 @@ class StepTables:
         self._attributes()
         self._compatibility()
 
-    def _limited(self, operation: Operation) -> bool:
-        """Return whether every request for an operation has a limit of its total time."""
-        policy = self._alphabet.policy
-        admitting = (Verdict.ADMIT, Verdict.AFTER, Verdict.PREEMPT)
-        rules = (rule for rule in policy.rules if operation in rule.operations and rule.verdict in admitting)
-        return all(policy.limit_ms(rule, operation) is not None for rule in rules)
-
     def is_task_of(self, operations: Iterable[Operation]) -> Bools:
         """Return for each task whether it is one of these operations'."""
         wanted = frozenset(operations)
@@ -104,8 +96,10 @@ class StepTables:
             [False, *(leads_to(kind.operation, VmState.SOFT_DELETED) for kind in alphabet.kinds)]
         )
         self.task_leads_to_goal = np.array([False, *(leads_to(task.operation, self.goal) for task in alphabet.tasks)])
-        self.task_limited = np.array([False, *(self._limited(task.operation) for task in alphabet.tasks)])
-        self.component_limited = np.array([False, *(self._limited(operation) for operation in alphabet.components)])
+        self.task_limited = np.array([False, *(alphabet.policy.limits(task.operation) for task in alphabet.tasks)])
+        self.component_limited = np.array(
+            [False, *(alphabet.policy.limits(operation) for operation in alphabet.components)]
+        )
         self.silences = np.array([0, *(len(ages.silent) for ages in alphabet.task_ages)], np.int64)
         self.runnings = np.array([0, *(len(ages.running) for ages in alphabet.task_ages)], np.int64)
 
