@@ -51,6 +51,9 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True):
     server: str
     """The server's URL."""
     token: str
+    """The secret of its token, where there is no file of it."""
+    token_file: Path | None = None
+    """The file with that secret. It is read for each connection, so that a rotated one is used."""
     name: str
     """The host's name."""
     ca: Path | None = None
@@ -59,6 +62,15 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True):
     """The file with a secret of `interlock host enroll`; it is removed once it was used."""
     shared: Path | None = None
     """A folder shared with the server, mounted under the same path."""
+
+    def secret(self) -> str:
+        """Return the secret of the token as it is now. Raises OSError if the file cannot be read."""
+        return self.token if self.token_file is None else read_token(self.token_file)
+
+
+def read_token(path: Path) -> str:
+    """Return the secret in a file. Raises OSError."""
+    return path.read_text(encoding="ascii", errors="replace").strip()
 
 
 class HostAgent:
@@ -72,7 +84,7 @@ class HostAgent:
         self._folder = config.folder
         self._lease = Lease(self._folder / LEASE)
         self._watchdog = Watchdog(self._folder, self._folder / "guests")
-        self._ranges = HttpRanges(contact.server, contact.name, contact.token)
+        self._ranges = HttpRanges(contact.server, contact.name)
         self._hypervisor = opened = hypervisor or hypervisor_of(config)
         self._certificate = HostCertificate(config.certificates)
         self._service = AgentService(
@@ -160,10 +172,10 @@ class HostAgent:
     async def _connect(self) -> None:
         """Serve one connection to the server; the one that enrols the host ends as soon as it has a certificate."""
         contact, enrolment = self._contact, self._enrolment()
-        certificate = self._certificate.path if enrolment is None else None
-        await self._ranges.open(await tls_settings(contact.server, contact.ca, certificate))
+        certificate, secret = self._certificate.path if enrolment is None else None, contact.secret()
+        await self._ranges.open(await tls_settings(contact.server, contact.ca, certificate), secret)
         tls = await tls_settings(contact.server, contact.ca, certificate)
-        await self._converse(await dial(contact.server, contact.name, contact.token, tls, enrolment), enrolment)
+        await self._converse(await dial(contact.server, contact.name, secret, tls, enrolment), enrolment)
 
     def _enrolment(self) -> str | None:
         """Return the enrolment secret; None if there is none, or it was used."""

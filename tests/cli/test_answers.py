@@ -127,7 +127,11 @@ def test_every_kind_of_problem_has_its_exit_code(
 
 
 def test_a_token_that_is_not_accepted_says_what_to_set(interlock: Interlock, server: ScriptedServer) -> None:
-    server.on("GET", "/v1/images", Given(401, problem(401, "Access token invalid.", remedy="Send a header.")))
+    server.on(
+        "GET",
+        "/v1/images",
+        Given(401, problem(401, "Access token invalid.", remedy="Send `Authorization: Bearer <secret>`.")),
+    )
     ran = interlock("image", "list")
     assert ran.code == 6
     assert ran.err.startswith(f"Error: Access token invalid.\n  Set INTERLOCK_TOKEN to a token of {server.url}; ")

@@ -45,10 +45,12 @@ def test_a_new_admin_is_said_to_administer_the_whole_server(interlock: Interlock
 def test_the_list_has_expiry_and_last_use(interlock: Interlock, server: ScriptedServer) -> None:
     gone = replace(CI, name="gone", expires_at=AT, expired=True)
     used = replace(CI, name="used", expires_at=EXPIRY, last_used_at=AT)
-    server.on("GET", "/v1/tokens", Given(value=TokenList(items=(CI, gone, used))))
+    rotated = replace(CI, name="rotated", former_until_at=EXPIRY)
+    server.on("GET", "/v1/tokens", Given(value=TokenList(items=(CI, gone, used, rotated))))
     ran = interlock("token", "list")
     lines = {line.split()[0]: line for line in ran.out.splitlines()[1:]}
     assert lines["ci"].count("never") == 2
     assert "expired" in lines["gone"]
+    assert "never, the former secret 13:00:03" in lines["rotated"]
     assert "13:00:03" in lines["used"]
     assert "19 s ago" in lines["used"]

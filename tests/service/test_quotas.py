@@ -70,8 +70,8 @@ async def test_what_exceeds_a_quota_is_refused_with_what_is_used_and_left_and_no
         await house.make("two", vcpus=2, memory_mib=512)
     error = refused.value
     assert error.message == (
-        "two exceeds the quota of the project research: it needs 2 vCPUs, 3 of 4 are used, 1 left; "
-        "it needs 512 MiB of memory, 128 of 512 are used, 384 left."
+        "two exceeds the quota of the project research: 3 of 4 vCPUs are used, 1 left, 2 more needed; "
+        "128 of 512 MiB of memory are used, 384 left, 512 more needed."
     )
     assert (error.needed, error.used, error.limit, error.free) == (
         {"vcpus": 2, "memory_mib": 512},
@@ -109,7 +109,7 @@ async def test_a_resize_is_judged_by_what_it_adds_and_counts_at_once(house: Tena
     await house.limit(vcpus=4)
     answer = await house.make("one", start=True)
     await house.ended(admitted(answer))
-    with pytest.raises(QuotaExceeded, match=r"it needs 4 vCPUs, 1 of 4 are used, 3 left"):
+    with pytest.raises(QuotaExceeded, match="1 of 4 vCPUs are used, 3 left, 4 more needed"):
         await house.submit("one", O.RESIZE, vcpus=5)
     resize = admitted(await house.submit("one", O.RESIZE, vcpus=4))
     assert house.used["vcpus"] == 4
@@ -153,7 +153,9 @@ async def test_a_soft_deleted_vm_counts_until_it_is_deleted_so_that_it_can_be_re
 async def test_root_disks_and_volumes_share_the_quota_of_disk(house: Tenant) -> None:
     await house.limit(disk_mib=3 * 1024)
     await house.make("one", root_gib=2)
-    with pytest.raises(QuotaExceeded, match=r"The volume data exceeds .* it needs 2048 MiB of disk, 2048 of 3072"):
+    with pytest.raises(
+        QuotaExceeded, match=r"The volume data exceeds .* 2048 of 3072 MiB of disk are used, 1024 left, 2048 more"
+    ):
         await house.server.inventory.make_volume(house.caller, NewVolume(name="data", size_mib=2048))
     await house.server.inventory.make_volume(house.caller, NewVolume(name="data", size_mib=1024))
     with pytest.raises(QuotaExceeded):
@@ -193,7 +195,7 @@ async def test_outstanding_requests_are_limited_and_a_delete_always_goes_through
     await house.limit(outstanding_requests=1)
     house.host.faults.script(answer.instance.id, Method.PAUSE, Hangs())
     await house.submit("one", O.PAUSE)
-    with pytest.raises(QuotaExceeded, match="it needs 1 outstanding requests, 1 of 1 are used, 0 left"):
+    with pytest.raises(QuotaExceeded, match="1 of 1 outstanding requests are used, 0 left, 1 more needed"):
         await house.submit("two", O.START)
     with pytest.raises(QuotaExceeded):
         await house.submit("one", O.UNPAUSE)
@@ -212,7 +214,7 @@ async def test_held_requests_are_limited(house: Tenant) -> None:
     await house.limit(held_requests=1)
     hold = NewRequest(operation=O.PAUSE, hold="1h")
     await house.server.instances.submit(house.caller, "one", hold)
-    with pytest.raises(QuotaExceeded, match="it needs 1 held requests, 1 of 1 are used"):
+    with pytest.raises(QuotaExceeded, match="1 of 1 held requests are used"):
         await house.server.instances.submit(house.caller, "two", hold)
     assert house.used["held_requests"] == 1
 

@@ -91,7 +91,7 @@ def require_within(project: str, what: str, quota: Quota, used: Mapping[str, int
         return
     free = {one: max(0, limits[one] - used[one]) for one in short}
     parts = [
-        f"it needs {growth[one]} {RESOURCES[one]}, {used[one]} of {limits[one]} are used, {free[one]} left"
+        f"{used[one]} of {limits[one]} {RESOURCES[one]} are used, {free[one]} left, {growth[one]} more needed"
         for one in short
     ]
     raise QuotaExceeded(

@@ -163,8 +163,14 @@ class Authenticator:
             return None
         token = self.tokens[caller.token_id]
         if caller.secret_sha256 != token.secret_sha256:
-            return f"The access token {token.name} was rotated; this secret has expired.", "Use its new secret."
-        return f"The access token {token.name} has expired.", f"Rotate it: `interlock token rotate {token.name}`."
+            return (
+                f"The access token {token.name} was rotated; this secret has expired.",
+                "Use the secret that the rotation printed, or another token.",
+            )
+        return (
+            f"The access token {token.name} has expired.",
+            f"An admin rotates it: `interlock token rotate {token.name}`. Or use another token.",
+        )
 
     def using(self, caller: Caller) -> Use:
         """Register a caller's connection for the time of a block; it is closed when its secret stops being valid."""

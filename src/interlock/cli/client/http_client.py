@@ -199,7 +199,8 @@ class Client:
             document = {"title": http.client.responses.get(reply.status, "Error"), "status": reply.status}
         message = str(document.get("detail") or f"The server returned {reply.status} ({document.get('title')}).")
         remedy = document.get("remedy")
-        if reply.status == http.HTTPStatus.UNAUTHORIZED:
+        if reply.status == http.HTTPStatus.UNAUTHORIZED and "Authorization" in (remedy or "Authorization"):
+            # The server's says how to send a token; why it refuses a known one is said as it is.
             remedy = (
                 f"Set {TOKEN_VARIABLE} to a token of {self.server.url}; an admin creates one with "
                 f"`interlock token create`. On the server's own machine, unset {TOKEN_VARIABLE}."

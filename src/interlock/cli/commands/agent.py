@@ -43,7 +43,12 @@ def _secure_url(server: str, *, plain_http: bool) -> str:
 
 @click.command()
 @click.option("--server", required=True, metavar="URL", help="The server's URL, such as https://HOST:7420.")
-@click.option("--token-file", required=True, type=_FILE, help="A file with the secret of a token of the role agent.")
+@click.option(
+    "--token-file",
+    required=True,
+    type=_FILE,
+    help="A file with the secret of a token of the role agent, read for each connection.",
+)
 @click.option("--name", help="Name of this host. Default: the system's hostname.")
 @click.option("--data-dir", type=_FOLDER, help="Data folder of this agent, instead of the configured one.")
 @click.option(
@@ -96,12 +101,13 @@ def agent(
     config = read_config(path, environment)
     url = _secure_url(server, plain_http=plain_http)
     try:
-        token = token_file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = hosting.read_token(token_file)
+    except OSError as error:
         raise Failure(ExitCode.USAGE, f"Cannot read token file {token_file}: {error}.") from None
     contact = hosting.Contact(
         server=url,
         token=token,
+        token_file=token_file,
         name=name or config.host or platform.node().partition(".")[0].lower() or "localhost",
         ca=ca,
         enrolment=enrolment_file,

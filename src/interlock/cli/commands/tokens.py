@@ -115,9 +115,11 @@ def list_tokens(invocation: Invocation) -> None:
 
 
 def _expiry(invocation: Invocation, token: Token) -> str:
-    if token.expires_at is None:
-        return "never"
-    return "expired" if token.expired else _moment(invocation, token.expires_at)
+    text = "never" if token.expires_at is None else _moment(invocation, token.expires_at)
+    text = "expired" if token.expired else text
+    if token.former_until_at is None:
+        return text
+    return f"{text}, the former secret {_moment(invocation, token.former_until_at)}"
 
 
 def _last_use(invocation: Invocation, token: Token) -> str:

@@ -34,23 +34,21 @@ class HttpRanges:
     Args:
         server: the server's URL.
         name: the host's name.
-        token: the agent's.
     """
 
-    def __init__(self, server: str, name: str, token: str) -> None:
+    def __init__(self, server: str, name: str) -> None:
         self._url = f"{server.rstrip('/')}/v1/hosts/{name}/files/"
-        self._token = token
         self._client: httpx.AsyncClient | None = None
 
-    async def open(self, tls: ssl.SSLContext | None) -> None:
-        """Use these TLS settings from now on; None without TLS. Closes earlier connections."""
+    async def open(self, tls: ssl.SSLContext | None, token: str) -> None:
+        """Use these TLS settings (None without TLS) and this token from now on. Closes earlier connections."""
         await self.close()
         self._client = httpx.AsyncClient(
             verify=tls or False,
             trust_env=False,
             timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             headers={
-                "Authorization": f"Bearer {self._token}",
+                "Authorization": f"Bearer {token}",
                 "Accept-Encoding": "identity",
                 "User-Agent": "interlock",
             },
