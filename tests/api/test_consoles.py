@@ -256,6 +256,19 @@ async def test_the_console_of_another_project_cannot_be_told_from_an_unknown_one
         assert said[0][0] == 404
 
 
+@pytest.mark.parametrize("ends", ["delete", "rotate"])
+async def test_the_connection_of_an_agent_ends_with_its_secret(listening: Listening, ends: str) -> None:
+    tokens = listening.api.server.tokens
+    secret = await listening.secret("north", Role.AGENT)
+    address = f"ws://127.0.0.1:{listening.port}/v1/hosts/north/link"
+    async with connect(address, additional_headers={"Authorization": f"Bearer {secret}"}) as link:
+        await (tokens.delete(OPERATOR, "north") if ends == "delete" else tokens.rotate(OPERATOR, "north"))
+        assert (await closed(link))[0] == 4401
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(address, additional_headers={"Authorization": f"Bearer {secret}"})
+    assert refused.value.response.status_code == 401
+
+
 async def test_a_display_speaks_vnc(listening: Listening, secret: str) -> None:
     async with listening.call("one/display", secret, subprotocols=[Subprotocol("binary")]) as talk:
         assert talk.subprotocol == "binary"

@@ -145,13 +145,15 @@ class Capacity:
         self._limits = Limits()
         self._volumes: dict[str, tuple[str, int]] = {}
         """The project of each volume, and its disk on the server's own host in MiB."""
+        self._volume_sums: Counter[tuple[str, str]] = Counter()
+        """The number of volumes (`count`) and their disk in MiB (`mib`), by project."""
         self.quotas = Quotas(store, self.volumes_of)
 
     async def open(self) -> None:
         """Load the claims of volumes. The store must be open."""
         self._limits = self._find_limits()
-        volumes = await self._store.volumes.all()
-        self._volumes = {volume.id: (volume.project, _disk_mib(volume.size_bytes)) for volume in volumes}
+        for volume in await self._store.volumes.all():
+            self._keep_volume(volume.id, volume.project, _disk_mib(volume.size_bytes))
 
     # -------------------------------------------------------------------------------------------------------- claims
 
@@ -212,16 +214,21 @@ class Capacity:
         """Claim a volume's disk. Raises `InsufficientCapacity`, `QuotaExceeded`."""
         self.quotas.check_volume(project, name, _disk_mib(size_bytes))
         self._check(name, Claim(host=self.host, disk_bytes=size_bytes), Claim(host=self.host))
-        self._volumes[volume_id] = (project, _disk_mib(size_bytes))
+        self._keep_volume(volume_id, project, _disk_mib(size_bytes))
 
     def release_volume(self, volume_id: str) -> None:
         """Release the claim of a volume that was deleted or not created."""
-        self._volumes.pop(volume_id, None)
+        if volume_id in self._volumes:
+            project, size_mib = self._volumes.pop(volume_id)
+            self._volume_sums.subtract({(project, "count"): 1, (project, "mib"): size_mib})
 
     def volumes_of(self, project: str) -> tuple[int, int]:
         """Return the number of a project's volumes, and their size in MiB."""
-        sizes = [size_mib for owner, size_mib in self._volumes.values() if owner == project]
-        return len(sizes), sum(sizes)
+        return self._volume_sums[project, "count"], self._volume_sums[project, "mib"]
+
+    def _keep_volume(self, volume_id: str, project: str, size_mib: int) -> None:
+        self._volumes[volume_id] = (project, size_mib)
+        self._volume_sums.update({(project, "count"): 1, (project, "mib"): size_mib})
 
     def _examine(self, instance: Instance, claims: Sequence[Claim], claimed: Sequence[Claim]) -> None:
         """Raise `InsufficientCapacity` or `InUse` if `claims` cannot replace the instance's present claims."""
