@@ -230,6 +230,27 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     are answered with 503. With TLS they are closed. Agents have as many of their own."""
     connections_per_client_max: int = 1_024
     """The largest number of connections from one address (IPv6: one /64 network); more are treated in the same way."""
+    token_requests_per_s: float = 2_000.0
+    """How many requests a second a token may make in the long run; more are answered with 429."""
+    token_requests_burst: int = 10_000
+    """How many requests a token may make at once, before `token_requests_per_s` holds."""
+    requests_max: int = 128
+    """How many requests are served at the same time, without those that wait for their client or for an event; more are
+    answered with 503 at once, so that those that are served do not wait for each other."""
+    token_requests_max: int = 96
+    """How many requests of one token are served at the same time; more are answered with 429."""
+    auth_failures_per_s: float = 1.0
+    """How many requests a second without a valid token are answered with 401 in the long run, by address; more are
+    answered with 429. Valid tokens are not affected."""
+    auth_failures_burst: int = 50
+    """How many requests without a valid token one address may make at once, before `auth_failures_per_s` holds."""
+    streams_max: int = 1_000
+    """The largest number of event streams; more are answered with 503."""
+    token_streams_max: int = 100
+    """The largest number of event streams of one token; more are answered with 429."""
+    stream_stall_ms: int = 10_000
+    """How long the reader of an event stream may receive nothing of what waits for it, in ms; then the stream ends, and
+    the reader resumes it with `Last-Event-ID`."""
     metrics_token: str = ""
     """A secret of at least 16 characters that reads `/metrics` and nothing else, for a monitoring system. Empty: only
     an admin's token reads it."""

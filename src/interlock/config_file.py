@@ -123,9 +123,14 @@ def _check(config: Config) -> None:
     _check_tls(config)
     if not 0 <= config.listen_port <= 65_535:  # noqa: PLR2004 - the last TCP port
         raise Invalid(f"listen_port is {config.listen_port}; a TCP port is 0 to 65535 (0: any free one).")
-    for share in ("host_vcpus_overcommit", "host_disk_overcommit"):
-        if not 0 < getattr(config, share) < math.inf:
-            raise Invalid(f"{share} is {getattr(config, share)}; it must be more than 0.")
+    for holder, share in (
+        (config, "host_vcpus_overcommit"),
+        (config, "host_disk_overcommit"),
+        (config.http, "token_requests_per_s"),
+        (config.http, "auth_failures_per_s"),
+    ):
+        if not 0 < getattr(holder, share) < math.inf:
+            raise Invalid(f"{share} is {getattr(holder, share)}; it must be more than 0.")
     if 0 < len(config.http.metrics_token) < _SECRET_CHARACTERS_MIN:
         raise Invalid(f"http.metrics_token is too short: it must have at least {_SECRET_CHARACTERS_MIN} characters.")
     _check_shared_dir(config)
@@ -147,6 +152,6 @@ def _check_shared_dir(config: Config) -> None:
 def _check_numbers(struct: msgspec.Struct, prefix: str) -> None:
     for field in msgspec.structs.fields(type(struct)):
         least = 0 if field.name in _MAY_BE_ZERO else 1
-        if field.name.endswith(("_ms", "_max")) and getattr(struct, field.name) < least:
+        if field.name.endswith(("_ms", "_max", "_burst")) and getattr(struct, field.name) < least:
             what = "positive" if least else "0 or more"
             raise Invalid(f"{prefix}{field.name} is {getattr(struct, field.name)}; it must be {what}.")

@@ -59,12 +59,14 @@ from interlock.service.configured_policy import ConfiguredPolicy
 from interlock.service.console_service import ConsoleService
 from interlock.service.disk_space import DiskSpace
 from interlock.service.dumps import Dumps
+from interlock.service.event_feed import EventFeed
 from interlock.service.host_enrolment import HostEnrolment
 from interlock.service.host_moves import HostMoves
 from interlock.service.hosts import HostService
 from interlock.service.image_fetches import ImageFetches
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
+from interlock.service.load_limits import LoadLimits
 from interlock.service.passwords import PendingPasswords
 from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier
@@ -140,6 +142,8 @@ class Server:
         )
         parts = (self.store, self.in_force, self.other_hosts, self.inventory, self.passwords, new_id, self.capacity)
         self.instances = Instances(*parts, config.instance_memory_mib_max)
+        self.feed = EventFeed(self.store)
+        self.load = LoadLimits(config.http)
         self.moves = self._host_moves()
         self.image_downloads = image_downloads_of(config)
         self.image_fetches = ImageFetches(self.inventory, self.image_downloads, new_id, self.store.now_ms)
@@ -296,6 +300,7 @@ class Server:
         await asyncio.gather(*self._reloading, return_exceptions=True)
         self.instances.close()
         self.audit.close()
+        self.feed.close()
         await self.moves.close()
         await self.image_fetches.close()
         await self.image_copies.close()
@@ -332,6 +337,8 @@ class Server:
             hosts=self.other_hosts,
             enrolment=self.enrolment,
             moves=self.moves,
+            feed=self.feed,
+            load=self.load,
         )
         return create_app(parts)
 
@@ -392,6 +399,7 @@ class Server:
     def stop(self) -> None:
         """End `serve`; long polls return the present state."""
         self.instances.watch.close()
+        self.feed.close()
         self._stopping = True
         if self._http is not None:
             self._http.should_exit = True
@@ -402,6 +410,7 @@ class Server:
             self.app(),
             config.http,
             partial(server_tls, config, self.authority) if config.tls else None,
+            self.metrics.count_refusal,
             ws_max_size=FRAME_BYTES_MAX,
             timeout_graceful_shutdown=max(1, config.driver.drain_ms // 1000),
         )

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +158,39 @@ async def test_an_answer_at_once_needs_no_loop_of_the_application(port: int) -> 
         asking.start()
         asking.join()  # blocks the loop
         assert answers == [b"\x82\x0bconnections"]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    path = tmp_path / "certificate.pem"
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=interlock"
+    command = ("openssl", *request.split(), "-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run((*command, "-keyout", path.with_name("key.pem"), "-out", path), check=True, capture_output=True)
+    return path
+
+
+async def test_with_tls_an_agent_is_known_before_its_connection_is_decrypted(
+    application: Application, certificate: Path
+) -> None:
+    def settings() -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_cert_chain(certificate, certificate.with_name("key.pem"))
+        return made
+
+    with listener.bind("127.0.0.1", 0) as listening:
+        server = HttpServer(application, LIMITS, settings, timeout_graceful_shutdown=1)
+        serving = asyncio.create_task(server.serve_on(listening))
+        answers = []
+        for protocols in ([LINK_ALPN, "http/1.1"], ["http/1.1"]):
+            tls = ssl.create_default_context(cafile=certificate)
+            tls.set_alpn_protocols(protocols)
+            url = f"wss://127.0.0.1:{listening.getsockname()[1]}{LINK}"
+            async with connect(url, ssl=tls) as agent:
+                await agent.send(b"who")
+                answers.append(await agent.recv())
+        assert answers == [b"connections", b"echo who"], "one that does not say so is served by the other loop"
+        server.should_exit = True
+        await asyncio.wait_for(serving, PATIENCE_S)
 
 
 async def test_a_request_on_an_agents_path_that_is_no_websocket_is_answered_as_any(port: int) -> None:

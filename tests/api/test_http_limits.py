@@ -40,6 +40,7 @@ class Application:
     LARGE_BYTES = 100 << 20
 
     def __init__(self) -> None:
+        self.refused: list[str] = []
         self.served = 0
         self.disconnects = 0
 
@@ -69,7 +70,14 @@ async def application() -> Application:
 async def port(application: Application) -> AsyncIterator[int]:
     settings = uvicorn.Config(application, ws="websockets-sansio", log_config=None)
     settings.load()
-    protocol = partial(HttpProtocol, config=settings, server_state=ServerState(), app_state={}, limits=LIMITS)
+    protocol = partial(
+        HttpProtocol,
+        config=settings,
+        server_state=ServerState(),
+        app_state={},
+        limits=LIMITS,
+        on_refused=application.refused.append,
+    )
     server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
     yield int(server.sockets[0].getsockname()[1])
     server.close()
@@ -132,7 +140,7 @@ async def test_a_head_beyond_a_limit_is_refused_at_once_with_a_problem(
     assert await client.status() == status
     assert is_problem(client, name)
     assert await client.closed() == b""
-    assert application.served == 0
+    assert (application.served, application.refused) == (0, [name])
 
 
 async def test_what_the_limits_allow_is_served_and_so_is_the_next_request(client: Client) -> None:

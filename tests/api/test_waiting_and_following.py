@@ -38,6 +38,7 @@ class Loopback:
             yield self
         finally:
             self.api.server.instances.watch.close()
+            self.api.server.feed.close()
             self.http.should_exit = True
             await asyncio.wait_for(task, PATIENCE_S)
 
@@ -84,7 +85,8 @@ async def stream(answer: httpx.Response, count: int) -> list[dict[str, Any]]:
 
 
 def waiting(api: ApiServer) -> int:
-    return sum(len(one) for one in api.server.instances.watch._waiting.values())
+    held = sum(len(one) for one in api.server.instances.watch._waiting.values())
+    return held + len(api.server.feed._waiting)
 
 
 async def until_waiting(api: ApiServer, count: int) -> None:
@@ -198,8 +200,9 @@ async def test_streams_and_waits_end_with_the_server(api: ApiServer, secret: str
         async with client.stream("GET", "/v1/events") as answer:
             await until_waiting(api, 2)
             api.server.instances.watch.close()
+            api.server.feed.close()
             async with asyncio.timeout(PATIENCE_S):
-                assert [line async for line in answer.aiter_lines() if not line.startswith(":")] == ["", ""]
+                assert [line async for line in answer.aiter_lines() if not line.startswith(":")] == [""]
         assert (await held).status_code == 200
 
 

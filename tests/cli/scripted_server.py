@@ -30,6 +30,7 @@ class Given(NamedTuple):
     status: int = 200
     value: Any = None
     kind: str = "application/json"
+    retry_after: str | None = None
 
 
 HANG_UP = Given(status=0)
@@ -88,6 +89,8 @@ class ScriptedServer:
                 self.send_header("Date", formatdate(server.now, usegmt=True))
                 self.send_header("Content-Type", given.kind)
                 self.send_header("Content-Length", str(len(data)))
+                if given.retry_after is not None:
+                    self.send_header("Retry-After", given.retry_after)
                 self.end_headers()
                 self.wfile.write(data)
 

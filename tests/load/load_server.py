@@ -20,7 +20,7 @@ from typing import Any, Final
 import uvloop
 
 from in_process.trusting_verifier import TrustingProver
-from interlock.config import Config, DriverConfig
+from interlock.config import Config, DriverConfig, HttpConfig
 from interlock.core.records import Image, Instance
 from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import FaultRates, Method, SimulatedHost, SimulatedHypervisor
@@ -44,6 +44,8 @@ RATES: Final = FaultRates(
 _DELAYS_MS: Final[dict[Method, int]] = dict.fromkeys((method for method in Method if method is not Method.INSPECT), 5)
 _ANSWER_TIMEOUT_S: Final = 0.2
 _DRIVER: Final = DriverConfig(guest_shutdown_timeout_ms=1_500, heartbeat_ms=200, inspect_retry_ms=50, drain_ms=1_000)
+_HTTP: Final = HttpConfig(token_requests_per_s=1e6, requests_max=1_000, token_requests_max=1_000)
+"""Nobody is refused: what is judged is what the answers promise."""
 _SETTLE_S: Final = 15.0
 _PAGE: Final = 500
 
@@ -82,6 +84,7 @@ async def _serve(folder: Path, seed: int) -> None:
         policy=str(policy),
         log_format="json",
         driver=_DRIVER,
+        http=_HTTP,
     )
     configure_logging(config)
     host = SimulatedHost(seed=seed, rates=RATES)

@@ -129,6 +129,11 @@ class RealServer:
             self._process = None
             self.client.close()
 
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     # ------------------------------------------------------------------------------------------------- asking it
 
     def get(self, path: str, **query: str | int) -> dict[str, Any]:

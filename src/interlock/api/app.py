@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
 import uuid
@@ -22,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from interlock.api.http import audit_entries, multipart_upload, openapi, problems, request_parsing, revocation
 from interlock.api.http.authentication import authenticated, bearer
-from interlock.api.http.problems import HTTP_PROBLEM_TYPES
+from interlock.api.http.problems import HTTP_PROBLEM_TYPES, HttpProblem
 from interlock.api.http.route import ApiParts, Route, json_response
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.routes import (
@@ -44,6 +45,7 @@ from interlock.core.errors import Forbidden, InterlockError
 from interlock.core.roles import Role
 from interlock.ports.system_errors import system_failure
 from interlock.service.auth import Caller, Use
+from interlock.service.load_limits import RequestSlot
 
 __all__ = ["ROUTES", "ApiParts", "create_app"]
 
@@ -171,15 +173,23 @@ class _Path:
         try:
             caller = _authenticate(self._parts, request, for_agents=self._for_agents)
         except InterlockError as error:
+            self._count_refusal(error)
             await audit_entries.record_failure(self._parts.audit, request, error)
+            await problems.from_error(error, request.url.path)(scope, receive, send)
+            return
+        try:
+            slot = None if self._for_agents else _admit(self._parts, caller)
+        except HttpProblem as error:
+            self._count_refusal(error)
             await problems.from_error(error, request.url.path)(scope, receive, send)
             return
         with self._parts.callers.using(caller) as use:
             receive = revocation.revocable_receive(use, scope, receive)
             request = Request(scope, receive)
-            response = await self._respond(caller, request, use)
-            action = self._route(request).audited
-            await audit_entries.record(self._parts.audit, caller, request, action, response.status_code)
+            with slot or contextlib.nullcontext():
+                response = await self._respond(caller, request, use)
+                action = self._route(request).audited
+                await audit_entries.record(self._parts.audit, caller, request, action, response.status_code)
             revocable_send = revocation.RevocableSend(send, use)
             try:
                 await response(scope, receive, revocable_send)
@@ -188,12 +198,17 @@ class _Path:
             if use.revoked:
                 await revocable_send.finish()
 
+    def _count_refusal(self, error: InterlockError) -> None:
+        if isinstance(error, HttpProblem) and error.kind.name in problems.LIMITS:
+            self._parts.metrics.count_refusal(error.kind.name)
+
     async def _respond(self, caller: Caller, request: Request, use: Use) -> Response:
         try:
             return await self._call_endpoint(caller, request)
         except InterlockError as error:
             if problems.problem_type_of(error) is HTTP_PROBLEM_TYPES["internal"]:
                 return await _internal_error(request, error)
+            self._count_refusal(error)
             return problems.from_error(error, request.url.path)
         except ClientDisconnect:
             if use.revoked:
@@ -244,13 +259,34 @@ def _with_etag(request: Request, response: Response) -> Response:
 def _authenticate(parts: ApiParts, request: Request, *, for_agents: bool) -> Caller:
     """Return the caller; an agent only on the paths for agents, which check their callers further."""
     caller = authenticated(
-        parts.callers,
+        parts,
+        request,
         bearer(request_parsing.header(request, "authorization", "")),
         remedy="Send `Authorization: Bearer <secret>`; the first start writes one to the file admin.token.",
     )
     if caller.role is Role.AGENT and not for_agents:
         raise Forbidden("Permission denied: a token with the role agent can only connect an agent.")
     return caller
+
+
+def _admit(parts: ApiParts, caller: Caller) -> RequestSlot:
+    """Return the slot of a request. Raises `HttpProblem` if the token asks too often, or too much at the same time."""
+    limits = parts.config.http
+    retry_after_s = parts.load.rates.take(caller.token_id)
+    if retry_after_s:
+        raise problems.too_many(
+            f"This token has made more than {limits.token_requests_per_s:g} requests a second.",
+            "Wait between requests; follow events instead of polling.",
+            retry_after_s,
+        )
+    slot = parts.load.serve(caller.token_id)
+    if slot is None:
+        if parts.load.requests.full_for(caller.token_id):
+            raise problems.too_many(
+                f"{limits.token_requests_max} requests of this token are being served.", "Send fewer at the same time."
+            )
+        raise problems.overloaded("The server is serving as many requests as it can.")
+    return slot
 
 
 def _require_metrics_reader(parts: ApiParts, request: Request) -> None:

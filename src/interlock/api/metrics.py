@@ -86,6 +86,9 @@ class Metrics:
         self._clock_cautious = Gauge(
             "clock_cautious", "1 while irreversible scheduled actions are suspended after a forward jump.", **common
         )
+        refused = Counter("http_refused", "HTTP requests and connections refused by a limit.", ["problem"], **common)
+        self.count_refusal: Callable[[str], None] = lambda problem: refused.labels(problem).inc()
+        """Count a refusal by the name of its problem. May be called from any thread."""
         self._begun_ms: dict[str, int] = {}
 
     def begin(self, states: dict[str, int], outstanding: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from interlock.api.http.listener import bind
 from interlock.api.http.protocol import HttpProtocol
 from interlock.bench.fleet import fill, scaled
-from interlock.config import Config
+from interlock.config import Config, HttpConfig
 from interlock.core.states import VmState
 
 CONNECTIONS = 64
@@ -104,7 +104,9 @@ async def _serve(folder: Path, count: int) -> None:
         async def open(self) -> None:
             """Do nothing."""
 
-    config = Config(data_dir=str(folder), listen_port=0, hypervisor="simulated", host="bench")
+    # One token makes all requests, as many as are served.
+    http = HttpConfig(token_requests_per_s=1e6, requests_max=CONNECTIONS, token_requests_max=CONNECTIONS)
+    config = Config(data_dir=str(folder), listen_port=0, hypervisor="simulated", host="bench", http=http)
     configure_logging(config)  # to standard error: standard output is for the report to the parent process
     server = Server(config)
     server.agent = IdleAgent(server.means, server.in_force, server.upkeep)

@@ -1,4 +1,4 @@
-"""Notification of tasks that wait for changes of instances (long polling, event streams)."""
+"""Notification of tasks that wait for changes of instances (long polling)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from interlock.core.records import Event
+from interlock.service.load_limits import waiting
 
 ValueT = TypeVar("ValueT")
 
 EVERYTHING: Final = ""
-"""Key for the events of all instances."""
+"""Key of tasks that wait for anything that their notifier is for."""
 
 
 class ChangeNotifier:
@@ -25,7 +26,7 @@ class ChangeNotifier:
     def notify(self, events: Sequence[Event]) -> None:
         """Wake the tasks that wait for the instances of these events. A listener of the store."""
         if self._waiting:
-            for instance_id in {event.instance_id for event in events} | {EVERYTHING}:
+            for instance_id in {event.instance_id for event in events}:
                 self.wake(instance_id)
 
     def close(self) -> None:
@@ -37,7 +38,7 @@ class ChangeNotifier:
     def wake(self, instance_id: str) -> None:
         """Wake the tasks that wait for this instance, or under another key."""
         for future in self._waiting.pop(instance_id, ()):
-            _release(future)
+            release(future)
 
     async def until(
         self, instance_id: str, ready: Callable[[], Awaitable[ValueT | None]], wait_ms: int
@@ -51,24 +52,26 @@ class ChangeNotifier:
         deadline = loop.time() + wait_ms / 1000
         while True:
             future: asyncio.Future[None] = loop.create_future()
-            waiting = self._waiting.setdefault(instance_id, set())
-            waiting.add(future)
+            others = self._waiting.setdefault(instance_id, set())
+            others.add(future)
             try:
                 value = await ready()
                 left_s = deadline - loop.time()
                 if value is not None or left_s <= 0 or self.closed:
                     return value
-                timer = loop.call_later(left_s, _release, future)
+                timer = loop.call_later(left_s, release, future)
                 try:
-                    await future
+                    with waiting():
+                        await future
                 finally:
                     timer.cancel()
             finally:
-                waiting.discard(future)
-                if not waiting and self._waiting.get(instance_id) is waiting:
+                others.discard(future)
+                if not others and self._waiting.get(instance_id) is others:
                     del self._waiting[instance_id]
 
 
-def _release(future: asyncio.Future[None]) -> None:
+def release(future: asyncio.Future[None]) -> None:
+    """Complete a future, unless it is done."""
     if not future.done():
         future.set_result(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -51,7 +51,7 @@ from interlock.ports import InstanceFilter, Page, Store
 from interlock.service import approvals, fleet_status
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
-from interlock.service.change_notifier import EVERYTHING, ChangeNotifier
+from interlock.service.change_notifier import ChangeNotifier
 from interlock.service.hosts import HostService
 from interlock.service.idempotency import as_recorded, idempotency_key, submitted_before
 from interlock.service.inventory import Inventory
@@ -63,7 +63,6 @@ from interlock.service.short_ids import full_id
 from interlock.service.submission_evaluation import SubmissionEvaluator
 from interlock.service.submission_results import Stuck, SubmissionResult, TurnedAway
 
-EVENTS_PAGE = 500
 _NAMES_AN_IMAGE = frozenset(
     operation for operation, named in REFERENCES.items() if any(refers is Refers.NEW_IMAGE for _, refers in named)
 )
@@ -465,23 +464,6 @@ class Instances:
     async def last_event(self) -> int:
         """Return the sequence number of the newest event."""
         return await self._store.last_event()
-
-    async def follow(
-        self, caller: Caller, after: int, idle_ms: int, instance_id: str | None = None
-    ) -> AsyncIterator[tuple[Event, ...]]:
-        """Stream the project's events after a sequence number, in order; yield an empty tuple after each idle time.
-
-        Ends when the server stops.
-        """
-
-        async def more() -> tuple[Event, ...] | None:
-            return await self._store.events(after, EVENTS_PAGE, instance_id=instance_id, project=caller.project) or None
-
-        while not self.watch.closed:
-            events = await self.watch.until(instance_id or EVERYTHING, more, idle_ms) or ()
-            yield events
-            if events:
-                after = events[-1].sequence
 
 
 _RECORDED = Redundant(rule="recorded", reason="recorded", because="Recorded; a start makes and boots it.")

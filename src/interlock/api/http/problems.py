@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -30,6 +31,16 @@ class HttpProblem(errors.Invalid):
         super().__init__(message, remedy=remedy)
         self.kind = HTTP_PROBLEM_TYPES[name]
         self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
+
+
+def too_many(message: str, remedy: str, retry_after_s: float = 1) -> HttpProblem:
+    """Return the problem for a client that asks or holds more than it may. Nothing was done."""
+    return HttpProblem("rate-limited", message, remedy=remedy, Retry_After=str(max(1, math.ceil(retry_after_s))))
+
+
+def overloaded(message: str, remedy: str = "Retry later.") -> HttpProblem:
+    """Return the problem for a server that has no capacity left. Nothing was done."""
+    return HttpProblem("overloaded", message, remedy=remedy, Retry_After="1")
 
 
 PROBLEM_TYPES: Final[dict[type[errors.InterlockError], ProblemType]] = {
@@ -69,11 +80,16 @@ HTTP_PROBLEM_TYPES: Final[dict[str, ProblemType]] = {
         ProblemType(414, "url-too-long", "URL too long"),
         ProblemType(415, "media-type", "Unsupported media type"),
         ProblemType(422, "policy-refused", "Policy rejected"),
+        ProblemType(429, "rate-limited", "Too many requests"),
         ProblemType(431, "headers-too-large", "Headers too large"),
         ProblemType(500, "internal", "Internal server error"),
         ProblemType(503, "overloaded", "Server overloaded"),
     )
 }
+
+
+LIMITS: Final = frozenset({"rate-limited", "overloaded", "too-large"})
+"""The problems of requests that are beyond a limit, apart from those that the protocol refuses."""
 
 
 def problem_type_of(error: errors.InterlockError) -> ProblemType:

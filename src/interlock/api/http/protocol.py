@@ -7,6 +7,7 @@ parser last completed something. A request that is refused here never reaches th
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Final
@@ -32,6 +33,12 @@ CERTIFIED_HOST: Final = "certified_host"
 _PATH_SHOWN_MAX: Final = 200
 
 
+STREAM_BUFFER_BYTES: Final = 32 * 1024
+"""How much is kept of an event stream that is not read, here and in the kernel, which keeps some MiB by default."""
+CONNECTION: Final = "interlock.connection"
+"""Key in a request's scope: its `HttpProtocol`."""
+
+
 class _Refused(Exception):
     """Ends the parsing of a request that is refused."""
 
@@ -42,6 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
     Args:
         limits: sizes and times; the defaults of the configuration without.
         on_lost: called when the connection has ended, also if it became a WebSocket.
+        on_refused: called with the name of the problem when a request is refused here.
         others: the arguments of uvicorn's protocol.
     """
 
@@ -50,10 +58,12 @@ class HttpProtocol(HttpToolsProtocol):
         *others: Any,
         limits: HttpConfig | None = None,
         on_lost: Callable[[], None] = lambda: None,
+        on_refused: Callable[[str], None] = lambda _: None,
         **more: Any,
     ) -> None:
         super().__init__(*others, **more)
         self._on_lost = on_lost
+        self._on_refused = on_refused
         self._limits = limits = limits or HttpConfig()
         self.timeout_keep_alive = limits.idle_timeout_ms / 1000  # type: ignore[assignment]
         self._head_begun = False
@@ -129,6 +139,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]
         self._head_begun = True
         self._head_bytes = 0
 
@@ -179,6 +190,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, name: str, detail: str) -> None:
         """Answer with a problem, and close the connection."""
+        self._on_refused(name)
         self._stop_receiving()
         if self._responding():
             # Another response has begun on this connection, or will.
@@ -200,6 +212,22 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_idle():
             return False
         return bool(self.pipeline) or not self._in_body or self.cycle.response_started
+
+    # ------------------------------------------------------------------------------------------------ streams
+
+    def limit_send_buffer(self) -> None:
+        """Keep little of what the client does not read, here and in the kernel."""
+        self.transport.set_write_buffer_limits(high=STREAM_BUFFER_BYTES)
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER_BYTES)
+
+    def finish_stalled(self, last: bytes) -> None:
+        """End a chunked response that is not read with a last chunk, which the client gets if it reads on in time."""
+        if not self.cycle.disconnected:
+            self.cycle.disconnected = True
+            self.transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(last), last))
+            self.transport.close()
 
     # -------------------------------------------------------------------------------------------------- time-outs
 

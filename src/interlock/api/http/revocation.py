@@ -9,6 +9,7 @@ from typing import Any, Final
 from starlette.requests import ClientDisconnect
 
 from interlock.service.auth import Use
+from interlock.service.load_limits import waiting
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -30,7 +31,8 @@ def revocable_receive(use: Use, scope: Any, receive: Receive) -> Receive:
             return disconnect
         use.waiting.add(task)
         try:
-            return await receive()
+            with waiting():
+                return await receive()
         except asyncio.CancelledError:
             # Another task may have cancelled it, instead of or in addition to the revocation.
             if not use.revoked or task.uncancel():

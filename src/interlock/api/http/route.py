@@ -19,12 +19,14 @@ from interlock.service.clock_watch import ClockWatch
 from interlock.service.console_service import ConsoleService
 from interlock.service.disk_space import DiskSpace
 from interlock.service.dumps import Dumps
+from interlock.service.event_feed import EventFeed
 from interlock.service.host_enrolment import HostEnrolment
 from interlock.service.host_moves import HostMoves
 from interlock.service.hosts import HostService
 from interlock.service.image_fetches import ImageFetches
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
+from interlock.service.load_limits import LoadLimits
 from interlock.service.policies import Policies
 from interlock.service.projects import Projects
 from interlock.service.readiness import Readiness
@@ -60,6 +62,8 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     clock: ClockWatch
     version: str
     metrics: Metrics
+    feed: EventFeed
+    load: LoadLimits
 
 
 Result = Response | msgspec.Struct | None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 import ssl
 import threading
@@ -32,8 +31,8 @@ from interlock.core.errors import Unavailable
 
 _LOG = structlog.get_logger(__name__)
 _ACCEPTED_AT_ONCE: Final = 64
-_NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_NO_RESOURCES_PAUSE_S: Final = 0.1
+_FAILED_PAUSE_S: Final = 0.1
+"""How long no connection is accepted after that has failed, in seconds."""
 _LINGER_S: Final = 0.5
 _LINGERING_MAX: Final = 64
 """For how long, and how many, refused connections are kept until the client has read the answer."""
@@ -54,6 +53,7 @@ class HttpServer(uvicorn.Server):
         application: an ASGI application.
         limits: of connections and requests.
         tls: returns the settings of TLS, now and again for each `reload_tls`; None: without TLS.
+        on_refused: called, in any thread, with the name of the problem for which one is refused.
         more: other settings of uvicorn.
 
     Raises:
@@ -61,7 +61,12 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(
-        self, application: Any, limits: HttpConfig, tls: Callable[[], ssl.SSLContext] | None = None, **more: Any
+        self,
+        application: Any,
+        limits: HttpConfig,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        on_refused: Callable[[str], None] = lambda _: None,
+        **more: Any,
     ) -> None:
         self._tls = tls
         context = None if tls is None else tls()
@@ -79,6 +84,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(uvicorn.Config(application, **self._settings))
         self._application = application
         self._limits = limits
+        self._on_refused = on_refused
         self._thread: ConnectionThread | None = None
         self._arriving: set[asyncio.Task[None]] = set()
 
@@ -118,6 +124,7 @@ class HttpServer(uvicorn.Server):
             self._limits,
             relay,
             lambda connection, release: loop.call_soon_threadsafe(self._arrive, connection, release),
+            self._on_refused,
         )
         self._thread.start()
         await self.serve(sockets=[])
@@ -130,6 +137,7 @@ class HttpServer(uvicorn.Server):
             app_state=self.lifespan.state,
             limits=self._limits,
             on_lost=release,
+            on_refused=self._on_refused,
         )
         task = asyncio.create_task(connect(connection, protocol, self.config.ssl, self._limits, release))
         self._arriving.add(task)
@@ -169,6 +177,7 @@ class ConnectionThread:
         limits: of connections and requests.
         settings: of uvicorn, with the application of agents.
         hand_over: called with the connection of another client, and what counts its end.
+        on_refused: called with the name of the problem for which a connection is refused.
     """
 
     def __init__(
@@ -177,11 +186,13 @@ class ConnectionThread:
         limits: HttpConfig,
         settings: uvicorn.Config,
         hand_over: Callable[[socket.socket, Release], object],
+        on_refused: Callable[[str], None],
     ) -> None:
         self._listening = listening
         self._limits = limits
         self._settings = settings
         self._hand_over = hand_over
+        self._on_refused = on_refused
         self._slots, self._agent_slots = connection_slots(limits)
         self._excess_slots = ConnectionSlots(_EXCESS_MAX, _EXCESS_PER_CLIENT_MAX)
         self._loop = asyncio.new_event_loop()
@@ -247,12 +258,10 @@ class ConnectionThread:
                 connection, address = self._listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                if error.errno not in _NO_RESOURCES:
-                    raise
+            except OSError as error:  # too many open files, no memory
                 _LOG.warning("connection not accepted", why=error.strerror)
                 self._loop.remove_reader(self._listening)
-                self._loop.call_later(_NO_RESOURCES_PAUSE_S, self._accept_again)
+                self._loop.call_later(_FAILED_PAUSE_S, self._accept_again)
                 return
             connection.setblocking(False)
             self._admit(connection, address[0])
@@ -275,6 +284,7 @@ class ConnectionThread:
 
     def _refuse(self, connection: socket.socket) -> None:
         """Answer with 503 at once, without TLS; log it from time to time."""
+        self._on_refused("overloaded")
         if not self._refused:
             self._loop.call_later(_REFUSALS_LOGGED_S, self._log_refusals)
             _LOG.warning("connections refused: too many", connections_max=self._limits.connections_max)
@@ -335,6 +345,7 @@ class ConnectionThread:
             app_state={},
             limits=self._limits,
             on_lost=own_release,
+            on_refused=self._on_refused,
         )
         serving = connect(connection, protocol, self._settings.ssl, self._limits, own_release)
         task = self._loop.create_task(serving)

@@ -208,7 +208,8 @@ def _authenticate(parts: ApiParts, socket: WebSocket) -> _Client:
         offered = (name for name in socket.scope["subprotocols"] if name.startswith(BEARER))
         secret = next(offered, "").removeprefix(BEARER).strip()
     caller = authenticated(
-        parts.callers,
+        parts,
+        socket,
         secret,
         detail="Bearer token missing or invalid, in the Authorization header or as a subprotocol.",
         remedy=f"Send `Authorization: Bearer <secret>`, or offer the subprotocol `{BEARER}<secret>`.",

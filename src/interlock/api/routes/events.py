@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Final
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, Final
 
 import msgspec
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from interlock.api.http import request_parsing
+from interlock.api.http import problems, request_parsing
 from interlock.api.http.problems import HttpProblem
+from interlock.api.http.protocol import CONNECTION
 from interlock.api.http.route import ApiParts, Parameter, Routes
 from interlock.api.schemas import serializers
 from interlock.service.auth import Caller
+from interlock.service.event_feed import FeedEvent
 
 routes = Routes("events")
 
 HEARTBEAT_MS: Final = 15_000
 """After how long without an event a comment is sent, so that a closed connection is noticed."""
+_TOO_SLOW: Final = b": ended: the reader does not keep up; resume with Last-Event-ID\n\n"
+_LOG = structlog.get_logger(__name__)
 _ENCODE: Final = msgspec.json.Encoder().encode
 
 
@@ -26,7 +33,7 @@ _ENCODE: Final = msgspec.json.Encoder().encode
     "GET /v1/events",
     "Follow the project's events (server-sent events)",
     {200: "text/event-stream"},
-    problems=(404,),
+    problems=(404, 429, 503),
     parameters=(
         Parameter("after", "Start after this sequence; default: now.", {"type": "integer", "minimum": 0}),
         Parameter("instance", "Only events of this instance."),
@@ -37,11 +44,53 @@ async def follow(parts: ApiParts, caller: Caller, request: Request) -> Response:
     after = await _after(parts, request)
     reference = request.query_params.get("instance")
     instance_id = None if reference is None else (await parts.instances.describe(caller, reference)).id
-    return StreamingResponse(
+    limits = parts.config.http
+    if not parts.load.streams.take(caller.token_id):
+        if parts.load.streams.full_for(caller.token_id):
+            raise problems.too_many(
+                f"This token has {limits.token_streams_max} event streams, and may have no more.",
+                "Close one, or use one stream for all instances.",
+            )
+        raise problems.overloaded("The server has too many event streams.")
+    return _EventStream(
         _stream(parts, caller, after, instance_id),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        stall_s=limits.stream_stall_ms / 1000,
+        release=partial(parts.load.streams.release, caller.token_id),
     )
+
+
+class _EventStream(StreamingResponse):
+    """A response of server-sent events, which ends when its reader does not keep up."""
+
+    def __init__(self, content: AsyncIterator[bytes], *, stall_s: float, release: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._stall_s = stall_s
+        self._release = release
+        self._connection: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self._connection = scope.get(CONNECTION)
+        if self._connection is not None:
+            self._connection.limit_send_buffer()
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+    async def stream_response(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self.body_iterator:
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except TimeoutError:
+                if self._connection is None:
+                    raise
+                _LOG.info("event stream ended: its reader does not keep up")
+                self._connection.finish_stalled(_TOO_SLOW)
+                return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _after(parts: ApiParts, request: Request) -> int:
@@ -59,9 +108,14 @@ async def _after(parts: ApiParts, request: Request) -> int:
 
 async def _stream(parts: ApiParts, caller: Caller, after: int, instance_id: str | None) -> AsyncIterator[bytes]:
     yield b": interlock\n\n"
-    async for events in parts.instances.follow(caller, after, HEARTBEAT_MS, instance_id):
-        if not events:
-            yield b": still here\n\n"
-        for event in events:
-            head = f"id: {event.sequence}\nevent: {event.kind}\ndata: ".encode()
-            yield head + _ENCODE(serializers.event(event)) + b"\n\n"
+    async for events in parts.feed.follow(caller.project, after, HEARTBEAT_MS, instance_id):
+        yield b"".join(map(_text, events)) if events else b": still here\n\n"
+
+
+def _text(one: FeedEvent) -> bytes:
+    """Return an event as it is sent; it is encoded once for all streams."""
+    if one.text is None:
+        event = one.event
+        head = f"id: {event.sequence}\nevent: {event.kind}\ndata: ".encode()
+        one.text = head + _ENCODE(serializers.event(event)) + b"\n\n"
+    return one.text

@@ -249,7 +249,8 @@ class _AgentLink:
     def _authenticate(self, websocket: WebSocket, name: str) -> Caller:
         """Return the caller. Raises `HttpProblem`, `Forbidden`, `Invalid` or, if not ready, `Unavailable`."""
         caller = authenticated(
-            self._parts.callers,
+            self._parts,
+            websocket,
             bearer(websocket.headers.get("authorization", "")),
             remedy=f"Create one with `interlock token create NAME --role agent --host {name[:80]}`.",
         )

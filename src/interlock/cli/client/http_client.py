@@ -11,6 +11,7 @@ import http.client
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, NamedTuple, TypeVar
@@ -29,6 +30,10 @@ Query = Mapping[str, str | int | None]
 TIMEOUT_S: Final = 30.0
 """How long a server has to respond, in addition to the requested wait."""
 BODY_BYTES_MAX: Final = 256 * 1024 * 1024
+RETRY_S_MAX: Final = 60.0
+"""How long a command retries in total if the server says after what time to retry."""
+_OVERLOADED: Final = b'"urn:interlock:problem:overloaded"'
+_DIGITS_MAX: Final = 6
 _ERRORS: Final = 400
 _NOT_FOUND: Final = re.compile(rf"({'|'.join(COLLECTIONS)}) not found: (.*)\.", re.DOTALL)
 _DISCONNECTED: Final = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
@@ -56,12 +61,31 @@ class Reply(NamedTuple):
             raise _invalid_response(error) from None
 
     @property
+    def retry_after_s(self) -> int | None:
+        """After how many seconds the server takes the request, if it is busy (429 or 503) and says so."""
+        text = self.headers.get("retry-after", "")
+        busy = self.status in {http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.SERVICE_UNAVAILABLE}
+        return int(text) if busy and text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX else None
+
+    @property
+    def did_nothing(self) -> bool:
+        """Whether the server refused the request before it looked at it."""
+        return self.status == http.HTTPStatus.TOO_MANY_REQUESTS or _OVERLOADED in self.body
+
+    @property
     def at(self) -> float | None:
         """The server's clock (header Date), in seconds since the epoch; None if unknown."""
         try:
             return parsedate_to_datetime(self.headers["date"]).timestamp()
         except (KeyError, TypeError, ValueError):
             return None
+
+
+def _is_repeatable(method: str, body: bytes | Iterable[bytes] | None, headers: Mapping[str, str], reply: Reply) -> bool:
+    """Whether sending a refused request again has the effect of sending it once."""
+    if not isinstance(body, bytes | None):
+        return False
+    return reply.did_nothing or method == "GET" or "Idempotency-Key" in headers
 
 
 def _invalid_response(error: msgspec.DecodeError) -> Failure:
@@ -145,6 +169,20 @@ class Client:
         return Stream(connection, response)
 
     def _exchange(
+        self, method: str, target: str, body: bytes | Iterable[bytes] | None, headers: Mapping[str, str], wait_s: float
+    ) -> Reply:
+        """Send a request, and again after the time that the server names, if that is safe."""
+        left_s = RETRY_S_MAX
+        while True:
+            reply = self._exchange_once(method, target, body, headers, wait_s)
+            pause_s = reply.retry_after_s
+            if pause_s is None or pause_s > left_s or not _is_repeatable(method, body, headers, reply):
+                return reply
+            left_s -= pause_s
+            self.close()
+            time.sleep(pause_s)
+
+    def _exchange_once(
         self, method: str, target: str, body: bytes | Iterable[bytes] | None, headers: Mapping[str, str], wait_s: float
     ) -> Reply:
         reused = self._http is not None
