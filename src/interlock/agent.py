@@ -59,7 +59,7 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True):
     ca: Path | None = None
     """A PEM file of CAs that are trusted besides the system's."""
     enrolment: Path | None = None
-    """The file with a secret of `interlock host enroll`; it is removed once it was used."""
+    """The file with a secret of `interlock host enroll`, which is used once."""
     shared: Path | None = None
     """A folder shared with the server, mounted under the same path."""
 
@@ -179,10 +179,11 @@ class HostAgent:
 
     def _enrolment(self) -> str | None:
         """Return the enrolment secret; None if there is none, or it was used."""
-        try:
-            return None if self._contact.enrolment is None else self._contact.enrolment.read_text("ascii").strip()
-        except FileNotFoundError:
+        path = self._contact.enrolment
+        if path is None or not path.exists():
             return None
+        secret = path.read_text("ascii", "replace").strip()
+        return None if self._certificate.is_enrolled_with(secret) else secret
 
     def _pause_after(self, refusal: InterlockError) -> float:
         """Return the pause before the next attempt in seconds; log each new reason once."""
@@ -203,9 +204,9 @@ class HostAgent:
             # Only after the welcome, so that a server that rejects this agent is not called in a tight loop.
             self._pause_s = self._refused_pause_s = _PAUSE_S
             self._welcomed, self._refusal = True, None
-            if enrolment is not None and welcome.certificate is not None and self._contact.enrolment is not None:
+            if enrolment is not None and welcome.certificate is not None:
                 _LOG.info("host enrolled", server=self._contact.server, host=self._contact.name)
-                self._contact.enrolment.unlink(missing_ok=True)
+                self._certificate.note_enrolled_with(enrolment)
                 renewing.append(asyncio.create_task(link.close(), name="connect again, with the certificate"))
                 return
             self._lease_ms = welcome.lease_ms

@@ -61,7 +61,7 @@ def _secure_url(server: str, *, plain_http: bool) -> str:
 @click.option(
     "--enrolment-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A file with a secret of `interlock host enroll`; it is deleted once the host has a certificate.",
+    help="A file with a secret of `interlock host enroll`; it is used until the host has a certificate.",
 )
 @click.option(PLAIN_HTTP, "plain_http", is_flag=True, help="Allow http:// to another machine: nothing is encrypted.")
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from interlock.ports.hosts import IssuedCertificate
 
 CA_FILE: Final = "ca.pem"
 _FILE: Final = "host.pem"
+_ENROLLED: Final = "enrolled"
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -49,6 +51,15 @@ class HostCertificate:
         self._folder.mkdir(mode=0o711, exist_ok=True)
         write_atomically(self._folder / CA_FILE, issued.ca, mode=0o644)
         write_atomically(self._folder / _FILE, key_pem(self._key) + issued.certificate.encode(), mode=0o600)
+
+    def is_enrolled_with(self, secret: str) -> bool:
+        """Whether this secret was used to get the first certificate. Raises OSError."""
+        path = self._folder / _ENROLLED
+        return path.exists() and path.read_text() == hashlib.sha256(secret.encode()).hexdigest()
+
+    def note_enrolled_with(self, secret: str) -> None:
+        """Remember the hash of a secret that was used. Raises OSError."""
+        write_atomically(self._folder / _ENROLLED, hashlib.sha256(secret.encode()).hexdigest(), mode=0o600)
 
     def settings(self, *, server_side: bool) -> ssl.SSLContext:
         """Return settings for TLS 1.3 with another host: both sides need a certificate of the same CA.

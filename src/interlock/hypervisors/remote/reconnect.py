@@ -116,6 +116,10 @@ async def dial(
                 remedy=remedy or f"Make a token for it: `interlock token create NAME --role agent --host {name}`.",
             ) from error
         raise ConnectionError(str(error)) from error
+    except ssl.SSLCertVerificationError as error:
+        raise ConnectionError(
+            f"{error}. Name the file of the server's CA with --ca; its certificate must be for the host in the URL."
+        ) from error
     except InvalidMessage as error:
         # As far as a client of TLS 1.3 sees, also if its certificate was rejected.
         raise ConnectionError(
