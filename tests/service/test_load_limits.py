@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from interlock.config import HttpConfig
@@ -54,6 +56,24 @@ def test_a_request_that_waits_leaves_its_slot_to_others() -> None:
             assert load.serve("c") is None
         assert load.serve("c") is None, "the first has resumed"
     assert load.serve("c") is not None
+
+
+async def test_a_task_that_ends_later_than_its_request_takes_no_slot() -> None:
+    load = LoadLimits(HttpConfig(requests_max=1, token_requests_max=1))
+    slot = load.serve("a")
+    assert slot is not None
+
+    async def wait() -> None:
+        with waiting():
+            await asyncio.Event().wait()
+
+    with slot:
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.wait({task})
+    assert load.requests.taken == 0
+    assert load.serve("b") is not None
 
 
 def test_waiting_outside_of_a_request_changes_nothing() -> None:

@@ -86,6 +86,7 @@ class RequestSlot:
         self._slots = slots
         self._key = key
         self._held = True
+        self._ended = False
 
     def __enter__(self) -> Self:
         self._reset = _PRESENT.set(self)
@@ -93,6 +94,7 @@ class RequestSlot:
 
     def __exit__(self, *_: object) -> None:
         _PRESENT.reset(self._reset)
+        self._ended = True
         self.suspend()
 
     def suspend(self) -> bool:
@@ -103,8 +105,10 @@ class RequestSlot:
         return held
 
     def resume(self) -> None:
-        self._held = True
-        self._slots.add(self._key, 1)
+        """Take the slot again, unless the request has ended: a task of it may end later than the request."""
+        if not self._ended:
+            self._held = True
+            self._slots.add(self._key, 1)
 
 
 _PRESENT: Final[ContextVar[RequestSlot | None]] = ContextVar("the slot of the present request", default=None)
