@@ -140,7 +140,9 @@ def stream_request(api: ApiServer, more: str = "") -> bytes:
     return f"GET /v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {secret}\r\n{more}\r\n".encode()
 
 
-async def test_streams_are_limited_by_token_and_in_all_and_one_that_ends_makes_room(api: ApiServer, port: int) -> None:
+async def test_streams_are_limited_by_token_and_in_all_and_one_that_ends_makes_room(
+    api: ApiServer, admin: httpx.AsyncClient, port: int
+) -> None:
     load = limit(api, streams_max=3, token_streams_max=2)
     member = await api.token("member", Role.READER)
 
@@ -154,9 +156,10 @@ async def test_streams_are_limited_by_token_and_in_all_and_one_that_ends_makes_r
     assert b"\r\nretry-after: " in streams[-1][1]
     assert load.streams.take("another")
     assert is_refused(await member.get("/v1/events"), 503, "overloaded")
+    assert (await admin.head("/v1/events")).headers["content-type"].startswith("text/event-stream")
     for writer, _ in streams:
         writer.close()
-    await eventually(lambda: load.streams.take("member"))
+    await eventually(lambda: load.streams.taken == 1)
 
 
 async def test_a_reader_that_does_not_keep_up_is_told_so_and_resumes_without_a_loss(

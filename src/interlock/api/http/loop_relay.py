@@ -76,7 +76,8 @@ class _Connection:
             frame: bytes | None = message.get("bytes")
             answer = None if frame is None or self._reply is None else self._reply(frame)
             if answer is not None:
-                await self._send({"type": "websocket.send", "bytes": answer})
+                with contextlib.suppress(OSError, RuntimeError):  # closed meanwhile, which is received next
+                    await self._send({"type": "websocket.send", "bytes": answer})
             size = 0 if frame is None else len(frame)
             self._waiting_bytes += size
             self._application_loop.call_soon_threadsafe(self._messages.put_nowait, (message, size))

@@ -24,6 +24,8 @@ routes = Routes("events")
 
 HEARTBEAT_MS: Final = 15_000
 """After how long without an event a comment is sent, so that a closed connection is noticed."""
+_MEDIA_TYPE: Final = "text/event-stream"
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _TOO_SLOW: Final = b": ended: the reader does not keep up; resume with Last-Event-ID\n\n"
 _LOG = structlog.get_logger(__name__)
 _ENCODE: Final = msgspec.json.Encoder().encode
@@ -45,6 +47,8 @@ async def follow(parts: ApiParts, caller: Caller, request: Request) -> Response:
     reference = request.query_params.get("instance")
     instance_id = None if reference is None else (await parts.instances.describe(caller, reference)).id
     limits = parts.config.http
+    if request.method == "HEAD":
+        return Response(headers=_HEADERS, media_type=_MEDIA_TYPE)
     if not parts.load.streams.take(caller.token_id):
         if parts.load.streams.full_for(caller.token_id):
             raise problems.too_many(
@@ -63,8 +67,7 @@ class _EventStream(StreamingResponse):
     """A response of server-sent events, which ends when its reader does not keep up."""
 
     def __init__(self, content: AsyncIterator[bytes], *, stall_s: float, release: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(content, media_type="text/event-stream", headers=headers)
+        super().__init__(content, media_type=_MEDIA_TYPE, headers=_HEADERS)
         self._stall_s = stall_s
         self._release = release
         self._connection: Any = None
