@@ -18,6 +18,7 @@ from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 from interlock.hypervisors.simulated.faults import Method, Slow
 from interlock.ports import HostState, Limits
+from interlock.service.policy_requests import NewPolicy
 from interlock.service.request_models import NewInstance, NewRequest
 from interlock.service.submission_results import SubmissionResult
 from waiting import PATIENCE_S
@@ -258,6 +259,40 @@ async def test_an_evacuation_that_comes_to_its_turn_when_its_host_is_back_change
     assert (instance.vm_state, instance.host) == (V.PAUSED, "north")
     assert running(street, vm) == ["north"]
     await carry_out(street, vm, O.UNPAUSE)
+
+
+EVACUATE_IN_TURN = """
+[policy]
+name = "site"
+extends = "standard"
+
+[[rule]]
+id = "evacuate-in-turn"
+operations = ["evacuate"]
+vm_state = ["@sources"]
+host_reachable = false
+verdict = "admit"
+because = "The host is lost."
+"""
+
+
+async def test_an_evacuation_that_a_site_admits_in_turn_is_served_while_the_host_is_lost(street: Street) -> None:
+    """Its queue is judged with the host as it is: it is neither cancelled nor refused as if the host were reachable."""
+    server, caller = street.house.server, street.house.caller
+    loaded = await server.policies.load(caller, NewPolicy(main="site.toml", files={"site.toml": EVACUATE_IN_TURN}))
+    assert loaded.proof.holds
+    vm = await brought(street, "paused")
+    await street.north.disconnect()
+    unpausing = admitted(await street.house.submit(vm, O.UNPAUSE))
+    await street.house.until_event(vm, "request.unknown")
+    await lose(street)
+    evacuating = admitted(await street.house.submit(vm, O.EVACUATE, host="south"))
+    assert evacuating.rule == "evacuate-in-turn"
+    assert [one.status for one in (await street.house.until(vm)).outstanding] == [Status.UNKNOWN, Status.QUEUED]
+    await carry_out(street, vm, O.RESET_STATE, vm_state="active", reason="its worker is lost")
+    assert (await street.house.ended(unpausing)).status is Status.SUPERSEDED
+    assert (await street.house.ended(evacuating)).status is Status.SUCCEEDED
+    assert running(street, vm) == ["south"]
 
 
 async def test_an_evacuation_whose_target_is_lost_too_can_be_asked_for_again_at_once(street: Street) -> None:

@@ -115,7 +115,7 @@ class StrangeVerdicts:
                 yield _finding(
                     one, Severity.ERROR, "threshold-never-passes",
                     f"The threshold of {one.id!r} ({threshold}) never passes: by then {causes} decides instead, so "
-                    "that its denials name a retry time at which the request is denied again.",
+                    "that its denials name a retry time that does not hold.",
                     "Move the rule before it, or raise silent_for of that one.",
                 )  # fmt: skip
 
