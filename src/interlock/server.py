@@ -23,6 +23,7 @@ from interlock.api.http.server import HttpServer
 from interlock.api.http.server_tls import server_tls
 from interlock.api.metrics import Metrics
 from interlock.config import Config
+from interlock.confinement.host_users import HostUsers
 from interlock.core.errors import NotResponding
 from interlock.core.policy import CompiledPolicy
 from interlock.core.resource_claims import shared_markers
@@ -107,6 +108,7 @@ class Server:
         self.folder = config.folder
         self.store = _store(config, clock)
         self.hypervisor = hypervisor or hypervisor_of(config)
+        self._users = HostUsers(config.qemu.users_first, config.qemu.users_max)
         configured = ConfiguredPolicy(config.policy)
         self.in_force = PolicyInForce(CompiledPolicy(configured.at_first, PERFORMS), self._with_windows)
         host = config.host or platform.node() or "localhost"
@@ -118,9 +120,8 @@ class Server:
         self.clock_watch = ClockWatch(self.store, self.leases.note_own, self.in_force.resolve_windows)
         self.disk_space = DiskSpace(self.folder, config.disk_low_mib, self.store, self.leases.note_own)
         self.callers = Authenticator(self.store, config.tokens.last_use_interval_ms)
-        tool = ImageTool(timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max)
         self.image_files = ImageFolder(
-            self.folder / "images", small_guest=partial(build, self.folder / "packages"), tool=tool
+            self.folder / "images", small_guest=partial(build, self.folder / "packages"), tool=self._image_tool()
         )
         volumes = VolumeFolder(self.folder / "volumes")
         self.dump_files = DumpFolder(self.folder / "dumps")
@@ -216,13 +217,19 @@ class Server:
             own_in_any=self.config.hosts.own_in_any,
         )
 
+    def _image_tool(self) -> ImageTool:
+        config = self.config
+        return ImageTool(
+            users=self._users, timeout_ms=config.image_conversion_timeout_ms, bytes_max=config.image_bytes_max
+        )
+
     def _policies(self, configured: ConfiguredPolicy, prover: PolicyVerifier | None) -> Policies:
         config = self.config
         return Policies(
             self.store,
             self.in_force,
             configured,
-            prover or PolicyVerifier(PERFORMS, config.policy_check_ms_max, config.policy_memory_mib_max),
+            prover or PolicyVerifier(PERFORMS, config.policy_check_ms_max, config.policy_memory_mib_max, self._users),
             performs=PERFORMS,
             explore_ms=config.policy_explore_ms,
             explore_ms_max=config.policy_explore_ms_max,

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from interlock.confinement.sandbox import Namespaced, Namespaces
 from interlock.core.errors import Invalid
 from interlock.core.records import Seed
-from interlock.images import cloud_init
+from interlock.images import cloud_init, qemu_img
 from interlock.images.image_folder import ImageFolder
 from tiers import tier
 
@@ -42,6 +43,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "qemu-img").write_text(f"#!/bin/sh\necho $* >> {folder}/started\nexit 1\n")
     (folder / "qemu-img").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    # In namespaces it would see neither a shell nor the folder.
+    monkeypatch.setattr(qemu_img, "namespaces_for", lambda _: Namespaced(namespaces=Namespaces.NONE, because="none"))
     return folder / "started"
 
 

@@ -63,7 +63,7 @@ async def test_a_raw_disk_is_copied_whole_readable_by_a_guests_process_and_spars
     assert path.read_bytes() == raw.read_bytes()
     assert (image.kind, image.format, image.size_bytes) == ("disk", "raw", raw.stat().st_size)
     assert image.sha256 == hashlib.sha256(raw.read_bytes()).hexdigest()
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.stat().st_mode & 0o777 == 0o640
     assert path.parent.stat().st_mode & 0o777 == 0o711
     assert path.stat().st_blocks * 512 < path.stat().st_size / 2
     assert kept(images) == ["i1.raw"]
@@ -212,7 +212,7 @@ async def test_what_a_crash_left_is_gone_after_the_next_start(images: ImageFolde
     if pid == 0:
         try:
             atomic_files.make_folder(images._folder)
-            atomic_files.DraftFile(images._folder, mode=0o644).__enter__().append(b"half")
+            atomic_files.DraftFile(images._folder, mode=0o640).__enter__().append(b"half")
         finally:
             os._exit(9)
     os.waitpid(pid, 0)

@@ -19,9 +19,12 @@ import pytest
 
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
+from interlock.confinement.host_users import HostUsers, temporary_user
 from interlock.confinement.sandbox import Namespaces, View, confined, namespaces_for
 from interlock.core.errors import OperationRejected
 from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.images.qemu_img import ImageTool
+from interlock.service import policy_verifier
 from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()
@@ -261,3 +264,66 @@ async def test_the_control_groups_of_a_vm_have_its_limits_and_end_with_it(tmp_pa
         await hypervisor.undefine(PERMIT, "group-test")
         await hypervisor.close()
         host.end_everything()
+
+
+# ------------------------------------------------------------------------------------- qemu-img and policy verifier
+
+LOOK_AROUND = """
+import json, os, socket, sys
+def outcome(attempt, *arguments):
+    try:
+        attempt(*arguments)
+    except OSError as error:
+        return error.strerror
+    return "done"
+print(json.dumps({
+    "user": os.getuid(),
+    "process": os.getpid(),
+    "network": [name for _, name in socket.if_nameindex()],
+    "folder": sorted(os.listdir(".")),
+    "top": sorted(os.listdir("/")),
+    "other": outcome(open, "%(other)s"),
+    "write": outcome(open, "written-by-attack", "w"),
+    "capabilities": [line for line in open("/proc/self/status") if line.startswith("CapEff")]
+        if os.path.exists("/proc/self") else None,
+}))
+"""
+
+
+@needs_bwrap
+def test_the_image_tool_sees_the_image_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, images = tmp_path / "tools", tmp_path / "images"
+    for folder in (tools, images):
+        folder.mkdir()
+    for name in ("ours.qcow2", "other.qcow2"):
+        (images / name).touch(mode=0o640)
+    program = f"#!{SYSTEM_PYTHON} -IS{LOOK_AROUND % {'other': images / 'other.qcow2'}}"
+    (tools / "qemu-img").write_text(program)
+    (tools / "qemu-img").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tool = ImageTool(users=HostUsers(1_991_000_000, 10), program_paths=(str(SYSTEM_PYTHON),))
+    ended = tool.run(["check"], 60_000, reads=images / "ours.qcow2")
+    assert ended.status == 0, ended
+    found = json.loads(ended.output)
+    assert found["user"] in range(1_991_000_000, 1_991_000_010)
+    assert (found["process"], found["network"], found["folder"]) == (1, ["lo"], ["ours.qcow2"])
+    assert found["other"] == "No such file or directory"
+    assert found["write"] == "Read-only file system"
+    assert "proc" not in found["top"]
+    after = (images / "ours.qcow2").stat()
+    assert (after.st_uid, after.st_mode & 0o777) == (0, 0o600), "it is the server's again"
+
+
+@needs_bwrap
+def test_the_policy_verifier_sees_python_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    with temporary_user(HostUsers(1_991_000_000, 10), "verifier") as account:
+        words = policy_verifier._command(account, namespaces_for(account).namespaces)
+        place = words.index("-P")
+        words[place:] = ["-c", LOOK_AROUND % {"other": tmp_path / "other"}]
+        found = json.loads(subprocess.run(words, capture_output=True, check=True, timeout=PATIENCE_S).stdout)
+    assert found["user"] in range(1_991_000_000, 1_991_000_010)
+    assert (found["process"], found["network"]) == (1, ["lo"])
+    assert found["other"] == "No such file or directory"
+    assert found["write"] == "Read-only file system"
+    assert found["capabilities"] == ["CapEff:\t0000000000000000\n"]

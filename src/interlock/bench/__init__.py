@@ -20,7 +20,17 @@ from typing import Any
 
 import uvloop
 
-from interlock.bench import decisions, durability, fleet_decisions, http, model_checker, pause, replay, whole
+from interlock.bench import (
+    decisions,
+    durability,
+    fleet_decisions,
+    http,
+    model_checker,
+    pause,
+    replay,
+    start_stop,
+    whole,
+)
 
 Measure = Callable[[Path, float], dict[str, float]]
 
@@ -33,6 +43,7 @@ MEASURES: dict[str, Measure] = {
     "http_admissions": http.measure,
     "whole_operations": whole.measure,
     "pause_over_qmp": pause.measure,
+    "start_and_stop": start_stop.measure,
 }
 """What can be measured; each gets an empty folder and the share of its full size that is wanted, and answers figures
 with their units in their names."""

@@ -12,11 +12,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from interlock.confinement.sandbox import Account, nobody
 from interlock.core.errors import OperationRejected
 
 CLAIMS: Final = Path("/run/interlock/users")
@@ -84,6 +86,29 @@ class HostUsers:
                 return descriptor
         os.close(descriptor)
         return None
+
+
+@contextlib.contextmanager
+def temporary_user(users: HostUsers | None, name: str) -> Iterator[Account | None]:
+    """Claim a user for the block.
+
+    Args:
+        users: the users of this host; None: `nobody` is used.
+        name: what it is for.
+
+    Yields:
+        An unprivileged account; None if this process is not root. Raises as `HostUsers.claim`.
+    """
+    if os.geteuid() != 0:
+        yield None
+    elif users is None or users.unusable():
+        yield nobody()
+    else:
+        claim = users.claim(name)
+        try:
+            yield Account(user_id=claim.user_id, group_id=claim.user_id)
+        finally:
+            os.close(claim.descriptor)
 
 
 def _has_process(user_id: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ import msgspec
 BWRAP: Final = "bwrap"
 WORKING_FOLDER: Final = "/run/inside"
 """Where a program in namespaces sees its working folder."""
+_OVERFLOW: Final = 65_534
+"""The kernel's overflow uid."""
 _SETPRIV_NEEDS: Final = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 _LIBRARIES: Final = ("/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
 _LOADER_CACHE: Final = Path("/etc/ld.so.cache")
@@ -36,6 +39,15 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     """Further groups."""
 
 
+def nobody() -> Account:
+    """Return the account `nobody`."""
+    try:
+        found = pwd.getpwnam("nobody")
+    except KeyError:
+        return Account(user_id=_OVERFLOW, group_id=_OVERFLOW)
+    return Account(user_id=found.pw_uid, group_id=found.pw_gid)
+
+
 class Namespaces(StrEnum):
     """How namespaces are made on this host."""
 
@@ -50,14 +62,18 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: Path
     """Its working folder."""
-    writable: bool = False
-    """Whether its namespaces let it write to its working folder; permissions apply as well."""
+    whole: bool = True
+    """Whether it sees its working folder, at `WORKING_FOLDER`; else only what `files` and `written` have of it."""
     files: tuple[Path, ...] = ()
     """Files and folders that it can read, besides its program and the system's libraries. Missing ones are left out."""
+    written: tuple[Path, ...] = ()
+    """Existing files that it may write to; permissions apply as well."""
     devices: tuple[Path, ...] = ()
     """Devices besides null, zero and urandom."""
     network: bool = False
     """Whether it shares the host's network."""
+    processes: bool = True
+    """Whether it sees its own processes, in /proc."""
 
 
 class Namespaced(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +93,7 @@ def confined(
     *,
     namespaces: Namespaces = Namespaces.NONE,
     report: int | None = None,
+    dies_with_parent: bool = False,
 ) -> list[str]:
     """Wrap a command to run confined.
 
@@ -89,6 +106,8 @@ def confined(
         namespaces: how its namespaces are made. It is then the child of a process that waits for it, and process 1 of
             its own namespace.
         report: the number of a descriptor to which the process id of that child is written, as JSON (`child-pid`).
+        dies_with_parent: whether it is killed when the thread that started it ends, and stays in its process group;
+            else it has a session of its own. Kill the group: a child that waits for its namespaces outlives its parent.
     """
     apart = namespaces is not Namespaces.NONE
     words = ["env", "-i", f"--chdir={'/' if apart else view.folder}", f"PATH={os.environ.get('PATH', os.defpath)}"]
@@ -96,10 +115,13 @@ def confined(
     program = command[0]
     if apart:
         program = shutil.which(program) or program
-        words += [*_bwrap(view, Path(program), namespaces), *(() if report is None else ("--info-fd", str(report)))]
-        words.append("--")
+        words += _bwrap(view, Path(program), namespaces, changes_user=to is not None)
+        words += [] if report is None else ["--info-fd", str(report)]
+        words += ["--die-with-parent" if dies_with_parent else "--new-session", "--"]
     if to is not None or not apart:
-        words += [shutil.which("setpriv") or "setpriv", "--no-new-privs", *_unprivileged(to), "--"]
+        # A change of user forgets that the process is to die with its parent.
+        death = ["--pdeathsig", "KILL"] if dies_with_parent else []
+        words += [shutil.which("setpriv") or "setpriv", "--no-new-privs", *_unprivileged(to), *death, "--"]
     return [*words, program, *command[1:]]
 
 
@@ -110,28 +132,32 @@ def _unprivileged(to: Account | None) -> list[str]:
     return [f"--reuid={to.user_id}", f"--regid={to.group_id}", groups, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _bwrap(view: View, program: Path, namespaces: Namespaces) -> list[str]:
-    words = [BWRAP, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--new-session"]
+def _bwrap(view: View, program: Path, namespaces: Namespaces, *, changes_user: bool) -> list[str]:
+    words = [BWRAP, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1"]
     words += [] if view.network else ["--unshare-net"]
     words += ["--cap-drop", "ALL"]
     needed = [program]
-    if namespaces is Namespaces.BY_ROOT:
+    if namespaces is Namespaces.IN_USER_NAMESPACE:
+        words.append("--unshare-user")
+    if changes_user:
         # bwrap sets no-new-privs; these capabilities end with the change of the user.
         words += [word for capability in _SETPRIV_NEEDS for word in ("--cap-add", capability)]
         needed.append(Path(shutil.which("setpriv") or "setpriv"))
-    else:
-        words.append("--unshare-user")
     links = [path for path in map(Path, _LIBRARIES) if path.is_symlink()]
     trees = [path for path in map(Path, _LIBRARIES) if path.is_dir() and not path.is_symlink()]
     shown = [*trees, _LOADER_CACHE, *needed, *view.files]
     # bwrap makes a missing parent readable to its owner alone.
-    folders = {parent for path in (*shown, *_DEVICES, *view.devices, Path(WORKING_FOLDER)) for parent in path.parents}
+    place = WORKING_FOLDER if view.whole else str(view.folder)
+    named = (*shown, *view.written, *_DEVICES, *view.devices, Path(place, "file"))
+    folders = {parent for path in named for parent in path.parents}
     words += [word for folder in sorted(folders - {Path("/")}) for word in ("--dir", str(folder))]
     words += [word for link in links for word in ("--symlink", str(link.readlink()), str(link))]
     words += [word for path in shown for word in ("--ro-bind-try", str(path), str(path))]
     words += [word for path in (*_DEVICES, *view.devices) for word in ("--dev-bind", str(path), str(path))]
-    words += ["--proc", "/proc", "--bind" if view.writable else "--ro-bind", str(view.folder), WORKING_FOLDER]
-    return [*words, "--remount-ro", "/", "--chdir", WORKING_FOLDER]
+    words += [word for path in view.written for word in ("--bind", str(path), str(path))]
+    words += ["--proc", "/proc"] if view.processes else []
+    words += ["--ro-bind", str(view.folder), place] if view.whole else []
+    return [*words, "--remount-ro", "/", "--chdir", place]
 
 
 @functools.cache
@@ -143,7 +169,7 @@ def namespaces_for(to: Account | None) -> Namespaced:
     """
     if shutil.which(BWRAP) is None:
         return Namespaced(namespaces=Namespaces.NONE, because=f"{BWRAP} is not installed (package bubblewrap)")
-    made = Namespaces.IN_USER_NAMESPACE if to is None else Namespaces.BY_ROOT
+    made = Namespaces.BY_ROOT if os.geteuid() == 0 else Namespaces.IN_USER_NAMESPACE
     words = confined(["true"], View(folder=Path("/usr/lib")), ["--core=0"], to, namespaces=made)
     try:
         tried = subprocess.run(words, capture_output=True, timeout=_PROBE_S, check=False)  # noqa: S603 - our own words

@@ -102,11 +102,6 @@ class DraftFile:
         with disk_errors_raised(self._folder):
             self._file.truncate(self._file.seek(0, os.SEEK_END) - size)
 
-    def reclaim(self) -> None:
-        """Change the owner back to this process after another user wrote the file."""
-        with disk_errors_raised(self._folder):
-            os.fchown(self._file.fileno(), os.geteuid(), os.getegid())
-
     def keep(self, name: str) -> Path:
         """Give the file its final name, durably. Raises `Invalid` if the name exists: files are never overwritten."""
         kept = self._folder / name

@@ -5,20 +5,17 @@ Images are inspected (`inspection`) before and after the conversion.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from interlock.core.errors import Invalid, NotResponding, StoreError, Unavailable
+from interlock.core.errors import Invalid, NotResponding, Unavailable
 from interlock.images.atomic_files import full
 from interlock.images.qemu_img import ImageTool
 
 _DRIVERS: Final = {"vmdk": "vmdk", "vhd": "vpc", "vhdx": "vhdx", "vdi": "vdi"}
 """QEMU's block driver by format."""
-_READ_ONLY: Final = 0o400
-_READ_WRITE: Final = 0o600
 
 
 def needs_conversion(image_format: str) -> bool:
@@ -31,7 +28,7 @@ def convert(
 ) -> None:
     """Convert the image `source` to `target`, an empty file in the same folder. Blocks.
 
-    `named` is the caller's path, for messages. Both files belong to the tool's user afterwards.
+    `named` is the caller's path, for messages.
 
     Raises:
         Invalid: QEMU cannot read it, it would become too large, or it timed out.
@@ -44,13 +41,11 @@ def convert(
             f"Converting a {image_format} image requires qemu-img, which is not installed.",
             remedy="Run `sudo apt-get install qemu-utils`, or convert it to qcow2 elsewhere.",
         )
-    _give(source, tool, _READ_ONLY)
-    _give(target, tool, _READ_WRITE)
     driver = _DRIVERS[image_format]
     # Relative names, so that the tool's user needs no access to the parent folders.
     words = ["convert", "-q", "-f", driver, "-O", "qcow2", f"./{source.name}", f"./{target.name}"]
     try:
-        ended = tool.run(words, source.parent, tool.timeout_ms, abandoned)
+        ended = tool.run(words, tool.timeout_ms, abandoned, reads=source, writes=target)
     except NotResponding as error:
         raise Invalid(
             f"{named.name}: converting the image timed out: it took longer than {tool.timeout_ms} ms.",
@@ -67,12 +62,3 @@ def convert(
         raise full(source.parent)
     reason = ended.complaint.rpartition("': ")[2] or f"it ended with status {ended.status}"
     raise Invalid(f"{named.name}: QEMU cannot convert the image: {reason.rstrip('.')}.")
-
-
-def _give(path: Path, tool: ImageTool, mode: int) -> None:
-    try:
-        path.chmod(mode)
-        if tool.account is not None:
-            os.chown(path, tool.account.user_id, tool.account.group_id)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be given to the user of QEMU's tool: {error.strerror}.") from error

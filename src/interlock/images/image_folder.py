@@ -50,7 +50,7 @@ _INITRD_TAKES = 4
 _PACKED_KERNEL = b"HdrS"
 _PACKED_KERNEL_AT = 514
 
-_MODE = 0o644
+_MODE = 0o640
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`."""
 _DRAFT = ".export"
@@ -241,7 +241,6 @@ class ImageFolder:
             if found.format != "qcow2":
                 raise Invalid(f"{source.name}: the converted image is not a qcow2 image.")
             disk_inspection.check_headers(made.path, source, found)
-            made.reclaim()
             return made.keep(f"{image_id}.qcow2"), found
 
     def _adopt_export(self, image_id: str, name: str) -> Image:

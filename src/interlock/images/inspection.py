@@ -39,7 +39,6 @@ _CLAIMS = {
 _RAW = frozenset({"raw", "gpt"})
 """The inspector's names for raw disks: without and with a partition table."""
 _USABLE = _RAW | {"qcow2", "vmdk", "vhd", "vhdx", "vdi", "iso"}
-_READABLE = 0o644
 _CHECKED = {"qcow2": "qcow2", "vmdk": "vmdk", "vhdx": "vhdx", "vdi": "vdi"}
 """The formats that `qemu-img check` supports, with its names for them."""
 _SOUND = frozenset({0, 3})
@@ -254,9 +253,8 @@ def require_undamaged(
     driver = _CHECKED.get(verdict.format)
     if driver is None or not tool.usable:
         return
-    path.chmod(_READABLE)
     try:
-        ended = tool.run(["check", "-q", "-f", driver, f"./{path.name}"], path.parent, tool.timeout_ms, abandoned)
+        ended = tool.run(["check", "-q", "-f", driver, f"./{path.name}"], tool.timeout_ms, abandoned, reads=path)
     except NotResponding as error:
         raise Invalid(f"{named.name}: qemu-img timed out while checking the image.") from error
     if ended.status not in _SOUND:
@@ -269,17 +267,16 @@ def require_undamaged(
 def check_with_qemu(path: Path, named: Path, verdict: Verdict, tool: ImageTool) -> None:
     """Open a qcow2 image that has passed with `qemu-img info`, if that is installed, and compare the results.
 
-    `path` is the copy, which becomes readable for all; `named` the caller's path, for messages.
+    `path` is the copy, and `named` the caller's path, for messages.
 
     Raises:
         Invalid: QEMU cannot open it, it is encrypted, or the results differ.
     """
     if verdict.format != "qcow2" or not tool.usable:
         return
-    path.chmod(_READABLE)
     words = ["info", "--output=json", "-f", "qcow2", f"./{path.name}"]
     try:
-        ended = tool.run(words, path.parent, tool.look_timeout_ms)
+        ended = tool.run(words, tool.look_timeout_ms, reads=path)
     except NotResponding as error:
         raise Invalid(f"{named.name}: qemu-img timed out while opening the image.") from error
     if ended.status != 0:

@@ -1,24 +1,25 @@
-"""Runs qemu-img on untrusted images in a sandbox: resource limits, explicit formats, and one folder.
+"""Runs qemu-img on untrusted images in a sandbox: resource limits, explicit formats, and the files in question.
 
-As root, it runs as an unprivileged user without network.
+As root, it runs as an unprivileged user of its own.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
-import pwd
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from interlock.confinement.sandbox import Account, View, confined
-from interlock.core.errors import NotResponding
+from interlock.confinement.host_users import HostUsers, temporary_user
+from interlock.confinement.sandbox import Account, View, confined, namespaces_for
+from interlock.core.errors import NotResponding, StoreError
 from interlock.images.subprocess_runner import Ended
 
 _ADDRESS_SPACE_BYTES: Final = 1 << 30
@@ -27,32 +28,40 @@ _STACK_BYTES: Final = 2 << 20
 _MARKS: Final = ("MALLOC_ARENA_MAX=1",)
 """On a busy machine it starts up to 64 threads: with 8 MiB of stack and an arena of 64 MiB for each, they would not fit
 into its address space."""
-_OVERFLOW: Final = 65_534
-"""The kernel's overflow uid."""
+_READ_ONLY: Final = 0o400
+_READ_WRITE: Final = 0o600
 _LOOK_S: Final = 0.2
-_PROBE_S: Final = 10.0
 
 
 class Abandoned(Exception):
     """The operation was cancelled."""
 
 
-def unprivileged() -> Account | None:
-    """Return the account `nobody`, or None if this process is not root."""
-    if os.geteuid() != 0:
-        return None
+@contextlib.contextmanager
+def _given(to: Account | None, reads: Path, writes: Path | None) -> Iterator[None]:
+    """Give files to a user for the block. Raises `StoreError`."""
     try:
-        nobody = pwd.getpwnam("nobody")
-    except KeyError:
-        return Account(user_id=_OVERFLOW, group_id=_OVERFLOW)
-    return Account(user_id=nobody.pw_uid, group_id=nobody.pw_gid)
+        for path, mode in ((reads, _READ_ONLY), (writes, _READ_WRITE)):
+            if path is not None and to is not None:
+                path.chmod(mode)
+                os.chown(path, to.user_id, to.group_id)
+        yield
+    except OSError as error:
+        raise StoreError(f"{error.filename} cannot be given to the user of QEMU's tool: {error.strerror}.") from error
+    finally:
+        for path in (reads, writes):
+            if path is not None and to is not None:
+                os.chown(path, os.geteuid(), os.getegid())
+                path.chmod(_READ_WRITE)
 
 
 class ImageTool(msgspec.Struct, frozen=True, kw_only=True):
     """Settings for running qemu-img."""
 
-    account: Account | None = msgspec.field(default_factory=unprivileged)
-    """The user it runs as; None: this process's."""
+    users: HostUsers | None = None
+    """The users of this host, one of which each run gets as root; None: `nobody`."""
+    program_paths: tuple[str, ...] = ()
+    """What it needs besides itself and the system's libraries."""
     timeout_ms: int = 600_000
     """Time limit of a conversion or check."""
     look_timeout_ms: int = 30_000
@@ -66,30 +75,58 @@ class ImageTool(msgspec.Struct, frozen=True, kw_only=True):
         return all(shutil.which(name) for name in ("qemu-img", "prlimit", "setpriv"))
 
     def run(
-        self, words: Sequence[str], folder: Path, timeout_ms: int, abandoned: Callable[[], bool] = lambda: False
+        self,
+        words: Sequence[str],
+        timeout_ms: int,
+        abandoned: Callable[[], bool] = lambda: False,
+        *,
+        reads: Path,
+        writes: Path | None = None,
     ) -> Ended:
-        """Run `qemu-img` with `words` in `folder`. Blocks: call it in a thread.
+        """Run `qemu-img` with `words` in the folder of `reads`. Blocks: call it in a thread.
+
+        Args:
+            words: its arguments; they name the files relative to the folder.
+            timeout_ms: the time limit, in milliseconds.
+            abandoned: asked now and then whether to stop.
+            reads: the file that it reads.
+            writes: an existing file in the same folder that it writes to.
 
         Raises:
             NotResponding: it timed out and was killed.
             Abandoned: `abandoned` returned true, and it was killed.
+            StoreError: the files cannot be given to its user.
         """
         limits = [f"--as={_ADDRESS_SPACE_BYTES}", f"--cpu={max(1, timeout_ms // 1000)}", f"--fsize={self.bytes_max}"]
         limits += ["--core=0", f"--nofile={_OPEN_FILES}", f"--stack={_STACK_BYTES}"]
-        command = [
-            *_without_network(),
-            *confined(["qemu-img", *words], View(folder=folder), limits, self.account, _MARKS),
-        ]
-        with subprocess.Popen(  # noqa: S603 - the words are this package's own, never through a shell
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            try:
-                output, errors = _followed(process, time.monotonic() + timeout_ms / 1000, abandoned)
-            except BaseException:
-                process.kill()
-                raise
-        lines = errors.decode("utf-8", "replace").strip().splitlines()
-        return Ended(status=process.returncode, output=output, complaint=lines[-1].strip() if lines else "")
+        files = (reads, *map(Path, self.program_paths))
+        written = () if writes is None else (writes,)
+        view = View(folder=reads.parent, whole=False, files=files, written=written, processes=False)
+        with temporary_user(self.users, "qemu-img") as account, _given(account, reads, writes):
+            command = confined(
+                ["qemu-img", *words],
+                view,
+                limits,
+                account,
+                _MARKS,
+                namespaces=namespaces_for(account).namespaces,
+                dies_with_parent=True,
+            )
+            return _run(command, time.monotonic() + timeout_ms / 1000, abandoned)
+
+
+def _run(command: list[str], until: float, abandoned: Callable[[], bool]) -> Ended:
+    with subprocess.Popen(  # noqa: S603 - the words are this package's own, never through a shell
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            output, errors = _followed(process, until, abandoned)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    lines = errors.decode("utf-8", "replace").strip().splitlines()
+    return Ended(status=process.returncode, output=output, complaint=lines[-1].strip() if lines else "")
 
 
 def _followed(process: subprocess.Popen[bytes], until: float, abandoned: Callable[[], bool]) -> tuple[bytes, bytes]:
@@ -101,14 +138,3 @@ def _followed(process: subprocess.Popen[bytes], until: float, abandoned: Callabl
                 raise Abandoned from None
             if time.monotonic() > until:
                 raise NotResponding("qemu-img timed out and was killed.") from None
-
-
-@functools.cache
-def _without_network() -> tuple[str, ...]:
-    """Return a command prefix that isolates the network; empty if not permitted."""
-    words = ("unshare", "--net", "--")
-    try:
-        tried = subprocess.run([*words, "true"], capture_output=True, timeout=_PROBE_S, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return words if tried.returncode == 0 else ()

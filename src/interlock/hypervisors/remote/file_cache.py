@@ -175,7 +175,7 @@ class FileCache:
 
     def _write(self, path: Path, offset: int, piece: bytes) -> None:
         with _named(path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if offset else os.O_TRUNC), 0o644)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if offset else os.O_TRUNC), 0o640)
             try:
                 write_at(descriptor, piece, offset)
             except OSError:
@@ -192,7 +192,7 @@ class FileCache:
         draft = _draft(path)
         with _named(draft):
             if not draft.exists():
-                draft.touch(mode=0o644)
+                draft.touch(mode=0o640)
             with draft.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if found != sha256 or draft.stat().st_size != size:
@@ -227,7 +227,7 @@ class FileCache:
             raise OperationRejected(f"Invalid content id {content[:80]!r}.")
         part = path.with_name(f"{name}.{content}{PART}")
         with _named(part):
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
             try:
                 yield descriptor
             except OSError:

@@ -91,9 +91,9 @@ def reported_child(report: int, timeout_ms: int) -> int | None:
 
 
 def reap(process_id: int) -> None:
-    """Kill a child that failed to start a process, and wait for it."""
+    """Kill a child that leads a session and failed to start a process, with what it began, and wait for it."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(process_id, signal.SIGKILL)
+        os.killpg(process_id, signal.SIGKILL)
         os.waitpid(process_id, 0)
 
 
