@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from interlock.config import ENVIRONMENT_PREFIX, Config, is_loopback
+from interlock.config import ENVIRONMENT_PREFIX, Config, QemuConfig, is_loopback
 from interlock.core.errors import Invalid
 
 _MAY_BE_ZERO = frozenset(
@@ -30,6 +30,9 @@ _MAY_BE_ZERO = frozenset(
 _LISTS = frozenset({"policy_keys", "program_paths", "tls_names"})
 _SECRET_CHARACTERS_MIN = 16
 _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reserved_gib")
+_WEIGHT_MAX = 10_000
+_SYSTEM_USERS_LAST = 65_535
+_USERS_LAST = 2**31 - 1
 _ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
 """Variables that the command line reads."""
 
@@ -134,11 +137,21 @@ def _check(config: Config) -> None:
     if 0 < len(config.http.metrics_token) < _SECRET_CHARACTERS_MIN:
         raise Invalid(f"http.metrics_token is too short: it must have at least {_SECRET_CHARACTERS_MIN} characters.")
     _check_shared_dir(config)
+    _check_isolation(config.qemu)
     for name in _NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise Invalid(f"{name} is {getattr(config, name)}; it must be 0 or more.")
     for table in ("", *_tables()):
         _check_numbers(getattr(config, table) if table else config, f"{table}." if table else "")
+
+
+def _check_isolation(qemu: QemuConfig) -> None:
+    for name in ("cpu_weight", "io_weight"):
+        if not 1 <= getattr(qemu, name) <= _WEIGHT_MAX:
+            raise Invalid(f"qemu.{name} is {getattr(qemu, name)}; a weight is 1 to {_WEIGHT_MAX}.")
+    if qemu.users_first <= _SYSTEM_USERS_LAST or qemu.users_first + qemu.users_max > _USERS_LAST:
+        what = f"qemu.users_first is {qemu.users_first} and qemu.users_max {qemu.users_max}"
+        raise Invalid(f"{what}; user ids of VMs are {_SYSTEM_USERS_LAST + 1} to {_USERS_LAST}.")
 
 
 def _check_shared_dir(config: Config) -> None:

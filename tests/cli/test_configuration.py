@@ -82,6 +82,8 @@ def test_what_is_set_of_qemu_reaches_the_adapter(tmp_path: Path) -> None:
         ),
         ("host_disk_overcommit = nan\n", "host_disk_overcommit is nan"),
         ("host_memory_mib = -5\n", "host_memory_mib is -5"),
+        ("[qemu]\nio_weight = 0\n", "qemu.io_weight is 0; a weight is 1 to 10000"),
+        ("[qemu]\nusers_first = 1000\n", "user ids of VMs are 65536 to"),
     ],
 )
 def test_a_mistake_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:

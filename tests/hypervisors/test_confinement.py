@@ -143,14 +143,37 @@ def test_where_systemd_runs_a_vm_gets_a_scope_by_one_call(tmp_path: Path) -> Non
     )
 
 
-def test_a_host_without_a_writable_cgroup_file_system_says_so(tmp_path: Path) -> None:
+def test_a_host_without_a_writable_cgroup_file_system_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text("proc /proc proc rw 0 0\n")
     assert control_groups(mounts, tmp_path / "absent") == (None, "no cgroup file system is mounted")
     mounts.write_text(f"cgroup2 {tmp_path}/absent cgroup2 ro 0 0\n")
     found, why = control_groups(mounts, tmp_path / "absent")
     assert found is None
-    assert why.endswith("cannot be written: No such file or directory")
+    assert "No such file or directory" in why
+    systemd = tmp_path / "systemd"
+    systemd.mkdir()
+    tool = tmp_path / "busctl"
+    tool.write_text("#!/bin/sh\necho No system bus. >&2; exit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert control_groups(mounts, systemd) == (None, "systemd scope: No system bus.")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes to a user who may not")
+def test_a_group_of_another_user_is_not_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o711)
+    (tmp_path / "interlock").mkdir(mode=0o755)
+    (tmp_path / "mounts").write_text(f"cgroup {tmp_path} cgroup rw,memory 0 0\n")
+    for folder in (tmp_path.parent, tmp_path.parent.parent, tmp_path.parent.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o111)
+    os.seteuid(65_534)
+    try:
+        found, why = control_groups(tmp_path / "mounts", tmp_path / "absent")
+    finally:
+        os.seteuid(0)
+    assert found is None
+    assert "Permission denied" in why
 
 
 # ---------------------------------------------------------------------------------------------------- reports

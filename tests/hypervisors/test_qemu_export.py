@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,33 +315,41 @@ async def test_what_cannot_be_exported_is_refused_with_the_cause(
 
 STUCK = """#!/bin/sh
 case "$*" in
-    *convert*) echo $$ > {place}; printf '    (25.00/100%%)\\r'; exec sleep 1000;;
+    *convert*) printf '    (25.00/100%%)\\r'; exec sleep {nap};;
     *) exec qemu-img "$@";;
 esac
 """
 
 
-def with_stuck_tool(host: QemuWorkbench, **more: Any) -> Path:
-    """Have an image tool that goes on for ever; its process id is in the file that is returned."""
-    tool, place = host.folder / "stuck-tool", host.folder / "stuck-process"
-    tool.write_text(STUCK.format(place=place))
+def with_stuck_tool(host: QemuWorkbench, **more: Any) -> str:
+    """Have an image tool that goes on for ever; return the argument by which its process is found."""
+    tool, nap = host.folder / "stuck-tool", f"{1_000_000 + zlib.crc32(str(host.folder).encode())}"
+    tool.write_text(STUCK.format(nap=nap))
     tool.chmod(0o755)
-    host.settings = msgspec.structs.replace(host.settings, image_tool_binary=str(tool), **more)
-    return place
+    programs = [shutil.which(program) or program for program in ("sh", "sleep", "qemu-img")]
+    host.settings = msgspec.structs.replace(
+        host.settings, image_tool_binary=str(tool), program_paths=("/bin/sh", *programs), **more
+    )
+    return nap
 
 
-def ended(process_id: int) -> bool:
-    return not Path(f"/proc/{process_id}/cmdline").exists() or not Path(f"/proc/{process_id}/cmdline").read_bytes()
+def is_stuck(nap: str) -> bool:
+    """Whether the process of the tool that goes on for ever exists."""
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if place.name.isdigit() and (place / "cmdline").read_bytes() == f"sleep\0{nap}\0".encode():
+                return True
+    return False
 
 
 async def test_an_image_tool_that_makes_no_progress_is_ended(host: QemuWorkbench, image: Image) -> None:
-    place = with_stuck_tool(host, copy_silence_timeout_ms=200)
+    nap = with_stuck_tool(host, copy_silence_timeout_ms=200)
     hypervisor = await opened(host)
     spec, seen = spec_of(image), Progress()
     await written(hypervisor, host, spec)
     with pytest.raises(OperationRejected, match="no progress for 200 ms"):
         await hypervisor.export_root_disk(PERMIT, "one", spec, host.folder / "export.qcow2", seen)
-    assert ended(int(place.read_text()))
+    assert not is_stuck(nap)
     assert seen.told == [(ROOT_MIB * MIB // 4, ROOT_MIB * MIB)]
     assert leftovers(host.folder) == []
     await hypervisor.undefine(PERMIT, "one")
@@ -348,7 +357,7 @@ async def test_an_image_tool_that_makes_no_progress_is_ended(host: QemuWorkbench
 
 
 async def test_a_cancelled_worker_ends_its_image_tool(host: QemuWorkbench, image: Image) -> None:
-    place = with_stuck_tool(host)
+    nap = with_stuck_tool(host)
     hypervisor = await opened(host)
     spec, seen = spec_of(image), Progress()
     await written(hypervisor, host, spec)
@@ -358,7 +367,7 @@ async def test_a_cancelled_worker_ends_its_image_tool(host: QemuWorkbench, image
     export.cancel()
     with pytest.raises(asyncio.CancelledError):
         await export
-    assert ended(int(place.read_text()))
+    assert not is_stuck(nap)
     assert leftovers(host.folder) == []
     await hypervisor.undefine(PERMIT, "one")
     await hypervisor.close()
@@ -382,7 +391,11 @@ def report(done, total=None):
 async def serve(folder, spec):
     host = QemuWorkbench(folder)
     host.settings = msgspec.structs.replace(
-        host.settings, image_tool_binary=sys.argv[3], copy_look_interval_ms=10, copy_bytes_per_s=4 << 20
+        host.settings,
+        image_tool_binary=sys.argv[3],
+        program_paths=tuple(sys.argv[5:]),
+        copy_look_interval_ms=10,
+        copy_bytes_per_s=4 << 20,
     )
     hypervisor = host.make()
     await hypervisor.open(print)
@@ -397,6 +410,7 @@ asyncio.run(serve(Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=Spec)
 async def doomed(host: QemuWorkbench, spec: Spec, how: str) -> None:
     """Run a server that kills itself as soon as something is exported."""
     words = [str(host.folder), msgspec.json.encode(spec).decode(), host.settings.image_tool_binary, how]
+    words += host.settings.program_paths
     server = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *words)
     assert await server.wait() == -signal.SIGKILL
 
@@ -404,13 +418,13 @@ async def doomed(host: QemuWorkbench, spec: Spec, how: str) -> None:
 async def test_the_image_tool_of_a_killed_server_is_gone_and_its_work_done_again(
     host: QemuWorkbench, image: Image
 ) -> None:
-    place, spec = with_stuck_tool(host), spec_of(image)
+    nap, spec = with_stuck_tool(host), spec_of(image)
     hypervisor = await opened(host)
     root = await written(hypervisor, host, spec)
     await hypervisor.close()
     await doomed(host, spec, "at rest")
     async with asyncio.timeout(PATIENCE_S):
-        await until_ended(int(place.read_text()))
+        await until_ended(nap)
     host.settings = msgspec.structs.replace(host.settings, image_tool_binary="qemu-img")
     hypervisor = await opened(host)
     await hypervisor.export_root_disk(PERMIT, "one", spec, host.folder / "export.qcow2", Progress())
@@ -420,9 +434,9 @@ async def test_the_image_tool_of_a_killed_server_is_gone_and_its_work_done_again
     await hypervisor.close()
 
 
-async def until_ended(process_id: int) -> None:
+async def until_ended(nap: str) -> None:
     while True:
-        if ended(process_id):
+        if not is_stuck(nap):
             return
         await asyncio.sleep(0.01)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from interlock import bench
+from interlock.bench import start_stop
 
 FIGURES = {
     "decisions": {
@@ -26,6 +29,16 @@ FIGURES = {
     },
     "whole_operations": {"callers", "operations_per_s"},
 }
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+def test_the_cost_of_each_layer_of_confinement_is_measured(tmp_path: Path) -> None:
+    figures = start_stop.measure(tmp_path, 0.01)
+    layers = ("bare", "own_user", "namespaces", "cgroup")
+    measured = {f"{what}_{layer}_ms" for what in ("start", "stop") for layer in layers}
+    assert set(figures) == measured | {"extra_start_ms", "extra_stop_ms"}
+    assert all(figures[name] > 0 for name in measured)
 
 
 @pytest.mark.parametrize("name", FIGURES)

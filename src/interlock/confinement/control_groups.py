@@ -7,6 +7,7 @@ or 2. A group holds only processes that were placed in it, and is removed with t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ _SHARES: Final = 1024
 """The same in version 1, `cpu.shares`."""
 _SHARES_RANGE: Final = (2, 262_144)
 _BLKIO_RANGE: Final = (10, 1_000)
+_MANAGER: Final = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 _CALL_S: Final = 10.0
 _SCOPE_S: Final = 5.0
 _LOOK_S: Final = 0.005
@@ -86,9 +88,9 @@ def control_groups(
     as_root = os.geteuid() == 0 if as_root is None else as_root
     hierarchies, unified = _mounted(mounts)
     if systemd.is_dir() and shutil.which("busctl"):
-        return SystemdScopes(unified, as_root=as_root), ""
-    if hierarchies:
-        groups: VersionOne | VersionTwo = VersionOne(hierarchies)
+        groups: SystemdScopes | VersionOne | VersionTwo = SystemdScopes(unified, as_root=as_root)
+    elif hierarchies:
+        groups = VersionOne(hierarchies)
     elif unified is not None:
         groups = VersionTwo(unified)
     else:
@@ -96,7 +98,7 @@ def control_groups(
     try:
         groups.prepare()
     except OSError as error:
-        return None, f"{error.filename or groups.kind} cannot be written: {error.strerror}"
+        return None, f"{groups.kind}: {error}"
     return groups, ""
 
 
@@ -145,7 +147,7 @@ class VersionOne:
     def prepare(self) -> None:
         """Create the parents. Raises OSError."""
         for parent in self._parents.values():
-            parent.mkdir(mode=0o755, exist_ok=True)
+            _make_parent(parent)
 
     def place(self, name: str, process_id: int, limits: GroupLimits) -> None:
         for resource, parent in self._parents.items():
@@ -189,7 +191,7 @@ class VersionTwo:
 
     def prepare(self) -> None:
         """Create the parent, and pass the controllers on to it and to its groups. Raises OSError."""
-        self._parent.mkdir(mode=0o755, exist_ok=True)
+        _make_parent(self._parent)
         wanted = {_version_two_name(resource) for resource in Resource}
         for place in (self._root, self._parent):
             found = wanted & set((place / "cgroup.controllers").read_text().split())
@@ -248,6 +250,10 @@ class SystemdScopes:
             return frozenset()
         return frozenset(resource for resource in Resource if _version_two_name(resource) in delegated)
 
+    def prepare(self) -> None:
+        """Check that systemd can be called. Raises OSError."""
+        self._call(["busctl", self._manager, "--quiet", "get-property", *_MANAGER, "Version"])
+
     def place(self, name: str, process_id: int, limits: GroupLimits) -> None:
         scope = f"{PARENT}-{name}.scope"
         properties = [
@@ -260,8 +266,7 @@ class SystemdScopes:
             *("CPUWeight", "t", str(limits.cpu_weight)),
             *("IOWeight", "t", str(limits.io_weight)),
         ]
-        manager = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
-        words = ["busctl", self._manager, "--quiet", "call", *manager, "StartTransientUnit"]
+        words = ["busctl", self._manager, "--quiet", "call", *_MANAGER, "StartTransientUnit"]
         self._call([*words, "ssa(sv)a(sa(sv))", scope, "fail", "8", *properties, "0"])
         _await_group(process_id, scope)
 
@@ -288,6 +293,13 @@ def _await_group(process_id: int, scope: str) -> None:
         if time.monotonic() > until:
             raise OSError(f"systemd did not move process {process_id} to {scope}")
         time.sleep(_LOOK_S)
+
+
+def _make_parent(parent: Path) -> None:
+    """Create the group that has those of VMs. Raises OSError, also if it exists and belongs to another user."""
+    parent.mkdir(mode=0o755, exist_ok=True)
+    if not os.access(parent, os.W_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
 def _version_two_name(resource: Resource) -> str:

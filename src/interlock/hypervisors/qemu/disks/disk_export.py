@@ -53,7 +53,15 @@ async def export_offline(
     with _draft(target) as fresh:
         permit.check()
         words = ["convert", "-p", "-c", "-O", "qcow2", qcow2.open_options(source, spec), str(fresh)]
-        await run_qemu_img(words, _WHAT, settings, lambda done: report(int(done * total), total))
+        fresh.touch(mode=0o600)
+        await run_qemu_img(
+            words,
+            _WHAT,
+            settings,
+            lambda done: report(int(done * total), total),
+            reads=[source, Path(spec.image.path)],
+            writes=fresh,
+        )
         await root_disks.replace(permit, fresh, target)
 
 
@@ -119,6 +127,7 @@ async def _follow(guest: Guest, report: Report, folder: Path) -> None:
 
 async def _create_empty(permit: Permit, path: Path, size_bytes: int, settings: QemuSettings) -> None:
     permit.check()
+    path.touch(mode=0o600)  # noqa: ASYNC240 - as quick as a look
     command = [settings.image_tool_binary, "create", "-q", "-f", "qcow2", str(path), str(size_bytes)]
     ended = await uninterrupted(lambda: run(command, timeout_s=settings.image_tool_timeout_ms / 1000))
     if ended.status != 0:

@@ -35,7 +35,12 @@ class HostDisks:
         permit.check()
         words = ["convert", "-p", "-n", "-f", "qcow2", "-O", "qcow2", str(source), str(target)]
         await run_qemu_img(
-            words, f"Copying {source.name}", self._registry.settings, lambda done: report(int(done * held), held)
+            words,
+            f"Copying {source.name}",
+            self._registry.settings,
+            lambda done: report(int(done * held), held),
+            reads=[source],
+            writes=target,
         )
         await asyncio.to_thread(sync_file, target)
 
@@ -87,7 +92,10 @@ class HostDisks:
                 permit.check()
                 words = ["resize", "-q", qcow2.open_options(fresh, spec), str(wanted)]
                 what = f"Enlarging the copy of {source}"
-                await run_qemu_img(words, what, self._registry.settings, lambda _share: None)
+                backings = [] if spec.root_is_whole else [Path(spec.image.path)]
+                await run_qemu_img(
+                    words, what, self._registry.settings, lambda _share: None, reads=backings, writes=fresh
+                )
             await root_disks.create(permit, fresh, target)
 
     async def drop_root_disks(self, permit: Permit, instance_id: str, spec: Spec, kept: frozenset[int]) -> None:

@@ -1,6 +1,7 @@
 """Runs qemu-img for long operations: with progress, and killed when its worker or the server ends.
 
-Short operations use `images.subprocess_runner`.
+It reads disks that guests have written, so that it sees these disks only, and has no capabilities. As root it keeps the
+user, who owns the disks. Short operations, which read none, use `images.subprocess_runner`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from interlock.confinement.sandbox import View, confined, namespaces_for
 from interlock.core.errors import NotResponding, OperationRejected
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.qemu.stall_timeout import StallTimeout, copy_stall
@@ -22,7 +25,13 @@ _READ_BYTES: Final = 4096
 
 
 async def run_qemu_img(
-    words: list[str], what: str, settings: QemuSettings, on_progress: Callable[[float], None]
+    words: list[str],
+    what: str,
+    settings: QemuSettings,
+    on_progress: Callable[[float], None],
+    *,
+    reads: Sequence[Path] = (),
+    writes: Path,
 ) -> None:
     """Run qemu-img, and call `on_progress` with the share that is done, 0 to 1.
 
@@ -31,18 +40,30 @@ async def run_qemu_img(
         what: what it does, as the beginning of an error message.
         settings: its path, and how long it may make no progress.
         on_progress: an exception in it kills qemu-img, and is raised here.
+        reads: the files that it reads.
+        writes: the existing file that it writes to.
 
     Raises:
         OperationRejected: it failed, or made no progress.
         NotResponding: it was killed and has not ended.
     """
-    process = await asyncio.create_subprocess_exec(
+    files = (*reads, *map(Path, settings.program_paths))
+    command = confined(
+        [settings.image_tool_binary, *words],
+        View(folder=Path("/"), whole=False, files=files, written=(writes,), processes=False),
+        ["--core=0"],
+        None,
+        ["LC_ALL=C"],
+        namespaces=(await asyncio.to_thread(namespaces_for, None)).namespaces,
         # After a crash of the server, the disk must not be locked by a qemu-img that nobody waits for.
-        *("setpriv", "--pdeathsig", "KILL", "--", settings.image_tool_binary, *words),
+        dies_with_parent=True,
+    )
+    process = await asyncio.create_subprocess_exec(
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"},
+        start_new_session=True,
     )
     assert process.stderr is not None
     reading_errors = asyncio.create_task(process.stderr.read())
@@ -82,16 +103,20 @@ async def _follow(
 
 
 def _transferred(process_id: int) -> bytes:
+    """Return how much the process and its children have read and written, in the kernel's words."""
+    place, found = Path(f"/proc/{process_id}"), b""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process_id}/io").read_bytes()
-    return b""
+        children = (place / f"task/{process_id}/children").read_text().split()
+        for one in (place, *(Path("/proc", child) for child in children)):
+            found += (one / "io").read_bytes()
+    return found
 
 
 async def _end(process: asyncio.subprocess.Process, settings: QemuSettings) -> None:
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
     try:
         async with asyncio.timeout(settings.kill_timeout_ms / 1000):
             await process.wait()

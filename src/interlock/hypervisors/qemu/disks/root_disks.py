@@ -156,6 +156,7 @@ async def _create_overlay(
         command += ["-b", base.path, "-F", base.format]
     with draft(disk) as fresh:
         permit.check()
+        fresh.touch(mode=0o600)
         ended = await asyncio.to_thread(
             run, [*command, str(fresh), str(size_bytes)], timeout_s=settings.image_tool_timeout_ms / 1000
         )
