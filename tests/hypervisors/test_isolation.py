@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from clean_environments import ROOT
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.confinement.host_users import HostUsers, temporary_user
@@ -234,6 +236,17 @@ def test_a_host_without_bubblewrap_says_why_it_has_no_namespaces(
         assert "bubblewrap" in namespaces_for(None).because
     finally:
         namespaces_for.cache_clear()
+
+
+@needs_bwrap
+@pytest.mark.parametrize("unit", ["interlock.service", "interlock-agent.service"])
+def test_the_capabilities_of_the_packaged_units_are_enough_to_make_namespaces(unit: str) -> None:
+    lines = (ROOT / "packaging" / unit).read_text().splitlines()
+    given = [line.partition("=")[2] for line in lines if line.startswith("CapabilityBoundingSet=")]
+    bounding = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in " ".join(given).split())])
+    code = "from interlock.confinement.sandbox import *; print(namespaces_for(nobody()))"
+    words = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounding}", sys.executable, "-c", code]
+    assert Namespaces.BY_ROOT.name in subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
