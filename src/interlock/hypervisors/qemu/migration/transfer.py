@@ -32,6 +32,8 @@ from interlock.ports.migration import MigrationEndpoint
 
 _LOG = structlog.get_logger(__name__)
 _SECRET_BYTES: Final = 32
+_PENDING_MAX: Final = 64
+"""How many connections may be open at a time that have not named the secret yet."""
 _MIRROR: Final = "away"
 """The block node and the job that mirror the root disk."""
 _EXPORT: Final = "root"
@@ -59,7 +61,7 @@ class IncomingListener:
     With `tls` they must come from the host that it names; without, they are not encrypted.
     """
 
-    def __init__(self, guest: Guest, permit: Permit, address: str, tls: PeerTls | None, *, disk: bool) -> None:
+    def __init__(self, guest: Guest, permit: Permit, address: str, tls: PeerTls | None) -> None:
         self._guest = guest
         self._permit = permit
         self._tls = tls
@@ -67,7 +69,6 @@ class IncomingListener:
         self._listening = socket.create_server((address, 0), family=family)
         self._listening.setblocking(False)
         self._secret = secrets.token_hex(_SECRET_BYTES)
-        self._disk = disk
         self._tasks: set[asyncio.Task[None]] = set()
         self._relays: list[Relay] = []
         self.endpoint = MigrationEndpoint(host=address, port=self._listening.getsockname()[1], secret=self._secret)
@@ -92,6 +93,9 @@ class IncomingListener:
         loop = asyncio.get_running_loop()
         while True:
             connection, _ = await loop.sock_accept(self._listening)
+            if len(self._tasks) >= _PENDING_MAX:
+                connection.close()
+                continue
             connection.setblocking(False)
             task = asyncio.create_task(self._serve(connection))
             self._tasks.add(task)
@@ -106,7 +110,7 @@ class IncomingListener:
                 with contextlib.ExitStack() as held:
                     held.callback(outer.close)
                     secret, _, what = (await read_line(outer)).partition(" ")
-                    if secrets.compare_digest(secret, self._secret) and (what == _MEMORY or self._disk):
+                    if secrets.compare_digest(secret.encode(), self._secret.encode()) and what in {_MEMORY, _DISK}:
                         inner = await self._connected(held, what)
                         await send_line(outer, OK)
                         if what == _MEMORY:
@@ -151,7 +155,7 @@ async def listen(permit: Permit, guest: Guest, address: str, tls: PeerTls | None
         await guest.execute(permit, "nbd-server-start", {"addr": {"type": "fd", "data": {"str": _SOCKET}}})
         export = {"type": "nbd", "id": _EXPORT, "node-name": node_name(ROOT), "name": _EXPORT, "writable": True}
         await guest.execute(permit, "block-export-add", export)
-    return IncomingListener(guest, permit, address, tls, disk=disk)
+    return IncomingListener(guest, permit, address, tls)
 
 
 async def wait_received(guest: Guest) -> None:
