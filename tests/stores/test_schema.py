@@ -109,10 +109,10 @@ async def test_projects_that_were_only_names_become_records(path: Path) -> None:
     await store.images.put(replace(IMAGE, id="public", name="public"))
     await store.close()
     with apsw.Connection(str(path)) as database:
-        database.execute("DROP TABLE projects; UPDATE alembic_version SET version_num = '0008'")
+        database.execute("DROP TABLE projects; UPDATE alembic_version SET version_num = '0009'")
         database.execute("UPDATE instances SET body = json_set(body, '$.created_at_ms', 6 + seq)")
     database.close()
-    assert schema.upgrade(path).before == "0008"
+    assert schema.upgrade(path).before == "0009"
     store = SqliteStore(path)
     await store.open()
     found = await store.projects.all()
