@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from interlock.confinement import host_users
 from interlock.confinement.control_groups import (
@@ -20,6 +21,8 @@ from interlock.confinement.control_groups import (
 from interlock.confinement.host_users import HostUsers
 from interlock.confinement.sandbox import Namespaced, Namespaces
 from interlock.core.errors import OperationRejected
+from interlock.hypervisors.factory import log_protections
+from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
 from interlock.hypervisors.qemu.protections import protections
 from waiting import until
 
@@ -188,3 +191,17 @@ def test_protections_are_reported_by_name_with_how_or_why_not(users: HostUsers) 
     off = protections("not root", Namespaced(namespaces=Namespaces.NONE, because="bwrap is missing"), None, "none")
     assert {one.name for one in off if one.on} == {"no_privileges", "system_call_filter"}
     assert {one.detail for one in off if one.name.endswith("_namespace")} == {"bwrap is missing"}
+
+
+def test_the_log_names_what_is_on_and_why_the_rest_is_off(users: HostUsers, tmp_path: Path) -> None:
+    hypervisor = QemuHypervisor(QemuSettings(folder=tmp_path))
+    with capture_logs() as nothing:
+        log_protections(hypervisor)
+    hypervisor.registry.protections = protections(users, MADE, None, "no cgroup file system is mounted")
+    with capture_logs() as logs:
+        log_protections(hypervisor)
+    assert nothing == []
+    (line,) = logs
+    assert (line["event"], line["log_level"]) == ("protections selected", "warning")
+    assert line["on"][:2] == ["own_user", "no_privileges"]
+    assert line["off"] == dict.fromkeys(("memory_limit", "cpu_weight", "io_weight"), "no cgroup file system is mounted")

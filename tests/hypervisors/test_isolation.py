@@ -21,6 +21,7 @@ import pytest
 from clean_environments import ROOT
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
+from interlock.confinement import sandbox
 from interlock.confinement.host_users import HostUsers, temporary_user
 from interlock.confinement.sandbox import Namespaces, View, confined, namespaces_for
 from interlock.core.errors import OperationRejected
@@ -231,11 +232,11 @@ def test_a_host_without_bubblewrap_says_why_it_has_no_namespaces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    namespaces_for.cache_clear()
+    sandbox._tried.cache_clear()
     try:
         assert "bubblewrap" in namespaces_for(None).because
     finally:
-        namespaces_for.cache_clear()
+        sandbox._tried.cache_clear()
 
 
 @needs_bwrap

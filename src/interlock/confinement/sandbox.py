@@ -160,13 +160,18 @@ def _bwrap(view: View, program: Path, namespaces: Namespaces, *, changes_user: b
     return [*words, "--remount-ro", "/", "--chdir", place]
 
 
-@functools.cache
 def namespaces_for(to: Account | None) -> Namespaced:
     """Try to make namespaces for a process that runs as `to`. Blocks for some milliseconds, once.
 
     Returns:
         How they are made on this host, or why they cannot be.
     """
+    return _tried(changes_user=to is not None)
+
+
+@functools.cache
+def _tried(*, changes_user: bool) -> Namespaced:
+    to = nobody() if changes_user else None
     if shutil.which(BWRAP) is None:
         return Namespaced(namespaces=Namespaces.NONE, because=f"{BWRAP} is not installed (package bubblewrap)")
     made = Namespaces.BY_ROOT if os.geteuid() == 0 else Namespaces.IN_USER_NAMESPACE
