@@ -24,9 +24,10 @@ from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.language.loader import builtin_names, read
 from interlock.policies.lint.checker import check, check_file
+from interlock.policies.lint.condition_sets import TASKS
 from interlock.policies.lint.dead_rules import DeadRules
 from interlock.policies.lint.findings import Finding, Severity, states_text, written
-from interlock.policies.lint.reachability import TASKS, Cell, Reaching
+from interlock.policies.lint.reachability import Cell, Reaching
 from tiers import tier
 
 O = Operation  # noqa: E741

@@ -6,13 +6,14 @@ values and members there are follows from the table of conditions and from the r
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from interlock.core.condition_kinds import Choice, Members, Parts, Takes
-from interlock.core.conditions import ABOUT, CONDITION, CONDITIONS, Condition, Conditions
-from interlock.core.operations import BIT, TASK_OPERATION, Operation
-from interlock.core.states import NO_TASK
+from interlock.core.condition_kinds import Bound, Choice, Members, Parts, Takes
+from interlock.core.conditions import ABOUT, CONDITION, Condition, Conditions
+from interlock.core.operations import BIT, TASK_OPERATION, TASK_STATES, Operation
+from interlock.core.states import NO_TASK, VmState
 from interlock.core.view_classes import members_of
 
 
@@ -123,20 +124,41 @@ def _shun(region: Region, index: int, mask: int) -> Region | None:
 
 
 def places(mask: int) -> Iterator[int]:
-    """Yield the indexes of the bits that are set, from the lowest."""
+    """Yield the indexes of the bits that are set, from the lowest. A negative mask has no end."""
+    if mask.bit_length() > _SHORT_BITS:
+        digits = bin(mask)[:1:-1]
+        place = digits.find("1")
+        while place >= 0:
+            yield place
+            place = digits.find("1", place + 1)
+        return
     while mask:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
         mask ^= lowest
 
 
+_SHORT_BITS: Final = 64
+"""Up to this length of a mask, arithmetic finds its bits faster than their digits do."""
 CHOICES: Final[tuple[Condition, ...]] = tuple(one for one in CONDITION.values() if isinstance(one.kind, Choice))
 SETS: Final[tuple[Condition, ...]] = tuple(one for one in CONDITION.values() if isinstance(one.kind, Members))
 """One condition on each field with one value, and with a set."""
 _PLACE: Final = {one.reads: place for each in (CHOICES, SETS) for place, one in enumerate(each)}
 OUTSTANDING: Final = _PLACE["outstanding"]
 """The index of the set of outstanding operations, whose masks are unions of `operations.BIT`."""
-_CHOICES_FIRST: Final = sorted(CONDITIONS, key=lambda one: isinstance(one.kind, Members))
+TASKS: Final = (NO_TASK, *TASK_STATES)
+OPERATION, VM_STATE, TASK_STATE = range(len(CHOICES), len(CHOICES) + 3)
+"""The indexes of the choices by which rules are looked up; those of `CHOICES` come before them."""
+_KEYS: Final[tuple[tuple[Any, ...], ...]] = (tuple(Operation), tuple(VmState), TASKS)
+KEY_BITS: Final[dict[int, dict[Any, int]]] = {
+    place: {word: 1 << number for number, word in enumerate(words)}
+    for place, words in zip((OPERATION, VM_STATE, TASK_STATE), _KEYS, strict=True)
+}
+"""For each of them, the bit of each word."""
+_CHOICES_FIRST: Final = [
+    one for kind in (Choice, Members) for same in ABOUT.values() for one in same if isinstance(one.kind, kind)
+]
+"""All conditions, those on the same field together."""
 
 
 def values_of(condition: Condition, rules: Sequence[Conditions], moments: Iterable[int] = ()) -> tuple[Any, ...]:
@@ -170,14 +192,17 @@ class ConditionSpace:
         self._everything: dict[Operation | None, Region] = {}
         for condition in CHOICES:
             self._values.append(values_of(condition, rules, moments_ms if condition.reads == "silent_ms" else ()))
+        self._values += _KEYS
         for condition in SETS:
             is_mask = condition.kind.takes is Takes.KINDS
             members = enumerate(members_of(condition.reads, rules))
             self._bits.append({one: BIT[one] if is_mask else 1 << number for number, one in members})
 
-    def everything(self, task_state: str) -> Region:
-        """Return the region of all views during a task, whose operation is outstanding."""
-        operation = None if task_state == NO_TASK else TASK_OPERATION[task_state]
+        self._members = [(1 << len(bits)) - 1 for bits in self._bits]
+
+    def everything(self, task_state: str | None = None) -> Region:
+        """Return the region of all views, or of all during a task, whose operation is outstanding."""
+        operation = None if task_state is None or task_state == NO_TASK else TASK_OPERATION[task_state]
         known = self._everything.get(operation)
         if known is None:
             served = frozenset({BIT[operation]}) if operation else frozenset[int]()
@@ -189,12 +214,21 @@ class ConditionSpace:
         return known
 
     def literals(self, rule: Conditions) -> tuple[Literal, ...]:
-        """Return the conditions of a rule."""
+        """Return the conditions of a rule: at most one on each choice, and none that wants members it excludes."""
+        found: list[Literal] = []
+        excluded: dict[int, int] = {}
+        for condition in _CHOICES_FIRST:
+            if (wanted := condition.of(rule)) is not None:
+                for literal in self._literal(condition, wanted):
+                    if found and literal.test == "is" and found[-1].place == literal.place:
+                        literal = literal._replace(mask=literal.mask & found.pop().mask)  # noqa: PLW2901
+                    elif literal.test == "none":
+                        excluded[literal.place] = literal.mask
+                    found.append(literal)
+        if not excluded:
+            return tuple(found)
         return tuple(
-            literal
-            for condition in _CHOICES_FIRST
-            if (wanted := condition.of(rule)) is not None
-            for literal in self._literal(condition, wanted)
+            one._replace(mask=one.mask & ~excluded.get(one.place, 0)) if one.test == "any" else one for one in found
         )
 
     def _literal(self, condition: Condition, wanted: Any) -> tuple[Literal, ...]:
@@ -203,7 +237,7 @@ class ConditionSpace:
         if known is None:
             match condition.kind:
                 case Choice() as kind:
-                    known = (self.choice(condition.reads, kind.test(wanted)),)
+                    known = (self._choice(condition.reads, kind, wanted),)
                 case Members() as kind:
                     known = tuple(self._about_members(condition.reads, kind.parts(wanted)))
             self._literals[key] = known
@@ -225,6 +259,19 @@ class ConditionSpace:
         mask = sum(1 << number for number, value in enumerate(self._values[place]) if accepts(value))
         return Literal("is", place, mask)
 
+    def _choice(self, reads: str, kind: Choice, wanted: Any) -> Literal:
+        accepts = kind.test(wanted)
+        if not isinstance(kind, Bound):
+            return self.choice(reads, accepts)
+        # The answer differs only between the values before the bound and those from it on, and may for 0.
+        place = _PLACE[reads]
+        values = self._values[place]
+        least = bisect_left(values, kind.turns_at(wanted))
+        below, every = (1 << least) - 1, (1 << len(values)) - 1
+        mask = below if least > 1 and accepts(values[least - 1]) else 0
+        mask |= every & ~below if least < len(values) and accepts(values[-1]) else 0
+        return Literal("is", place, mask | 1 if accepts(values[0]) else mask & ~1)
+
     def silent_for(self, at_least_ms: int) -> Literal:
         """Return the condition on silence; a time past all that are distinguished counts as the longest of them."""
         longest = self._values[_PLACE["silent_ms"]][-1]
@@ -242,7 +289,7 @@ class ConditionSpace:
         return Literal("none", place, sum(bit for one, bit in self._bits[place].items() if one not in kept))
 
     def counts(self) -> tuple[int, ...]:
-        """Return the number of values of each of `CHOICES`."""
+        """Return the number of values of each choice, those by which rules are looked up included."""
         return tuple(len(values) for values in self._values)
 
     def values(self, condition: Condition) -> tuple[Any, ...]:
@@ -255,22 +302,17 @@ class ConditionSpace:
 
     def simplest(self, region: Region) -> Region:
         """Return one point of a region: the most ordinary values, and few members."""
+        few = [_few(wanted, shunned) for wanted, shunned in zip(region.wanted, region.shunned, strict=True)]
         return Region(
-            choices=tuple(left & -left for left in region.choices),
-            wanted=tuple(
-                frozenset(1 << place for place in places(_few(wanted, shunned)))
-                for wanted, shunned in zip(region.wanted, region.shunned, strict=True)
-            ),
-            shunned=tuple(
-                ~_few(wanted, shunned) & ((1 << len(bits)) - 1)
-                for wanted, shunned, bits in zip(region.wanted, region.shunned, self._bits, strict=True)
-            ),
+            choices=tuple([left & -left for left in region.choices]),
+            wanted=tuple([frozenset([1 << place for place in places(members)]) for members in few]),
+            shunned=tuple([~members & every for members, every in zip(few, self._members, strict=True)]),
         )
 
     def view_values(self, region: Region) -> dict[str, Any]:
         """Return the fields of a view in a region that is not empty: the most ordinary values, and few members."""
         found = {}
-        for condition, values, left in zip(CHOICES, self._values, region.choices, strict=True):
+        for condition, values, left in zip(CHOICES, self._values, region.choices, strict=False):
             found[condition.reads] = values[(left & -left).bit_length() - 1]
         for condition, members in zip(SETS, self.chosen_members(region), strict=True):
             assert isinstance(condition.kind, Members)
@@ -286,9 +328,17 @@ class ConditionSpace:
         ]
 
 
+def one_of(place: int, words: Iterable[Any]) -> Literal:
+    """Return the condition that the operation, vm_state or task state is one of these."""
+    bits = KEY_BITS[place]
+    return Literal("is", place, sum(bits[word] for word in words))
+
+
 def _few(wanted: frozenset[int], shunned: int) -> int:
     """Return a small set with a member of each mask and no excluded one (greedy)."""
     members = 0
+    if not wanted:
+        return members
     for mask in sorted(wanted):
         if not members & mask:
             allowed = mask & ~shunned

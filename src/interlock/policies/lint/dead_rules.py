@@ -7,23 +7,28 @@ matches. Where the analysis exceeds its limits, a rule counts as reachable.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
+from typing import Final
 
 from interlock.core.conditions import CONDITIONS
 from interlock.core.operations import Operation
 from interlock.core.policy import SET_MARK, Rule
 from interlock.core.states import VmState
-from interlock.policies.lint.condition_sets import Literal, Region, places
+from interlock.policies.lint.condition_sets import OPERATION, VM_STATE, Literal, Region, one_of, places
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, written
-from interlock.policies.lint.reachability import Cell, Reaching, mask_of, states_of
+from interlock.policies.lint.reachability import Reaching, mask_of, states_of
+from interlock.policies.lint.rule_masks import union
+from interlock.policies.lint.shadows import Shadows, packed, unpacked
 
 _CAUSES_MAX = 40
 """Up to how many shadowing rules are reduced to the necessary ones."""
 _COVERS_MAX = 5_000
 """How many regions are compared with the rules that cover them, to reduce the shadowing rules of all dead rules."""
-_CELLS_MAX = 200
-"""In how many cells two rules are compared: a pair that overlaps does so in the first few."""
+_OPERATIONS: Final = tuple(Operation)
+_DELETED: Final = one_of(VM_STATE, [VmState.DELETED])
+_NOT_DELETED: Final = Literal("is", VM_STATE, ~_DELETED.mask)
 
 
 class DeadRules:
@@ -34,25 +39,23 @@ class DeadRules:
         self.own_file = own_file
         self.written = written(reaching.rules)
         self._covers_left = _COVERS_MAX
+        self._shadows = Shadows(reaching)
         self._named = {number: one for one in self.written for number in one.numbers}
 
     @cached_property
     def reached(self) -> dict[int, set[Operation]]:
-        """The rules that decide some view, each with the operations for which they do."""
+        """The rules that decide some view, each with the operations for which they do.
+
+        Of one for all operations, only some of these; views of a deleted instance count only if there is no other.
+        """
         found: dict[int, set[Operation]] = {}
-        done = dict.fromkeys(Operation, 0)
-        for cells in self._reaching.alike:
-            cell = cells[0]
-            for number in places(self._reaching.program(cell) & ~done[cell.operation]):
-                if self._reaching.can_decide(number, cell):
-                    done[cell.operation] |= 1 << number
-                    found.setdefault(number, set()).add(cell.operation)
         for number, rule in enumerate(self._reaching.rules):
-            if number not in found and VmState.DELETED in states_of(rule):
-                # `alike` leaves out deleted instances.
-                for cell in self._reaching.matching(number):
-                    if cell.vm_state is VmState.DELETED and self._reaching.can_decide(number, cell):
-                        found.setdefault(number, set()).add(cell.operation)
+            one_is_enough = len(rule.operations) == len(Operation)
+            operations = self._reaching.decides_in(number, OPERATION, _NOT_DELETED, one_is_enough=one_is_enough)
+            if not operations and VmState.DELETED in states_of(rule):
+                operations = self._reaching.decides_in(number, OPERATION, _DELETED, one_is_enough=one_is_enough)
+            if operations:
+                found[number] = {_OPERATIONS[place] for place in places(operations)}
         return found
 
     def findings(self) -> Iterator[Finding]:
@@ -80,7 +83,7 @@ class DeadRules:
                 remedy=_contradiction_remedy(one.rule),
             )
         rules = [self._reaching.rules[number] for number in causes]
-        named = some(self.cite(number) for number in causes)
+        named = some(causes, word=self.cite)
         if one.file == self.own_file and all(rule.fixed and file_of(rule) != self.own_file for rule in rules):
             otherwise = any(rule.verdict is not one.rule.verdict for rule in rules)
             return Finding(
@@ -109,69 +112,60 @@ class DeadRules:
             remedy=f"Move it before {self._reaching.rules[causes[0]].id!r}, narrow that rule, or remove this one.",
         )
 
-    def _causes(self, one: Written, operations: Container[Operation] = frozenset(Operation)) -> list[int]:
+    def _causes(self, one: Written, operations: Iterable[Operation] = _OPERATIONS) -> list[int]:
         """Return the earlier rules that shadow a rule."""
-        return self.takers(
-            {
-                number: [cell for cell in self._reaching.matching(number) if cell.operation in operations]
-                for number in one.numbers
-            }
-        )
+        wanted = one_of(OPERATION, operations)
+        return self.takers((number, self._reaching.start(number, wanted)) for number in one.numbers)
 
-    def takers(self, cells: Mapping[int, Iterable[Cell]], *more: Literal) -> list[int]:
-        """Return the rules that shadow others where `more` holds, in some of their cells.
+    def takers(self, starts: Iterable[tuple[int, Region | None]]) -> list[int]:
+        """Return the rules that shadow others in some regions, in which these hold.
 
         Only those that are needed, the ones that shadow most first.
         """
-        classes: list[tuple[Region, int]] = []
-        together: Counter[int] = Counter()
-        for number, each in cells.items():
-            for cell, count in self._reaching.unlike(number, each):
-                start = self._reaching.start(number, cell, more)
-                if start is not None:
-                    before = (1 << number) - 1
-                    classes.append((start, self._reaching.about(cell) & before))
-                    together[self._reaching.meeting(start, self._reaching.program(cell) & before)] += count
-        taken: Counter[int] = Counter()
-        for rules, count in together.items():
-            for earlier in places(rules):
-                taken[earlier] += count
-        needed = sorted(taken, key=lambda earlier: (-taken[earlier], -earlier))
+        regions = [(number, region) for number, region in starts if region is not None]
+        counts = [self._shadows.in_region(number, region) for number, region in regions]
+        if len(counts) > 1:
+            taken: Counter[int] = Counter()
+            for each in chain.from_iterable(counts):
+                rule, count = unpacked(each)
+                taken[rule] += count
+            counts = [[packed(count, rule) for rule, count in taken.items()]]
+        most = [unpacked(each) for each in sorted(chain.from_iterable(counts), reverse=True)]
+        needed = [rule for rule, _ in most]
         if len(needed) <= _CAUSES_MAX and self._covers_left > 0:
-            spare = self._spare(sorted(needed, key=lambda earlier: (taken[earlier], -earlier)), classes)
+            spare = self._spare([rule for rule, _ in sorted(most, key=lambda one: (one[1], -one[0]))], regions)
             needed = [earlier for earlier in needed if not spare >> earlier & 1]
+        if len(self.written) == len(self._named):
+            return needed
         firsts: dict[str, int] = {}
         for earlier in needed:
             firsts.setdefault(self._named[earlier].id, earlier)
         return list(firsts.values())
 
-    def _spare(self, rules: Sequence[int], classes: Iterable[tuple[Region, int]]) -> int:
+    def _spare(self, rules: Sequence[int], regions: Iterable[tuple[int, Region]]) -> int:
         """Return the rules without which the others still cover all regions, the first ones first.
 
-        Each region comes with the rules that match there. Which rules cover it is kept, so that it is looked at again
-        only when one of these is left out.
+        Which rules cover a region is kept, so that it is looked at again only when one of these is left out.
         """
         left = mask_of(rules)
-        covers: dict[tuple[Region, int], int] = {}
-        for start, about in classes:
-            key = (start, about & left)
-            if key not in covers:
-                self._covers_left -= 1
-                used = self._reaching.covering(*key)
-                if used is None:
-                    return 0
-                covers[key] = used
+        covers: dict[tuple[int, Region], int] = {}
+        for number, region in regions:
+            self._covers_left -= 1
+            used = self._reaching.covering(region, left & ((1 << number) - 1))
+            if used is None:
+                return 0
+            covers[number, region] = used
         spare = 0
         for rule in rules:
             rest = left ^ 1 << rule
-            again: dict[tuple[Region, int], int] = {}
-            for (start, about), used in covers.items():
+            again: dict[tuple[int, Region], int] = {}
+            for (number, region), used in covers.items():
                 if used >> rule & 1:
                     self._covers_left -= 1
-                    found = self._reaching.covering(start, about & rest)
+                    found = self._reaching.covering(region, rest & ((1 << number) - 1))
                     if found is None:
                         break
-                    again[start, about] = found
+                    again[number, region] = found
             else:
                 covers.update(again)
                 left, spare = rest, spare | 1 << rule
@@ -186,12 +180,12 @@ class DeadRules:
         """Find a fixed rule of the base that decides otherwise what this rule names explicitly."""
         if one.file != self.own_file:
             return None
-        for fixed in self._fixed:
+        starts = [start for number in one.numbers if (start := self._reaching.start(number)) is not None]
+        for fixed in places(union(self._reaching.masks.met(start) for start in starts) & self._fixed):
             rule = self._reaching.rules[fixed]
-            if _same_answer(rule, one.rule):
+            if _same_answer(rule, one.rule) or not _is_named(one.rule, rule):
                 continue
-            met = next((number for number in one.numbers if self._meet(number, fixed)), None)
-            if met is not None and _is_named(one.rule, rule):
+            if any(self._reaching.holds_in(fixed, start) for start in starts):
                 return Finding(
                     severity=Severity.WARNING,
                     code="partly-against-fixed",
@@ -204,29 +198,10 @@ class DeadRules:
         return None
 
     @cached_property
-    def _fixed(self) -> list[int]:
-        """The fixed rules of the policies that this one extends."""
-        return [
-            number for number, rule in enumerate(self._reaching.rules) if rule.fixed and file_of(rule) != self.own_file
-        ]
-
-    def _meet(self, number: int, fixed: int) -> bool:
-        one, other = self._reaching.rules[number], self._reaching.rules[fixed]
-        tasks = [rule.task_states for rule in (one, other) if rule.task_states is not None]
-        common = frozenset.intersection(*tasks) if tasks else None
-        looked_at = 0
-        for cell in self._reaching.matching(number):
-            if cell.operation not in other.operations or cell.vm_state not in states_of(other):
-                continue
-            if common is not None and cell.task_state not in common:
-                continue
-            start = self._reaching.start(number, cell)
-            if start is not None and self._reaching.meeting(start, 1 << fixed):
-                return True
-            looked_at += 1
-            if looked_at > _CELLS_MAX:
-                break
-        return False
+    def _fixed(self) -> int:
+        """The fixed rules of the policies that this one extends, one bit each."""
+        rules = enumerate(self._reaching.rules)
+        return mask_of(number for number, rule in rules if rule.fixed and file_of(rule) != self.own_file)
 
     def _idle_part(self, one: Written) -> Iterator[Finding]:
         """Find operations that a rule names and never decides."""
@@ -241,7 +216,7 @@ class DeadRules:
             rule=one.id,
             place=one.rule.source,
             message=f"{one.id!r} never decides for {operations_text(idle)}"
-            + (f": decided before it, by {some(map(self.cite, causes))}." if causes else "."),
+            + (f": decided before it, by {some(causes, word=self.cite)}." if causes else "."),
             detail=True,
         )
 
@@ -252,8 +227,8 @@ class DeadRules:
             sets.setdefault(self._reaching.rules[number].id.partition(SET_MARK)[2], []).append(number)
         for own, numbers in sets.items():
             if own and not any(number in self.reached for number in numbers):
-                causes = self.takers({number: [*self._reaching.matching(number)] for number in numbers})
-                named = f"decided before it, by {some(map(self.cite, causes))}" if causes else "its conditions conflict"
+                causes = self.takers((number, self._reaching.start(number)) for number in numbers)
+                named = f"decided before it, by {some(causes, word=self.cite)}" if causes else "its conditions conflict"
                 yield Finding(
                     severity=Severity.WARNING,
                     code="idle-set",

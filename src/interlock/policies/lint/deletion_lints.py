@@ -9,7 +9,7 @@ being deleted, they can be removed, and a host can come back: that is a warning.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Final, NamedTuple
@@ -20,10 +20,10 @@ from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Operation
 from interlock.core.policy import NO_RULE, Rule, Verdict
 from interlock.core.roles import Role
 from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
-from interlock.policies.lint.condition_sets import CHOICES, SETS, Literal, places, within
+from interlock.policies.lint.condition_sets import CHOICES, SETS, TASKS, Literal
 from interlock.policies.lint.exit_lints import DELETIONS, Pair, WaysOut
 from interlock.policies.lint.findings import Finding, Severity, some, states_text
-from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, mask_of
+from interlock.policies.lint.reachability import Cell, Reaching, ViewClass, can_be_together, mask_of
 
 _ROUTES: Final = (*DELETIONS, Operation.SOFT_DELETE)
 _FIXED: Final = frozenset({"blocked", "locked_above", "silent_ms"})
@@ -50,8 +50,15 @@ class Undeletable:
         self._reaching = reaching
         self._ways_out = ways_out
         self._codes: dict[tuple[Pair, int | None, frozenset[str]], str] = {}
-        self._conditions: dict[tuple[str, Circumstance, Role | None], tuple[Literal, ...]] = {}
-        self._held: dict[tuple[str, Circumstance, Role | None], int] = {}
+        space = reaching.space
+        self._last = space.silent_for(DURATION_MAX_MS)
+        varied = (one for one in CHOICES if one.subject in _OF_VM and one.reads != "silent_ms")
+        self._usual = [(one, space.choice(one.reads, one.usual.__eq__)) for one in varied]
+        self._held: dict[tuple[Operation | None, tuple[tuple[str, object], ...], Role], int] = {}
+        self._found: dict[Hashable, list[tuple[str, int | None, str]]] = {}
+        self._view_classes: dict[
+            tuple[Operation | None, tuple[tuple[str, object], ...], Role | None], ViewClass | None
+        ] = {}
 
     def findings(self) -> Iterator[Finding]:
         yield from self._refused()
@@ -91,9 +98,7 @@ class Undeletable:
     def _refused(self) -> Iterator[Finding]:
         refused: dict[tuple[str, int | None, str], set[Pair]] = {}
         for pair in self._pairs:
-            for one in self._blocking(*pair):
-                rule = self._refuser(*pair, one)
-                key = (self._code(pair, rule, one), rule, " and ".join(one.words))
+            for key in self._refusals(*pair):
                 refused.setdefault(key, set()).add(pair)
         together: dict[tuple[str, int | None, bool, frozenset[Pair]], list[str]] = {}
         for (code, rule, words), pairs in refused.items():
@@ -103,6 +108,27 @@ class Undeletable:
             together.setdefault((code, rule, passing, frozenset(pairs)), []).append(words)
         for (code, rule, passing, same), several in together.items():
             yield self._finding(code, rule, same, [words for words in several if words], passing=passing)
+
+    def _refusals(self, state: VmState, task: str) -> list[tuple[str, int | None, str]]:
+        """Return code, rule and words of each circumstance in which nobody can delete; once for pairs that are alike.
+
+        No rule distinguishes them, and neither does what deletes.
+        """
+        rules = self._reaching.about_pair(state, task)
+        operation = TASK_OPERATION.get(task)
+        queue_counts = bool(rules & self._reaching.about_outstanding)
+        alike = (
+            rules,
+            operation if queue_counts or operation in _ROUTES else None,
+            state if queue_counts else state is VmState.SOFT_DELETED,
+        )
+        if alike not in self._found:
+            self._found[alike] = [
+                (self._code((state, task), rule, one), rule, " and ".join(one.words))
+                for one in self._blocking(state, task)
+                for rule in (self._refuser(state, task, one),)
+            ]
+        return self._found[alike]
 
     def _blocking(self, state: VmState, task: str) -> Iterator[Circumstance]:
         """Yield the simplest circumstances in which nobody can delete."""
@@ -198,14 +224,12 @@ class Undeletable:
         if operation in deleting and self._outstanding(task, circumstance) & sum(BIT[one] for one in deleting):
             # The outstanding deletion will succeed, or be taken over in its turn.
             good |= self._redundant
-        good &= reaching.program(cell)
-        if not good:
-            return False
         first = reaching.first(cell, self._point(task, circumstance, role or Role.ADMIN))
         if first is not None and good >> first & 1:
             return True
-        conditions = self._literals(task, circumstance, role)
-        return any(reaching.can_decide(number, cell, *conditions) for number in places(good))
+        views = self._view_class(task, circumstance, role)
+        key = (circumstance.values, role)
+        return views is not None and reaching.permits(cell, views, good, key) > 0
 
     @cached_property
     def _permitting(self) -> int:
@@ -227,31 +251,29 @@ class Undeletable:
 
     def _point(self, task: str, circumstance: Circumstance, role: Role) -> int:
         """Return the rules that hold for the most ordinary such view."""
-        served = task if task == NO_TASK else TASK_OPERATION[task]
-        key = (served, circumstance, role)
+        key = (TASK_OPERATION.get(task), circumstance.values, role)
         if key not in self._held:
-            space = self._reaching.space
-            region = within(space.everything(task), self._literals(task, circumstance, role))
-            self._held[key] = 0 if region is None else self._reaching.masks.held(space.simplest(region))
+            self._held[key] = self._reaching.held_when(task, *self._made(task, dict(circumstance.values), role))
         return self._held[key]
 
-    def _literals(self, task: str, circumstance: Circumstance, role: Role | None) -> tuple[Literal, ...]:
-        """Return the conditions of a circumstance, after the longest silence; the caller is free but for the role."""
-        served = task if task == NO_TASK else TASK_OPERATION[task]
-        key = (served, circumstance, role)
-        known = self._conditions.get(key)
-        if known is None:
-            known = self._conditions[key] = tuple(self._made(task, dict(circumstance.values), role))
-        return known
+    def _view_class(self, task: str, circumstance: Circumstance, role: Role | None) -> ViewClass | None:
+        """Return a circumstance after the longest silence; the caller is free but for the role."""
+        key = (TASK_OPERATION.get(task), circumstance.values, role)
+        if key not in self._view_classes:
+            conditions = self._made(task, dict(circumstance.values), role)
+            self._view_classes[key] = self._reaching.view_class(task, *conditions)
+        return self._view_classes[key]
 
     def _made(self, task: str, values: dict[str, object], role: Role | None) -> Iterator[Literal]:
         space = self._reaching.space
-        yield space.silent_for(DURATION_MAX_MS)
+        yield self._last
         if role is not None:
             yield space.choice("role", role.__eq__)
-        for condition in CHOICES:
-            if condition.subject in _OF_VM and condition.reads != "silent_ms":
-                yield space.choice(condition.reads, values.get(condition.reads, condition.usual).__eq__)
+        for condition, usual in self._usual:
+            if condition.reads in values:
+                yield space.choice(condition.reads, values[condition.reads].__eq__)
+            else:
+                yield usual
         for condition in SETS:
             more = [values[condition.reads]] if condition.reads in values else []
             served = [TASK_OPERATION[task]] if condition.reads == "outstanding" and task != NO_TASK else []

@@ -17,16 +17,19 @@ from interlock.core.policy import NO_RULE, MeasuredFrom, Rule, Verdict
 from interlock.core.roles import Role
 from interlock.core.state_stack import evacuated
 from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
-from interlock.policies.lint.condition_sets import Literal, places, within
+from interlock.policies.lint.condition_sets import TASKS, places
 from interlock.policies.lint.findings import Finding, Severity, states_text
-from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, mask_of
+from interlock.policies.lint.reachability import Cell, Reaching, ViewClass, can_be_together, mask_of
 
 Pair = tuple[VmState, str]
 
 DELETIONS: Final = (Operation.DELETE, Operation.FORCE_DELETE)
 _ENDS: Final = frozenset({VmState.DELETED, VmState.MIGRATED_OUT})
 _STATES: Final = tuple(state for state in VmState if state is not VmState.DELETED)
-_COMPONENT_KINDS: Final = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
+_COMPONENTS: Final = tuple(operation for operation, entry in CATALOGUE.items() if entry.lane is Lane.COMPONENT)
+
+
+_VIEWS_MAX: Final = 30
 
 
 class WaysOut:
@@ -36,6 +39,9 @@ class WaysOut:
         """`limits` says whether every request for an operation has a limit of its total time."""
         self._limits = limits
         self._held: dict[tuple[str, bool, int], int] = {}
+        self._view_classes: dict[Operation | None, tuple[int, ViewClass | None]] = {}
+        self._views: dict[Operation | None, list[int]] = {}
+        """The rules that hold in views that some rule permitted, by the operation in service: others may be alike."""
         self._reaching = reaching
         self._rules = reaching.rules
 
@@ -46,40 +52,45 @@ class WaysOut:
         For an unlocked instance that blocks nothing, with only the task in service outstanding.
         """
         found: dict[Pair, set[Operation]] = {(state, task): set() for state in _STATES for task in TASKS}
-        for cells in self._reaching.alike:
-            real = [cell for cell in cells if can_be_together(cell.vm_state, cell.task_state)]
-            if real and self._ever(real[0]):
-                for cell in real:
-                    found[cell.vm_state, cell.task_state].add(cell.operation)
+        for (state, task), operations in found.items():
+            if can_be_together(state, task):
+                operations.update(each for each in Operation if self._ever(Cell(each, state, task)))
         return found
 
     def _ever(self, cell: Cell) -> bool:
-        reaching = self._reaching
-        permitting = reaching.program(cell) & self._permitting
-        if not permitting:
-            return False
-        plain = self._plain_conditions(cell.task_state)
-        # After the longest silence, a rule with a threshold permits.
-        point = reaching.space.everything(cell.task_state)
-        admin = reaching.space.choice("role", Role.ADMIN.__eq__)
-        longest = within(point, (*plain, admin, reaching.space.silent_for(DURATION_MAX_MS)))
-        if longest is not None:
-            first = reaching.first(cell, reaching.masks.held(reaching.space.simplest(longest)))
-            if first is not None and permitting >> first & 1:
-                return True
-        return any(permits_somewhen(reaching, number, cell, *plain) for number in places(permitting))
+        ordinary, plain = self._plain(cell.task_state)
+        first = self._reaching.first(cell, ordinary)
+        if first is not None and self._permitting >> first & 1:
+            return True
+        views = self._views.setdefault(TASK_OPERATION.get(cell.task_state), [])
+        if any(self._at_once >> first & 1 for held in views if (first := self._reaching.first(cell, held)) is not None):
+            return True
+        found = 0 if plain is None else self._reaching.permits(cell, plain, self._permitting, "plain")
+        if found and len(views) < _VIEWS_MAX:
+            views.append(found)
+        return found > 0
 
-    def _plain_conditions(self, task: str) -> tuple[Literal, ...]:
-        """Return the conditions of a submission to an instance that blocks nothing.
-
-        Only the task in service is outstanding.
-        """
-        space = self._reaching.space
-        served = _COMPONENT_KINDS if task == NO_TASK else (TASK_OPERATION[task],)
-        return (
-            space.choice("blocked", not_),
-            space.only("outstanding", served),
+    @cached_property
+    def _at_once(self) -> int:
+        """The rules that permit whatever the silence, one bit each."""
+        return mask_of(
+            number for number in places(self._permitting) if self._rules[number].verdict is not Verdict.AFTER
         )
+
+    def _plain(self, task: str) -> tuple[int, ViewClass | None]:
+        """Return submissions to an instance that blocks nothing, and the rules that hold for an ordinary one at last.
+
+        Only the task in service is outstanding. After the longest silence, a rule with a threshold permits.
+        """
+        operation = TASK_OPERATION.get(task)
+        if operation not in self._view_classes:
+            space = self._reaching.space
+            served = [operation] if operation else _COMPONENTS
+            plain = (space.choice("blocked", not_), space.only("outstanding", served))
+            last = (space.choice("role", Role.ADMIN.__eq__), space.silent_for(DURATION_MAX_MS))
+            ordinary = self._reaching.held_when(task, *plain, *last)
+            self._view_classes[operation] = (ordinary, self._reaching.view_class(task, *plain))
+        return self._view_classes[operation]
 
     @cached_property
     def _permitting(self) -> int:
@@ -249,9 +260,7 @@ class WaysOut:
                 space.choice("hard", hard.__eq__),
                 space.silent_for(silent_ms),
             )
-            region = within(space.everything(task), plain)
-            assert region is not None
-            self._held[key] = self._reaching.masks.held(space.simplest(region))
+            self._held[key] = self._reaching.held_when(task, *plain)
         number = self._reaching.first(Cell(operation, state, task), self._held[key])
         return NO_RULE if number is None else self._rules[number]
 
@@ -261,16 +270,6 @@ class WaysOut:
         if any(rule.verdict in (Verdict.PREEMPT, Verdict.AFTER) for rule in rules):
             return None
         return next((rule for rule in rules if rule.verdict is Verdict.ADMIT), None)
-
-
-def permits_somewhen(reaching: Reaching, number: int, cell: Cell, *more: Literal) -> bool:
-    """Return whether a rule permits the operation in some view of a cell, at once or after its threshold."""
-    rule = reaching.rules[number]
-    if rule.verdict in (Verdict.DENY, Verdict.REDUNDANT):
-        return False
-    if rule.verdict is Verdict.AFTER and rule.measured_from is MeasuredFrom.LAST_PROGRESS:
-        more = (*more, reaching.space.silent_for(rule.threshold_ms or 0))
-    return reaching.can_decide(number, cell, *more)
 
 
 def _leads_on(operation: Operation) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import cache
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -14,8 +14,10 @@ from interlock.core.operations import TASK_OPERATION, TASK_STATES, Operation
 from interlock.core.policy import Rule
 from interlock.core.states import NO_TASK, VmState
 from interlock.policies.language.vocabulary import phases_of
-from interlock.policies.lint.reachability import TASKS, can_be_together
+from interlock.policies.lint.condition_sets import TASKS
+from interlock.policies.lint.reachability import can_be_together
 
+_Item = TypeVar("_Item")
 _PLACE: Final = re.compile(r"(.*?):\d+(?::\d+)?", re.DOTALL)
 _SHOWN_MAX: Final = 4
 """How many items a sentence lists before it counts the rest."""
@@ -84,12 +86,12 @@ def file_of_place(place: str) -> str:
     return found.group(1) if found else place
 
 
-def some(words: Iterable[str], most: int = _SHOWN_MAX) -> str:
-    """Join a list for a sentence; a long one is cut, with the number of the rest."""
-    listed = list(words)
+def some(items: Iterable[_Item], most: int = _SHOWN_MAX, word: Callable[[_Item], str] = str) -> str:
+    """Join the words of a list for a sentence; a long one is cut, with the number of the rest."""
+    listed = list(items)
     if len(listed) <= most:
-        return ", ".join(listed)
-    return f"{', '.join(listed[: most - 1])} and {len(listed) - most + 1} more"
+        return ", ".join(map(word, listed))
+    return f"{', '.join(map(word, listed[: most - 1]))} and {len(listed) - most + 1} more"
 
 
 def operations_text(operations: Iterable[Operation]) -> str:

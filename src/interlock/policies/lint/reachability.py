@@ -1,26 +1,35 @@
 """Reachability of rules: which views a rule decides, computed with sets of conditions instead of enumeration.
 
-A cell is an (operation, vm_state, task_state). In a cell, the other conditions of a rule define a region over roles,
-flags, silence, outstanding operations, held operations and tags. A rule decides in a cell if its region is not empty
-after the regions of all earlier rules are subtracted.
+A cell is an (operation, vm_state, task_state). The conditions of a rule define a region over cells, roles, flags,
+silence, outstanding operations, held operations, tags and so on. A rule decides somewhere if its region is not empty
+after the regions of all earlier rules are subtracted. One search answers for all cells; which rules matter to a part of
+the region follows from bit masks (`rule_masks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
-from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, TASK_STATES, Operation
-from interlock.core.policy import Rule
+from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Operation
+from interlock.core.policy import MeasuredFrom, Rule, Verdict
 from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.lint.condition_sets import (
+    KEY_BITS,
+    OPERATION,
     OUTSTANDING,
     SETS,
+    TASK_STATE,
+    TASKS,
+    VM_STATE,
     ConditionSpace,
     Literal,
     Region,
+    meet,
+    miss,
+    one_of,
     places,
     subtract,
     within,
@@ -29,11 +38,12 @@ from interlock.policies.lint.rule_masks import RuleMasks
 
 _Word = TypeVar("_Word", bound=str)
 
-TASKS: Final = (NO_TASK, *TASK_STATES)
 STEPS_MAX: Final = 1_000
 """How many regions one answer may look at. Past it a rule counts as reachable."""
 STEPS_MAX_IN_ALL: Final = 100_000
 """The same for all answers about one policy."""
+_UNDECIDED: Final = -1
+"""In place of the rules that cover a region: it took too many steps to say whether they do."""
 
 
 class Cell(NamedTuple):
@@ -48,78 +58,54 @@ class Cell(NamedTuple):
         return f"{self.operation.value} in {state}"
 
 
+class ViewClass(NamedTuple):
+    """Views that differ from each other in little, in whatever cell."""
+
+    region: Region
+    met: int
+    """The rules that hold in some of them, one bit each."""
+    held: int
+    """Those that hold in all of them."""
+
+
 class Reaching:
     """The rules of one policy, indexed for reachability queries."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
         self.space = ConditionSpace(self.rules, (rule.threshold_ms for rule in self.rules if rule.threshold_ms))
-        self._literals = [self.space.literals(rule) for rule in self.rules]
-        self._unconditional = mask_of(number for number, literals in enumerate(self._literals) if not literals)
-        self._by_operation = _index(((rule.operations for rule in self.rules)), Operation)
-        self._by_state = _index((states_of(rule) for rule in self.rules), VmState)
-        self._by_task = _index((rule.task_states or TASKS for rule in self.rules), TASKS)
-        self._about_kinds = {
-            bit: mask_of(
-                number
-                for number, literals in enumerate(self._literals)
-                if any(one.test != "is" and one.place == OUTSTANDING and one.mask & bit for one in literals)
-            )
-            for bit in BIT.values()
-        }
-        self.masks = RuleMasks(self._literals, self.space.counts(), len(SETS))
-        self._starts: dict[tuple[int, Operation | None, tuple[Literal, ...]], Region | None] = {}
-        self._known: dict[tuple[int, int, int, tuple[Literal, ...]], bool] = {}
+        conditions = [self.space.literals(rule) for rule in self.rules]
+        self.unconditional = mask_of(number for number, literals in enumerate(conditions) if not literals)
+        self._literals = [(*_keys(rule), *own) for rule, own in zip(self.rules, conditions, strict=True)]
+        counts = self.space.counts()
+        self.masks = RuleMasks(self._literals, counts, len(SETS))
+        self._by_operation, self._by_state, self._by_task = (
+            dict[str, int](zip(KEY_BITS[place], self.masks.accepting(place, counts[place]), strict=True))
+            for place in (OPERATION, VM_STATE, TASK_STATE)
+        )
+        self.about_outstanding = self.masks.about_set(OUTSTANDING)
+        self._starts: dict[int, Region | None] = {}
+        self._permitted: dict[tuple[Hashable, ...], int] = {}
         self._steps = STEPS_MAX_IN_ALL
-
-    @cached_property
-    def alike(self) -> tuple[tuple[Cell, ...], ...]:
-        """All cells but those of a deleted instance, grouped by the rules that decide them."""
-        groups: dict[tuple[Operation, int, int], list[Cell]] = {}
-        for operation in Operation:
-            for state in sorted(_UNDELETED, key=tuple(VmState).index):
-                for task in TASKS:
-                    cell = Cell(operation, state, task)
-                    program = self.program(cell)
-                    # Nothing in flight is a class of its own: components may be outstanding then.
-                    served = self._served(cell, program) if task != NO_TASK else -1
-                    groups.setdefault((operation, program, served), []).append(cell)
-        return tuple(tuple(cells) for cells in groups.values())
 
     def program(self, cell: Cell) -> int:
         """Return the rules evaluated in a cell, one bit each: up to the first without another condition."""
         asked = self.about(cell)
-        last = asked & self._unconditional
+        last = asked & self.unconditional
         return asked if not last else asked & (((last & -last) << 1) - 1)
+
+    def about(self, cell: Cell) -> int:
+        """Return the rules that match a cell, one bit each, whether or not they are evaluated there."""
+        return self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
+
+    def about_pair(self, vm_state: VmState, task_state: str) -> int:
+        """Return the rules that match a vm_state and a task state, for whatever operations."""
+        return self._by_state[vm_state] & self._by_task[task_state]
 
     @property
     def exhausted(self) -> bool:
         """Whether the analysis exceeded its limits."""
         return self._steps <= 0
-
-    def unlike(self, number: int, cells: Iterable[Cell]) -> Iterator[tuple[Cell, int]]:
-        """Yield one of the cells in which the rule is decided in the same way, and the number of all that match."""
-        found: dict[tuple[int, int], tuple[Cell, int]] = {}
-        for cell in cells:
-            before = self.program(cell) & ((1 << number) - 1)
-            key = (before, self._served(cell, before | 1 << number))
-            first, count = found.get(key, (cell, 0))
-            size = self._state_classes[cell.vm_state] * self._task_classes[cell.task_state]
-            found[key] = (first, count + size)
-        yield from found.values()
-
-    def _served(self, cell: Cell, rules: int, more: tuple[Literal, ...] = ()) -> int:
-        """Return the bit of the operation in service, if any of the rules or conditions distinguishes it."""
-        if cell.task_state == NO_TASK:
-            return 0
-        bit = BIT[TASK_OPERATION[cell.task_state]]
-        if rules & self._about_kinds[bit] or any(one.test != "is" and one.place == OUTSTANDING for one in more):
-            return bit
-        return 0
-
-    def asked(self, cell: Cell) -> tuple[int, ...]:
-        """Return the numbers of the rules evaluated in a cell, in order."""
-        return tuple(places(self.program(cell)))
 
     def matching(self, number: int) -> Iterator[Cell]:
         """Yield the cells that a rule matches, whether or not it decides there: one of each class of states and tasks.
@@ -135,109 +121,210 @@ class Reaching:
                             if self._by_task[task] & bit:
                                 yield Cell(operation, state, task)
 
+    def deciding(self, number: int) -> Iterator[tuple[Literal, ...]]:
+        """Yield the cells in which a rule decides, as conditions: operations in a class of states and one of tasks."""
+        for states in self._state_classes.values():
+            for tasks in self._task_classes.values():
+                keys = (one_of(VM_STATE, states), one_of(TASK_STATE, tasks))
+                operations = self.decides_in(number, OPERATION, *keys)
+                if operations:
+                    yield (*keys, Literal("is", OPERATION, operations))
+
     @cached_property
-    def _state_classes(self) -> dict[VmState, int]:
-        """The first vm_state of each class, and the size of the class. Deleted is a class of its own."""
+    def _state_classes(self) -> dict[VmState, list[VmState]]:
+        """Each class of vm_states, by its first. Deleted is a class of its own."""
         return _classes((state, (state is VmState.DELETED, self._by_state[state])) for state in VmState)
 
     @cached_property
-    def _task_classes(self) -> dict[str, int]:
-        """The first task state of each class, and the size of the class. No task is a class of its own."""
-        kinds = {task: self._about_kinds[BIT[TASK_OPERATION[task]]] for task in TASK_STATES}
-        return _classes((task, (kinds.get(task), self._by_task[task])) for task in TASKS)
+    def _task_classes(self) -> dict[str, list[str]]:
+        """Each class of task states, by its first: the phases of an operation, if no rule distinguishes them."""
+        return _classes((task, (TASK_OPERATION.get(task), self._by_task[task])) for task in TASKS)
+
+    def start(self, number: int, *more: Literal) -> Region | None:
+        """Return the region in which a rule's conditions and `more` hold, ignoring earlier rules; None if it is empty.
+
+        Its task states are still without their operations.
+        """
+        if number not in self._starts:
+            self._starts[number] = within(self.space.everything(), self._literals[number])
+        start = self._starts[number]
+        return start if start is None or not more else within(start, more)
+
+    def _cell(self, cell: Cell, *more: Literal) -> Region | None:
+        """Return the region of a cell in which `more` holds, with the operation in service outstanding."""
+        return within(self.space.everything(cell.task_state), (*_cell_keys(cell), *more))
 
     def decides(self, number: int, cell: Cell, *more: Literal) -> View | None:
         """Return a view in the cell that the rule decides and for which `more` holds; None if there is none."""
-        program, start = self.program(cell), self.start(number, cell, more)
-        if start is None or not program >> number & 1:
-            return None
-        region, _ = self._left(start, program & ((1 << number) - 1))
-        return None if region is None else self._view(cell, region)
+        region = self._cell(cell, *more, *self._literals[number])
+        left = None if region is None else self._left(region, (1 << number) - 1)[0]
+        return None if left is None else self._view(cell, left)
 
     def can_decide(self, number: int, cell: Cell, *more: Literal) -> bool:
         """Return whether there is a view in the cell that the rule decides and for which `more` holds."""
-        program = self.program(cell)
-        if not program >> number & 1:
-            return False
-        before = program & ((1 << number) - 1)
-        key = (before, number, self._served(cell, before | 1 << number, more), more)
-        known = self._known.get(key)
+        region = self._cell(cell, *more, *self._literals[number])
+        return region is not None and self._left(region, (1 << number) - 1)[0] is not None
+
+    def values_of(self, place: int, mask: int) -> Iterator[Any]:
+        """Yield the operations, vm_states or task states of a mask."""
+        return (word for word, bit in KEY_BITS[place].items() if mask & bit)
+
+    def decides_in(self, number: int, place: int, *more: Literal, one_is_enough: bool = False) -> int:
+        """Return for which values of a choice the rule decides views for which `more` holds, one bit each.
+
+        With `one_is_enough`, perhaps not all of them.
+        """
+        before, found = (1 << number) - 1, 0
+        region = self.start(number, *more)
+        while region is not None:
+            piece, used = self._left(region, before)
+            if piece is None:
+                break
+            shown = region.choices[place] if used == _UNDECIDED else self._shown(piece, place, region, before)
+            found |= shown
+            if one_is_enough:
+                break
+            region = meet(region, Literal("is", place, ~shown))
+        return found
+
+    def _shown(self, piece: Region, place: int, region: Region, before: int) -> int:
+        """Return the values of a choice in a region for which a point of it is outside some rules."""
+        point = self._point(piece)
+        assert point is not None
+        choices = list(point.choices)
+        choices[place] = 0
+        before &= self.masks.held(Region(tuple(choices), point.wanted, point.shunned))
+        accepting = self.masks.accepting(place, self.space.counts()[place])
+        return mask_of(value for value in places(region.choices[place]) if not before & accepting[value])
+
+    def _point(self, region: Region) -> Region | None:
+        """Return the most ordinary view of a region, as a region; None if there is none, for no task can be served."""
+        point = self.space.simplest(region)
+        for value in places(region.choices[TASK_STATE]):
+            choices = (*point.choices[:TASK_STATE], 1 << value, *point.choices[TASK_STATE + 1 :])
+            if value == 0:
+                return Region(choices, point.wanted, point.shunned)
+            served = Literal("any", OUTSTANDING, BIT[TASK_OPERATION[TASKS[value]]])
+            within_task = meet(region, served)
+            if within_task is not None:
+                return self.space.simplest(Region(choices, within_task.wanted, within_task.shunned))
+        return None
+
+    def view_class(self, task: str, *conditions: Literal) -> ViewClass | None:
+        """Return views in which some conditions hold, in whatever cell with that task; None if there are none."""
+        region = within(self.space.everything(task), conditions)
+        if region is None:
+            return None
+        return ViewClass(region, self.masks.met(region), self.masks.held(_in_any_cell(region)))
+
+    def held_when(self, task: str, *conditions: Literal) -> int:
+        """Return the rules that hold in the most ordinary view in which some conditions do, in whatever cell."""
+        region = within(self.space.everything(task), conditions)
+        return 0 if region is None else self.masks.held(_in_any_cell(self.space.simplest(region)))
+
+    def permits(self, cell: Cell, views: ViewClass, good: int, key: Hashable) -> int:
+        """Return the rules that hold in one of the views that one of `good` decides in a cell; 0 if there is none.
+
+        At once, or after a threshold. `key` is equal for situations that differ at most in the operation in service.
+        """
+        rules = self.about(cell) & views.met
+        fully = rules & views.held
+        if fully:
+            rules &= ((fully & -fully) << 1) - 1
+        good &= rules
+        if not good:
+            return 0
+        served = TASK_OPERATION.get(cell.task_state) if rules & self.about_outstanding else None
+        known_by = (rules, good, key, served)
+        known = self._permitted.get(known_by)
         if known is None:
-            start = self.start(number, cell, more)
-            known = self._known[key] = start is not None and self._is_left(start, before)
+            region = within(views.region, _cell_keys(cell))
+            each = (0 if region is None else self._permits(number, region, rules) for number in places(good))
+            known = self._permitted[known_by] = next(filter(None, each), 0)
         return known
+
+    def _permits(self, number: int, region: Region, rules: int) -> int:
+        rule = self.rules[number]
+        inside = within(region, self._literals[number])
+        if rule.verdict is Verdict.AFTER and rule.measured_from is MeasuredFrom.LAST_PROGRESS and inside is not None:
+            inside = meet(inside, self.space.silent_for(rule.threshold_ms or 0))
+        left, used = (None, 0) if inside is None else self._left(inside, rules & ((1 << number) - 1))
+        if left is None or used == _UNDECIDED:
+            return 0 if left is None else 1 << number
+        return self.masks.held(_in_any_cell(self.space.simplest(left)))
 
     def covering(self, start: Region, before: int) -> int | None:
         """Return None if a part of the region is outside the rules `before`, and else rules that cover it together."""
         left, used = self._left(start, before)
         return used if left is None else None
 
-    def about(self, cell: Cell) -> int:
-        """Return the rules that match a cell, one bit each, whether or not they are evaluated there."""
-        return self._by_operation[cell.operation] & self._by_state[cell.vm_state] & self._by_task[cell.task_state]
-
-    def meeting(self, region: Region, rules: int) -> int:
-        """Return which of some rules hold somewhere in a region."""
-        met = self.masks.met(region) & rules
-        for number in places(met & self.masks.inexact):
-            if within(region, self._literals[number]) is None:
-                met ^= 1 << number
-        return met
+    def holds_in(self, number: int, region: Region) -> bool:
+        """Return whether a rule holds for a view in a region."""
+        inside = within(region, self._literals[number])
+        return inside is not None and self._point(inside) is not None
 
     def first(self, cell: Cell, held: int) -> int | None:
         """Return the number of the first rule evaluated in a cell among those that hold; None if there is none."""
-        deciding = self.program(cell) & held
+        deciding = self.about(cell) & held
         return (deciding & -deciding).bit_length() - 1 if deciding else None
-
-    def start(self, number: int, cell: Cell, more: tuple[Literal, ...] = ()) -> Region | None:
-        """Return the region in which the rule's conditions and `more` hold in the cell, ignoring earlier rules."""
-        served = None if cell.task_state == NO_TASK else TASK_OPERATION[cell.task_state]
-        key = (number, served, more)
-        if key not in self._starts:
-            everything = self.space.everything(cell.task_state)
-            self._starts[key] = within(everything, (*more, *self._literals[number]))
-        return self._starts[key]
-
-    def _is_left(self, region: Region, before: int) -> bool:
-        """Return whether a part of a region is outside some rules, trying its simplest point first."""
-        before &= self.masks.met(region)
-        if not before:
-            return True
-        if before & self.masks.held(region):
-            return False
-        if not before & (self.masks.held(self.space.simplest(region)) | self.masks.inexact):
-            return True
-        return self._left(region, before)[0] is not None
 
     def _left(self, region: Region, before: int) -> tuple[Region | None, int]:
         """Return a part of a region outside some rules, or None and rules that cover the region together.
 
-        Depth first. When it takes too many steps, return a part that they may cover.
+        Its most ordinary point first, and then depth first. When it takes too many steps, return a part that they may
+        cover, and `_UNDECIDED`.
         """
+        before &= self.masks.met(region)
+        if before:
+            point = self._point(region)
+            if point is None or not before & self.masks.held(point):
+                return point, 0
         pending, steps, used = [(region, before)], 0, 0
         while pending:
             piece, rules = pending.pop()
             steps += 1
             rules &= self.masks.met(piece)
-            if not rules or steps > STEPS_MAX or self.exhausted:
+            if not rules and self._point(piece) is not None:
                 self._steps -= steps
                 return piece, 0
-            nearly, fully = self.masks.open_conditions(piece)
-            covering = rules & fully
-            if covering:
+            if steps > STEPS_MAX or self.exhausted:
+                self._steps -= steps
+                return piece, _UNDECIDED
+            one, more = self.masks.open_conditions(piece)
+            covering = rules & ~one
+            if covering or not rules:
                 used |= covering & -covering
                 continue
             # A rule with one open condition leaves one part, and so does not branch.
-            unit = rules & nearly
-            first = unit & -unit or rules & -rules
-            outside = subtract(piece, self._literals[first.bit_length() - 1])
-            if outside is None:
-                pending.append((piece, rules ^ first))
+            unit = rules & ~more
+            if unit:
+                rest, cut = self._without(piece, unit)
+                used |= cut
+                if rest is not None:
+                    pending.append((rest, rules ^ unit))
                 continue
-            used |= first
-            pending.extend((rest, rules ^ first) for rest in reversed(outside))
+            first = rules & -rules
+            outside = subtract(piece, self._literals[first.bit_length() - 1])
+            used |= 0 if outside is None else first
+            pending.extend((rest, rules ^ first) for rest in reversed([piece] if outside is None else outside))
         self._steps -= steps
         return None, used
+
+    def _without(self, piece: Region, rules: int) -> tuple[Region | None, int]:
+        """Subtract rules of which all conditions but one hold; return what is left, and those that took a part."""
+        used = 0
+        for number in places(rules):
+            rest: Region | None = None
+            for literal in self._literals[number]:
+                rest = miss(piece, literal)
+                if rest is not None:
+                    break
+            if rest is not piece:
+                used |= 1 << number
+            if rest is None:
+                return None, used
+            piece = rest
+        return piece, used
 
     def _view(self, cell: Cell, region: Region) -> View:
         values = self.space.view_values(region)
@@ -271,12 +358,31 @@ def states_of(rule: Rule) -> frozenset[VmState]:
 _UNDELETED: Final = frozenset(VmState) - {VmState.DELETED}
 
 
-def _classes(keys: Iterable[tuple[_Word, Hashable]]) -> dict[_Word, int]:
-    """Return the first word of each class, whose keys are equal, and the size of the class."""
+def _keys(rule: Rule) -> Iterator[Literal]:
+    """Yield the conditions of a rule on the operation and the states."""
+    yield one_of(OPERATION, rule.operations)
+    yield one_of(VM_STATE, states_of(rule))
+    if rule.task_states is not None:
+        yield one_of(TASK_STATE, rule.task_states)
+
+
+def _in_any_cell(region: Region) -> Region:
+    """Return a region without conditions on the cell, for `RuleMasks.held`."""
+    return Region((*region.choices[:OPERATION], 0, 0, 0), region.wanted, region.shunned)
+
+
+@cache
+def _cell_keys(cell: Cell) -> tuple[Literal, ...]:
+    keys = zip((OPERATION, VM_STATE, TASK_STATE), cell, strict=True)
+    return tuple(one_of(place, (word,)) for place, word in keys)
+
+
+def _classes(keys: Iterable[tuple[_Word, Hashable]]) -> dict[_Word, list[_Word]]:
+    """Return each class, whose keys are equal, by its first word."""
     words: dict[Hashable, list[_Word]] = {}
     for word, key in keys:
         words.setdefault(key, []).append(word)
-    return {each[0]: len(each) for each in words.values()}
+    return {each[0]: each for each in words.values()}
 
 
 def mask_of(numbers: Iterable[int]) -> int:
@@ -285,15 +391,3 @@ def mask_of(numbers: Iterable[int]) -> int:
     for number in numbers:
         mask |= 1 << number
     return mask
-
-
-def _index(names: Iterable[Iterable[str]], words: Iterable[str]) -> dict[str, int]:
-    """Return for each word the rules that name it, one bit each."""
-    collected: dict[str, bytearray] = {}
-    listed = [tuple(each) for each in names]
-    for word in words:
-        collected[word] = bytearray(len(listed) // 8 + 1)
-    for number, each in enumerate(listed):
-        for word in each:
-            collected[word][number >> 3] |= 1 << (number & 7)
-    return {word: int.from_bytes(bits, "little") for word, bits in collected.items()}

@@ -5,13 +5,42 @@ One bit per rule, so that a region is compared with thousands of rules in a few 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from interlock.policies.lint.condition_sets import Literal, Region, places
 
-_ALL: Final = -1
-"""Every rule."""
+_RECALLED_MAX: Final = 10_000
+
+
+def transposed(rows: Sequence[int], width: int) -> list[int]:
+    """Return the columns of a matrix of bits: in each, bit n is that of row n."""
+    if not rows:
+        return [0] * width
+    digits = "".join([format(row, f"0{width}b") for row in reversed(rows)])
+    return [int(digits[width - 1 - column :: width], 2) for column in range(width)]
+
+
+class _Choice:
+    """The conditions of all rules on one choice."""
+
+    def __init__(self, literals: Sequence[Literal | None], count: int) -> None:
+        full = (1 << count) - 1
+        self.accepting = transposed([full if one is None else one.mask & full for one in literals], count)
+        """For each value: the rules that accept it."""
+        self._all = (1 << len(literals)) - 1
+        self._known: dict[int, tuple[int, int]] = {}
+
+    def of(self, mask: int) -> tuple[int, int]:
+        """Return the rules that do not accept all of some values, and those that accept any of them."""
+        known = self._known.get(mask)
+        if known is None:
+            every, any_of = self._all, 0
+            for value in places(mask):
+                every &= self.accepting[value]
+                any_of |= self.accepting[value]
+            known = self._known[mask] = (self._all & ~every, any_of)
+        return known
 
 
 class _Set:
@@ -19,134 +48,179 @@ class _Set:
 
     def __init__(self) -> None:
         self.wanting: dict[int, int] = {}
-        """For each member: the rules that want any of some members, with this one among them."""
+        """For each member: the rules that want any of several members, with this one among them."""
+        self.requiring: dict[int, int] = {}
+        """For each member: the rules that want this member."""
         self.shunning: dict[int, int] = {}
         """For each member: the rules that want none of some members, with this one among them."""
         self.want = self.shun = 0
+        self._wanted = self._required = self._shunned = 0
+        self._open: dict[tuple[frozenset[int], int], tuple[int, int]] = {}
+        self._missed: dict[tuple[frozenset[int], int], int] = {}
 
     def add(self, literal: Literal, rule: int) -> None:
-        of_member = self.wanting if literal.test == "any" else self.shunning
+        if literal.test == "none":
+            of_member = self.shunning
+            self.shun |= rule
+            self._shunned |= literal.mask
+        elif literal.mask.bit_count() == 1:
+            of_member = self.requiring
+            self._required |= literal.mask
+        else:
+            of_member = self.wanting
+            self.want |= rule
+            self._wanted |= literal.mask
         for member in places(literal.mask):
             of_member[member] = of_member.get(member, 0) | rule
-        if literal.test == "any":
-            self.want |= rule
-        else:
-            self.shun |= rule
 
-    def held(self, wanted: frozenset[int], shunned: int) -> int:
-        """Return the rules whose conditions hold for every set with such members."""
-        wants = 0
+    def open(self, wanted: frozenset[int], shunned: int) -> tuple[int, int]:
+        """Return the rules of which at least one, and at least two, conditions do not hold for every such set."""
+        key = (wanted, shunned)
+        known = self._open.get(key)
+        if known is None:
+            if len(self._open) >= _RECALLED_MAX:
+                self._open.clear()
+            known = self._open[key] = self._opened(wanted, shunned)
+        return known
+
+    def _opened(self, wanted: frozenset[int], shunned: int) -> tuple[int, int]:
+        found = present = 0
         for mask in wanted:
-            wants |= _common(self.wanting, mask & ~shunned)
+            allowed = mask & ~shunned
+            found |= _common(self.wanting, allowed)
+            if not allowed & (allowed - 1):
+                present |= allowed
+        one, more = self.want & ~found, 0
+        for member, rules in self.requiring.items():
+            if not present >> member & 1:
+                more |= one & rules
+                one |= rules
         broken = self.shun
         if broken and shunned:
             broken = 0
-            for member, rules in self.shunning.items():
-                if not shunned >> member & 1:
-                    broken |= rules
-        return ~self.want & ~broken | wants & ~broken
+            for member in places(self._shunned & ~shunned):
+                broken |= self.shunning[member]
+        return one | broken, more | one & broken
 
-    def met(self, wanted: frozenset[int], shunned: int) -> int:
-        """Return the rules whose conditions hold for some set with such members."""
+    def missed(self, wanted: frozenset[int], shunned: int) -> int:
+        """Return the rules of which a condition holds for no set with such members."""
+        key = (wanted, shunned)
+        known = self._missed.get(key)
+        if known is None:
+            if len(self._missed) >= _RECALLED_MAX:
+                self._missed.clear()
+            known = self._missed[key] = self._not_met(wanted, shunned)
+        return known
+
+    def _not_met(self, wanted: frozenset[int], shunned: int) -> int:
         missing = 0
-        if shunned and self.want:
-            found = 0
-            for member, rules in self.wanting.items():
-                if not shunned >> member & 1:
-                    found |= rules
-            missing = self.want & ~found
-        for mask in wanted:
-            if self.shun:
-                missing |= _common(self.shunning, mask & ~shunned) & self.shun
-        return ~missing
+        if shunned:
+            if self.want:
+                found = 0
+                for member in places(self._wanted & ~shunned):
+                    found |= self.wanting[member]
+                missing = self.want & ~found
+            for member in places(self._required & shunned):
+                missing |= self.requiring[member]
+        if self.shun:
+            for mask in wanted:
+                missing |= _common(self.shunning, mask & ~shunned)
+        return missing
 
 
 class RuleMasks:
     """The conditions of some rules, transposed: for each value and each member, the rules that accept it."""
 
     def __init__(self, literals: Sequence[tuple[Literal, ...]], choices: Sequence[int], sets: int) -> None:
-        """`choices` has the number of values of each choice, and `sets` the number of sets."""
-        self._accepting = [[_ALL] * count for count in choices]
+        """`choices` has the number of values of each choice, and `sets` the number of sets.
+
+        A rule has at most one condition on a choice, and wants no member of a set that it excludes.
+        """
+        self._all = (1 << len(literals)) - 1
+        about: dict[int, list[Literal | None]] = {}
         every = [_Set() for _ in range(sets)]
-        self.inexact = 0
-        """The rules with several conditions on one set, of which `held` and `met` know too little."""
-        self._known: dict[tuple[int, ...], tuple[int, int, int, int]] = {}
+        never = 0
         for number, each in enumerate(literals):
             rule = 1 << number
-            seen: set[int] = set()
             for literal in each:
                 if literal.test == "is":
-                    self._accept(literal, rule)
+                    about.setdefault(literal.place, [None] * len(literals))[number] = literal
                     continue
-                if literal.test == "any" and literal.place in seen:
-                    self.inexact |= rule
-                seen |= {literal.place} if literal.test == "any" else set()
+                if literal.test == "any" and not literal.mask:
+                    never |= rule
                 every[literal.place].add(literal, rule)
+        self._possible = self._all & ~never
+        self._choices = [(place, _Choice(about[place], choices[place])) for place in sorted(about)]
+        self._sets = [(place, each) for place, each in enumerate(every) if each.want or each.requiring or each.shun]
         self._naming = {
-            (place, member): each.wanting.get(member, 0) | each.shunning.get(member, 0)
-            for place, each in enumerate(every)
-            for member in each.wanting.keys() | each.shunning.keys()
+            (place, member): _of(each.wanting, member) | _of(each.requiring, member) | _of(each.shunning, member)
+            for place, each in self._sets
+            for member in each.wanting.keys() | each.requiring.keys() | each.shunning.keys()
         }
-        self._in_use = [(place, each) for place, each in enumerate(every) if each.want or each.shun]
+
+    def accepting(self, place: int, count: int) -> list[int]:
+        """Return for each value of a choice the rules that accept it."""
+        return next((each.accepting for own, each in self._choices if own == place), [self._all] * count)
 
     def naming(self, place: int, bit: int) -> int:
         """Return the rules with a condition on a member of a set."""
         return self._naming.get((place, bit.bit_length() - 1), 0)
 
-    def _accept(self, literal: Literal, rule: int) -> None:
-        accepting = self._accepting[literal.place]
-        for value in range(len(accepting)):
-            if not literal.mask >> value & 1:
-                accepting[value] &= ~rule
+    def about_set(self, place: int) -> int:
+        """Return the rules with a condition on a set."""
+        rules = (rules for (own, _), rules in self._naming.items() if own == place)
+        return union(rules)
 
     def held(self, region: Region) -> int:
-        """Return the rules that hold in all of a region. Not all of those with two conditions on one set."""
-        rules = self._of_choices(region.choices)[0]
-        for place, each in self._in_use:
-            rules &= each.held(region.wanted[place], region.shunned[place])
-        return rules
+        """Return the rules that hold in all of a region."""
+        choices, broken = region.choices, 0
+        for place, choice in self._choices:
+            broken |= choice.of(choices[place])[0]
+        for place, each in self._sets:
+            broken |= each.open(region.wanted[place], region.shunned[place])[0]
+        return self._possible & ~broken
 
     def met(self, region: Region) -> int:
-        """Return the rules that hold somewhere in a region, and perhaps some that have two conditions on one set."""
-        rules = self._of_choices(region.choices)[1]
-        for place, each in self._in_use:
-            if region.wanted[place] or region.shunned[place]:
-                rules &= each.met(region.wanted[place], region.shunned[place])
+        """Return the rules that hold somewhere in a region."""
+        choices, rules = region.choices, self._possible
+        for place, choice in self._choices:
+            rules &= choice.of(choices[place])[1]
+        for place, each in self._sets:
+            wanted, shunned = region.wanted[place], region.shunned[place]
+            if wanted or shunned:
+                rules &= ~each.missed(wanted, shunned)
         return rules
 
     def open_conditions(self, region: Region) -> tuple[int, int]:
-        """Return the rules of which at most one condition, and of which none, does not hold in all of a region."""
-        one, more = self._of_choices(region.choices)[2:]
-        for place, each in self._in_use:
-            missed = ~each.held(region.wanted[place], region.shunned[place])
+        """Return the rules of which at least one, and at least two, conditions do not hold in all of a region."""
+        never = self._all & ~self._possible
+        choices, one, more = region.choices, never, never
+        for place, choice in self._choices:
+            missed = choice.of(choices[place])[0]
             more |= one & missed
             one |= missed
-        return ~more, ~one
+        for place, each in self._sets:
+            missed, twice = each.open(region.wanted[place], region.shunned[place])
+            more |= one & missed | twice
+            one |= missed
+        return one, more
 
-    def _of_choices(self, choices: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Return the rules that accept all of these values, and any of each choice.
 
-        And those of which at least one, and at least two, conditions do not accept all.
-        """
-        known = self._known.get(choices)
-        if known is None:
-            some, one, more = _ALL, 0, self.inexact
-            for accepting, mask in zip(self._accepting, choices, strict=True):
-                every, any_of = _ALL, 0
-                for value in places(mask):
-                    every &= accepting[value]
-                    any_of |= accepting[value]
-                some &= any_of
-                more |= one & ~every
-                one |= ~every
-            one |= more
-            known = self._known[choices] = (~one, some, one, more)
-        return known
+def union(masks: Iterable[int]) -> int:
+    """Return what is in any of some masks."""
+    found = 0
+    for mask in masks:
+        found |= mask
+    return found
+
+
+def _of(rules_of: dict[int, int], member: int) -> int:
+    return rules_of.get(member, 0)
 
 
 def _common(rules_of: dict[int, int], members: int) -> int:
     """Return the rules that all of some members have in common; none if there is no member."""
-    common = _ALL if members else 0
+    common = -1 if members else 0
     for member in places(members):
         common &= rules_of.get(member, 0)
         if not common:

@@ -16,11 +16,11 @@ from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.view_classes import members_of
 from interlock.policies.language.loader import builtin_names, load
-from interlock.policies.lint.condition_sets import Literal
+from interlock.policies.lint.condition_sets import OPERATION, TASK_STATE, TASKS, VM_STATE, Literal, one_of
 from interlock.policies.lint.dead_rules import DeadRules
-from interlock.policies.lint.exit_lints import DELETIONS, WaysOut, permits_somewhen
+from interlock.policies.lint.exit_lints import DELETIONS, WaysOut
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, states_text
-from interlock.policies.lint.reachability import TASKS, Cell, Reaching, can_be_together, states_of
+from interlock.policies.lint.reachability import Reaching, can_be_together, states_of
 
 Variant = tuple[Operation, bool]
 """An operation, and whether it is the hard variant."""
@@ -111,7 +111,7 @@ class StrangeVerdicts:
                     "changes it too.",
                 )  # fmt: skip
             if not any(self._passes(number) for number in alive):
-                causes = some(map(self._dead.cite, self._takers(alive, rule.threshold_ms)))
+                causes = some(self._takers(alive, rule.threshold_ms), word=self._dead.cite)
                 yield _finding(
                     one, Severity.ERROR, "threshold-never-passes",
                     f"The threshold of {one.id!r} ({threshold}) never passes: by then {causes} decides instead, so "
@@ -121,16 +121,14 @@ class StrangeVerdicts:
 
     def _takers(self, alive: list[int], threshold_ms: int) -> list[int]:
         """Return the rules that decide instead of these once their threshold has passed."""
-        decided = {
-            number: [cell for cell in self._reaching.matching(number) if self._reaching.can_decide(number, cell)]
-            for number in alive
-        }
-        return self._dead.takers(decided, self._reaching.space.silent_for(threshold_ms))
+        reaching, past = self._reaching, self._reaching.space.silent_for(threshold_ms)
+        return self._dead.takers(
+            (number, reaching.start(number, *cells, past)) for number in alive for cells in reaching.deciding(number)
+        )
 
     def _passes(self, number: int) -> bool:
-        rule = self._reaching.rules[number]
-        past = self._reaching.space.silent_for(rule.threshold_ms or 0)
-        return any(self._reaching.can_decide(number, cell, past) for cell in self._reaching.matching(number))
+        past = self._reaching.space.silent_for(self._reaching.rules[number].threshold_ms or 0)
+        return bool(self._reaching.decides_in(number, OPERATION, past, one_is_enough=True))
 
     def _impossible(self, one: Written) -> Iterator[Finding]:
         rule = one.rule
@@ -162,12 +160,11 @@ class StrangeVerdicts:
         """Find state changes that are admitted on the present state alone, behind other state changes."""
         if one.rule.verdict is not Verdict.ADMIT or one.rule.in_turn:
             return
-        behind = self._reaching.space.any_of("outstanding", _STATE_KINDS)
+        behind = (self._reaching.space.any_of("outstanding", _STATE_KINDS), one_of(OPERATION, _STATE_KINDS))
         broken = {
-            cell.operation
+            operation
             for number in alive
-            for cell in self._reaching.matching(number)
-            if CATALOGUE[cell.operation].lane is Lane.STATE and self._reaching.can_decide(number, cell, behind)
+            for operation in self._reaching.values_of(OPERATION, self._reaching.decides_in(number, OPERATION, *behind))
         }
         if broken:
             # Law 2 holds only for requests admitted in turn, so that the model checker would not find this.
@@ -203,17 +200,18 @@ class StrangeVerdicts:
         rule = self._reaching.rules[number]
         if rule.verdict in (Verdict.DENY, Verdict.REDUNDANT):
             return
-        tasks = TASKS if rule.task_states is None else rule.task_states
-        more: tuple[Literal, ...] = ()
+        more: list[Literal] = []
         if rule.verdict is Verdict.ADMIT and rule.in_turn:
             # Behind a state change the foreseen state counts, which is judged without a task.
-            tasks = tuple(task for task in tasks if task == NO_TASK)
-            more = (self._reaching.space.only("outstanding", _OTHER_KINDS),)
-        for operation in rule.operations:
-            for state in states_of(rule) - CATALOGUE[operation].sources - {VmState.DELETED}:
-                cells = (Cell(operation, state, task) for task in tasks if can_be_together(state, task))
-                if any(permits_somewhen(self._reaching, number, cell, *more) for cell in cells):
-                    yield operation, state
+            more = [one_of(TASK_STATE, [NO_TASK]), self._reaching.space.only("outstanding", _OTHER_KINDS)]
+        if rule.verdict is Verdict.AFTER and rule.measured_from is MeasuredFrom.LAST_PROGRESS:
+            more.append(self._reaching.space.silent_for(rule.threshold_ms or 0))
+        for state in states_of(rule) - {VmState.DELETED}:
+            operations = one_of(OPERATION, [each for each in rule.operations if state not in CATALOGUE[each].sources])
+            tasks = one_of(TASK_STATE, [task for task in TASKS if can_be_together(state, task)])
+            here = (operations, one_of(VM_STATE, [state]), tasks)
+            found = self._reaching.decides_in(number, OPERATION, *here, *more)
+            yield from ((operation, state) for operation in self._reaching.values_of(OPERATION, found))
 
     def _redundant_for_ever(self) -> Iterator[Finding]:
         """Find repeated requests that stay redundant however long the task is silent, with nothing to take over."""
