@@ -125,7 +125,7 @@ class _Replacer(ast.NodeTransformer):
 
 
 def _sites(function: Function) -> Iterator[_Site]:
-    """Yield what can be changed in a function: not its signature, annotations, assertions and messages."""
+    """Yield what can be changed in a function: not its signature, annotations, assertions, messages and logs."""
     body = function.body
     if ast.get_docstring(function) is not None:
         body = body[1:]
@@ -135,6 +135,8 @@ def _sites(function: Function) -> Iterator[_Site]:
         if isinstance(node, ast.stmt):
             statement = node.lineno
         if isinstance(node, ast.Assert) or (isinstance(node, ast.Call) and _name(node.func) == "assert_never"):
+            continue
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("_LOG."):
             continue
         for edit in _edits(node):
             yield _Site(node, edit, statement)

@@ -29,7 +29,7 @@ OPTIONS: Final = (
 _PROCESSOR_S: Final = 3.0
 """After how much processor time a test is ended while it is measured."""
 _TOO_LONG: Final = "It computes for too long to be measured."
-_NARROWEST: Final = 5
+_NARROWEST: Final = 12
 """How many tests of each line of a function are tried before the others."""
 Lines = dict[int, tuple[int, ...]]
 
@@ -56,19 +56,20 @@ class Reach(msgspec.Struct, frozen=True):
     """The digests of the files of tests."""
 
     def of(self, file: str, lines: Iterable[int], around: Iterable[int] = ()) -> list[Measured]:
-        """Return the tests that reach the first of the lines that any reaches, the narrowest first.
+        """Return the tests that reach the first of the lines that any reaches.
 
-        Before them come those of these that are the narrowest for any line around it: a wrong branch is noticed by what
-        ought to take the other one.
+        For each line around it, the rarest first, come those of these that are the narrowest: a wrong branch is noticed
+        by what ought to take the other one. Then come the others, the narrowest first.
         """
         found = self.lines.get(file, {})
         reaching = {at: self.tests[at].lines for at in next((found[line] for line in lines if line in found), ())}
-        narrow = {
-            at
-            for line in around
-            for at in heapq.nsmallest(_NARROWEST, reaching.keys() & set(found.get(line, ())), key=reaching.__getitem__)
-        }
-        return [self.tests[at] for at in sorted(reaching, key=lambda at: (at not in narrow, reaching[at], at))]
+        branches = sorted((reaching.keys() & set(found.get(line, ())) for line in around), key=len)
+        rank: dict[int, int] = {}
+        for number, branch in enumerate(branches):
+            for at in heapq.nsmallest(_NARROWEST, branch, key=lambda at: (reaching[at], at)):
+                rank.setdefault(at, number)
+        order = sorted(reaching, key=lambda at: (rank.get(at, len(branches)), reaching[at], at))
+        return [self.tests[at] for at in order]
 
     def missing(self, files: Iterable[str]) -> list[str]:
         """Return the files of tests that were not measured as they are."""

@@ -142,6 +142,20 @@ def test_what_was_not_carried_over_is_a_comment_with_line_and_reason() -> None:
     assert "role:cloud_admin: Interlock has no such role" in toml
 
 
+def test_a_rule_that_is_not_defined_is_the_default_one_or_else_nobody_s_and_remarked(tmp_path: Path) -> None:
+    text = '"os_compute_api:servers:stop": "rule:site"\n'
+    alone, given = imported(text), imported(text + '"default": "role:admin"\n')
+    assert (allowed_by(alone, tmp_path, O.STOP), allowed_by(given, tmp_path, O.STOP)) == (set(), {ADMIN})
+    assert "line 1: os_compute_api:servers:stop: rule:site names no rule: it never holds" in alone.toml
+    assert "names no rule" not in given.toml
+
+
+def test_the_checks_of_an_is_admin_are_those_of_the_rule_behind_it() -> None:
+    stop, admin = '"os_compute_api:servers:stop": "is_admin:True"\n', '"context_is_admin": "role:cloud_admin"\n'
+    assert "servers:stop: role:cloud_admin: Interlock has no such role" in imported(stop + admin).toml
+    assert "servers:stop:" not in imported(stop).toml
+
+
 @pytest.mark.parametrize("text", ["", FILE])
 def test_the_result_passes_the_check(tmp_path: Path, text: str) -> None:
     path = tmp_path / "imported.toml"
