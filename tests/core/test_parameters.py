@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from interlock.core.durations import DURATION_MAX_MS, parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.parameters import LiveMigrateParameters, RenameParameters, SnapshotParameters, check_name, is_id
+from interlock.core.specs import repr_hiding
 
 ID = "018f2b3c-0000-7000-8000-00000000002a"
 
@@ -52,3 +54,14 @@ def test_a_duration_has_at_most_64_characters_ten_years_and_whole_milliseconds()
     assert parse_duration("3650d") == DURATION_MAX_MS
     assert parse_duration("3650d1ms") is None
     assert (parse_duration("1.5s"), parse_duration("0.5ms"), parse_duration("-1s")) == (1500, None, None)
+
+
+class Secretive(msgspec.Struct):
+    name: str
+    password: str | None = None
+    __repr__ = repr_hiding("password")
+
+
+def test_a_record_is_shown_without_its_secrets_and_with_all_else() -> None:
+    assert repr(Secretive("web", "geheim")) == "Secretive(name='web', password=...)"
+    assert repr(Secretive("web")) == "Secretive(name='web', password=None)"

@@ -9,6 +9,7 @@ import pytest
 from core_samples import START_MS, O, V, compiled, instance_in, rule
 
 from interlock.core.admission import admit
+from interlock.core.evaluation import would_admit
 from interlock.core.lifecycle import finish, take
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import Verdict
@@ -170,6 +171,8 @@ def test_what_could_only_fail_is_refused_with_the_reason_and_what_to_do(
         assert "{" not in answer.because
         assert answer.remedy
     refused = compiled(rule("none", frozenset(O), Verdict.DENY, reason="policy"))
+    for policy in (ANYTHING, refused):
+        assert would_admit(instance, asked(operation, facts=facts, **parameters), policy, START_MS) is False
     submission = asked(operation, facts=facts, hold_ms=1000, **parameters)
     held = admit(instance, submission, refused, START_MS).answer
     assert isinstance(held, Denied), "it is not held for a policy that could not help"
