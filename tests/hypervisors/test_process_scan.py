@@ -18,10 +18,12 @@ from interlock.core.errors import Unavailable
 from interlock.core.states import PowerState
 from interlock.hypervisors.host_identity import FILE, host_id
 from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
 from interlock.hypervisors.qemu.process.process_scan import FoundGuest, GuestFolder, find_guests
+from interlock.hypervisors.qemu.process.qemu_process import is_stopped, spawn, started_ticks
 from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
 from interlock.hypervisors.remote.watchdog import LEASE, LOCK, Watchdog
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 PERMIT = GivenPermit()
 pytestmark = [
@@ -183,6 +185,33 @@ async def test_the_watchdog_ends_the_guests_of_its_folder_wherever_that_is_and_n
         os.kill(int((folder / LOCK).read_text()), signal.SIGKILL)
     assert lives(bench) == spared
     assert lives(other) == ["two"]
+
+
+async def test_a_guest_that_leaves_its_working_folder_keeps_no_server_from_starting(bench: QemuWorkbench) -> None:
+    hypervisor = await opened(bench)
+    await hypervisor.define(PERMIT, "one", bench.spec())
+    home = GuestFolder.of(bench.settings.folder, host_id(bench.settings.folder))
+    folder = bench.instance_folder("one")
+    lock = folder.lock()
+    assert lock is not None
+    errors = os.open(os.devnull, os.O_WRONLY)
+    process_id = spawn(["env", *home.marks("one"), "sh", "-c", "kill -STOP $$", "-uuid"], errors, [lock])
+    for descriptor in (errors, lock):
+        os.close(descriptor)
+    until(lambda: is_stopped(process_id))
+    ticks = started_ticks(process_id)
+    assert ticks is not None
+    folder.make_event_pipes()
+    folder.write_process_record(ProcessRecord(phase=Phase.RUNNING, process_id=process_id, started_ticks=ticks))
+    await hypervisor.close()
+    hypervisor = await opened(bench)
+    assert lives(bench) == ["one"]
+    guest = hypervisor.guest("one")
+    assert guest is not None
+    assert guest.process.process_id == process_id
+    await hypervisor.undefine(PERMIT, "one")
+    assert lives(bench) == []
+    await hypervisor.close()
 
 
 def bearing_marks_of(home: GuestFolder) -> subprocess.Popen[bytes]:

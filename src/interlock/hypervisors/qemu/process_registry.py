@@ -25,7 +25,7 @@ from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Pha
 from interlock.hypervisors.qemu.guest import Guest, no_guest
 from interlock.hypervisors.qemu.process.accelerator import choose
 from interlock.hypervisors.qemu.process.process_scan import GuestFolder
-from interlock.hypervisors.qemu.process.qemu_process import find_in, runs_in, shared_account, started_ticks
+from interlock.hypervisors.qemu.process.qemu_process import find_in, shared_account, started_ticks
 from interlock.hypervisors.qemu.process.strays import LOCK, settle_strays
 from interlock.hypervisors.qemu.protections import protections
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -195,12 +195,8 @@ class ProcessRegistry:
     async def _find_process(self, folder: InstanceFolder) -> int | None:
         """Return the process that holds the instance: the recorded one if it is still that, else found by a scan."""
         record = folder.process_record()
-        if (
-            record is not None
-            and record.process_id
-            and started_ticks(record.process_id) == record.started_ticks
-            and runs_in(record.process_id, folder.inside)
-        ):
+        # Its working folder says no more than that: a process that was broken out of can change it.
+        if record is not None and record.process_id and started_ticks(record.process_id) == record.started_ticks:
             return record.process_id
         deadline = asyncio.get_running_loop().time() + _PROCESS_SEARCH_S
         while folder.held():

@@ -72,6 +72,11 @@ class FoundGuest(msgspec.Struct, frozen=True, kw_only=True):
         """A link to its working folder, whose target is the path in its own mount namespace."""
         return _PROC / str(self.process_id) / "cwd"
 
+    @property
+    def lock(self) -> Path:
+        """A link to the lock of its instance, which it has open."""
+        return _PROC / str(self.process_id) / "fd" / str(FIRST_DESCRIPTOR)
+
     def place(self) -> Path | None:
         """Return the current path of its working folder; None if that was deleted, or the process has ended.
 

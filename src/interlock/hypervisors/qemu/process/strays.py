@@ -61,11 +61,16 @@ def _is_stray(guest: FoundGuest, home: GuestFolder) -> bool:
 
 
 def _is_in(guest: FoundGuest, folder: Path) -> bool:
+    """Whether it works in the folder, or has the lock there: one that was broken out of can change one or the other."""
+    place = folder / "vms" / guest.instance_id
+    return _is_same(guest.working_folder, place / "inside") or _is_same(guest.lock, place / LOCK)
+
+
+def _is_same(one: Path, other: Path) -> bool:
     try:
-        theirs, expected = guest.working_folder.stat(), (folder / "vms" / guest.instance_id / "inside").stat()
+        return one.samefile(other)
     except OSError:
         return False
-    return (theirs.st_dev, theirs.st_ino) == (expected.st_dev, expected.st_ino)
 
 
 def _is_served(guest: FoundGuest) -> bool:
