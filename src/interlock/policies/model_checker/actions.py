@@ -15,6 +15,7 @@ Numbers of kinds, tasks and components start at 1; 0 means none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from typing import Any, Final, NamedTuple
 
 from interlock.core.conditions import CALLER, CONDITIONS, Subject
@@ -27,6 +28,7 @@ from interlock.core.state_stack import remembered_in, without_guest
 from interlock.core.states import EXECUTING_STATES, LEFT_AT_END, NO_TASK, VmState
 from interlock.core.view_classes import callers, members_of
 from interlock.core.views import Foreseen
+from interlock.policies.model_checker.results import check_time
 from interlock.policies.model_checker.symmetry_reduction import distinct_operations, distinct_phases
 
 VM_STATES = tuple(VmState)
@@ -109,8 +111,11 @@ class Ages(NamedTuple):
 class Alphabet:
     """The numbering of everything that occurs in one search."""
 
-    def __init__(self, policy: CompiledPolicy, operations: Iterable[Operation], starts: Iterable[VmState]) -> None:
+    def __init__(
+        self, policy: CompiledPolicy, operations: Iterable[Operation], starts: Iterable[VmState], until_s: float = inf
+    ) -> None:
         self.policy = policy
+        self.until_s = until_s  # of the monotonic clock; past it, what goes on raises `OutOfTime`
         rules = tuple(rule for rule in policy.rules if can_hold(rule))
         self._live = CompiledPolicy(Policy(name="alive", rules=rules))
         """The rules that can hold in this search."""
@@ -360,6 +365,7 @@ class Alphabet:
         known = dict.fromkeys(pending)
         changes = list(dict.fromkeys(kind.operation for kind in self.kinds if not kind.is_component))
         for base in pending:
+            check_time(self.until_s)
             yield base
             there = [self.guest_ends(base, state) for state in _GUEST_ENDS]
             there += [self.with_host(base, reachable=reachable) for reachable in (True, False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from interlock.policies.model_checker.gate_table import GateEffect, Ints
 from interlock.policies.model_checker.liveness import Stuck, find_stuck
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.packed_laws import described
-from interlock.policies.model_checker.results import Exit, Exploration, OnProgress, RolePromise, Violation
+from interlock.policies.model_checker.results import Exit, Exploration, OnProgress, OutOfTime, RolePromise, Violation
 from interlock.policies.model_checker.search import Search
 
 DEFAULT_STATES_MAX: Final = 20_000_000
@@ -50,7 +51,8 @@ def explore(
     One operation that leads to `goal` may exceed that bound, since it must always be admissible. Law 5 demands that
     some caller can reach the goal; `weaker` of the result says where callers of `role` cannot. `faults_max` limits
     failures and guest ends on one path (None: no limit); a worker may always hang. `seconds_max` ends the search early,
-    with `complete` false, and lowers `outstanding_max` where states would not fit into a word.
+    with `complete` false, perhaps before any state was looked at, and lowers `outstanding_max` where states would not
+    fit into a word.
 
     Raises:
         Invalid: a state does not fit into a word with so many operations, ages and outstanding requests.
@@ -60,19 +62,17 @@ def explore(
     policy, assumed = with_assumed_values(policy)
     limit_s = math.inf if seconds_max is None else seconds_max
     tried, first = tuple(Operation if operations is None else operations), tuple(starts)
+    search_until_s, until_s = (started_s + share * limit_s for share in (_SEARCH_SHARE, _LIVENESS_SHARE))
 
-    alphabet = Alphabet(policy, tried, first)
-
-    def build_model(most: int) -> Model:
-        return Model(
-            policy, tried, starts=first, outstanding_max=most, faults_max=faults_max, goal=goal, alphabet=alphabet
-        )
-
-    least = outstanding_max if seconds_max is None else 1
-    model, outstanding_used = _largest_model(build_model, outstanding_max, least)
+    try:
+        alphabet = Alphabet(policy, tried, first, search_until_s)
+        build = partial(Model, policy, tried, starts=first, faults_max=faults_max, goal=goal, alphabet=alphabet)
+        model, outstanding_used = _largest_model(build, outstanding_max, outstanding_max if seconds_max is None else 1)
+    except OutOfTime:
+        return _nothing_searched(tried, outstanding_max, time.monotonic() - started_s)
     search = Search(model, on_progress)
-    search.run(states_max=states_max, started_s=started_s, until_s=started_s + _SEARCH_SHARE * limit_s)
-    stuck = find_stuck(model, search.visited, search.expanded, role, started_s + _LIVENESS_SHARE * limit_s)
+    search.run(states_max=states_max, started_s=started_s, until_s=search_until_s)
+    stuck = _find_stuck(search, role, until_s)
     if stuck is not None:
         _report_stuck(search, stuck, goal)
     seconds = time.monotonic() - started_s
@@ -94,11 +94,35 @@ def explore(
     )
 
 
-def _largest_model(build_model: Callable[[int], Model], most: int, least: int) -> tuple[Model, int]:
+def _nothing_searched(operations: tuple[Operation, ...], outstanding_max: int, seconds: float) -> Exploration:
+    """Return the result of a search that ended before its tables were built."""
+    return Exploration(
+        states=0,
+        transitions=0,
+        complete=False,
+        operations=operations,
+        outstanding_max=outstanding_max,
+        violations=(),
+        seconds=seconds,
+    )
+
+
+def _find_stuck(search: Search, role: Role, until_s: float) -> Stuck | None:
+    """Return the states that are stuck; None if that takes too long."""
+    search.model.alphabet.until_s = until_s
+    try:
+        return find_stuck(search.model, search.visited, search.expanded, role, until_s)
+    except OutOfTime:
+        return None
+    finally:
+        search.model.alphabet.until_s = math.inf
+
+
+def _largest_model(build_model: Callable[..., Model], most: int, least: int) -> tuple[Model, int]:
     """Return the model with the most outstanding requests whose states fit into a word, and that number."""
     while True:
         try:
-            return build_model(most), most
+            return build_model(outstanding_max=most), most
         except Invalid:
             if most == least:
                 raise

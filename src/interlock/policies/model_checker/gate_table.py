@@ -21,6 +21,7 @@ from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.model_checker.actions import Alphabet, SubmissionKind
+from interlock.policies.model_checker.results import check_time
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -149,6 +150,7 @@ class GateTable:
         known = self._numbers.get(situation)
         if known is not None:
             return known
+        check_time(self._alphabet.until_s)
         self._first.append(self._first[-1])
         if situation.vm_state is not VmState.DELETED:
             rows = self._rows_of(situation)

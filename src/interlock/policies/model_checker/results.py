@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
@@ -65,6 +66,16 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     """Operations that take over or preempt the task, without deletions and `reset_state`."""
     queued: tuple[Operation, ...]
     """Operations that are admitted and then wait behind the task for ever."""
+
+
+class OutOfTime(Exception):
+    """The time limit of an exploration has passed."""
+
+
+def check_time(until_s: float) -> None:
+    """Raise `OutOfTime` if the monotonic clock has reached a time."""
+    if time.monotonic() >= until_s:
+        raise OutOfTime
 
 
 class RolePromise(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from interlock.policies.model_checker.gate_table import Ints
 from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.packed_laws import PackedLaws
-from interlock.policies.model_checker.results import Breaches, OnProgress, SearchProgress
+from interlock.policies.model_checker.results import Breaches, OnProgress, OutOfTime, SearchProgress
 from interlock.policies.model_checker.steps import Transitions
 from interlock.policies.model_checker.visited_states import Visited
 
@@ -46,7 +46,10 @@ class Search:
         self.visited.add(initial_words, np.full(len(initial_words), -1), 0)
         reported_s = time.monotonic()
         for chunk in self._chunks(states_max):
-            self._expand(chunk)
+            try:
+                self._expand(chunk)
+            except OutOfTime:
+                break
             self.expanded += len(chunk)
             now_s = time.monotonic()
             if now_s >= until_s:

@@ -16,6 +16,7 @@ from interlock.core.states import VmState
 from interlock.core.views import Foreseen
 from interlock.policies.model_checker.actions import VM_STATES, Alphabet, RequestKind, request_of
 from interlock.policies.model_checker.gate_table import NONE_OUTSTANDING, Bools, Ints
+from interlock.policies.model_checker.results import check_time
 
 
 class StepTables:
@@ -130,6 +131,7 @@ class StepTables:
         return np.concatenate([rows[operation] for operation in operations])
 
     def _base_numbers(self, bases: Iterable[Foreseen]) -> Ints:
+        check_time(self._alphabet.until_s)
         return np.array([self._alphabet.base_number[base] for base in bases], np.int64)
 
     def _permitted(self, kinds: tuple[RequestKind, ...]) -> Bools:
@@ -137,6 +139,7 @@ class StepTables:
         rows = [[False] * self.bases]
         for kind in kinds:
             key = kind._replace(in_turn=True, preempts=False)
+            check_time(self._alphabet.until_s)
             if key not in known:
                 known[key] = [self._alphabet.permitted(key, each) for each in self._alphabet.bases]
             rows.append(known[key])
@@ -146,6 +149,7 @@ class StepTables:
         policy, bases = self._alphabet.policy, self._alphabet.bases
         rows = [[False] * len(bases)]
         for kind in self._alphabet.kinds:
+            check_time(self._alphabet.until_s)
             request = request_of(kind)
             rows.append(
                 [
