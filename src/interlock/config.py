@@ -298,9 +298,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What runs the guests. `simulated` runs none, and is for trials."""
     policy: str = "standard"
     """A built-in policy's name, or a policy file. If it is invalid at a start, the last policy in force stays."""
-    policy_explore_ms: int = 5_000
-    """How long the reachable states of a policy are walked by default before it is put in force, in ms; 0: not at
-    all."""
+    policy_explore_ms: int = 20_000
+    """How long the reachable states of a policy are explored by default before it is put in force, in ms; 0: not at
+    all. One that extends `standard` takes about eight seconds."""
     policy_explore_ms_max: int = 60_000
     """The longest walk that a request to load a policy may ask for, in ms."""
     policy_check_ms_max: int = 30_000

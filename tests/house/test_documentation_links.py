@@ -47,3 +47,10 @@ def test_links_and_the_names_of_modules_are_current() -> None:
     wrong = [f"{page.name}: {link}" for page, text in texts.items() for link in broken_links(page, text)]
     wrong += [f"{page.name}: {name}" for page, text in texts.items() for name in missing_sources(text)]
     assert wrong == []
+
+
+def test_decisions_are_numbered_one_after_the_other() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        assert page.read_text().startswith(f"# {int(page.name[:4])}. "), page.name
