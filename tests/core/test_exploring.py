@@ -53,7 +53,9 @@ def test_the_laws_hold_for_component_changes_beside_state_changes(name: str) -> 
     assert_holds(exploration)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "take2" else name for name in BUILT_IN]
+)
 def test_the_laws_hold_for_all_operations(name: str) -> None:
     """All operations from `building`, three outstanding and a deletion on top."""
     exploration = explore(compile_named(name), outstanding_max=3)

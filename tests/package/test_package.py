@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -75,8 +74,7 @@ def test_the_bill_of_materials_has_every_locked_package_of_a_server_with_its_lic
 
 def test_the_source_distribution_builds_the_same_wheel(package: Path, tmp_path: Path) -> None:
     [archive], [wheel] = package.glob("*.tar.gz"), package.glob("*.whl")
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xzf", archive, "-C", tmp_path], check=True)
     [sources] = tmp_path.iterdir()
     assert (sources / "tests" / "package" / "test_package.py").is_file()
     subprocess.run(

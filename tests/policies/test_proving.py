@@ -31,7 +31,7 @@ def test_a_policy_of_hundreds_of_rules_about_one_cell_is_proved() -> None:
     rules = "".join(
         f'[[rule]]\nid = "r{number}"\noperations = ["stop"]\ntask_state = ["@backup"]\ntags = ["t{number % 2}"]\n'
         f'silent_for = "{5_000 - number}s"\nverdict = "deny"\n'
-        for number in range(1, tier(500, 1_500))
+        for number in range(1, tier(200, 1_500))
     )
     text = '[policy]\nname = "many"\nextends = "standard"\n' + rules
     proof = prove(asked(PolicyBundle(main="many.toml", files={"many.toml": text})))

@@ -71,6 +71,8 @@ class HostCertificate:
         """
         settings = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
         settings.minimum_version = ssl.TLSVersion.TLSv1_3
+        # The end of a connection must not look like the end of what was sent; some versions of Python allow that.
+        settings.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
         settings.check_hostname = False
         settings.verify_mode = ssl.CERT_REQUIRED
         if server_side:

@@ -25,9 +25,10 @@ SCALAR_LENGTH_MAX: Final = 100
 _BLANK: Final = re.compile(r"(?:[ \t\n]++|#[^\n]*+)*+")
 _SEPARATORS: Final = re.compile(r"(?:[ \t\n,]++|#[^\n]*+)*+")
 _SPACE: Final = re.compile(r"[ \t]*+")
+# Atomic groups: before 3.11.5, Python ends a possessive one too early where there is an assertion in it.
 _STRING: Final = re.compile(
-    r'"""(?:[^"\\]++|\\.|"{1,2}+(?!"))*+"{3,5}'
-    r"|'''(?:[^']++|'{1,2}+(?!'))*+'{3,5}"
+    r'"""(?>(?:[^"\\]++|\\.|"(?!""))*)"{3,5}'
+    r"|'''(?>(?:[^']++|'(?!''))*)'{3,5}"
     r'|"(?:[^"\\\n]++|\\.)*+"'
     r"|'[^'\n]*+'",
     re.DOTALL,
