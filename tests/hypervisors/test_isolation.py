@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -278,6 +280,47 @@ async def test_the_control_groups_of_a_vm_have_its_limits_and_end_with_it(tmp_pa
         await hypervisor.undefine(PERMIT, "group-test")
         await hypervisor.close()
         host.end_everything()
+
+
+@needs_bwrap
+@pytest.mark.qemu
+async def test_nothing_is_left_of_a_vm_whose_processes_were_all_stopped(tmp_path: Path) -> None:
+    """As by the signal that freezes a VM, sent to whatever has its name; also after another server has found it."""
+    host = QemuWorkbench(tmp_path)
+    hypervisor = await opened(host)
+    try:
+        await hypervisor.define(PERMIT, "one", host.spec())
+        for found_again in (False, True):
+            await hypervisor.power_on(PERMIT, "one", host.spec())
+            process_id = host.process_id("one")
+            parent, program = parent_of(process_id)
+            if program != sandbox.BWRAP:
+                pytest.skip("this host permits no namespaces")
+            if found_again:
+                await hypervisor.close()
+                hypervisor = await opened(host)
+            with open_pidfd(parent) as watched:
+                for one in (parent, process_id):
+                    os.kill(one, signal.SIGSTOP)
+                await hypervisor.power_off(PERMIT, "one")
+                async with asyncio.timeout(PATIENCE_S):
+                    await asyncio.to_thread(select.select, [watched], [], [])
+    finally:
+        await hypervisor.undefine(PERMIT, "one")
+        await hypervisor.close()
+        host.end_everything()
+
+
+def parent_of(process_id: int) -> tuple[int, str]:
+    parent = int(Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[1])
+    return parent, Path(f"/proc/{parent}/comm").read_text().strip()
+
+
+@contextlib.contextmanager
+def open_pidfd(process_id: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(process_id)
+    yield descriptor
+    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------- qemu-img and policy verifier

@@ -279,7 +279,7 @@ def _what_next(invocation: Invocation, instance: Instance) -> None:
 def suggestions(program: str, instance: Instance) -> list[tuple[str, str]]:
     """Return commands for a running demo VM, each with what it shows. After the last one the VM runs again."""
     # In brackets, so that the pattern does not match a shell that has this command among its arguments, as over ssh.
-    freeze = f"kill -STOP $(pgrep -f '[g]uest=interlock-{instance.id}')"
+    freeze = f"kill -STOP $(pgrep -f '^[^ ]*qemu[^ ]* -name guest=interlock-{instance.id}')"
     visit = (f"{program} vm console {VM} --log", "the guest's console log")
     if instance.forwards:
         visit = (f"curl http://127.0.0.1:{instance.forwards[0].host_port}/", "the guest's own web server")

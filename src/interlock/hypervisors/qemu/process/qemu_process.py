@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from interlock.confinement.sandbox import Account
+from interlock.confinement.sandbox import BWRAP, Account
 from interlock.core.errors import NotResponding, Unavailable
 from interlock.hypervisors.qemu.settings import QemuSettings
 
@@ -150,16 +150,13 @@ def find_in(folder: Path) -> int | None:
     return None
 
 
-def _child_above(process_id: int) -> int | None:
-    """Return the parent of a process if that is a child of this one, as bubblewrap is."""
+def _bubblewrap_above(process_id: int) -> int | None:
+    """Return a pidfd of the process of bubblewrap that waits for a process; None if there is none."""
     fields = _stat(process_id)
     parent = int(fields[_PARENT_FIELD]) if fields else 0
-    try:
-        if parent and parent != os.getpid():
-            os.waitid(os.P_PID, parent, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return parent
-    except ChildProcessError:
-        pass
+    with contextlib.suppress(OSError):
+        if parent and Path(f"/proc/{parent}/comm").read_text().strip() == BWRAP:
+            return os.pidfd_open(parent)
     return None
 
 
@@ -178,7 +175,7 @@ class Process:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._descriptor: int | None = os.pidfd_open(process_id)
-        self._monitor = _child_above(process_id)
+        self._bubblewrap = _bubblewrap_above(process_id)
         self._loop.add_reader(self._descriptor, self._on_readable)
 
     def _on_readable(self) -> None:
@@ -187,26 +184,25 @@ class Process:
         with contextlib.suppress(ChildProcessError):
             # Only a child needs this; the parent of any other process reaps it.
             os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
+        bubblewrap, self._bubblewrap = self._bubblewrap, None
         self.detach()
-        if self._monitor is not None:
-            self._reap_monitor(self._monitor)
+        if bubblewrap is not None:
+            self._end_bubblewrap(bubblewrap)
         self.ended.set()
         self._on_end()
 
-    def _reap_monitor(self, process_id: int) -> None:
-        """Reap the process of bubblewrap, which ends a moment after the one that it waits for."""
-        try:
-            monitor = os.pidfd_open(process_id)
-        except ProcessLookupError:
-            return
+    def _end_bubblewrap(self, descriptor: int) -> None:
+        """Kill the process of bubblewrap, which ends by itself unless somebody has stopped it, and reap it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
         def on_end() -> None:
-            self._loop.remove_reader(monitor)
+            self._loop.remove_reader(descriptor)
             with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, monitor, os.WEXITED | os.WNOHANG)
-            os.close(monitor)
+                os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG)
+            os.close(descriptor)
 
-        self._loop.add_reader(monitor, on_end)
+        self._loop.add_reader(descriptor, on_end)
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -227,6 +223,9 @@ class Process:
 
     def detach(self) -> None:
         """Stop watching; the process keeps running."""
+        if self._bubblewrap is not None:
+            os.close(self._bubblewrap)
+            self._bubblewrap = None
         if self._descriptor is not None:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
