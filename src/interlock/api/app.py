@@ -187,9 +187,9 @@ class _Path:
             receive = revocation.revocable_receive(use, scope, receive)
             request = Request(scope, receive)
             with slot or contextlib.nullcontext():
-                response = await self._respond(caller, request, use)
-                action = self._route(request).audited
-                await audit_entries.record(self._parts.audit, caller, request, action, response.status_code)
+                route = self._routes["GET" if request.method == "HEAD" else request.method]
+                response = await self._respond(caller, request, route, use)
+                await audit_entries.record(self._parts.audit, caller, request, route.audited, response.status_code)
             revocable_send = revocation.RevocableSend(send, use)
             try:
                 await response(scope, receive, revocable_send)
@@ -202,9 +202,9 @@ class _Path:
         if isinstance(error, HttpProblem) and error.kind.name in problems.LIMITS:
             self._parts.metrics.count_refusal(error.kind.name)
 
-    async def _respond(self, caller: Caller, request: Request, use: Use) -> Response:
+    async def _respond(self, caller: Caller, request: Request, route: Route, use: Use) -> Response:
         try:
-            return await self._call_endpoint(caller, request)
+            return await self._call_endpoint(caller, request, route)
         except InterlockError as error:
             if problems.problem_type_of(error) is HTTP_PROBLEM_TYPES["internal"]:
                 return await _internal_error(request, error)
@@ -223,11 +223,7 @@ class _Path:
         except Exception as error:  # noqa: BLE001 - the outermost frame of a request
             return await _internal_error(request, error)
 
-    def _route(self, request: Request) -> Route:
-        return self._routes["GET" if request.method == "HEAD" else request.method]
-
-    async def _call_endpoint(self, caller: Caller, request: Request) -> Response:
-        route = self._route(request)
+    async def _call_endpoint(self, caller: Caller, request: Request, route: Route) -> Response:
         reads = route.method == "GET"
         if request.scope["query_string"]:
             request_parsing.check_parameters(request.query_params, *route.query_names)

@@ -55,18 +55,8 @@ class AuditLog:
 
         The action has ended: its response must not depend on the disk.
         """
-        entry = AuditEntry(
-            at_ms=self._store.now_ms(),
-            action=action,
-            outcome=outcome,
-            who="" if who is None else who.name,
-            role="" if who is None else who.role.value,
-            project="" if who is None else who.project,
-            address=address,
-            target=target,
-            details=details,
-        )
-        await self._keep(entry)
+        caller = {} if who is None else {"who": who.name, "role": who.role.value, "project": who.project}
+        await self._keep(action, outcome, address=address, target=target, details=details, **caller)
 
     async def record_read(
         self, action: str, outcome: Outcome, *, who: Caller, address: str, target: str, **details: Any
@@ -83,15 +73,7 @@ class AuditLog:
 
     async def record_own(self, action: str, target: str, **details: Any) -> None:
         """Record what the server did by itself."""
-        entry = AuditEntry(
-            at_ms=self._store.now_ms(),
-            action=action,
-            outcome=Outcome.SUCCEEDED,
-            who=SERVER_REQUESTER,
-            target=target,
-            details=details,
-        )
-        await self._keep(entry)
+        await self._keep(action, Outcome.SUCCEEDED, who=SERVER_REQUESTER, target=target, details=details)
 
     async def record_failure(self, address: str, path: str, reason: str) -> None:
         """Record a failed authentication: of each address the first in an hour, the 10th, the 100th and so on.
@@ -112,7 +94,8 @@ class AuditLog:
         if str(count).strip("0") == "1":
             await self.record("authenticate", Outcome.REFUSED, address=address, target=path, reason=reason, count=count)
 
-    async def _keep(self, entry: AuditEntry) -> None:
+    async def _keep(self, action: str, outcome: Outcome, **fields: Any) -> None:
+        entry = AuditEntry(at_ms=self._store.now_ms(), action=action, outcome=outcome, **fields)
         said = msgspec.to_builtins(entry)
         _LOG.info("audit", **{name: value for name, value in said.items() if value})
         try:

@@ -8,13 +8,13 @@ import re
 import resource
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 from interlock.config import HttpConfig
 from interlock.core.errors import Unavailable
 from interlock.ports.hosts import LINK_ALPN
+from interlock.service.load_limits import Slots
 
 _TLS_HANDSHAKE: Final = 0x16
 """First byte of a connection with TLS: the record type of its handshake."""
@@ -35,29 +35,21 @@ class ConnectionSlots:
     """
 
     def __init__(self, most: int, per_client: int) -> None:
-        self._most = most
-        self._per_client = per_client
+        self._slots = Slots(most, per_client)
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._total = 0
 
     def take(self, address: str) -> Callable[[], None] | None:
         """Count a connection, unless it is too many; return what counts its end, once however often it is called."""
         client = client_of(address)
         with self._lock:
-            if self._total >= self._most or self._counts[client] >= self._per_client:
+            if not self._slots.take(client):
                 return None
-            self._total += 1
-            self._counts[client] += 1
         taken = [client]
 
         def release() -> None:
             with self._lock:
                 if taken:
-                    self._total -= 1
-                    self._counts[client] -= 1
-                    if not self._counts[taken.pop()]:
-                        del self._counts[client]
+                    self._slots.release(taken.pop())
 
         return release
 
