@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core.networks import IngressRule, Network
+
 
 class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an instance boots.
@@ -58,22 +60,41 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Forward(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A TCP port of the guest, reachable on the host's loopback address."""
+    """A port of the guest's first interface, reachable at an address of its host."""
 
     host_port: int
     guest_port: int
+    host_address: str = "127.0.0.1"
+    protocol: str = "tcp"
+    """`tcp` or `udp`."""
 
 
 INTERFACES_MAX: Final = 8
 """How many interfaces an instance may have beyond its first."""
 
 
+PRIMARY: Final = "primary"
+"""The id of the first interface."""
+
+
 class Interface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A network interface of an instance beyond its first."""
+    """A network interface of an instance."""
 
     id: str
+    """That of the request that attached it; `PRIMARY` for the first."""
     mac: str
     """As in `52:54:00:12:34:56`."""
+    network: Network | None = None
+    """None: the default user network."""
+    addresses: tuple[str, ...] = ()
+    """The addresses leased to it, without the length of their prefix; at most one of each address family."""
+    security_groups: tuple[str, ...] = ()
+    """The names of its security groups, whose rules are in `ingress`."""
+    ingress: tuple[IngressRule, ...] = ()
+    inbound_kbit: int | None = None
+    """The limit of what the guest receives, in kbit/s; None: unlimited."""
+    outbound_kbit: int | None = None
+    """The limit of what the guest sends, in kbit/s; None: unlimited."""
 
 
 def repr_hiding(*secrets: str) -> Callable[[Any], str]:
@@ -136,6 +157,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     disks: tuple[Disk, ...] = ()
     """The attached volumes, in the order attached."""
     forwards: tuple[Forward, ...] = ()
+    primary: Interface | None = None
+    """The first interface; None: on the default user network."""
     interfaces: tuple[Interface, ...] = ()
     """Network interfaces beyond the first, in the order attached."""
     seed: Seed | None = None
