@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.recorded_history import Plan, record_history
 from cli.conftest import Ran
-from interlock.bench.recorded_history import Plan, record_history
 from interlock.cli.application import run
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.policies.language.loader import compile_named, load

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient
 
+from benchmarks.nano_guest import HERE, MEMORY_MIB, nano_guest
 from conformance.disk_patterns import first_byte, write_pattern
 from conformance.hypervisor import Told
-from interlock.bench.nano_guest import HERE, MEMORY_MIB, nano_guest
 from interlock.core.errors import NotResponding
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.certificates.host_certificate import HostCertificate

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 from websockets.sync.client import connect
 
+from benchmarks.nano_guest import GREETING
 from boot_sector import bootable_image
-from interlock.bench.nano_guest import GREETING
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
 from processes.real_fleet import Fleet
 from waiting import PATIENCE_S, until

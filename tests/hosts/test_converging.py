@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.nano_guest import GREETING, Act, nano_guest
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
-from interlock.bench.nano_guest import GREETING, Act, nano_guest
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Spec
 from interlock.core.states import PowerState

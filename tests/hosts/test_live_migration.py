@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from qemu.qmp import QMPClient
 
+from benchmarks.nano_guest import GREETING
 from hosts.loopback_capture import LoopbackCapture, can_capture, is_tls
-from interlock.bench.nano_guest import GREETING
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.nano_guest import Act, nano_guest
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
-from interlock.bench.nano_guest import Act, nano_guest
 from interlock.config import Config, HostsConfig
 from interlock.core.errors import Invalid, OperationRejected, Unavailable
 from interlock.core.records import Spec

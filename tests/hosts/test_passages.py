@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from benchmarks import nano_guest
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
-from interlock.bench import nano_guest
 from interlock.core.errors import OperationRejected
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor

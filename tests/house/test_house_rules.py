@@ -42,7 +42,7 @@ EXTERNAL_PACKAGES = {
     "agent": {"msgspec", "structlog"},
     "server": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},
     "cli": {"click", "httpx", "msgspec", "rich", "uvloop", "websockets"},
-    "bench": {"apsw", "msgspec", "numpy", "qemu", "uvicorn", "uvloop"},
+    "bench": {"apsw", "uvicorn", "uvloop"},
     "__main__": {"click"},
 }
 """Which packages of others each layer may import."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pycdlib import PyCdlib
 
+from benchmarks.nano_guest import MEMORY_MIB
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench
-from interlock.bench.nano_guest import MEMORY_MIB
 from interlock.core.records import Spec
 from interlock.images.image_folder import ImageFolder
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import GREETING, MEMORY_MIB, Act, nano_guest
 from conformance.disk_patterns import has_open
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench
-from interlock.bench.nano_guest import GREETING, MEMORY_MIB, Act, nano_guest
 from interlock.core.errors import NotResponding, OperationRejected, Unavailable
 from interlock.core.records import Disk, Forward, GuestEvent, Image, Spec
 from interlock.core.states import PowerState

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.nano_guest import GREETING, MEMORY_MIB, nano_guest
 from conformance.hypervisor import GivenPermit, Told
-from interlock.bench.nano_guest import GREETING, MEMORY_MIB, nano_guest
 from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.core.records import GuestEvent, Image, Spec
 from interlock.guests import small_guest

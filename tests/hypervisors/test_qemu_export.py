@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import MEMORY_MIB
 from boot_sector import bootable_image
 from conformance.disk_patterns import (
     MIB,
@@ -32,7 +33,6 @@ from conformance.disk_patterns import (
 )
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened
-from interlock.bench.nano_guest import MEMORY_MIB
 from interlock.core.errors import Fenced, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState

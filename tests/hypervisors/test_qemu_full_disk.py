@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import MEMORY_MIB
 from boot_sector import writing_image
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
-from interlock.bench.nano_guest import MEMORY_MIB
 from interlock.core.records import GuestEvent, Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu import QemuHypervisor

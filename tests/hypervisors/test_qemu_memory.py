@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import GREETING
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
-from interlock.bench.nano_guest import GREETING
 from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Forward, GuestEvent, Image, Spec
 from interlock.core.states import PowerState

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import MEMORY_MIB
 from boot_sector import bootable_image
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench
-from interlock.bench.nano_guest import MEMORY_MIB
 from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.core.records import Image, Seed, Spec
 from interlock.core.states import PowerState

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.nano_guest import GREETING, MEMORY_MIB
 from boot_sector import bootable_image
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench
-from interlock.bench.nano_guest import GREETING, MEMORY_MIB
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState

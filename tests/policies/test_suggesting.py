@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from interlock.bench.recorded_history import Plan, record_history
+from benchmarks.recorded_history import Plan, record_history
 from interlock.core.durations import parse_duration
 from interlock.core.errors import Invalid
 from interlock.core.operations import TASK_OPERATION, Operation

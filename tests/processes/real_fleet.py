@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interlock.bench.nano_guest import nano_guest
+from benchmarks.nano_guest import nano_guest
 from processes.real_agent import RealAgent
 from processes.real_server import RealServer, end_guests
 from waiting import until

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from interlock.bench.nano_guest import nano_guest
+from benchmarks.nano_guest import nano_guest
 from interlock.hypervisors.qemu.process.qemu_process import find_in
 from processes.real_server import RealServer, end_guests, guests_in
 from tiers import tier

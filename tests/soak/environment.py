@@ -15,7 +15,7 @@ import httpx
 import msgspec
 from websockets.sync.client import ClientConnection, connect
 
-from interlock.bench.nano_guest import GREETING, nano_guest
+from benchmarks.nano_guest import GREETING, nano_guest
 from processes.real_agent import RealAgent
 from processes.real_server import RealServer, end_guests
 from soak.report import Book

@@ -11,8 +11,8 @@ import apsw
 import msgspec
 import pytest
 
+from benchmarks.recorded_history import START_MS, Plan, record_history
 from conformance.store.harness import creating
-from interlock.bench.recorded_history import START_MS, Plan, record_history
 from interlock.core.admission import admit
 from interlock.core.errors import Invalid, StoreError, StoreNewer
 from interlock.core.operations import Operation

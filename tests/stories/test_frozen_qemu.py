@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.nano_guest import nano_guest
 from in_process.trusting_verifier import TrustingProver
 from in_process.virtual_time import OneClock
-from interlock.bench.nano_guest import nano_guest
 from interlock.config import Config, DriverConfig
 from interlock.core import lifecycle
 from interlock.core.errors import Fenced

@@ -17,9 +17,9 @@ import httpx
 import pytest
 from qemu.qmp import QMPClient
 
+from benchmarks.nano_guest import GREETING, Act, nano_guest
 from conformance.hypervisor import GivenPermit
 from in_process.trusting_verifier import TrustingProver
-from interlock.bench.nano_guest import GREETING, Act, nano_guest
 from interlock.config import Config, DriverConfig
 from interlock.core.errors import NotResponding
 from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from interlock.bench.nano_guest import Act, nano_guest
+from benchmarks.nano_guest import Act, nano_guest
 from interlock.config import Config
 from interlock.core.operations import Operation
 from interlock.core.records import Admitted, Instance, Status

@@ -1,8 +1,8 @@
 """`interlock bench`: how fast this build is on this machine, as JSON.
 
 Every figure is measured by doing the real thing: decisions with the built-in policy, durable commits into a SQLite file
-on the disk that is named, HTTP over loopback from another process, QEMU by its own monitor. Each is repeated, and the
-report has the median and the single runs, since shared machines are noisy.
+on the disk that is named, HTTP over loopback from another process. Each is repeated, and the report has the median and
+the single runs, since shared machines are noisy.
 """
 
 from __future__ import annotations
@@ -14,56 +14,45 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from interlock.bench import (
-    decisions,
-    durability,
-    fleet_decisions,
-    http,
-    model_checker,
-    pause,
-    replay,
-    start_stop,
-    whole,
-)
+from interlock.bench import decisions, durability, http, whole
 
 Measure = Callable[[Path, float], dict[str, float]]
 
 MEASURES: dict[str, Measure] = {
     "decisions": decisions.measure,
-    "fleet_decisions": fleet_decisions.measure,
-    "exploring": model_checker.measure,
-    "replaying": replay.measure,
     "durable_admissions": durability.measure,
     "http_admissions": http.measure,
     "whole_operations": whole.measure,
-    "pause_over_qmp": pause.measure,
-    "start_and_stop": start_stop.measure,
 }
 """What can be measured; each gets an empty folder and the share of its full size that is wanted, and answers figures
 with their units in their names."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    measures: Mapping[str, Measure] = MEASURES,
+    program: str = "interlock bench",
+) -> int:
     """Measure and print one JSON document; the exit code is 0, or 1 if something could not be measured."""
-    parser = argparse.ArgumentParser(prog="interlock bench", description=__doc__)
-    parser.add_argument("--only", action="append", choices=sorted(MEASURES), help="measure only this; may be repeated")
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser.add_argument("--only", action="append", choices=sorted(measures), help="measure only this; may be repeated")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="how often each is measured (default 3)")
     parser.add_argument("--folder", type=Path, help="where the files are made (default: the system's temporary folder)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of its full size (default 1)")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {}
-    for name in options.only or MEASURES:
+    for name in options.only or measures:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         try:
             # A server that is measured may write something, and standard output is the document's.
             with contextlib.redirect_stdout(sys.stderr):
-                report[name] = _repeat(MEASURES[name], max(1, options.repeat), options.folder, options.scale)
+                report[name] = _repeat(measures[name], max(1, options.repeat), options.folder, options.scale)
         except Exception as error:  # noqa: BLE001 - one that cannot be measured must not hide the others
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(report, indent=2))

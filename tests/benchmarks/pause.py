@@ -14,9 +14,10 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient
 
+from benchmarks.nano_guest import nano_guest
+from interlock.bench import run
 from interlock.bench.fleet import scaled
 from interlock.bench.guests import boot, carry_out
-from interlock.bench.nano_guest import nano_guest
 from interlock.config import Config
 from interlock.core.operations import Operation
 from interlock.server import Server
@@ -25,8 +26,6 @@ _PAIRS = 50
 
 
 def measure(folder: Path, scale: float = 1.0) -> dict[str, float]:
-    from interlock.bench import run
-
     figures: dict[str, float] = run(_measure(folder, scale))
     return figures
 

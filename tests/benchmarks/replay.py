@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from benchmarks.recorded_history import Plan, record_history
 from interlock.bench.fleet import scaled
-from interlock.bench.recorded_history import Plan, record_history
 from interlock.policies.history.replay import replay
 from interlock.policies.language.loader import compile_named
 from interlock.stores.history import History

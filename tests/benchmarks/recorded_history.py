@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from random import Random  # noqa: TID251 - seeded; the ban protects the core
+from random import Random
 from typing import Any, Final
 
 import apsw
@@ -89,7 +89,7 @@ class _Machine:
         self.number = number
         self._plan = plan
         self._policy = policy
-        self._chance = Random(plan.seed * 1_000_003 + number)  # noqa: S311 - nothing is kept secret by it
+        self._chance = Random(plan.seed * 1_000_003 + number)
         self.instance = Instance(
             id=f"instance-{number}",
             name=f"vm-{number}",
@@ -134,7 +134,7 @@ class _Machine:
         self._asked += 1
         operations, weights = zip(*self._plan.asked_for, strict=True)
         operation = self._chance.choices(operations, weights)[0]
-        hard = operation in {_O.REBOOT, _O.STOP} and self._chance.random() < 0.1  # noqa: PLR2004 - a tenth of them
+        hard = operation in {_O.REBOOT, _O.STOP} and self._chance.random() < 0.1
         submission = Submission(
             request_id=f"request-{self.number}-{self._asked}",
             operation=operation,

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from interlock.bench import policy_lengths
+from benchmarks import policy_lengths
 from interlock.bench.fleet import scaled
 from interlock.core.admission import admit
 from interlock.core.lifecycle import take

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from interlock.bench.nano_guest import MEMORY_MIB, nano_guest
+from benchmarks.nano_guest import MEMORY_MIB, nano_guest
+from interlock.bench import run
 from interlock.confinement.sandbox import Namespaces
 from interlock.core.records import Spec
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
@@ -31,8 +32,6 @@ def measure(folder: Path, scale: float) -> dict[str, float]:
 
     Each layer includes those before it; `cgroup` is how VMs are started. A layer that this host lacks costs nothing.
     """
-    from interlock.bench import run
-
     figures: dict[str, float] = run(_measure(folder, max(2, int(_ROUNDS * scale))))
     return figures
 

@@ -332,7 +332,7 @@ def _tables(guest: _Assembler) -> None:
     gates = {_TIMER_VECTOR: "timer", _SPURIOUS_VECTOR: "spurious"}
     for vector in range(_VECTORS):
         if vector in gates:
-            address = guest._labels[gates[vector]] & 0xFFFF  # noqa: SLF001  the two are one piece
+            address = guest._labels[gates[vector]] & 0xFFFF
             guest.put(struct.pack("<HHH", address, 8, 0x8E00) + upper)
         else:
             guest.put(bytes(8))
