@@ -159,6 +159,7 @@ def configuration_page() -> str:
         "| `INTERLOCK_URL` | URL of the server, instead of the one on this machine. |",
         "| `INTERLOCK_TOKEN` | Access token, instead of the admin token in the data folder. |",
         "| `INTERLOCK_CA` | PEM file of CAs that the server's certificate may be from, besides the system's. |",
+        "| `INTERLOCK_INSECURE_PLAIN_HTTP` | `1`: allow a URL beyond loopback without TLS. |",
         "| `NO_COLOR` | Disables colours if set. |",
         "",
     ]

@@ -33,7 +33,9 @@ _NOT_NEGATIVE = ("host_memory_mib", "host_memory_reserved_mib", "host_disk_reser
 _WEIGHT_MAX = 10_000
 _SYSTEM_USERS_LAST = 65_535
 _USERS_LAST = 2**31 - 1
-_ELSEWHERE = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA"})
+_ELSEWHERE = frozenset(
+    {"INTERLOCK_CONFIG", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA", "INTERLOCK_INSECURE_PLAIN_HTTP"}
+)
 """Variables that the command line reads."""
 
 

@@ -12,6 +12,7 @@ import structlog
 from cli.conftest import Interlock
 from cli.scripted_server import HANG_UP, Given, ScriptedServer
 from interlock.agent import Contact, HostAgent
+from interlock.cli.client.connection import find
 from interlock.config import Config
 
 EMPTY = Given(value={"items": [], "next_cursor": None})
@@ -35,6 +36,18 @@ def test_the_admin_token_is_not_shown_to_another_server(interlock: Interlock, se
     assert ran.code == 6
     assert "INTERLOCK_TOKEN" in ran.err
     assert server.asked == []
+
+
+def test_a_command_does_not_send_its_token_unencrypted_to_another_machine(interlock: Interlock) -> None:
+    ran = interlock("--url", "http://192.0.2.1:7420", "vm", "list", INTERLOCK_TOKEN="ilk_secret")
+    assert ran.code == 2
+    assert "The connection to http://192.0.2.1:7420 would not be encrypted" in ran.err
+    assert "INTERLOCK_INSECURE_PLAIN_HTTP=1" in ran.err
+
+
+def test_a_command_may_be_allowed_to_send_its_token_unencrypted() -> None:
+    environment = {"INTERLOCK_TOKEN": "ilk_secret", "INTERLOCK_INSECURE_PLAIN_HTTP": "1"}
+    assert find(environment, "http://192.0.2.1:7420").url == "http://192.0.2.1:7420"
 
 
 @pytest.fixture

@@ -187,6 +187,16 @@ async def test_the_watchdog_ends_the_guests_of_its_folder_wherever_that_is_and_n
     assert lives(other) == ["two"]
 
 
+async def test_the_watchdog_starts_before_its_host_has_a_folder_of_guests(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, tmp_path / "guests")
+    await watchdog.ensure()
+    try:
+        assert watchdog.alive
+    finally:
+        watchdog.close()
+        os.kill(int((tmp_path / LOCK).read_text()), signal.SIGKILL)
+
+
 async def test_a_guest_that_leaves_its_working_folder_keeps_no_server_from_starting(bench: QemuWorkbench) -> None:
     hypervisor = await opened(bench)
     await hypervisor.define(PERMIT, "one", bench.spec())

@@ -287,7 +287,7 @@ def _admit(parts: ApiParts, caller: Caller) -> RequestSlot:
 
 def _require_metrics_reader(parts: ApiParts, request: Request) -> None:
     """Raise unless the request has the token of the monitoring system, or an admin's: metrics are of all projects."""
-    secret = request_parsing.header(request, "authorization", "").partition(" ")[2].strip()
+    secret = bearer(request_parsing.header(request, "authorization", ""))
     configured = parts.config.http.metrics_token
     if configured and hmac.compare_digest(secret.encode(), configured.encode()):
         return

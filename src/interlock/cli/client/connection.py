@@ -15,6 +15,7 @@ from interlock.cli.failures import ExitCode, Failure
 URL_VARIABLE = "INTERLOCK_URL"
 TOKEN_VARIABLE = "INTERLOCK_TOKEN"  # noqa: S105 - a variable's name
 CA_VARIABLE = "INTERLOCK_CA"
+PLAIN_HTTP_VARIABLE = "INTERLOCK_INSECURE_PLAIN_HTTP"
 DATA_DIR_VARIABLE = "INTERLOCK_DATA_DIR"
 SERVER_FILE = "server.json"
 TOKEN_FILE = "admin.token"  # noqa: S105 - a file's name
@@ -71,7 +72,12 @@ def find(environment: Mapping[str, str], url: str | None = None, ca: str | None 
             remedy="Set it to the secret only, on one line.",
         )
     if named:
-        named = valid_url(named)
+        named = encrypted_url(
+            named,
+            allowed=environment.get(PLAIN_HTTP_VARIABLE) == "1",
+            exposed="your token and what you send",
+            by=f"{PLAIN_HTTP_VARIABLE}=1",
+        )
     if named and token:
         return Connection(named, token.strip(), ca)
     folder = folder_of(environment)
@@ -104,6 +110,31 @@ def valid_url(url: str) -> str:
             remedy="Expected a URL such as http://127.0.0.1:7420.",
         )
     return url.rstrip("/")
+
+
+def encrypted_url(url: str, *, allowed: bool, exposed: str, by: str) -> str:
+    """Return a server's URL.
+
+    Args:
+        url: the URL.
+        allowed: whether a connection beyond loopback may be unencrypted.
+        exposed: what would cross the network in the clear, for people.
+        by: what allows it, for people.
+
+    Raises:
+        Failure: it is invalid, or would not be encrypted.
+    """
+    from interlock.config import is_loopback
+
+    url = valid_url(url)
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or "") and not allowed:
+        raise Failure(
+            ExitCode.USAGE,
+            f"The connection to {url} would not be encrypted: {exposed} would cross the network in the clear.",
+            remedy=f"Use https:// (give the server tls_names, or tls_certificate and tls_key), or allow it with {by}.",
+        )
+    return url
 
 
 def _read_server(path: Path) -> tuple[str | None, str | None]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import click
 
-from interlock.cli.client.connection import CA_VARIABLE, valid_url
+from interlock.cli.client.connection import CA_VARIABLE, encrypted_url
 from interlock.cli.context import Invocation, needs_invocation
 from interlock.cli.failures import ExitCode, Failure
 from interlock.cli.options.configuration import config_option, errors_as_failures, read_config, run
@@ -23,22 +22,6 @@ def _folder(option: Path | None, configured: str) -> Path | None:
     if option is not None:
         return option.absolute()
     return Path(configured) if configured else None
-
-
-def _secure_url(server: str, *, plain_http: bool) -> str:
-    """Return the server's URL. Raises `Failure` if it is invalid, or needs `PLAIN_HTTP`."""
-    from interlock.config import is_loopback
-
-    url = valid_url(server)
-    parts = urlsplit(url)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or "") and not plain_http:
-        raise Failure(
-            ExitCode.USAGE,
-            f"The connection to {url} would not be encrypted: this host's token, images and the secrets of its VMs "
-            "would cross the network in the clear.",
-            remedy="Use https:// (give the server tls_certificate and tls_key), or allow it with " + PLAIN_HTTP + ".",
-        )
-    return url
 
 
 @click.command()
@@ -99,7 +82,12 @@ def agent(
     if data_dir is not None:
         environment["INTERLOCK_DATA_DIR"] = str(data_dir)
     config = read_config(path, environment)
-    url = _secure_url(server, plain_http=plain_http)
+    url = encrypted_url(
+        server,
+        allowed=plain_http,
+        exposed="this host's token, images and the secrets of its VMs",
+        by=PLAIN_HTTP,
+    )
     try:
         token = hosting.read_token(token_file)
     except OSError as error:

@@ -49,7 +49,7 @@ def _limit_options(command: CommandT) -> CommandT:
     examples = {"memory_mib": ", such as 65536 (MiB) or 64GiB", "disk_mib": ", such as 500 (GiB)"}
     for field, title in reversed(_TITLES.items()):
         option, number = sizes.get(field, (f"--{field.replace('_', '-')}", count))
-        what = f"The most of: {title.partition(' (')[0]}{examples.get(field, '')}; `none`: no limit."
+        what = f"Limit of {title.partition(' (')[0]}{examples.get(field, '')}; `none`: no limit."
         command = click.option(option, field, type=_Limit(number), metavar="LIMIT", help=what)(command)
     return command
 

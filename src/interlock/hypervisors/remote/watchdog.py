@@ -42,9 +42,10 @@ def guard(folder: Path, guests: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
+    identity = host_id(guests)  # creates the folder of a host that has had no guest
     # While it is open, no other folder can be given its number.
     os.open(guests, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    home = GuestFolder.of(guests, host_id(guests))
+    home = GuestFolder.of(guests, identity)
     lease = Lease(folder / LEASE)
     lease.open()
     ended = EndedByLease(folder)
