@@ -87,7 +87,7 @@ def test_a_wait_that_loses_the_server_says_that_the_operation_continues(
 ) -> None:
     times = itertools.count(0, 40)
     clock = SimpleNamespace(monotonic=lambda: next(times), sleep=lambda _s: None)
-    monkeypatch.setattr("interlock.cli.commands.request_waiter.time", clock)
+    monkeypatch.setattr("interlock.cli.commands.submission.time", clock)
     server.on("POST", REQUESTS, Given(202, admitted()))
     server.on("GET", "/v1/requests/r-1", HANG_UP)
     ran = interlock("vm", "reboot", "demo", "--wait", *options)
@@ -105,7 +105,7 @@ def test_a_vm_that_is_renamed_is_named_as_before_and_now(interlock: Interlock, s
 def test_where_nothing_moves_it_is_said_what_can_be_done(
     interlock: Interlock, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("interlock.cli.commands.request_waiter._STILL_S", 0.0)
+    monkeypatch.setattr("interlock.cli.commands.submission._STILL_S", 0.0)
     server.on("POST", REQUESTS, Given(202, admitted()))
     server.on("GET", "/v1/requests/r-1", Given(value=request(status=Status.UNKNOWN)), ENDED)
     server.on("GET", "/v1/instances/i-1", Given(value=instance()))

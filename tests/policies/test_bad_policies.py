@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from interlock.core.errors import PolicyError
 from interlock.policies.language.bundle import read_bundle
 from interlock.policies.language.loader import PolicyText, builtin_names, load
-from interlock.policies.language.toml_positions import Positions
+from interlock.policies.language.source_location import Positions
 from tiers import tier
 
 RULE = '[[rule]]\nid = "r"\noperations = ["stop"]\nverdict = "admit"\n'

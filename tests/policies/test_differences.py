@@ -20,8 +20,7 @@ from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import View
 from interlock.policies.comparison import differences
-from interlock.policies.comparison.differences import Differences, Effect, differ
-from interlock.policies.comparison.products import Combination, cover, product_text
+from interlock.policies.comparison.differences import Combination, Differences, Effect, cover, differ, product_text
 from interlock.policies.language.loader import load
 from interlock.policies.rendering.tables import TASKS, Selection, Variant
 from tiers import tier

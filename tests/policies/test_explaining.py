@@ -18,8 +18,7 @@ from interlock.core.records import Admitted, Denied, Instance, Outcome, Submissi
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import build_view
-from interlock.policies.explanation.counterfactuals import TURNS, Turn, Way, ways
-from interlock.policies.explanation.explainer import explain, granted, imagined
+from interlock.policies.explanation.explainer import TURNS, Turn, Way, explain, granted, imagined, ways
 from interlock.policies.language.loader import builtin_names, compile_named, load
 from tiers import tier
 

@@ -15,7 +15,7 @@ from interlock.core.records import Denied, Instance, Submission
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.comparison import differ
-from interlock.policies.explanation.counterfactuals import Turn, ways
+from interlock.policies.explanation.explainer import Turn, ways
 from interlock.policies.language.loader import builtin_names, compile_named, load
 from interlock.policies.lint import check_file
 from interlock.policies.rehearsal.runner import rehearse

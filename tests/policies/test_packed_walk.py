@@ -28,10 +28,9 @@ from interlock.core.state_stack import ARRIVES
 from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
 from interlock.policies.laws import POLICY_LAWS
-from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
 from interlock.policies.model_checker.search import Search
-from interlock.policies.model_checker.state_encoding import NOW_MS
+from interlock.policies.model_checker.state_encoding import NOW_MS, Words
 from model_checker_reference import Walk
 from tiers import tier
 

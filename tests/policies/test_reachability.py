@@ -12,10 +12,9 @@ from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.core.states import VmState
 from interlock.policies.lint import check
-from interlock.policies.lint.dead_rules import DeadRules
+from interlock.policies.lint.dead_rules import DeadRules, Shadows, unpacked
 from interlock.policies.lint.exit_lints import WaysOut
 from interlock.policies.lint.reachability import Cell, Reaching, can_be_together
-from interlock.policies.lint.shadows import Shadows, unpacked
 from tiers import tier
 
 LOOP_S = 0.006

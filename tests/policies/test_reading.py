@@ -16,7 +16,7 @@ from interlock.core.policy import Before, MeasuredFrom, Policy, Verdict
 from interlock.core.states import VmState
 from interlock.core.views import View
 from interlock.policies.language.loader import FILE_SIZE_MAX_BYTES, builtin_names, compile_named, load, read
-from interlock.policies.language.toml_positions import Positions
+from interlock.policies.language.source_location import Positions
 from tiers import tier
 
 O = Operation  # noqa: E741

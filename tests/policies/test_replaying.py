@@ -28,8 +28,7 @@ from interlock.core.records import (
 )
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, PowerState, VmState
-from interlock.policies.history.recorded_submissions import RecordedAnswer, Untold
-from interlock.policies.history.replay import DISPOSITIONS, RecordedRow, Replay, replay
+from interlock.policies.history.replay import DISPOSITIONS, RecordedAnswer, RecordedRow, Replay, Untold, replay
 from interlock.policies.language.loader import builtin_names, compile_named
 from tiers import tier
 

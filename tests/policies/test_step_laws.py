@@ -15,9 +15,9 @@ from interlock.core.states import VmState
 from interlock.policies.language.loader import compile_named
 from interlock.policies.laws import LAWS, SERVER_LAWS
 from interlock.policies.model_checker.model import Model
+from interlock.policies.model_checker.packed_laws import StepLaws
 from interlock.policies.model_checker.queues import Queues
 from interlock.policies.model_checker.search import Search
-from interlock.policies.model_checker.step_laws import StepLaws
 from interlock.policies.model_checker.steps import Action, Steps, Transitions
 
 O = Operation  # noqa: E741
@@ -187,7 +187,7 @@ def test_a_success_that_leads_elsewhere_than_the_catalogue_says_breaks_law_7(mon
     """The tables of the steps are computed by the core; the check reads the catalogue."""
     model = Model(compile_named("standard"), SUBMITTED, starts=[VmState.ACTIVE], outstanding_max=1)
     other = {**CATALOGUE, O.STOP: msgspec.structs.replace(CATALOGUE[O.STOP], to=VmState.PAUSED)}
-    monkeypatch.setattr("interlock.policies.model_checker.step_laws.CATALOGUE", other)
+    monkeypatch.setattr("interlock.policies.model_checker.packed_laws.CATALOGUE", other)
     search = Search(model)
     search.run(states_max=500)
     assert {breach.law for breach in search.breaches.found} == {7}

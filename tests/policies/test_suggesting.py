@@ -23,18 +23,24 @@ from interlock.core.errors import Invalid
 from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import CompiledPolicy, MeasuredFrom, Policy, Rule, Verdict
 from interlock.core.records import Request, Status
-from interlock.policies.history.progress_gaps import Measures, ServiceRow, Watch, measure, watches_of
-from interlock.policies.history.quantile_bounds import rank_of_bound, rank_of_percentile, values_needed
 from interlock.policies.history.suggested_policies import policy_text, shown, titled, written
 from interlock.policies.history.threshold_advisor import (
     THRESHOLD_MIN_MS,
     Aim,
+    Measures,
     Proposal,
     Recorded,
+    ServiceRow,
     Suggestion,
+    Watch,
+    measure,
+    rank_of_bound,
+    rank_of_percentile,
     record,
     rounded_up,
     suggest,
+    values_needed,
+    watches_of,
 )
 from interlock.policies.history.threshold_plot import draw
 from interlock.policies.language.loader import builtin_names, load, read

@@ -20,7 +20,6 @@ from interlock.core.records import Submission
 from interlock.core.states import NO_TASK, VmState
 from interlock.core.views import build_view
 from interlock.policies.language.loader import compile_named
-from interlock.policies.rendering.matrices import matrix, sign, title_of
 from interlock.policies.rendering.tables import (
     COLUMNS,
     TASKS,
@@ -29,8 +28,11 @@ from interlock.policies.rendering.tables import (
     Selection,
     Variant,
     csv_lines,
+    matrix,
     select,
+    sign,
     table,
+    title_of,
     variants,
 )
 

@@ -11,29 +11,19 @@ import click
 
 from interlock import __version__
 from interlock.cli.commands import (  # each adds its commands to a group
-    agent,
-    audit,
+    administration,
     clone,  # noqa: F401
-    console,  # noqa: F401
-    dumps,  # noqa: F401
-    host_moves,  # noqa: F401
+    guest_access,  # noqa: F401
     hosts,
     inventory,
-    migrate,  # noqa: F401
     operations,  # noqa: F401
-    projects,
-    protect,  # noqa: F401
-    screen,  # noqa: F401
     server,
-    ssh,  # noqa: F401
-    tokens,
     watch,
     why,
 )
 from interlock.cli.commands.demo import demo
 from interlock.cli.commands.policy import (  # likewise
     check,  # noqa: F401
-    diagram,  # noqa: F401
     diff,  # noqa: F401
     explain,  # noqa: F401
     explore,  # noqa: F401
@@ -56,16 +46,16 @@ COMMANDS: tuple[click.Command, ...] = (
     watch.watch,
     why.stuck,
     why.request_commands,
-    audit.audit,
+    administration.audit,
     inventory.image_commands,
     inventory.volume_commands,
-    tokens.token_commands,
-    projects.project_commands,
+    administration.token_commands,
+    administration.project_commands,
     hosts.host_commands,
     policy.policy_commands,
     policy.rehearse,
     server.serve,
-    agent.agent,
+    server.agent,
     demo,
     server.db_commands,
     server.completion,
@@ -127,7 +117,7 @@ def build(*more: click.Command) -> click.Group:
 
     for command in (*COMMANDS, *more, help_of):
         interlock.add_command(command)
-    tokens.token_commands.add_command(server.recover_token)
+    administration.token_commands.add_command(server.recover_token)
     return interlock
 
 

@@ -11,8 +11,7 @@ import click
 from interlock.api.schemas.responses import Admitted, Instance, Request
 from interlock.cli.client.paths import IMAGES, INSTANCES, path_of
 from interlock.cli.client.records import policy_of
-from interlock.cli.commands.request_waiter import REQUESTS, wait_for_end
-from interlock.cli.commands.submission import post_operation, wait_option
+from interlock.cli.commands.submission import REQUESTS, post_operation, wait_for_end, wait_option
 from interlock.cli.commands.vm import create_vm, vm_commands
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure

@@ -11,8 +11,7 @@ from interlock.api.schemas.inventory import VolumeList
 from interlock.api.schemas.responses import Created, Instance, InstancePage
 from interlock.cli.client.paths import IMAGES, INSTANCES, VOLUMES, path_of
 from interlock.cli.commands.hosts import host_text
-from interlock.cli.commands.request_waiter import describe, wait_for_end
-from interlock.cli.commands.submission import post, wait_option
+from interlock.cli.commands.submission import describe, post, wait_for_end, wait_option
 from interlock.cli.commands.vm_table import ColumnNames, SortKey, power_text, print_table, sort
 from interlock.cli.completion import OperationName, completer, vm_argument
 from interlock.cli.context import Invocation, with_json

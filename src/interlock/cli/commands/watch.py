@@ -13,7 +13,7 @@ import click
 from interlock.api.schemas.responses import Event, EventList, Instance, Request
 from interlock.cli.client.event_stream import follow
 from interlock.cli.client.paths import INSTANCES, path_of
-from interlock.cli.commands.request_waiter import wait_for_end
+from interlock.cli.commands.submission import wait_for_end
 from interlock.cli.commands.vm import vm_commands
 from interlock.cli.completion import vm_argument
 from interlock.cli.context import Invocation, needs_invocation, with_json

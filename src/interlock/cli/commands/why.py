@@ -19,8 +19,7 @@ from interlock.api.schemas.responses import (
     StuckList,
 )
 from interlock.cli.client.paths import INSTANCES, path_of
-from interlock.cli.commands.request_waiter import REQUESTS, progress_text, wait_for_end
-from interlock.cli.commands.submission import wait_option
+from interlock.cli.commands.submission import REQUESTS, progress_text, wait_for_end, wait_option
 from interlock.cli.completion import OperationName, vm_argument
 from interlock.cli.context import Cell, Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure

@@ -1,21 +1,26 @@
 """Threshold advisor: proposes thresholds of `after` rules from recorded history.
 
-A threshold should be longer than any progress gap of a healthy operation. The proposal is a distribution-free upper
-confidence bound on a percentile of the recorded gaps, times a factor, rounded up. Where too little was recorded for a
-bound, the current threshold is never lowered.
+A threshold should be longer than any progress gap of a healthy operation, as the rule measures it. Only requests that
+succeeded are measured. The proposal is a distribution-free upper confidence bound on a percentile of the recorded gaps,
+times a factor, rounded up. Where too little was recorded for a bound, the current threshold is never lowered.
+
+The k-th smallest of n independent values lies at or above their p-th percentile with the probability that at most
+k - 1 of them lie below it, which is binomial. (H. A. David, H. N. Nagaraja, Order Statistics, section 7.1.)
 """
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from interlock.core.errors import Invalid
+from interlock.core.operations import CATALOGUE, TASK_OPERATION, TASK_STATES, Lane, Operation
 from interlock.core.policy import MeasuredFrom, Policy, Rule, Verdict
-from interlock.policies.history.progress_gaps import Measures, ServiceRow, Watch, measure, watches_of
-from interlock.policies.history.quantile_bounds import rank_of_bound, rank_of_percentile, values_needed
+from interlock.core.states import NO_TASK
 
 THRESHOLD_MIN_MS: Final = 5_000
 """The shortest threshold that is proposed."""
@@ -121,9 +126,6 @@ class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
     """Fixed rules with a threshold, which cannot be changed."""
 
 
-Recorded = dict[Watch, Measures]
-
-
 def record(rows: Iterable[ServiceRow], policy: Policy) -> Recorded:
     """Measure what the rules of `policy` measure, from recorded events in order."""
     watches = dict.fromkeys(watch for rule in policy.rules for watch in watches_of(rule))
@@ -219,3 +221,208 @@ def _propose(rule: Rule, found: dict[Watch, OperationStatistics], recorded: Reco
         cut_short=sum(_reaching(recorded[watch], proposed_ms) for watch in watches),
         source=rule.source,
     )
+
+
+_SPREAD: Final = 9
+"""Standard deviations beyond which the weight of a binomial is below rounding."""
+
+
+def rank_of_bound(count: int, share: float, confidence: float) -> int | None:
+    """Return the smallest k such that the k-th smallest of `count` values bounds a percentile from above.
+
+    `share` is the percentile and `confidence` the required probability, both between 0 and 1. None if not even the
+    greatest value is such a bound: `values_needed` returns how many values that takes.
+    """
+    if count < 1:
+        return None
+    mean, deviation = count * share, math.sqrt(count * share * (1 - share))
+    rank = min(count, math.ceil(mean + _SPREAD * deviation) + 20)
+    weight = _binomial(count, share, rank)
+    # The probability that `rank` or more lie below the percentile, so that the bound fails.
+    above = weight
+    if above > 1 - confidence:
+        return None
+    while rank > 1:
+        weight *= rank * (1 - share) / ((count - rank + 1) * share)
+        if above + weight > 1 - confidence:
+            break
+        above += weight
+        rank -= 1
+    return rank
+
+
+def values_needed(share: float, confidence: float) -> int:
+    """Return how many values it takes until the greatest bounds the percentile with the confidence."""
+    return max(1, math.ceil(round(math.log(1 - confidence) / math.log(share), 9)))
+
+
+def rank_of_percentile(count: int, share: float) -> int:
+    """Return the nearest rank of the percentile among `count` ordered values, from 1."""
+    return max(1, math.ceil(round(count * share, 9)))
+
+
+def _binomial(count: int, share: float, successes: int) -> float:
+    logarithm = (
+        math.lgamma(count + 1)
+        - math.lgamma(successes + 1)
+        - math.lgamma(count - successes + 1)
+        + successes * math.log(share)
+        + (count - successes) * math.log1p(-share)
+    )
+    return math.exp(logarithm)
+
+
+ServiceRow = tuple[str | None, str, int, str]
+"""An event of a request in service: request id, event kind, time in ms, and data as JSON."""
+
+_COMPONENTS: Final = frozenset(entry.operation for entry in CATALOGUE.values() if entry.lane is Lane.COMPONENT)
+_ENDS: Final = {
+    "request.failed": "failed",
+    "request.cancelled": "cancelled",
+    "request.superseded": "superseded",
+}
+
+
+class Watch(msgspec.Struct, frozen=True, order=True):
+    """One operation in flight, in the phases in which a rule may take over from it."""
+
+    operation: Operation
+    phases: tuple[str, ...]
+    """In the order of the catalogue."""
+    measured_from: MeasuredFrom
+
+    @property
+    def whole(self) -> bool:
+        """Whether it covers every phase of the operation."""
+        entry = CATALOGUE[self.operation]
+        return set(self.phases) == {*entry.phases, *entry.hard_phases}
+
+
+def watches_of(rule: Rule) -> tuple[Watch, ...]:
+    """Return the operations that an `after` rule takes over from, in the order of the catalogue."""
+    if rule.verdict is not Verdict.AFTER:
+        return ()
+    found = dict[Operation, list[str]]()
+    for phase in TASK_STATES:
+        if rule.task_states is None or phase in rule.task_states:
+            found.setdefault(TASK_OPERATION[phase], []).append(phase)
+    if rule.task_states is None or NO_TASK in rule.task_states:
+        # Without a state change in flight, the component change in flight is measured.
+        named = _COMPONENTS & rule.outstanding if rule.outstanding else _COMPONENTS
+        for operation in named or _COMPONENTS:
+            found[operation] = list(CATALOGUE[operation].phases)
+    return tuple(
+        Watch(operation, tuple(found[operation]), rule.measured_from) for operation in Operation if operation in found
+    )
+
+
+class Measures:
+    """Measurements of one watch: milliseconds of every request that succeeded, and counts of the others."""
+
+    def __init__(self) -> None:
+        self.values_ms = array("q")
+        self.failed = 0
+        self.cancelled = 0
+        self.superseded = 0
+        """Taken over or preempted, so that their outcome is unknown."""
+        self.adopted = 0
+        """Succeeded across a restart of the server, so that their duration is meaningless."""
+
+
+Recorded = dict[Watch, Measures]
+
+
+class _EventData(msgspec.Struct, gc=False):
+    operation: str = ""
+    phase: str | None = None
+    requests: tuple[str, ...] = ()
+
+
+_decode: Final = msgspec.json.Decoder(_EventData).decode
+
+
+class _Served:
+    """A request in service, with its phase times."""
+
+    __slots__ = ("adopted", "left_ms", "operation", "phase", "seen_ms", "silences_ms", "taken_ms")
+
+    def __init__(self, operation: str, phase: str, at_ms: int) -> None:
+        self.operation = operation
+        self.phase = phase
+        self.taken_ms = self.seen_ms = at_ms
+        self.silences_ms: dict[str, int] = {}
+        """The longest silence in each phase."""
+        self.left_ms: dict[str, int] = {}
+        """Time from take to the last progress in each phase."""
+        self.adopted = False
+
+    def alive(self, at_ms: int, phase: str | None) -> None:
+        """Record a sign of life, which may start a phase."""
+        silence_ms = at_ms - self.seen_ms
+        if silence_ms >= self.silences_ms.get(self.phase, 0):
+            self.silences_ms[self.phase] = silence_ms
+        self.left_ms[self.phase] = at_ms - self.taken_ms
+        self.seen_ms = at_ms
+        if phase is not None:
+            self.phase = phase
+
+
+def measure(rows: Iterable[ServiceRow], watches: Iterable[Watch]) -> dict[Watch, Measures]:
+    """Measure each watch from recorded events in order.
+
+    Unchanged progress leaves no event, so that a measured silence is an upper bound of the true one.
+    """
+    measures = {watch: Measures() for watch in watches}
+    by_operation: dict[str, list[tuple[Watch, Measures]]] = {}
+    for watch, found in measures.items():
+        by_operation.setdefault(watch.operation.value, []).append((watch, found))
+    served: dict[str, _Served] = {}
+    for request_id, kind, at_ms, data in rows:
+        if kind == "instance.adopted":
+            _adopt(served, at_ms, data)
+        elif request_id is None:
+            continue
+        elif kind == "request.taken":
+            taken = _decoded(data)
+            if taken.operation in by_operation:
+                served[request_id] = _Served(taken.operation, taken.phase or "", at_ms)
+        elif (request := served.get(request_id)) is not None:
+            if kind == "request.progress":
+                request.alive(at_ms, _decoded(data).phase)
+            else:
+                del served[request_id]
+                _end(request, kind, at_ms, by_operation[request.operation])
+    return measures
+
+
+def _adopt(served: dict[str, _Served], at_ms: int, data: str) -> None:
+    """Restart the ages of adopted requests, as the gate does after a restart of the server."""
+    for request_id in _decoded(data).requests:
+        request = served.get(request_id)
+        if request is not None:
+            request.adopted = True
+            request.seen_ms = at_ms
+
+
+def _end(request: _Served, kind: str, at_ms: int, watches: list[tuple[Watch, Measures]]) -> None:
+    request.alive(at_ms, None)
+    for watch, found in watches:
+        phases = [phase for phase in watch.phases if phase in request.silences_ms]
+        if not phases:
+            continue
+        if kind in _ENDS:
+            counter = _ENDS[kind]
+            setattr(found, counter, getattr(found, counter) + 1)
+        elif watch.measured_from is MeasuredFrom.LAST_PROGRESS:
+            found.values_ms.append(max(request.silences_ms[phase] for phase in phases))
+        elif request.adopted:
+            found.adopted += 1
+        else:
+            found.values_ms.append(max(request.left_ms[phase] for phase in phases))
+
+
+def _decoded(data: str) -> _EventData:
+    try:
+        return _decode(data)
+    except msgspec.DecodeError:
+        return _EventData()

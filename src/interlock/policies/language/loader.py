@@ -1,14 +1,16 @@
 """Policy loader: read a built-in policy or a file, merge it with the policies that it extends, and compile it.
 
 `schema` defines the language; docs/reference/policy-language.md describes it. `section_parser` and `changed_rules`
-parse the sections. Every error is a `PolicyError` that starts with file, line and column.
+parse the sections. Every error is a `PolicyError` that starts with file, line and column. The digest of a policy is
+over everything that affects decisions, independent of layout and texts for people.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Final
@@ -20,7 +22,6 @@ from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import DEFAULT_OUTSTANDING_MAX, CompiledPolicy, Policy, Rule
 from interlock.policies.language.changed_rules import changed, excepted
-from interlock.policies.language.digests import digest_of
 from interlock.policies.language.policy_files import (
     DiskShelf,
     NoShelf,
@@ -46,8 +47,16 @@ from interlock.policies.language.schema import (
     Takes,
 )
 from interlock.policies.language.section_parser import read_limits, read_names, read_rules, read_sets
-from interlock.policies.language.source_location import Place, is_text, nearest, shown
-from interlock.policies.language.toml_positions import OutOfBounds, Position, Positions, end_of
+from interlock.policies.language.source_location import (
+    OutOfBounds,
+    Place,
+    Position,
+    Positions,
+    end_of,
+    is_text,
+    nearest,
+    shown,
+)
 from interlock.policies.language.vocabulary import Dictionary, UserSet
 
 __all__ = [
@@ -394,3 +403,28 @@ def _joined(rules: tuple[Rule, ...], base: tuple[Rule, ...]) -> tuple[Rule, ...]
     fixed = tuple(rule for rule in base if rule.fixed)
     rest = tuple(rule for rule in base if not rule.fixed)
     return (*fixed, *rules, *rest)
+
+
+_FORM: Final = "interlock policy 1"
+"""Version of the digest's input."""
+_DECIDES_NOTHING: Final = frozenset({"source", "because", "exceptions"})
+_FIELDS: Final = tuple(field for field in msgspec.structs.fields(Rule) if field.name not in _DECIDES_NOTHING)
+
+
+def digest_of(policy: Policy) -> str:
+    """Return SHA-256 in hexadecimal. The policy's name and its custom names are left out."""
+    content: list[Any] = [_FORM, policy.outstanding_max, [dict(_non_defaults(rule)) for rule in policy.rules]]
+    # Left out otherwise, so that the digests of other policies stay.
+    if any(policy.served_at_most.values()):
+        content.append({"served_at_most": {name: limit for name, limit in policy.served_at_most.items() if limit}})
+    if policy.protected_tags:
+        content.append({"protected_tags": sorted(policy.protected_tags)})
+    return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()
+
+
+def _non_defaults(rule: Rule) -> Iterator[tuple[str, Any]]:
+    """Yield fields that are not defaults, so that adding a condition to the language keeps other digests."""
+    for field in _FIELDS:
+        value = getattr(rule, field.name)
+        if value != field.default:
+            yield field.name, sorted(value) if isinstance(value, frozenset) else value

@@ -1,7 +1,8 @@
 """Probes: sample views of a cell on which rules may disagree, built from the rules' conditions, the simplest first.
 
 A probe is a minimal set of changes to a default submission: by a member, with nothing locked, blocked, tagged, held or
-outstanding but the task; the host is reachable, the instance was launched, and no time has passed.
+outstanding but the task; the host is reachable, the instance was launched, and no time has passed. `Meetings` finds
+what no probe finds, by intersecting condition sets, so that a comparison is complete.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from interlock.core.operations import TASK_OPERATION, Operation
 from interlock.core.policy import Rule
 from interlock.core.states import NO_TASK
 from interlock.core.views import View
-from interlock.policies.lint.condition_sets import CHOICES, SETS, parts_of, values_of
+from interlock.policies.lint.condition_sets import (
+    CHOICES,
+    SETS,
+    ConditionSpace,
+    Literal,
+    Region,
+    meet,
+    part_outside,
+    parts_of,
+    values_of,
+    within,
+)
 
 PAIRED_MAX: Final = 30
 """Up to this many probes, pairs of them are tried too. `meetings` covers the rest."""
@@ -176,3 +188,51 @@ def _merged(one: Probe, other: Probe) -> Probe | None:
 def ordered(changes: Iterable[Change]) -> Probe:
     """Return the changes in canonical order."""
     return tuple(sorted(changes, key=lambda change: (change.field, str(change.value))))
+
+
+STEPS_MAX: Final = 2_000
+"""How many region-by-rule subtractions one answer may take. Past it two rules count as disjoint."""
+
+
+class Meetings:
+    """The rules that two policies evaluate in one cell."""
+
+    def __init__(self, mine: Sequence[Rule], yours: Sequence[Rule], task_state: str, *, hard: bool) -> None:
+        self._space = ConditionSpace([*mine, *yours])
+        self._served = TASK_OPERATION.get(task_state)
+        self._all = meet(self._space.everything(task_state), self._space.choice("hard", hard.__eq__))
+        self._mine, self._yours = (
+            [(rule, self._space.literals(rule)) for rule in rules if rule.hard is None or rule.hard is hard]
+            for rules in (mine, yours)
+        )
+
+    def pairs(self) -> Iterator[tuple[Rule, Rule]]:
+        """Yield every pair of a rule of each policy, in order of evaluation."""
+        return ((one, other) for one, _ in self._mine for other, _ in self._yours)
+
+    def circumstances(self, mine: Rule, yours: Rule) -> Probe | None:
+        """Return circumstances in which both rules decide, each in its policy; None if none are found."""
+        before: list[tuple[Literal, ...]] = []
+        region = self._all
+        for wanted, asked in ((mine, self._mine), (yours, self._yours)):
+            for rule, literals in asked:
+                if rule is wanted:
+                    region = None if region is None else within(region, literals)
+                    break
+                before.append(literals)
+        if region is None:
+            return None
+        left, _ = part_outside(region, list(dict.fromkeys(before)), STEPS_MAX, undecided=False)
+        return None if left is None else self._probe(left)
+
+    def _probe(self, region: Region) -> Probe:
+        values = self._space.view_values(region)
+        changes = [
+            Change(condition.reads, values[condition.reads])
+            for condition in CHOICES
+            if condition.reads != "hard" and values[condition.reads] != condition.usual
+        ]
+        for condition, members in zip(SETS, self._space.chosen_members(region), strict=True):
+            served = self._served if condition.reads == "outstanding" else None
+            changes += (Change(condition.reads, member) for member in members if member is not served)
+        return ordered(changes)

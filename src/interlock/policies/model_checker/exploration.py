@@ -16,8 +16,7 @@ from interlock.core.policy import CompiledPolicy
 from interlock.core.roles import Role
 from interlock.core.states import VmState
 from interlock.policies.model_checker.actions import Alphabet
-from interlock.policies.model_checker.assumed_values import with_assumed_values
-from interlock.policies.model_checker.assumptions import assumptions
+from interlock.policies.model_checker.assumptions import assumptions, with_assumed_values
 from interlock.policies.model_checker.counterexamples import CounterexampleBuilder
 from interlock.policies.model_checker.gate_table import GateEffect, Ints
 from interlock.policies.model_checker.liveness import Stuck, find_stuck

@@ -23,10 +23,10 @@ import numpy as np
 from interlock.core.operations import Operation
 from interlock.core.roles import Role
 from interlock.policies.model_checker.gate_table import Bools, Ints
-from interlock.policies.model_checker.layout import Words
 from interlock.policies.model_checker.model import Model
+from interlock.policies.model_checker.search import Visited
+from interlock.policies.model_checker.state_encoding import Words
 from interlock.policies.model_checker.steps import SILENCE, Transitions
-from interlock.policies.model_checker.visited_states import Visited
 
 _CHUNK: Final = 65_536
 _COMPLETED: Final = ((), (Operation.SOFT_DELETE,), (Operation.SOFT_DELETE, Operation.EVACUATE))

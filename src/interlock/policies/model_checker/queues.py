@@ -8,7 +8,7 @@ import numpy as np
 
 from interlock.policies.model_checker.actions import Alphabet
 from interlock.policies.model_checker.gate_table import Bools, Ints
-from interlock.policies.model_checker.layout import Layout, Words
+from interlock.policies.model_checker.state_encoding import Layout, Words
 from interlock.policies.model_checker.step_tables import StepTables
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from interlock.policies.model_checker.actions import Ages, Alphabet
 from interlock.policies.model_checker.gate_table import Bools, Ints
-from interlock.policies.model_checker.layout import Field, Layout, Words
 from interlock.policies.model_checker.queues import Queues
+from interlock.policies.model_checker.state_encoding import Field, Layout, Words
 from interlock.policies.model_checker.step_tables import StepTables
 
 

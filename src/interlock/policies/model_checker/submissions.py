@@ -27,8 +27,8 @@ from interlock.policies.model_checker.gate_table import (
     Rows,
     Situation,
 )
-from interlock.policies.model_checker.layout import Layout, Words
 from interlock.policies.model_checker.queues import Queues
+from interlock.policies.model_checker.state_encoding import Layout, Words
 from interlock.policies.model_checker.step_tables import StepTables, leads_to
 from interlock.policies.model_checker.steps import Action, Transitions
 

@@ -9,8 +9,7 @@ from xml.sax.saxutils import escape
 from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import CompiledPolicy, Verdict
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.rendering.matrices import LATER, MEANINGS, sign
-from interlock.policies.rendering.tables import Answer, Answers, variants
+from interlock.policies.rendering.tables import LATER, MEANINGS, Answer, Answers, sign, variants
 
 _COLOURS: Final = {
     Verdict.ADMIT: ("#d4efd8", "#12531f"),

@@ -15,8 +15,21 @@ from interlock.core.durations import short_time
 from interlock.core.operations import TASK_OPERATION
 from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Verdict
 from interlock.core.states import NO_TASK, VmState
-from interlock.policies.rendering.matrices import LATER, MEANINGS, Matrix, Section, matrix, sign, title_of
-from interlock.policies.rendering.tables import EVERYTHING, PLAIN, TASKS, Answer, Circumstances, Selection
+from interlock.policies.rendering.tables import (
+    EVERYTHING,
+    LATER,
+    MEANINGS,
+    PLAIN,
+    TASKS,
+    Answer,
+    Circumstances,
+    Matrix,
+    Section,
+    Selection,
+    matrix,
+    sign,
+    title_of,
+)
 
 _HTML_IN_SCRIPT: Final = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 """JSON escapes of characters that would end a script element or start a comment in it."""

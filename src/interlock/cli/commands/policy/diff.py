@@ -82,7 +82,7 @@ def _differences(found: Differences, *, everything: bool) -> Iterator[str]:
 
 
 def _group(group: Difference, operations: Sequence[str], *, everything: bool) -> Iterator[str]:
-    from interlock.policies.comparison.products import product_text
+    from interlock.policies.comparison.differences import product_text
 
     sign, colour = _SIGNS[group.effect.value]
     change = f"{_answer(group.before)} → {_answer(group.after)}{''.join(f', {each}' for each in group.details)}"

@@ -18,7 +18,7 @@ from interlock.api.schemas.policy import (
     PolicyProblem,
 )
 from interlock.cli.client.http_client import Reply
-from interlock.cli.commands.policy.certificate import read_certificate
+from interlock.cli.commands.policy.explore import read_certificate
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.commands.policy.output import compiled, finding_lines, story_lines, walk_text
 from interlock.cli.context import Invocation, with_json

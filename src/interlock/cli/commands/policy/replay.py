@@ -14,8 +14,7 @@ from interlock.cli.options.time_range import moment, open_history, span_of, span
 from interlock.cli.output.formatting import humanize, printable
 
 if TYPE_CHECKING:
-    from interlock.policies.history.recorded_submissions import RecordedAnswer
-    from interlock.policies.history.replay import Replay, ReplayDifference
+    from interlock.policies.history.replay import RecordedAnswer, Replay, ReplayDifference
 
 _LINES: Final = 25
 _PROJECTS_NAMED: Final = 3

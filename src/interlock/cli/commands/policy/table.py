@@ -1,4 +1,4 @@
-"""`interlock policy table`: the verdicts of a policy for every operation and state, without a server."""
+"""`interlock policy table` and `diagram`: the verdicts of a policy, as tables and drawings, without a server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from interlock.cli.output.formatting import printable
 
 if TYPE_CHECKING:
     from interlock.core.policy import CompiledPolicy
-    from interlock.policies.rendering.matrices import Matrix, Section
-    from interlock.policies.rendering.tables import Circumstances, Row, Selection
+    from interlock.policies.rendering.tables import Circumstances, Matrix, Row, Section, Selection
 
 _DEFAULT: Final = "standard"
 _COLOURS: Final = {
@@ -136,8 +135,8 @@ def _document(policy: CompiledPolicy, circumstances: Circumstances, rows: list[R
 def _text(
     policy: CompiledPolicy, circumstances: Circumstances, selection: Selection, *, launched: bool
 ) -> Iterator[str]:
-    from interlock.policies.rendering.matrices import differing, matrix, title_of
     from interlock.policies.rendering.table_pages import circumstances_text
+    from interlock.policies.rendering.tables import differing, matrix, title_of
 
     names = policy.policy.names
     there = matrix(policy, circumstances, selection, launched=launched)
@@ -162,8 +161,7 @@ def _text(
 
 
 def _more(policy: CompiledPolicy, circumstances: Circumstances, selection: Selection) -> Iterator[str]:
-    from interlock.policies.rendering.matrices import matrix, title_of
-    from interlock.policies.rendering.tables import Selection
+    from interlock.policies.rendering.tables import Selection, matrix, title_of
 
     whole = Selection(variants=selection.variants, vm_states=selection.vm_states)
     sections = matrix(policy, circumstances, whole).sections[1:]
@@ -176,8 +174,8 @@ def _more(policy: CompiledPolicy, circumstances: Circumstances, selection: Selec
 
 
 def _section(there: Matrix, section: Section) -> Iterator[str]:
-    from interlock.policies.rendering.matrices import sign
     from interlock.policies.rendering.table_pages import is_refusal
+    from interlock.policies.rendering.tables import sign
 
     refused = [line for line in section.lines if all(is_refusal(answer) for answer in line.answers)]
     kept = [line for line in section.lines if line not in refused]
@@ -212,10 +210,48 @@ def _cut(text: str, width: int) -> str:
 
 
 def _legend(there: Matrix) -> Iterator[str]:
-    from interlock.policies.rendering.matrices import LATER, MEANINGS
+    from interlock.policies.rendering.tables import LATER, MEANINGS
 
     signs = ((word, meaning, _COLOURS[verdict.value]) for verdict, (word, meaning) in MEANINGS.items())
     for word, meaning, colour in (*signs, (*LATER, None)):
         yield f"  {click.style(word.ljust(5), fg=colour)} {meaning}"
     heads = [f"{_HEADS[state.value]} {state.value}" for state in there.vm_states]
     yield from paragraph("  ", ", ".join(heads))
+
+
+@policy_commands.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--of", "subject", type=click.Choice(["states", "table", "tasks"]), default="states", show_default=True,
+    help="states: the operations between states. table: the verdicts in each state. tasks: the verdicts for an active "
+    "instance in each task_state.",
+)  # fmt: skip
+@click.option(
+    "--format", "form", type=click.Choice(["svg", "dot"]), default="svg", show_default=True,
+    help="dot (Graphviz) is available for states only.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Output file. Default: standard output.")
+@with_json
+def diagram(invocation: Invocation, /, *, name: str, subject: str, form: str, out: Path | None) -> None:
+    """Draw a diagram of a policy.
+
+    The state diagram has an arrow for each operation admitted while nothing is outstanding. It requires Graphviz.
+    """
+    from interlock.policies.rendering import answer_grid_svg, state_diagram
+
+    if form == "dot" and subject != "states":
+        raise Failure(ExitCode.USAGE, "The format dot is available for states only.", remedy="Leave out --format dot.")
+    policy = compiled(name)
+    with errors_as_failures():
+        match subject:
+            case "table":
+                text = answer_grid_svg.svg_grid(answer_grid_svg.of_states(policy))
+            case "tasks":
+                text = answer_grid_svg.svg_grid(answer_grid_svg.of_tasks(policy))
+            case _:
+                text = state_diagram.dot_source(policy)
+                text = state_diagram.svg_of(text) if form == "svg" else text
+    if invocation.json:
+        invocation.emit({"policy": policy.stamp, "of": subject, "format": form, "content": text})
+    else:
+        write(invocation, out, [text])
