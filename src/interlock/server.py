@@ -68,6 +68,7 @@ from interlock.service.image_fetches import ImageFetches
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.load_limits import LoadLimits
+from interlock.service.networks import Networks
 from interlock.service.passwords import PendingPasswords
 from interlock.service.policies import Policies
 from interlock.service.policy_verifier import PolicyVerifier
@@ -130,19 +131,19 @@ class Server:
         self.upkeep = ScheduledActions(self.store, self.in_force, config.upkeep, new_id, self.leases.reachable)
         self.agent = Dispatcher(self.means, self.in_force, self.upkeep)
         self.capacity = Capacity(self.store, host, self.folder, lambda: limits_of(config, self.folder), self.leases)
+        self.networks = Networks(self.store, self.capacity.quotas, new_id)
         self.projects = Projects(self.store, self.capacity.quotas, self.callers)
         self.tokens = Tokens(self.callers, self.store, new_id, self.projects, config.tokens.lifetime_max_ms)
         self.shared_roots = shared_roots_of(config)
         self.host_admission = self._host_admission()
         self.other_hosts = self._host_verbs()
         self.enrolment = HostEnrolment(config.hosts, self.leases.current_name, self.store.now_ms)
-        gib_max = config.volume_gib_max
         self.image_copies = ImageCopies(self.store, self.hosts, config.hosts.image_unused_ms)
         self.inventory = Inventory(
-            self.store, self.image_files, volumes, new_id, self.capacity, gib_max, self.image_copies.ring
+            self.store, self.image_files, volumes, new_id, self.capacity, config.volume_gib_max, self.image_copies.ring
         )
         parts = (self.store, self.in_force, self.other_hosts, self.inventory, self.passwords, new_id, self.capacity)
-        self.instances = Instances(*parts, config.instance_memory_mib_max)
+        self.instances = Instances(*parts, self.networks, config.instance_memory_mib_max)
         self.feed = EventFeed(self.store)
         self.load = LoadLimits(config.http)
         self.moves = self._host_moves()
@@ -272,6 +273,7 @@ class Server:
         await self.store.open()
         try:
             await self.capacity.open()
+            await self.networks.open()
             await self.projects.open()
             await self.policies.open()
             self.policies.listen(self.metrics.set_policy)
@@ -334,6 +336,7 @@ class Server:
             callers=self.callers,
             tokens=self.tokens,
             projects=self.projects,
+            networks=self.networks,
             config=self.config,
             accepting=lambda: self.accepting,
             disk_space=self.disk_space,

@@ -46,6 +46,7 @@ async def site(api: ApiServer) -> Site:
     vm = await make(owner, "their-vm")
     request = (await owner.get("/v1/instances/their-vm/requests")).json()["items"][0]["id"]
     volume = (await owner.get("/v1/volumes/their-volume")).json()["id"]
+    network = (await owner.post("/v1/networks", json={"name": "their-network"})).json()["id"]
     token = next(one for one in await api.server.tokens.list(OPERATOR) if one.name == "their-token")
     references = {
         "/v1/instances": ((vm["id"], UNKNOWN_ID), ("their-vm", "whose-vm"), (vm["id"][-12:], UNKNOWN_ID[-12:])),
@@ -54,6 +55,7 @@ async def site(api: ApiServer) -> Site:
         "/v1/image-fetches": ((request, UNKNOWN_ID),),
         "/v1/volumes": ((volume, UNKNOWN_ID), ("their-volume", "whose-volume")),
         "/v1/tokens": ((token.id, UNKNOWN_ID), ("their-token", "whose-token")),
+        "/v1/networks": ((network, UNKNOWN_ID), ("their-network", "whose-network")),
         "/v1/projects": (("their-project", "whose-project"),),
     }
     strangers = [await api.token(f"a-{role}", role, "elsewhere") for role in (Role.MEMBER, Role.PROJECT_ADMIN)]

@@ -10,7 +10,7 @@ from api.conftest import ApiServer
 from in_process.embedded import IMAGE
 from interlock.core.roles import Role
 
-NONE = {"instances": 0, "vcpus": 0, "memory_mib": 0, "disk_mib": 0, "volumes": 0, "images": 0}
+NONE = {"instances": 0, "vcpus": 0, "memory_mib": 0, "disk_mib": 0, "volumes": 0, "images": 0, "networks": 0}
 NEW_VM = {"image": IMAGE.name, "start": False}
 
 

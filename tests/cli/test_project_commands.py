@@ -6,15 +6,14 @@ from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, problem
 from interlock.api.schemas.projects import Project, ProjectList, Quota, Use
+from interlock.core.quotas import RESOURCES
 
 RESEARCH = Project(
     name="research",
     created_at=AT,
     created_by="root",
     quota=Quota(vcpus=8, memory_mib=1024),
-    used=Use(
-        instances=2, vcpus=3, memory_mib=2048, disk_mib=0, volumes=0, images=0, outstanding_requests=1, held_requests=0
-    ),
+    used=Use(**{**dict.fromkeys(RESOURCES, 0), "instances": 2, "vcpus": 3, "memory_mib": 2048}),
 )
 
 

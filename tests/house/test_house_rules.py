@@ -19,8 +19,19 @@ MODULE_LINES_MAX = 500
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 
 CORE_STANDARD_LIBRARY = {
-    *("__future__", "abc", "bisect", "collections", "dataclasses", "enum", "fractions", "functools", "heapq"),
-    *("itertools", "math", "operator", "re", "string", "types", "typing"),
+    *(
+        "__future__",
+        "abc",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "enum",
+        "fractions",
+        "functools",
+        "hashlib",
+        "heapq",
+    ),
+    *("ipaddress", "itertools", "math", "operator", "re", "string", "types", "typing"),
 }
 """All that the core may use of it: nothing that waits, reads a clock, is random, logs, or touches the world."""
 

@@ -21,6 +21,9 @@ from interlock.ports import Token, Volume
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 
+NETWORKS = "DROP TABLE networks; DROP TABLE leases"
+"""Removes what the newest version has."""
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -84,6 +87,7 @@ async def test_a_lock_of_an_older_interlock_has_the_role_of_its_request(path: Pa
     with apsw.Connection(str(path)) as database:
         database.execute("UPDATE instances SET body = json_remove(body, '$.lock_role')")
         database.execute("ALTER TABLE policy_switches DROP COLUMN walk; DROP TABLE projects; DROP TABLE audit")
+        database.execute(NETWORKS)
         database.execute("UPDATE alembic_version SET version_num = '0006'")
     database.close()
     assert schema.upgrade(path).before == "0006"
@@ -109,7 +113,7 @@ async def test_projects_that_were_only_names_become_records(path: Path) -> None:
     await store.images.put(replace(IMAGE, id="public", name="public"))
     await store.close()
     with apsw.Connection(str(path)) as database:
-        database.execute("DROP TABLE projects; UPDATE alembic_version SET version_num = '0009'")
+        database.execute(f"DROP TABLE projects; {NETWORKS}; UPDATE alembic_version SET version_num = '0009'")
         database.execute("UPDATE instances SET body = json_set(body, '$.created_at_ms', 6 + seq)")
     database.close()
     assert schema.upgrade(path).before == "0009"

@@ -16,6 +16,7 @@ from interlock.cli.commands import (  # each adds its commands to a group
     guest_access,  # noqa: F401
     hosts,
     inventory,
+    networks,
     operations,  # noqa: F401
     server,
     watch,
@@ -49,6 +50,7 @@ COMMANDS: tuple[click.Command, ...] = (
     administration.audit,
     inventory.image_commands,
     inventory.volume_commands,
+    networks.network_commands,
     administration.token_commands,
     administration.project_commands,
     hosts.host_commands,

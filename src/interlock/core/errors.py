@@ -3,7 +3,7 @@
     InterlockError
     ├── PolicyError              invalid policy, with file and line
     ├── BrokenInvariant          a bug: an invariant of the core does not hold
-    ├── NotFound                 no such instance, request, image, volume, token or project (for this caller)
+    ├── NotFound                 no such instance, request, image, volume, network, token or project (for this caller)
     ├── NameTaken                the name is in use in the project
     ├── KeyReused                an idempotency key was reused with a different body
     ├── GenerationMismatch       If-Match is not the instance's generation
@@ -59,7 +59,7 @@ class NotFound(InterlockError):
 def not_found(kind: str, reference: str) -> NotFound:
     """Return the error for a resource that does not exist or is not visible to the caller: the two look the same.
 
-    `kind` is VM, Image, Volume, Token, Project or Host; the command line has a command of that name.
+    `kind` is VM, Image, Volume, Network, Token, Project or Host; the command line has a command of that name.
     """
     return NotFound(f"{kind} not found: {reference[:80]}.", remedy=f"List them with `interlock {kind.lower()} list`.")
 
@@ -117,7 +117,7 @@ class InsufficientCapacity(InterlockError):
 
     Args:
         needed: the additional amount needed of each scarce resource: `memory_mib`, `vcpus`, `disk_mib`, `devices`
-            (slots for disks and interfaces in a guest) or `interfaces`.
+            (slots for disks and interfaces in a guest), `interfaces` or `addresses`.
         free: how much of each can still be allocated.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -17,32 +17,42 @@ _MIB: Final = 1024**2
 MAKES_IMAGE: Final = frozenset({Operation.SNAPSHOT, Operation.BACKUP})
 """The operations that add an image to the project."""
 
+
+class Resource(NamedTuple):
+    """What a quota limits, for people."""
+
+    units: str
+    """After an amount, as in "3 MiB of memory"."""
+    title: str
+    """Of a column."""
+    meaning: str = ""
+    """What is counted."""
+
+
 RESOURCES: Final = {
-    "instances": "VMs",
-    "vcpus": "vCPUs",
-    "memory_mib": "MiB of memory",
-    "disk_mib": "MiB of disk",
-    "volumes": "volumes",
-    "images": "images",
-    "outstanding_requests": "outstanding requests",
-    "held_requests": "held requests",
+    "instances": Resource("VMs", "VMs", "VMs, unless deleted or migrated out."),
+    "vcpus": Resource("vCPUs", "vCPUs", "Of VMs that are not shelved and offloaded; so are the next two."),
+    "memory_mib": Resource("MiB of memory", "Memory (MiB)"),
+    "disk_mib": Resource("MiB of disk", "Disk (MiB)", "Root disks and volumes."),
+    "volumes": Resource("volumes", "Volumes"),
+    "images": Resource("images", "Images", "Snapshots and backups of the project, with those that are being made."),
+    "networks": Resource("networks", "Networks", "The project's own networks."),
+    "outstanding_requests": Resource("outstanding requests", "Outstanding requests"),
+    "held_requests": Resource("held requests", "Held requests"),
 }
-"""What a quota limits, with its unit for people. The names are the fields of `Quota`."""
+"""What a quota limits. The names are the fields of `Quota`; HTTP and the command line are made from this."""
 
 
 class Quota(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The most that a project may use; None: no limit."""
 
     instances: int | None = None
-    """VMs, unless deleted or migrated out."""
     vcpus: int | None = None
-    """Of VMs that are not shelved and offloaded; so are the next two."""
     memory_mib: int | None = None
     disk_mib: int | None = None
-    """Root disks and volumes."""
     volumes: int | None = None
     images: int | None = None
-    """Snapshots and backups of the project, with those that are being made."""
+    networks: int | None = None
     outstanding_requests: int | None = None
     held_requests: int | None = None
 
@@ -91,7 +101,7 @@ def require_within(project: str, what: str, quota: Quota, used: Mapping[str, int
         return
     free = {one: max(0, limits[one] - used[one]) for one in short}
     parts = [
-        f"{used[one]} of {limits[one]} {RESOURCES[one]} are used, {free[one]} left, {growth[one]} more needed"
+        f"{used[one]} of {limits[one]} {RESOURCES[one].units} are used, {free[one]} left, {growth[one]} more needed"
         for one in short
     ]
     raise QuotaExceeded(

@@ -22,6 +22,8 @@ AWAY: Final = frozenset({VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIG
 GROWING: Final = frozenset({Operation.RESIZE, Operation.UNSHELVE, Operation.REBUILD})
 """The operations after which an instance may need more on its host than before."""
 _ATTACHING: Final = frozenset({Operation.ATTACH_VOLUME, Operation.ATTACH_INTERFACE})
+LEASING: Final = frozenset({Operation.ATTACH_INTERFACE})
+"""The operations that lease addresses when they are admitted or held."""
 CLAIMING: Final = GROWING | MIGRATIONS | _ATTACHING
 """The operations that claim resources on a host, or device slots in a guest, when they are admitted or held."""
 
@@ -51,6 +53,29 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
             apart=self.apart | other.apart,
             devices=max(self.devices, other.devices),
         )
+
+
+def leases_of(instance: Instance) -> frozenset[tuple[str, str]]:
+    """Return what the instance has of its networks: pairs of a network's id and an address, IP or MAC.
+
+    No other instance has the same. Its outstanding and held requests have theirs already.
+    """
+    if instance.spec is None or instance.vm_state is VmState.DELETED:
+        return frozenset()
+    interfaces = instance.spec.all_interfaces
+    found = {
+        (one.network.id, address)
+        for one in interfaces
+        if one.network is not None
+        for address in (one.mac, *one.addresses)
+    }
+    macs = {one.id: one.mac for one in interfaces}
+    for request in (*instance.outstanding, *instance.held):
+        given = request.parameters
+        if request.operation in LEASING and given.get("network"):
+            mac = given.get("mac") or macs.get(given.get("interface", ""), "")
+            found |= {(given["network"], address) for address in (mac, *given.get("address", "").split(",")) if address}
+    return frozenset(found)
 
 
 def shared_place(shared: SharedFolder) -> str:

@@ -164,6 +164,11 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: Seed | None = None
 
     @property
+    def all_interfaces(self) -> tuple[Interface, ...]:
+        """The first interface, unless it is on the default user network, and the others."""
+        return self.interfaces if self.primary is None else (self.primary, *self.interfaces)
+
+    @property
     def has_root(self) -> bool:
         """Whether it has a root disk."""
         return self.image.kind == "disk" or self.root_gib > 0

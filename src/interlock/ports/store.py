@@ -1,4 +1,5 @@
-"""The store port: persistent instances, requests, events, tokens, images, volumes, policies, hosts and the audit log.
+"""The store port: persistent instances, requests, events, tokens, images, volumes, networks, policies, hosts and the
+audit log.
 
 Its conformance suite is `tests/conformance/store/`: docstrings here are tested there.
 """
@@ -13,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from interlock.core.holds import NOT_COUNTED, Counts
+from interlock.core.networks import Network
 from interlock.core.policy import CompiledPolicy
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
@@ -123,6 +125,8 @@ class Tally(StrEnum):
     """Instances of an anti-affinity group with a claim on a host (by `core.resource_claims.apart_place`)."""
     IMAGES = "images"
     """Instances that need an image (by its id), see `Instance.image_ids`; without deleted ones."""
+    NETWORKS = "networks"
+    """Instances with an interface in a network, or a request for one (by its id); without deleted ones."""
     SHARED = "shared"
     """Instances with their root disk in a shared folder (by `core.resource_claims.shared_place`), without deleted ones.
     """
@@ -236,6 +240,23 @@ class ProjectRecords(Protocol):
         ...
 
 
+class NetworkRecords(Protocol):
+    """Networks."""
+
+    async def put(self, network: Network) -> None:
+        """Store a network. Raises `NameTaken` (names are unique per project, and among shared networks)."""
+        ...
+
+    async def replace(self, network: Network) -> None:
+        """Update a network, except for its name; does nothing if it does not exist."""
+        ...
+
+    async def delete(self, network_id: str) -> bool: ...
+    async def all(self) -> tuple[Network, ...]:
+        """Return networks in the order created."""
+        ...
+
+
 class PolicyRecords(Protocol):
     """Policies and their activations."""
 
@@ -282,6 +303,8 @@ class Store(Protocol):
     def volumes(self) -> VolumeRecords: ...
     @property
     def projects(self) -> ProjectRecords: ...
+    @property
+    def networks(self) -> NetworkRecords: ...
     @property
     def policies(self) -> PolicyRecords: ...
     @property
@@ -402,6 +425,10 @@ class Store(Protocol):
 
     def port_user(self, host: str, port: int) -> str | None:
         """Return the id of the instance with a claim on that port of that host, as decided so far, or None."""
+        ...
+
+    def lease_holder(self, network_id: str, address: str) -> str | None:
+        """Return the id of the instance with that IP or MAC address of that network, as decided so far, or None."""
         ...
 
     async def request(self, request_id: str, project: str | None = None) -> Request | None:

@@ -55,6 +55,7 @@ from interlock.service.change_notifier import ChangeNotifier
 from interlock.service.hosts import HostService
 from interlock.service.idempotency import as_recorded, idempotency_key, submitted_before
 from interlock.service.inventory import Inventory
+from interlock.service.networks import Networks
 from interlock.service.passwords import PendingPasswords
 from interlock.service.reference_resolver import ReferenceResolver, ResolvedSubmission
 from interlock.service.request_models import Labels, NewInstance, NewRequest, check_parameters, hold_ms
@@ -80,11 +81,13 @@ class Instances:
         passwords: PendingPasswords,
         new_id: Callable[[], str],
         capacity: Capacity,
+        networks: Networks,
         memory_mib_max: int,
     ) -> None:
         self._store = store
         self._in_force = in_force
-        self._references = ReferenceResolver(inventory, memory_mib_max)
+        self._references = ReferenceResolver(inventory, networks, memory_mib_max)
+        self._networks = networks
         self._passwords = passwords
         self._new_id = new_id
         self._hosts = hosts
@@ -123,8 +126,8 @@ class Instances:
         The disposition is `Redundant` with the rule `recorded` if it is not started.
 
         Raises:
-            Forbidden, Invalid, NotFound (image or host), NameTaken, KeyReused, InsufficientCapacity, QuotaExceeded,
-            InUse (a host's port), Unavailable.
+            Forbidden, Invalid, NotFound (image, network or host), NameTaken, KeyReused, InsufficientCapacity,
+            QuotaExceeded, InUse (a host's port, an address), Unavailable.
         """
         caller.require(Role.MEMBER, "create instances")
         check_name(new.name, "name")
@@ -149,7 +152,7 @@ class Instances:
                 restart=new.restart,
                 evacuate=new.evacuate,
                 apart_from=tuple(dict.fromkeys(new.apart_from)),
-                spec=spec,
+                spec=self._networks.leased(spec, instance_id),
             )
             instance = self._scheduler.put(instance, hosts, shared)
             instance = instance if new.start else self._evaluator.not_started(instance, submission, now_ms)

@@ -154,7 +154,8 @@ class Projects:
         used: dict[str, Any] = self._quotas.used(name)
         tokens = sum(token.project == name for token in self._callers.tokens.values())
         instances = len((await self._store.instances(InstanceFilter(project=name), 1_000)).items)
-        kinds = {"VM": instances, "volume": used["volumes"], "image": used["images"], "token": tokens}
+        kinds = {"VM": instances, "volume": used["volumes"], "image": used["images"]}
+        kinds |= {"network": used["networks"], "token": tokens}
         found = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in kinds.items() if count]
         if found:
             raise InUse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from interlock.core.errors import not_found
@@ -25,6 +26,8 @@ class Quotas:
         self._volumes = volumes
         self._limits: dict[str, Quota] = {}
         """Of the projects that have a limit."""
+        self.networks: Counter[str] = Counter()
+        """The number of networks of each project."""
         self.closed: set[str] = set()
         """Projects that are being deleted, or were: requests that are still on their way create nothing there."""
 
@@ -41,6 +44,7 @@ class Quotas:
         used = {what: tally(Tally.QUOTA, place(what, project)) for what in _INSTANCE_SUMS}
         used["disk_mib"] += volumes_mib
         used["volumes"] = volumes
+        used["networks"] = self.networks[project]
         used["images"] = self._store.images.count(project) + tally(Tally.IMAGES_IN_PROJECT, project)
         used["outstanding_requests"] = tally(Tally.OUTSTANDING_IN_PROJECT, project)
         used["held_requests"] = tally(Tally.HELD_IN_PROJECT, project)
@@ -75,6 +79,13 @@ class Quotas:
         quota = self._limits.get(project)
         if quota is not None:
             self._require(project, f"The volume {name}", quota, {"volumes": 1, "disk_mib": size_mib})
+
+    def check_network(self, project: str, name: str) -> None:
+        """Check a new network, as `check`. Raises as that."""
+        self._require_open(project)
+        quota = self._limits.get(project)
+        if quota is not None:
+            self._require(project, f"The network {name}", quota, {"networks": 1})
 
     def _require_open(self, project: str) -> None:
         if project in self.closed:

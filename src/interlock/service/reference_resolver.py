@@ -7,14 +7,16 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
 
 from interlock.core.errors import InterlockError, InUse, Invalid, not_found
+from interlock.core.networks import NetworkKind
 from interlock.core.operations import Operation
 from interlock.core.parameters import Refers
-from interlock.core.records import NO_FACTS, Facts, Forward, Image, Instance, Spec, Submission
+from interlock.core.records import NO_FACTS, Facts, Forward, Image, Instance, Interface, Spec, Submission
 from interlock.core.references import REFERENCES
 from interlock.ports import Volume
 from interlock.service.auth import Caller
 from interlock.service.cloud_init import seed_of
 from interlock.service.inventory import Inventory
+from interlock.service.networks import Networks
 from interlock.service.request_models import NewInstance
 
 
@@ -25,6 +27,16 @@ def check_memory(image: Image, memory_mib: int) -> None:
             f"memory_mib: {memory_mib} is too little for the image {image.name}, which needs at least "
             f"{image.min_memory_mib} MiB to boot.",
             remedy=f"Use `--memory {image.min_memory_mib}`.",
+        )
+
+
+def _check_forwards(new: NewInstance, interfaces: tuple[Interface, ...]) -> None:
+    """Raise `Invalid` for forwards to a guest on a bridge, which is reached at its own address."""
+    network = interfaces[0].network if interfaces else None
+    if new.forwards and network is not None and network.kind is NetworkKind.BRIDGE:
+        raise Invalid(
+            f"forwards: the first network, {network.name}, is of the kind bridge, which has none.",
+            remedy="Omit them: the guest is reached at its own address.",
         )
 
 
@@ -58,12 +70,13 @@ class ResolvedSubmission(NamedTuple):
 class ReferenceResolver:
     """Resolves references to images and volumes."""
 
-    def __init__(self, inventory: Inventory, memory_mib_max: int) -> None:
+    def __init__(self, inventory: Inventory, networks: Networks, memory_mib_max: int) -> None:
         self._inventory = inventory
+        self._networks = networks
         self._memory_mib_max = memory_mib_max
 
     async def new_spec(self, caller: Caller, new: NewInstance) -> Spec:
-        """Return the spec of a new instance. Raises `Invalid`, `NotFound` (image)."""
+        """Return the spec of a new instance, without leases. Raises `Invalid`, `NotFound` (image, network)."""
         if new.memory_mib > self._memory_mib_max:
             raise Invalid(f"memory_mib: {new.memory_mib} is more than this host allows ({self._memory_mib_max}).")
         taken = [one.host_port for one in new.forwards]
@@ -76,12 +89,16 @@ class ReferenceResolver:
                 remedy="Give its size: `--root-size GIB`, or root_gib.",
             )
         check_memory(image, new.memory_mib)
+        interfaces = self._networks.wanted(caller, new.networks)
+        _check_forwards(new, interfaces)
         return Spec(
             image=image,
             vcpus=new.vcpus,
             memory_mib=new.memory_mib,
             root_gib=new.root_gib,
             forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in new.forwards),
+            primary=interfaces[0] if interfaces else None,
+            interfaces=interfaces[1:],
             seed=seed_of(new),
         )
 

@@ -10,10 +10,11 @@ from msgspec import Meta
 from interlock.core import parameters
 from interlock.core.durations import EXPECTED, parse_duration
 from interlock.core.errors import Invalid
+from interlock.core.networks import NetworkKind
 from interlock.core.operations import CATALOGUE, FIELDS, Operation
 from interlock.core.parameters import NAME_PATTERN, HostName, Name, Reference, Tag
 from interlock.core.restart_policy import Evacuate, RestartPolicy
-from interlock.core.specs import repr_hiding
+from interlock.core.specs import INTERFACES_MAX, repr_hiding
 from interlock.service.validation_messages import in_words, what_instead
 
 SHA256_PATTERN: Final = "^[0-9a-fA-F]{64}$"
@@ -33,6 +34,59 @@ class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     guest_port: Annotated[int, Meta(ge=1, le=65_535)]
 
 
+class NewSubnet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A range of addresses of a network to create."""
+
+    prefix: Annotated[str, Meta(min_length=1, max_length=64)]
+    """As in `10.7.0.0/24` or `fd00:7::/64`."""
+    gateway: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    """The address of the hosts in it; by default its first address."""
+
+
+class NewNetwork(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A network to create."""
+
+    name: Name
+    kind: NetworkKind = NetworkKind.MANAGED
+    """`managed`: a bridge of its own on each host, with DHCP, DNS and address translation. `bridge`: a bridge that the
+    hosts have; for admins. `user`: through the connections of a process of the host."""
+    shared: bool = False
+    """Whether all projects may use it; for admins."""
+    subnets: Annotated[tuple[NewSubnet, ...], Meta(max_length=2)] = ()
+    """Of the kind `managed`: at most one of IPv4 and one of IPv6; by default a free range of IPv4."""
+    domain: Annotated[str, Meta(max_length=200)] = ""
+    """Of the kind `managed`: the DNS domain of its guests; by default `NAME.internal`."""
+    bridge: Annotated[str, Meta(max_length=64)] = ""
+    """Of the kind `bridge`: the name of the bridge on the hosts."""
+    vlan: int | None = None
+    """Of the kind `bridge`: the VLAN, 1 to 4094."""
+    mtu: int | None = None
+    """Of the kinds `bridge` and `managed`, 576 to 9216; by default that of the bridge."""
+    outbound: bool = True
+    """Of the kinds `user` and `managed`: whether guests reach addresses beyond the network."""
+    closed_inside: bool = False
+    """Whether guests of the network reach each other only as security groups allow."""
+    open_outside: bool = False
+    """Whether guests are reached from outside of the network without a security group that allows it."""
+
+
+Rate = Annotated[int, Meta(ge=8, le=1_000_000_000, description="In kbit/s.")]
+
+
+class NewInterface(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An interface of an instance to create."""
+
+    network: Reference
+    addresses: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(max_length=2)] = ()
+    """Addresses of a managed network, at most one of IPv4 and one of IPv6; by default free ones."""
+    mac: Annotated[str, Meta(pattern=parameters.MAC_PATTERN)] | None = None
+    """By default one is generated."""
+    inbound_kbit: Rate | None = None
+    """The limit of what the guest receives; null: none."""
+    outbound_kbit: Rate | None = None
+    """The limit of what the guest sends; null: none."""
+
+
 class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An instance to create."""
 
@@ -43,6 +97,8 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     vcpus: Annotated[int, Meta(ge=1, le=64)] = 1
     memory_mib: Annotated[int, Meta(ge=64, le=1_048_576)] = 128
     root_gib: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    networks: Annotated[tuple[NewInterface, ...], Meta(max_length=1 + INTERFACES_MAX)] = ()
+    """Its interfaces, the first one first; by default one on a user network of its own."""
     forwards: Annotated[tuple[NewForward, ...], Meta(max_length=32)] = ()
     tags: Annotated[tuple[Tag, ...], Meta(max_length=64)] = ()
     blocked_operations: Annotated[tuple[Operation, ...], Meta(max_length=64)] = ()

@@ -9,6 +9,7 @@ import apsw
 import msgspec
 
 from interlock.core.errors import Invalid
+from interlock.core.networks import Network
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
@@ -84,6 +85,7 @@ class Queries:
         return Tallies(
             self._all("SELECT what, of, amount FROM tallies"),
             self._all("SELECT host, port, instance_id FROM host_ports"),
+            self._all("SELECT network_id, address, instance_id FROM leases"),
         )
 
     def every_instance(self) -> Iterator[Instance]:
@@ -229,6 +231,9 @@ class Queries:
     def projects(self) -> tuple[Project, ...]:
         found = self._all("SELECT body FROM projects ORDER BY name")
         return tuple(row_codec.decode_project(text) for (text,) in found)
+
+    def networks(self) -> tuple[Network, ...]:
+        return tuple(row_codec.decode_network(text) for (text,) in self._all("SELECT body FROM networks ORDER BY seq"))
 
     def tokens(self) -> tuple[Token, ...]:
         return tuple(row_codec.decode_token(text) for (text,) in self._all("SELECT body FROM tokens ORDER BY seq"))

@@ -9,6 +9,7 @@ import msgspec
 
 from interlock.core import scheduled_actions
 from interlock.core.errors import KeyReused, StoreCorrupt
+from interlock.core.networks import Network
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Project, Token, Volume
@@ -38,6 +39,7 @@ decode_instance: Final = msgspec.json.Decoder(Instance).decode
 decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
 decode_host: Final = msgspec.json.Decoder(Host).decode
+decode_network: Final = msgspec.json.Decoder(Network).decode
 decode_project: Final = msgspec.json.Decoder(Project).decode
 _decode_audit: Final = msgspec.json.Decoder(AuditEntry).decode
 _decode_token: Final = msgspec.json.Decoder(Token).decode
@@ -62,9 +64,9 @@ def body(record: object) -> str:
     return _encode(record).decode()
 
 
-def image_key(image: Image) -> str:
-    """Return the unique key of an image: `name` or `project/name`. Names have no slash."""
-    return image.name if image.project is None else f"{image.project}/{image.name}"
+def name_key(record: Image | Network) -> str:
+    """Return the unique key of what may belong to a project: `name` or `project/name`. Names have no slash."""
+    return record.name if record.project is None else f"{record.project}/{record.name}"
 
 
 FILED_COLUMNS: Final = ("name", "vm_state", "host", "task_state", "unsettled", "upkeep")

@@ -31,7 +31,15 @@ from interlock.stores.instance_names import InstanceNames
 from interlock.stores.policy_table import PolicyTable
 from interlock.stores.row_codec import Row
 from interlock.stores.statements import SEEN
-from interlock.stores.tables import AuditTable, HostTable, ImageTable, ProjectTable, TokenTable, VolumeTable
+from interlock.stores.tables import (
+    AuditTable,
+    HostTable,
+    ImageTable,
+    NetworkTable,
+    ProjectTable,
+    TokenTable,
+    VolumeTable,
+)
 from interlock.stores.tallies import Tallies
 from interlock.stores.timekeeping import StoreTime
 from interlock.stores.write_batch import CachedInstance, WriteBatch, write_tallies
@@ -76,6 +84,7 @@ class SqliteStore:
         self.images = ImageTable(database)
         self.volumes = VolumeTable(database)
         self.projects = ProjectTable(database)
+        self.networks = NetworkTable(database)
         self.policies = PolicyTable(database)
         self.hosts = HostTable(database)
         self.audit = AuditTable(database)
@@ -110,15 +119,15 @@ class SqliteStore:
 
     async def _count_anew(self) -> None:
         """Compute the sums from all instances if they are missing or of another version."""
-        self._tallies = Tallies((), ())
+        self._tallies = Tallies(())
         for instance in self._database.read.every_instance():
             self._tallies.note(None, instance)
         self._tallies.mark_current()
         changes = self._tallies.changes()
 
         def write(connection: apsw.Connection) -> None:
-            connection.execute("DELETE FROM tallies; DELETE FROM host_ports")
-            write_tallies(connection, *changes)
+            connection.execute("DELETE FROM tallies; DELETE FROM host_ports; DELETE FROM leases")
+            write_tallies(connection, changes)
 
         await self._database.writer.transaction(write, when_full=True)
 
@@ -245,8 +254,7 @@ class SqliteStore:
     def _find(self, instance_id: str) -> CachedInstance | None:
         kept = self._kept.get(instance_id)
         if kept is None:
-            found = self._database.read.instance(instance_id)
-            if found is None:
+            if (found := self._database.read.instance(instance_id)) is None:
                 return None
             kept = self._kept[instance_id] = CachedInstance(found[0], found[1], found[2], committed=True)
             if len(self._kept) > INSTANCES_IN_MEMORY:
@@ -331,15 +339,13 @@ class SqliteStore:
 
     async def _answer_of(self, key: IdempotencyKey) -> Any:
         """Return the response stored with an idempotency key once it is durable, or None. Raises `KeyReused`."""
-        found = await self.recorded_answer(key.scope, key.key)
-        if found is None:
+        if (found := await self.recorded_answer(key.scope, key.key)) is None:
             return None
         row_codec.check_fingerprint(key, found[0])
         return found[1]
 
     async def recorded_answer(self, scope: str, key: str) -> tuple[str, Any] | None:
-        found = self._keys.find(scope, key)
-        if found is None:
+        if (found := self._keys.find(scope, key)) is None:
             return None
         fingerprint, answer, batch = found
         await self._until_written(batch)
@@ -445,6 +451,9 @@ class SqliteStore:
 
     def port_user(self, host: str, port: int) -> str | None:
         return self._tallies.port_user(host, port)
+
+    def lease_holder(self, network_id: str, address: str) -> str | None:
+        return self._tallies.lease_holder(network_id, address)
 
     async def instance(self, instance_id: str) -> Instance | None:
         kept = self._kept.get(instance_id)

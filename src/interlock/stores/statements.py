@@ -58,6 +58,8 @@ TAG: Final = ManyRows("INSERT OR IGNORE INTO instance_tags (tag, instance_seq) V
 TALLY: Final = ManyRows("INSERT OR REPLACE INTO tallies (what, of, amount) VALUES", 3)
 PORT: Final = ManyRows("INSERT OR REPLACE INTO host_ports (host, port, instance_id) VALUES", 3)
 FREE_PORT: Final = "DELETE FROM host_ports WHERE host = ? AND port = ?"
+LEASE: Final = ManyRows("INSERT OR REPLACE INTO leases (network_id, address, instance_id) VALUES", 3)
+FREE_LEASE: Final = "DELETE FROM leases WHERE network_id = ? AND address = ?"
 
 _ALWAYS: Final = ("generation", "fence", "updated_at_ms", "last_request", "body")
 

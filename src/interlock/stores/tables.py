@@ -1,4 +1,4 @@
-"""Records of tokens, images, volumes, projects and hosts, and the audit log; each is written in its own transaction."""
+"""Records of tokens, images, volumes, projects, networks and hosts, and the audit log, each written by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import apsw
 
+from interlock.core.networks import Network
 from interlock.core.records import Image
 from interlock.ports import Project, Token, Volume
 from interlock.ports.audit import AuditEntry, AuditFilter
@@ -54,7 +55,7 @@ class ImageTable:
         await self._database.insert(
             f"An image named {image.name} already exists.",
             "INSERT INTO images (id, name, body) VALUES (?, ?, ?)",
-            *(image.id, row_codec.image_key(image), row_codec.body(image)),
+            *(image.id, row_codec.name_key(image), row_codec.body(image)),
         )
 
     async def delete(self, image_id: str) -> bool:
@@ -122,6 +123,29 @@ class ProjectTable:
 
     async def all(self) -> tuple[Project, ...]:
         return self._database.read.projects()
+
+
+class NetworkTable:
+    """Satisfies `ports.NetworkRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, network: Network) -> None:
+        await self._database.insert(
+            f"A network named {network.name} already exists.",
+            "INSERT INTO networks (id, name, body) VALUES (?, ?, ?)",
+            *(network.id, row_codec.name_key(network), row_codec.body(network)),
+        )
+
+    async def replace(self, network: Network) -> None:
+        await self._database.write("UPDATE networks SET body = ? WHERE id = ?", row_codec.body(network), network.id)
+
+    async def delete(self, network_id: str) -> bool:
+        return await self._database.write("DELETE FROM networks WHERE id = ?", network_id, when_full=True) > 0
+
+    async def all(self) -> tuple[Network, ...]:
+        return self._database.read.networks()
 
 
 class HostTable:

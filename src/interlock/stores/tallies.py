@@ -8,21 +8,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from interlock import __version__
 from interlock.core.operations import Operation
 from interlock.core.quotas import MAKES_IMAGE, use_of
 from interlock.core.quotas import place as quota_place
 from interlock.core.records import Instance
-from interlock.core.resource_claims import AWAY, CLAIMING, Claim, apart_place, claims_of, shared_place
+from interlock.core.resource_claims import (
+    AWAY,
+    CLAIMING,
+    LEASING,
+    Claim,
+    apart_place,
+    claims_of,
+    leases_of,
+    shared_place,
+)
 from interlock.core.states import VmState
 from interlock.ports import Tally
 
 _MIB: Final = 1024**2
-_COUNTED: Final = CLAIMING | {Operation.RESCUE}
-"""The operations that count while outstanding or held: they claim resources or refer to an image."""
-_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _SHARED, *_OTHERS = (
+_COUNTED: Final = CLAIMING | LEASING | {Operation.RESCUE}
+"""The operations that count while outstanding or held: they claim resources, lease addresses or refer to an image."""
+_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _NETWORKS, _SHARED, *_OTHERS = (
     tally.value for tally in Tally
 )
 _IN_PROJECT, _ON_HOST, _HELD, _MAKING_IMAGES, _QUOTA = _OTHERS
@@ -30,8 +39,58 @@ _QUOTA_SUMS: Final = ("instances", "vcpus", "memory_mib", "disk_mib")
 """The resources of a quota whose use changes with an instance's claims; the others have sums of their own."""
 _VERSION: Final = "version"
 """Key of the row with the version that computed the sums."""
-COUNTED_BY: Final = f"{__version__} 4"
+COUNTED_BY: Final = f"{__version__} 5"
 """Change it together with `core.resource_claims` and `core.quotas`: sums of another version are computed again."""
+
+
+Place = tuple[str, str | int]
+"""A host and a port of it, or the id of a network and an address of it."""
+
+
+class PlaceChanges(NamedTuple):
+    """The changes of a `Places`."""
+
+    taken: list[Any]
+    """The values of rows, one after the other: a place and the id of its instance."""
+    freed: list[Place]
+
+
+class TallyChanges(NamedTuple):
+    """The changes of sums, ports and leases."""
+
+    amounts: list[Any]
+    """The values of rows, one after the other: what, of and amount."""
+    ports: PlaceChanges
+    leases: PlaceChanges
+
+
+NO_CHANGES: Final = TallyChanges([], PlaceChanges([], []), PlaceChanges([], []))
+
+
+class Places:
+    """What at most one instance has at a time: a port of a host, or an address of a network."""
+
+    def __init__(self, users: dict[Place, str]) -> None:
+        self.users = users
+        """The id of the instance that has each."""
+        self._changed: set[Place] = set()
+
+    def move(self, instance_id: str, before: frozenset[Place], after: frozenset[Place]) -> None:
+        """Free what an instance no longer has, and give it what it has now and nobody else has."""
+        for place in before - after:
+            if self.users.get(place) == instance_id:
+                del self.users[place]
+                self._changed.add(place)
+        for place in after - before:
+            if self.users.setdefault(place, instance_id) == instance_id:
+                self._changed.add(place)
+
+    def changes(self) -> PlaceChanges:
+        """Return and clear the changes since the last call."""
+        taken = [value for place in self._changed if place in self.users for value in (*place, self.users[place])]
+        freed = [place for place in self._changed if place not in self.users]
+        self._changed.clear()
+        return PlaceChanges(taken, freed)
 
 
 class Tallies:
@@ -40,15 +99,21 @@ class Tallies:
     Args:
         rows: of the table `tallies`, as `what`, `of` and `amount`.
         ports: of the table `host_ports`, as host, port and the instance's id.
+        leases: of the table `leases`, as the network's id, an address and the instance's id.
     """
 
-    def __init__(self, rows: Iterable[Sequence[Any]], ports: Iterable[Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Sequence[Any]],
+        ports: Iterable[Sequence[Any]] = (),
+        leases: Iterable[Sequence[Any]] = (),
+    ) -> None:
         self._amounts = {(what, of): int(amount) for what, of, amount in rows}
         self.current: Final = (_VERSION, COUNTED_BY) in self._amounts
         """Whether this version computed the sums."""
-        self._ports: dict[tuple[str, int], str] = {(host, port): instance_id for host, port, instance_id in ports}
+        self._ports = Places({(host, port): instance_id for host, port, instance_id in ports})
+        self._leases = Places({(network, address): instance_id for network, address, instance_id in leases})
         self._changed: set[tuple[str, str]] = set()
-        self._changed_ports: set[tuple[str, int]] = set()
 
     def amount(self, what: Tally, of: str) -> int:
         return self._amounts.get((what.value, of), 0)
@@ -59,7 +124,11 @@ class Tallies:
 
     def port_user(self, host: str, port: int) -> str | None:
         """The id of the instance that has that port of that host."""
-        return self._ports.get((host, port))
+        return self._ports.users.get((host, port))
+
+    def lease_holder(self, network_id: str, address: str) -> str | None:
+        """The id of the instance that has that address of that network."""
+        return self._leases.users.get((network_id, address))
 
     def note(self, before: Instance | None, after: Instance) -> None:
         """Take note of what a decision makes of an instance."""
@@ -78,7 +147,8 @@ class Tallies:
         for key, amount in change.items():
             if amount:
                 self._add(key, amount)
-        self._move_ports(after.id, lost, won)
+        self._ports.move(after.id, _ports(lost), _ports(won))
+        self._leases.move(after.id, _leases(before), _leases(after))
 
     def note_outstanding(self, before: Instance | None, after: Instance) -> None:
         """Count the outstanding and held requests.
@@ -103,25 +173,11 @@ class Tallies:
         self._amounts[key] = self._amounts.get(key, 0) + amount
         self._changed.add(key)
 
-    def _move_ports(self, instance_id: str, lost: Sequence[Claim], won: Sequence[Claim]) -> None:
-        before, after = _ports(lost), _ports(won)
-        for place in before - after:
-            if self._ports.get(place) == instance_id:
-                del self._ports[place]
-                self._changed_ports.add(place)
-        for place in after - before:
-            if self._ports.setdefault(place, instance_id) == instance_id:
-                self._changed_ports.add(place)
-
-    def changes(self) -> tuple[list[Any], list[Any], list[tuple[str, int]]]:
-        """Return and clear the changes since the last call: values of sums, values of used ports, and freed ports."""
+    def changes(self) -> TallyChanges:
+        """Return and clear the changes since the last call."""
         amounts = [value for key in self._changed for value in (*key, self._amounts[key])]
-        taken = [place for place in self._changed_ports if place in self._ports]
-        ports = [value for place in taken for value in (*place, self._ports[place])]
-        free = [place for place in self._changed_ports if place not in self._ports]
         self._changed.clear()
-        self._changed_ports.clear()
-        return amounts, ports, free
+        return TallyChanges(amounts, self._ports.changes(), self._leases.changes())
 
     def mark_current(self) -> None:
         """Record that this version computed the sums."""
@@ -160,6 +216,8 @@ def _count(change: Counter[tuple[str, str]], instance: Instance, claims: Sequenc
         if instance.spec is not None and instance.spec.shared is not None:
             change[_SHARED, shared_place(instance.spec.shared)] += sign
         used = use_of(instance)
+        for network_id in {network_id for network_id, _ in leases_of(instance)}:
+            change[_NETWORKS, network_id] += sign
         for what in _QUOTA_SUMS:
             change[_QUOTA, quota_place(what, instance.project)] += sign * used[what]
     for claim in claims:
@@ -171,5 +229,9 @@ def _count(change: Counter[tuple[str, str]], instance: Instance, claims: Sequenc
             change[_APART, apart_place(claim.host, group)] += sign
 
 
-def _ports(claims: Sequence[Claim]) -> set[tuple[str, int]]:
-    return {(claim.host, port) for claim in claims for port in claim.ports}
+def _ports(claims: Sequence[Claim]) -> frozenset[Place]:
+    return frozenset((claim.host, port) for claim in claims for port in claim.ports)
+
+
+def _leases(instance: Instance | None) -> frozenset[Place]:
+    return frozenset() if instance is None else frozenset[Place](leases_of(instance))

@@ -12,6 +12,7 @@ from interlock.core.full_store import kept_when_full
 from interlock.core.records import Change, Event, Instance, Request
 from interlock.stores import row_codec, statements
 from interlock.stores.row_codec import Row
+from interlock.stores.tallies import NO_CHANGES, TallyChanges
 
 _PAGE_BYTES: Final = 4_096
 _PAGES_OF_A_DECISION: Final = 4
@@ -60,8 +61,7 @@ class WriteBatch:
         self.key_values: list[Any] = []
         self.key_names: list[tuple[str, str]] = []
         self.names: list[tuple[str, str]] = []
-        self.tallies: tuple[list[Any], list[Any], list[tuple[str, int]]] = ([], [], [])
-        """See `Tallies.changes`."""
+        self.tallies = NO_CHANGES
         self.waiting: list[asyncio.Future[Any]] = []
 
     @property
@@ -106,19 +106,21 @@ class WriteBatch:
             for seq, tags in self.tags.items():
                 connection.execute(statements.FORGET_TAGS, (seq,))
                 statements.TAG.run(connection, [value for tag in tags for value in (tag, seq)])
-            write_tallies(connection, *self.tallies)
+            write_tallies(connection, self.tallies)
             connection.execute(statements.SEEN, (self.seen_ms,))
         return filed
 
 
-def write_tallies(
-    connection: apsw.Connection, amounts: list[Any], ports: list[Any], free: list[tuple[str, int]]
-) -> None:
-    """Write the result of `Tallies.changes`. Raises `apsw.Error`."""
-    statements.TALLY.run(connection, amounts)
-    for place in free:
-        connection.execute(statements.FREE_PORT, place)
-    statements.PORT.run(connection, ports)
+def write_tallies(connection: apsw.Connection, changes: TallyChanges) -> None:
+    """Write changes of sums, ports and leases. Raises `apsw.Error`."""
+    statements.TALLY.run(connection, changes.amounts)
+    for places, free, taken in (
+        (changes.ports, statements.FREE_PORT, statements.PORT),
+        (changes.leases, statements.FREE_LEASE, statements.LEASE),
+    ):
+        for place in places.freed:
+            connection.execute(free, place)
+        taken.run(connection, places.taken)
 
 
 def _differences(before: Row, after: Row) -> tuple[tuple[str, ...], Row]:

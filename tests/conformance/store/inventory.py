@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, START_MS, Bench, check, raises
 from interlock.core.errors import NameTaken
+from interlock.core.networks import Network, NetworkKind, Subnet
 from interlock.core.quotas import Quota
 from interlock.core.roles import Role
 from interlock.ports import Project, Token, Volume
@@ -108,6 +109,25 @@ async def images_of_a_project_have_names_of_their_own_in_it(bench: Bench) -> Non
     await bench.reopen()
     assert [image.id for image in await bench.store.images.all()] == [IMAGE.id, "one", "two"]
     assert of_one in await bench.store.images.all()
+
+
+@check
+async def networks_have_names_of_their_own_in_their_project(bench: Bench) -> None:
+    shared = Network(id="n1", name="lab", kind=NetworkKind.BRIDGE, bridge="br0", created_at_ms=START_MS)
+    subnet = Subnet(prefix="10.7.0.0/24", gateway="10.7.0.1")
+    of_one = Network(id="n2", name="lab", kind=NetworkKind.MANAGED, project="one", subnets=(subnet,))
+    await bench.store.networks.put(shared)
+    await bench.store.networks.put(of_one)
+    for taken in (shared, of_one):
+        async with raises(NameTaken):
+            await bench.store.networks.put(replace(taken, id="n3"))
+    changed = replace(shared, mtu=9000)
+    await bench.store.networks.replace(changed)
+    async with bench.power_cut() as found:
+        assert await found.networks.all() == (changed, of_one)
+    assert await bench.store.networks.delete("n2")
+    assert not await bench.store.networks.delete("n2")
+    assert await bench.store.networks.all() == (changed,)
 
 
 @check

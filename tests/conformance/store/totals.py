@@ -10,10 +10,11 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, Bench, admitting, check, creating, ending, putting
+from interlock.core.networks import Network, NetworkKind
 from interlock.core.operations import Operation
 from interlock.core.quotas import place, use_of
-from interlock.core.records import Forward, Instance, Spec
-from interlock.core.resource_claims import apart_place, claims_of, shared_place
+from interlock.core.records import Forward, Instance, Interface, Spec
+from interlock.core.resource_claims import apart_place, claims_of, leases_of, shared_place
 from interlock.core.restart_policy import Restarts
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter, Store, Tally, every_instance
@@ -30,6 +31,7 @@ async def _counted(store: Store) -> dict[Tally, dict[str, int]]:
         sums[Tally.STATES][instance.vm_state.value] += 1
         sums[Tally.RECORDED][instance.host] += 1
         sums[Tally.IMAGES].update(instance.image_ids)
+        sums[Tally.NETWORKS].update({network for network, _ in leases_of(instance)})
         sums[Tally.OUTSTANDING_IN_PROJECT][instance.project] += len(instance.outstanding)
         sums[Tally.OUTSTANDING_ON_HOST][instance.host] += len(instance.outstanding)
         sums[Tally.HELD_IN_PROJECT][instance.project] += len(instance.held)
@@ -68,13 +70,22 @@ async def _agree(store: Store) -> None:
     for host in hosts:
         for port in range(_PORTS):
             assert store.port_user(host, port) == taken.get((host, port))
+    leased = {lease: one.id async for one in every_instance(store) for lease in leases_of(one)}
+    for number in range(_PORTS):
+        for network in ("n0", "n1"):
+            address = f"10.7.0.{number}"
+            assert store.lease_holder(network, address) == leased.get((network, address))
 
 
 def _spec(chance: random.Random, port: int | None = None) -> Spec:
     forwards = () if port is None else (Forward(host_port=port, guest_port=22),)
+    primary = None
+    if port is not None:
+        network = Network(id=f"n{chance.randrange(2)}", name="n", kind=NetworkKind.MANAGED)
+        primary = Interface(id="primary", mac=f"mac{port}", network=network, addresses=(f"10.7.0.{port}",))
     image = replace(IMAGE, kind="disk", size_bytes=chance.randrange(1, 1 << 32))
     memory_mib, vcpus, root_gib = chance.choice((64, 100, 2048)), chance.randrange(1, 5), chance.randrange(3)
-    return Spec(image=image, memory_mib=memory_mib, vcpus=vcpus, root_gib=root_gib, forwards=forwards)
+    return Spec(image=image, memory_mib=memory_mib, vcpus=vcpus, root_gib=root_gib, forwards=forwards, primary=primary)
 
 
 async def _change(bench: Bench, chance: random.Random, number: int) -> None:

@@ -15,7 +15,7 @@ import msgspec
 
 from interlock.api.http import problems
 from interlock.api.http.route import Route
-from interlock.api.schemas import hosts, inventory, policy
+from interlock.api.schemas import hosts, inventory, networks, policy
 from interlock.api.schemas import responses as schemas
 from interlock.core.operations import CATALOGUE
 from interlock.core.parameters import Parameters
@@ -62,7 +62,7 @@ def document(routes: Iterable[Route], version: str, description: str) -> dict[st
 
 def _describe_fields(components: dict[str, Any]) -> None:
     """Set each field's description to its docstring in the source."""
-    for module in (schemas, inventory, hosts, policy, request_models, policy_requests):
+    for module in (schemas, inventory, hosts, networks, policy, request_models, policy_requests):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name in components:
                 properties = components[name].get("properties", {})

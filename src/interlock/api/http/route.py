@@ -27,6 +27,7 @@ from interlock.service.image_fetches import ImageFetches
 from interlock.service.instances import Instances
 from interlock.service.inventory import Inventory
 from interlock.service.load_limits import LoadLimits
+from interlock.service.networks import Networks
 from interlock.service.policies import Policies
 from interlock.service.projects import Projects
 from interlock.service.readiness import Readiness
@@ -51,6 +52,7 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     callers: Authenticator
     tokens: Tokens
     projects: Projects
+    networks: Networks
     hosts: HostService
     enrolment: HostEnrolment
     moves: HostMoves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from interlock.api.schemas.responses import Timestamp, Wire
+from interlock.api.schemas.wire import Timestamp, Wire
 from interlock.ports.audit import Outcome
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from interlock.api.schemas.responses import Request, Wire
+from interlock.api.schemas.responses import Request
+from interlock.api.schemas.wire import Wire
 from interlock.core.operations import Operation
 from interlock.core.parameters import Name
 from interlock.core.states import VmState

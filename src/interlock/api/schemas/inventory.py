@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from interlock.api.schemas.responses import Timestamp, Wire
+from interlock.api.schemas.wire import Timestamp, Wire
 from interlock.core.parameters import Name
 from interlock.core.roles import Role
 from interlock.core.specs import repr_hiding

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from interlock.api.schemas.responses import Problem, Seconds, Timestamp, Wire
+from interlock.api.schemas.responses import Problem
+from interlock.api.schemas.wire import Seconds, Timestamp, Wire
 from interlock.core.condition_kinds import Takes
 from interlock.core.conditions import CONDITIONS
 from interlock.core.policy_switches import Outstanding, SwitchSource

@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from interlock.api.schemas.responses import Timestamp, Wire
+from interlock.api.schemas.wire import Timestamp, Wire
+from interlock.core import quotas
 from interlock.core.parameters import Name
+from interlock.core.quotas import RESOURCES
 
 Limit = Annotated[int, Meta(ge=0, le=2**53)] | None | UnsetType
 
 
-class Quota(Wire, frozen=True, kw_only=True):
-    """The most that a project may use; null: no limit."""
-
-    instances: int | None = None
-    """VMs, unless deleted or migrated out."""
-    vcpus: int | None = None
-    """Of VMs that are not shelved and offloaded; so are the next two."""
-    memory_mib: int | None = None
-    disk_mib: int | None = None
-    """Root disks and volumes."""
-    volumes: int | None = None
-    images: int | None = None
-    """Snapshots and backups, with those that are being made."""
-    outstanding_requests: int | None = None
-    held_requests: int | None = None
+def _amounts(name: str, base: type, kind: Any, *default: Any, **options: Any) -> Any:
+    """Return a type with a field of that kind for each resource."""
+    fields = [
+        (what, Annotated[kind, Meta(description=resource.meaning)] if resource.meaning else kind, *default)
+        for what, resource in RESOURCES.items()
+    ]
+    return msgspec.defstruct(name, fields, bases=(base,), module=__name__, frozen=True, kw_only=True, **options)
 
 
-class QuotaChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits to change; null removes one, and what is not named stays."""
+if TYPE_CHECKING:
 
-    instances: Limit = UNSET
-    vcpus: Limit = UNSET
-    memory_mib: Limit = UNSET
-    disk_mib: Limit = UNSET
-    volumes: Limit = UNSET
-    images: Limit = UNSET
-    outstanding_requests: Limit = UNSET
-    held_requests: Limit = UNSET
+    class Quota(quotas.Quota, Wire, frozen=True):
+        """As below."""
 
-
-class Use(Wire, frozen=True, kw_only=True):
-    """What a project uses, with what its outstanding and held requests need."""
-
-    instances: int
-    vcpus: int
-    memory_mib: int
-    disk_mib: int
-    volumes: int
-    images: int
-    outstanding_requests: int
-    held_requests: int
+    QuotaChange = quotas.Quota
+    Use = Quota
+else:
+    Quota = _amounts("Quota", Wire, int | None, None)
+    Quota.__doc__ = "The most that a project may use; null: no limit."
+    QuotaChange = _amounts("QuotaChange", msgspec.Struct, Limit, UNSET, forbid_unknown_fields=True)
+    QuotaChange.__doc__ = "Limits to change; null removes one, and what is not named stays."
+    Use = _amounts("Use", Wire, int)
+    Use.__doc__ = "What a project uses, with what its outstanding and held requests need."
 
 
 class Project(Wire, frozen=True, kw_only=True):

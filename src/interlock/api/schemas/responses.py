@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta
 
+from interlock.api.schemas.networks import Interface
+from interlock.api.schemas.wire import Seconds, Timestamp, Wire
 from interlock.core.holds import ApprovalOutcome
 from interlock.core.operations import Operation
 from interlock.core.records import Cancellation, Status
@@ -21,14 +22,6 @@ from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import HostState
 from interlock.service.request_models import NewForward
 
-Timestamp = Annotated[str, Meta(extra_json_schema={"format": "date-time", "examples": ["2026-03-01T12:00:00.000Z"]})]
-Seconds = Annotated[float, Meta(ge=0)]
-
-
-class Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """Base class of all response bodies."""
-
-
 # ------------------------------------------------------------------------------------------ instances and requests
 
 
@@ -37,13 +30,6 @@ class ImageReference(Wire, frozen=True, kw_only=True):
 
     id: str
     name: str
-
-
-class Interface(Wire, frozen=True, kw_only=True):
-    """A network interface of an instance."""
-
-    id: str
-    mac: str
 
 
 class Size(Wire, frozen=True, kw_only=True):
@@ -168,7 +154,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     """The last state change, phase or progress."""
     state_since_at: Timestamp | None = None
     """Since when it has been in its vm_state."""
-    failures: dict[Operation, int] = {}
+    failures: dict[Operation, int] = msgspec.field(default_factory=dict)
     """How often each operation has failed since it last succeeded; without those that have not."""
     locked_by: str | None
     lock_role: Role | None = None
@@ -207,6 +193,8 @@ class Instance(Wire, frozen=True, kw_only=True):
     detaching: tuple[str, ...] = ()
     """Ids of volumes and interfaces that the guest was asked to release and has not: they are detached when it
     does, or when it is reset or ends."""
+    primary: Interface | None = None
+    """The first interface; null: on the default user network."""
     interfaces: tuple[Interface, ...] = ()
     """Network interfaces beyond the first, in the order attached."""
     prior_size: Size | None = None

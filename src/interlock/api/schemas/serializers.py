@@ -10,7 +10,8 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from interlock.api.schemas import inventory, responses
+from interlock.api.schemas import inventory, networks, responses
+from interlock.api.schemas.wire import Wire
 from interlock.core import records, scheduled_actions
 from interlock.core.operations import Operation
 from interlock.core.states import PowerState, VmState
@@ -18,7 +19,7 @@ from interlock.ports import HostState, Page, Token, Volume
 from interlock.service.request_models import NewForward
 from interlock.service.submission_results import TROUBLES, Stuck, SubmissionResult, host_trouble
 
-WireT = TypeVar("WireT", bound=responses.Wire)
+WireT = TypeVar("WireT", bound=Wire)
 
 WALL_CLOCK: Final[ContextVar[Callable[[int], int]]] = ContextVar("WALL_CLOCK", default=int)
 """Converts a store time to milliseconds since the epoch of the wall clock. Set for each request."""
@@ -129,15 +130,18 @@ def instance(
         ),
         seeded=spec is not None and spec.seed is not None,
         volumes=tuple(disk.id for disk in (spec.disks if spec is not None else ())),
-        interfaces=tuple(
-            wire(responses.Interface, plugged) for plugged in (spec.interfaces if spec is not None else ())
-        ),
+        primary=None if spec is None or spec.primary is None else interface(spec.primary),
+        interfaces=tuple(interface(plugged) for plugged in (spec.interfaces if spec is not None else ())),
         prior_size=one.prior_spec and wire(responses.Size, one.prior_spec),
         due=None if due is None else responses.Due(operation=due.alternatives[0].operation, at=timestamp(due.at_ms)),
         shelved_image=one.shelved_image and wire(responses.ImageReference, one.shelved_image),
         outstanding=tuple(request(outstanding) for outstanding in one.outstanding),
         held=tuple(request(held) for held in one.held),
     )
+
+
+def interface(one: records.Interface) -> networks.Interface:
+    return wire(networks.Interface, one, network=None if one.network is None else one.network.name)
 
 
 def power_state(one: records.Instance, host_state: HostState) -> PowerState:

@@ -9,6 +9,7 @@ INSTANCES: Final = "/v1/instances"
 IMAGES: Final = "/v1/images"
 VOLUMES: Final = "/v1/volumes"
 TOKENS: Final = "/v1/tokens"
+NETWORKS: Final = "/v1/networks"
 PROJECTS: Final = "/v1/projects"
 HOSTS: Final = "/v1/hosts"
 
@@ -16,6 +17,7 @@ COLLECTIONS: Final = {
     "VM": INSTANCES,
     "Image": IMAGES,
     "Volume": VOLUMES,
+    "Network": NETWORKS,
     "Token": TOKENS,
     "Project": PROJECTS,
     "Host": HOSTS,

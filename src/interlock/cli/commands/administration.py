@@ -18,21 +18,13 @@ from interlock.cli.options.quantities import Duration, Size
 from interlock.cli.output.confirmation import confirm, yes_option
 from interlock.cli.output.formatting import age, clock, printable
 from interlock.core.durations import short_time
+from interlock.core.quotas import RESOURCES
 from interlock.core.roles import Role
 from interlock.ports.audit import Outcome
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
-_TITLES: Final = {
-    "instances": "VMs",
-    "vcpus": "vCPUs",
-    "memory_mib": "Memory (MiB)",
-    "disk_mib": "Disk (MiB)",
-    "volumes": "Volumes",
-    "images": "Images",
-    "outstanding_requests": "Outstanding requests",
-    "held_requests": "Held requests",
-}
+_TITLES: Final = {what: resource.title for what, resource in RESOURCES.items()}
 _NONE: Final = "none"
 
 

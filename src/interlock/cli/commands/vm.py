@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import click
 
 from interlock.api.schemas.inventory import VolumeList
+from interlock.api.schemas.networks import Interface
 from interlock.api.schemas.responses import Created, Instance, InstancePage
 from interlock.cli.client.paths import IMAGES, INSTANCES, VOLUMES, path_of
 from interlock.cli.commands.hosts import host_text
@@ -21,6 +22,7 @@ from interlock.cli.options.new_vm import (
     SeedOptions,
     apart_option,
     evacuate_option,
+    network_option,
     restart_option,
     restart_text,
     seed_fields,
@@ -33,7 +35,7 @@ from interlock.cli.output.hints import next_steps, size_text, state_text
 from interlock.core.operations import Operation
 from interlock.core.records import Status
 from interlock.core.restart_policy import Evacuate
-from interlock.service.request_models import NewForward, NewInstance
+from interlock.service.request_models import NewForward, NewInstance, NewInterface
 
 _PAGE = 500
 
@@ -68,6 +70,7 @@ class ForwardPair(click.ParamType[Any]):
     default="0",
     help="Root disk, such as 20 (GiB) or 1TiB. Default: the image's.",
 )
+@network_option
 @click.option(
     "--forward",
     "forwards",
@@ -92,6 +95,7 @@ def create(
     vcpus: int,
     memory: int,
     root_size: int,
+    networks: tuple[NewInterface, ...],
     forwards: tuple[NewForward, ...],
     tags: tuple[str, ...],
     protect: tuple[Operation, ...],
@@ -110,6 +114,7 @@ def create(
         vcpus=vcpus,
         memory_mib=memory,
         root_gib=root_size,
+        networks=networks,
         forwards=forwards,
         tags=tags,
         blocked_operations=protect,
@@ -254,6 +259,13 @@ def volumes_text(invocation: Invocation, one: Instance) -> str:
     return ", ".join(f"{names[volume]} [{volume}]" if volume in names else volume for volume in one.volumes)
 
 
+def interface_text(one: Interface) -> str:
+    """Return the network, the leased addresses and the MAC address of an interface."""
+    parts = (one.network or "", ", ".join(one.addresses), one.mac)
+    limits = (("in", one.inbound_kbit), ("out", one.outbound_kbit))
+    return ", ".join((*filter(None, parts), *(f"{way} {kbit} kbit/s" for way, kbit in limits if kbit is not None)))
+
+
 def evacuation_text(one: Instance, now: float | None) -> str | None:
     """Return the source host, time and losses of the last evacuation."""
     if one.evacuated is None:
@@ -289,7 +301,8 @@ def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> 
         "Cloud-init": "yes" if one.seeded else None,
         "Root disk": "on shared storage" if one.root_shared else None,
         "Volumes": volumes_text(invocation, one),
-        "Interfaces": ", ".join(f"{plugged.mac} [{plugged.id}]" for plugged in one.interfaces),
+        "Network": None if one.primary is None else interface_text(one.primary),
+        "Interfaces": "; ".join(f"{interface_text(plugged)} [{plugged.id}]" for plugged in one.interfaces),
         "Detaching": one.detaching and f"{', '.join(one.detaching)}, once the guest releases it, is reset or ends",
         "Metadata": ", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items())),
         "Tags": ", ".join(one.tags),

@@ -51,6 +51,16 @@ def _forwards(one: Instance) -> str:
     return ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards)
 
 
+def _networks(one: Instance) -> str:
+    return ", ".join(each.network for each in (one.primary, *one.interfaces) if each is not None and each.network)
+
+
+def _addresses(one: Instance) -> str:
+    """Return what is leased to the VM."""
+    leased = [address for each in (one.primary, *one.interfaces) if each is not None for address in each.addresses]
+    return ", ".join(leased) or (USER_NETWORK_ADDRESS if one.primary is None else "")
+
+
 def _size(one: Instance) -> str:
     memory = f"{one.memory_mib / 1024:g} GiB" if one.memory_mib % 512 == 0 else f"{one.memory_mib} MiB"
     return f"{one.vcpus} x {memory}" + (f", {one.root_gib} GiB disk" if one.root_gib else "")
@@ -69,7 +79,8 @@ COLUMNS: Final[dict[str, Column]] = {
     "power": Column("POWER", lambda one, _: power_text(one), power_text, 1),
     "waiting": Column("WAITING", lambda one, _: str(_waiting(one) or ""), _waiting, 4),
     "size": Column("SIZE", lambda one, _: _size(one), lambda one: (one.vcpus, one.memory_mib, one.root_gib), 3),
-    "address": Column("ADDRESS", lambda _, __: USER_NETWORK_ADDRESS, lambda _: USER_NETWORK_ADDRESS, 7),
+    "network": Column("NETWORK", lambda one, _: _networks(one), _networks, 5),
+    "address": Column("ADDRESS", lambda one, _: _addresses(one), _addresses, 3),
     "forwards": Column("FORWARDS", lambda one, _: _forwards(one), _forwards, 2),
     "host": Column("HOST", lambda one, _: one.host, lambda one: one.host, 2),
     "project": Column("PROJECT", lambda one, _: one.project, lambda one: one.project),

@@ -1,4 +1,4 @@
-"""Options of a new VM: restart and evacuation policy, anti-affinity groups, and cloud-init data."""
+"""Options of a new VM: restart and evacuation policy, anti-affinity groups, networks, and cloud-init data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, TypedDict
 import click
 
 from interlock.core.restart_policy import Evacuate, OnCrash, OnPowerOff, RestartPolicy
-from interlock.service.request_models import USER_DATA_LENGTH_MAX
+from interlock.service.request_models import USER_DATA_LENGTH_MAX, NewInterface
 
 WORDS: Final[dict[str, RestartPolicy]] = {
     "never": RestartPolicy(),
@@ -124,6 +124,41 @@ def _read(path: Path, kind: click.ParamType[Any], param: click.Parameter | None,
 
 def _joined(_context: click.Context, _parameter: click.Parameter, value: Any) -> tuple[str, ...]:
     return tuple(key for keys in value for key in keys)
+
+
+class InterfaceValue(click.ParamType[Any]):
+    """A network, with options of the interface in it."""
+
+    name = "network"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        network, *options = str(value).split(",")
+        fields: dict[str, Any] = {}
+        addresses: list[str] = []
+        for option in options:
+            key, equals, text = option.partition("=")
+            if not (equals and text) or key not in {"address", "mac"} or key in fields:
+                self.fail(
+                    f"Invalid network {value!r}: expected NAME, then options such as address=10.7.0.20 or "
+                    "mac=52:54:00:12:34:56, each after a comma.",
+                    param,
+                    ctx,
+                )
+            if key == "address":
+                addresses.append(text)
+            else:
+                fields[key] = text
+        return NewInterface(network=network, addresses=tuple(addresses), **fields)
+
+
+network_option: Final = click.option(
+    "--network",
+    "networks",
+    multiple=True,
+    type=InterfaceValue(),
+    metavar="NAME[,address=ADDRESS][,mac=MAC]",
+    help="Network of an interface, the first one first. May be repeated. Default: a user network of its own.",
+)
 
 
 class SeedFields(TypedDict):

@@ -15,6 +15,7 @@ from interlock.stores.migrations.versions import (
     r0008_walks,
     r0009_audit,
     r0010_projects,
+    r0011_networks,
 )
 
 STEPS: Final[dict[str, tuple[str, ...]]] = {
@@ -28,5 +29,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "0008": r0008_walks.STATEMENTS,
     "0009": r0009_audit.STATEMENTS,
     "0010": r0010_projects.STATEMENTS,
+    "0011": r0011_networks.STATEMENTS,
 }
 """The statements of each migration by revision, oldest first."""
