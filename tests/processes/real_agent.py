@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from processes.preloaded import PreloadedProcess
 from processes.real_server import RealServer, guests_in
 from waiting import PATIENCE_S
 
@@ -50,7 +50,7 @@ class RealAgent:
             "INTERLOCK_LOG_FORMAT": "json",
             **(settings or {}),
         }
-        self._process: subprocess.Popen[str] | None = None
+        self._process: PreloadedProcess | None = None
         self._copying: threading.Thread | None = None
 
     @property
@@ -76,8 +76,8 @@ class RealAgent:
 
     def begin(self) -> threading.Event:
         """Start an agent, which the server may refuse; the answer is set when it is connected."""
-        command = (*self.command(), "--data-dir", str(self.folder), *self._options)
-        self._process = subprocess.Popen(command, env=self._environment, stderr=subprocess.PIPE, text=True)
+        words = (*self.command()[1:], "--data-dir", str(self.folder), *self._options)
+        self._process = PreloadedProcess(words, self._environment)
         process, connected = self._process, threading.Event()
         self._copying = threading.Thread(target=lambda: self._copy(process, connected.set), daemon=True)
         self._copying.start()
@@ -105,8 +105,7 @@ class RealAgent:
             self.token.write_text(made.json()["secret"])
         return self.token
 
-    def _copy(self, process: subprocess.Popen[str], connected: Callable[[], None]) -> None:
-        assert process.stderr is not None
+    def _copy(self, process: PreloadedProcess, connected: Callable[[], None]) -> None:
         with self.log.open("a", encoding="utf-8") as log, process.stderr as lines:
             for line in lines:
                 log.write(line)
@@ -116,11 +115,11 @@ class RealAgent:
 
     def kill(self) -> None:
         """End the agent as `kill -9` does; it is gone when this returns. Does nothing if it is gone already."""
-        self._end(subprocess.Popen.kill)
+        self._end(PreloadedProcess.kill)
 
     def stop(self) -> None:
         """Ask the agent to end, and wait until it has."""
-        self._end(subprocess.Popen.terminate)
+        self._end(PreloadedProcess.terminate)
 
     def freeze(self) -> None:
         """Have the agent stand still, without an end, until `thaw`."""
@@ -131,7 +130,7 @@ class RealAgent:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
-    def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
+    def _end(self, how: Callable[[PreloadedProcess], None]) -> None:
         if self._process is not None:
             how(self._process)
             self._process.wait(PATIENCE_S)

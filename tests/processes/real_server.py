@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ import httpx
 import msgspec
 
 from interlock.hypervisors.qemu.process.qemu_process import find_in
+from processes.preloaded import PreloadedProcess
 from waiting import PATIENCE_S, until
 
 _ANSWER_S = PATIENCE_S + 30.0
@@ -44,7 +43,7 @@ class RealServer:
             "INTERLOCK_LOG_FORMAT": "json",
             **(settings or {}),
         }
-        self._process: subprocess.Popen[str] | None = None
+        self._process: PreloadedProcess | None = None
 
     def start(
         self,
@@ -65,12 +64,7 @@ class RealServer:
         """
         if dying_in is not None:
             program = (str(Path(__file__).with_name("crash_injection.py")), dying_in)
-        self._process = subprocess.Popen(
-            (sys.executable, *program),
-            env=self._environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._process = PreloadedProcess(program, self._environment)
         url = self._until_serving(self._process)
         token = (self.folder / "admin.token").read_text().strip()
         headers = {"Authorization": f"Bearer {token}"}
@@ -89,8 +83,7 @@ class RealServer:
 
         until(ready, lambda: f"The server is not ready: {self.client.get('/readyz').text}")
 
-    def _until_serving(self, process: subprocess.Popen[str]) -> str:
-        assert process.stderr is not None
+    def _until_serving(self, process: PreloadedProcess) -> str:
         with self.log.open("a", encoding="utf-8") as log:
             for line in process.stderr:
                 log.write(line)
@@ -100,9 +93,8 @@ class RealServer:
                     return str(msgspec.json.decode(line)["url"])
         raise RuntimeError(f"The server ended with {process.wait()}: {self.log.read_text()[-2000:]}")
 
-    def _drain(self, process: subprocess.Popen[str]) -> None:
+    def _drain(self, process: PreloadedProcess) -> None:
         def copy() -> None:
-            assert process.stderr is not None
             with self.log.open("a", encoding="utf-8") as log, process.stderr as lines:
                 for line in lines:
                     log.write(line)
@@ -112,7 +104,7 @@ class RealServer:
 
     def kill(self) -> None:
         """End the server as `kill -9` does; it is gone when this returns. Does nothing if it is gone already."""
-        self._end(subprocess.Popen.kill)
+        self._end(PreloadedProcess.kill)
 
     def until_dead(self) -> None:
         """Wait until the server has killed itself. Raises `subprocess.TimeoutExpired` if it does not."""
@@ -120,7 +112,7 @@ class RealServer:
 
     def stop(self) -> None:
         """Ask the server to end, and wait until it has."""
-        self._end(subprocess.Popen.terminate)
+        self._end(PreloadedProcess.terminate)
 
     def _end(self, signal: Any) -> None:
         if self._process is not None:

@@ -6,11 +6,8 @@ Real processes and a real SIGKILL, on a real SQLite file; only the guests are si
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
 import shutil
 import signal
-import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from interlock.driver.operations import HANDLERS
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.server import DATABASE
 from interlock.stores.sqlite import SqliteStore
+from processes.preloaded import fork_server
 from recovery import dying_in_phase
 from recovery.dying_in_phase import CASES, PASSED_OVER, STORIES, opened
 from recovery.simulated_server import differences
@@ -35,12 +33,8 @@ _EFFECTS_MAX = 12
 
 
 @pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
-    # The fork server gets its path from the environment only; one that cannot import has each child do it.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "recovery.dying_in_phase"])
-    return context
+def context() -> ForkServerContext:
+    return fork_server()
 
 
 @pytest.fixture(scope="module")

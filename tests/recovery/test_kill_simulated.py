@@ -5,18 +5,15 @@ Real processes and a real SIGKILL, on a real SQLite file; only the guests are si
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from processes.preloaded import fork_server
 from recovery import simulated_server
 from tiers import tier
 from waiting import PATIENCE_S
@@ -24,14 +21,9 @@ from waiting import PATIENCE_S
 ROUNDS = tier(40, 400)
 
 
-def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_acknowledged_request_ends_and_nothing_is_stuck_after_each_kill(tmp_path: Path) -> None:
     """Laws 3, 5 and 9, and that record and host agree after each restart."""
-    # The fork server gets its path from the environment only; one that cannot import has each child do it.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "recovery.simulated_server"])
+    context = fork_server()
     chance = random.Random(20_26)
     waiting: list[str] = []
     for number in range(ROUNDS):

@@ -1,0 +1,87 @@
+"""Python processes that are forked from one that has imported Interlock: importing is most of a program's start.
+
+Each is `python WORDS` in every other respect: it runs the program as `__main__`, with an environment, a standard error
+and an exit code of its own, and shares nothing with the others.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from subprocess import TimeoutExpired
+from typing import Final
+
+_IMPORTED: Final = [
+    *("pytest", "interlock.server", "interlock.agent", "interlock.cli.application"),
+    *("processes.crash_injection", "recovery.dying_in_phase", "recovery.simulated_server"),
+]
+"""What is imported once for all processes: nothing that starts a thread, or that draws random numbers."""
+
+
+def fork_server() -> ForkServerContext:
+    """Return what forks processes that have imported Interlock and the programs of the tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+class PreloadedProcess:
+    """As `subprocess.Popen((sys.executable, *words), env=environment, stderr=PIPE, text=True)`.
+
+    Args:
+        words: a script, or `-m` and a module; and its arguments.
+        environment: all of its environment variables.
+    """
+
+    def __init__(self, words: tuple[str, ...], environment: Mapping[str, str]) -> None:
+        context = fork_server()
+        output, errors = context.Pipe(duplex=False)
+        self._process: ForkServerProcess = context.Process(
+            target=_run, args=(words, dict(environment), errors), daemon=True
+        )
+        with output, errors:
+            self._process.start()
+            self.stderr: io.TextIOWrapper = os.fdopen(os.dup(output.fileno()), encoding="utf-8")
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, -N if signal N ended it, or None if it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code once it has ended. Raises `subprocess.TimeoutExpired` after so many seconds."""
+        self._process.join(timeout)
+        if (code := self._process.exitcode) is None:
+            raise TimeoutExpired(self._process.name, timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection) -> None:
+    os.dup2(errors.fileno(), sys.stderr.fileno())
+    errors.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    if words[0] == "-m":
+        sys.argv[:] = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = words
+        runpy.run_path(words[0], run_name="__main__")
