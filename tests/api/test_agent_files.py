@@ -10,7 +10,7 @@ import pytest
 
 from api.conftest import OPERATOR, ApiServer
 from interlock.core.roles import Role
-from interlock.hypervisors.remote import RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.file_transfer import _Incoming
 from interlock.ports import Host
 

@@ -19,9 +19,10 @@ from conformance.hypervisor import Told
 from interlock.core.errors import NotResponding
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process.qemu_process import find_in
+from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Hypervisor
 from waiting import PATIENCE_S
 

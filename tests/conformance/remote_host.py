@@ -16,7 +16,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 
 from conformance.hypervisor import HypervisorUnderTest
 from interlock.core.records import Disk, Spec
-from interlock.hypervisors.remote import AgentService, RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
 from interlock.hypervisors.remote.reconnect import WebSocketLink
 from interlock.ports import Hypervisor, HypervisorEvent

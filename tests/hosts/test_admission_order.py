@@ -8,7 +8,7 @@ import msgspec
 
 from in_process.in_memory_agent import LinkEnd, linked_ends
 from in_process.virtual_time import run_in_virtual_time
-from interlock.hypervisors.remote import RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import CaughtUp, Hello, Message, Ping, Pong, Welcome
 from interlock.ports import Host, HostIdentity

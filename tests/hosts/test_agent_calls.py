@@ -12,7 +12,7 @@ import pytest
 
 from in_process.in_memory_agent import LinkEnd, linked_ends
 from interlock.core.records import Disk, Image, Spec
-from interlock.hypervisors.remote import AgentService
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.protocol import (
     Call,
     CallResult,

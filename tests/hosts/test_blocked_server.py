@@ -14,7 +14,7 @@ import pytest
 from in_process.trusting_verifier import TrustingProver
 from interlock.config import Config, DriverConfig, HostsConfig
 from interlock.core.roles import Role
-from interlock.hypervisors.remote import AgentService
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.remote.reconnect import dial

@@ -17,7 +17,7 @@ from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from waiting import PATIENCE_S, until

@@ -25,9 +25,10 @@ from interlock.core.records import Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.certificates.authority import CertificateAuthority
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.migration.connections import OK, PeerTls, connect, read_line, send_line
 from interlock.hypervisors.qemu.migration.relay import Relay
+from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports.migration import MigrationEndpoint
 from waiting import PATIENCE_S
 

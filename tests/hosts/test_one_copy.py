@@ -20,7 +20,7 @@ from interlock.core.records import Admitted, Instance
 from interlock.core.restart_policy import OnCrash, RestartPolicy
 from interlock.core.states import PowerState
 from interlock.hypervisors.host_identity import FILE, host_id
-from interlock.hypervisors.remote import AgentService
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor

@@ -14,7 +14,7 @@ from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
 from interlock.core.errors import OperationRejected
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.ports.migration import IncomingState, MigrationEndpoint
 
 pytestmark = [

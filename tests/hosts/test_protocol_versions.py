@@ -20,7 +20,8 @@ from in_process.in_memory_agent import LinkEnd, linked_ends
 from interlock.core.errors import Fenced, OperationRejected, Unavailable
 from interlock.core.records import Disk, GuestEvent, Image, Spec
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
-from interlock.hypervisors.remote import AgentService, RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.methods import PROTOCOLS, RangeCalls, RemoteMethod
 from interlock.hypervisors.remote.protocol import (

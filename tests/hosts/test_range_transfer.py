@@ -17,7 +17,7 @@ from conformance.remote_host import RemoteUnderTest
 from conformance.simulated_host import SimulatedUnderTest
 from interlock.core.errors import Fenced, NotFound, OperationRejected
 from interlock.core.records import Image, Spec
-from interlock.hypervisors.remote import RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.file_cache import FileCache, cached_name
 from interlock.hypervisors.remote.range_transfer import RANGE_BYTES, RangeTransfers
 

@@ -16,7 +16,7 @@ from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
 from interlock.core.errors import OperationRejected
 from interlock.core.records import SharedFolder, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.disks.root_disks import create, draft
 from interlock.images.shared_folder import MARKER, MarkedFolder
 from interlock.ports.migration import IncomingState

@@ -15,7 +15,7 @@ from conformance.hypervisor import GivenPermit, Told
 from conformance.remote_host import RemoteUnderTest
 from conformance.simulated_host import SimulatedUnderTest
 from interlock.core.records import Spec
-from interlock.hypervisors.remote import RemoteHypervisor
+from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.images.image_folder import ImageFolder
 
 PERMIT = GivenPermit()

@@ -9,8 +9,8 @@ import pytest
 
 from interlock.confinement.sandbox import Account
 from interlock.core.errors import Unavailable
-from interlock.hypervisors.qemu import QemuSettings
 from interlock.hypervisors.qemu.process import accelerator
+from interlock.hypervisors.qemu.settings import QemuSettings
 
 NOBODY = Account(user_id=65534, group_id=65534)
 VERSION = 12

@@ -22,8 +22,9 @@ from interlock.confinement.host_users import HostUsers
 from interlock.confinement.sandbox import Namespaced, Namespaces
 from interlock.core.errors import OperationRejected
 from interlock.hypervisors.factory import log_protections
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.protections import protections
+from interlock.hypervisors.qemu.settings import QemuSettings
 from waiting import until
 
 FIRST = 1_990_000_000

@@ -27,7 +27,7 @@ from interlock.confinement import sandbox
 from interlock.confinement.host_users import HostUsers, temporary_user
 from interlock.confinement.sandbox import Namespaces, View, confined, namespaces_for
 from interlock.core.errors import OperationRejected
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.images.qemu_img import ImageTool
 from interlock.service import policy_verifier
 from waiting import PATIENCE_S

@@ -17,7 +17,7 @@ from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.core.errors import Unavailable
 from interlock.core.states import PowerState
 from interlock.hypervisors.host_identity import FILE, host_id
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
 from interlock.hypervisors.qemu.process.process_scan import FoundGuest, GuestFolder, find_guests
 from interlock.hypervisors.qemu.process.qemu_process import is_stopped, spawn, started_ticks

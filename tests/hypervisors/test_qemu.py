@@ -20,7 +20,7 @@ from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import NotResponding, OperationRejected, Unavailable
 from interlock.core.records import Disk, Forward, GuestEvent, Image, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.command_line import node_name
 from interlock.ports import Hypervisor
 from waiting import PATIENCE_S

@@ -11,7 +11,7 @@ import pytest
 from conformance.hypervisor import GivenPermit
 from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Disk, GuestEvent, Image, Interface, Spec
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.consoles import Consoles
 from interlock.hypervisors.qemu.disks.host_disks import HostDisks
 from interlock.hypervisors.qemu.guest import Guest
@@ -25,6 +25,7 @@ from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.qmp_events import LivenessProbe, QemuEvent
 from interlock.hypervisors.qemu.qmp.waiters import EventSubscriptions, UnplugWaiters
+from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.qemu.stall_timeout import StallTimeout
 from interlock.ports import Hypervisor
 from interlock.ports.migration import IncomingState, MigrationPort

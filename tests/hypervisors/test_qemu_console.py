@@ -15,7 +15,8 @@ from conformance.hypervisor import GivenPermit, Told
 from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.core.records import GuestEvent, Image, Spec
 from interlock.guests import small_guest
-from interlock.hypervisors.qemu import QemuHypervisor, guest_agent
+from interlock.hypervisors.qemu import guest_agent
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.console import console_log
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Stream

@@ -15,7 +15,7 @@ from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import GuestEvent
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
 from interlock.hypervisors.qemu.process.qemu_process import started_ticks
 from interlock.ports import HypervisorEvent
@@ -32,7 +32,7 @@ PERMIT = GivenPermit()
 DOOMED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu import launch
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from conformance.qemu_workbench import QemuWorkbench

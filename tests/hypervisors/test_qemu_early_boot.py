@@ -9,7 +9,7 @@ import pytest
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import Interface
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 
 pytestmark = [

@@ -36,7 +36,7 @@ from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.core.errors import Fenced, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from small_file_systems import small_file_system
 from waiting import PATIENCE_S

@@ -15,7 +15,7 @@ from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.core.records import GuestEvent, Image, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from small_file_systems import fill, small_file_system
 from waiting import PATIENCE_S
 

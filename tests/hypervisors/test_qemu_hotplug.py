@@ -11,13 +11,13 @@ import pytest
 from conformance.hypervisor import GivenPermit
 from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Image, Interface, Spec
-from interlock.hypervisors.qemu import QemuSettings
 from interlock.hypervisors.qemu.command_line import is_port
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.hotplug import Hotplug
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.waiters import UnplugWaiters
+from interlock.hypervisors.qemu.settings import QemuSettings
 from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()

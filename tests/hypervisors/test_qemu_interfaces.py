@@ -12,7 +12,7 @@ from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
 from interlock.core.records import Interface, Seed
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.command_line import first_mac, network_arguments
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.images import cloud_init

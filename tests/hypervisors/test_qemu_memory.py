@@ -25,7 +25,7 @@ from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding,
 from interlock.core.records import Forward, GuestEvent, Image, Spec
 from interlock.core.states import PowerState
 from interlock.guests import small_guest
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
 from small_file_systems import small_file_system

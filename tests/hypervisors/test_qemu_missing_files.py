@@ -16,7 +16,7 @@ from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import GuestNotFound, OperationRejected
 from interlock.core.records import Image, Seed, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 
 pytestmark = [
     pytest.mark.qemu,

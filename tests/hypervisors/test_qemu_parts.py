@@ -11,7 +11,6 @@ import pytest
 
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Disk, Forward, GuestEvent, Image, Spec
-from interlock.hypervisors.qemu import QemuSettings
 from interlock.hypervisors.qemu.command_line import (
     Descriptors,
     arguments,
@@ -23,6 +22,7 @@ from interlock.hypervisors.qemu.command_line import (
 )
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.qmp.qmp_events import EventInterpreter, QemuEvent, QmpEventLog
+from interlock.hypervisors.qemu.settings import QemuSettings
 from waiting import PATIENCE_S
 
 SETTINGS = QemuSettings(folder=Path("/unused"))

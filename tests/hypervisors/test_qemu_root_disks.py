@@ -17,7 +17,7 @@ from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import OperationRejected
 from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 
 pytestmark = [
     pytest.mark.qemu,

@@ -14,7 +14,7 @@ import pytest
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import GuestNotFound, OperationRejected
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.ports import Stream
 from waiting import PATIENCE_S
 

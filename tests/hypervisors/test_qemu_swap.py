@@ -29,7 +29,7 @@ from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Disk
 from interlock.core.states import PowerState
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.ports import Permit
 from small_file_systems import small_file_system

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from in_process.embedded import Embedded
 from interlock.core.roles import Role
-from interlock.hypervisors.remote import AgentService
+from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor

@@ -13,7 +13,7 @@ from conformance.disk_patterns import Progress
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
 from interlock.core.records import Spec
-from interlock.hypervisors.qemu import QemuHypervisor
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from soak.report import Book
 from soak.split_brain_monitor import SWITCHES_MAX, Doubles, Holder, moves, vcpu_switches
 from waiting import PATIENCE_S, eventually

@@ -26,8 +26,9 @@ from interlock.core import lifecycle
 from interlock.core.errors import Fenced
 from interlock.core.records import Change, Event, Instance, Outcome, Request, StaleFence
 from interlock.driver.operation_context import FencePermit
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.process.qemu_process import find_in
+from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import Clock
 from interlock.server import Server
 from interlock.stores.clock import SystemClock

@@ -22,9 +22,10 @@ from conformance.hypervisor import GivenPermit
 from in_process.trusting_verifier import TrustingProver
 from interlock.config import Config, DriverConfig
 from interlock.core.errors import NotResponding
-from interlock.hypervisors.qemu import QemuHypervisor, QemuSettings
+from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.process.qemu_process import find_in
+from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.server import Server
 from interlock.stores.clock import SystemClock
 from waiting import PATIENCE_S
