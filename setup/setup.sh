@@ -6,7 +6,9 @@ cd "$(dirname "$0")/.."
 
 readonly OLDEST="3.11"
 readonly PROGRAMS=("qemu-system-x86_64:qemu-system-x86" "qemu-img:qemu-utils" "bwrap:bubblewrap"
+    "passt:passt" "dnsmasq:dnsmasq-base" "nft:nftables"
     "dot:graphviz" "systemd-analyze:systemd" "debootstrap:debootstrap")
+PATH=$PATH:/usr/sbin:/sbin
 readonly STAMP=.venv/set-up
 
 say() { echo "setup: $*"; }

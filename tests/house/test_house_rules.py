@@ -49,6 +49,7 @@ EXTERNAL_PACKAGES = {
     "api": {"msgspec", "prometheus_client", "python_multipart", "starlette", "structlog", "swagger_ui", "uvicorn"},
     "dashboard": {"msgspec"},
     "guests": {"msgspec"},
+    "networks": {"msgspec", "pyroute2", "structlog"},
     "images": {"httpx", "lz4", "msgspec", "oslo_utils", "pycdlib", "structlog", "zstandard"},
     "agent": {"msgspec", "structlog"},
     "server": {"msgspec", "starlette", "structlog", "uuid_utils", "uvicorn", "uvloop"},

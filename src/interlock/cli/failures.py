@@ -92,17 +92,8 @@ MODULES: Final = {
     "policies": ("cryptography", "numpy", "yaml"),
     "plots": ("matplotlib",),
     "server": (
-        *(
-            "apsw",
-            "httptools",
-            "httpx",
-            "lz4",
-            "oslo_utils",
-            "prometheus_client",
-            "pycdlib",
-            "python_multipart",
-            "qemu",
-        ),
+        *("apsw", "httptools", "httpx", "lz4", "oslo_utils", "prometheus_client", "pycdlib", "pyroute2"),
+        *("python_multipart", "qemu"),
         *("starlette", "structlog", "swagger_ui", "uuid_utils", "uvicorn", "uvloop", "zstandard"),
     ),
 }

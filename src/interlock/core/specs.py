@@ -88,6 +88,8 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None: the default user network."""
     addresses: tuple[str, ...] = ()
     """The addresses leased to it, without the length of their prefix; at most one of each address family."""
+    hostname: str = ""
+    """Of a managed network: its name in the network's DNS; empty: none."""
     security_groups: tuple[str, ...] = ()
     """The names of its security groups, whose rules are in `ingress`."""
     ingress: tuple[IngressRule, ...] = ()

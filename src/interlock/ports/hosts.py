@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 
+from interlock.core.networks import NetworkKind
 from interlock.ports.hypervisor import Hypervisor
 
 
@@ -96,6 +97,15 @@ class HostCondition(msgspec.Struct, frozen=True, kw_only=True):
     fenced_at_ms: int | None = None
     """For a lost host: when it is fenced at the latest, unless it is back before; None if only an admin can fence it.
     """
+
+
+class NetworkAbility(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a host can connect guests to networks of a kind."""
+
+    kind: NetworkKind
+    available: bool
+    detail: str = ""
+    """What is missing, or how it is done; for people."""
 
 
 class Protection(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,262 @@
+"""The bridges, taps, rules and DHCP servers of a data folder on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from interlock.core.errors import OperationRejected
+from interlock.core.networks import Network, NetworkKind
+from interlock.core.specs import Forward, Interface, Spec
+from interlock.networks import host_checks, nftables
+from interlock.networks.connections import Connection, Names, bridge_mac, connection, connections_of, managed_networks
+from interlock.networks.dnsmasq import DhcpServers, Lease
+from interlock.networks.host_abilities import abilities
+from interlock.networks.links import Link, Links, netlink, open_tap
+from interlock.networks.packet_filter import bridge_table, inet_table, is_local
+from interlock.networks.router_settings import RouterSettings
+from interlock.ports.hosts import NetworkAbility
+
+_LOG = structlog.get_logger(__name__)
+_TABLES: Final = {"bridge": bridge_table, "inet": inet_table}
+
+
+class HostNetworks:
+    """The bridges, taps, rules and DHCP servers of a data folder on this host. Converges from whatever is found.
+
+    A tap exists as long as it is open: it ends with its guest. Rules are complete before a tap is connected.
+
+    Args:
+        tag: six characters of the data folder's identity.
+        folder: for files of DHCP servers.
+    """
+
+    def __init__(self, tag: str, folder: Path) -> None:
+        self._names = Names(tag)
+        self._dhcp = DhcpServers(folder, self._names.bridges)
+        self._router = RouterSettings(folder)
+        self._connections: dict[tuple[str, str], Connection] = {}
+        self._tables: dict[str, nftables.Table | None] = {}
+        """By family, as applied last; missing: unknown."""
+        self._lock = asyncio.Lock()
+
+    def abilities(self) -> tuple[NetworkAbility, ...]:
+        """Return what this host can do for each kind of network. Blocks for some milliseconds."""
+        return abilities()
+
+    async def open(self, wanted: Mapping[str, Spec]) -> None:
+        """Make what the guests that run need, and remove what is left of others.
+
+        What cannot be made is logged, and does not hinder the rest.
+
+        Args:
+            wanted: the specs of the guests that run, by instance id.
+        """
+        async with self._lock:
+            self._connections = {(one.instance_id, one.interface.id): one for one in connections_of(wanted)}
+            self._tables.clear()
+            await self._converge()
+
+    async def plug(self, instance_id: str, interface: Interface, forwards: Sequence[Forward] = ()) -> int:
+        """Connect a guest's interface to its bridge, which is made if it is managed.
+
+        Returns:
+            The descriptor of its tap (with IFF_NO_PI and IFF_VNET_HDR), which the caller closes.
+
+        Raises:
+            OperationRejected: it cannot be connected on this host; nothing is left of it.
+        """
+        one = connection(instance_id, interface, forwards)
+        if one is None:
+            raise OperationRejected(f"The interface {interface.id} is on a user network, which has no tap.")
+        async with self._lock, self._changed(one):
+            descriptor = await open_tap(self._tap(one))
+            try:
+                await self._settle(one.network, changed=one)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return descriptor
+
+    async def update(self, instance_id: str, interface: Interface, forwards: Sequence[Forward] = ()) -> None:
+        """Bring an interface to other rules, limits, addresses, forwards, or another network; its tap stays.
+
+        Raises:
+            OperationRejected: it cannot be; it is as before.
+        """
+        one = connection(instance_id, interface, forwards)
+        if one is None:
+            await self.unplug(instance_id, interface.id)
+            return
+        async with self._lock:
+            async with self._changed(one) as before:
+                await self._settle(one.network, changed=one)
+            if before is not None and before.network.id != one.network.id:
+                await self._converge()
+
+    async def unplug(self, instance_id: str, interface_id: str) -> None:
+        """Remove the tap of an interface and its rules; with the last of a managed network, its bridge. Idempotent."""
+        async with self._lock:
+            self._connections.pop((instance_id, interface_id), None)
+            await self._converge()
+
+    async def close(self) -> None:
+        """Stop watching; guests keep their networks."""
+
+    # ------------------------------------------------------------------------------------------------ convergence
+
+    @contextlib.asynccontextmanager
+    async def _changed(self, one: Connection) -> AsyncIterator[Connection | None]:
+        """Take a connection into what is wanted, or leave that as it was if the body fails; yield what it replaces."""
+        key = one.instance_id, one.interface.id
+        before = self._connections.get(key)
+        host_checks.check_forwards(one, before, [other for other in self._connections.values() if other is not before])
+        self._connections[key] = one
+        try:
+            yield before
+        except BaseException:
+            if before is None:
+                del self._connections[key]
+            else:
+                self._connections[key] = before
+            await self._converge()
+            raise
+
+    async def _converge(self) -> None:
+        """Make what is wanted, and remove what is not; log what fails."""
+        networks = {one.network.id: one.network for one in self._connections.values()}
+        for network in networks.values():
+            with _logged(network=network.name):
+                await self._settle(network)
+        with _logged():
+            await self._remove_unwanted()
+
+    async def _settle(self, network: Network, changed: Connection | None = None) -> None:
+        """Make what the connections of a network need: bridge, rules, DHCP server, taps that are open.
+
+        Args:
+            network: the network.
+            changed: the connection whose limits and VLAN are set anew; None: those of all.
+
+        Raises:
+            OperationRejected: it cannot be made on this host.
+        """
+        members = [one for one in self._connections.values() if one.network.id == network.id]
+        async with netlink() as links:
+            found = await links.all()
+            if network.kind is NetworkKind.BRIDGE:
+                bridge, is_new = host_checks.checked_bridge(network, found), False
+                await self._filter()
+            else:
+                bridge, is_new = await self._managed_bridge(links, network, found, members)
+            for one in members:
+                tap = found.get(self._tap(one))
+                if tap is not None:
+                    await self._attach(links, tap, one, bridge, anew=is_new or changed is None or one == changed)
+
+    async def _managed_bridge(
+        self, links: Links, network: Network, found: Mapping[str, Link], members: Sequence[Connection]
+    ) -> tuple[Link, bool]:
+        """Make the bridge of a managed network with its services; return it, and whether it is new."""
+        name = self._names.bridge(network)
+        bridge = found.get(name)
+        is_new = bridge is None
+        if bridge is None:
+            host_checks.check_subnets(network, await links.used_ranges())
+            await links.add_bridge(name, bridge_mac(network))
+            bridge = (await links.all())[name]
+        host_checks.check_kind(bridge, "bridge")
+        await self._filter()
+        lengths = {subnet.gateway: subnet.prefix.partition("/")[2] for subnet in network.subnets}
+        await links.prepare_bridge(
+            bridge,
+            addresses={f"{gateway}/{length}" for gateway, length in lengths.items()},
+            mtu=network.mtu,
+            loopback=any(is_local(forward) for one in members for forward in one.forwards),
+        )
+        await self._router.need(network, members, links)
+        leases = [
+            Lease(mac=one.interface.mac.lower(), addresses=one.interface.addresses, hostname=one.interface.hostname)
+            for one in members
+        ]
+        await self._dhcp.serve(name, network, leases, anew=is_new)
+        return bridge, is_new
+
+    async def _attach(self, links: Links, tap: Link, one: Connection, bridge: Link, *, anew: bool) -> None:
+        """Connect an open tap to its bridge."""
+        host_checks.check_kind(tap, "tun")
+        # A port of a smaller MTU would lower that of a bridge of the host.
+        is_managed = one.network.kind is NetworkKind.MANAGED
+        mtu = (one.network.mtu if is_managed else None) or bridge.mtu
+        if tap.mtu != mtu:
+            await links.set_mtu(tap, mtu)
+        moved = tap.master != bridge.index
+        if moved:
+            links.silence(tap)
+            await links.set_master(tap, bridge)
+        if moved or anew:
+            if bridge.filters_vlans:
+                await links.set_vlan(tap, one.network.vlan)
+            await links.limit(tap, one.interface.inbound_kbit)
+        if not tap.up:
+            await links.set_up(tap)
+
+    async def _filter(self) -> None:
+        """Bring the packet filter to what the connections need. Raises `OperationRejected`."""
+        connections = list(self._connections.values())
+        for family, table_of in _TABLES.items():
+            wanted = table_of(self._names, connections)
+            if family in self._tables and self._tables[family] == wanted:
+                continue
+            before = self._tables.pop(family, None)
+            try:
+                await nftables.apply(nftables.changes(family, self._names.table, before, wanted))
+            except OperationRejected:
+                if before is None:
+                    raise
+                # It is not as it was left: somebody changed it.
+                await nftables.apply(nftables.changes(family, self._names.table, None, wanted))
+            self._tables[family] = wanted
+
+    async def _remove_unwanted(self) -> None:
+        """Remove what is this data folder's, and not wanted."""
+        networks = managed_networks(self._connections.values())
+        bridges = {self._names.bridge(network) for network in networks.values()}
+        wanted = bridges | {self._tap(one) for one in self._connections.values()}
+        async with netlink() as links:
+            found = await links.all()
+            ours = {name for name in found if name.startswith(self._names.links)}
+            for name in sorted(ours - wanted, reverse=True):  # taps before bridges
+                await links.remove(found[name])
+        for name in (set(self._dhcp.running()) | self._dhcp.folders()) - bridges:
+            self._dhcp.remove(name)
+        if self._connections:
+            await self._filter()
+        else:
+            await self._remove_tables()
+        if not networks:
+            self._router.restore(set(found) - ours)
+
+    async def _remove_tables(self) -> None:
+        """Remove the tables, if they exist: without networks, a host needs no nftables."""
+        for family in _TABLES:
+            if await nftables.exists(family, self._names.table):
+                await nftables.apply([{"delete": {"table": {"family": family, "name": self._names.table}}}])
+            self._tables[family] = None
+
+    def _tap(self, one: Connection) -> str:
+        return self._names.tap(one.instance_id, one.interface.id)
+
+
+@contextlib.contextmanager
+def _logged(**fields: str) -> Iterator[None]:
+    try:
+        yield
+    except OperationRejected as error:
+        _LOG.error("network not converged", error=error.message, remedy=error.remedy, **fields)
