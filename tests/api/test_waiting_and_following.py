@@ -161,7 +161,7 @@ async def test_whoever_waits_or_follows_is_turned_away_as_soon_as_the_token_is_d
                 pass  # what was told before it ended
             assert [(await one).status_code for one in held] == [401, 401, 401]
         assert (await other).status_code == 200, "it was asked with another token"
-    assert callers._uses == {}
+    assert callers._uses == set()
 
 
 async def test_events_are_told_as_they_come_and_can_be_taken_up_again(client: httpx.AsyncClient) -> None:

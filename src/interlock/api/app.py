@@ -15,7 +15,7 @@ import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount
 from starlette.routing import Route as PathRoute
@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from interlock.api.http import audit_entries, multipart_upload, openapi, problems, request_parsing, revocation
 from interlock.api.http.authentication import authenticated, bearer
 from interlock.api.http.problems import HTTP_PROBLEM_TYPES, HttpProblem
+from interlock.api.http.protocol import respond_at_once
 from interlock.api.http.route import ApiParts, Route, json_response
 from interlock.api.metrics import CONTENT_TYPE
 from interlock.api.routes import (
@@ -104,9 +105,11 @@ def create_app(parts: ApiParts) -> Application:
 
 
 _Tree = dict[str, Any]
-_PARAMETER: Final = "{}"
-_ENDPOINT: Final = "/"
-"""Keys of a node for any segment, and for the names of the parameters and the endpoint that ends there."""
+_PARAMETER: Final = "/parameter"
+_ENDPOINT: Final = "/endpoint"
+"""Keys of a node for any segment, and for the names of the parameters and the endpoint that ends there. No segment is
+equal to one: they have a slash.
+"""
 
 
 class Application(Starlette):
@@ -138,13 +141,13 @@ class Application(Starlette):
         node = self._tree
         values: list[str] = []
         for segment in scope["path"].split("/"):
-            if segment in node and segment != _PARAMETER:
-                node = node[segment]
-            elif segment and _PARAMETER in node:
-                node = node[_PARAMETER]
+            found = node.get(segment)
+            if found is None:
+                found = node.get(_PARAMETER)
+                if found is None or not segment:
+                    return None
                 values.append(segment)
-            else:
-                return None
+            node = found
         names, endpoint = node.get(_ENDPOINT, ((), None))
         if endpoint is None or scope["method"] not in endpoint.methods:
             return None
@@ -170,20 +173,20 @@ class _Path:
         self.methods: Final = {*routes, "HEAD"} if "GET" in routes else {*routes}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        request = Request(scope, receive)
+        connection = HTTPConnection(scope)
         serializers.WALL_CLOCK.set(self._parts.instances.shown_ms)
         try:
-            caller = _authenticate(self._parts, request, for_agents=self._for_agents)
+            caller = _authenticate(self._parts, connection, for_agents=self._for_agents)
         except InterlockError as error:
             self._count_refusal(error)
-            await audit_entries.record_failure(self._parts.audit, request, error)
-            await problems.from_error(error, request.url.path)(scope, receive, send)
+            await audit_entries.record_failure(self._parts.audit, connection, error)
+            await problems.from_error(error, connection.url.path)(scope, receive, send)
             return
         try:
             slot = None if self._for_agents else _admit(self._parts, caller)
         except HttpProblem as error:
             self._count_refusal(error)
-            await problems.from_error(error, request.url.path)(scope, receive, send)
+            await problems.from_error(error, connection.url.path)(scope, receive, send)
             return
         with self._parts.callers.using(caller) as use:
             receive = revocation.revocable_receive(use, scope, receive)
@@ -191,7 +194,10 @@ class _Path:
             with slot or contextlib.nullcontext():
                 route = self._routes["GET" if request.method == "HEAD" else request.method]
                 response = await self._respond(caller, request, route, use)
-                await audit_entries.record(self._parts.audit, caller, request, route.audited, response.status_code)
+                if audit_entries.is_audited(scope, route.audited):
+                    await audit_entries.record(self._parts.audit, caller, request, route.audited, response.status_code)
+            if not use.revoked and respond_at_once(scope, response):
+                return
             revocable_send = revocation.RevocableSend(send, use)
             try:
                 await response(scope, receive, revocable_send)
@@ -246,20 +252,21 @@ def _with_etag(request: Request, response: Response) -> Response:
     if response.status_code != 200:  # noqa: PLR2004
         return response
     digest = blake2b(response.body, digest_size=8).hexdigest()
-    own = response.headers.get("etag")
-    etag = f'"{digest}"' if own is None else f'{own[:-1]}-{digest}"'
-    response.headers["etag"] = etag
+    own = next((value for name, value in response.raw_headers if name == b"etag"), None)
+    etag = f'"{digest}"' if own is None else f'{own[:-1].decode()}-{digest}"'
+    response.raw_headers = [one for one in response.raw_headers if one[0] != b"etag"]
+    response.raw_headers.append((b"etag", etag.encode()))
     return (
         Response(status_code=304, headers={"etag": etag}) if request_parsing.matches_etag(request, etag) else response
     )
 
 
-def _authenticate(parts: ApiParts, request: Request, *, for_agents: bool) -> Caller:
+def _authenticate(parts: ApiParts, connection: HTTPConnection, *, for_agents: bool) -> Caller:
     """Return the caller; an agent only on the paths for agents, which check their callers further."""
     caller = authenticated(
         parts,
-        request,
-        bearer(request_parsing.header(request, "authorization", "")),
+        connection,
+        bearer(request_parsing.header(connection, "authorization", "")),
         remedy="Send `Authorization: Bearer <secret>`; the first start writes one to the file admin.token.",
     )
     if caller.role is Role.AGENT and not for_agents:

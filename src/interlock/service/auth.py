@@ -76,7 +76,9 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 class Use:
     """A connection opened with a token, for the time of its block; closed when its secret is no longer valid."""
 
-    def __init__(self, uses: dict[str, set[Use]], caller: Caller) -> None:
+    __slots__ = ("_uses", "caller", "revoked", "waiting")
+
+    def __init__(self, uses: set[Use], caller: Caller) -> None:
         self._uses = uses
         self.caller = caller
         self.revoked = False
@@ -84,14 +86,11 @@ class Use:
         """Tasks that wait for data from the client; cancelled when the secret is no longer valid."""
 
     def __enter__(self) -> Self:
-        self._uses.setdefault(self.caller.token_id, set()).add(self)
+        self._uses.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        remaining = self._uses[self.caller.token_id]
-        remaining.discard(self)
-        if not remaining:
-            del self._uses[self.caller.token_id]
+        self._uses.discard(self)
 
     def revoke(self) -> None:
         """End the connection."""
@@ -117,8 +116,8 @@ class Authenticator:
         """Held by whoever changes a token that exists."""
         self._known: dict[str, Caller] = {}
         """By the hash of each secret, also of expired ones."""
-        self._uses: dict[str, set[Use]] = {}
-        """Open connections by token id."""
+        self._uses: set[Use] = set()
+        """Open connections."""
         self._last_uses: dict[str, int] = {}
         """Times of last use that are not written yet, by token id."""
         self._writing_uses: asyncio.Task[None] | None = None
@@ -220,7 +219,7 @@ class Authenticator:
         self._close_invalid(token.id)
 
     def _close_invalid(self, token_id: str) -> None:
-        for use in tuple(self._uses.get(token_id, ())):
+        for use in [one for one in self._uses if one.caller.token_id == token_id]:
             valid = self._known.get(use.caller.secret_sha256)
             if valid is None or _expired(valid, self._store.now_ms()):
                 use.revoke()
@@ -237,7 +236,7 @@ class Authenticator:
             self._expiry = asyncio.get_running_loop().call_later(wait_s, self._on_expiry)
 
     def _on_expiry(self) -> None:
-        for token_id in tuple(self._uses):
+        for token_id in {use.caller.token_id for use in self._uses}:
             self._close_invalid(token_id)
         self._watch_expiry()
 

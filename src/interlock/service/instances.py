@@ -96,6 +96,8 @@ class Instances:
         self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store)
         self._naming = asyncio.Lock()
         self.watch = ChangeNotifier()
+        self.shown_ms = store.shown_ms
+        """Converts a time of the store to wall-clock time for display."""
         self._unlisten = store.listen(self.watch.notify)
         store.listen(passwords.on_events)
 
@@ -106,10 +108,6 @@ class Instances:
 
     def now_ms(self) -> int:
         return self._store.now_ms()
-
-    def shown_ms(self, at_ms: int) -> int:
-        """Convert a time of the store to wall-clock time for display."""
-        return self._store.shown_ms(at_ms)
 
     def upkeep_times(self, times: UpkeepTimes) -> UpkeepTimes:
         """Add the time before which no irreversible scheduled action runs."""

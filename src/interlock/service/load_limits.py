@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Final, Self
@@ -55,13 +54,15 @@ class Slots:
         self.most = most
         self.per_key = per_key
         self.taken = 0
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, int] = {}
 
     def take(self, key: str) -> bool:
         """Take a slot. Return whether there was one."""
-        if self.taken >= self.most or self._counts[key] >= self.per_key:
+        held = self._counts.get(key, 0)
+        if self.taken >= self.most or held >= self.per_key:
             return False
-        self.add(key, 1)
+        self.taken += 1
+        self._counts[key] = held + 1
         return True
 
     def release(self, key: str) -> None:
@@ -70,8 +71,10 @@ class Slots:
     def add(self, key: str, count: int) -> None:
         """Take or release slots, whether there are any or not."""
         self.taken += count
-        self._counts[key] += count
-        if not self._counts[key]:
+        held = self._counts.get(key, 0) + count
+        if held:
+            self._counts[key] = held
+        else:
             del self._counts[key]
 
     def full_for(self, key: str) -> bool:
@@ -82,6 +85,8 @@ class Slots:
 class RequestSlot:
     """The slot of a request that is being served, for the time of a block, without the time in which it waits."""
 
+    __slots__ = ("_ended", "_held", "_key", "_slots")
+
     def __init__(self, slots: Slots, key: str) -> None:
         self._slots = slots
         self._key = key
@@ -89,11 +94,11 @@ class RequestSlot:
         self._ended = False
 
     def __enter__(self) -> Self:
-        self._reset = _PRESENT.set(self)
+        _PRESENT.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _PRESENT.reset(self._reset)
+        # It stays the task's present slot, and has no effect any more.
         self._ended = True
         self.suspend()
 

@@ -28,12 +28,14 @@ def note(request: Request, *, action: str = "", target: str = "", details: Mappi
     request.scope[_NOTE] = _Note(action, target, details or {})
 
 
+def is_audited(scope: Mapping[str, Any], action: str) -> bool:
+    """Whether a request is recorded: its route's `action` is, or it has a note."""
+    return bool(action) or _NOTE in scope
+
+
 async def record(log: AuditLog, caller: Caller, request: HTTPConnection, action: str, status: int) -> None:
     """Record a request that is audited, with its response's status. Its path names the target, or its note does."""
-    given: _Note | None = request.scope.get(_NOTE)
-    if given is None and not action:
-        return
-    said = given or _Note("", "", {})
+    said: _Note = request.scope.get(_NOTE) or _Note("", "", {})
     outcome = (
         Outcome.FAILED if status >= _SERVER_ERRORS else Outcome.REFUSED if status >= _ERRORS else Outcome.SUCCEEDED
     )

@@ -7,13 +7,14 @@ parser last completed something. A request that is refused here never reaches th
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from interlock.api.http import problems
@@ -31,7 +32,8 @@ BODY_STEP_BYTES: Final = 64 * 1024
 CERTIFIED_HOST: Final = "certified_host"
 """In the state of a request or WebSocket: the host that the client's certificate names, or None."""
 _PATH_SHOWN_MAX: Final = 200
-
+_NOT_IN_A_FIELD: Final = re.compile(b"[\x00-\x08\x0a-\x1f\x7f]")
+"""Characters that no name or value of a response's header has: with a line break it would be two."""
 
 STREAM_BUFFER_BYTES: Final = 32 * 1024
 """How much is kept of an event stream that is not read, here and in the kernel, which keeps some MiB by default."""
@@ -65,7 +67,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._on_lost = on_lost
         self._on_refused = on_refused
         self._limits = limits = limits or HttpConfig()
-        self.timeout_keep_alive = limits.idle_timeout_ms / 1000  # type: ignore[assignment]
         self._head_begun = False
         self._in_body = False
         self._head_bytes = 0
@@ -78,6 +79,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: tuple[problems.ProblemType, str] | None = None
         self._lingering_bytes: int | None = None
         """How much was discarded since the request was refused; None: it was not."""
+        self._idle_since_s = 0.0
+        """When the last response was complete, by the event loop's clock."""
         self._receiving: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
 
@@ -95,12 +98,14 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_receiving()
         self._stop_sending()
+        self._stop_idling()
         super().connection_lost(exc)
         self._on_lost()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_receiving()
         self._stop_sending()
+        self._stop_idling()
         super().handle_websocket_upgrade()
         upgraded = self.transport.get_protocol()
         if isinstance(upgraded, WebSocketProtocol):
@@ -114,6 +119,8 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._unparsed_bytes += len(data)
         super().data_received(data)
+        if not (self._unparsed_bytes or self._head_begun or self._in_body or self._is_idle()):
+            return  # a whole request, as nearly always
         if not self._receives_requests():
             return
         if self._unparsed_bytes > self._limits.header_bytes_max + self._limits.url_bytes_max:
@@ -150,7 +157,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Also called for the trailer fields after a body."""
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > self._limits.header_bytes_max:
             self._end_parsing("headers-too-large", self._headers_too_large())
@@ -213,6 +223,39 @@ class HttpProtocol(HttpToolsProtocol):
             return False
         return bool(self.pipeline) or not self._in_body or self.cycle.response_started
 
+    # ------------------------------------------------------------------------------------------- whole messages
+
+    def take_body(self, scope: Any) -> bytes | None:
+        """Return the body of a request if all of it has been received, and none of it read; else None."""
+        cycle = self.cycle
+        if cycle.scope is not scope or cycle.more_body or not cycle.message_event.is_set():
+            return None
+        if cycle.disconnected or cycle.response_complete or self.flow.read_paused:
+            return None
+        cycle.message_event.clear()
+        body, cycle.body = cycle.body, bytearray()
+        return bytes(body)
+
+    def respond(self, scope: Any, response: Response) -> bool:
+        """Send a whole response in one write. Return False, and send nothing, if that is not possible now.
+
+        Then it is sent by ASGI, which checks and copies each of two messages: more than it takes to parse a request.
+        """
+        cycle = self.cycle
+        if cycle.scope is not scope or cycle.disconnected or cycle.response_started or not cycle.keep_alive:
+            return False
+        if self.flow.write_paused or scope["method"] == "HEAD":
+            return False
+        fields = [*cycle.default_headers, *response.raw_headers]
+        if _NOT_IN_A_FIELD.search(b"".join([part for field in fields for part in field])):
+            return False
+        head = [name + b": " + value + b"\r\n" for name, value in fields]
+        cycle.response_started = cycle.response_complete = True
+        self.transport.write(b"".join([STATUS_LINE[response.status_code], *head, b"\r\n", response.body]))
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
+
     # ------------------------------------------------------------------------------------------------ streams
 
     def limit_send_buffer(self) -> None:
@@ -238,6 +281,40 @@ class HttpProtocol(HttpToolsProtocol):
         if self._receiving is not None:
             self._receiving.cancel()
             self._receiving = None
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_for_request(self._idle_since_s)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Leave the timer of an idle connection alone. It looks itself whether a request has come."""
+
+    def _wait_for_request(self, now_s: float) -> None:
+        wait_s = self._idle_since_s + self._limits.idle_timeout_ms / 1000 - now_s
+        self.timeout_keep_alive_task = self.loop.call_later(wait_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        now_s = self.loop.time()
+        if self._head_begun or self._unparsed_bytes or self._in_body or not self._is_idle():
+            return  # started again when that request has been answered
+        if now_s - self._idle_since_s < self._limits.idle_timeout_ms / 1000:
+            self._wait_for_request(now_s)
+        elif self._receives_requests():
+            self.transport.close()
+
+    def _stop_idling(self) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
 
     def _on_head_timeout(self) -> None:
         self._receiving = None
@@ -272,6 +349,18 @@ class HttpProtocol(HttpToolsProtocol):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
+
+
+def received_body(scope: Any) -> bytes | None:
+    """Return the body of a request if all of it has been received, and none of it read; else None."""
+    connection: HttpProtocol | None = scope.get(CONNECTION)
+    return None if connection is None else connection.take_body(scope)
+
+
+def respond_at_once(scope: Any, response: Response) -> bool:
+    """Send a response that is complete, as `HttpProtocol.respond`. Return False if it must be sent by ASGI."""
+    connection: HttpProtocol | None = scope.get(CONNECTION)
+    return connection is not None and type(response) is Response and connection.respond(scope, response)
 
 
 def refusal(response: Response, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
@@ -322,6 +411,12 @@ class _GatheringTransport:
             self._gathered.clear()
             self._bytes = 0
             self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._transport.get_protocol()
 
     def write_eof(self) -> None:
         self._flush()

@@ -11,9 +11,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.datastructures import QueryParams
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
 from interlock.api.http.problems import HttpProblem
+from interlock.api.http.protocol import received_body
 from interlock.core.durations import parse_duration
 from interlock.core.errors import Invalid
 from interlock.service.request_models import PATTERNS
@@ -33,7 +34,7 @@ _PREFER_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?:$|[,
 _DECODERS: Final[dict[Any, msgspec.json.Decoder[Any]]] = {}
 
 
-def header(request: Request, name: str, default: DefaultT) -> str | DefaultT:
+def header(request: HTTPConnection, name: str, default: DefaultT) -> str | DefaultT:
     """Return the first header of that name in lower case, or the default.
 
     A dictionary of all of them is made once: Starlette goes through the list each time.
@@ -106,6 +107,11 @@ def media_type(request: Request) -> str:
 
 
 async def _read(request: Request, bytes_max: int) -> bytes:
+    whole = received_body(request.scope)
+    if whole is not None:
+        if len(whole) > bytes_max:
+            raise await too_large(request, bytes_max, more=False)
+        return whole
     declared = header(request, "content-length", "")
     if declared.isdecimal() and int(declared) > bytes_max:
         raise await too_large(request, bytes_max)

@@ -49,18 +49,18 @@ def optional_timestamp(at_ms: int | None) -> str | None:
 def wire(kind: type[WireT], record: object, **facts: Any) -> WireT:
     """Return a record as a wire type: `facts`, fields of the same name, and store times (`created_at_ms`) as text."""
     source: Any = type(record)
-    same, times = _fields_in_common(kind, source)
-    for name in same:
-        facts.setdefault(name, getattr(record, name))
-    for name, at_ms in times:
-        facts.setdefault(name, optional_timestamp(getattr(record, at_ms)))
+    same, times = _fields_in_common(kind, source, tuple(facts))
+    facts.update({name: getattr(record, name) for name in same})
+    facts.update({name: optional_timestamp(getattr(record, at_ms)) for name, at_ms in times})
     return kind(**facts)
 
 
 @cache
-def _fields_in_common(kind: type[msgspec.Struct], source: type) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the fields that both types have, and the pairs of a time as text and in milliseconds."""
-    names = kind.__struct_fields__
+def _fields_in_common(
+    kind: type[msgspec.Struct], source: type, given: tuple[str, ...]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the fields that both types have, and the pairs of a time as text and in milliseconds, without `given`."""
+    names = [name for name in kind.__struct_fields__ if name not in given]
     times = ((name, f"{stem}_ms") for name in names for stem in {name, name.removesuffix("_at")})
     return [name for name in names if hasattr(source, name)], [pair for pair in times if hasattr(source, pair[1])]
 
