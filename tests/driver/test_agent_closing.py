@@ -24,8 +24,8 @@ from interlock.driver.operation_context import DriverDependencies
 from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
-from interlock.images.dump_folder import DumpFolder
 from interlock.images.image_folder import ImageFolder
+from interlock.images.volume_folder import DumpFolder
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.language.bundle import Source
 from interlock.ports import Host, RemoteHost, Store

@@ -29,8 +29,8 @@ from interlock.driver.operations import PERFORMS
 from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.hypervisors.simulated.faults import Method, Slow
-from interlock.images.dump_folder import DumpFolder
 from interlock.images.image_folder import ImageFolder
+from interlock.images.volume_folder import DumpFolder
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.language.bundle import Source
 from interlock.ports import Permit, RemoteHost, Store

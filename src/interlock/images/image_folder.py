@@ -17,8 +17,8 @@ import msgspec
 
 from interlock.core.errors import Invalid, Unavailable
 from interlock.core.records import Image
-from interlock.images import conversion, kernel_payload
 from interlock.images import inspection as disk_inspection
+from interlock.images import kernel_payload, qemu_img
 from interlock.images import source as image_source
 from interlock.images.atomic_files import (
     FETCHED,
@@ -225,12 +225,12 @@ class ImageFolder:
         abandoned: Callable[[], bool],
     ) -> tuple[Path, disk_inspection.Verdict]:
         """Keep an inspected image, converted if needed; return its path and the verdict on it."""
-        if not conversion.needs_conversion(verdict.format):
+        if not qemu_img.needs_conversion(verdict.format):
             disk_inspection.check_with_qemu(copy.path, source, verdict, self._tool)
             disk_inspection.require_undamaged(copy.path, source, verdict, self._tool, abandoned)
             return copy.keep(f"{image_id}.{verdict.format}"), verdict
         with DraftFile(self._folder, mode=_MODE) as made:
-            conversion.convert(self._tool, copy.path, made.path, source, verdict.format, abandoned)
+            qemu_img.convert(self._tool, copy.path, made.path, source, verdict.format, abandoned)
             disk_inspection.require_undamaged(copy.path, source, verdict, self._tool, abandoned)
             # The converter read untrusted input, so its output is untrusted too.
             inspection = disk_inspection.Inspection(made.path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from interlock.core.errors import Invalid, NotResponding
-from interlock.images import disk_headers, file_signatures, partition_tables
+from interlock.images import disk_headers, file_signatures
 from interlock.images.disk_headers import DISK_BYTES_MAX, SECTOR_BYTES
 from interlock.images.qemu_img import ImageTool
 
@@ -211,7 +211,7 @@ class Inspection:
             raise Invalid(f"{self._name}: this is {foreign.name}, and no disk image.", remedy=foreign.remedy)
 
     def _reject_truncated(self, length: int) -> None:
-        end = partition_tables.end_of(bytes(self._head))
+        end = disk_headers.end_of(bytes(self._head))
         if end is None or end.at <= length or (self._claimed == "raw" and not end.certain):
             return
         what = "the disk" if end.certain else "its last partition"
