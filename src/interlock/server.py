@@ -44,11 +44,10 @@ from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
 from interlock.images.atomic_files import make_data_folder, write_atomically, write_or_overwrite
 from interlock.images.download import image_downloads_of
-from interlock.images.dump_folder import DumpFolder
 from interlock.images.image_folder import ImageFolder
 from interlock.images.qemu_img import ImageTool
 from interlock.images.shared_folder import shared_roots_of
-from interlock.images.volume_folder import VolumeFolder
+from interlock.images.volume_folder import DumpFolder, VolumeFolder
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.time_windows import resolved
 from interlock.ports import Clock, Hypervisor, RemoteHost, Tally

@@ -36,6 +36,7 @@ RETRY_S_MAX: Final = 60.0
 """How long a command retries in total if the server says after what time to retry."""
 _OVERLOADED: Final = b'"urn:interlock:problem:overloaded"'
 _DIGITS_MAX: Final = 6
+_PAGE: Final = 500
 _ERRORS: Final = 400
 _NOT_FOUND: Final = re.compile(rf"({'|'.join(COLLECTIONS)}) not found: (.*)\.", re.DOTALL)
 _DISCONNECTED: Final = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
@@ -247,6 +248,16 @@ class Client:
             )
         remedy = self._similar(message) or (remedy and escape_line(str(remedy)))
         raise Failure(code, escape_line(message), remedy=remedy, document=document)
+
+    def pages(self, path: str, query: Query | None = None) -> Iterator[Reply]:
+        """Yield every page of a collection. Raises `Failure`."""
+        cursor: str | None = None
+        while True:
+            reply = self.get(path, {**(query or {}), "limit": _PAGE, "cursor": cursor})
+            yield reply
+            cursor = reply.document()["next_cursor"]
+            if cursor is None:
+                return
 
     def names(self, collection: str) -> list[str]:
         """Return the names in the first page of a collection. Raises `Failure`."""

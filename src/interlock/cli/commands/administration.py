@@ -159,6 +159,15 @@ def token_commands() -> None:
     """Access tokens. For admins, and for a project_admin in its own project."""
 
 
+def _time_option(name: str, help_text: str) -> Callable[[CommandT], CommandT]:
+    """Return an option with a time, such as `90d`, which is passed on in the server's spelling."""
+
+    def spelled(_context: click.Context, _parameter: click.Parameter, milliseconds: int | None) -> str | None:
+        return None if milliseconds is None else short_time(milliseconds)
+
+    return click.option(name, type=Duration(), callback=spelled, metavar="TIME", help=help_text)
+
+
 @token_commands.command("create")
 @click.argument("name")
 @click.option("--role", type=click.Choice([role.value for role in Role]), required=True, help="Role of the token.")
@@ -168,25 +177,11 @@ def token_commands() -> None:
 )
 @click.option("--host", metavar="NAME", help="Host of an agent; only with --role agent.")
 @click.option("--group", "groups", metavar="NAME", multiple=True, help="Group of its holder, for policies; repeatable.")
-@click.option(
-    "--expires-in",
-    "expires_in_ms",
-    type=Duration(),
-    metavar="TIME",
-    help="When it expires, such as 90d. Default: the longest time that the server allows, or never.",
+@_time_option(
+    "--expires-in", "When it expires, such as 90d. Default: the longest time that the server allows, or never."
 )
 @with_json
-def create_token(
-    invocation: Invocation,
-    *,
-    name: str,
-    role: str,
-    project: str | None,
-    server_admin: bool,
-    host: str | None,
-    groups: tuple[str, ...],
-    expires_in_ms: int | None,
-) -> None:
+def create_token(invocation: Invocation, /, **fields: Any) -> None:
     """Create the token NAME. Its secret is printed only once, on standard output.
 
     A project that does not exist is created, without a quota.
@@ -195,22 +190,9 @@ def create_token(
     the whole server, whatever its project. A token with the role agent is for
     `interlock agent` on the host --host, and for nothing else.
     """
-    new = NewToken(
-        name=name,
-        role=Role(role),
-        project=project,
-        server_admin=server_admin,
-        host=host,
-        groups=groups,
-        expires_in=_span(expires_in_ms),
-    )
-    reply = invocation.client.post(TOKENS, new)
+    reply = invocation.client.post(TOKENS, NewToken(**fields))
     if not invocation.print_json(reply):
         _print_secret(invocation, "Created", reply.decode(MadeToken))
-
-
-def _span(milliseconds: int | None) -> str | None:
-    return None if milliseconds is None else short_time(milliseconds)
 
 
 def _print_secret(invocation: Invocation, done: str, made: MadeToken) -> None:
@@ -268,28 +250,15 @@ def _last_use(invocation: Invocation, token: Token) -> str:
 
 @token_commands.command("rotate")
 @click.argument("token", shell_complete=completer(TOKENS))
-@click.option(
-    "--overlap",
-    "overlap_ms",
-    type=Duration(),
-    metavar="TIME",
-    help="How long the former secret stays valid, such as 1h. Default: it ends at once.",
-)
-@click.option(
-    "--expires-in",
-    "expires_in_ms",
-    type=Duration(),
-    metavar="TIME",
-    help="When the new secret expires. Default: after as long as the former one was valid for.",
-)
+@_time_option("--overlap", "How long the former secret stays valid, such as 1h. Default: it ends at once.")
+@_time_option("--expires-in", "When the new secret expires. Default: after as long as the former one was valid for.")
 @with_json
-def rotate_token(invocation: Invocation, *, token: str, overlap_ms: int | None, expires_in_ms: int | None) -> None:
+def rotate_token(invocation: Invocation, /, *, token: str, **fields: str | None) -> None:
     """Give a token a new secret, printed only once, on standard output.
 
     Connections that were opened with the former secret close when it ends.
     """
-    rotation = TokenRotation(overlap=_span(overlap_ms), expires_in=_span(expires_in_ms))
-    reply = invocation.client.post(path_of(TOKENS, token, "rotate"), rotation)
+    reply = invocation.client.post(path_of(TOKENS, token, "rotate"), TokenRotation(**fields))
     if not invocation.print_json(reply):
         _print_secret(invocation, "Rotated", reply.decode(MadeToken))
 

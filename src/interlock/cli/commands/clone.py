@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import Any, Unpack
+from typing import Any
 
 import click
 
@@ -15,7 +15,7 @@ from interlock.cli.commands.submission import REQUESTS, post_operation, wait_for
 from interlock.cli.commands.vm import create_vm, vm_commands
 from interlock.cli.context import Invocation
 from interlock.cli.failures import ExitCode, Failure
-from interlock.cli.options.new_vm import SeedOptions, seed_fields, seed_options
+from interlock.cli.options.new_vm import seed_fields, seed_options
 from interlock.cli.options.quantities import Size
 from interlock.cli.output.formatting import printable
 from interlock.core.operations import Operation
@@ -46,7 +46,7 @@ def clone(
     memory: int | None,
     host: str | None,
     wait: bool,
-    **seed: Unpack[SeedOptions],
+    **seed: Any,
 ) -> None:
     """Create the VM NAME with a copy of the root disk of the VM SOURCE.
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import click
 
@@ -30,6 +30,8 @@ from interlock.cli.output.progress import Progress, transfer
 from interlock.ports import SmallForm
 from interlock.service.request_models import NewImageFetch, NewVolume
 
+_FILES: Final = ("disk", "kernel", "initrd")
+"""The options that name a file of an upload; its part of the form has the same name."""
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 BUILD_WAIT_S = 900
 """Timeout of building the small image, including the download of packages."""
@@ -66,7 +68,6 @@ def image_commands() -> None:
 )
 @click.option(
     "--format",
-    "image_format",
     type=click.Choice(["raw"]),
     help="Accept a raw disk without a boot sector. Other formats are detected.",
 )
@@ -80,47 +81,26 @@ def image_commands() -> None:
 @click.option("--initrd", type=_FILE, help="The kernel's initrd.")
 @click.option("--cmdline", help="The kernel's command line.")
 @with_json
-def add(
-    invocation: Invocation,
-    *,
-    name: str,
-    disk: Path | None,
-    url: str | None,
-    sha256: str | None,
-    checksum_url: str | None,
-    image_format: str | None,
-    min_memory_mib: int | None,
-    kernel: Path | None,
-    initrd: Path | None,
-    cmdline: str | None,
-) -> None:
+def add(invocation: Invocation, /, *, name: str, **options: Any) -> None:
     """Add the image NAME from a file or a URL.
 
     Files are uploaded; a URL is fetched by the server.
     """
-    if (disk is not None) + (kernel is not None) + (url is not None) != 1:
+    given = {field: value for field, value in options.items() if value is not None}
+    if len(given.keys() & {"disk", "kernel", "url"}) != 1:
         raise click.UsageError("Give one of --disk, --kernel and --url.")
-    if checksum_url and not url:
+    if "checksum_url" in given and "url" not in given:
         raise click.UsageError("--checksum-file requires --url.")
-    if (kernel is None and (initrd or cmdline)) or (kernel is not None and (sha256 or image_format)):
+    if given.keys() & ({"sha256", "format"} if "kernel" in given else {"initrd", "cmdline"}):
         raise click.UsageError("--sha256 and --format require a disk; --initrd and --cmdline require --kernel.")
-    if url is not None:
-        new = NewImageFetch(
-            name=name,
-            url=url,
-            sha256=sha256,
-            checksum_url=checksum_url,
-            format="raw" if image_format else None,
-            min_memory_mib=min_memory_mib,
-        )
-        fetched = fetch_image(invocation, new)
+    if "url" in given:
+        fetched = fetch_image(invocation, NewImageFetch(name=name, **given))
         if fetched is not None:
             _print_image(invocation, fetched)
         return
-    fields = {"name": name, "kind": "disk" if disk else "kernel", "sha256": sha256, "cmdline": cmdline}
-    fields |= {"format": image_format, "min_memory_mib": None if min_memory_mib is None else str(min_memory_mib)}
-    files = {"disk": disk, "kernel": kernel, "initrd": initrd}
-    _upload(invocation, {k: v for k, v in fields.items() if v}, {k: v for k, v in files.items() if v is not None})
+    files: dict[str, Path] = {part: given.pop(part) for part in _FILES if part in given}
+    kind = "disk" if "disk" in files else "kernel"
+    _upload(invocation, {"name": name, "kind": kind, **{field: str(value) for field, value in given.items()}}, files)
 
 
 def _upload(invocation: Invocation, fields: dict[str, str], files: dict[str, Path]) -> None:

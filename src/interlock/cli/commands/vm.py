@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Unpack
+from typing import Any, Final
 
 import click
 
@@ -18,8 +18,6 @@ from interlock.cli.completion import OperationName, completer, vm_argument
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import Failure
 from interlock.cli.options.new_vm import (
-    WORDS,
-    SeedOptions,
     apart_option,
     evacuate_option,
     network_option,
@@ -32,12 +30,11 @@ from interlock.cli.options.quantities import Size
 from interlock.cli.output.formatting import STATE_COLOURS, age, clock
 from interlock.cli.output.grouped_help import Sectioned
 from interlock.cli.output.hints import next_steps, size_text, state_text
-from interlock.core.operations import Operation
 from interlock.core.records import Status
-from interlock.core.restart_policy import Evacuate
-from interlock.service.request_models import NewForward, NewInstance, NewInterface
+from interlock.service.request_models import NewForward, NewInstance
 
-_PAGE = 500
+_LISTS: Final = {"tags": "no_tags", "blocked_operations": "no_protect", "apart_from": "not_apart"}
+"""The lists that `label` replaces, and the options that empty them."""
 
 
 @click.group("vm", cls=Sectioned)
@@ -62,10 +59,12 @@ class ForwardPair(click.ParamType[Any]):
 @click.option("--image", required=True, shell_complete=completer(IMAGES), help="Image, a name or an id.")
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
-    "--memory", type=Size("MiB", 64), default="128", show_default=True, help="Memory, such as 512 (MiB) or 2GiB."
-)
+    "--memory", "memory_mib", type=Size("MiB", 64), default="128", show_default=True,
+    help="Memory, such as 512 (MiB) or 2GiB.",
+)  # fmt: skip
 @click.option(
     "--root-size",
+    "root_gib",
     type=Size("GiB", 0),
     default="0",
     help="Root disk, such as 20 (GiB) or 1TiB. Default: the image's.",
@@ -79,7 +78,10 @@ class ForwardPair(click.ParamType[Any]):
     help="Forward a TCP port of the host's loopback to the guest.",
 )
 @click.option("--tag", "tags", multiple=True, help="Tag. May be repeated.")
-@click.option("--protect", multiple=True, type=OperationName(), help="Block this operation. May be repeated.")
+@click.option(
+    "--protect", "blocked_operations", multiple=True, type=OperationName(),
+    help="Block this operation. May be repeated.",
+)  # fmt: skip
 @restart_option
 @evacuate_option
 @apart_option
@@ -87,45 +89,9 @@ class ForwardPair(click.ParamType[Any]):
 @click.option("--host", help="Host, or `any` for one with free capacity. Default: the server's own.")
 @click.option("--no-start", is_flag=True, help="Do not boot it; `vm start` builds and boots it.")
 @wait_option
-def create(
-    invocation: Invocation,
-    *,
-    name: str,
-    image: str,
-    vcpus: int,
-    memory: int,
-    root_size: int,
-    networks: tuple[NewInterface, ...],
-    forwards: tuple[NewForward, ...],
-    tags: tuple[str, ...],
-    protect: tuple[Operation, ...],
-    restart: str | None,
-    evacuate: str | None,
-    apart_from: tuple[str, ...],
-    host: str | None,
-    no_start: bool,
-    wait: bool,
-    **seed: Unpack[SeedOptions],
-) -> None:
+def create(invocation: Invocation, /, *, no_start: bool, wait: bool, **fields: Any) -> None:
     """Create the VM NAME from an image, and boot it."""
-    new = NewInstance(
-        name=name,
-        image=image,
-        vcpus=vcpus,
-        memory_mib=memory,
-        root_gib=root_size,
-        networks=networks,
-        forwards=forwards,
-        tags=tags,
-        blocked_operations=protect,
-        restart=None if restart is None else WORDS[restart],
-        evacuate=None if evacuate is None else Evacuate(evacuate),
-        apart_from=apart_from,
-        host=host,
-        start=not no_start,
-        **seed_fields(seed),
-    )
-    create_vm(invocation, new, wait=wait)
+    create_vm(invocation, NewInstance(start=not no_start, **seed_fields(fields)), wait=wait)
 
 
 def create_vm(invocation: Invocation, new: NewInstance, *, wait: bool) -> None:
@@ -167,24 +133,10 @@ def list_(
     query = {{"state": "vm_state", "task": "task_state"}.get(key, key): value for key, value in where.items()}
     if all_projects:
         query["all_projects"] = "true"
-    rows: list[Instance] = []
-    documents: list[Any] = []
-    cursor: str | None = None
-    while True:
-        reply = invocation.client.get(INSTANCES, {**query, "limit": _PAGE, "cursor": cursor})
-        if invocation.json:
-            page = reply.document()
-            documents += page["items"]
-            cursor = page["next_cursor"]
-        else:
-            typed = reply.decode(InstancePage)
-            rows += typed.items
-            cursor = typed.next_cursor
-        if cursor is None:
-            break
+    pages = invocation.client.pages(INSTANCES, query)
     if invocation.json:
-        invocation.emit({"items": documents})
-    elif rows:
+        invocation.emit({"items": [one for page in pages for one in page.document()["items"]]})
+    elif rows := [one for page in pages for one in page.decode(InstancePage).items]:
         print_table(invocation, sort(rows, by), columns, all_projects=all_projects)
     else:
         invocation.echo("No VMs. `interlock vm create NAME --image IMAGE` creates one.", error=True)
@@ -205,45 +157,27 @@ def show(invocation: Invocation, *, vm: str) -> None:
 @vm_argument
 @click.option("--tag", "tags", multiple=True, help="New tags. May be repeated.")
 @click.option("--no-tags", is_flag=True, help="Remove all tags.")
-@click.option("--protect", multiple=True, type=OperationName(), help="New blocked operations. May be repeated.")
+@click.option(
+    "--protect", "blocked_operations", multiple=True, type=OperationName(),
+    help="New blocked operations. May be repeated.",
+)  # fmt: skip
 @click.option("--no-protect", is_flag=True, help="Remove all protection.")
 @restart_option
 @evacuate_option
 @apart_option
 @click.option("--not-apart", is_flag=True, help="Remove it from all anti-affinity groups.")
 @with_json
-def label(
-    invocation: Invocation,
-    *,
-    vm: str,
-    tags: tuple[str, ...],
-    no_tags: bool,
-    protect: tuple[Operation, ...],
-    no_protect: bool,
-    restart: str | None,
-    evacuate: str | None,
-    apart_from: tuple[str, ...],
-    not_apart: bool,
-) -> None:
+def label(invocation: Invocation, /, *, vm: str, **given: Any) -> None:
     """Change a VM's tags, protection, groups, restart or evacuation policy."""
-    if (tags and no_tags) or (protect and no_protect) or (apart_from and not_apart):
+    if any(given[field] and given[none] for field, none in _LISTS.items()):
         raise click.UsageError("An option and its --no- form are mutually exclusive.")
-    if not (tags or no_tags or protect or no_protect or restart or evacuate or apart_from or not_apart):
+    body = {field: given[field] for field in ("restart", "evacuate") if given[field] is not None}
+    body |= {field: given[field] for field, none in _LISTS.items() if given[field] or given[none]}
+    if not body:
         raise click.UsageError(
             "Nothing to change: use --tag, --no-tags, --protect, --no-protect, --restart, --evacuate, --apart-from or "
             "--not-apart."
         )
-    body: dict[str, Any] = {}
-    if tags or no_tags:
-        body["tags"] = tags
-    if protect or no_protect:
-        body["blocked_operations"] = protect
-    if restart:
-        body["restart"] = WORDS[restart]
-    if evacuate:
-        body["evacuate"] = evacuate
-    if apart_from or not_apart:
-        body["apart_from"] = apart_from
     reply = invocation.client.patch(path_of(INSTANCES, vm), body)
     if not invocation.print_json(reply):
         print_vm(invocation, reply.decode(Instance))

@@ -1,18 +1,18 @@
-"""Options of a new VM: restart and evacuation policy, anti-affinity groups, networks, and cloud-init data."""
+"""Options of a new VM, named as its fields: restarts, evacuation, anti-affinity groups, networks, cloud-init data."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 import click
 
 from interlock.core.restart_policy import Evacuate, OnCrash, OnPowerOff, RestartPolicy
 from interlock.service.request_models import USER_DATA_LENGTH_MAX, NewInterface
 
-WORDS: Final[dict[str, RestartPolicy]] = {
+_WORDS: Final[dict[str, RestartPolicy]] = {
     "never": RestartPolicy(),
     "on-crash": RestartPolicy(on_crash=OnCrash.RESTART),
     "always": RestartPolicy(on_crash=OnCrash.RESTART, on_power_off=OnPowerOff.RESTART),
@@ -20,14 +20,14 @@ WORDS: Final[dict[str, RestartPolicy]] = {
 
 restart_option = click.option(
     "--restart",
-    type=click.Choice(tuple(WORDS)),
+    type=click.Choice(tuple(_WORDS)),
+    callback=lambda _context, _parameter, word: None if word is None else _WORDS[word],
     help="Restart the guest when it has crashed, or always when it has ended by itself. A requested stop is kept.",
 )
-
-
 evacuate_option = click.option(
     "--evacuate",
     type=click.Choice([choice.value for choice in Evacuate]),
+    callback=lambda _context, _parameter, word: None if word is None else Evacuate(word),
     help="Evacuate automatically when its host is fenced: never; auto, if its root disk is not lost; or from-image, "
     "also if it is lost. Default: the server's hosts.evacuate.",
 )
@@ -55,15 +55,6 @@ def restart_text(policy: RestartPolicy | None, restarts: int) -> str | None:
 
 
 _PRIVATE = "PRIVATE KEY"
-
-
-class SeedOptions(TypedDict):
-    """Values of the options."""
-
-    hostname: str | None
-    ssh_keys: tuple[str, ...]
-    user_data: str | bytes | None
-    network_config: str | None
 
 
 class PublicKeys(click.ParamType[Any]):
@@ -161,26 +152,12 @@ network_option: Final = click.option(
 )
 
 
-class SeedFields(TypedDict):
-    """The cloud-init fields of a new VM."""
-
-    hostname: str | None
-    ssh_keys: tuple[str, ...]
-    user_data: str | None
-    user_data_base64: str | None
-    network_config: str | None
-
-
-def seed_fields(seed: SeedOptions) -> SeedFields:
-    """Convert the options; binary user data has its own field."""
-    data = seed["user_data"]
-    return SeedFields(
-        hostname=seed["hostname"],
-        ssh_keys=seed["ssh_keys"],
-        user_data=data if isinstance(data, str) else None,
-        user_data_base64=base64.b64encode(data).decode() if isinstance(data, bytes) else None,
-        network_config=seed["network_config"],
-    )
+def seed_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a new VM for its options: binary user data has a field of its own."""
+    data = fields["user_data"]
+    if not isinstance(data, bytes):
+        return fields
+    return {**fields, "user_data": None, "user_data_base64": base64.b64encode(data).decode()}
 
 
 def seed_options(command: Callable[..., Any]) -> Callable[..., Any]:

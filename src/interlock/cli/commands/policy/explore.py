@@ -64,6 +64,7 @@ class _Seconds(click.ParamType[float]):
 @click.option(
     "--role",
     type=click.Choice([role.value for role in Role]),
+    callback=lambda _context, _parameter, role: Role(role),
     default="member",
     show_default=True,
     help="Also say where callers of this role alone cannot delete.",
@@ -90,16 +91,14 @@ class _Seconds(click.ParamType[float]):
 @with_json
 def explore(
     invocation: Invocation,
+    /,
     *,
     name: str,
-    outstanding_max: int,
-    faults_max: int | None,
-    seconds_max: float | None,
-    role: str,
     story_path: Path | None,
     certificate_path: Path | None,
     key_path: Path | None,
     valid_days: int,
+    **search: Any,
 ) -> None:
     """Explore every reachable state of an instance, and check the laws in each.
 
@@ -112,11 +111,11 @@ def explore(
     if key_path is not None and certificate_path is None:
         raise Failure(ExitCode.USAGE, "--key needs --certificate.", remedy="Add --certificate FILE.")
     private_key = None if key_path is None else read_key(key_path)
-    found = _explored(invocation, name, outstanding_max, faults_max, seconds_max, role)
+    found = _explored(invocation, name, search)
     if story_path is not None and found.violations:
         _write(story_path, found.violations[0])
     if certificate_path is not None:
-        write_certificate(name, found, faults_max, certificate_path, private_key, valid_days)
+        write_certificate(name, found, search["faults_max"], certificate_path, private_key, valid_days)
     if invocation.json:
         invocation.emit(found)
     else:
@@ -125,14 +124,7 @@ def explore(
         raise Failure(ExitCode.ENDED_OTHERWISE, "", text="")
 
 
-def _explored(
-    invocation: Invocation,
-    name: str,
-    outstanding_max: int,
-    faults_max: int | None,
-    seconds_max: float | None,
-    role: str,
-) -> Exploration:
+def _explored(invocation: Invocation, name: str, search: dict[str, Any]) -> Exploration:
     from interlock.policies.language.loader import compile_named
     from interlock.policies.model_checker import explore as walk
 
@@ -140,15 +132,8 @@ def _explored(
     live = LiveLine(stream, plain=invocation.plain) if stream.isatty() else None
     try:
         with errors_as_failures(), live or nullcontext():
-            policy = compile_named(name)
-            return walk(
-                policy,
-                outstanding_max=outstanding_max,
-                faults_max=faults_max,
-                seconds_max=seconds_max,
-                role=Role(role),
-                on_progress=None if live is None else lambda advance: live.update(_progress(advance)),
-            )
+            on_progress = None if live is None else lambda advance: live.update(_progress(advance))
+            return walk(compile_named(name), **search, on_progress=on_progress)
     except MemoryError:
         raise Failure(
             ExitCode.USAGE,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from interlock.policies.fleet.comparison import FleetChange
     from interlock.policies.fleet.gate import FleetAnswers
 
-_PAGE: Final = 500
 _REASONS_SHOWN: Final = 3
 _CHANGES_SHOWN: Final = 25
 _DONE: Final = {"admitted": "accept", "redundant": "call redundant", "denied": "refuse"}
@@ -53,7 +52,8 @@ def fleet(invocation: Invocation, /, *, name: str | None, hard: bool, **asked: A
     with errors_as_failures():
         candidate = None if name is None else load(name)
     server_policy = policy_of(invocation.client.get("/v1/policy").decode(dict[str, Any]))
-    instances = _all(invocation)
+    pages = invocation.client.pages(INSTANCES)
+    instances = [instance_of(one) for page in pages for one in page.decode(InstancePage).items]
     newest_s = max((one.updated_at_ms / 1000 for one in instances), default=0.0)
     hosts = invocation.client.get(HOSTS).decode(HostList).items
     fenced = {host.name for host in hosts if host.state is HostState.FENCED}
@@ -90,17 +90,6 @@ def _performed(policy: CompiledPolicy) -> frozenset[Operation]:
 
     missing = (rule.operations for rule in policy.rules if rule.id == "not-performed")
     return frozenset(Operation).difference(*missing)
-
-
-def _all(invocation: Invocation) -> list[Instance]:
-    found: list[Instance] = []
-    cursor: str | None = None
-    while True:
-        page = invocation.client.get(INSTANCES, {"limit": _PAGE, "cursor": cursor}).decode(InstancePage)
-        found += [instance_of(one) for one in page.items]
-        cursor = page.next_cursor
-        if cursor is None:
-            return found
 
 
 def _show(invocation: Invocation, answers: FleetAnswers) -> None:

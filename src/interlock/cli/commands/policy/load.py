@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -82,14 +82,7 @@ def _terms(command: CommandT) -> CommandT:
 @click.option("--if-in-force", "digest", metavar="DIGEST", help="Only if this policy is in force now.")
 @with_json
 def load(
-    invocation: Invocation,
-    *,
-    name: str,
-    outstanding: str,
-    explore_seconds: float | None,
-    dry_run: bool,
-    certificate_path: Path | None,
-    digest: str | None,
+    invocation: Invocation, /, *, name: str, certificate_path: Path | None, digest: str | None, **terms: Any
 ) -> None:
     """Load a policy into the server.
 
@@ -98,13 +91,13 @@ def load(
     The server checks and explores it first. If it is rejected, nothing
     changes, and the exit code is 1.
     """
-    body = {**_policy_fields(name), **_switch_options(outstanding, explore_seconds, dry_run)}
+    body = {**_policy_fields(name), **_given(terms)}
     if certificate_path is not None:
         body["certificate"] = read_certificate(certificate_path)
     headers = {} if digest is None else {"If-Match": f'"{digest}"'}
     with _rejection_as_failure(name):
-        reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(explore_seconds))
-    _show(invocation, reply, dry_run=dry_run, built_in="main" not in body)
+        reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(terms))
+    _show(invocation, reply, dry_run=terms["dry_run"], built_in="main" not in body)
 
 
 @policy_commands.command()
@@ -113,14 +106,11 @@ def load(
 )
 @_terms
 @with_json
-def rollback(
-    invocation: Invocation, *, to: int | None, outstanding: str, explore_seconds: float | None, dry_run: bool
-) -> None:
+def rollback(invocation: Invocation, /, **terms: Any) -> None:
     """Put the previous policy in force again."""
-    body = {**({} if to is None else {"to": to}), **_switch_options(outstanding, explore_seconds, dry_run)}
     with _rejection_as_failure():
-        reply = invocation.client.post("/v1/policy/rollback", body, wait_s=_patience_s(explore_seconds))
-    _show(invocation, reply, dry_run=dry_run)
+        reply = invocation.client.post("/v1/policy/rollback", _given(terms), wait_s=_patience_s(terms))
+    _show(invocation, reply, dry_run=terms["dry_run"])
 
 
 @policy_commands.command()
@@ -156,13 +146,14 @@ def _policy_fields(name: str) -> dict[str, object]:
     return {"main": bundle.main, "files": bundle.files}
 
 
-def _switch_options(outstanding: str, explore_seconds: float | None, dry_run: bool) -> dict[str, object]:
-    options: dict[str, object] = {"outstanding": outstanding, "dry_run": dry_run}
-    return options if explore_seconds is None else {**options, "explore_seconds": explore_seconds}
+def _given(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the request, which have the names of their options."""
+    return {field: value for field, value in terms.items() if value is not None}
 
 
-def _patience_s(explore_seconds: float | None) -> float:
-    return _CHECK_S + (_WALK_S if explore_seconds is None else explore_seconds)
+def _patience_s(terms: Mapping[str, Any]) -> float:
+    explore_s: float | None = terms["explore_seconds"]
+    return _CHECK_S + (_WALK_S if explore_s is None else explore_s)
 
 
 class _rejection_as_failure:  # noqa: N801 - used like a function
