@@ -20,7 +20,7 @@ def test_every_code_of_the_checks_is_described() -> None:
         code
         for path in SOURCES.glob("*.py")
         if path.name != "finding_kinds.py"
-        for code in re.findall(r'(?:code=|Severity\.\w+[^"\n]*, )"([a-z]+(?:-[a-z]+)*)"', path.read_text())
+        for code in re.findall(r'\bfinding\(\s*"([a-z]+(?:-[a-z]+)*)"', path.read_text())
     }
     assert len(named) > 20
     assert named <= set(KINDS)

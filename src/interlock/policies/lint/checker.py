@@ -20,6 +20,7 @@ from interlock.policies.language.loader import PolicyText, builtin_names, read
 from interlock.policies.lint.dead_rules import DeadRules
 from interlock.policies.lint.deletion_lints import Undeletable
 from interlock.policies.lint.exit_lints import WaysOut
+from interlock.policies.lint.finding_kinds import finding
 from interlock.policies.lint.findings import Finding, Severity, file_of, file_of_place
 from interlock.policies.lint.reachability import Reaching
 from interlock.policies.lint.verdict_lints import StrangeVerdicts
@@ -70,21 +71,15 @@ def unreadable(error: PolicyError, name: str) -> Finding:
     """Return a read error as a finding."""
     found = _MESSAGE.fullmatch(error.message)
     place, message = (found.group(1), found.group(2)) if found else (f"{name}:1", error.message)
-    return Finding(
-        severity=Severity.ERROR, code="unreadable", rule=None, place=place, message=message, remedy=error.remedy
-    )
+    return finding("unreadable", place, message, remedy=error.remedy)
 
 
 def _exhausted(own: str) -> Finding:
-    return Finding(
-        severity=Severity.NOTE,
-        code="not-all-seen",
-        rule=None,
-        place=f"{own}:1",
-        message="The rules are too many and too complex to analyse within limits: some that never decide may not have "
-        "been found.",
-        remedy="Write fewer rules, with fewer conditions each.",
-    )
+    return finding(
+        "not-all-seen", f"{own}:1",
+        "The rules are too many and too complex to analyse within limits: some that never decide may not have been "
+        "found.",
+    )  # fmt: skip
 
 
 def _inherited(finding: Finding, own: str) -> Finding:

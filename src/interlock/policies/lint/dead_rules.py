@@ -30,7 +30,8 @@ from interlock.policies.lint.condition_sets import (
     one_of,
     places,
 )
-from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, written
+from interlock.policies.lint.finding_kinds import FIXED_REMEDY, finding
+from interlock.policies.lint.findings import Finding, Written, file_of, operations_text, some, written
 from interlock.policies.lint.reachability import Reaching, mask_of, states_of
 from interlock.policies.lint.rule_masks import union
 
@@ -86,43 +87,22 @@ class DeadRules:
     def _dead(self, one: Written) -> Finding:
         causes = self._causes(one)
         if not causes:
-            return Finding(
-                severity=Severity.ERROR,
-                code="contradiction",
-                rule=one.id,
-                place=one.rule.source,
-                message=f"{one.id!r} can never hold: its conditions contradict each other.",
-                remedy=_contradiction_remedy(one.rule),
-            )
+            message = f"{one.id!r} can never hold: its conditions contradict each other."
+            return finding("contradiction", one, message, remedy=_contradiction_remedy(one.rule))
         rules = [self._reaching.rules[number] for number in causes]
         named = some(causes, word=self.cite)
         if one.file == self.own_file and all(rule.fixed and file_of(rule) != self.own_file for rule in rules):
             otherwise = any(rule.verdict is not one.rule.verdict for rule in rules)
-            return Finding(
-                severity=Severity.ERROR,
-                code="against-fixed" if otherwise else "unreachable",
-                rule=one.id,
-                place=one.rule.source,
-                message=f"{one.id!r} never decides: everything it matches is decided by fixed {named}.",
-                remedy="Remove it. A policy cannot change what a fixed rule of its base decides.",
-            )
+            message = f"{one.id!r} never decides: everything it matches is decided by fixed {named}."
+            return finding("against-fixed" if otherwise else "unreachable", one, message, remedy=FIXED_REMEDY)
         if one.file != self.own_file and any(file_of(rule) != one.file for rule in rules):
-            return Finding(
-                severity=Severity.NOTE,
-                code="overruled",
-                rule=one.id,
-                place=one.rule.source,
-                message=f"{one.id!r} is overridden entirely by {named}.",
-                detail=True,
-            )
-        return Finding(
-            severity=Severity.ERROR,
-            code="unreachable",
-            rule=one.id,
-            place=one.rule.source,
-            message=f"{one.id!r} never decides: everything it matches is decided before it, by {named}.",
+            message = f"{one.id!r} is overridden entirely by {named}."
+            return finding("overruled", one, message, remedy=None, detail=True)
+        return finding(
+            "unreachable", one,
+            f"{one.id!r} never decides: everything it matches is decided before it, by {named}.",
             remedy=f"Move it before {self._reaching.rules[causes[0]].id!r}, narrow that rule, or remove this one.",
-        )
+        )  # fmt: skip
 
     def _causes(self, one: Written, operations: Iterable[Operation] = _OPERATIONS) -> list[int]:
         """Return the earlier rules that shadow a rule."""
@@ -198,15 +178,8 @@ class DeadRules:
             if _same_answer(rule, one.rule) or not _is_named(one.rule, rule):
                 continue
             if any(self._reaching.holds_in(fixed, start) for start in starts):
-                return Finding(
-                    severity=Severity.WARNING,
-                    code="partly-against-fixed",
-                    rule=one.id,
-                    place=one.rule.source,
-                    message=f"Part of what {one.id!r} matches is decided by fixed {self.cite(fixed)} instead: "
-                    f"{_reason(rule)}.",
-                    remedy="Leave that part out: it has no effect.",
-                )
+                part = f"Part of what {one.id!r} matches is decided by fixed {self.cite(fixed)} instead"
+                return finding("partly-against-fixed", one, f"{part}: {_reason(rule)}.")
         return None
 
     @cached_property
@@ -222,15 +195,9 @@ class DeadRules:
         if not idle or named == set(Operation):
             return
         causes = self._causes(one, idle)
-        yield Finding(
-            severity=Severity.NOTE,
-            code="idle-part",
-            rule=one.id,
-            place=one.rule.source,
-            message=f"{one.id!r} never decides for {operations_text(idle)}"
-            + (f": decided before it, by {some(causes, word=self.cite)}." if causes else "."),
-            detail=True,
-        )
+        by = f": decided before it, by {some(causes, word=self.cite)}" if causes else ""
+        message = f"{one.id!r} never decides for {operations_text(idle)}{by}."
+        yield finding("idle-part", one, message, remedy=None, detail=True)
 
     def _idle_sets(self, one: Written) -> Iterator[Finding]:
         """Find sets of conditions of a rule with `any` that never decide."""
@@ -241,14 +208,7 @@ class DeadRules:
             if own and not any(number in self.reached for number in numbers):
                 causes = self.takers((number, self._reaching.start(number)) for number in numbers)
                 named = f"decided before it, by {some(causes, word=self.cite)}" if causes else "its conditions conflict"
-                yield Finding(
-                    severity=Severity.WARNING,
-                    code="idle-set",
-                    rule=one.id,
-                    place=one.rule.source,
-                    message=f"{_part(own)} of {one.id!r} never decides: {named}.",
-                    remedy="Remove it, or change its conditions.",
-                )
+                yield finding("idle-set", one, f"{_part(own)} of {one.id!r} never decides: {named}.")
 
 
 def _part(mark: str) -> str:

@@ -22,6 +22,7 @@ from interlock.core.roles import Role
 from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
 from interlock.policies.lint.condition_sets import CHOICES, SETS, TASKS, Literal
 from interlock.policies.lint.exit_lints import DELETIONS, Pair, WaysOut
+from interlock.policies.lint.finding_kinds import finding
 from interlock.policies.lint.findings import Finding, Severity, some, states_text
 from interlock.policies.lint.reachability import Cell, Reaching, ViewClass, can_be_together, mask_of
 
@@ -166,14 +167,7 @@ class Undeletable:
             message = f"Nothing is ever admitted, for any role, {when}: it can never leave."
         else:
             message = f"No role can ever delete the instance, at once or by soft_delete, {when}."
-        return Finding(
-            severity=Severity.WARNING if passing else Severity.ERROR,
-            code=code,
-            rule=None if rule is NO_RULE else rule.id,
-            place=rule.source or self._reaching.rules[0].source,
-            message=message,
-            remedy='Admit delete there, for some role: verdict = "preempt" at once, or "after" with a threshold.',
-        )
+        return finding(code, self._ways_out.about(rule), message, severity=Severity.WARNING if passing else None)
 
     def _for_members(self) -> Iterator[Finding]:
         """Find where some role can delete and a member cannot: allowed, and worth knowing."""
@@ -183,14 +177,8 @@ class Undeletable:
             if not deleting and not self.is_deletable(state, task, role=Role.MEMBER) and self.is_deletable(state, task):
                 found.setdefault(self._refuser(state, task, _USUAL, Role.MEMBER), set()).add((state, task))
         for number, pairs in found.items():
-            rule = self._rule(number)
-            yield Finding(
-                severity=Severity.NOTE,
-                code="members-cannot-delete",
-                rule=None if rule is NO_RULE else rule.id,
-                place=rule.source or self._reaching.rules[0].source,
-                message=f"A member can never delete the instance when it is {states_text(pairs)}; another role can.",
-            )
+            message = f"A member can never delete the instance when it is {states_text(pairs)}; another role can."
+            yield finding("members-cannot-delete", self._ways_out.about(self._rule(number)), message, remedy=None)
 
     def _code(self, pair: Pair, rule: int | None, circumstance: Circumstance) -> str:
         """Return `no-exit` if nothing at all is permitted either."""

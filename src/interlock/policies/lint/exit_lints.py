@@ -18,7 +18,8 @@ from interlock.core.roles import Role
 from interlock.core.state_stack import evacuated
 from interlock.core.states import LEFT_AT_END, NO_TASK, Target, VmState
 from interlock.policies.lint.condition_sets import TASKS, places
-from interlock.policies.lint.findings import Finding, Severity, states_text
+from interlock.policies.lint.finding_kinds import finding
+from interlock.policies.lint.findings import Finding, states_text
 from interlock.policies.lint.reachability import Cell, Reaching, ViewClass, can_be_together, mask_of
 
 Pair = tuple[VmState, str]
@@ -156,35 +157,35 @@ class WaysOut:
                 and not any(map(_leads_on, useful.difference(DELETIONS)))
             ):
                 dead_ends.add((state, task))
-        yield from self._findings(
-            dead_ends, Severity.WARNING, "dead-end",
-            "Operations lead to {}, and from there only a deletion or a reset leads on.",
-            "Admit what brings the instance back, such as start or rebuild, if it is meant to come back.",
-        )  # fmt: skip
-        yield from self._findings(
-            only_deletion, Severity.NOTE, "only-deletion",
-            "If the task hangs, only a deletion or a reset gets the instance out of {}.",
-            'Add a rule with verdict = "after", which takes over from a task without progress.',
-        )  # fmt: skip
-        yield from self._waiting()
-        yield from self._needing_silence()
-
-    def _findings(
-        self, pairs: set[Pair], severity: Severity, code: str, message: str, remedy: str
-    ) -> Iterator[Finding]:  # fmt: skip
-        if pairs:
-            rule = self._refuser(pairs)
-            yield Finding(
-                severity=severity,
-                code=code,
-                rule=rule.id if rule else None,
-                place=self._place(rule),
-                message=message.format(states_text(pairs)),
-                remedy=remedy,
+        if dead_ends:
+            message = (
+                f"Operations lead to {states_text(dead_ends)}, and from there only a deletion or a reset leads on."
             )
+            yield finding("dead-end", self.about(self._refuser(dead_ends)), message)
+        if only_deletion:
+            states = states_text(only_deletion)
+            message = f"If the task hangs, only a deletion or a reset gets the instance out of {states}."
+            yield finding("only-deletion", self.about(self._refuser(only_deletion)), message)
+        waiting = self._during_tasks(self._only_waits)
+        if waiting:
+            message = f"Delete only waits its turn in {states_text(waiting)}: if the task hangs, it waits for ever."
+            yield finding("delete-waits", self.about(next(iter(waiting.values()))), message)
+        silent = self._during_tasks(self._needs_silence)
+        if silent:
+            message = (
+                f"Delete is denied in {states_text(silent)} as long as the task makes progress, be it for ever. Then "
+                "only a reset leads on."
+            )
+            yield finding("delete-needs-silence", self.about(next(iter(silent.values()))), message)
 
-    def _place(self, rule: Rule | None) -> str:
-        return rule.source if rule is not None and rule.source else self._rules[0].source
+    def about(self, rule: Rule | None) -> Rule | str:
+        """Return the rule that a finding is about; if none of the policy's decides, the place of the first."""
+        return rule if rule is not None and rule.source else self._rules[0].source
+
+    def _during_tasks(self, found: Callable[[VmState, str], Rule | None]) -> dict[Pair, Rule]:
+        """Return the states and tasks for which a rule is found, with this."""
+        pairs = (pair for pair in self.permitted if pair[1] != NO_TASK and can_be_together(*pair))
+        return {pair: rule for pair in pairs if (rule := found(*pair)) is not None}
 
     def _refuser(self, pairs: set[Pair], operations: Iterable[Operation] = Operation) -> Rule | None:
         """Return the rule that denies most in some states."""
@@ -197,50 +198,16 @@ class WaysOut:
         most = max(refused.values(), default=0)
         return next((rule for rule in (*self._rules, NO_RULE) if most and refused[rule.id] == most), None)
 
-    def _waiting(self) -> Iterator[Finding]:
-        """Find tasks during which a deletion waits for its turn."""
-        waiting: dict[Pair, Rule] = {}
-        for state, task in self.permitted:
-            if task != NO_TASK and can_be_together(state, task) and (rule := self._only_waits(state, task)) is not None:
-                waiting[state, task] = rule
-        if waiting:
-            first = next(iter(waiting.values()))
-            yield Finding(
-                severity=Severity.WARNING,
-                code="delete-waits",
-                rule=first.id,
-                place=self._place(first),
-                message=f"Delete only waits its turn in {states_text(waiting)}: if the task hangs, it waits for ever.",
-                remedy='Give delete the verdict "preempt", or "after" with a threshold.',
-            )
-
-    def _needing_silence(self) -> Iterator[Finding]:
-        """Find tasks during which a deletion is refused as long as the worker makes progress, for any time."""
-        waiting: dict[Pair, Rule] = {}
-        for state, task in self.permitted:
-            if task != NO_TASK and can_be_together(state, task) and not self._limits(TASK_OPERATION[task]):
-                rule = self._needs_silence(state, task)
-                if rule is not None:
-                    waiting[state, task] = rule
-        if waiting:
-            first = next(iter(waiting.values()))
-            yield Finding(
-                severity=Severity.NOTE,
-                code="delete-needs-silence",
-                rule=first.id,
-                place=self._place(first),
-                message=f"Delete is denied in {states_text(waiting)} as long as the task makes progress, be it for "
-                "ever. Then only a reset leads on.",
-                remedy='Limit the task with [served_at_most], or write measured_from = "task_started".',
-            )
-
     def _needs_silence(self, state: VmState, task: str) -> Rule | None:
-        """Return the rule that lets a deletion take over after silence only, if none lets it in before."""
-        if TASK_OPERATION[task] in DELETIONS:
+        """Return the rule that lets a deletion take over after silence only, if none lets it in before.
+
+        None if the task is limited: it cannot make progress for ever.
+        """
+        if TASK_OPERATION[task] in DELETIONS or self._limits(TASK_OPERATION[task]):
             return None
         rules = [self.decided(one, state, task, silent_ms=0) for one in (*DELETIONS, Operation.SOFT_DELETE)]
         taking_over = [one for one in rules if one.verdict is Verdict.AFTER]
-        # A deletion that is admitted behind the task is found by `_waiting`.
+        # A deletion that is admitted behind the task is found by `_only_waits`.
         queued = any(one.verdict is Verdict.ADMIT for one in rules[: len(DELETIONS)])
         if queued or any(one.verdict is Verdict.PREEMPT for one in rules):
             return None

@@ -10,7 +10,8 @@ from typing import Final
 
 import msgspec
 
-from interlock.policies.lint.findings import Finding, Severity
+from interlock.core.policy import Rule
+from interlock.policies.lint.findings import Finding, Severity, Written
 
 
 class FindingKind(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +37,8 @@ def _rule(name: str, operations: str, verdict: str, *conditions: str) -> str:
     return "[[rule]]\n" + "".join(f"{line}\n" for line in lines)
 
 
+FIXED_REMEDY: Final = "Remove the rule. A policy cannot change what a fixed rule of its base decides."
+_ADMIT_DELETE: Final = 'Admit delete there, for some role: verdict = "preempt" at once, or "after" with a threshold.'
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 _KINDS: Final = (
@@ -53,19 +56,18 @@ _KINDS: Final = (
         several="Nothing is ever admitted in some states or circumstances.",
         meaning="In a state, or in a circumstance that rules name (a tag, a held request, a lock, an unreachable "
         "host), every operation is denied to every role, now and later: the instance is stuck.",
-        remedy="Admit delete there, for some role, and what repairs the instance.",
+        remedy=_ADMIT_DELETE,
         example=_rule("legal-hold", '"*"', "deny", 'tags = ["legal-hold"]'),
     ),
     FindingKind(
         code="delete-refused",
         severity=_E,
         several="No role can ever delete the instance.",
-        meaning="In a state, or in a circumstance that rules name, no role can delete the instance: neither at "
-        "once, nor "
-        "after a threshold, nor by soft_delete and a later delete. It is a warning where only a tag or "
-        "an unreachable "
-        "host keeps from it, since tags are removed and hosts come back, and for a VM that has left the server.",
-        remedy='Admit delete there, for some role: verdict = "preempt", or "after" with a threshold.',
+        meaning="In a state, or in a circumstance that rules name, no role can delete the instance: neither at once, "
+        "nor after a threshold, nor by soft_delete and a later delete. It is a warning where only a tag or an "
+        "unreachable host keeps from it, since tags are removed and hosts come back, and for a VM that has left the "
+        "server.",
+        remedy=_ADMIT_DELETE,
         example=_rule("let-it-reboot", '["delete", "force_delete", "soft_delete"]', "deny", 'task_state = ["@reboot"]'),
     ),
     FindingKind(
@@ -99,26 +101,24 @@ _KINDS: Final = (
         severity=_E,
         several="Rules never decide: fixed rules of the base decide otherwise.",
         meaning="Everything that the rule matches is decided by a fixed rule of the policy that this one extends.",
-        remedy="Remove the rule. A policy cannot change what a fixed rule of its base decides.",
+        remedy=FIXED_REMEDY,
         example=_rule("owners-reset", '["reset_state"]', "admit", 'roles = ["member"]'),
     ),
     FindingKind(
         code="no-promise",
         severity=_E,
         several="Rules admit operations behind others without checking the foreseen state.",
-        meaning="With in_turn = false, a request is admitted on the present state alone. It may be cancelled "
-        "later, or "
-        "served in a state that does not permit it: law 2 does not cover it.",
-        remedy="Leave in_turn out.",
+        meaning="With in_turn = false, a request is admitted on the present state alone. It may be cancelled later, "
+        "or served in a state that does not permit it: law 2 does not cover it.",
+        remedy="Leave in_turn out, so that it must be permitted in the foreseen state too.",
         example=_rule("pause-at-once", '["pause"]', "admit", 'vm_state = ["active"]', "in_turn = false"),
     ),
     FindingKind(
         code="not-performable",
         severity=_E,
         several="Rules admit operations in states in which no driver performs them.",
-        meaning="The operation cannot be performed from the vm_state, so that the request would fail. It is a "
-        "note where "
-        "only a reset puts an instance into the state.",
+        meaning="The operation cannot be performed from the vm_state, so that the request would fail. It is a note "
+        "where only a reset puts an instance into the state.",
         remedy='Narrow vm_state; "@sources" means the states in which the operation can be performed.',
         example=_rule("unrescue-anything", '["unrescue"]', "admit", 'vm_state = ["active"]', 'task_state = ["none"]'),
     ),
@@ -144,7 +144,7 @@ _KINDS: Final = (
         severity=_W,
         several="From some states only a deletion or a reset leads on.",
         meaning="Operations lead into the state, and none but a deletion or a reset leads out of it.",
-        remedy="Admit what brings the instance back, such as start or rebuild.",
+        remedy="Admit what brings the instance back, such as start or rebuild, if it is meant to come back.",
         example=_rule(
             "frozen",
             '["@state", "@component", "!delete", "!force_delete"]',
@@ -157,9 +157,8 @@ _KINDS: Final = (
         code="delete-waits",
         severity=_W,
         several="Delete only waits its turn behind tasks.",
-        meaning="Delete is queued behind a task, and neither preempts it nor takes over: if the task hangs, "
-        "delete waits "
-        "for ever.",
+        meaning="Delete is queued behind a task, and neither preempts it nor takes over: if the task hangs, delete "
+        "waits for ever.",
         remedy='Give delete the verdict "preempt", or "after" with a threshold.',
         example=_rule("delete-in-turn", '["delete", "force_delete"]', "admit", 'task_state = ["@reboot"]'),
     ),
@@ -167,9 +166,9 @@ _KINDS: Final = (
         code="redundant-for-ever",
         severity=_W,
         several="Repeated requests stay redundant however long a task makes no progress.",
-        meaning="A repeated request is answered as redundant, and only a deletion or a reset takes over from a "
-        "hung task.",
-        remedy='Write verdict = "after" with before = "redundant".',
+        meaning="A repeated request is answered as redundant, and only a deletion or a reset takes over from a hung "
+        "task.",
+        remedy='Write verdict = "after" with before = "redundant", so that a repeated request takes over at last.',
         example=_rule("rebuild-is-coming", '["rebuild"]', "redundant", 'task_state = ["@rebuild"]')
         + _rule("wait", '["@state", "!delete", "!force_delete"]', "deny", 'task_state = ["@rebuild"]'),
     ),
@@ -189,7 +188,7 @@ _KINDS: Final = (
         several="Sets of conditions in `any` never decide.",
         meaning="One of the sets in `any` of a rule contradicts itself, or everything that it matches is decided "
         "before.",
-        remedy="Remove the set, or change its conditions.",
+        remedy="Remove it, or change its conditions.",
         example=_rule(
             "freeze", '["rebuild"]', "deny", 'any = [{ tags = ["prod"] }, { tags = ["prod"], locked = true }]'
         ),
@@ -218,10 +217,10 @@ _KINDS: Final = (
         code="threshold-never-refuses",
         severity=_W,
         several="Thresholds never deny anything.",
-        meaning="The rule holds only after a silence that is at least its threshold, and takes over at once. "
-        "Until then "
-        "other rules decide, and name no retry time.",
-        remedy="Make silent_for shorter than the threshold.",
+        meaning="The rule holds only after a silence that is at least its threshold, and takes over at once. Until "
+        "then other rules decide, and name no retry time.",
+        remedy="Make silent_for shorter than the threshold, so that a denial names the retry time; [thresholds] "
+        "changes it too.",
         example=_rule(
             "late", '["suspend"]', "after", 'task_state = ["@suspend"]', 'silent_for = "5m"', 'threshold = "1m"'
         ),
@@ -263,7 +262,7 @@ _KINDS: Final = (
         severity=_N,
         several="Only a deletion or a reset ends hung tasks.",
         meaning="If the task hangs, no operation but a deletion or a reset takes over.",
-        remedy='Add a rule with verdict = "after".',
+        remedy='Add a rule with verdict = "after", which takes over from a task without progress.',
         example=_rule("hands-off", '["*", "!delete", "!force_delete"]', "deny", 'task_state = ["@pause"]'),
     ),
     FindingKind(
@@ -327,6 +326,33 @@ _KINDS: Final = (
 
 KINDS: Final = {kind.code: kind for kind in _KINDS}
 """All kinds by their codes, the most serious first."""
+
+
+def finding(
+    code: str,
+    about: Written | Rule | str,
+    message: str,
+    *,
+    severity: Severity | None = None,
+    remedy: str | None = "",
+    detail: bool = False,
+) -> Finding:
+    """Return a finding about a rule, or about the place of a policy as a whole.
+
+    Its severity, and its remedy unless that is None, are those of its kind if they are not given.
+    """
+    rule = None if isinstance(about, str) else about.id
+    place = about if isinstance(about, str) else (about.rule if isinstance(about, Written) else about).source
+    kind = KINDS[code]
+    return Finding(
+        severity=severity or kind.severity,
+        code=code,
+        rule=rule,
+        place=place,
+        message=message,
+        remedy=kind.remedy if remedy == "" else remedy,
+        detail=detail,
+    )
 
 
 class FindingGroup(msgspec.Struct, frozen=True, kw_only=True):

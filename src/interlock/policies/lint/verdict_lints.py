@@ -19,6 +19,7 @@ from interlock.policies.language.loader import builtin_names, load
 from interlock.policies.lint.condition_sets import OPERATION, TASK_STATE, TASKS, VM_STATE, Literal, one_of
 from interlock.policies.lint.dead_rules import DeadRules
 from interlock.policies.lint.exit_lints import DELETIONS, WaysOut
+from interlock.policies.lint.finding_kinds import finding
 from interlock.policies.lint.findings import Finding, Severity, Written, file_of, operations_text, some, states_text
 from interlock.policies.lint.reachability import Reaching, can_be_together, states_of
 
@@ -58,20 +59,19 @@ class StrangeVerdicts:
             named = frozenset(members_of("tags", [one.rule]))
             free = sorted(named - protected(named))
             if free:
-                yield _finding(
-                    one, Severity.NOTE, "tag-not-protected",
+                yield finding(
+                    "tag-not-protected", one,
                     f"{one.id!r} depends on the tag{'s' if len(free) > 1 else ''} {', '.join(map(repr, free))}, which "
                     "everybody who may change the VM may set or remove.",
-                    f"If the rule is to bind them: protected_tags = {free} under [policy].".replace("'", '"'),
+                    remedy=f"If the rule is to bind them: protected_tags = {free} under [policy].".replace("'", '"'),
                 )  # fmt: skip
             roles = one.rule.roles or frozenset()
             names_who_may = Role.AGENT in roles
             left_out = Role.MEMBER in roles and Role.PROJECT_ADMIN not in roles and not names_who_may
             if one.rule.verdict is Verdict.DENY and left_out:
-                yield _finding(
-                    one, Severity.WARNING, "role-left-out",
+                yield finding(
+                    "role-left-out", one,
                     f"{one.id!r} denies members, and leaves out project_admin, which may do what members may.",
-                    'Name who may: roles = ["*", "!admin"].',
                 )  # fmt: skip
 
     def unperformed(self, performs: Iterable[Operation]) -> Iterator[Finding]:
@@ -79,22 +79,16 @@ class StrangeVerdicts:
         permitted = set[Operation]().union(*self._ways_out.permitted.values())
         missing = permitted - set(performs) - {each for each in Operation if CATALOGUE[each].lane is Lane.RECORD}
         if missing:
-            yield Finding(
-                severity=Severity.NOTE,
-                code="not-performed",
-                rule=None,
-                place=self._reaching.rules[0].source,
-                message=f"The driver does not perform {operations_text(missing)}; the server denies these.",
-            )
+            message = f"The driver does not perform {operations_text(missing)}; the server denies these."
+            yield finding("not-performed", self._reaching.rules[0].source, message, remedy=None)
 
     def _time(self, one: Written, alive: list[int]) -> Iterator[Finding]:
         rule = one.rule
         if rule.task_states == frozenset({NO_TASK}) and rule.outstanding == frozenset() and _is_timed(rule):
-            yield _finding(
-                one, Severity.WARNING, "nothing-in-flight",
+            yield finding(
+                "nothing-in-flight", one,
                 f"{one.id!r} has a condition on silence, but nothing is in flight where it holds: it measures the time "
                 "since the instance last changed.",
-                "Name the task states, or leave the time out.",
             )  # fmt: skip
         if rule.verdict is not Verdict.AFTER or rule.threshold_ms is None:
             return
@@ -102,21 +96,19 @@ class StrangeVerdicts:
         if rule.measured_from is MeasuredFrom.LAST_PROGRESS:
             if rule.silent_ms_min is not None and rule.silent_ms_min >= rule.threshold_ms:
                 longer = rule.silent_ms_min > rule.threshold_ms
-                yield _finding(
-                    one, Severity.WARNING if longer else Severity.NOTE, "threshold-never-refuses",
+                yield finding(
+                    "threshold-never-refuses", one,
                     f"The threshold of {one.id!r} ({threshold}) never denies anything: the rule holds only after "
                     f"silence of {format_seconds(rule.silent_ms_min)}, and then takes over at once. Until then, later "
                     "rules decide.",
-                    "Make silent_for shorter than the threshold, so that a denial names the retry time; [thresholds] "
-                    "changes it too.",
+                    severity=Severity.WARNING if longer else Severity.NOTE,
                 )  # fmt: skip
             if not any(self._passes(number) for number in alive):
                 causes = some(self._takers(alive, rule.threshold_ms), word=self._dead.cite)
-                yield _finding(
-                    one, Severity.ERROR, "threshold-never-passes",
+                yield finding(
+                    "threshold-never-passes", one,
                     f"The threshold of {one.id!r} ({threshold}) never passes: by then {causes} decides instead, so "
                     "that its denials name a retry time that does not hold.",
-                    "Move the rule before it, or raise silent_for of that one.",
                 )  # fmt: skip
 
     def _takers(self, alive: list[int], threshold_ms: int) -> list[int]:
@@ -136,11 +128,10 @@ class StrangeVerdicts:
             return
         pairs = {(state, task) for state in states_of(rule) for task in rule.task_states}
         if not any(can_be_together(*pair) for pair in pairs):
-            yield _finding(
-                one, Severity.NOTE, "never-together",
+            yield finding(
+                "never-together", one,
                 f"{one.id!r} matches {states_text(pairs)}, and no "
                 "operation is ever in that phase in such a state.",
-                "See the catalogue for the states in which each operation can be performed.",
             )  # fmt: skip
 
     def _record(self, one: Written) -> Iterator[Finding]:
@@ -149,11 +140,10 @@ class StrangeVerdicts:
             return
         operations = {each for number in one.numbers for each in self._reaching.rules[number].operations}
         if all(CATALOGUE[each].lane is Lane.RECORD for each in operations):
-            yield _finding(
-                one, Severity.NOTE, "takes-nothing-over",
+            yield finding(
+                "takes-nothing-over", one,
                 f"{one.id!r} has verdict {rule.verdict.value!r} for {operations_text(operations)}, which only changes "
                 "the record: it completes when admitted, and interrupts nothing.",
-                'Write verdict = "admit".',
             )  # fmt: skip
 
     def _out_of_turn(self, one: Written, alive: list[int]) -> Iterator[Finding]:
@@ -168,11 +158,11 @@ class StrangeVerdicts:
         }
         if broken:
             # Law 2 holds only for requests admitted in turn, so that the model checker would not find this.
-            yield _finding(
-                one, Severity.WARNING if one.rule in _shipped(one.file) else Severity.ERROR, "no-promise",
+            yield finding(
+                "no-promise", one,
                 f"{one.id!r} admits {operations_text(broken)} behind other state changes without checking the "
                 "foreseen state: it may be cancelled, or served in a state that does not permit it.",
-                "Leave in_turn out, so that it must be permitted in the foreseen state too.",
+                severity=Severity.WARNING if one.rule in _shipped(one.file) else Severity.ERROR,
             )  # fmt: skip
 
     def _unperformable(self, one: Written, alive: list[int]) -> Iterator[Finding]:
@@ -189,10 +179,10 @@ class StrangeVerdicts:
             (outside, Severity.NOTE, " (only a reset puts an instance there)"),
         ):
             if found:
-                yield _finding(
-                    one, severity, "not-performable",
+                yield finding(
+                    "not-performable", one,
                     f"{one.id!r} admits {_products(found)}, where no driver performs it{when}.",
-                    'Narrow vm_state; "@sources" means the states in which the operation can be performed.',
+                    severity=severity,
                 )  # fmt: skip
 
     def _gaps(self, number: int) -> Iterator[tuple[Operation, VmState]]:
@@ -229,16 +219,11 @@ class StrangeVerdicts:
         rules = {rule.id: rule for rule in self._reaching.rules}
         for rule_id, states in found.items():
             pairs = [(state, task) for state, tasks in states.items() for task in tasks]
-            yield Finding(
-                severity=Severity.WARNING,
-                code="redundant-for-ever",
-                rule=rule_id,
-                place=rules[rule_id].source,
-                message=f"{rule_id!r} answers a repeated request as redundant however long the task makes no progress, "
-                f"and only a deletion or a reset takes over, in {states_text(pairs)}.",
-                remedy='Write verdict = "after" with before = "redundant", so that a repeated request takes over at '
-                "last.",
-            )
+            yield finding(
+                "redundant-for-ever", rules[rule_id],
+                f"{rule_id!r} answers a repeated request as redundant however long the task makes no progress, and "
+                f"only a deletion or a reset takes over, in {states_text(pairs)}.",
+            )  # fmt: skip
 
     def _takeover(self, state: VmState, task: str) -> bool:
         others = (each for each in Operation if each not in DELETIONS and CATALOGUE[each].lane is Lane.STATE)
@@ -269,15 +254,9 @@ class StrangeVerdicts:
             rules = [edges[one][other] for one in ring for other in ring if other in edges[one]]
             rule = next((each for each in rules if file_of(each) == self._dead.own_file), rules[0])
             names = " and ".join(f"hard {one.value}" if hard else one.value for one, hard in ring)
-            yield Finding(
-                severity=Severity.WARNING,
-                code="preempt-ring",
-                rule=rule.id,
-                place=rule.source,
-                message=f"{names} {'preempt each other' if len(ring) > 1 else 'preempts itself'}: repeated requests "
-                "keep it from ever completing.",
-                remedy='Make a repeated request redundant: verdict = "after" with before = "redundant".',
-            )
+            each_other = "preempt each other" if len(ring) > 1 else "preempts itself"
+            message = f"{names} {each_other}: repeated requests keep it from ever completing."
+            yield finding("preempt-ring", rule, message)
 
 
 def _cycles(edges: dict[Variant, dict[Variant, Rule]]) -> Iterator[tuple[Variant, ...]]:
@@ -306,12 +285,6 @@ def _products(found: dict[VmState, set[Operation]]) -> str:
         f"{operations_text(operations)} in {some((state.value for state in states), len(VmState))}"
         for operations, states in alike.items()
     )
-
-
-def _finding(one: Written, severity: Severity, code: str, message: str, remedy: str) -> Finding:
-    return Finding(
-        severity=severity, code=code, rule=one.id, place=one.rule.source, message=message, remedy=remedy
-    )  # fmt: skip
 
 
 def _is_timed(rule: Rule) -> bool:

@@ -8,7 +8,8 @@ from typing import Final
 from interlock.core.conditions import CONDITION
 from interlock.core.policy import windows_in
 from interlock.core.time_windows import Calendar
-from interlock.policies.lint.findings import Finding, Severity, Written
+from interlock.policies.lint.finding_kinds import finding
+from interlock.policies.lint.findings import Finding, Written
 from interlock.policies.time_windows import HORIZON, calendar
 
 _FROM_MS: Final = 1_767_571_200_000
@@ -24,8 +25,12 @@ def window_findings(rules: tuple[Written, ...], own_file: str) -> Iterator[Findi
         holds = CONDITION["windows"].kind.test(within)
         intervals = calendar(windows_in([one.rule]), _FROM_MS, 0)
         seen = {bool(holds(intervals.open_at(at_ms))) for at_ms in _moments(intervals)}
-        if len(seen) == 1:
-            yield _finding(one, always=seen.pop())
+        if seen == {True}:
+            message = f"The time windows of {one.id!r} always hold: they leave no gap in the week."
+            yield finding("windows-always", one, message)
+        elif seen == {False}:
+            message = f"The time windows of {one.id!r} never hold: those with `!` cover the others."
+            yield finding("windows-never", one, message)
 
 
 def _moments(intervals: Calendar) -> list[int]:
@@ -33,20 +38,3 @@ def _moments(intervals: Calendar) -> list[int]:
     bounds = {bound for spans in intervals.intervals.values() for span in spans for bound in span}
     inside = range(_FROM_MS, _FROM_MS + round(HORIZON.total_seconds() * 1000))
     return sorted({_FROM_MS, *(bound for bound in bounds if bound in inside)})
-
-
-def _finding(one: Written, *, always: bool) -> Finding:
-    if always:
-        message = f"The time windows of {one.id!r} always hold: they leave no gap in the week."
-        remedy = "Leave `within` out, or narrow it."
-    else:
-        message = f"The time windows of {one.id!r} never hold: those with `!` cover the others."
-        remedy = "Remove the rule, or change its windows."
-    return Finding(
-        severity=Severity.WARNING if always else Severity.ERROR,
-        code="windows-always" if always else "windows-never",
-        rule=one.id,
-        place=one.rule.source,
-        message=message,
-        remedy=remedy,
-    )
