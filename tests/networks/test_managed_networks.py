@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
+from pathlib import Path
 
-from networks.conftest import NOTHING, Host, interface, lab
+import uvloop
+
+from interlock.networks.host_networks import HostNetworks
+from networks.conftest import NOTHING, TAGS, Host, interface, lab
+from networks.namespaces import Namespace
 
 
 async def test_a_guest_gets_its_leased_address_by_dhcp_and_reaches_its_gateway(host: Host) -> None:
@@ -44,3 +51,16 @@ async def test_guests_of_a_network_reach_each_other_and_resolve_their_names(host
     assert one.resolves("two.lab7.internal", "10.7.0.1") == "10.7.0.6"
     with two.serving(80):
         assert one.reads("10.7.0.6", 80) == b"hello"
+
+
+def test_networks_are_made_on_the_event_loop_that_a_server_uses(host_namespace: Namespace, tmp_path: Path) -> None:
+    networks = HostNetworks(next(TAGS), tmp_path)
+
+    async def make_and_remove() -> None:
+        os.close(await networks.plug("one", interface(2, lab())))
+        await networks.unplug("one", "primary")
+        await networks.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(make_and_remove())
+    assert "il" not in host_namespace.run("ip", "-br", "link")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from interlock.core.errors import OperationRejected
@@ -41,16 +42,17 @@ async def run(words: Sequence[str], text: bytes = b"") -> tuple[int, str, str]:
     Raises:
         OperationRejected: it did not end in time, and was killed.
     """
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
+    with _as_file(text) as stdin:
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=stdin,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            output, errors = await process.communicate(text)
+            output, errors = await process.communicate()
     except TimeoutError:
         raise OperationRejected(f"{words[0]} did not end within {_TIMEOUT_S:.0f} s.") from None
     finally:
@@ -58,3 +60,16 @@ async def run(words: Sequence[str], text: bytes = b"") -> tuple[int, str, str]:
             process.kill()
             await process.wait()
     return process.returncode or 0, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
+
+
+@contextmanager
+def _as_file(text: bytes) -> Iterator[int]:
+    """Return a file in memory with the text, which a program can open again; the pipes of uvloop are sockets."""
+    descriptor = os.memfd_create("input", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(text)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.core import CoreDatagramProtocol
 from pyroute2.netlink.exceptions import NetlinkError
 
 from interlock.core.errors import OperationRejected
@@ -36,6 +37,7 @@ _BY_ROUTER: Final = 9
 _TBF_LATENCY: Final = "50ms"
 _BURST_BYTES: Final = 65_536
 _DEFAULT_VLAN: Final = 1
+_MESSAGE_BYTES: Final = 256 * 1024
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,10 +220,49 @@ class Links:
             raise OperationRejected(f"{path} cannot be set to {value}: {error.strerror}.") from error
 
 
+class _Reader:
+    """Reads a netlink socket for pyroute2, in place of a transport of the event loop: uvloop has none for netlink."""
+
+    def __init__(self, opened: socket.socket, protocol: CoreDatagramProtocol) -> None:
+        self._socket = opened
+        self._protocol = protocol
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(opened.fileno(), self._read)
+
+    def _read(self) -> None:
+        try:
+            message, sender = self._socket.recvfrom(_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.abort()
+            self._protocol.error_received(error)
+            return
+        self._protocol.datagram_received(message, sender)
+
+    def abort(self) -> None:
+        """Read no more."""
+        self._loop.remove_reader(self._socket.fileno())
+
+    def close(self) -> None:
+        """Do nothing: it is called after `abort`."""
+
+
+class _Netlink(AsyncIPRoute):  # type: ignore[misc]  # pyroute2 has no types
+    """A netlink connection for every event loop."""
+
+    async def setup_endpoint(self) -> None:
+        """Begin to read, unless it has begun; see `AsyncNetlinkSocket`."""
+        if getattr(self.local, "transport", None) is None:
+            self.socket.setblocking(False)
+            protocol = CoreDatagramProtocol(self.connection_lost, self.enqueue, self._error_event, self.status)
+            self.local.transport, self.local.protocol = _Reader(self.socket, protocol), protocol
+
+
 @asynccontextmanager
 async def netlink() -> AsyncIterator[Links]:
     """Open a netlink connection."""
-    async with AsyncIPRoute() as opened:
+    async with _Netlink() as opened:
         yield Links(opened)
 
 
