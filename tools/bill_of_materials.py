@@ -26,6 +26,8 @@ from packageurl import PackageURL
 ROOT: Final = Path(__file__).parents[1]
 LOCK: Final = ROOT / "packaging" / "requirements.lock"
 _PACKAGE: Final = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>[^\s;\\]+)", re.MULTILINE)
+_ELSEWHERE: Final = " ; sys_platform == 'win32'"
+"""What marks a package that a server, which runs on Linux, does not have."""
 _HASH: Final = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 _CLASSIFIER: Final = "License :: "
 _SENTENCE_MAX: Final = 64
@@ -65,6 +67,7 @@ def _locked(text: str) -> list[Component]:
             licenses=_licences(match["name"]),
         )
         for match, end in zip(found, ends, strict=True)
+        if not text.startswith(_ELSEWHERE, match.end())
     ]
 
 
