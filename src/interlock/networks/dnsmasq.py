@@ -93,7 +93,7 @@ class DhcpServers:
         named = (word.removeprefix("--interface=") for word in command if word.startswith("--interface="))
         return next((bridge for bridge in named if bridge.startswith(self._bridges)), None)
 
-    async def serve(self, bridge: str, network: Network, leases: Iterable[Lease], *, anew: bool) -> None:
+    async def serve(self, bridge: str, network: Network, leases: Iterable[Lease], *, anew: bool) -> int:
         """Serve leases on a bridge that is up.
 
         Args:
@@ -101,6 +101,9 @@ class DhcpServers:
             network: the managed network.
             leases: all of it.
             anew: whether the bridge is a new one, so that a server that runs does not listen there.
+
+        Returns:
+            The id of its process.
 
         Raises:
             OperationRejected: dnsmasq is not installed, or did not start.
@@ -119,10 +122,14 @@ class DhcpServers:
             if any(changed):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGHUP)
-            return
+            return process
         self.end(bridge)
         _forget(folder / "leases", stale)
         await _start(folder, command)
+        process = self._process(bridge)
+        if process is None:
+            raise OperationRejected(f"dnsmasq for the network {network.name} ended as soon as it was started.")
+        return process
 
     def end(self, bridge: str) -> None:
         """End the server of a bridge, if it runs. Blocks until it has ended."""

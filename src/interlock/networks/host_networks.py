@@ -18,6 +18,7 @@ from interlock.networks import host_checks, nftables
 from interlock.networks.connections import Connection, Names, bridge_mac, connection, connections_of, managed_networks
 from interlock.networks.dnsmasq import DhcpServers, Lease
 from interlock.networks.host_abilities import abilities
+from interlock.networks.host_watch import HostWatch
 from interlock.networks.links import Link, Links, netlink, open_tap
 from interlock.networks.packet_filter import bridge_table, inet_table, is_local
 from interlock.networks.router_settings import RouterSettings
@@ -44,6 +45,9 @@ class HostNetworks:
         self._connections: dict[tuple[str, str], Connection] = {}
         self._tables: dict[str, nftables.Table | None] = {}
         """By family, as applied last; missing: unknown."""
+        self._failures: dict[str, str] = {}
+        """What was logged last, by network."""
+        self._watch = HostWatch(self._check)
         self._lock = asyncio.Lock()
 
     def abilities(self) -> tuple[NetworkAbility, ...]:
@@ -62,6 +66,7 @@ class HostNetworks:
             self._connections = {(one.instance_id, one.interface.id): one for one in connections_of(wanted)}
             self._tables.clear()
             await self._converge()
+        self._watch.open()
 
     async def plug(self, instance_id: str, interface: Interface, forwards: Sequence[Forward] = ()) -> int:
         """Connect a guest's interface to its bridge, which is made if it is managed.
@@ -108,6 +113,7 @@ class HostNetworks:
 
     async def close(self) -> None:
         """Stop watching; guests keep their networks."""
+        await self._watch.close()
 
     # ------------------------------------------------------------------------------------------------ convergence
 
@@ -117,6 +123,8 @@ class HostNetworks:
         key = one.instance_id, one.interface.id
         before = self._connections.get(key)
         host_checks.check_forwards(one, before, [other for other in self._connections.values() if other is not before])
+        # The last one has the newest record of its network.
+        self._connections.pop(key, None)
         self._connections[key] = one
         try:
             yield before
@@ -132,10 +140,22 @@ class HostNetworks:
         """Make what is wanted, and remove what is not; log what fails."""
         networks = {one.network.id: one.network for one in self._connections.values()}
         for network in networks.values():
-            with _logged(network=network.name):
+            with self._logged(network.name):
                 await self._settle(network)
-        with _logged():
+        with self._logged(""):
             await self._remove_unwanted()
+
+    async def _check(self) -> None:
+        """Repair what somebody has changed on the host."""
+        async with self._lock:
+            for family, table in list(self._tables.items()):
+                if table is None:
+                    continue
+                wanted = {name: len(chain.rules) for name, chain in table.chains.items()}
+                if await nftables.rule_counts(family, self._names.table) != wanted:
+                    _LOG.warning("rules of networks changed by others", table=f"{family} {self._names.table}")
+                    del self._tables[family]
+            await self._converge()
 
     async def _settle(self, network: Network, changed: Connection | None = None) -> None:
         """Make what the connections of a network need: bridge, rules, DHCP server, taps that are open.
@@ -185,7 +205,7 @@ class HostNetworks:
             Lease(mac=one.interface.mac.lower(), addresses=one.interface.addresses, hostname=one.interface.hostname)
             for one in members
         ]
-        await self._dhcp.serve(name, network, leases, anew=is_new)
+        self._watch.follow(await self._dhcp.serve(name, network, leases, anew=is_new))
         return bridge, is_new
 
     async def _attach(self, links: Links, tap: Link, one: Connection, bridge: Link, *, anew: bool) -> None:
@@ -253,10 +273,14 @@ class HostNetworks:
     def _tap(self, one: Connection) -> str:
         return self._names.tap(one.instance_id, one.interface.id)
 
-
-@contextlib.contextmanager
-def _logged(**fields: str) -> Iterator[None]:
-    try:
-        yield
-    except OperationRejected as error:
-        _LOG.error("network not converged", error=error.message, remedy=error.remedy, **fields)
+    @contextlib.contextmanager
+    def _logged(self, network: str) -> Iterator[None]:
+        """Log a failure of the body, unless it is the same as before."""
+        try:
+            yield
+        except OperationRejected as error:
+            if self._failures.get(network) != error.message:
+                _LOG.error("network not converged", network=network, error=error.message, remedy=error.remedy)
+            self._failures[network] = error.message
+        else:
+            self._failures.pop(network, None)

@@ -189,11 +189,14 @@ async def exists(family: str, name: str) -> bool:
     return program is not None and (await host_programs.run([program, "-t", "list", "table", family, name]))[0] == 0
 
 
-async def content(tables: Sequence[tuple[str, str]]) -> str:
-    """Return the sets and rules of tables (family and name) as text to be compared; empty if one is missing.
-
-    Elements of sets are left out: those that rules add may be many.
-    """
-    text = "\n".join(f"list table {family} {name}" for family, name in tables)
-    status, output, _ = await host_programs.run([host_programs.installed(NFT), "-t", "-f", "-"], text.encode())
-    return output if status == 0 else ""
+async def rule_counts(family: str, name: str) -> dict[str, int]:
+    """Return how many rules each chain of a table has; empty if there is no such table."""
+    words = [host_programs.installed(NFT), "-j", "-t", "list", "table", family, name]
+    status, output, _ = await host_programs.run(words)
+    found: dict[str, int] = {}
+    for listed in msgspec.json.decode(output)["nftables"] if status == 0 else ():
+        if chain := listed.get("chain"):
+            found.setdefault(chain["name"], 0)
+        if rule := listed.get("rule"):
+            found[rule["chain"]] = found.get(rule["chain"], 0) + 1
+    return found

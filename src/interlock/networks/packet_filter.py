@@ -53,7 +53,12 @@ _FROM_BRIDGE = "from_bridge"
 _TO_BRIDGE = "to_bridge"
 _TO_HOST = "to_host"
 _TO_GUEST = {4: "to_guest", 6: "to_guest_6"}
-_ESTABLISHED = match({"ct": {"key": "state"}}, ["established", "related"], "in")
+_ANSWERS: tuple[Rule, ...] = (
+    (match({"ct": {"key": "direction"}}, "reply"), ACCEPT),
+    (match({"ct": {"key": "state"}}, "related", "in"), ACCEPT),
+)
+"""What belongs to a connection from the other side. Who opened it is judged with each packet, so that a rule that is
+removed ends what it allowed."""
 _RETURN: Expression = {"return": None}
 
 
@@ -305,7 +310,7 @@ def _hooks(bridges: Mapping[str, Network], forwards: Sequence[tuple[Connection, 
         "forward": Chain(
             hook=Hook(hook="forward", prio=0),
             rules=(
-                (_ESTABLISHED, ACCEPT),
+                *_ANSWERS,
                 by_map(meta("iifname"), _FROM_BRIDGE),
                 by_map(meta("oifname"), _TO_BRIDGE),
             ),
@@ -372,7 +377,7 @@ def _inbound(bridge: str, network: Network) -> Iterator[Rule]:
 def _to_host(network: Network) -> Iterator[Rule]:
     """Yield the rules for what a managed network sends to its host: the services of the gateway, at its address."""
     gateway, gateway_6 = gateways(network, 4), (*gateways(network, 6), link_local(bridge_mac(network)))
-    yield (_ESTABLISHED, ACCEPT)
+    yield from _ANSWERS
     yield (match(field("udp", "sport"), 68), match(field("udp", "dport"), 67), ACCEPT)
     for protocol, addresses in (("ip", gateway), ("ip6", gateway_6)):
         if addresses:
@@ -387,7 +392,7 @@ def _to_host(network: Network) -> Iterator[Rule]:
 
 def _outsider_to_host() -> Iterator[Rule]:
     """Yield the rules for what guests on a bridge of the host send to it: it may be their gateway."""
-    yield (_ESTABLISHED, ACCEPT)
+    yield from _ANSWERS
     yield (match(field("udp", "dport"), one_of([53, 67, 547])), ACCEPT)
     yield (match(field("tcp", "dport"), 53), ACCEPT)
     yield (match(field("icmp", "type"), "echo-request"), ACCEPT)
