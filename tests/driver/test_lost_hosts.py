@@ -376,6 +376,17 @@ async def test_a_guest_on_a_lost_host_is_stuck_and_its_power_state_unknown(stree
     assert shown_power(await street.house.until(resting), HostState.FENCED) is PowerState.NONE
 
 
+@pytest.mark.parametrize("root", [{}, {"root_gib": 1}], ids=["nothing lost", "root disk lost"])
+async def test_the_evacuation_that_is_advised_for_a_stuck_guest_is_admitted(street: Street, root: Any) -> None:
+    vm = await brought(street, "active", **root)
+    await lose(street)
+    (found,) = await street.house.server.instances.stuck(street.house.caller)
+    remedy = str(serializers.stuck(found, street.house.server.instances.now_ms()).remedy)
+    advised = {"host": "any"} | ({"from_image": True} if "--host any --from-image`" in remedy else {})
+    await carry_out(street, vm, O.EVACUATE, **advised)
+    assert ("without the data on its root disk" in remedy) == bool(root)
+
+
 def shown_power(instance: Instance, state: HostState) -> PowerState:
     times = UpkeepTimes(resize_confirm_window_ms=0, reclaim_after_ms=0, offload_after_ms=0)
     return serializers.instance(instance, times, state).power_state

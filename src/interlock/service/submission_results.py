@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from interlock.core.evacuation import loses_root
 from interlock.core.operations import Operation
 from interlock.core.records import Disposition, Instance, Request
 from interlock.core.states import GuestTrouble
@@ -44,17 +45,20 @@ class Stuck(msgspec.Struct, frozen=True, kw_only=True):
     """Those of them that would take over from the stuck operation."""
 
 
-def host_trouble(host: HostCondition, name: str) -> tuple[str, str]:
+def host_trouble(host: HostCondition, instance: Instance) -> tuple[str, str]:
     """Return problem and remedy for a VM whose host is lost or fenced."""
-    evacuate = f"`interlock vm evacuate {name} --host any"
+    anew = loses_root(instance)
+    evacuate = f"`interlock vm evacuate {instance.name} --host any" + " --from-image" * anew
+    starts = "recreates it from its image" if anew else "starts it"
+    lost = ", without the data on its root disk" * anew
     if host.state is HostState.FENCED:
         why = f"The host {host.name} is fenced: the VM does not run."
-        return why, f"{evacuate}` starts it on another host; you can also delete it, or reconnect {host.name}."
+        return why, f"{evacuate}` {starts} on another host{lost}; you can also delete it, or reconnect {host.name}."
     until = "" if host.fenced_at_ms is None else " until its lease expires"
     why = f"The host {host.name} does not respond: the VM may be running there{until}."
     if host.fenced_at_ms is None:
         return why, f"Check that {host.name} is powered off, then `interlock host fence {host.name} --i-am-sure`."
-    return why, f"{evacuate} --hold 10m` starts it on another host once {host.name} is fenced."
+    return why, f"{evacuate} --hold 10m` {starts} on another host{lost} once {host.name} is fenced."
 
 
 class TroubleText(msgspec.Struct, frozen=True):

@@ -313,7 +313,7 @@ def stuck(one: Stuck, now_ms: int) -> responses.Stuck:
     doing, trouble = one.request, one.instance.guest_trouble
     sentences, remedy = [], None
     if one.host is not None:
-        why, remedy = host_trouble(one.host, one.instance.name)
+        why, remedy = host_trouble(one.host, one.instance)
         sentences.append(why)
     if doing is not None and one.takes_over:
         phase = doing.phase or "its phase"
