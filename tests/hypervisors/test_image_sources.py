@@ -262,6 +262,7 @@ FOREIGN: dict[str, tuple[str, bytes]] = {
     "vmdk descriptor": ("VMDK descriptor", DESCRIPTOR.replace(b"# Disk", b"\n\n# Disk").ljust(2048, b"\n")),
     "vmdk descriptor after comments": ("VMDK descriptor", b"\xef\xbb\xbf# made by hand\n\n" + DESCRIPTOR),
     "vmdk descriptor without its title": ("VMDK descriptor", DESCRIPTOR.partition(b"\n")[2]),
+    "vmdk descriptor filled with zeros": ("VMDK descriptor", DESCRIPTOR.ljust(512, b"\0")),
     "esx vmdk": ("VMDK image of ESX", b"COWD" + DISK[1000:9000]),
     "dmg": ("Apple disk image", DISK[:446] + bytes(4096) + b"koly".ljust(512, b"\0")),
     "vhd with a wrong size": ("VHD image", DISK[:4096] + b"conectix".ljust(512, b"\0")),
@@ -316,7 +317,7 @@ class TestNoDisks:
         assert image.format == "raw"
         assert Path(image.path).read_bytes() == content
 
-    @pytest.mark.parametrize("kind", ["tar", "zip", "lz4", "text", "elf", "vmdk descriptor"])
+    @pytest.mark.parametrize("kind", ["tar", "zip", "lz4", "text", "elf", "vmdk descriptor filled with zeros"])
     async def test_saying_that_it_is_raw_does_not_make_it_a_disk(
         self, images: ImageFolder, tmp_path: Path, kind: str
     ) -> None:

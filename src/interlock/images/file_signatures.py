@@ -161,9 +161,10 @@ def _is_program(head: bytes) -> bool:
 
 
 def _text(head: bytes) -> Foreign | None:
+    bare = head.rstrip(b"\0")
     # A character that takes several bytes may be cut in two at the end of what is looked at.
-    text = head[:_TEXT_BYTES].decode("utf-8", "ignore")
-    if len(text.encode()) < min(len(head), _TEXT_BYTES) - 3 or re.search(r"[^\t\n\f\r\x1b -\x7e\x80-\U0010ffff]", text):
+    text = bare[:_TEXT_BYTES].decode("utf-8", "ignore")
+    if len(text.encode()) < min(len(bare), _TEXT_BYTES) - 3 or re.search(r"[^\t\n\f\r\x1b -\x7e\x80-\U0010ffff]", text):
         return None
     said = text.removeprefix("\ufeff").lstrip().lower()
     if "disk descriptorfile" in said or any(re.match(r"createtype\s*=", line.strip()) for line in said.splitlines()):
@@ -171,6 +172,8 @@ def _text(head: bytes) -> Foreign | None:
             "a VMDK descriptor, whose content is in other files",
             "Convert it where those are: `qemu-img convert -f vmdk -O qcow2 FILE NEW.qcow2`.",
         )
+    if len(bare) < len(head):  # qemu-img fills the last sector of a descriptor; other texts are not filled
+        return None
     if said.startswith(("<!doctype html", "<html", "<head")):
         return Foreign(
             "an HTML page", "See what it says: it may be an error, or a page to log in, instead of the image."
