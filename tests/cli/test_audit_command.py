@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT
-from interlock.api.schemas.audit import AuditEntries, AuditEntry
+from interlock.api.schemas.projects import AuditEntries, AuditEntry
 from interlock.ports.audit import Outcome
 
 CREATED = AuditEntry(

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from interlock.api.schemas.responses import Instance
-from interlock.cli.output.hints import next_steps
+from interlock.cli.commands.vm_table import next_steps
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from waiting import until

@@ -17,8 +17,7 @@ from interlock.core.policy import Before, CompiledPolicy, MeasuredFrom, Policy, 
 from interlock.core.records import Admitted, Denied, Disposition, Instance, Redundant, Request, Status, Submission
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, PowerState, VmState
-from interlock.policies.fleet.comparison import compare
-from interlock.policies.fleet.gate import Answered, FleetAnswers, judge_fleet
+from interlock.policies.fleet.gate import Answered, FleetAnswers, compare, judge_fleet
 from interlock.policies.language.loader import builtin_names, compile_named
 from tiers import tier
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from interlock.api.http import request_parsing
 from interlock.api.http.disconnects import cancel_on_disconnect
 from interlock.api.http.route import CURSOR, LIMIT, WAIT, ApiParts, Parameter, Routes
-from interlock.api.schemas.audit import AuditEntries, AuditEntry
+from interlock.api.schemas.projects import AuditEntries, AuditEntry
 from interlock.api.schemas.serializers import wire
 from interlock.core.errors import Invalid
 from interlock.ports.audit import AuditFilter, Outcome

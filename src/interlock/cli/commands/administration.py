@@ -8,9 +8,8 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from interlock.api.schemas.audit import AuditEntries, AuditEntry
 from interlock.api.schemas.inventory import MadeToken, NewToken, Token, TokenList, TokenRotation
-from interlock.api.schemas.projects import NewProject, Project, ProjectList, QuotaChange
+from interlock.api.schemas.projects import AuditEntries, AuditEntry, NewProject, Project, ProjectList, QuotaChange
 from interlock.cli.client.paths import PROJECTS, TOKENS, path_of
 from interlock.cli.completion import completer
 from interlock.cli.context import Invocation, with_json

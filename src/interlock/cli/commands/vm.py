@@ -13,7 +13,16 @@ from interlock.api.schemas.responses import Created, Instance, InstancePage
 from interlock.cli.client.paths import IMAGES, INSTANCES, VOLUMES, path_of
 from interlock.cli.commands.hosts import host_text
 from interlock.cli.commands.submission import describe, post, wait_for_end, wait_option
-from interlock.cli.commands.vm_table import ColumnNames, SortKey, power_text, print_table, sort
+from interlock.cli.commands.vm_table import (
+    ColumnNames,
+    SortKey,
+    next_steps,
+    power_text,
+    print_table,
+    size_text,
+    sort,
+    state_text,
+)
 from interlock.cli.completion import OperationName, completer, vm_argument
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.failures import Failure
@@ -29,7 +38,6 @@ from interlock.cli.options.new_vm import (
 from interlock.cli.options.quantities import Size
 from interlock.cli.output.formatting import STATE_COLOURS, age, clock
 from interlock.cli.output.grouped_help import Sectioned
-from interlock.cli.output.hints import next_steps, size_text, state_text
 from interlock.core.records import Status
 from interlock.service.request_models import NewForward, NewInstance
 

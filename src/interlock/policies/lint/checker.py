@@ -17,14 +17,13 @@ from interlock.core.errors import PolicyError
 from interlock.core.operations import Operation
 from interlock.core.policy import CompiledPolicy, Policy
 from interlock.policies.language.loader import PolicyText, builtin_names, read
-from interlock.policies.lint.dead_rules import DeadRules
+from interlock.policies.lint.dead_rules import DeadRules, window_findings
 from interlock.policies.lint.deletion_lints import Undeletable
 from interlock.policies.lint.exit_lints import WaysOut
 from interlock.policies.lint.finding_kinds import finding
 from interlock.policies.lint.findings import Finding, Severity, file_of, file_of_place
 from interlock.policies.lint.reachability import Reaching
 from interlock.policies.lint.verdict_lints import StrangeVerdicts
-from interlock.policies.lint.window_lints import window_findings
 
 _MESSAGE: Final = re.compile(r"(.+?:\d+(?::\d+)?): (.*)", re.DOTALL)
 _ORDER: Final = tuple(Severity)

@@ -1,4 +1,4 @@
-"""Lint: dead rules, which never decide, and the rules that shadow them.
+"""Lint: dead rules, which never decide, the rules that shadow them, and time windows that never hold, or always.
 
 A rule is dead if it decides no view at all: its conditions contradict each other, or earlier rules match all that it
 matches. Where the analysis exceeds its limits, a rule counts as reachable.
@@ -13,10 +13,11 @@ from itertools import chain, compress
 from operator import mul
 from typing import Final
 
-from interlock.core.conditions import CONDITIONS
+from interlock.core.conditions import CONDITION, CONDITIONS
 from interlock.core.operations import BIT, TASK_OPERATION, Operation
-from interlock.core.policy import SET_MARK, Rule
+from interlock.core.policy import SET_MARK, Rule, windows_in
 from interlock.core.states import VmState
+from interlock.core.time_windows import Calendar
 from interlock.policies.lint.condition_sets import (
     KEY_BITS,
     OPERATION,
@@ -34,6 +35,7 @@ from interlock.policies.lint.finding_kinds import FIXED_REMEDY, finding
 from interlock.policies.lint.findings import Finding, Written, file_of, operations_text, some, written
 from interlock.policies.lint.reachability import Reaching, mask_of, states_of
 from interlock.policies.lint.rule_masks import union
+from interlock.policies.time_windows import HORIZON, calendar
 
 _CAUSES_MAX = 40
 """Up to how many shadowing rules are reduced to the necessary ones."""
@@ -353,3 +355,31 @@ def _cells(operations: int, states: int, tasks: int) -> int:
     per_operation, per_state = _WIDTHS
     inner = sum(tasks << per_state * state for state in places(states))
     return sum(inner << per_operation * operation for operation in places(operations))
+
+
+_FROM_MS: Final = 1_767_571_200_000
+"""A Monday; for a weekly window any serves, apart from the weeks in which clocks change."""
+
+
+def window_findings(rules: tuple[Written, ...], own_file: str) -> Iterator[Finding]:
+    """Yield a finding for each rule of the file whose time windows never hold, or always."""
+    for one in rules:
+        within = one.rule.within
+        if within is None or one.file != own_file:
+            continue
+        holds = CONDITION["windows"].kind.test(within)
+        intervals = calendar(windows_in([one.rule]), _FROM_MS, 0)
+        seen = {bool(holds(intervals.open_at(at_ms))) for at_ms in _moments(intervals)}
+        if seen == {True}:
+            message = f"The time windows of {one.id!r} always hold: they leave no gap in the week."
+            yield finding("windows-always", one, message)
+        elif seen == {False}:
+            message = f"The time windows of {one.id!r} never hold: those with `!` cover the others."
+            yield finding("windows-never", one, message)
+
+
+def _moments(intervals: Calendar) -> list[int]:
+    """Return a moment of each part of some weeks in which the same windows are open."""
+    bounds = {bound for spans in intervals.intervals.values() for span in spans for bound in span}
+    inside = range(_FROM_MS, _FROM_MS + round(HORIZON.total_seconds() * 1000))
+    return sorted({_FROM_MS, *(bound for bound in bounds if bound in inside)})

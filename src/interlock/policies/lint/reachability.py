@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 from interlock.core.operations import BIT, CATALOGUE, TASK_OPERATION, Operation
 from interlock.core.policy import MeasuredFrom, Rule, Verdict
 from interlock.core.states import LEFT_AT_END, NO_TASK, VmState
-from interlock.core.views import View
 from interlock.policies.lint.condition_sets import (
     KEY_BITS,
     OPERATION,
@@ -149,21 +148,6 @@ class Reaching:
             self._starts[number] = within(self.space.everything(), self._literals[number])
         start = self._starts[number]
         return start if start is None or not more else within(start, more)
-
-    def _cell(self, cell: Cell, *more: Literal) -> Region | None:
-        """Return the region of a cell in which `more` holds, with the operation in service outstanding."""
-        return within(self.space.everything(cell.task_state), (*_cell_keys(cell), *more))
-
-    def decides(self, number: int, cell: Cell, *more: Literal) -> View | None:
-        """Return a view in the cell that the rule decides and for which `more` holds; None if there is none."""
-        region = self._cell(cell, *more, *self._literals[number])
-        left = None if region is None else self._left(region, (1 << number) - 1)[0]
-        return None if left is None else self._view(cell, left)
-
-    def can_decide(self, number: int, cell: Cell, *more: Literal) -> bool:
-        """Return whether there is a view in the cell that the rule decides and for which `more` holds."""
-        region = self._cell(cell, *more, *self._literals[number])
-        return region is not None and self._left(region, (1 << number) - 1)[0] is not None
 
     def values_of(self, place: int, mask: int) -> Iterator[Any]:
         """Yield the operations, vm_states or task states of a mask."""
@@ -325,16 +309,6 @@ class Reaching:
                 return None, used
             piece = rest
         return piece, used
-
-    def _view(self, cell: Cell, region: Region) -> View:
-        values = self.space.view_values(region)
-        return View(
-            operation=cell.operation,
-            vm_state=cell.vm_state,
-            task_state=cell.task_state,
-            running_ms=values["silent_ms"],
-            **values,
-        )
 
 
 @cache

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from interlock.core.operations import Operation
     from interlock.core.policy import CompiledPolicy
     from interlock.core.records import Instance
-    from interlock.policies.fleet.comparison import FleetChange
-    from interlock.policies.fleet.gate import FleetAnswers
+    from interlock.policies.fleet.gate import FleetAnswers, FleetChange
 
 _REASONS_SHOWN: Final = 3
 _CHANGES_SHOWN: Final = 25
@@ -43,8 +42,7 @@ def fleet(invocation: Invocation, /, *, name: str | None, hard: bool, **asked: A
     differently.
     """
     from interlock.core.policy import CompiledPolicy
-    from interlock.policies.fleet.comparison import compare
-    from interlock.policies.fleet.gate import judge_fleet
+    from interlock.policies.fleet.gate import compare, judge_fleet
     from interlock.policies.language.loader import load
     from interlock.policies.time_windows import resolved
 

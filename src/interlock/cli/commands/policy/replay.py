@@ -9,8 +9,7 @@ import click
 
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.context import Cell, Invocation, with_json
-from interlock.cli.options.configuration import errors_as_failures
-from interlock.cli.options.time_range import moment, open_history, span_of, span_options
+from interlock.cli.options.configuration import errors_as_failures, moment, open_history, span_of, span_options
 from interlock.cli.output.formatting import humanize, printable
 
 if TYPE_CHECKING:

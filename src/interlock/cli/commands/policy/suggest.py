@@ -14,8 +14,16 @@ import msgspec
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.context import Cell, Invocation, with_json
 from interlock.cli.failures import ExitCode, Failure
-from interlock.cli.options.configuration import errors_as_failures, read_config
-from interlock.cli.options.time_range import FILE, Span, moment, open_history, span_of, span_options
+from interlock.cli.options.configuration import (
+    FILE,
+    Span,
+    errors_as_failures,
+    moment,
+    open_history,
+    read_config,
+    span_of,
+    span_options,
+)
 from interlock.cli.output.formatting import humanize, printable
 from interlock.core.errors import PolicyError
 
