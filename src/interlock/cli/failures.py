@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Final
 
 
@@ -86,6 +89,16 @@ class Failure(Exception):
             "detail": self.message,
         }
         return document if self.remedy is None else {**document, "remedy": self.remedy}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` in the block, which writes a file that the user named, into a `Failure`."""
+    try:
+        yield
+    except OSError as error:
+        message = f"Cannot write {path}: {error.strerror}."
+        raise Failure(ExitCode.USAGE, message, remedy="Choose another file.") from None
 
 
 MODULES: Final = {

@@ -25,7 +25,7 @@ from interlock.cli.commands.vm import vm_commands
 from interlock.cli.commands.watch import print_console
 from interlock.cli.completion import vm_argument
 from interlock.cli.context import Invocation, needs_invocation, with_json
-from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.failures import ExitCode, Failure, writing
 from interlock.cli.output.formatting import clock, size
 from interlock.core.operations import Operation
 
@@ -136,10 +136,8 @@ def screenshot(invocation: Invocation, *, vm: str, output: str | None) -> None:
         sys.stdout.buffer.write(picture)
         return
     path = Path(output or f"{vm}.png")
-    try:
+    with writing(path):
         path.write_bytes(picture)
-    except OSError as error:
-        raise Failure(ExitCode.USAGE, f"Cannot write {path}: {error.strerror}.") from None
     invocation.echo(f"Saved: {path}")
 
 

@@ -14,7 +14,7 @@ import msgspec
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.commands.policy.output import assumption_lines, compiled, story_lines
 from interlock.cli.context import Invocation, with_json
-from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.failures import ExitCode, Failure, writing
 from interlock.cli.options.configuration import errors_as_failures
 from interlock.cli.output.formatting import printable
 from interlock.cli.output.progress import LiveLine, progress_stream
@@ -150,12 +150,8 @@ def _progress(advance: SearchProgress) -> str:
 
 
 def _write(path: Path, violation: Violation) -> None:
-    try:
+    with writing(path):
         path.write_text("".join(f"{line}\n" for line in violation.story))
-    except OSError as error:
-        raise Failure(
-            ExitCode.USAGE, f"Cannot write {path}: {error.strerror}.", remedy="Choose another file."
-        ) from None
 
 
 def _show(invocation: Invocation, name: str, found: Exploration) -> None:
@@ -244,12 +240,8 @@ def key(invocation: Invocation, *, file: Path) -> None:
     from interlock.policies.certificates import new_private_key, public_text, read_private_key
 
     pem = new_private_key()
-    try:
+    with writing(file):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise Failure(
-            ExitCode.USAGE, f"Cannot write {file}: {error.strerror}.", remedy="Choose another file."
-        ) from None
     with os.fdopen(descriptor, "wb") as written:
         written.write(pem)
     public_key = public_text(read_private_key(pem))
@@ -281,12 +273,8 @@ def write_certificate(
         certificate = certify(compile_named(name), found, faults_max, now, valid_days)
     signed = SignedCertificate(certificate=certificate) if private_key is None else sign(certificate, private_key)
     text = msgspec.json.format(msgspec.json.encode(signed), indent=2)
-    try:
+    with writing(path):
         path.write_bytes(text + b"\n")
-    except OSError as error:
-        raise Failure(
-            ExitCode.USAGE, f"Cannot write {path}: {error.strerror}.", remedy="Choose another file."
-        ) from None
 
 
 def read_certificate(path: Path) -> Any:

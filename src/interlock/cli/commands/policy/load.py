@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -95,7 +96,7 @@ def load(
     if certificate_path is not None:
         body["certificate"] = read_certificate(certificate_path)
     headers = {} if digest is None else {"If-Match": f'"{digest}"'}
-    with _rejection_as_failure(name):
+    with _findings_in_failure(name):
         reply = invocation.client.put("/v1/policy", body, headers, wait_s=_patience_s(terms))
     _show(invocation, reply, dry_run=terms["dry_run"], built_in="main" not in body)
 
@@ -108,7 +109,7 @@ def load(
 @with_json
 def rollback(invocation: Invocation, /, **terms: Any) -> None:
     """Put the previous policy in force again."""
-    with _rejection_as_failure():
+    with _findings_in_failure():
         reply = invocation.client.post("/v1/policy/rollback", _given(terms), wait_s=_patience_s(terms))
     _show(invocation, reply, dry_run=terms["dry_run"])
 
@@ -156,28 +157,19 @@ def _patience_s(terms: Mapping[str, Any]) -> float:
     return _CHECK_S + (_WALK_S if explore_s is None else explore_s)
 
 
-class _rejection_as_failure:  # noqa: N801 - used like a function
-    """Context manager that adds the findings to the failure of a rejected policy."""
-
-    def __init__(self, name: str | None = None) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Failure) or "problem:policy" not in str(error.document.get("type")):
-            return
-        if error.code is not ExitCode.REJECTED:
-            return
-        try:
-            problem = msgspec.convert(error.document, PolicyProblem)
-        except msgspec.ValidationError:
-            # The policy could not be read.
-            error.code = ExitCode.USAGE
-            return
-        error.code = ExitCode.ENDED_OTHERWISE
-        error.text = _problem_text(problem, self._name)
+@contextmanager
+def _findings_in_failure(name: str | None = None) -> Iterator[None]:
+    """Add the findings to the failure of a rejected policy."""
+    try:
+        yield
+    except Failure as error:
+        if "problem:policy" in str(error.document.get("type")) and error.code is ExitCode.REJECTED:
+            try:
+                error.text = _problem_text(msgspec.convert(error.document, PolicyProblem), name)
+                error.code = ExitCode.ENDED_OTHERWISE
+            except msgspec.ValidationError:
+                error.code = ExitCode.USAGE  # the policy could not be read
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------- showing

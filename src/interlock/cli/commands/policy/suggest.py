@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import msgspec
 
 from interlock.cli.commands.policy.group import policy_commands
 from interlock.cli.context import Cell, Invocation, with_json
-from interlock.cli.failures import ExitCode, Failure
+from interlock.cli.failures import ExitCode, Failure, writing
 from interlock.cli.options.configuration import (
     FILE,
     Span,
@@ -96,7 +95,7 @@ def suggest(
     if picture is not None:
         from interlock.policies.history.threshold_plot import draw
 
-        with errors_as_failures(), _writing(picture):
+        with errors_as_failures(), writing(picture):
             draw(suggestion, recorded, picture)
     if invocation.json:
         written = {"out": None if out is None else str(out), "picture": None if picture is None else str(picture)}
@@ -120,20 +119,12 @@ def _check_targets(out: Path | None, picture: Path | None) -> None:
         check_suffix(picture)
 
 
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Failure(ExitCode.USAGE, f"Cannot write {file}: {error.strerror}.") from None
-
-
 def _write_policy(out: Path, today: str, suggestion: Suggestion, span: Span) -> None:
     from interlock.policies.history.suggested_policies import policy_text
     from interlock.policies.language.loader import load
 
     begin, end = moment(span.since_ms or span.first_ms), moment(span.until_ms or span.last_ms)
-    with errors_as_failures(), _writing(out):
+    with errors_as_failures(), writing(out):
         out.write_text(policy_text(suggestion, _extends(today, out), f"what was recorded from {begin} to {end}"))
         try:
             load(out)
