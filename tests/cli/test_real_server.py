@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from processes.preloaded import PreloadedProcess, run
 from small_file_systems import fill, small_file_system
 from waiting import PATIENCE_S
 
@@ -34,10 +35,7 @@ class Serving:
 
     def start(self) -> list[str]:
         """Start it, and return what it has said when it serves."""
-        self.process = subprocess.Popen(
-            (*PROGRAM, "serve", "--listen", "127.0.0.1:0"), env=self.environment, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
+        self.process = PreloadedProcess((*PROGRAM[1:], "serve", "--listen", "127.0.0.1:0"), self.environment)
         said = []
         for line in self.process.stderr:
             said.append(line)
@@ -47,18 +45,11 @@ class Serving:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode
+        self.process.rest()
+        return self.process.wait(PATIENCE_S)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            (*PROGRAM, *arguments),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE_S,
-        )
+        return run((*PROGRAM[1:], *arguments), self.environment, PATIENCE_S)
 
     def json(self, *arguments: str) -> dict[str, object]:
         ran = self.run(*arguments, "--json")
@@ -219,8 +210,7 @@ def test_a_full_disk_does_not_keep_a_server_from_starting(tmp_path: Path) -> Non
         one = Serving(folder / "data")
         try:
             one.start()
-            os.kill(one.process.pid, signal.SIGKILL)
-            one.process.communicate()
+            one.stop(signal.SIGKILL)
             fill(folder / "full")
             one.start()
             assert one.run("vm", "list").returncode == 0, "the file of the server that was killed was written over"

@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from subprocess import TimeoutExpired
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
 from typing import Final
 
 _IMPORTED: Final = [
@@ -37,17 +39,18 @@ class PreloadedProcess:
     Args:
         words: a script, or `-m` and a module; and its arguments.
         environment: all of its environment variables.
+        output: the file that it writes its standard output to, instead of that of the tests.
     """
 
-    def __init__(self, words: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(self, words: tuple[str, ...], environment: Mapping[str, str], output: Path | None = None) -> None:
         context = fork_server()
-        output, errors = context.Pipe(duplex=False)
+        read, errors = context.Pipe(duplex=False)
         self._process: ForkServerProcess = context.Process(
-            target=_run, args=(words, dict(environment), errors), daemon=True
+            target=_run, args=(words, dict(environment), errors, output), daemon=True
         )
-        with output, errors:
+        with read, errors:
             self._process.start()
-            self.stderr: io.TextIOWrapper = os.fdopen(os.dup(output.fileno()), encoding="utf-8")
+            self.stderr: io.TextIOWrapper = os.fdopen(os.dup(read.fileno()), encoding="utf-8")
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -62,6 +65,11 @@ class PreloadedProcess:
             raise TimeoutExpired(self._process.name, timeout or 0.0)
         return code
 
+    def rest(self) -> str:
+        """Return what it still writes on standard error, when it has closed that."""
+        with self.stderr:
+            return self.stderr.read()
+
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
@@ -74,9 +82,20 @@ class PreloadedProcess:
         self._process.terminate()
 
 
-def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection) -> None:
+def run(words: tuple[str, ...], environment: Mapping[str, str], timeout: float) -> CompletedProcess[str]:
+    """As `subprocess.run` of such words, which captures output and errors as text and does not check the exit code."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        process = PreloadedProcess(words, environment, Path(output.name))
+        errors = process.rest()
+        return CompletedProcess(words, process.wait(timeout), output.read(), errors)
+
+
+def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection, output: Path | None) -> None:
     os.dup2(errors.fileno(), sys.stderr.fileno())
     errors.close()
+    if output is not None:
+        with output.open("wb") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
     os.environ.clear()
     os.environ.update(environment)
     if words[0] == "-m":
