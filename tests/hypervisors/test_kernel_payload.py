@@ -56,6 +56,17 @@ def test_a_damaged_module_is_unreadable_and_nothing_else(data: bytes) -> None:
         kernel_payload.module_dependencies(data)
 
 
+def test_a_module_is_read_without_the_signature_at_its_end() -> None:
+    module = elf_module("virtio")
+    mark = b"~Module signature appended~\n"
+    signed = module + b"signature" + struct.pack(">8BI", 0, 0, 2, 0, 0, 0, 0, 0, len(b"signature")) + mark
+    assert kernel_payload.without_signature(signed) == module
+    assert kernel_payload.without_signature(module) == module
+    for damaged in (mark, signed[len(module) + 1 :]):
+        with pytest.raises(kernel_payload.UnreadableKernel):
+            kernel_payload.without_signature(damaged)
+
+
 @pytest.mark.parametrize(
     "payload", [b"\x1f\x8b" + b"x" * 50, b"\x02\x21\x4c\x18\xff\xff\xff\x7fxxxx", b"\xfd7zXZ\0xxxx", b"xx"]
 )

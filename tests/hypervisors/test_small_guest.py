@@ -229,6 +229,11 @@ class TestBuilt:
         monkeypatch.setattr(packages, "read_members", None)
         assert small_guest.build(cache_folder()) == guest
 
+    def test_its_kernel_spends_no_time_on_signatures_of_its_own_modules(self, guest: GuestFiles) -> None:
+        archive = guest.initrd.read_bytes()
+        assert b"modules/virtio_blk.ko" in archive
+        assert b"Module signature appended" not in archive
+
     def test_packages_in_the_cache_are_enough_where_apt_has_no_lists(
         self, guest: GuestFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,4 +1,4 @@
-"""Extracts the ELF kernel from a Linux bzImage, and the dependencies from a kernel module.
+"""Extracts the ELF kernel from a Linux bzImage, and the dependencies and the unsigned part from a kernel module.
 
 An x86 bzImage is a loader with a compressed ELF kernel as payload (kernel documentation, arch/x86/boot). Booting the
 ELF kernel saves a quarter of a second under emulation. QEMU starts it at the entry point in its Xen PVH note; a kernel
@@ -33,6 +33,10 @@ _LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 _LZ4_LEGACY_BLOCK = 8 << 20
 _ZSTD_WINDOW_MAX = 1 << 28
 _KERNEL_BYTES_MAX = 512 << 20
+
+_SIGNATURE_MARK = b"~Module signature appended~\n"
+_SIGNATURE_INFO = struct.Struct(">8xI")
+"""`struct module_signature` of include/linux/module_signature.h; it ends with the length of the signature before it."""
 
 
 class UnreadableKernel(Exception):
@@ -97,6 +101,21 @@ def module_dependencies(module: bytes) -> tuple[str, ...]:
             names = field.removeprefix(b"depends=").decode("ascii", "replace")
             return tuple(name.replace("-", "_") for name in names.split(",") if name)
     raise UnreadableKernel("the module has no dependency information")
+
+
+def without_signature(module: bytes) -> bytes:
+    """Return a decompressed module without the signature at its end, if it has one.
+
+    Raises:
+        UnreadableKernel: the signature is longer than the module.
+    """
+    if not module.endswith(_SIGNATURE_MARK):
+        return module
+    info = len(module) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO.size
+    length = _SIGNATURE_INFO.unpack_from(module, info)[0] if info >= 0 else 0
+    if info < length:
+        raise UnreadableKernel("the signature of the module is truncated")
+    return module[: info - length]
 
 
 def _unpack_lz4_legacy(data: bytes) -> bytes:
