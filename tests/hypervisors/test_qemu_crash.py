@@ -19,6 +19,7 @@ from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
 from interlock.hypervisors.qemu.process.qemu_process import started_ticks
 from interlock.ports import HypervisorEvent
+from processes.preloaded import exit_code
 from tiers import tier
 
 pytestmark = [
@@ -76,8 +77,7 @@ asyncio.run(serve())
 
 async def doomed(folder: Path, steps: int) -> int:
     """Run a server that kills itself at that step, and return its exit status."""
-    server = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, str(folder), str(steps))
-    return await server.wait()
+    return await asyncio.to_thread(exit_code, "-c", DOOMED, str(folder), str(steps))
 
 
 async def test_whatever_step_a_server_is_killed_at_its_work_can_be_completed(host: QemuWorkbench) -> None:

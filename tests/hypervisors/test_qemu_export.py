@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from interlock.core.records import Image, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.guest import Guest
+from processes.preloaded import exit_code
 from small_file_systems import small_file_system
 from waiting import PATIENCE_S
 
@@ -411,8 +411,7 @@ async def doomed(host: QemuWorkbench, spec: Spec, how: str) -> None:
     """Run a server that kills itself as soon as something is exported."""
     words = [str(host.folder), msgspec.json.encode(spec).decode(), host.settings.image_tool_binary, how]
     words += host.settings.program_paths
-    server = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *words)
-    assert await server.wait() == -signal.SIGKILL
+    assert await asyncio.to_thread(exit_code, "-c", DOOMED, *words) == -signal.SIGKILL
 
 
 async def test_the_image_tool_of_a_killed_server_is_gone_and_its_work_done_again(

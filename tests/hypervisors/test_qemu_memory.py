@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from interlock.guests import small_guest
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
+from processes.preloaded import exit_code
 from small_file_systems import small_file_system
 from tiers import tier
 from waiting import PATIENCE_S
@@ -497,8 +497,7 @@ asyncio.run(serve())
 
 async def doomed(host: QemuWorkbench, steps: int, act: str) -> int:
     """Run a server that kills itself at that step, and return its exit status."""
-    server = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, str(host.folder), str(steps), act)
-    return await server.wait()
+    return await asyncio.to_thread(exit_code, "-c", DOOMED, str(host.folder), str(steps), act)
 
 
 async def save_again(hypervisor: QemuHypervisor) -> None:

@@ -6,6 +6,7 @@ and an exit code of its own, and shares nothing with the others.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -21,7 +22,12 @@ from typing import Final
 
 _IMPORTED: Final = [
     *("pytest", "interlock.server", "interlock.agent", "interlock.cli.application"),
-    *("processes.crash_injection", "recovery.dying_in_phase", "recovery.simulated_server"),
+    *(
+        "conformance.qemu_workbench",
+        "processes.crash_injection",
+        "recovery.dying_in_phase",
+        "recovery.simulated_server",
+    ),
 ]
 """What is imported once for all processes: nothing that starts a thread, or that draws random numbers."""
 
@@ -37,7 +43,7 @@ class PreloadedProcess:
     """As `subprocess.Popen((sys.executable, *words), env=environment, stderr=PIPE, text=True)`.
 
     Args:
-        words: a script, or `-m` and a module; and its arguments.
+        words: a script, or `-m` and a module, or `-c` and code; and its arguments.
         environment: all of its environment variables.
         output: the file that it writes its standard output to, instead of that of the tests.
     """
@@ -90,6 +96,18 @@ def run(words: tuple[str, ...], environment: Mapping[str, str], timeout: float) 
         return CompletedProcess(words, process.wait(timeout), output.read(), errors)
 
 
+def exit_code(*words: str) -> int:
+    """Run such words to their end, and return the exit code. Standard error is passed on to that of this process."""
+    process = PreloadedProcess(words, os.environ)
+    with process.stderr:
+        code = process.wait()
+        # Processes that it has started may have it open still.
+        os.set_blocking(process.stderr.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            sys.stderr.write(os.read(process.stderr.fileno(), 1 << 16).decode())
+    return code
+
+
 def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection, output: Path | None) -> None:
     os.dup2(errors.fileno(), sys.stderr.fileno())
     errors.close()
@@ -101,6 +119,9 @@ def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection
     if words[0] == "-m":
         sys.argv[:] = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv[:] = ("-c", *words[2:])
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.argv[:] = words
         runpy.run_path(words[0], run_name="__main__")
