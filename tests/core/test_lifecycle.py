@@ -34,8 +34,8 @@ from interlock.core.lifecycle import (
     progress,
     take,
 )
-from interlock.core.operations import Lane
-from interlock.core.outcomes import end_of, fenced_for_limit_at_ms
+from interlock.core.operations import Lane, Operation
+from interlock.core.outcomes import end_of, fail_overdue, fenced_for_limit_at_ms
 from interlock.core.policy import CompiledPolicy
 from interlock.core.records import (
     Cancellation,
@@ -52,7 +52,7 @@ from interlock.core.records import (
     Status,
     TransferProgress,
 )
-from interlock.core.request_queue import replace
+from interlock.core.request_queue import Draft, replace
 from interlock.core.states import PowerState, VmState
 
 POLICY = CompiledPolicy(ORDINARY)
@@ -184,6 +184,18 @@ def test_each_end_has_its_reason_and_its_message_unless_the_worker_said_more(
     (request,) = serving(O.START, V.STOPPED).outstanding
     assert end_of(replace(request, **more), outcome, None) == (status, reason, message)
     assert end_of(replace(request, **more), outcome, "so it was") == (status, reason, "so it was")
+
+
+@pytest.mark.parametrize(("operation", "vm_state"), [(O.START, V.STOPPED), (O.REBOOT, V.ACTIVE), (O.RESCUE, V.ACTIVE)])
+def test_a_limit_that_is_only_asked_about_ends_as_it_is_recorded(operation: Operation, vm_state: VmState) -> None:
+    busy = queue(serving(operation, vm_state), POLICY, O.DELETE)
+    drafts = [Draft(busy, START_MS + 5, recording=recording) for recording in (True, False)]
+    for draft in drafts:
+        fail_overdue(draft, busy.outstanding[0])
+    recorded, asked = drafts
+    assert asked.conclude() == recorded.conclude() != busy
+    assert recorded.events
+    assert (asked.events, asked.requests) == ([], {})
 
 
 def test_what_was_served_too_long_and_preempted_as_well_is_superseded() -> None:

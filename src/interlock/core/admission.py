@@ -244,10 +244,10 @@ def _after_limit_ms(evaluation: Evaluation) -> int | None:
     fenced_at_ms = None if serving is None else fenced_for_limit_at_ms(serving, now_ms)
     if serving is None or fenced_at_ms is None:
         return None
-    draft = Draft(instance, fenced_at_ms, host_reachable=evaluation.submission.host_reachable)
+    draft = Draft(instance, fenced_at_ms, host_reachable=evaluation.submission.host_reachable, recording=False)
     fail_overdue(draft, serving)
     judge_again(draft, evaluation.policy)
-    admitted = would_admit(draft.change(None).instance, evaluation.submission, evaluation.policy, fenced_at_ms)
+    admitted = would_admit(draft.conclude(), evaluation.submission, evaluation.policy, fenced_at_ms)
     return fenced_at_ms if admitted else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import Final
 
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -40,6 +41,7 @@ def short_time(milliseconds: int) -> str:
     return f"{count}{unit}"
 
 
+@lru_cache(maxsize=256)
 def spelled_time(milliseconds: int) -> str:
     """Format as `short_time` does, with the unit spelled out, such as `90 seconds` or `1 minute`."""
     count, unit = _in_largest_unit(milliseconds)

@@ -116,11 +116,12 @@ _NOT_KEPT = QUEUE_FULL
 
 
 def evaluate(instance: Instance, submission: Submission, policy: CompiledPolicy, now_ms: int) -> Evaluation:
-    if any(request.id == submission.request_id for request in (*instance.outstanding, *instance.held)):
-        raise Invalid(
-            f"The request id {submission.request_id!r} is that of an outstanding request.",
-            remedy="Use a new id for each submission.",
-        )
+    for request in (*instance.outstanding, *instance.held):
+        if request.id == submission.request_id:
+            raise Invalid(
+                f"The request id {submission.request_id!r} is that of an outstanding request.",
+                remedy="Use a new id for each submission.",
+            )
     if submission.operation is Operation.RESET_STATE:
         reset_target(submission.parameters)
     submission = policy.timed(submission, now_ms)

@@ -10,7 +10,7 @@ from interlock.core.operations import CATALOGUE, Lane
 from interlock.core.policy import DEFAULT_GRACE_MS
 from interlock.core.records import SERVED, Instance, Outcome, Request, Status
 from interlock.core.request_queue import Draft, replace
-from interlock.core.state_stack import ARRIVES, Memory, resolve_target
+from interlock.core.state_stack import ARRIVES, Memory, remembered_in, resolve_target
 from interlock.core.states import VmState
 
 SERVED_TOO_LONG: Final = "served_too_long"
@@ -46,11 +46,14 @@ def settle(draft: Draft, request: Request, outcome: Outcome, message: str | None
 def move(draft: Draft, state: VmState, memory: Memory, error: str | None, request_id: str | None = None) -> None:
     """Set the vm_state and the state stack."""
     before = draft.instance
-    after = before.come_to(state, memory)
-    in_error = VmState.ERROR in (state, *after.state_stack)
-    draft.instance = replace(after, error=(error or before.error) if in_error else None)
+    in_error = VmState.ERROR in (state, *remembered_in(state, memory))
+    draft.instance = before.come_to(
+        state,
+        memory,
+        error=(error or before.error) if in_error else None,
+        state_since_ms=before.state_since_ms if state is before.vm_state else draft.now_ms,
+    )
     if state is not before.vm_state:
-        draft.instance = replace(draft.instance, state_since_ms=draft.now_ms)
         draft.emit("instance.state", request_id, vm_state=state.value, before=before.vm_state.value)
 
 

@@ -312,11 +312,13 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         prior = () if self.prior_vm_state is None else (self.prior_vm_state,)
         return remembered_in(self.vm_state, (*prior, *self.further_vm_states))
 
-    def come_to(self, vm_state: VmState, memory: Memory) -> Instance:
-        """Return the instance in `vm_state`, with the part of the state stack that is valid there."""
+    def come_to(self, vm_state: VmState, memory: Memory, **more: Any) -> Instance:
+        """Return the instance in `vm_state`, with the part of the state stack that is valid there, and more changed."""
         left = remembered_in(vm_state, memory)
         prior = left[0] if left else None
-        return msgspec.structs.replace(self, vm_state=vm_state, prior_vm_state=prior, further_vm_states=left[1:])
+        return msgspec.structs.replace(
+            self, vm_state=vm_state, prior_vm_state=prior, further_vm_states=left[1:], **more
+        )
 
     @property
     def executing(self) -> bool:

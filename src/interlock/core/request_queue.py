@@ -31,10 +31,20 @@ class Draft:
     Lives only inside one call of the core, and is the single place where a request ends.
     """
 
-    __slots__ = ("events", "generation", "host_reachable", "instance", "now_ms", "requests")
+    __slots__ = ("events", "generation", "host_reachable", "instance", "now_ms", "recording", "requests")
 
-    def __init__(self, instance: Instance, now_ms: int, *, host_reachable: bool = True) -> None:
-        """Raises `Invalid` if the vm_state is a text: no rule would match it, nor any comparison of the core."""
+    def __init__(self, instance: Instance, now_ms: int, *, host_reachable: bool = True, recording: bool = True) -> None:
+        """Start with an instance.
+
+        Args:
+            instance: the instance before.
+            now_ms: the time of the change.
+            host_reachable: as the attribute.
+            recording: whether events and ended requests are built; not for a question about the instance alone.
+
+        Raises:
+            Invalid: the vm_state is a text: no rule would match it, nor any comparison of the core.
+        """
         if type(instance.vm_state) is not VmState:
             raise Invalid(f"Invalid vm_state {instance.vm_state!r} of instance {instance.id}: expected a VmState.")
         self.instance = instance
@@ -42,6 +52,7 @@ class Draft:
         self.host_reachable = host_reachable
         """False where the instance's host is fenced."""
         self.generation = instance.generation + 1
+        self.recording = recording
         self.requests: dict[str, Request] = {}
         self.events: list[Event] = []
 
@@ -50,6 +61,8 @@ class Draft:
 
     def emit_facts(self, kind: str, request_id: str | None, data: dict[str, Any]) -> None:
         """As `emit`, with the data in a dictionary that belongs to the event from now on."""
+        if not self.recording:
+            return
         self.events.append(
             Event(
                 kind=kind,
@@ -83,20 +96,21 @@ class Draft:
         self, request: Request, status: Status, reason: str | None = None, message: str | None = None, /, **more: Any
     ) -> None:
         """End a request, the only way to do so (law 3); `more` is added to the event."""
-        ended = replace(
+        self.instance = replace(
+            self.instance,
+            failures=_failures_after(self.instance.failures, request.operation, status),
+            outstanding=_without(self.instance.outstanding, request),
+            held=_without(self.instance.held, request),
+        )
+        if not self.recording:
+            return
+        self.requests[request.id] = replace(
             request,
             status=status,
             reason=reason,
             message=message,
             ended_at_ms=self.now_ms,
             interrupt_deadline_ms=None,
-        )
-        self.requests[request.id] = ended
-        self.instance = replace(
-            self.instance,
-            failures=_failures_after(self.instance.failures, request.operation, status),
-            outstanding=tuple(other for other in self.instance.outstanding if other.id != request.id),
-            held=tuple(other for other in self.instance.held if other.id != request.id),
         )
         self.emit(
             f"request.{status.value}",
@@ -123,14 +137,18 @@ class Draft:
         """Record a sign of life of the instance."""
         self.instance = replace(self.instance, updated_at_ms=self.now_ms)
 
-    def change(self, answer: AnswerT) -> Change[AnswerT]:
+    def conclude(self) -> Instance:
+        """Note what follows from the new state, and return the instance, with its generation unchanged."""
         self._note_launch()
         if self.instance.guest_trouble is not None and not self.instance.executing:
             self.instance = replace(self.instance, guest_trouble=None, guest_trouble_since_ms=None)
         if self.instance.held:
             self._note_held()
+        return self.instance
+
+    def change(self, answer: AnswerT) -> Change[AnswerT]:
         return Change(
-            instance=replace(self.instance, generation=self.generation),
+            instance=replace(self.conclude(), generation=self.generation),
             requests=tuple(self.requests.values()),
             events=tuple(self.events),
             answer=answer,
@@ -146,6 +164,10 @@ class Draft:
             for request in self.instance.held:
                 self.end(request, Status.CANCELLED, GONE.code, GONE.because)
         self.instance = replace(self.instance, held_due_ms=self.now_ms if self.instance.held else None)
+
+
+def _without(requests: tuple[Request, ...], one: Request) -> tuple[Request, ...]:
+    return tuple([other for other in requests if other.id != one.id]) if requests else ()
 
 
 def _failures_after(failures: dict[Operation, int], operation: Operation, status: Status) -> dict[Operation, int]:
@@ -249,6 +271,9 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
     as it can be performed at all, and one that was not admitted in turn stays while the present state permits it.
     """
     instance, policy = draft.instance, policy.for_queue
+    if all(request.status is not Status.QUEUED for request in instance.outstanding):
+        _note_host(draft)
+        return ()
     present = foreseen = at_present(instance, host_reachable=draft.host_reachable)
     halfway = foreseen.vm_state
     host_changed = instance.host_fenced is draft.host_reachable
@@ -273,8 +298,14 @@ def judge_again(draft: Draft, policy: CompiledPolicy) -> tuple[str, ...]:
             if request.status is Status.QUEUED or request.interrupt_deadline_ms is None:
                 halfway = foreseen.vm_state
         before.append(request)
-    draft.instance = replace(draft.instance, host_fenced=not draft.host_reachable)
+    _note_host(draft)
     return tuple(cancelled)
+
+
+def _note_host(draft: Draft) -> None:
+    """Note whether the queue was evaluated with the host fenced."""
+    if draft.instance.host_fenced is draft.host_reachable:
+        draft.instance = replace(draft.instance, host_fenced=not draft.host_reachable)
 
 
 def is_judged(instance: Instance, *, host_reachable: bool) -> bool:
