@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import signal
@@ -35,7 +36,6 @@ def interface(number: int, network: Network, **fields: Any) -> Interface:
     subnets = [subnet.gateway[: -len("1")] for subnet in network.subnets]
     addresses = tuple(f"{beginning}{number:x}" if ":" in beginning else f"{beginning}{number}" for beginning in subnets)
     mac = f"52:54:00:00:00:{number:02x}"
-    mac = f"52:54:00:00:00:{number:02x}"
     defaults: dict[str, Any] = {"id": "primary", "mac": mac, "network": network, "addresses": addresses}
     return Interface(**(defaults | fields))
 
@@ -55,15 +55,23 @@ class Host:
         self.namespace = namespace
         self.tag = next(TAGS)
         self.folder = folder
-        self.internet = Namespace()
         self.guests: list[Guest] = []
         self.networks = HostNetworks(self.tag, folder)
+        self.internet = Namespace()
         namespace.ip("link add up0 type veth peer name eth0")
         namespace.ip(f"link set eth0 netns /proc/{os.getpid()}/fd/{self.internet.descriptor}")
         for here, link, address in ((namespace, "up0", "192.0.2.2/24"), (self.internet, "eth0", "192.0.2.1/24")):
             here.ip(f"addr add {address} dev {link}")
             here.ip(f"link set {link} up")
         namespace.ip("route add default via 192.0.2.1")
+
+    @classmethod
+    def beside(cls, other: Host, folder: Path) -> Host:
+        """Return another data folder of the same host."""
+        found = copy.copy(other)
+        found.tag, found.folder, found.guests = next(TAGS), folder, []
+        found.restarted()
+        return found
 
     async def guest(
         self, instance_id: str, interface: Interface, forwards: Sequence[Forward] = (), *, configured: bool = True

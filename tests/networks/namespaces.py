@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -199,6 +200,25 @@ class Guest(Namespace):
             place += 2 + length
         return found
 
+    def asks_dhcp6(self) -> str:
+        """Return the address that a DHCPv6 server offers; empty without one."""
+        mac = bytes.fromhex(self.mac.replace(":", ""))
+        identity = _option6(1, struct.pack("!HH", 3, 1) + mac) + _option6(3, bytes(12)) + _option6(8, bytes(2))
+        with self.opened(socket.AF_INET6, socket.SOCK_DGRAM) as asking:
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            asking.bind(("::", 546))
+            asking.settimeout(0.5)
+            for _ in range(20):  # its own link-local address is tentative at first
+                with contextlib.suppress(OSError):
+                    with self.entered():
+                        index = socket.if_nametoindex("eth0")
+                    asking.sendto(b"\x01\0\0\x07" + identity, ("ff02::1:2", 547, 0, index))
+                    answer = asking.recv(1500)
+                    inside = answer.index(struct.pack("!HH", 5, 24))
+                    return socket.inet_ntop(socket.AF_INET6, answer[inside + 4 : inside + 20])
+                time.sleep(0.1)
+        return ""
+
     def resolves(self, name: str, server: str) -> str:
         """Return the IPv4 address that a name server has for a name; empty without an answer."""
         labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
@@ -209,6 +229,10 @@ class Guest(Namespace):
                 answer = asking.recv(600)
                 return socket.inet_ntoa(answer[-4:]) if answer[6:8] != b"\0\0" else ""
         return ""
+
+
+def _option6(code: int, value: bytes) -> bytes:
+    return struct.pack("!HH", code, len(value)) + value
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It outlives the server, and is found by its command line, which names its bridge
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -72,14 +73,14 @@ class DhcpServers:
         self._processes: dict[str, int] = {}
         """As found last."""
 
-    def _process(self, bridge: str) -> int | None:
+    async def _process(self, bridge: str) -> int | None:
         """Return the process of the server of a bridge, if it runs."""
         known = self._processes.get(bridge)
         if known is None or self._bridge_of(_command(known)) != bridge:
-            self._processes = self.running()
+            self._processes = await asyncio.to_thread(self._running)
         return self._processes.get(bridge)
 
-    def running(self) -> dict[str, int]:
+    def _running(self) -> dict[str, int]:
         """Return the process ids of the servers that run, by bridge."""
         found = {}
         for entry in os.scandir("/proc"):
@@ -117,47 +118,53 @@ class DhcpServers:
         stale = _stale(folder, known)
         changed = [_write(folder / "hosts", hosts), _write(folder / "names", names)]
         command = _words(bridge, network)
-        process = self._process(bridge)
+        process = await self._process(bridge)
         if process is not None and _command(process)[1:] == command and not (stale or anew):
             if any(changed):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGHUP)
             return process
-        self.end(bridge)
+        await self._end(bridge)
         _forget(folder / "leases", stale)
         await _start(folder, command)
-        process = self._process(bridge)
+        process = await self._process(bridge)
         if process is None:
             raise OperationRejected(f"dnsmasq for the network {network.name} ended as soon as it was started.")
         return process
 
-    def end(self, bridge: str) -> None:
-        """End the server of a bridge, if it runs. Blocks until it has ended."""
-        process = self._process(bridge)
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            watched = os.pidfd_open(process)
-            try:
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    signal.pidfd_send_signal(watched, number)
-                    poll = select.poll()
-                    poll.register(watched, select.POLLIN)
-                    if poll.poll(_END_MS):
-                        return
-            finally:
-                os.close(watched)
+    async def _end(self, bridge: str) -> None:
+        """End the server of a bridge, if it runs."""
+        process = await self._process(bridge)
+        if process is not None:
+            await asyncio.to_thread(_end, process)
 
-    def remove(self, bridge: str) -> None:
+    async def remove(self, bridge: str) -> None:
         """End the server of a bridge, and remove its files."""
-        self.end(bridge)
+        await self._end(bridge)
         shutil.rmtree(self._folder / bridge, ignore_errors=True)
 
-    def folders(self) -> set[str]:
-        """Return the bridges that have files."""
+    async def found(self) -> set[str]:
+        """Return the bridges that have a server or its files."""
+        self._processes = await asyncio.to_thread(self._running)
         with contextlib.suppress(FileNotFoundError):
-            return {entry.name for entry in os.scandir(self._folder) if entry.name.startswith(self._bridges)}
-        return set()
+            files = {entry.name for entry in os.scandir(self._folder) if entry.name.startswith(self._bridges)}
+            return files | self._processes.keys()
+        return set(self._processes)
+
+
+def _end(process: int) -> None:
+    """End a process. Blocks until it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        watched = os.pidfd_open(process)
+        try:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(watched, number)
+                poll = select.poll()
+                poll.register(watched, select.POLLIN)
+                if poll.poll(_END_MS):
+                    return
+        finally:
+            os.close(watched)
 
 
 def _words(bridge: str, network: Network) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from ipaddress import ip_address
 
 from interlock.core.errors import OperationRejected
@@ -23,9 +23,8 @@ def check_kind(link: Link, kind: str) -> None:
         )
 
 
-def checked_bridge(network: Network, found: Mapping[str, Link]) -> Link:
+def checked_bridge(network: Network, bridge: Link | None) -> Link:
     """Return the bridge of a network of the kind `bridge`, which exists and can do what the network says."""
-    bridge = found.get(network.bridge)
     if bridge is None:
         raise OperationRejected(
             f"The bridge {network.bridge} of the network {network.name} does not exist on this host.",

@@ -41,7 +41,7 @@ class HostNetworks:
     def __init__(self, tag: str, folder: Path) -> None:
         self._names = Names(tag)
         self._dhcp = DhcpServers(folder, self._names.bridges)
-        self._router = RouterSettings(folder)
+        self._router = RouterSettings()
         self._connections: dict[tuple[str, str], Connection] = {}
         self._tables: dict[str, nftables.Table | None] = {}
         """By family, as applied last; missing: unknown."""
@@ -145,11 +145,11 @@ class HostNetworks:
         with self._logged(""):
             await self._remove_unwanted()
 
-    async def _check(self) -> None:
-        """Repair what somebody has changed on the host."""
+    async def _check(self, *, rules: bool) -> None:
+        """Repair what somebody has changed on the host: links, DHCP servers, and rules if they may be changed too."""
         async with self._lock:
             for family, table in list(self._tables.items()):
-                if table is None:
+                if table is None or not rules:
                     continue
                 wanted = {name: len(chain.rules) for name, chain in table.chains.items()}
                 if await nftables.rule_counts(family, self._names.table) != wanted:
@@ -169,28 +169,31 @@ class HostNetworks:
         """
         members = [one for one in self._connections.values() if one.network.id == network.id]
         async with netlink() as links:
-            found = await links.all()
+            bridge = await links.named(self._names.bridge(network))
+            is_new = bridge is None
             if network.kind is NetworkKind.BRIDGE:
-                bridge, is_new = host_checks.checked_bridge(network, found), False
+                bridge = host_checks.checked_bridge(network, bridge)
                 await self._filter()
             else:
-                bridge, is_new = await self._managed_bridge(links, network, found, members)
+                bridge = await self._managed_bridge(links, network, bridge, members)
+            if changed is None or is_new:
+                taps = await links.all()
+            else:
+                tap = await links.named(self._tap(changed))
+                taps = {} if tap is None else {tap.name: tap}
             for one in members:
-                tap = found.get(self._tap(one))
-                if tap is not None:
+                if tap := taps.get(self._tap(one)):
                     await self._attach(links, tap, one, bridge, anew=is_new or changed is None or one == changed)
 
     async def _managed_bridge(
-        self, links: Links, network: Network, found: Mapping[str, Link], members: Sequence[Connection]
-    ) -> tuple[Link, bool]:
-        """Make the bridge of a managed network with its services; return it, and whether it is new."""
+        self, links: Links, network: Network, found: Link | None, members: Sequence[Connection]
+    ) -> Link:
+        """Make the bridge of a managed network, unless it was found, with its services; return it."""
         name = self._names.bridge(network)
-        bridge = found.get(name)
-        is_new = bridge is None
+        bridge = found
         if bridge is None:
             host_checks.check_subnets(network, await links.used_ranges())
-            await links.add_bridge(name, bridge_mac(network))
-            bridge = (await links.all())[name]
+            bridge = await links.add_bridge(name, bridge_mac(network))
         host_checks.check_kind(bridge, "bridge")
         await self._filter()
         lengths = {subnet.gateway: subnet.prefix.partition("/")[2] for subnet in network.subnets}
@@ -205,8 +208,8 @@ class HostNetworks:
             Lease(mac=one.interface.mac.lower(), addresses=one.interface.addresses, hostname=one.interface.hostname)
             for one in members
         ]
-        self._watch.follow(await self._dhcp.serve(name, network, leases, anew=is_new))
-        return bridge, is_new
+        self._watch.follow(await self._dhcp.serve(name, network, leases, anew=found is None))
+        return bridge
 
     async def _attach(self, links: Links, tap: Link, one: Connection, bridge: Link, *, anew: bool) -> None:
         """Connect an open tap to its bridge."""
@@ -243,6 +246,7 @@ class HostNetworks:
                 # It is not as it was left: somebody changed it.
                 await nftables.apply(nftables.changes(family, self._names.table, None, wanted))
             self._tables[family] = wanted
+            self._watch.expect_rules()
 
     async def _remove_unwanted(self) -> None:
         """Remove what is this data folder's, and not wanted."""
@@ -254,8 +258,8 @@ class HostNetworks:
             ours = {name for name in found if name.startswith(self._names.links)}
             for name in sorted(ours - wanted, reverse=True):  # taps before bridges
                 await links.remove(found[name])
-        for name in (set(self._dhcp.running()) | self._dhcp.folders()) - bridges:
-            self._dhcp.remove(name)
+        for name in await self._dhcp.found() - bridges:
+            await self._dhcp.remove(name)
         if self._connections:
             await self._filter()
         else:
@@ -268,6 +272,7 @@ class HostNetworks:
         for family in _TABLES:
             if await nftables.exists(family, self._names.table):
                 await nftables.apply([{"delete": {"table": {"family": family, "name": self._names.table}}}])
+                self._watch.expect_rules()
             self._tables[family] = None
 
     def _tap(self, one: Connection) -> str:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Final
+import struct
+from typing import Final, Protocol
 
 import structlog
 
@@ -20,22 +20,36 @@ _SOL_NETLINK: Final = 270
 _ADD_MEMBERSHIP: Final = 1
 _NFTABLES: Final = 7
 _MESSAGE_BYTES: Final = 65_536
+_NEW_GENERATION: Final = 10 << 8 | 15
+"""The message that ends each transaction of nftables."""
+_HEADER: Final = struct.Struct("=IHHII")
+_SHARE: Final = 4
+"""How many times as long as a check took is waited until the next."""
 _QUIET_S: Final = 0.5
 """For how long further changes are awaited, so that many cause one check."""
 _INTERVAL_S: Final = 60.0
 """The kernel may drop messages."""
 
 
+class Check(Protocol):
+    """Looks at what is there, and repairs it."""
+
+    async def __call__(self, *, rules: bool) -> None:
+        """Check links and DHCP servers, and rules if `rules` is set."""
+        ...
+
+
 class HostWatch:
     """Calls `check` soon after the kernel announced a change, or a process that is followed ended.
 
-    Args:
-        check: looks at what is there, and repairs it.
+    Rules are many, and looking at them is slow: they are checked when there were more changes than ours.
     """
 
-    def __init__(self, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, check: Check) -> None:
         self._check = check
         self._noticed = asyncio.Event()
+        self._rules_expected = 0
+        self._rules_changed = 0
         self._sockets: list[socket.socket] = []
         self._processes: dict[int, int] = {}
         """The descriptors of processes that are followed, by id."""
@@ -54,7 +68,7 @@ class HostWatch:
                 listening.bind((0, _LINK_GROUPS if protocol == _ROUTE else 0))
                 if protocol == _NETFILTER:
                     listening.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _NFTABLES)
-            loop.add_reader(listening.fileno(), self._on_message, listening)
+            loop.add_reader(listening.fileno(), self._on_message, listening, protocol)
         self._task = loop.create_task(self._run())
 
     def follow(self, process: int) -> None:
@@ -69,11 +83,20 @@ class HostWatch:
         self._processes[process] = descriptor
         asyncio.get_running_loop().add_reader(descriptor, self._on_end, process)
 
-    def _on_message(self, listening: socket.socket) -> None:
-        self._noticed.set()
-        with contextlib.suppress(OSError):  # none is left, or some were dropped
-            while listening.recv(_MESSAGE_BYTES):
-                pass
+    def expect_rules(self) -> None:
+        """Say that one change of rules is ours; call it after the change."""
+        self._rules_expected += 1
+
+    def _on_message(self, listening: socket.socket, protocol: int) -> None:
+        try:
+            while True:
+                messages = listening.recv(_MESSAGE_BYTES)
+                self._rules_changed += _generations(messages) if protocol == _NETFILTER else 0
+                self._noticed.set()
+        except BlockingIOError:
+            return
+        except OSError:  # some were dropped
+            self._rules_changed += 1
 
     def _on_end(self, process: int) -> None:
         self._noticed.set()
@@ -85,16 +108,21 @@ class HostWatch:
         os.close(descriptor)
 
     async def _run(self) -> None:
+        loop, pause_s = asyncio.get_running_loop(), _QUIET_S
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL_S):
                     await self._noticed.wait()
-            await asyncio.sleep(_QUIET_S)
+            await asyncio.sleep(pause_s)
             self._noticed.clear()
+            rules, self._rules_expected = self._rules_changed != self._rules_expected, self._rules_changed
+            began = loop.time()
             try:
-                await self._check()
+                await self._check(rules=rules)
             except Exception:  # noqa: BLE001 - the next change is checked, too
                 _LOG.exception("networks not checked")
+            # Where it takes long, and changes are many, most of the time is left for the rest.
+            pause_s = max(_QUIET_S, _SHARE * (loop.time() - began))
 
     async def close(self) -> None:
         """Stop watching. Idempotent."""
@@ -108,3 +136,13 @@ class HostWatch:
             asyncio.get_running_loop().remove_reader(listening.fileno())
             listening.close()
         self._sockets.clear()
+
+
+def _generations(messages: bytes) -> int:
+    """Return how many transactions of nftables messages announce."""
+    found = place = 0
+    while place + _HEADER.size <= len(messages):
+        length, kind, *_ = _HEADER.unpack_from(messages, place)
+        found += kind == _NEW_GENERATION
+        place += max(length + 3 & ~3, _HEADER.size)
+    return found

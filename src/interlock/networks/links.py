@@ -31,6 +31,7 @@ _UP: Final = 1
 _NODAD: Final = 0x02
 _BUSY_TRIES: Final = 40
 _BUSY_S: Final = 0.05
+_ROOT: Final = 0xFFFFFFFF
 _MAIN_TABLE: Final = 254
 _UNICAST: Final = 1
 _BY_ROUTER: Final = 9
@@ -77,10 +78,20 @@ class Links:
         found = [_link(message) async for message in await self._netlink.get_links()]
         return {link.name: link for link in found}
 
-    async def add_bridge(self, name: str, mac: str) -> None:
+    async def named(self, name: str) -> Link | None:
+        """Return a link; None if there is none of that name."""
+        try:
+            return _link((await self._netlink.link("get", ifname=name))[0])
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return None
+            raise
+
+    async def add_bridge(self, name: str, mac: str) -> Link:
         """Create a bridge, down."""
         with _explained(f"The bridge {name} cannot be made"):
             await self._netlink.link("add", ifname=name, kind="bridge", address=mac, br_mcast_snooping=0)
+            return _link((await self._netlink.link("get", ifname=name))[0])
 
     async def prepare_bridge(self, bridge: Link, *, addresses: set[str], mtu: int | None, loopback: bool) -> None:
         """Bring a bridge of ours to its settings, and set it up.
@@ -157,7 +168,7 @@ class Links:
                 return
             async for message in await self._netlink.get_qdiscs(index=link.index):
                 if message.get_attr("TCA_KIND") == "tbf":
-                    await self._netlink.tc("del", "tbf", index=link.index)
+                    await self._netlink.tc("del", index=link.index, parent=_ROOT)
 
     async def set_vlan(self, link: Link, vlan: int | None) -> None:
         """Make a port belong to a VLAN, untagged, and to no other; None: to the default of its bridge."""

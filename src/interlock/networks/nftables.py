@@ -124,7 +124,8 @@ def _difference(where: dict[str, str], before: Table, after: Table) -> list[dict
         return {verb: {kind: {**where, "name": name, **more}}}
 
     none = NamedSet(type="")
-    changed = [name for name, chain in after.chains.items() if before.chains.get(name) != chain]
+    same = {name for name, chain in after.chains.items() if before.chains.get(name) is chain}
+    changed = [name for name, chain in after.chains.items() if name not in same and before.chains.get(name) != chain]
     removed = [name for name in before.chains if name not in after.chains]
     gone = {name: _beyond(old, after.sets[name]) for name, old in before.sets.items() if name in after.sets}
     more = {name: _beyond(new, before.sets.get(name, none)) for name, new in after.sets.items()}

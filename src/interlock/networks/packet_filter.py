@@ -6,6 +6,7 @@ the family `inet` translates addresses, and decides what passes between a manage
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv6Address, ip_address, ip_network
 
@@ -45,6 +46,7 @@ _ICMP = one_of(["icmp", "ipv6-icmp"])
 _NEIGHBOR = ("nd-router-solicit", "nd-neighbor-solicit", "nd-neighbor-advert")
 _MULTICAST_6 = ("mld-listener-query", "mld-listener-report", "mld-listener-done", "mld2-listener-report")
 _ERRORS = ("destination-unreachable", "time-exceeded", "parameter-problem")
+_CHAINS_MAX = 4096
 _FROM_GUESTS = "senders"
 _TO_GUESTS = "receivers"
 _FROM_HOST = "receivers_from_host"
@@ -77,11 +79,11 @@ def bridge_table(names: Names, connections: Sequence[Connection]) -> Table | Non
     members: dict[str, dict[str, str | None]] = {}
     for one in connections:
         tap = names.tap(one.instance_id, one.interface.id)
-        chains[f"from_{tap}"] = Chain(rules=(*_sent(tap, one),))
+        chains[f"from_{tap}"] = _sender(tap, one)
         senders[tap] = f"from_{tap}"
         if not one.is_filtered:
             continue
-        chains[f"to_{tap}"] = Chain(rules=(*_received(tap, one),))
+        chains[f"to_{tap}"] = _receiver(tap, one)
         receivers[tap] = f"to_{tap}"
         if one.network.kind is NetworkKind.BRIDGE:
             from_host[tap] = f"to_{tap}"
@@ -101,6 +103,22 @@ def bridge_table(names: Names, connections: Sequence[Connection]) -> Table | Non
         hook=Hook(hook="output", prio=_FILTER), rules=(by_map(meta("oifname"), _FROM_HOST),)
     )
     return Table(chains=chains, sets=sets)
+
+
+# With hundreds of guests, most chains are as before: they are made once, and compared by identity.
+@functools.lru_cache(maxsize=_CHAINS_MAX)
+def _sender(tap: str, one: Connection) -> Chain:
+    return Chain(rules=(*_sent(tap, one),))
+
+
+@functools.lru_cache(maxsize=_CHAINS_MAX)
+def _receiver(tap: str, one: Connection) -> Chain:
+    return Chain(rules=(*_received(tap, one),))
+
+
+@functools.lru_cache(maxsize=_CHAINS_MAX)
+def _guest(rules: tuple[IngressRule, ...]) -> Chain:
+    return Chain(rules=(*_ingress(rules), (DROP,)))
 
 
 def _members(network: Network) -> str:
@@ -269,18 +287,13 @@ def inet_table(names: Names, connections: Sequence[Connection]) -> Table | None:
         chains[f"host_{name}"] = Chain(rules=(*_to_host(network),))
         chains[f"out_{name}"] = Chain(rules=(*_outbound(name, network),))
         chains[f"in_{name}"] = Chain(rules=(*_inbound(name, network),))
-    routed = [one for one in connections if one.network.kind is NetworkKind.MANAGED]
+    taps = {names.tap(one.instance_id, one.interface.id): one for one in connections}
+    routed = {tap: one for tap, one in taps.items() if one.network.kind is NetworkKind.MANAGED}
     for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
-        found = {
-            address: f"guest_{names.tap(one.instance_id, one.interface.id)}"
-            for one in routed
-            for address in one.addresses(version)
-        }
+        found = {address: f"guest_{tap}" for tap, one in routed.items() for address in one.addresses(version)}
         sets[_TO_GUEST[version]] = NamedSet(type=kind, elements=found, is_map=True)
-    for one in routed:
-        name = names.tap(one.instance_id, one.interface.id)
-        chains[f"guest_{name}"] = Chain(rules=(*_ingress(one.interface.ingress), (DROP,)))
-    forwards = [(one, forward) for one in routed for forward in one.forwards]
+    chains |= {f"guest_{tap}": _guest(one.interface.ingress) for tap, one in routed.items()}
+    forwards = [(one, forward) for one in routed.values() for forward in one.forwards]
     return Table(chains=chains | _hooks(bridges, forwards), sets=sets)
 
 

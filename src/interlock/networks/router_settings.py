@@ -12,18 +12,15 @@ from interlock.networks.connections import BRIDGE_OF_ANY, Connection, ranges
 from interlock.networks.links import Links
 
 _SETTINGS: Final = {4: Path("/proc/sys/net/ipv4/ip_forward"), 6: Path("/proc/sys/net/ipv6/conf/all/forwarding")}
-_FILE: Final = "forwarding-set-{}"
+_FOLDER: Final = Path("/run/interlock/forwarding")
+"""Shared by all data folders of a host, and empty after a reboot, as the settings are."""
 
 
 class RouterSettings:
     """The settings with which a host forwards packets.
 
-    Args:
-        folder: has a file for each setting that was changed, until it is set back.
+    A setting that was changed has a file until it is set back by whichever data folder has the last managed network.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
     async def need(self, network: Network, members: Sequence[Connection], links: Links) -> None:
         """Set forwarding as a network needs it.
@@ -44,12 +41,12 @@ class RouterSettings:
                     "from router advertisements.",
                     remedy=f"Set `sysctl -w net.ipv6.conf.{cut_off[0]}.accept_ra=2`, which keeps them.",
                 )
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._mark(version).touch()
             try:
+                _FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _mark(version).touch()
                 setting.write_text("1")
             except OSError as error:
-                self._mark(version).unlink()
+                _mark(version).unlink(missing_ok=True)
                 raise OperationRejected(
                     f"{name} is off, and cannot be set: {error.strerror}.",
                     remedy=f"Set `sysctl -w {name}=1`: the network {network.name} needs it to go beyond its host.",
@@ -61,12 +58,14 @@ class RouterSettings:
         Args:
             found: the names of the host's links.
         """
-        others = any(BRIDGE_OF_ANY.match(name) for name in found)
+        if any(BRIDGE_OF_ANY.match(name) for name in found):
+            return
         for version, setting in _SETTINGS.items():
-            if self._mark(version).exists():
-                if not others:
-                    setting.write_text("0")
-                self._mark(version).unlink()
+            if _mark(version).exists():
+                setting.write_text("0")
+                _mark(version).unlink()
 
-    def _mark(self, version: int) -> Path:
-        return self._folder / _FILE.format(version)
+
+def _mark(version: int) -> Path:
+    """Return the file of a setting, which each network namespace has of its own."""
+    return _FOLDER / f"ipv{version}-{Path('/proc/thread-self/ns/net').stat().st_ino}"
