@@ -20,7 +20,7 @@ from interlock.config import Config, is_loopback
 from interlock.core.errors import Forbidden, HostTaken, InterlockError, NotResponding
 from interlock.core.specs import repr_hiding
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
-from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
+from interlock.hypervisors.factory import hypervisor_of, log_protections, networks_of, protections_of
 from interlock.hypervisors.qemu.disks.images_in_use import images_in_use
 from interlock.hypervisors.remote.agent_service import AgentService
 from interlock.hypervisors.remote.exchange import Exchange
@@ -96,6 +96,7 @@ class HostAgent:
             ranges=self._ranges,
             limits=lambda: limits_of(config, config.folder),
             protections=lambda: protections_of(opened),
+            networks=lambda: networks_of(opened),
             images_in_use=partial(images_in_use, self._folder / "guests" / "vms"),
             may_hold=self._may_hold,
             certificate=self._certificate,

@@ -38,7 +38,7 @@ from interlock.driver.scheduled_actions import ScheduledActions
 from interlock.guests.small_guest import build
 from interlock.hypervisors.certificates.authority import CertificateAuthority
 from interlock.hypervisors.certificates.host_certificate import CA_FILE
-from interlock.hypervisors.factory import hypervisor_of, log_protections, protections_of
+from interlock.hypervisors.factory import hypervisor_of, log_protections, networks_of, protections_of
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.remote.adapter import RemoteHypervisor
 from interlock.hypervisors.remote.protocol import FRAME_BYTES_MAX
@@ -215,6 +215,7 @@ class Server:
             agent.catch_up,
             shared,
             own_in_any=self.config.hosts.own_in_any,
+            own_networks=lambda: networks_of(self.hypervisor),
         )
 
     def _image_tool(self) -> ImageTool:
@@ -326,6 +327,7 @@ class Server:
             capacity=self.capacity,
             accelerator=lambda: self.hypervisor.accelerator if isinstance(self.hypervisor, QemuHypervisor) else None,
             protections=lambda: protections_of(self.hypervisor),
+            host_networks=lambda: networks_of(self.hypervisor),
             inventory=self.inventory,
             image_fetches=self.image_fetches,
             consoles=ConsoleService(self.instances, self._hypervisor_of),

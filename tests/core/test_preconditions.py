@@ -76,6 +76,7 @@ LACKING: tuple[tuple[Operation, dict[str, Any], Instance, Facts, str], ...] = (
     (O.MIGRATE, {"host": "any"}, made(), Facts(targets=()), "no_other_host"),
     (O.MIGRATE, {"host": "h"}, made(), NO_FACTS, "same_host"),
     (O.LIVE_MIGRATE, {"host": "any"}, made(), Facts(targets=("h",)), "no_other_host"),
+    (O.MIGRATE, {"host": "north"}, made(), Facts(target_lacks_network="It has none."), "host_lacks_network"),
     (O.LIVE_MIGRATE, {"host": "north"}, made(), Facts(sends_guests=False), "cannot_migrate_live"),
     (O.LIVE_MIGRATE, {"host": "north"}, made(), Facts(cannot_encrypt=True), "cannot_encrypt"),
     (O.MIGRATE, {"host": "north"}, made(), Facts(target_lacks_root=True), "host_lacks_root_disk"),

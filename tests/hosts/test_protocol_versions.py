@@ -71,8 +71,8 @@ def test_the_newest_version_that_both_speak_is_spoken(oldest: int, newest: int |
     assert agreed_version(hello(oldest, newest), "north") == agreed
 
 
-def test_the_span_is_two_versions_back_from_the_first_that_negotiates() -> None:
-    assert max(4, VERSION - 2) == OLDEST_VERSION
+def test_the_span_is_three_versions_back_from_the_first_that_negotiates() -> None:
+    assert max(4, VERSION - 3) == OLDEST_VERSION
     assert hello(4).newest_version is None
     assert Hello(name="north", log="log").version == OLDEST_VERSION, "what a server of version 4 compares with its own"
 
@@ -80,9 +80,9 @@ def test_the_span_is_two_versions_back_from_the_first_that_negotiates() -> None:
 @pytest.mark.parametrize(
     ("oldest", "newest", "said", "remedy"),
     [
-        (1, None, "speaks protocol version 1, and this server versions 4 to 6", "Upgrade the agent."),
+        (1, None, "speaks protocol version 1, and this server versions 4 to 7", "Upgrade the agent."),
         (2, 3, "speaks protocol versions 2 to 3,", "Upgrade the agent."),
-        (VERSION + 1, VERSION + 3, "speaks protocol versions 7 to 9,", "Upgrade the server."),
+        (VERSION + 1, VERSION + 3, "speaks protocol versions 8 to 10,", "Upgrade the server."),
     ],
 )
 async def test_an_agent_outside_the_span_is_told_which_side_to_upgrade(
@@ -104,7 +104,7 @@ async def test_an_agent_outside_the_span_is_told_which_side_to_upgrade(
 def test_an_agent_refuses_a_version_that_it_does_not_speak(version: int, remedy: str) -> None:
     with pytest.raises(Unavailable) as refused:
         require_spoken(Welcome(lease_ms=0, version=version))
-    assert f"The server chose protocol version {version}, and this agent speaks versions 4 to 6." in str(refused.value)
+    assert f"The server chose protocol version {version}, and this agent speaks versions 4 to 7." in str(refused.value)
     assert refused.value.remedy == remedy
 
 

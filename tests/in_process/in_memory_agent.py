@@ -14,6 +14,7 @@ from interlock.hypervisors.remote.exchange import Exchange
 from interlock.hypervisors.remote.protocol import Renew, Welcome
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
 from interlock.ports import Host, Limits
+from interlock.ports.hosts import NetworkAbility
 from interlock.service.auth import Caller
 from waiting import PATIENCE_S
 
@@ -81,6 +82,7 @@ class Neighbour:
         self.name = name
         self.host = SimulatedHost()
         self.limits = limits or Limits()
+        self.networks: tuple[NetworkAbility, ...] = ()
         self._disk_free_mib = disk_free_mib
         self.copies = folder / "images"
         """Where the copies of images are."""
@@ -100,6 +102,7 @@ class Neighbour:
             shared=Path("simulated:"),
             reaches=lambda path: path.startswith("simulated:"),
             limits=lambda: self.limits,
+            networks=lambda: self.networks,
             images_in_use=lambda: self.images_in_use,
         )
 

@@ -22,6 +22,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Whether live migration to the target host must be encrypted, and one of both hosts cannot do that."""
     target_lacks_volumes: bool = False
     """Whether the target host cannot access one of the instance's volumes."""
+    target_lacks_network: str = ""
+    """Why the target host cannot connect the instance to its networks; empty: it can, or there is no target."""
     host_lacks: frozenset[str] = frozenset()
     """Those volumes of the parameters that the instance's host cannot access."""
     agent_answers: bool | None = None

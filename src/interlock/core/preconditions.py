@@ -126,6 +126,10 @@ def _lacks_volumes(of: Situation) -> bool:
     return bool(of.disks) and of.facts.target_lacks_volumes
 
 
+def _target_lacks_network(of: Situation) -> bool:
+    return bool(of.facts.target_lacks_network)
+
+
 def _cannot_be_sent(of: Situation) -> bool:
     return of.facts.sends_guests is False
 
@@ -248,6 +252,13 @@ _ELSEWHERE: Final = (
         because="Host {target} does not have the folder with a volume of {name}.",
         remedy="Detach the volume first, or choose a host that shares the server's volume folder "
         "(`interlock agent --shared`).",
+    ),
+    Precondition(
+        reason="host_lacks_network",
+        broken=_target_lacks_network,
+        because="{target_lacks_network}",
+        remedy="Choose another host, or move the interface to another network first; `interlock host show` says which "
+        "kinds a host has.",
     ),
 )
 _MEMORY: Final = Precondition(

@@ -120,7 +120,7 @@ def words_of(of: Situation) -> dict[str, object]:
     words["boots"] = _KINDS.get(of.spec.image.kind, of.spec.image.kind)
     if of.facts.image is not None:
         words |= {"image": of.facts.image.name, "min_memory_mib": of.facts.image.min_memory_mib}
-    words["target"] = of.parameters.get("host")
+    words |= {"target": of.parameters.get("host"), "target_lacks_network": of.facts.target_lacks_network}
     for name in ("volume", "old", "new", "interface", "mac"):
         if name in of.parameters:
             value = str(of.parameters[name])

@@ -12,7 +12,7 @@ from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.hypervisors.simulated.adapter import SimulatedHypervisor
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.ports import Hypervisor
-from interlock.ports.hosts import Protection
+from interlock.ports.hosts import NetworkAbility, Protection
 
 _LOG = structlog.get_logger(__name__)
 
@@ -36,6 +36,11 @@ def hypervisor_of(config: Config) -> Hypervisor:
 def protections_of(hypervisor: Hypervisor) -> tuple[Protection, ...]:
     """Return what confines the guests of an open hypervisor; empty for simulated ones."""
     return hypervisor.protections if isinstance(hypervisor, QemuHypervisor) else ()
+
+
+def networks_of(hypervisor: Hypervisor) -> tuple[NetworkAbility, ...]:
+    """Return the kinds of network that an open hypervisor has for its guests."""
+    return hypervisor.networks if isinstance(hypervisor, QemuHypervisor | SimulatedHypervisor) else ()
 
 
 def log_protections(hypervisor: Hypervisor) -> None:

@@ -148,6 +148,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """Its capacity, as last reported by its agent."""
     protections: tuple[Protection, ...] = ()
     """What confines its guests, as last reported by its agent; empty if unknown."""
+    networks: tuple[NetworkAbility, ...] = ()
+    """The kinds of network that it has for its guests, as last reported by its agent; empty if unknown."""
     history: tuple[HostEvent, ...] = ()
     """Its events, latest last."""
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from interlock.core.records import Disk, GuestEvent, Interface, Spec
+from interlock.core.records import Disk, Forward, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
 
 
@@ -225,6 +225,20 @@ class Hypervisor(Protocol):
 
     async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
         """Hot-plug an interface into the running guest. Idempotent. Raises `GuestNotFound`."""
+        ...
+
+    async def update_interface(
+        self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
+    ) -> None:
+        """Bring an interface of the running guest, also the first, to what it says; the device stays. Idempotent.
+
+        Another network, other addresses, limits and rules; of the first interface also all forwards of the guest. A
+        guest that is moved to another network sees its link go down and up.
+
+        Raises:
+            GuestNotFound.
+            OperationRejected: it has no such interface, or this host cannot do that.
+        """
         ...
 
     async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:

@@ -12,7 +12,7 @@ import msgspec
 
 from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding, OperationRejected
 from interlock.core.parameters import check_name
-from interlock.core.records import Instance, SharedFolder
+from interlock.core.records import Instance, SharedFolder, Spec
 from interlock.core.roles import Role
 from interlock.core.states import GuestTrouble, PowerState, VmState
 from interlock.ports import (
@@ -28,6 +28,7 @@ from interlock.ports import (
     Store,
     Tally,
 )
+from interlock.ports.hosts import NetworkAbility
 from interlock.ports.migration import MigrationPort
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity, Occupancy
@@ -127,6 +128,7 @@ class HostService:
         catch_up: awaited when an agent is connected; may raise `NotResponding`.
         shared: the shared folder for root disks.
         own_in_any: whether `any` includes the server's own host.
+        own_networks: returns the kinds of network of the server's own host.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class HostService:
         shared: SharedRoots,
         *,
         own_in_any: bool = True,
+        own_networks: Callable[[], tuple[NetworkAbility, ...]] = tuple,
     ) -> None:
         self._store = store
         self.leases = leases
@@ -155,6 +158,7 @@ class HostService:
         self._catch_up = catch_up
         self._shared = shared
         self._own_in_any = own_in_any
+        self._own_networks = own_networks
 
     @property
     def own(self) -> str:
@@ -299,6 +303,20 @@ class HostService:
         path = self._shared.path
         mounted = path is not None and any(self.shares(name, path) for name in names)
         return await self._shared.folder() if mounted else None
+
+    def lacks_network(self, name: str, spec: Spec | None) -> str:
+        """Return why a host cannot connect a guest to its networks, as a sentence; empty if it can."""
+        kinds = {one.network.kind for one in spec.all_interfaces if one.network is not None} if spec is not None else ()
+        if not kinds:
+            return ""
+        host = self.leases.find(self.leases.current_name(name))
+        found = {one.kind: one for one in (self._own_networks() if host is None else host.networks)}
+        for kind in sorted(kinds):
+            ability = found.get(kind)
+            if ability is None or not ability.available:
+                why = f": {ability.detail}" if ability is not None and ability.detail else ""
+                return f"The host {name} has no networks of the kind {kind.value}{why}."
+        return ""
 
     def reaches(self, name: str, path: str) -> bool:
         """Whether a volume's file is in the shared folder that the host reported; always true for the server's own."""

@@ -47,8 +47,11 @@ class Scheduler:
     def put(self, instance: Instance, hosts: tuple[str, ...], shared: SharedFolder | None) -> Instance:
         """Assign a host to a new instance; prefers hosts with the shared folder if it has a root disk.
 
-        Raises `InsufficientCapacity` if there are several candidates and it fits on none.
+        Raises:
+            InsufficientCapacity: there are several candidates, and it fits on none.
+            Invalid: none has its networks.
         """
+        hosts = self._with_networks(instance, hosts)
         with_shared = instance
         if shared is not None and instance.spec is not None and instance.spec.has_root:
             with_shared = msgspec.structs.replace(instance, spec=msgspec.structs.replace(instance.spec, shared=shared))
@@ -63,6 +66,17 @@ class Scheduler:
                 raise
             return msgspec.structs.replace(instance, host=self._capacity.choose(instance, others, new=True))
 
+    def _with_networks(self, instance: Instance, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those hosts that have the networks of an instance. Raises `Invalid` if none has."""
+        lacking = {host: self._hosts.lacks_network(host, instance.spec) for host in hosts}
+        found = tuple(host for host, why in lacking.items() if not why)
+        if not found and hosts:
+            raise Invalid(
+                " ".join(lacking.values()),
+                remedy="Choose another host or network; `interlock host show` says which kinds a host has.",
+            )
+        return found
+
     def returning(self, instance: Instance) -> Instance:
         """Assign a host to an offloaded instance that is unshelved: its own, or another if that one is unavailable.
 
@@ -76,6 +90,7 @@ class Scheduler:
         probe = msgspec.structs.replace(instance, vm_state=VmState.STOPPED)
         try:
             self._hosts.require_open(instance.host)
+            self._with_networks(instance, (instance.host,))
             self._capacity.check_apart(probe, instance)
         except (Invalid, NotFound, InUse):
             names = self._hosts.named(ANY)
@@ -86,8 +101,9 @@ class Scheduler:
         return instance
 
     def _reaches(self, host: str, instance: Instance) -> bool:
-        """Whether the instance's disks are accessible on that host, as far as known."""
-        return self._reaches_root(host, instance) and self._reaches_volumes(host, instance)
+        """Whether that host can access the instance's disks and has its networks, as far as known."""
+        disks = self._reaches_root(host, instance) and self._reaches_volumes(host, instance)
+        return disks and not self._hosts.lacks_network(host, instance.spec)
 
     def _reaches_root(self, host: str, instance: Instance) -> bool:
         shared = None if instance.spec is None else instance.spec.shared
@@ -120,6 +136,7 @@ class Scheduler:
                 facts,
                 target_lacks_root=not all(self._reaches_root(name, instance) for name in targets),
                 target_lacks_volumes=not all(self._reaches_volumes(name, instance) for name in targets),
+                target_lacks_network=" ".join(self._hosts.lacks_network(name, instance.spec) for name in targets),
             )
         lacking = {one for one, path in facts.volume_paths.items() if not self._hosts.reaches(instance.host, path)}
         if lacking:

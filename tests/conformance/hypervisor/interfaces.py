@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from conformance.hypervisor.harness import Bench, GivenPermit, check, raises
-from interlock.core.errors import Fenced, GuestNotFound
+from interlock.core.errors import Fenced, GuestNotFound, OperationRejected
 from interlock.core.records import Interface
 from interlock.core.states import PowerState
 
@@ -56,6 +56,16 @@ async def interfaces_are_found_again_by_who_comes_after(bench: Bench) -> None:
     assert await seen(bench) == {"n1"}
     await bench.hypervisor.power_off(bench.permit, "one")
     assert await seen(bench) == set()
+
+
+@check
+async def an_update_needs_a_guest_that_runs_and_has_the_interface(bench: Bench) -> None:
+    await bench.hypervisor.define(bench.permit, "one", bench.spec)
+    async with raises(GuestNotFound):
+        await bench.hypervisor.update_interface(bench.permit, "one", FIRST, ())
+    await bench.hypervisor.power_on(bench.permit, "one", bench.spec)
+    async with raises(OperationRejected):
+        await bench.hypervisor.update_interface(bench.permit, "one", FIRST, ())
 
 
 @check

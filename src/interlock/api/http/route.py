@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from interlock.api.metrics import Metrics
 from interlock.config import Config
-from interlock.ports.hosts import Protection
+from interlock.ports.hosts import NetworkAbility, Protection
 from interlock.service.audit import AuditLog
 from interlock.service.auth import Authenticator, Caller
 from interlock.service.capacity import Capacity
@@ -45,6 +45,8 @@ class ApiParts(msgspec.Struct, frozen=True, kw_only=True):
     """The accelerator of this host's QEMU, `tcg` or `kvm`; None for the simulated hypervisor."""
     protections: Callable[[], tuple[Protection, ...]]
     """What confines the guests of this host; empty for the simulated hypervisor."""
+    host_networks: Callable[[], tuple[NetworkAbility, ...]]
+    """The kinds of network of this host."""
     consoles: ConsoleService
     dumps: Dumps
     policies: Policies

@@ -26,6 +26,7 @@ from interlock.api.schemas.hosts import (
     HostEventList,
     HostList,
     HostRenameRequest,
+    NetworkAbility,
     Protection,
     Resources,
 )
@@ -59,6 +60,7 @@ async def own_capacity(parts: ApiParts, caller: Caller, request: Request) -> Hos
         hypervisor=parts.config.hypervisor,
         accelerator=parts.accelerator(),
         protections=tuple(wire(Protection, one) for one in parts.protections()),
+        networks=tuple(wire(NetworkAbility, one) for one in parts.host_networks()),
         guests=occupancy.guests,
         total=resources(occupancy.total),
         promised=resources(occupancy.claimed),
@@ -85,6 +87,7 @@ def _view(seen: HostView) -> Host:
         identity=None if host.identity is None else host.identity.id,
         drain=drain_view(seen.drain),
         protections=tuple(wire(Protection, one) for one in host.protections),
+        networks=tuple(wire(NetworkAbility, one) for one in host.networks),
         linked=seen.linked,
         certified=seen.certified,
         lost_since_at=None if seen.condition.state is HostState.UP else timestamp(seen.condition.since_ms),

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from interlock.api.schemas.responses import Request
 from interlock.api.schemas.wire import Wire
+from interlock.core.networks import NetworkKind
 from interlock.core.operations import Operation
 from interlock.core.parameters import Name
 from interlock.core.states import VmState
@@ -34,6 +35,15 @@ class Protection(Wire, frozen=True, kw_only=True):
     """How it is done, or why it is off."""
 
 
+class NetworkAbility(Wire, frozen=True, kw_only=True):
+    """Whether a host can connect VMs to networks of a kind."""
+
+    kind: NetworkKind
+    available: bool
+    detail: str = ""
+    """What is missing, or how it is done."""
+
+
 class HostCapacity(Wire, frozen=True, kw_only=True):
     """Capacity of the server's own host. Claims count whether or not they are used."""
 
@@ -43,6 +53,8 @@ class HostCapacity(Wire, frozen=True, kw_only=True):
     """`tcg` or `kvm`; null where the hypervisor has none."""
     protections: tuple[Protection, ...] = ()
     """What confines its guests; empty for simulated ones."""
+    networks: tuple[NetworkAbility, ...] = ()
+    """The kinds of network that its guests can have."""
     guests: int
     """Number of instances, running or not."""
     total: Resources
@@ -173,6 +185,9 @@ class Host(Wire, frozen=True, kw_only=True):
     """Free space of the file system of its data folder; null while its agent is disconnected."""
     protections: tuple[Protection, ...] = ()
     """What confines its guests, as last reported by its agent; empty if unknown."""
+    networks: tuple[NetworkAbility, ...] = ()
+    """The kinds of network that its guests can have, as last reported by its agent; empty for one of an older version.
+    """
 
 
 class HostEnrolment(Wire, frozen=True, kw_only=True):

@@ -155,11 +155,15 @@ def _print_host(invocation: Invocation, host: Host) -> None:
 
 
 def _print_protections(invocation: Invocation, host: HostCapacity | Host) -> None:
-    """List what confines the host's VMs: what is on with how it is done, what is off with the reason."""
+    """List what confines the host's VMs, and which networks they can have, with how or why not."""
     if host.protections:
         invocation.echo("  protections of VMs:")
     for one in host.protections:
         invocation.echo(f"    {one.name:<19}{'on' if one.on else 'OFF':<5}{one.detail}")
+    if host.networks:
+        invocation.echo("  kinds of network:")
+    for ability in host.networks:
+        invocation.echo(f"    {ability.kind.value:<19}{'yes' if ability.available else 'NO':<5}{ability.detail}")
 
 
 def _former_text(host: Host) -> str:

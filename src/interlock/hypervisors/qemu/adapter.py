@@ -23,7 +23,7 @@ from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent
-from interlock.ports.hosts import Protection
+from interlock.ports.hosts import NetworkAbility, Protection
 
 
 @final
@@ -80,6 +80,7 @@ class QemuHypervisor:
         self.detach_disk = hotplug.detach_disk
         self.swap_disk = hotplug.swap_disk
         self.attach_interface = hotplug.attach_interface
+        self.update_interface = hotplug.update_interface
         self.detach_interface = hotplug.detach_interface
 
         disks = HostDisks(registry)
@@ -110,6 +111,11 @@ class QemuHypervisor:
     def protections(self) -> tuple[Protection, ...]:
         """What confines the guests on this host; empty before `open`."""
         return self.registry.protections
+
+    @property
+    def networks(self) -> tuple[NetworkAbility, ...]:
+        """The kinds of network that guests on this host can have."""
+        return ()
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
         await self.registry.open(listener)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from interlock.core.errors import NotResponding, OperationRejected
-from interlock.core.records import Disk, Interface, Spec
+from interlock.core.records import Disk, Forward, Interface, Spec
 from interlock.hypervisors.qemu.command_line import (
     RESCUE,
     ROOT,
@@ -78,6 +78,17 @@ class Hotplug:
         if interface_device(interface.id) not in await guest.devices():
             await _plug_interface(guest, permit, interface)
         _record_interface(permit, guest.folder, interface.id, interface)
+
+    async def update_interface(
+        self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
+    ) -> None:
+        guest = self._registry.require(instance_id)
+        await guest.require_running()
+        permit.check()
+        raise OperationRejected(
+            f"The interface {interface.id} and its {len(forwards)} forwards cannot be changed while the guest runs.",
+            remedy="Stop the VM first.",
+        )
 
     async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
         guest, device = self._registry.require(instance_id), interface_device(interface_id)

@@ -216,6 +216,7 @@ class RemoteHypervisor:
             shared=greeting.shared,
             limits=greeting.limits,
             protections=greeting.protections,
+            networks=greeting.networks,
         )
 
     def rename(self, name: str, former: frozenset[str]) -> None:
@@ -321,6 +322,7 @@ class RemoteHypervisor:
     swap_disk = Forwarded(Hypervisor.swap_disk)
     copy_disk = Forwarded(Hypervisor.copy_disk)
     attach_interface = Forwarded(Hypervisor.attach_interface)
+    update_interface = Forwarded(Hypervisor.update_interface)
     detach_interface = Forwarded(Hypervisor.detach_interface)
     save_memory = Forwarded(Hypervisor.save_memory)
     restore_memory = Forwarded(Hypervisor.restore_memory)

@@ -61,7 +61,7 @@ from interlock.hypervisors.remote.protocol import (
 )
 from interlock.hypervisors.remote.range_transfer import RangeServer, RangeTransfers
 from interlock.ports import Hypervisor, HypervisorEvent, Permit, TransferReport
-from interlock.ports.hosts import IssuedCertificate, Limits, Link, Protection
+from interlock.ports.hosts import IssuedCertificate, Limits, Link, NetworkAbility, Protection
 from interlock.ports.migration import MigrationPort
 from interlock.ports.system_errors import system_failure
 
@@ -87,6 +87,7 @@ class AgentService:
         ranges: the server's files over HTTP ranges; None: files travel as messages, in protocol version 4.
         limits: returns the host's capacity; called with each greeting.
         protections: returns what confines the guests here; called with each greeting.
+        networks: returns the kinds of network for guests here; called with each greeting.
         images_in_use: returns the paths of image files that guests here need; called in a thread, may raise OSError.
         reaches: whether a volume's file can be used here; by default if it is in `shared`.
         may_hold: raises if this host may not run guests now.
@@ -104,6 +105,7 @@ class AgentService:
         ranges: RangeServer | None = None,
         limits: Callable[[], Limits] = Limits,
         protections: Callable[[], tuple[Protection, ...]] = tuple,
+        networks: Callable[[], tuple[NetworkAbility, ...]] = tuple,
         images_in_use: Callable[[], Collection[str]] = frozenset,
         reaches: Callable[[str], bool] | None = None,
         may_hold: Callable[[], None] = _always,
@@ -115,6 +117,7 @@ class AgentService:
         self._address = address
         self._limits = limits
         self._protections = protections
+        self._networks = networks
         self._guests = folder / "guests"
         self._files = FileCache(folder, shared, images_in_use)
         self._newest_version = 4 if ranges is None else VERSION
@@ -197,6 +200,7 @@ class AgentService:
             shared=None if self._shared is None else str(self._shared),
             limits=self._limits(),
             protections=self._protections(),
+            networks=self._networks(),
             certificate_request=None if self._certificate is None else self._certificate.request(),
         )
 

@@ -188,7 +188,13 @@ _LOCAL: Final = frozenset({Hypervisor.open, Hypervisor.close, Hypervisor.open_co
 """Methods of the port that are not one call: `StreamCalls` has the streams."""
 
 
-_SINCE: Final = {"file_download": 5, "file_upload": 5, "receive_guest_tls": 6, "send_guest_tls": 6}
+_SINCE: Final = {
+    "file_download": 5,
+    "file_upload": 5,
+    "receive_guest_tls": 6,
+    "send_guest_tls": 6,
+    "update_interface": 7,
+}
 """The version that added a method, for those that the oldest version does not have."""
 
 

@@ -9,6 +9,7 @@ Server and agent agree on the newest version that both speak. What a version add
 * 4: the oldest that is supported. Files travel as messages.
 * 5: files travel as HTTP ranges (`RangeCalls`), and the versions that an agent speaks are in its `Hello`.
 * 6: live migration over TLS (`receive_guest_tls`, `send_guest_tls`), with certificates that the server issues.
+* 7: networks (`update_interface`). An agent of an earlier version ignores those of a spec.
 
 Structs may get fields with defaults within a version: the other side ignores unknown fields. A new method needs a new
 version, and its entry in `methods._SINCE`; a method that exists keeps its name and arguments.
@@ -23,12 +24,12 @@ import msgspec
 from interlock.core import errors
 from interlock.core.errors import HostTaken, InterlockError, Unavailable
 from interlock.ports import HypervisorEvent
-from interlock.ports.hosts import HostIdentity, IssuedCertificate, Limits, Protection
+from interlock.ports.hosts import HostIdentity, IssuedCertificate, Limits, NetworkAbility, Protection
 
-VERSION: Final = 6
+VERSION: Final = 7
 """The newest version of the protocol."""
-OLDEST_VERSION: Final = max(VERSION - 2, 4)
-"""The oldest one that is spoken: two versions back, but never one before negotiation was possible."""
+OLDEST_VERSION: Final = max(VERSION - 3, 4)
+"""The oldest one that is spoken: three versions back, but never one before negotiation was possible."""
 CHUNK_BYTES: Final = 1 << 20
 """The bytes of a file in one message."""
 FRAME_BYTES_MAX: Final = 16 << 20
@@ -63,6 +64,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """The host's capacity."""
     protections: tuple[Protection, ...] = ()
     """What confines the host's guests."""
+    networks: tuple[NetworkAbility, ...] = ()
+    """The kinds of network that the host has for its guests; since version 7."""
     certificate_request: str | None = None
     """A request for the host's certificate (PEM); since version 6."""
 

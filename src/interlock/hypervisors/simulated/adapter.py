@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from interlock.core.errors import GuestNotFound, OperationRejected
-from interlock.core.records import Disk, Interface, Spec
+from interlock.core.networks import NetworkKind
+from interlock.core.records import Disk, Forward, Interface, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.calls import CallRunner
 from interlock.hypervisors.simulated.console import SimulatedConsole, SimulatedDisplay, SimulatedStream, screenshot_png
@@ -22,6 +23,7 @@ from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.simulated.storage import missing_root
 from interlock.hypervisors.simulated.watcher import GuestWatcher
 from interlock.ports import HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.ports.hosts import NetworkAbility
 
 _MIB: Final = 1 << 20
 _KDUMP: Final = b"KDUMP   "
@@ -56,6 +58,11 @@ class SimulatedHypervisor:
             self.host, sleep, power_off_ms=power_off_ms, liveness_timeout_ms=liveness_timeout_ms
         )
         self._calls = CallRunner(self._watcher, sleep, delays_ms=delays_ms or {}, answer_timeout_s=answer_timeout_s)
+
+    @property
+    def networks(self) -> tuple[NetworkAbility, ...]:
+        """The kinds of network that guests on this host can have: all."""
+        return tuple(NetworkAbility(kind=kind, available=True, detail="simulated") for kind in NetworkKind)
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
         self._watcher.open(listener)
@@ -186,6 +193,12 @@ class SimulatedHypervisor:
 
     async def attach_interface(self, permit: Permit, instance_id: str, interface: Interface) -> None:
         await self._calls.command(permit, instance_id, Command(method=Method.ATTACH_INTERFACE, interface=interface))
+
+    async def update_interface(
+        self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
+    ) -> None:
+        command = Command(method=Method.UPDATE_INTERFACE, interface=interface, forwards=forwards)
+        await self._calls.command(permit, instance_id, command)
 
     async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
         command = Command(method=Method.DETACH_INTERFACE, interface_id=interface_id)

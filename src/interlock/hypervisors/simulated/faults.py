@@ -36,6 +36,7 @@ class Method(StrEnum):
     SWAP_DISK = "swap_disk"
     COPY_DISK = "copy_disk"
     ATTACH_INTERFACE = "attach_interface"
+    UPDATE_INTERFACE = "update_interface"
     DETACH_INTERFACE = "detach_interface"
     SAVE_MEMORY = "save_memory"
     RESTORE_MEMORY = "restore_memory"

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from interlock.core.records import Disk, GuestEvent, Interface, Spec
+from interlock.core.records import Disk, Forward, GuestEvent, Interface, Spec
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.disk_content import Content
 from interlock.hypervisors.simulated.faults import Method
@@ -31,7 +31,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     disk_id: str | None = None
     """The disk to detach."""
     interface: Interface | None = None
-    """The interface to attach."""
+    """The interface to attach or to update."""
+    forwards: tuple[Forward, ...] = ()
+    """With an update of the first interface."""
     interface_id: str | None = None
     """The interface to detach."""
 

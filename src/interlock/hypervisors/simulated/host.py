@@ -15,8 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from interlock.core.errors import GuestNotFound, HypervisorError, OperationRejected
-from interlock.core.records import Disk, GuestEvent, Interface, Spec
+from interlock.core.records import Disk, Forward, GuestEvent, Interface, Spec
+from interlock.core.specs import PRIMARY
 from interlock.core.states import PowerState
 from interlock.hypervisors.simulated.faults import FaultPlan, FaultRates, Method
 from interlock.hypervisors.simulated.guest import RESCUE, ROOT, RUNS, Command, SimulatedGuest
@@ -220,6 +223,9 @@ class SimulatedHost:
             case Method.ATTACH_INTERFACE:
                 assert command.interface is not None
                 self._attach_interface(guest, command.interface)
+            case Method.UPDATE_INTERFACE:
+                assert command.interface is not None
+                self._update_interface(guest, command.interface, command.forwards)
             case Method.DETACH_INTERFACE:
                 assert command.interface_id is not None
                 self._detach_interface(guest, command.interface_id)
@@ -282,6 +288,16 @@ class SimulatedHost:
         if interface.id not in guest.interfaces:
             guest.interfaces[interface.id] = interface
             self.changed(guest)
+
+    def _update_interface(self, guest: SimulatedGuest, interface: Interface, forwards: tuple[Forward, ...]) -> None:
+        self._require_running(guest)
+        if interface.id == PRIMARY:
+            guest.spec = msgspec.structs.replace(guest.spec, primary=interface, forwards=forwards)
+        elif interface.id in guest.interfaces:
+            guest.interfaces[interface.id] = interface
+        else:
+            raise OperationRejected(f"VM {guest.instance_id} has no interface {interface.id}.")
+        self.changed(guest)
 
     def _detach_interface(self, guest: SimulatedGuest, interface_id: str) -> None:
         self._require_running(guest)
