@@ -19,6 +19,7 @@ from interlock.core.states import VmState
 
 REQUESTS = "/v1/instances/demo/requests"
 
+FORWARD = {"protocol": "tcp", "host_address": "127.0.0.1"}
 WITH_PARAMETERS: tuple[tuple[str, Operation, dict[str, Any]], ...] = (
     ("stop demo", Operation.STOP, {}),
     ("stop demo --hard", Operation.STOP, {"hard": True}),
@@ -41,6 +42,19 @@ WITH_PARAMETERS: tuple[tuple[str, Operation, dict[str, Any]], ...] = (
     ("attach-interface demo", Operation.ATTACH_INTERFACE, {}),
     ("attach-interface demo --mac 52:54:00:00:00:01", Operation.ATTACH_INTERFACE, {"mac": "52:54:00:00:00:01"}),
     ("detach-interface demo nic", Operation.DETACH_INTERFACE, {"interface": "nic"}),
+    (
+        "attach-interface demo --network lab --address 10.7.0.9",
+        Operation.ATTACH_INTERFACE,
+        {"network": "lab", "address": "10.7.0.9"},
+    ),
+    ("move-interface demo primary lab", Operation.MOVE_INTERFACE, {"interface": "primary", "network": "lab"}),
+    (
+        "set-interface demo nic --inbound 100 --outbound 0",
+        Operation.SET_INTERFACE,
+        {"interface": "nic", "inbound_kbit": 100, "outbound_kbit": 0},
+    ),
+    ("add-forward demo 8080 80", Operation.ADD_FORWARD, {"host_port": 8080, "guest_port": 80, **FORWARD}),
+    ("remove-forward demo 8080", Operation.REMOVE_FORWARD, {"host_port": 8080}),
     ("migrate demo north --live", Operation.LIVE_MIGRATE, {"host": "north"}),
     ("migrate demo north --cold", Operation.MIGRATE, {"host": "north"}),
     ("set-password demo --user alice", Operation.SET_PASSWORD, {"user": "alice"}),

@@ -11,6 +11,7 @@ from core_samples import START_MS, O, V, compiled, instance_in, rule
 from interlock.core.admission import admit
 from interlock.core.evaluation import would_admit
 from interlock.core.lifecycle import finish, take
+from interlock.core.networks import Network, NetworkKind
 from interlock.core.operations import Lane, Operation
 from interlock.core.policy import Verdict
 from interlock.core.preconditions import PRECONDITIONS, RULE, unmet
@@ -20,6 +21,7 @@ from interlock.core.records import (
     Denied,
     Disk,
     Facts,
+    Forward,
     Held,
     Image,
     Instance,
@@ -53,6 +55,12 @@ def made(vm_state: V = V.ACTIVE, *, spec: dict[str, Any] | None = None, **more: 
     return instance_in(vm_state, spec=Spec(**{**fields, **(spec or {})}), **{"power_state": power, **more})
 
 
+LAB = Network(id="n1", name="lab", kind=NetworkKind.MANAGED)
+LAN = Network(id="n2", name="lan", kind=NetworkKind.BRIDGE, bridge="br0")
+IN_LAB, ON_LAN = (
+    made(spec={"primary": Interface(id="primary", mac="52:54:00:00:00:09", network=network)}) for network in (LAB, LAN)
+)
+FORWARDED = made(spec={"forwards": (Forward(host_port=80, guest_port=80),)})
 NEEDY = msgspec.structs.replace(image(), min_memory_mib=96)
 LACKING: tuple[tuple[Operation, dict[str, Any], Instance, Facts, str], ...] = (
     (O.SNAPSHOT, {"name": "x"}, made(spec={"image": image("kernel")}), NO_FACTS, "no_bootable_disk"),
@@ -111,6 +119,15 @@ LACKING: tuple[tuple[Operation, dict[str, Any], Instance, Facts, str], ...] = (
         NO_FACTS,
         "too_many_interfaces",
     ),
+    (O.MOVE_INTERFACE, {"interface": "other"}, made(), NO_FACTS, "no_such_interface"),
+    (O.MOVE_INTERFACE, {"interface": "primary"}, IN_LAB, Facts(network=LAB), "same_network"),
+    (O.MOVE_INTERFACE, {"interface": "primary"}, FORWARDED, Facts(network=LAN), "has_forwards"),
+    (O.MOVE_INTERFACE, {"interface": "nic"}, made(), Facts(host_lacks_network="It has none."), "host_lacks_network"),
+    (O.SET_INTERFACE, {"interface": "nic"}, made(), NO_FACTS, "user_network"),
+    (O.ADD_FORWARD, {"host_port": 81}, ON_LAN, NO_FACTS, "on_bridge"),
+    (O.ADD_FORWARD, {"host_port": 80}, FORWARDED, NO_FACTS, "already_forwarded"),
+    (O.REMOVE_FORWARD, {"host_port": 81}, FORWARDED, NO_FACTS, "not_forwarded"),
+    (O.REMOVE_FORWARD, {}, made(), NO_FACTS, "not_forwarded"),
     (O.DETACH_INTERFACE, {"interface": "other"}, made(), NO_FACTS, "no_such_interface"),
     (O.DETACH_INTERFACE, {}, made(spec={"interfaces": ()}), NO_FACTS, "no_such_interface"),
     (O.MIGRATE, {"host": "north"}, made(), Facts(target_lacks_volumes=True), "host_lacks_volumes"),
@@ -152,6 +169,11 @@ HAVING: tuple[tuple[Operation, dict[str, Any], Instance, Facts], ...] = (
     (O.SWAP_VOLUME, {"old": "data", "new": "new", "copy": False}, made(V.STOPPED), NO_FACTS),
     (O.ATTACH_INTERFACE, {"mac": "52:54:00:00:00:02"}, made(), NO_FACTS),
     (O.DETACH_INTERFACE, {"interface": "nic"}, made(), NO_FACTS),
+    (O.MOVE_INTERFACE, {"interface": "primary"}, IN_LAB, Facts(network=LAN)),
+    (O.MOVE_INTERFACE, {"interface": "nic"}, FORWARDED, Facts(network=LAN)),
+    (O.SET_INTERFACE, {"interface": "primary"}, IN_LAB, NO_FACTS),
+    (O.ADD_FORWARD, {"host_port": 81}, FORWARDED, NO_FACTS),
+    (O.REMOVE_FORWARD, {"host_port": 80}, FORWARDED, NO_FACTS),
     (O.MIGRATE, {"host": "north"}, made(spec={"disks": ()}), Facts(target_lacks_volumes=True)),
     (O.SWAP_VOLUME, {"old": "data", "new": "new"}, made(), Facts(host_lacks=frozenset({"data"}))),
     (O.SET_PASSWORD, {}, made(), Facts(agent_answers=True)),

@@ -7,11 +7,11 @@ import pytest
 from in_process.embedded import Embedded, admitted, refused
 from instance_disks import now
 from interlock.core.errors import InterlockError, InUse, Invalid, NotFound
+from interlock.core.networks import mac_of
 from interlock.core.operations import Operation
 from interlock.core.records import Denied, Disk, Status
 from interlock.core.specs import INTERFACES_MAX
 from interlock.core.states import PowerState, VmState
-from interlock.driver.operations.interfaces import mac_of
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Hangs, Method, Refuses, Slow
 

@@ -20,7 +20,7 @@ from interlock.core.states import GuestTrouble
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.ports import HostState
 from interlock.service import hosts
-from interlock.service.request_models import NewInstance, NewRequest
+from interlock.service.request_models import NewInstance, NewNetwork, NewRequest
 
 O = Operation  # noqa: E741
 BARE = (
@@ -268,6 +268,7 @@ async def client(house: Embedded, north: Neighbour) -> AsyncIterator[Client]:
         volume = await house.make_volume(name)
         await house.server.store.volumes.delete(volume.id)
         await house.server.store.volumes.put(msgspec.structs.replace(volume, size_bytes=size_bytes))
+    await house.server.networks.create(house.caller, NewNetwork(name="lab"))
     other = await house.create("other")
     await house.carry_out(other, O.ATTACH_VOLUME, volume="three")
     answer = await house.server.instances.create(house.caller, NewInstance(name="web", image="disk", root_gib=2))
@@ -288,6 +289,10 @@ def parameters_for(operation: Operation, chance: random.Random, interfaces: list
         O.SWAP_VOLUME: {"old": volume, "new": other, "copy": chance.random() < 0.7},
         O.ATTACH_INTERFACE: {"mac": f"52:54:00:00:00:0{chance.randrange(3)}"} if chance.random() < 0.5 else {},
         O.DETACH_INTERFACE: {"interface": chance.choice([*interfaces, "nobody"])},
+        O.MOVE_INTERFACE: {"interface": chance.choice([*interfaces, "primary", "nobody"]), "network": "lab"},
+        O.SET_INTERFACE: {"interface": chance.choice([*interfaces, "primary"]), "inbound_kbit": 100},
+        O.ADD_FORWARD: {"host_port": chance.choice((8080, 8081)), "guest_port": 80},
+        O.REMOVE_FORWARD: {"host_port": chance.choice((8080, 8081))},
         O.RESIZE: {chance.choice(["vcpus", "root_gib"]): chance.randint(1, 4)},
         O.REBUILD: image,
         O.RESCUE: image,

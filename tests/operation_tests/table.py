@@ -63,13 +63,23 @@ def _prove(stage: Stage, scenario: Scenario, dying_in: str | None) -> Outcome:
     return outcome
 
 
+ELSEWHERE: Final = {
+    **dict.fromkeys(MIGRATIONS, "Between hosts; proved in tests/hosts, crashes included."),
+    **dict.fromkeys(
+        (Operation.MOVE_INTERFACE, Operation.SET_INTERFACE, Operation.ADD_FORWARD, Operation.REMOVE_FORWARD),
+        "With simulated guests; proved in tests/driver, crashes included.",
+    ),
+}
+"""The operations that are proved elsewhere, and where."""
+
+
 def draw(proved: list[Proved], repeat: int, performs: frozenset[Operation]) -> str:
     """The page."""
     lines = ["| operation | phases, and what a crash in each led to | what proves it | median |", "|---|---|---|---|"]
     lines += [_row(one) for one in proved]
-    for operation in sorted(MIGRATIONS & performs):
+    for operation in sorted(ELSEWHERE.keys() & performs):
         phases = "<br>".join(f"`{phase}`" for phase in CATALOGUE[operation].phases)
-        lines.append(f"| `{operation.value}` | {phases} | Between hosts; proved in tests/hosts, crashes included. | |")
+        lines.append(f"| `{operation.value}` | {phases} | {ELSEWHERE[operation]} | |")
     records = ", ".join(f"`{one.operation.value}`" for one in CATALOGUE.values() if one.lane is Lane.RECORD)
     words = (
         f"\nMedians of {repeat}, with QEMU's software emulation, two at a time on a machine of two processors.\n"

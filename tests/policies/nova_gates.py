@@ -92,6 +92,9 @@ GATES: Final[dict[str, Gate]] = {
     "swap_volume": Gate(_in("active", "paused", "resized")),
     "attach_interface": Gate(_in("active", "paused", "stopped")),
     "detach_interface": Gate(_in("active", "paused", "stopped")),
+    **dict.fromkeys(
+        ("move_interface", "set_interface", "add_forward", "remove_forward"), Gate(_in("active", "paused", "stopped"))
+    ),
     "update_instance_metadata": Gate(_AT_REST, _ANY_TASK),
     "delete_instance_metadata": Gate(_AT_REST, _ANY_TASK),
     "trigger_crash_dump": Gate(_in("active", "paused", "rescued", "resized", "error")),

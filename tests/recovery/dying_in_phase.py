@@ -18,7 +18,7 @@ from in_process.embedded import Embedded, admitted
 from interlock.core.operations import CATALOGUE, Operation
 from interlock.core.records import Event, Request
 from interlock.hypervisors.simulated import SimulatedHost
-from interlock.service.request_models import NewInstance
+from interlock.service.request_models import NewInstance, NewNetwork
 from recovery.simulated_server import MEDIC
 
 O = Operation  # noqa: E741
@@ -43,6 +43,8 @@ NEWEST: Final = "newest"
 """Stands for the id of the interface that was attached last."""
 
 _RESIZED: Final = (O.RESIZE, {"memory_mib": 256, "root_gib": 2})
+_IN_LAB: Final = (O.MOVE_INTERFACE, {"interface": "primary", "network": "lab"})
+_FORWARD: Final = {"host_port": 8080, "guest_port": 80}
 _DATA: Final = (O.ATTACH_VOLUME, {"volume": "data"})
 
 STORIES: Final[dict[Operation, Story]] = {
@@ -67,6 +69,10 @@ STORIES: Final[dict[Operation, Story]] = {
     O.SWAP_VOLUME: Story(before=(_DATA,), parameters={"old": "data", "new": "more"}),
     O.ATTACH_INTERFACE: after(),
     O.DETACH_INTERFACE: after(O.ATTACH_INTERFACE, interface=NEWEST),
+    O.MOVE_INTERFACE: after(interface="primary", network="lab"),
+    O.SET_INTERFACE: Story(before=(_IN_LAB,), parameters={"interface": "primary", "inbound_kbit": 100}),
+    O.ADD_FORWARD: after(host_port=8080, guest_port=80),
+    O.REMOVE_FORWARD: Story(before=((O.ADD_FORWARD, _FORWARD),), parameters={"host_port": 8080}),
     O.REBUILD: after(image=MEDIC.name),
     O.RESIZE: Story(parameters={"memory_mib": 256, "root_gib": 2}),
     O.CONFIRM_RESIZE: Story(before=(_RESIZED,)),
@@ -97,6 +103,7 @@ async def prepare(folder: Path) -> None:
     await fleet.put_image(msgspec.structs.replace(MEDIC, id="base", name="base"))
     await fleet.make_volume("data")
     await fleet.make_volume("more")
+    await fleet.server.networks.create(fleet.caller, NewNetwork(name="lab"))
     await fleet.server.close()
 
 

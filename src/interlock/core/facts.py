@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from interlock.core.networks import Network
 from interlock.core.specs import Image
 
 
@@ -24,6 +25,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Whether the target host cannot access one of the instance's volumes."""
     target_lacks_network: str = ""
     """Why the target host cannot connect the instance to its networks; empty: it can, or there is no target."""
+    network: Network | None = None
+    """The network in the parameters."""
+    host_lacks_network: str = ""
+    """Why the instance's host cannot connect it to that network; empty: it can."""
     host_lacks: frozenset[str] = frozenset()
     """Those volumes of the parameters that the instance's host cannot access."""
     agent_answers: bool | None = None

@@ -146,14 +146,15 @@ def _bytes(request: Request) -> dict[str, int | None]:
 def apply_update(instance: Instance, kept: InstanceUpdate, lane: Lane) -> Instance:
     """Return the instance with an update by a request of that lane.
 
-    Component changes own the disks and interfaces of the spec, and state changes the rest: the two may run
+    Component changes own the disks, interfaces and forwards of the spec, and state changes the rest: the two may run
     concurrently, and neither must overwrite the other's changes.
     """
     values = ((name, getattr(kept, name)) for name in kept.__struct_fields__)
     named = {name: value for name, value in values if value is not msgspec.UNSET}
     if isinstance(kept.spec, Spec) and instance.spec is not None:
         mine, theirs = (instance.spec, kept.spec) if lane is Lane.COMPONENT else (kept.spec, instance.spec)
-        named["spec"] = replace(mine, disks=theirs.disks, interfaces=theirs.interfaces)
+        owned = {name: getattr(theirs, name) for name in ("disks", "interfaces", "primary", "forwards")}
+        named["spec"] = replace(mine, **owned)
     after = replace(instance, **named)
     if after.detaching and after.spec is not None:
         there = {one.id for one in after.spec.disks} | {one.id for one in after.spec.interfaces}

@@ -75,6 +75,10 @@ class Operation(StrEnum):
     LIVE_MIGRATE_ABORT = "live_migrate_abort"
     LIVE_MIGRATE_FORCE_COMPLETE = "live_migrate_force_complete"
     RENAME = "rename"
+    MOVE_INTERFACE = "move_interface"
+    SET_INTERFACE = "set_interface"
+    ADD_FORWARD = "add_forward"
+    REMOVE_FORWARD = "remove_forward"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +160,44 @@ def _component(operation: Operation, summary: str, *beside: Operation, **more: A
     return _entry(Lane.COMPONENT, operation, Topic.DISKS, summary, **more)
 
 
+_COMPONENT_CHANGES = (
+    _component(
+        _O.ATTACH_VOLUME, "Attach a volume to a VM, running or not.", _O.START, phases="attaching_volume",
+        transition=(_WITH_VOLUMES, Target.SAME), parameters=given.AttachVolumeParameters, command="attach",
+    ),
+    _component(
+        _O.DETACH_VOLUME, "Detach a volume from a VM.", _O.START, phases="detaching_volume",
+        transition=(_WITH_VOLUMES, Target.SAME), parameters=given.DetachVolumeParameters, command="detach",
+    ),
+    # A start, stop or migration may be blocked until a volume's backing is replaced (change 880).
+    _component(
+        _O.SWAP_VOLUME, "Replace the attached volume OLD by NEW, copying its data. The guest sees the same device.",
+        *(_O.START, _O.STOP, _O.REBOOT, _O.MIGRATE), phases="swapping_volume", parameters=given.SwapVolumeParameters,
+    ),
+    _component(
+        _O.ATTACH_INTERFACE, "Attach another network interface to a VM, running or not.", _O.START,
+        phases="attaching_interface", parameters=given.AttachInterfaceParameters,
+    ),
+    _component(
+        _O.DETACH_INTERFACE, "Detach a network interface; `vm show` lists their ids.", _O.START,
+        phases="detaching_interface", parameters=given.DetachInterfaceParameters,
+    ),
+    _component(
+        _O.MOVE_INTERFACE, "Move a network interface to another network. The guest keeps the device.", _O.START,
+        phases="moving_interface", parameters=given.MoveInterfaceParameters,
+    ),
+    _component(
+        _O.SET_INTERFACE, "Change the bandwidth limits of a network interface.", _O.START,
+        phases="setting_interface", parameters=given.SetInterfaceParameters,
+    ),
+    _component(
+        _O.ADD_FORWARD, "Forward a port of the host to the first interface of the guest.", _O.START,
+        phases="adding_forward", parameters=given.AddForwardParameters,
+    ),
+    _component(
+        _O.REMOVE_FORWARD, "End the forward of a port of the host.", _O.START, phases="removing_forward",
+        parameters=given.RemoveForwardParameters),
+)  # fmt: skip
 _ENTRIES = (
     _state(
         _O.CREATE,
@@ -240,46 +282,7 @@ _ENTRIES = (
         transition=({_V.RESCUED}, Target.PRIOR),
         on_failure=_V.ERROR,
     ),
-    _component(
-        _O.ATTACH_VOLUME,
-        "Attach a volume to a VM, running or not.",
-        _O.START,
-        phases="attaching_volume",
-        transition=(_WITH_VOLUMES, Target.SAME),
-        parameters=given.AttachVolumeParameters,
-        command="attach",
-    ),
-    _component(
-        _O.DETACH_VOLUME,
-        "Detach a volume from a VM.",
-        _O.START,
-        phases="detaching_volume",
-        transition=(_WITH_VOLUMES, Target.SAME),
-        parameters=given.DetachVolumeParameters,
-        command="detach",
-    ),
-    # A start, stop or migration may be blocked until a volume's backing is replaced (change 880).
-    _component(
-        _O.SWAP_VOLUME,
-        "Replace the attached volume OLD by NEW, copying its data. The guest sees the same device.",
-        *(_O.START, _O.STOP, _O.REBOOT, _O.MIGRATE),
-        phases="swapping_volume",
-        parameters=given.SwapVolumeParameters,
-    ),
-    _component(
-        _O.ATTACH_INTERFACE,
-        "Attach another network interface to a VM, running or not.",
-        _O.START,
-        phases="attaching_interface",
-        parameters=given.AttachInterfaceParameters,
-    ),
-    _component(
-        _O.DETACH_INTERFACE,
-        "Detach a network interface; `vm show` lists their ids.",
-        _O.START,
-        phases="detaching_interface",
-        parameters=given.DetachInterfaceParameters,
-    ),
+    *_COMPONENT_CHANGES,
     _state(
         _O.REBUILD,
         _T.DISKS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from ipaddress import IPv4Address
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -63,6 +64,14 @@ def check_name(name: str, field: str) -> None:
         raise Invalid(f"{field}: {name!r} looks like an id; choose a name that does not.")
 
 
+def check_host_address(text: str) -> None:
+    """Raise `Invalid` unless `text` is an IPv4 address."""
+    try:
+        IPv4Address(text)
+    except ValueError:
+        raise Invalid(f"host_address: {text[:80]!r} is not an IPv4 address.") from None
+
+
 def is_id(text: str) -> bool:
     """Whether a reference is an id rather than a name."""
     return _ID.match(text) is not None
@@ -81,6 +90,8 @@ class Refers(StrEnum):
     """A volume that the operation detaches."""
     INTERFACE_OUT = "interface_out"
     """The id of an interface that the operation detaches."""
+    NETWORK = "network"
+    """A network that the operation connects an interface to."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,7 +141,23 @@ class SwapVolumeParameters(Parameters, frozen=True, kw_only=True, omit_defaults=
     ] = True
 
 
+_ADDRESS: Final = Meta(
+    max_length=128,
+    description="An address of a managed network, or two with a comma between (IPv4 and IPv6). Default: free ones.",
+)
+_INTERFACE: Final = Meta(min_length=1, max_length=63, description="Its id; `primary` is the first interface.")
+_RATE: Final = Meta(ge=0, le=1_000_000_000)
+_HOST_PORT: Final = Meta(ge=1024, le=65_535, description="Port of the host.")
+
+
 class AttachInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
+    network: Annotated[
+        Reference | None,
+        Meta(description="Network, a name or an id. Default: a user network of its own."),
+        Option("--network"),
+        Refers.NETWORK,
+    ] = None
+    address: Annotated[Annotated[str, _ADDRESS] | None, Option("--address")] = None
     mac: Annotated[
         Annotated[str, Meta(pattern=MAC_PATTERN)] | None,
         Meta(description="MAC address, such as 52:54:00:12:34:56. Default: generated."),
@@ -142,6 +169,48 @@ class DetachInterfaceParameters(Parameters, frozen=True, kw_only=True):
     interface: Annotated[
         str, Meta(min_length=1, max_length=63, description="Its id."), Argument(), Refers.INTERFACE_OUT
     ]
+
+
+class MoveInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
+    interface: Annotated[str, _INTERFACE, Argument()]
+    network: Annotated[Reference, Meta(description="The new network, a name or an id."), Argument(), Refers.NETWORK]
+    address: Annotated[Annotated[str, _ADDRESS] | None, Option("--address")] = None
+
+
+class SetInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
+    interface: Annotated[str, _INTERFACE, Argument()]
+    inbound_kbit: Annotated[
+        Annotated[int, _RATE] | None,
+        Meta(description="The most that the guest receives, in kbit/s; 0: no limit."),
+        Option("--inbound"),
+    ] = None
+    outbound_kbit: Annotated[
+        Annotated[int, _RATE] | None,
+        Meta(description="The most that the guest sends, in kbit/s; 0: no limit."),
+        Option("--outbound"),
+    ] = None
+
+
+class AddForwardParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
+    host_port: Annotated[int, _HOST_PORT, Argument()]
+    guest_port: Annotated[int, Meta(ge=1, le=65_535, description="Port of the guest."), Argument()]
+    protocol: Annotated[Literal["tcp", "udp"], Meta(description="Protocol."), Option("--protocol")] = "tcp"
+    host_address: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=64,
+            description="IPv4 address of the host at which the port is opened; 0.0.0.0: all of them.",
+        ),
+        Option("--host-address"),
+    ] = "127.0.0.1"
+
+    def check(self) -> None:
+        check_host_address(self.host_address)
+
+
+class RemoveForwardParameters(Parameters, frozen=True, kw_only=True):
+    host_port: Annotated[int, _HOST_PORT, Argument()]
 
 
 class RescueParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core import interface_preconditions
 from interlock.core.evacuation import loses_root
+from interlock.core.interface_preconditions import PAUSED
 from interlock.core.operations import Lane, Operation
 from interlock.core.records import Facts, Instance, Request
-from interlock.core.situations import Situation, root_bytes, situation, words_of
-from interlock.core.specs import INTERFACES_MAX
+from interlock.core.situations import Precondition, Situation, root_bytes, situation, words_of
 from interlock.core.states import PowerState, VmState
 
 _GIB: Final = 1 << 30
@@ -27,17 +28,6 @@ _NEW_DISK: Final = frozenset({_O.REBUILD, _O.RESIZE, _O.REVERT_RESIZE, _O.UNSHEL
 """After these the root disk may have a backing file or not, whatever it has now."""
 RULE: Final = "precondition"
 """The rule id reported for an unmet precondition."""
-
-
-class Precondition(msgspec.Struct, frozen=True, kw_only=True):
-    """One requirement of an operation on the record."""
-
-    reason: str
-    """Stable reason code for clients if it is not met."""
-    broken: Callable[[Situation], bool]
-    because: str
-    """For people, with the placeholders of `situations.words_of`."""
-    remedy: str
 
 
 class Unmet(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,16 +141,12 @@ def _no_guest(of: Situation) -> bool:
     return of.settled and of.instance.power_state is PowerState.NONE
 
 
-# ------------------------------------------------------------------------------------------- volumes and interfaces
+# ----------------------------------------------------------------------------------------------------------- volumes
 
 
 def _memory_is_saved(of: Situation) -> bool:
     states = (of.vm_state, *of.memory)
     return VmState.SUSPENDED in states and VmState.SHELVED_OFFLOADED not in states
-
-
-def _paused(of: Situation) -> bool:
-    return of.vm_state is VmState.PAUSED
 
 
 def _being_detached(of: Situation) -> bool:
@@ -196,21 +182,6 @@ def _too_small(of: Situation) -> bool:
 def _guest_uses_old(of: Situation) -> bool:
     copies = of.parameters.get("copy", True)
     return not copies and of.settled and of.instance.power_state is not PowerState.NONE
-
-
-def _interfaces_full(of: Situation) -> bool:
-    held = (one.id for one in of.instance.held if one.operation is _O.ATTACH_INTERFACE)
-    return len({*of.interfaces, *held}) >= INTERFACES_MAX
-
-
-def _mac_taken(of: Situation) -> bool:
-    mac = of.parameters.get("mac")
-    return mac is not None and mac.lower() in of.interfaces.values()
-
-
-def _no_such_interface(of: Situation) -> bool:
-    wanted = of.parameters.get("interface")
-    return not of.interfaces if wanted is None else wanted not in of.interfaces
 
 
 # ----------------------------------------------------------------------------------------------------------- the list
@@ -267,12 +238,6 @@ _MEMORY: Final = Precondition(
     because="The memory of {name}'s guest is saved, and its volumes must not change until it is restored.",
     remedy="Resume the VM first; or hard-reboot it, which discards the saved memory.",
 )
-_PAUSED: Final = Precondition(
-    reason="paused",
-    broken=_paused,
-    because="{name} is paused, or will be, and a paused guest does not release devices.",
-    remedy="Unpause it first.",
-)
 _REACHED: Final = Precondition(
     reason="host_lacks_volumes",
     broken=_out_of_reach("volume"),
@@ -291,6 +256,7 @@ _NO_MIGRATION: Final = Precondition(
 )
 
 PRECONDITIONS: Final[dict[Operation, tuple[Precondition, ...]]] = {
+    **interface_preconditions.PRECONDITIONS,
     _O.SNAPSHOT: (_OWN_BOOT,),
     _O.BACKUP: (_OWN_BOOT,),
     _O.RESCUE: (_IMAGE_MEMORY,),
@@ -410,7 +376,7 @@ PRECONDITIONS: Final[dict[Operation, tuple[Precondition, ...]]] = {
             because="The volume {volume} is not attached to {name}, or will no longer be.",
             remedy=_SHOW_VOLUMES,
         ),
-        _PAUSED,
+        PAUSED,
         _MEMORY,
     ),
     _O.SWAP_VOLUME: (
@@ -446,29 +412,6 @@ PRECONDITIONS: Final[dict[Operation, tuple[Precondition, ...]]] = {
         ),
         _NEW_REACHED,
         _MEMORY,
-    ),
-    _O.ATTACH_INTERFACE: (
-        Precondition(
-            reason="too_many_interfaces",
-            broken=_interfaces_full,
-            because="{name} has the maximum of " + str(INTERFACES_MAX) + " interfaces beyond its first, or soon will.",
-            remedy="Detach one first.",
-        ),
-        Precondition(
-            reason="address_taken",
-            broken=_mac_taken,
-            because="{name} already has an interface with the MAC address {mac}, or will have.",
-            remedy="Choose another address, or omit it to have one generated.",
-        ),
-    ),
-    _O.DETACH_INTERFACE: (
-        Precondition(
-            reason="no_such_interface",
-            broken=_no_such_interface,
-            because="{name} has no interface {interface}, or will no longer have it.",
-            remedy="`interlock vm show {name}` shows their ids.",
-        ),
-        _PAUSED,
     ),
     _O.SET_PASSWORD: (
         Precondition(

@@ -12,9 +12,11 @@ from typing import Any, Final
 
 import msgspec
 
+from interlock.core.networks import mac_of
 from interlock.core.operations import Operation
 from interlock.core.records import Instance, SharedFolder, Spec
 from interlock.core.references import MIGRATIONS
+from interlock.core.specs import PRIMARY
 from interlock.core.states import VmState
 
 _GIB: Final = 1024**3
@@ -22,9 +24,9 @@ AWAY: Final = frozenset({VmState.DELETED, VmState.SHELVED_OFFLOADED, VmState.MIG
 GROWING: Final = frozenset({Operation.RESIZE, Operation.UNSHELVE, Operation.REBUILD})
 """The operations after which an instance may need more on its host than before."""
 _ATTACHING: Final = frozenset({Operation.ATTACH_VOLUME, Operation.ATTACH_INTERFACE})
-LEASING: Final = frozenset({Operation.ATTACH_INTERFACE})
+LEASING: Final = frozenset({Operation.ATTACH_INTERFACE, Operation.MOVE_INTERFACE})
 """The operations that lease addresses when they are admitted or held."""
-CLAIMING: Final = GROWING | MIGRATIONS | _ATTACHING
+CLAIMING: Final = GROWING | MIGRATIONS | _ATTACHING | {Operation.ADD_FORWARD}
 """The operations that claim resources on a host, or device slots in a guest, when they are admitted or held."""
 
 
@@ -69,7 +71,7 @@ def leases_of(instance: Instance) -> frozenset[tuple[str, str]]:
         if one.network is not None
         for address in (one.mac, *one.addresses)
     }
-    macs = {one.id: one.mac for one in interfaces}
+    macs = {PRIMARY: mac_of(instance.id), **{one.id: one.mac for one in interfaces}}
     for request in (*instance.outstanding, *instance.held):
         given = request.parameters
         if request.operation in LEASING and given.get("network"):
@@ -130,6 +132,9 @@ def resources_of(instance: Instance) -> Claim | None:
     claim = msgspec.structs.replace(_of_spec(instance.host, instance.spec), devices=devices, apart=apart)
     if instance.prior_spec is not None:
         claim = claim.joined(_of_spec(instance.host, instance.prior_spec))
+    forwards = (one for one in (*instance.outstanding, *instance.held) if one.operation is Operation.ADD_FORWARD)
+    ports = frozenset(one.parameters["host_port"] for one in forwards if "host_port" in one.parameters)
+    claim = msgspec.structs.replace(claim, ports=claim.ports | ports) if ports else claim
     for request in growing:
         claim = claim.joined(_of_resize(claim, request.parameters))
     return claim

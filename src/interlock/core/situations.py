@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 
+from interlock.core.networks import Network
 from interlock.core.operations import Lane, Operation
 from interlock.core.parameters import Refers
 from interlock.core.records import Facts, Instance, Request, Spec
@@ -28,10 +29,16 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     disks: frozenset[str]
     """Ids of the volumes attached then."""
     interfaces: dict[str, str | None]
-    """Ids of the interfaces attached then, with their MAC addresses; None if unknown."""
+    """Ids of the interfaces attached then, without the first, with their MAC addresses; None if unknown."""
+    first_network: Network | None
+    """The network of the first interface then; None: a user network of its own."""
+    forwards: frozenset[int]
+    """The host ports forwarded then."""
     host: str
     vm_state: VmState
     memory: Memory
+    moving: bool
+    """Whether an interface is moved to another network before."""
     before: frozenset[Operation]
     """The state changes queued before it."""
     parameters: dict[str, Any]
@@ -41,6 +48,17 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def settled(self) -> bool:
         """Whether the present record applies: no state change is queued before."""
         return not self.before
+
+
+class Precondition(msgspec.Struct, frozen=True, kw_only=True):
+    """One requirement of an operation on the record."""
+
+    reason: str
+    """Stable reason code for clients if it is not met."""
+    broken: Callable[[Situation], bool]
+    because: str
+    """For people, with the placeholders of `situations.words_of`."""
+    remedy: str
 
 
 def root_bytes(spec: Spec) -> int:
@@ -53,6 +71,8 @@ def situation(
 ) -> Situation:
     """Return the situation after the requests in `before`."""
     disks, interfaces = _plugged(spec, before)
+    forwards = {one.host_port for one in spec.forwards}
+    first = None if spec.primary is None else spec.primary.network
     host, vm_state, memory = instance.host, instance.vm_state, instance.state_stack
     states: set[Operation] = set()
     for request in before:
@@ -61,6 +81,10 @@ def situation(
             spec = msgspec.structs.replace(spec, **{name: given[name] for name in _SIZES if given.get(name)})
         elif request.operation is _O.REVERT_RESIZE and instance.prior_spec is not None:
             spec = msgspec.structs.replace(spec, **{name: getattr(instance.prior_spec, name) for name in _SIZES})
+        if request.operation is _O.ADD_FORWARD:
+            forwards.add(given.get("host_port", 0))
+        elif request.operation is _O.REMOVE_FORWARD:
+            forwards.discard(given.get("host_port", 0))
         if request.operation in MIGRATIONS:
             host = given.get("host", host)
         if request.lane is Lane.STATE:
@@ -71,9 +95,12 @@ def situation(
         spec=spec,
         disks=disks,
         interfaces=interfaces,
+        first_network=first,
+        forwards=frozenset(forwards),
         host=host,
         vm_state=vm_state,
         memory=memory,
+        moving=any(one.operation is _O.MOVE_INTERFACE for one in before),
         before=frozenset(states),
         parameters=parameters,
         facts=facts,
@@ -97,7 +124,7 @@ def _plugged(spec: Spec, before: Sequence[Request]) -> tuple[frozenset[str], dic
                     disks.discard(given.get(name, ""))
                 case Refers.INTERFACE_OUT:
                     interfaces.pop(given.get(name, ""), None)
-                case Refers.IMAGE | Refers.NEW_IMAGE | Refers.HOST:
+                case Refers.IMAGE | Refers.NEW_IMAGE | Refers.HOST | Refers.NETWORK:
                     pass
     return frozenset(disks), interfaces
 
@@ -121,7 +148,8 @@ def words_of(of: Situation) -> dict[str, object]:
     if of.facts.image is not None:
         words |= {"image": of.facts.image.name, "min_memory_mib": of.facts.image.min_memory_mib}
     words |= {"target": of.parameters.get("host"), "target_lacks_network": of.facts.target_lacks_network}
-    for name in ("volume", "old", "new", "interface", "mac"):
+    words |= {"host_lacks_network": of.facts.host_lacks_network}
+    for name in ("volume", "old", "new", "interface", "mac", "network", "host_port"):
         if name in of.parameters:
             value = str(of.parameters[name])
             words[name] = of.facts.names.get(value, value)[:80]

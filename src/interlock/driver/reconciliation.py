@@ -108,7 +108,7 @@ async def _own(means: DriverDependencies, instance: Instance, found: Difference)
     for interface_id in found.interfaces:
         request = await means.store.request(interface_id)
         if request is not None and request.instance_id == instance.id:
-            own.append(interface_of(request))
+            own.append(await interface_of(means.store, request))
     return tuple(own)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from interlock.core.errors import Forbidden, InterlockError, Invalid, NotFound, NotResponding, OperationRejected
+from interlock.core.networks import NetworkKind
 from interlock.core.parameters import check_name
 from interlock.core.records import Instance, SharedFolder, Spec
 from interlock.core.roles import Role
@@ -306,7 +307,11 @@ class HostService:
 
     def lacks_network(self, name: str, spec: Spec | None) -> str:
         """Return why a host cannot connect a guest to its networks, as a sentence; empty if it can."""
-        kinds = {one.network.kind for one in spec.all_interfaces if one.network is not None} if spec is not None else ()
+        interfaces = () if spec is None else spec.all_interfaces
+        return self.lacks_kinds(name, {one.network.kind for one in interfaces if one.network is not None})
+
+    def lacks_kinds(self, name: str, kinds: Collection[NetworkKind]) -> str:
+        """Return why a host cannot connect a guest to networks of those kinds, as a sentence; empty if it can."""
         if not kinds:
             return ""
         host = self.leases.find(self.leases.current_name(name))

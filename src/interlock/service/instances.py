@@ -93,7 +93,7 @@ class Instances:
         self._hosts = hosts
         self._capacity = capacity
         self._scheduler = Scheduler(hosts, capacity)
-        self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store)
+        self._evaluator = SubmissionEvaluator(in_force, hosts, self._scheduler, capacity, store, networks)
         self._naming = asyncio.Lock()
         self.watch = ChangeNotifier()
         self.shown_ms = store.shown_ms

@@ -10,8 +10,10 @@ import msgspec
 from interlock.core import networks
 from interlock.core.errors import InUse, Invalid, NameTaken, not_found
 from interlock.core.networks import Network, NetworkKind, Subnet
+from interlock.core.operations import Operation
 from interlock.core.parameters import check_name
-from interlock.core.records import Interface, Spec
+from interlock.core.records import Instance, Interface, Spec, Submission
+from interlock.core.resource_claims import LEASING
 from interlock.core.roles import Role
 from interlock.core.specs import PRIMARY
 from interlock.ports import Store, Tally
@@ -183,12 +185,39 @@ class Networks:
         for one in spec.all_interfaces:
             if one.network is not None:
                 seed = instance_id if one.id == PRIMARY else one.id
-                one = self.lease(one, one.network.id, seed, chosen)  # noqa: PLW2901
+                one = self._lease(one, one.network.id, seed, instance_id, chosen)  # noqa: PLW2901
             leased.append(one)
         first = leased[0] if spec.primary is not None else None
         return msgspec.structs.replace(spec, primary=first, interfaces=tuple(leased[first is not None :]))
 
-    def lease(self, interface: Interface, network_id: str, seed: str, chosen: set[tuple[str, str]]) -> Interface:
+    def bound(self, instance: Instance, submission: Submission) -> Submission:
+        """Return a submission with the addresses that it leases, if it connects an interface to a network.
+
+        Raises as `leased`.
+        """
+        given = submission.parameters
+        network_id = given.get("network") if submission.operation in LEASING else None
+        if not network_id:
+            if given.get("address"):
+                raise Invalid("address: needs a network.", remedy="Name the network of the address.")
+            return submission
+        wanted = tuple(filter(None, given.get("address", "").split(",")))
+        interface = Interface(id=submission.request_id, mac=given.get("mac", "").lower(), addresses=wanted)
+        seed = submission.request_id
+        if submission.operation is Operation.MOVE_INTERFACE:
+            assert instance.spec is not None
+            macs = {one.id: one.mac for one in instance.spec.all_interfaces}
+            interface = msgspec.structs.replace(interface, mac=macs.get(given["interface"], ""))
+            seed = instance.id
+        leased = self._lease(interface, network_id, seed, instance.id, set())
+        bound = {**given, "address": ",".join(leased.addresses)} if leased.addresses else given
+        if submission.operation is Operation.ATTACH_INTERFACE:
+            bound = {**bound, "mac": leased.mac}
+        return msgspec.structs.replace(submission, parameters=bound)
+
+    def _lease(
+        self, interface: Interface, network_id: str, seed: str, instance_id: str, chosen: set[tuple[str, str]]
+    ) -> Interface:
         """Return an interface with a network and with addresses of it; its MAC address is derived from `seed`.
 
         `chosen` is what the same decision leases besides. Raises as `leased`.
@@ -197,7 +226,8 @@ class Networks:
         if network is None:
             raise not_found("Network", network_id)
         taken = _Taken(self._store, network_id, chosen)
-        if interface.mac in taken:
+        others = self._store.lease_holder(network_id, interface.mac) not in {None, instance_id}
+        if others or (network_id, interface.mac) in chosen:
             raise InUse(
                 f"The MAC address {interface.mac} is in use in the network {network.name}.",
                 remedy="Choose another, or omit it to have one generated.",

@@ -1,4 +1,4 @@
-"""Resolves names of images and volumes in requests to ids, before the gate decides. Changes nothing."""
+"""Resolves names of images, volumes and networks in requests to ids, before the gate decides. Changes nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from interlock.core.errors import InterlockError, InUse, Invalid, not_found
 from interlock.core.networks import NetworkKind
 from interlock.core.operations import Operation
-from interlock.core.parameters import Refers
+from interlock.core.parameters import Refers, check_host_address
 from interlock.core.records import NO_FACTS, Facts, Forward, Image, Instance, Interface, Spec, Submission
 from interlock.core.references import REFERENCES
 from interlock.ports import Volume
@@ -31,7 +33,9 @@ def check_memory(image: Image, memory_mib: int) -> None:
 
 
 def _check_forwards(new: NewInstance, interfaces: tuple[Interface, ...]) -> None:
-    """Raise `Invalid` for forwards to a guest on a bridge, which is reached at its own address."""
+    """Raise `Invalid` for a forward at no address, or to a guest on a bridge, which is reached at its own address."""
+    for one in new.forwards:
+        check_host_address(one.host_address)
     network = interfaces[0].network if interfaces else None
     if new.forwards and network is not None and network.kind is NetworkKind.BRIDGE:
         raise Invalid(
@@ -68,7 +72,7 @@ class ResolvedSubmission(NamedTuple):
 
 
 class ReferenceResolver:
-    """Resolves references to images and volumes."""
+    """Resolves references to images, volumes and networks."""
 
     def __init__(self, inventory: Inventory, networks: Networks, memory_mib_max: int) -> None:
         self._inventory = inventory
@@ -96,7 +100,7 @@ class ReferenceResolver:
             vcpus=new.vcpus,
             memory_mib=new.memory_mib,
             root_gib=new.root_gib,
-            forwards=tuple(Forward(host_port=one.host_port, guest_port=one.guest_port) for one in new.forwards),
+            forwards=tuple(msgspec.convert(one, Forward, from_attributes=True) for one in new.forwards),
             primary=interfaces[0] if interfaces else None,
             interfaces=interfaces[1:],
             seed=seed_of(new),
@@ -112,7 +116,7 @@ class ReferenceResolver:
         """Replace names by ids in a request's parameters; return them with the facts about what they refer to.
 
         Raises:
-            NotFound: the image or volume does not exist for this caller.
+            NotFound: the image, volume or network does not exist for this caller.
             InUse: the volume is attached to another instance.
             NameTaken: an image with that name exists or is being created.
             Invalid: memory exceeds the host's limit.
@@ -135,12 +139,12 @@ class ReferenceResolver:
                     found[name] = image.id
                 case Refers.NEW_IMAGE:
                     await self._inventory.check_image_name(caller, found[name])
-                case Refers.HOST | Refers.INTERFACE_OUT:
-                    pass  # chosen by the scheduler; an id already
+                case Refers.HOST | Refers.INTERFACE_OUT | Refers.NETWORK:
+                    pass  # chosen by the scheduler; an id already; see `_network_facts`
         if found.get("memory_mib", 0) > self._memory_mib_max:
             raise Invalid(f"memory_mib: {found['memory_mib']} is more than this host allows ({self._memory_mib_max}).")
         if image is None and not volumes:
-            return found, NO_FACTS
+            return found, self._network_facts(caller, operation, found)
         return found, Facts(
             claimed=frozenset(volume.id for volume in volumes if volume.attached_to == instance_id),
             volume_bytes={volume.id: volume.size_bytes for volume in volumes},
@@ -148,6 +152,15 @@ class ReferenceResolver:
             names={volume.id: volume.name for volume in volumes},
             image=image,
         )
+
+    def _network_facts(self, caller: Caller, operation: Operation, found: dict[str, Any]) -> Facts:
+        """Replace the name of a network by its id, and return the facts about it. Raises `NotFound`."""
+        for name, refers in REFERENCES[operation]:
+            if refers is Refers.NETWORK and name in found:
+                network = self._networks.find(caller, found[name])
+                found[name] = network.id
+                return Facts(network=network, names={network.id: network.name})
+        return NO_FACTS
 
     async def _require_free(self, volume: Volume, instance_id: str) -> None:
         if volume.attached_to not in {None, instance_id}:

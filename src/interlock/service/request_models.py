@@ -20,6 +20,7 @@ from interlock.service.validation_messages import in_words, what_instead
 SHA256_PATTERN: Final = "^[0-9a-fA-F]{64}$"
 PATTERNS: Final = {**parameters.PATTERNS, SHA256_PATTERN: "64 hexadecimal digits"}
 """What the patterns mean, for the error of a value that does not match."""
+LOOPBACK: Final = "127.0.0.1"
 Group = Annotated[str, Meta(min_length=1, max_length=63, pattern=NAME_PATTERN, description="A group's name.")]
 Url = Annotated[str, Meta(min_length=8, max_length=2000, description="Such as https://example.org/disk.qcow2.")]
 SshKey = Annotated[str, Meta(min_length=1, max_length=16_384, description="A line of an OpenSSH public key file.")]
@@ -28,10 +29,13 @@ USER_DATA_LENGTH_MAX: Final = 64 * 1024
 
 
 class NewForward(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A TCP port of the guest to reach on the host's loopback address."""
+    """A port of the guest to reach at an address of its host."""
 
     host_port: Annotated[int, Meta(ge=1024, le=65_535)]
     guest_port: Annotated[int, Meta(ge=1, le=65_535)]
+    host_address: Annotated[str, Meta(min_length=1, max_length=64)] = LOOPBACK
+    """An IPv4 address of the host; `0.0.0.0`: all of them."""
+    protocol: Literal["tcp", "udp"] = "tcp"
 
 
 class NewSubnet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -138,6 +138,9 @@ class Scheduler:
                 target_lacks_volumes=not all(self._reaches_volumes(name, instance) for name in targets),
                 target_lacks_network=" ".join(self._hosts.lacks_network(name, instance.spec) for name in targets),
             )
+        if facts.network is not None:
+            why = self._hosts.lacks_kinds(instance.host, (facts.network.kind,))
+            facts = msgspec.structs.replace(facts, host_lacks_network=why)
         lacking = {one for one, path in facts.volume_paths.items() if not self._hosts.reaches(instance.host, path)}
         if lacking:
             facts = msgspec.structs.replace(facts, host_lacks=frozenset(lacking))

@@ -24,6 +24,7 @@ from interlock.policies.explanation import explainer
 from interlock.ports import Store, counts_around
 from interlock.service.capacity import Capacity
 from interlock.service.hosts import ANY, HostService
+from interlock.service.networks import Networks
 from interlock.service.scheduler import NAMING_A_HOST, Scheduler
 from interlock.service.submission_results import SubmissionResult, TurnedAway
 
@@ -53,12 +54,14 @@ class SubmissionEvaluator:
         scheduler: Scheduler,
         capacity: Capacity,
         store: Store,
+        networks: Networks,
     ) -> None:
         self._in_force = in_force
         self._hosts = hosts
         self._scheduler = scheduler
         self._capacity = capacity
         self._store = store
+        self._networks = networks
 
     def judge(
         self,
@@ -83,6 +86,7 @@ class SubmissionEvaluator:
         )
         reached = self.counted(instance, reached)
         bound = self._scheduler.bound(instance, reached, targets, self._in_force.compiled, now_ms)
+        bound = self._networks.bound(instance, bound)
         change = admission.admit_there(instance, bound, self._in_force.for_instance(instance), now_ms)
         if compare:
             _check_same(instance, change.answer, bound.operation, bound.parameters)

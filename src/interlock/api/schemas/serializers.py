@@ -125,7 +125,7 @@ def instance(
         evacuated=one.evacuated and wire(responses.Evacuated, one.evacuated),
         root_shared=spec is not None and spec.has_root and spec.shared is not None,
         forwards=tuple(
-            NewForward(host_port=forward.host_port, guest_port=forward.guest_port)
+            msgspec.convert(forward, NewForward, from_attributes=True)
             for forward in (spec.forwards if spec is not None else ())
         ),
         seeded=spec is not None and spec.seed is not None,

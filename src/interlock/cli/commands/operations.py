@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from interlock.api.schemas.responses import Instance
-from interlock.cli.client.paths import HOSTS, IMAGES, INSTANCES, VOLUMES, path_of
+from interlock.cli.client.paths import HOSTS, IMAGES, INSTANCES, NETWORKS, VOLUMES, path_of
 from interlock.cli.commands.submission import operation_options, submit
 from interlock.cli.commands.vm import vm_commands
 from interlock.cli.completion import OperationNames, completer, vm_argument
@@ -31,6 +31,7 @@ _COLLECTIONS: Final = {
     Refers.VOLUME_IN: VOLUMES,
     Refers.VOLUME_OUT: VOLUMES,
     Refers.HOST: HOSTS,
+    Refers.NETWORK: NETWORKS,
 }
 """Where the names are that a parameter may have."""
 
@@ -64,7 +65,7 @@ def _parameter(field: Field) -> Any:
     if field.refers in _COLLECTIONS:
         completion["shell_complete"] = completer(_COLLECTIONS[field.refers])
     if isinstance(form, Argument):
-        return click.argument(field.name, metavar=form.metavar, **completion)
+        return click.argument(field.name, metavar=form.metavar, type=_type(field, None), **completion)
     help_text = form.help or field.description
     if bool in field.kinds or form.prompt is not None:
         return click.option(form.flag, field.name, is_flag=True, help=help_text)

@@ -16,6 +16,7 @@ from interlock.cli.commands.submission import describe, post, wait_for_end, wait
 from interlock.cli.commands.vm_table import (
     ColumnNames,
     SortKey,
+    forwards_text,
     next_steps,
     power_text,
     print_table,
@@ -43,6 +44,8 @@ from interlock.service.request_models import NewForward, NewInstance
 
 _LISTS: Final = {"tags": "no_tags", "blocked_operations": "no_protect", "apart_from": "not_apart"}
 """The lists that `label` replaces, and the options that empty them."""
+_COLONS_MAX = 2
+"""Of a forward."""
 
 
 @click.group("vm", cls=Sectioned)
@@ -51,15 +54,23 @@ def vm_commands() -> None:
 
 
 class ForwardPair(click.ParamType[Any]):
-    """A pair of TCP ports, HOST:GUEST."""
+    """A pair of ports, [ADDRESS:]HOST:GUEST[/udp]."""
 
     name = "host:guest"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        host, colon, guest = str(value).partition(":")
-        if not (colon and host.isdecimal() and guest.isdecimal()):
-            self.fail(f"Invalid forward {value!r}: expected HOST:GUEST ports, such as 8080:80.", param, ctx)
-        return NewForward(host_port=int(host), guest_port=int(guest))
+        pair, _, protocol = str(value).partition("/")
+        *address, host, guest = ("", "", *pair.split(":"))[-3:] if pair.count(":") < _COLONS_MAX + 1 else ("", "", "")
+        if not (host.isdecimal() and guest.isdecimal() and protocol in {"", "tcp", "udp"}):
+            self.fail(
+                f"Invalid forward {value!r}: expected ports such as 8080:80, 0.0.0.0:8080:80 or 5353:53/udp.",
+                param,
+                ctx,
+            )
+        more: dict[str, Any] = {"host_address": address[0]} if address[0] else {}
+        if protocol == "udp":
+            more["protocol"] = protocol
+        return NewForward(host_port=int(host), guest_port=int(guest), **more)
 
 
 @vm_commands.command()
@@ -83,7 +94,9 @@ class ForwardPair(click.ParamType[Any]):
     "forwards",
     multiple=True,
     type=ForwardPair(),
-    help="Forward a TCP port of the host's loopback to the guest.",
+    metavar="[ADDRESS:]HOST:GUEST[/udp]",
+    help="Forward a port of the host to the guest: of its loopback, unless ADDRESS is given (0.0.0.0: all). May be "
+    "repeated.",
 )
 @click.option("--tag", "tags", multiple=True, help="Tag. May be repeated.")
 @click.option(
@@ -237,7 +250,7 @@ def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> 
         "Project": one.project,
         "Image": one.image.name if one.image is not None else None,
         "Size": size_text(one),
-        "Forwards": ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards),
+        "Forwards": forwards_text(one),
         "Size before": None if one.prior_size is None else size_text(one.prior_size),
         "Shelved as": None if one.shelved_image is None else f"private image {one.shelved_image.id}",
         "Cloud-init": "yes" if one.seeded else None,

@@ -49,8 +49,12 @@ def _protected(one: Instance) -> str:
     return ", ".join(humanize(operation) for operation in one.blocked_operations)
 
 
-def _forwards(one: Instance) -> str:
-    return ", ".join(f"127.0.0.1:{pair.host_port} -> {pair.guest_port}" for pair in one.forwards)
+def forwards_text(one: Instance) -> str:
+    """Return the forwards of a VM."""
+    return ", ".join(
+        f"{pair.host_address}:{pair.host_port} -> {pair.guest_port}{'/udp' if pair.protocol == 'udp' else ''}"
+        for pair in one.forwards
+    )
 
 
 def _networks(one: Instance) -> str:
@@ -83,7 +87,7 @@ COLUMNS: Final[dict[str, Column]] = {
     "size": Column("SIZE", lambda one, _: _size(one), lambda one: (one.vcpus, one.memory_mib, one.root_gib), 3),
     "network": Column("NETWORK", lambda one, _: _networks(one), _networks, 5),
     "address": Column("ADDRESS", lambda one, _: _addresses(one), _addresses, 3),
-    "forwards": Column("FORWARDS", lambda one, _: _forwards(one), _forwards, 2),
+    "forwards": Column("FORWARDS", lambda one, _: forwards_text(one), forwards_text, 2),
     "host": Column("HOST", lambda one, _: one.host, lambda one: one.host, 2),
     "project": Column("PROJECT", lambda one, _: one.project, lambda one: one.project),
     "image": Column("IMAGE", lambda one, _: _image(one), _image, 6),

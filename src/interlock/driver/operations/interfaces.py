@@ -1,23 +1,24 @@
-"""Attach and detach network interfaces.
+"""Attach, detach, move and limit network interfaces, and forward ports to the first one.
 
 The id of an interface is that of the request that attached it, and its default MAC address is derived from that.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import msgspec
 
 from interlock.core.errors import GuestNotFound, NotFound, OperationRejected
-from interlock.core.records import Interface, Request
+from interlock.core.networks import Network, mac_of
+from interlock.core.records import Forward, Interface, Request
+from interlock.core.specs import PRIMARY
 from interlock.driver.operation_context import Done, OperationContext
 from interlock.driver.operations.volumes import detaching_on_timeout, require_releasable, runs_after_start
+from interlock.ports import Store
 
 
 async def attach(work: OperationContext) -> Done:
     """Hot-plug an interface if a guest runs, and add it to the spec."""
-    interface = _wanted(work)
+    interface = await interface_of(work.store, work.request)
     others = tuple(one for one in work.spec.interfaces if one.id != interface.id)
     if any(one.mac == interface.mac for one in others):
         raise OperationRejected(f"{work.instance.name} already has an interface with the MAC address {interface.mac}.")
@@ -25,7 +26,8 @@ async def attach(work: OperationContext) -> Done:
     while True:
         looked_at = await work.look()
         if await work.keep_spec(spec, looked_at, guest_has_it=await _plug(work, interface)):
-            return Done(message=f"The interface {interface.id} has the MAC address {interface.mac}.")
+            leased = "".join(f" and the address {address}" for address in interface.addresses)
+            return Done(message=f"The interface {interface.id} has the MAC address {interface.mac}{leased}.")
 
 
 async def detach(work: OperationContext) -> Done:
@@ -45,20 +47,103 @@ async def detach(work: OperationContext) -> Done:
             return Done()
 
 
-def mac_of(request_id: str) -> str:
-    """Return a MAC address in QEMU's range (52:54:00), derived from the request id."""
-    tail = hashlib.sha256(request_id.encode()).digest()[:3]
-    return "52:54:00:" + tail.hex(":")
+async def move(work: OperationContext) -> Done:
+    """Connect an interface to another network, with the addresses that the request leased."""
+    addresses = _addresses(work.request)
+    network = await _network(work.store, work.request)
+    moved = msgspec.structs.replace(_present(work), network=network, addresses=addresses)
+    await _update(work, moved)
+    where = f" with the address {' and '.join(addresses)}" if addresses else ""
+    return Done(message=f"The interface {moved.id} is in the network {network.name}{where}.")
 
 
-def _wanted(work: OperationContext) -> Interface:
-    return interface_of(work.request)
+async def set_limits(work: OperationContext) -> Done:
+    """Change the limits of an interface; 0 removes one."""
+    given = work.request.parameters
+    limits = {name: given[name] or None for name in ("inbound_kbit", "outbound_kbit") if name in given}
+    await _update(work, msgspec.structs.replace(_present(work), **limits))
+    return Done()
 
 
-def interface_of(request: Request) -> Interface:
-    """Return the interface that a request attaches."""
+async def add_forward(work: OperationContext) -> Done:
+    """Forward another port of the host."""
+    new = msgspec.convert(work.request.parameters, Forward)
+    others = tuple(one for one in work.spec.forwards if one.host_port != new.host_port)
+    await _update(work, _first(work), (*others, new))
+    return Done()
+
+
+async def remove_forward(work: OperationContext) -> Done:
+    """End the forward of a port of the host."""
+    host_port = work.request.parameters["host_port"]
+    await _update(work, _first(work), tuple(one for one in work.spec.forwards if one.host_port != host_port))
+    return Done()
+
+
+def _first(work: OperationContext) -> Interface:
+    return work.spec.primary or Interface(id=PRIMARY, mac=mac_of(work.id))
+
+
+def _present(work: OperationContext) -> Interface:
+    """Return the interface that the request names. Raises `NotFound`."""
+    wanted = work.request.parameters["interface"]
+    for one in (_first(work), *work.spec.interfaces):
+        if one.id == wanted:
+            return one
+    raise NotFound(f"{work.instance.name} has no interface {wanted}.")
+
+
+async def _update(work: OperationContext, interface: Interface, forwards: tuple[Forward, ...] | None = None) -> None:
+    """Bring a running guest's interface to what it says, and record it."""
+    kept = work.spec.forwards if forwards is None else forwards
+    if interface.id != PRIMARY:
+        others = tuple(interface if one.id == interface.id else one for one in work.spec.interfaces)
+        spec = msgspec.structs.replace(work.spec, interfaces=others)
+    elif forwards is None or work.spec.primary is not None:
+        spec = msgspec.structs.replace(work.spec, primary=interface, forwards=kept)
+    else:
+        spec = msgspec.structs.replace(work.spec, forwards=kept)
+    while True:
+        looked_at = await work.look()
+        if await work.keep_spec(spec, looked_at, guest_has_it=await _bring(work, interface, kept)):
+            return
+
+
+async def _bring(work: OperationContext, interface: Interface, forwards: tuple[Forward, ...]) -> bool:
+    """Update it if a guest runs or is being started; return whether one did."""
+    while True:
+        try:
+            await work.hypervisor.update_interface(work.permit, work.id, interface, forwards)
+        except GuestNotFound:
+            if not await runs_after_start(work):
+                return False
+        else:
+            return True
+
+
+async def interface_of(store: Store, request: Request) -> Interface:
+    """Return the interface that a request attaches. Raises `NotFound` if its network was deleted."""
     mac = request.parameters.get("mac")
-    return Interface(id=request.id, mac=str(mac).lower() if mac else mac_of(request.id))
+    network = await _network(store, request) if request.parameters.get("network") else None
+    return Interface(
+        id=request.id,
+        mac=str(mac).lower() if mac else mac_of(request.id),
+        network=network,
+        addresses=_addresses(request),
+    )
+
+
+def _addresses(request: Request) -> tuple[str, ...]:
+    return tuple(filter(None, request.parameters.get("address", "").split(",")))
+
+
+async def _network(store: Store, request: Request) -> Network:
+    """Return the network of a request. It cannot be deleted before the request ends."""
+    wanted = request.parameters["network"]
+    for network in await store.networks.all():
+        if network.id == wanted:
+            return network
+    raise NotFound(f"The network {wanted} was deleted.")
 
 
 async def _plug(work: OperationContext, interface: Interface) -> bool:

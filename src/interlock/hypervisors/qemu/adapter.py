@@ -37,7 +37,6 @@ class QemuHypervisor:
 
     def __init__(self, settings: QemuSettings, certificate: HostCertificate | None = None) -> None:  # noqa: PLR0915 - a line for each method
         self.registry = registry = ProcessRegistry(settings, on_adopted=thaw_forgotten)
-
         self._consoles = consoles = Consoles(registry)
         self.open_console = consoles.open_console
         self.open_display = consoles.open_display

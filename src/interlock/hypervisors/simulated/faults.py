@@ -98,6 +98,7 @@ _TO_A_GUEST: Final = frozenset(
         Method.POWER_ON,
         Method.SWAP_DISK,
         Method.ATTACH_INTERFACE,
+        Method.UPDATE_INTERFACE,
         Method.DETACH_INTERFACE,
         Method.ASK_SHUTDOWN,
         Method.SET_PASSWORD,

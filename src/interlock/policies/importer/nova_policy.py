@@ -86,6 +86,11 @@ NOVA_RULES: Final = {
     Operation.LIVE_MIGRATE_ABORT: ("servers:migrations:delete", _MANAGER),
     Operation.LIVE_MIGRATE_FORCE_COMPLETE: ("servers:migrations:force_complete", _MANAGER),
     Operation.RENAME: ("servers:update", _MEMBER),
+    # Nova changes no interface: whoever may attach one may do that.
+    Operation.MOVE_INTERFACE: ("os-attach-interfaces:create", _MEMBER),
+    Operation.SET_INTERFACE: ("os-attach-interfaces:create", _MEMBER),
+    Operation.ADD_FORWARD: ("os-attach-interfaces:create", _MEMBER),
+    Operation.REMOVE_FORWARD: ("os-attach-interfaces:create", _MEMBER),
 }
 """For each operation the rule of Nova's API, without `os_compute_api:`, and its default (nova/policies/)."""
 
