@@ -94,6 +94,15 @@ async def test_a_head_and_its_body_are_one_write() -> None:
     assert wire.writes == [b"headbody"]
 
 
+async def test_what_nothing_follows_is_written_at_once_after_what_was_gathered() -> None:
+    wire = Wire()
+    transport = _GatheringTransport(wire, 1.0)  # type: ignore[arg-type]
+    transport.write(b"earlier")
+    transport.write_at_once(b"whole")
+    await asyncio.sleep(0)
+    assert wire.writes == [b"earlier", b"whole"]
+
+
 async def test_much_is_not_gathered_and_closing_writes_what_is_left() -> None:
     wire = Wire()
     transport = _GatheringTransport(wire, 1.0)  # type: ignore[arg-type]

@@ -329,6 +329,8 @@ def expire(
 
 def next_deadline_ms(instance: Instance) -> int | None:
     """Return when to call `expire` next, or None."""
+    if not instance.outstanding:
+        return instance.held_due_ms
     moments = (next_limit_ms(instance), _interrupt_deadline_ms(instance), instance.held_due_ms)
     return min((moment for moment in moments if moment is not None), default=None)
 

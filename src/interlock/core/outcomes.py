@@ -66,8 +66,12 @@ def limit_at_ms(request: Request) -> int | None:
 
 def next_limit_ms(instance: Instance) -> int | None:
     """Return when a request has next to be interrupted because it was served for as long as it may; None if none."""
-    waits = (one for one in instance.outstanding if one.interrupt_deadline_ms is None)
-    return min((at_ms for at_ms in map(limit_at_ms, waits) if at_ms is not None), default=None)
+    next_ms = None
+    for request in instance.outstanding:
+        at_ms = limit_at_ms(request) if request.interrupt_deadline_ms is None else None
+        if at_ms is not None and (next_ms is None or at_ms < next_ms):
+            next_ms = at_ms
+    return next_ms
 
 
 def fenced_for_limit_at_ms(request: Request, now_ms: int) -> int | None:

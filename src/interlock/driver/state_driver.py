@@ -136,21 +136,21 @@ class StateDriver:
                 _LOG.exception("state driver failed", instance=self._id)
                 await asyncio.sleep(self._config.inspect_retry_ms / 1000)
                 continue
-            if self._is_idle(instance):
+            deadline_ms = lifecycle.next_deadline_ms(instance)
+            if deadline_ms is None and self._is_idle():
                 break
-            await self._rest(instance)
+            await self._rest(deadline_ms)
         self._task = None
         self._gone(self._id)
 
-    def _is_idle(self, instance: Instance) -> bool:
-        """Whether there are no workers, events or deadlines."""
+    def _is_idle(self) -> bool:
+        """Whether there are no workers or events."""
         busy = self._workers or self._leaving or self._guest_events or self._reconcile or self._wakeup.is_set()
-        return not busy and lifecycle.next_deadline_ms(instance) is None
+        return not busy
 
-    async def _rest(self, instance: Instance) -> None:
-        """Wait for a wake-up or the next deadline."""
+    async def _rest(self, deadline_ms: int | None) -> None:
+        """Wait for a wake-up or a deadline."""
         loop = asyncio.get_running_loop()
-        deadline_ms = lifecycle.next_deadline_ms(instance)
         waits_s = [] if deadline_ms is None else [max(0, deadline_ms - self._store.now_ms()) / 1000]
         if self._reconcile and not self._workers and not self._leaving:
             waits_s.append(max(0.0, self._reconcile_at - loop.time()))

@@ -248,7 +248,8 @@ class Instances:
         targets: tuple[str, ...] = ()
         facts = NO_FACTS
         try:
-            parameters, facts = await self._references.parameters(caller, new.operation, instance_id, parameters)
+            if parameters:
+                parameters, facts = await self._references.parameters(caller, new.operation, instance_id, parameters)
             targets = self._scheduler.targets(new.operation, parameters)
             if CATALOGUE[new.operation].guest_agent:
                 agent = await self._hosts.agent_answers(await self.describe(caller, instance_id))

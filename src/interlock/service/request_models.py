@@ -208,7 +208,6 @@ def check_parameters(operation: Operation, given: dict[str, Any]) -> dict[str, A
         Invalid: names the parameter and what was expected.
     """
     kind = CATALOGUE[operation].parameters
-    names = [field.name for field in FIELDS[operation]]
     try:
         checked = msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
@@ -216,10 +215,11 @@ def check_parameters(operation: Operation, given: dict[str, Any]) -> dict[str, A
         remedy = what_instead(str(error), kind)
         if remedy is None and " - at `$" not in str(error):
             # No value is wrong, but the names.
-            remedy = f"It takes: {', '.join(names) or 'none'}."
+            remedy = f"It takes: {', '.join(_names(operation)) or 'none'}."
         raise Invalid(f"parameters of {operation.value}: {wrong}.", remedy=remedy) from None
     if kind.required_any and checked == kind():
-        remedy = f"Name {', '.join(names[:-1])} or {names[-1]}."
+        *names, last = _names(operation)
+        remedy = f"Name {', '.join(names)} or {last}."
         raise Invalid(f"parameters of {operation.value}: nothing is to change.", remedy=remedy)
     try:
         checked.check()
@@ -227,3 +227,7 @@ def check_parameters(operation: Operation, given: dict[str, Any]) -> dict[str, A
         raise Invalid(f"parameters of {operation.value}: {error.message}", remedy=error.remedy) from None
     built: dict[str, Any] = msgspec.to_builtins(checked)
     return built
+
+
+def _names(operation: Operation) -> list[str]:
+    return [field.name for field in FIELDS[operation]]

@@ -155,6 +155,8 @@ class Tallies:
 
         These sums are not written: a start reads unsettled instances anyway.
         """
+        if before is not None and _waits_alike(before, after):
+            return
         for instance, sign in ((before, -1), (after, 1)):
             if instance is not None and instance.vm_state is not VmState.DELETED:
                 project, outstanding = instance.project, len(instance.outstanding)
@@ -197,6 +199,18 @@ def _claims_alike(before: Instance, after: Instance) -> bool:
         and not _counts_waiting(after)
         and not _counts_waiting(before)
     )
+
+
+def _waits_alike(before: Instance, after: Instance) -> bool:
+    """Whether a decision changed no sum of waiting requests, as one that takes a request or notes its progress."""
+    if before.held or after.held or len(before.outstanding) != len(after.outstanding):
+        return False
+    if before.host != after.host or VmState.DELETED in {before.vm_state, after.vm_state}:
+        return False
+    for one, other in zip(before.outstanding, after.outstanding, strict=True):
+        if one.operation is not other.operation:
+            return False
+    return True
 
 
 def _counts_waiting(instance: Instance) -> bool:

@@ -251,7 +251,8 @@ class HttpProtocol(HttpToolsProtocol):
             return False
         head = [name + b": " + value + b"\r\n" for name, value in fields]
         cycle.response_started = cycle.response_complete = True
-        self.transport.write(b"".join([STATUS_LINE[response.status_code], *head, b"\r\n", response.body]))
+        packet = b"".join([STATUS_LINE[response.status_code], *head, b"\r\n", response.body])
+        self.transport.write_at_once(packet)  # type: ignore[attr-defined]
         cycle.message_event.set()
         cycle.on_response()
         return True
@@ -404,6 +405,11 @@ class _GatheringTransport:
         self._bytes += len(data)
         if self._bytes > _GATHERED_BYTES_MAX:
             self._flush()
+
+    def write_at_once(self, data: bytes) -> None:
+        """Write what nothing follows, after what is gathered."""
+        self._flush()
+        self._transport.write(data)
 
     def _flush(self) -> None:
         if self._gathered:
