@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import instance, problem
 from interlock.cli.commands import demo
 from interlock.cli.commands.demo import free_port
+from interlock.cli.context import Invocation
 from interlock.cli.failures import Failure
 from interlock.core.operations import Operation
 from interlock.core.states import PowerState, VmState
@@ -54,6 +58,30 @@ def test_a_demo_vm_is_made_to_run_again_from_every_state(
     state: VmState, power: PowerState, operation: Operation | None
 ) -> None:
     assert demo.runs_again_by(instance(vm_state=state, power_state=power)) is operation
+
+
+@pytest.fixture
+def invocation(folder: Path) -> Iterator[Invocation]:
+    with contextlib.closing(Invocation({"INTERLOCK_DATA_DIR": str(folder)})) as one:
+        yield one
+
+
+def test_a_demo_waits_for_a_server_that_still_looks_for_its_guests(
+    invocation: Invocation, server: ScriptedServer
+) -> None:
+    server.on("GET", "/readyz", Given(503, problem(503, "still looking")), Given(value={"ready": True, "reasons": []}))
+    pauses: list[float] = []
+    demo.wait_until_ready(invocation, pauses.append)
+    assert len(pauses) == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [(503, False), (404, True), (200, True)])
+def test_a_demo_vm_that_was_frozen_without_a_server_is_noticed(
+    invocation: Invocation, server: ScriptedServer, status: int, expected: bool
+) -> None:
+    answer = Given(value="a picture") if status == 200 else Given(status, problem(status, "no picture"))
+    server.on("GET", "/v1/instances/demo/screenshot", answer)
+    assert demo.responds(invocation) is expected
 
 
 def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -44,6 +44,7 @@ GUEST_PORT: Final = 80
 _FIRST_PORT: Final = 8080
 _PORTS: Final = 100
 _UP_WITHIN_S: Final = 180.0
+_READY_WITHIN_S: Final = 60.0
 _POLL_S: Final = 0.3
 _HISTORY_SHOWN: Final = 14
 _LOG: Final = "server.log"
@@ -159,6 +160,7 @@ class Demonstration:
     def _steps(self, url: str) -> None:
         invocation = self._invocation
         _step(invocation, f"The server listens at {url} (API documentation: {url}/docs)")
+        wait_until_ready(invocation, self._ending.wait)
         self._image()
         earlier_output = self._vm()
         self._wait_until_up(earlier_output)
@@ -187,8 +189,12 @@ class Demonstration:
             _step(invocation, f"Creating the VM {VM}: 128 MiB, its port {GUEST_PORT} at 127.0.0.1:{port}")
             forwards = (NewForward(host_port=port, guest_port=GUEST_PORT),)
             create_vm(invocation, NewInstance(name=VM, image=IMAGE, memory_mib=128, forwards=forwards), wait=True)
-        elif (operation := runs_again_by(instance)) is None:
+        elif (operation := runs_again_by(instance)) is None and responds(invocation):
             _step(invocation, f"The VM {VM} is {instance.vm_state.value}: it kept running without a server")
+        elif operation is None:
+            _step(invocation, f"The VM {VM} does not respond; requesting a hard reboot")
+            earlier_output = console_text(invocation, VM)
+            submit(invocation, VM, Operation.REBOOT, wait=True, parameters={"hard": True})
         else:
             _step(invocation, f"The VM {VM} is {humanize(instance.vm_state)}; requesting {humanize(operation)}")
             if operation not in _CONTINUES:
@@ -219,6 +225,31 @@ def runs_again_by(instance: Instance) -> Operation | None:
     if instance.vm_state is VmState.ACTIVE or (instance.vm_state is VmState.RESIZED and running):
         return None
     return _RUN_AGAIN.get(instance.vm_state, Operation.START)
+
+
+def wait_until_ready(invocation: Invocation, pause: Callable[[float], object]) -> None:
+    """Wait until the server has inspected the guests that ran without it: before, it answers nothing about them.
+
+    `pause` waits for a number of seconds. Raises `Failure`.
+    """
+    for _ in range(round(_READY_WITHIN_S / _POLL_S)):
+        with contextlib.suppress(Failure):
+            invocation.client.get("/readyz")
+            return
+        pause(_POLL_S)
+    invocation.client.get("/readyz")
+
+
+def responds(invocation: Invocation) -> bool:
+    """Whether the VM's QEMU process answers: after a start, the server takes a while to report one that does not."""
+    try:
+        invocation.client.get(path_of(INSTANCES, VM, "screenshot"))
+    except Failure as failure:
+        if failure.code is ExitCode.SERVER_ERROR:
+            return False
+        if failure.code is not ExitCode.NOT_FOUND:  # without a display there is none
+            raise
+    return True
 
 
 def _find(invocation: Invocation) -> Instance | None:
