@@ -11,10 +11,10 @@ import pytest
 from in_process.embedded import Embedded, admitted
 from in_process.trusting_verifier import TrustingProver
 from interlock.core.operations import Operation
-from interlock.core.records import Request, Status
-from interlock.core.states import VmState
+from interlock.core.records import SERVED, Request, Status
+from interlock.core.states import PowerState, VmState
 from interlock.driver import dispatcher
-from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
+from interlock.hypervisors.simulated import Hangs, Method, SimulatedHost, SimulatedHypervisor
 from interlock.ports import HypervisorEvent, Observation
 from interlock.server import Server
 from waiting import PATIENCE_S
@@ -155,6 +155,35 @@ async def test_what_was_in_flight_waits_for_the_inspection_and_is_then_performed
     assert await restarted.status(pause) is Status.UNKNOWN
     restarted.hypervisor.may_open.set()
     assert (await fleet.ended(pause)).status is Status.SUCCEEDED
+
+
+async def test_a_component_change_that_waited_with_a_state_change_is_served_beside_it(
+    fleet: Embedded, restarted: Restarted, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("a")
+    await fleet.carry_out(vm, Operation.STOP)
+    volume = await fleet.make_volume("data")
+    await restarted.begin()
+    host.faults.script(vm, Method.POWER_ON, Hangs())
+    start = admitted(await fleet.submit("a", Operation.START))
+    attach = admitted(await fleet.submit("a", Operation.ATTACH_VOLUME, volume=volume.id))
+    restarted.hypervisor.may_open.set()
+    await fleet.until_event(vm, "request.unknown")
+    assert {await restarted.status(one) for one in (start, attach)} <= SERVED
+    host.thaw(vm)
+    assert [(await fleet.ended(one)).status for one in (start, attach)] == [Status.SUCCEEDED, Status.SUCCEEDED]
+
+
+async def test_a_process_that_a_killed_server_left_of_a_guest_that_powered_itself_off_is_ended(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("a")
+    await fleet.carry_out(vm, Operation.STOP)
+    await fleet.crash()
+    host.guests[vm].power = PowerState.SHUTDOWN
+    await fleet.start()
+    await fleet.server.agent.adopted()
+    assert host.guests[vm].power is PowerState.NONE
 
 
 async def test_a_guest_that_cannot_be_inspected_in_time_is_served_all_the_same(

@@ -10,11 +10,13 @@ import pytest
 
 from in_process.embedded import Embedded, admitted, refused
 from instance_disks import image_files, now, put_images, root
-from interlock.core.errors import Forbidden, InUse, NameTaken, NotFound
+from interlock.core.errors import Fenced, Forbidden, InUse, NameTaken, NotFound
 from interlock.core.operations import Operation
 from interlock.core.records import Denied, Image, Status
 from interlock.core.roles import Role
 from interlock.core.states import PowerState, VmState
+from interlock.driver.operation_context import OperationContext
+from interlock.driver.operations import HANDLERS
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import Method, Refuses, Slow
 from interlock.service.auth import Caller
@@ -180,6 +182,20 @@ async def test_backups_rotate_by_type_and_those_in_use_stay(fleet: Embedded) -> 
     assert kept[0] in left
     assert len(left) == 2
     assert len(image_files(fleet)) == 3
+
+
+async def test_a_worker_that_may_not_act_any_more_removes_no_backup(fleet: Embedded) -> None:
+    vm = await made(fleet)
+    for _ in range(2):
+        request = await fleet.carry_out(vm, O.BACKUP, backup_type="daily", rotation=2)
+    kept = await backups(fleet, vm, "daily")
+    request = msgspec.structs.replace(request, parameters={"backup_type": "daily", "rotation": 1})
+    work = OperationContext(fleet.server.means, await now(fleet, vm), request)
+    work.permit.end()
+    with pytest.raises(Fenced):
+        await HANDLERS[O.BACKUP].perform(work)
+    assert await backups(fleet, vm, "daily") == kept
+    assert len(image_files(fleet)) == 2
 
 
 async def test_a_vm_is_shelved_offloaded_and_comes_back_with_what_was_on_its_disk(

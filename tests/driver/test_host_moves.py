@@ -17,7 +17,8 @@ from interlock.core.operations import Operation
 from interlock.core.records import Instance
 from interlock.core.restart_policy import Evacuate
 from interlock.core.roles import Role
-from interlock.hypervisors.simulated import SimulatedHost
+from interlock.core.states import PowerState, VmState
+from interlock.hypervisors.simulated import Method, SimulatedHost, Slow
 from interlock.ports import Limits
 from interlock.service.host_moves import Move
 from interlock.service.request_models import Labels, NewInstance
@@ -449,6 +450,17 @@ async def test_a_rename_takes_along_what_is_on_the_host_and_its_agent_goes_on(st
     await street.house.carry_out(vm, O.START)
     assert (await street.house.carry_out(vm, O.MIGRATE, host="south")).status == "succeeded"
     assert (await street.house.carry_out(vm, O.MIGRATE, host="berlin")).status == "succeeded"
+
+
+async def test_a_request_in_flight_is_performed_under_the_new_name_of_its_host(street: Street) -> None:
+    vm = await street.create("web", "north")
+    street.north.host.faults.script(vm, Method.PAUSE, Slow(5_000))
+    pause = admitted(await street.house.submit(vm, O.PAUSE))
+    await street.house.until(vm, task_state="pausing")
+    await street.house.server.other_hosts.rename(street.house.caller, "north", "berlin")
+    assert (await street.house.ended(pause)).status == "succeeded"
+    await street.house.until(vm, host="berlin", vm_state=VmState.PAUSED, task_state="none")
+    assert street.north.host.guests[vm].power is PowerState.PAUSED
 
 
 async def test_a_host_with_vms_is_not_forgotten_and_the_way_out_is_one_that_is_open(street: Street) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from in_process.embedded import Embedded
 from interlock.core.operations import Operation
-from interlock.core.records import Denied, Instance, Status
-from interlock.core.states import VmState
+from interlock.core.records import Denied, Disk, Instance, Status
+from interlock.core.states import PowerState, VmState
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import AnswerLost, GuestIgnores, Method
 
@@ -66,7 +66,9 @@ async def test_a_guest_that_lets_go_while_no_server_is_there_has_let_go(fleet: E
 
 
 @pytest.mark.parametrize("how", ["reset", "own reset", "power off", "panic", "vanish", "stop", "hard stop", "reboot"])
-async def test_a_guest_that_is_reset_or_ends_has_let_go(fleet: Embedded, host: SimulatedHost, how: str) -> None:
+async def test_a_guest_that_is_reset_or_ends_has_let_go(
+    fleet: Embedded, host: SimulatedHost, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """As the message of the detach that failed says. The next start plugged the volume in again."""
     vm, volume = await _held_on_to(fleet, host)
     match how:
@@ -80,7 +82,14 @@ async def test_a_guest_that_is_reset_or_ends_has_let_go(fleet: Embedded, host: S
             assert host.guest_panics(vm)
             await fleet.until(vm, vm_state=VmState.ERROR)
             assert await _attached_to(fleet, volume) == vm, "what is left of the guest has it open"
-            await fleet.carry_out(vm, O.START)
+            release = fleet.server.store.volumes.release
+
+            async def released(volume_id: str, instance_id: str) -> None:
+                assert host.guests[vm].power is PowerState.NONE
+                await release(volume_id, instance_id)
+
+            monkeypatch.setattr(fleet.server.store.volumes, "release", released)
+            assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
         case "vanish":
             assert host.vanish(vm)
         case "stop" | "hard stop":
@@ -99,6 +108,20 @@ async def test_a_guest_that_ends_while_no_server_is_there_has_let_go(fleet: Embe
     assert host.guest_powers_off(vm)
     await fleet.start()
     await _is_detached(fleet, vm, volume)
+
+
+@pytest.mark.parametrize("plugged_in", [True, False])
+async def test_a_claim_that_a_killed_server_left_is_released_unless_the_guest_has_the_volume(
+    fleet: Embedded, host: SimulatedHost, *, plugged_in: bool
+) -> None:
+    vm, volume = await fleet.create("web"), await fleet.make_volume("data")
+    assert await fleet.server.store.volumes.claim(volume.id, vm)
+    await fleet.crash()
+    if plugged_in:
+        host.guests[vm].disks[volume.id] = Disk(id=volume.id, path=volume.path)
+    await fleet.start()
+    await fleet.server.agent.adopted()
+    assert await _attached_to(fleet, volume.id) == (vm if plugged_in else None)
 
 
 async def test_what_is_being_detached_is_not_attached_again(fleet: Embedded, host: SimulatedHost) -> None:

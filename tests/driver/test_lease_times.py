@@ -13,13 +13,14 @@ import msgspec
 import pytest
 
 from in_process.virtual_time import VirtualTimeLoop, run_in_virtual_time
-from interlock.core.errors import HostTaken, Invalid, NotFound, StoreError
+from interlock.core.errors import HostTaken, Invalid, NotFound, OperationRejected, StoreError
 from interlock.driver.host_admission import HostAdmission
 from interlock.driver.host_registry import HostRegistry
 from interlock.driver.leases import Leases
-from interlock.ports import Drain, Host, HostIdentity, HostState, Hypervisor, Limits, RemoteHost, Store
+from interlock.ports import Drain, Host, HostCondition, HostIdentity, HostState, Hypervisor, Limits, RemoteHost, Store
 
 LEASE_S, MARGIN_S, SILENCE_S = 10, 2, 30
+LOST_S = LEASE_S * 2 / 3
 PATIENCE_S = LEASE_S + MARGIN_S
 DRAIN = Drain(by="ann", since_ms=0)
 
@@ -74,7 +75,9 @@ class AnAgent:
         """As its connection's thread has it."""
         self.renewing_s: float | None = None
         """A renewal that comes between the judgement and the end of the lease."""
+        self.ended = 0
         self.resumed = 0
+        self.certificate_name: str | None = None
         self.names: tuple[str, frozenset[str]] | None = None
 
     async def answers(self) -> bool:
@@ -89,6 +92,7 @@ class AnAgent:
     def end_lease(self, unless_after_s: float | None = None) -> bool:
         if self.renewing_s is not None:
             self.renewed_s, self.renewing_s = self.renewing_s, None
+        self.ended += 1
         return unless_after_s is None or self.renewed_s <= unless_after_s
 
     def resume_lease(self) -> None:
@@ -199,12 +203,15 @@ def test_of_several_leases_the_earliest_end_is_seen_in_time(order: tuple[str, st
     in_yard(story, *map(host, order))
 
 
-def test_news_of_one_host_ends_no_lease_of_another_early() -> None:
+def test_news_of_one_host_ends_no_lease_of_another_early_or_late() -> None:
     async def story(yard: Yard) -> None:
         await asyncio.sleep(PATIENCE_S - 0.1)
         yard.leases.renewed("south")
+        await yard.leases.keep(host("south"))
         await asyncio.sleep(0.05)
         assert yard.state("north") is HostState.UP
+        await asyncio.sleep(0.1)
+        assert (yard.state("north"), yard.state("south")) == (HostState.FENCED, HostState.UP)
 
     in_yard(story, host("north"), host("south"))
 
@@ -240,7 +247,7 @@ def test_without_leases_a_silent_host_is_lost_and_its_guests_may_run_still() -> 
         yard.leases.renewed("north")
         agent.linked = False
         await asyncio.sleep(SILENCE_S + MARGIN_S - 0.1)
-        assert yard.state("north") is HostState.UP
+        assert yard.leases.condition("north") == HostCondition(name="north", state=HostState.UP)
         yard.leases.renewed("north")
         await asyncio.sleep(SILENCE_S + MARGIN_S + 0.1)
         assert (yard.state("north"), yard.leases.reachable("north")) == (HostState.LOST, True)
@@ -296,7 +303,9 @@ def test_a_renewal_between_the_judgement_and_the_end_of_a_lease_keeps_the_host()
     async def story(yard: Yard) -> None:
         agent = yard.agent("north")
         agent.renewing_s = PATIENCE_S
-        await asyncio.sleep(PATIENCE_S + 1)
+        await asyncio.sleep(PATIENCE_S - 0.1)
+        agent.linked = False
+        await asyncio.sleep(1.1)
         assert (yard.state("north"), yard.store.puts, agent.disconnected) == (HostState.UP, 0, 0)
         await asyncio.sleep(PATIENCE_S)
         assert yard.state("north") is HostState.FENCED
@@ -332,6 +341,75 @@ def test_a_server_that_was_busy_receives_what_agents_have_sent_before_it_judges_
         assert yard.state("north") is state
 
     in_yard(story, host("north"))
+
+
+def test_a_host_that_misses_two_renewals_is_lost_since_then_and_says_when_it_is_fenced() -> None:
+    async def story(yard: Yard) -> None:
+        leases, up = yard.leases, HostCondition(name="north", state=HostState.UP)
+        assert (leases.fenced_at_ms("north"), leases.fenced_at_ms("nowhere")) == (None, None), "it is connected"
+        yard.agent("north").linked = False
+        fenced_at_ms = yard.store.now_ms() + PATIENCE_S * 1000
+        assert leases.fenced_at_ms("north") == fenced_at_ms
+        await asyncio.sleep(LOST_S - 0.1)
+        assert leases.condition("north") == up
+        await asyncio.sleep(0.2)
+        lost = leases.condition("north")
+        assert lost == HostCondition(
+            name="north", state=HostState.LOST, since_ms=leases.history("north")[-1].at_ms, fenced_at_ms=fenced_at_ms
+        )
+        await asyncio.sleep(PATIENCE_S - LOST_S)
+        assert [event.kind for event in yard.store.kept["north"].history] == ["lost", "fenced"]
+        fenced = HostCondition(name="north", state=HostState.FENCED, since_ms=leases.history("north")[-1].at_ms)
+        assert leases.condition("north") == fenced
+        assert fenced.since_ms > lost.since_ms
+        assert leases.fenced_at_ms("north") is None
+        assert leases.condition("nowhere") == HostCondition(name="nowhere", state=HostState.UP)
+        assert leases.condition("gone") == HostCondition(name="gone", state=HostState.FENCED, since_ms=2)
+
+    in_yard(story, host("north"), host("gone", state=HostState.FENCED, last_seen_at_ms=2))
+
+
+def test_a_lost_host_whose_agent_connects_is_back_and_can_be_lost_again() -> None:
+    async def story(yard: Yard) -> None:
+        await yard.leases.on_connected(host("north"))
+        for kinds in (["joined", "lost"], ["joined", "lost", "back", "lost"]):
+            yard.agent("north").linked = False
+            await asyncio.sleep(LOST_S + 0.1)
+            assert yard.leases.condition("north").state is HostState.LOST
+            assert [event.kind for event in yard.store.kept["north"].history] == kinds
+            await yard.leases.on_connected(host("north"))
+            assert yard.leases.condition("north").state is HostState.UP
+
+    in_yard(story, host("north"))
+
+
+def test_a_name_that_is_free_again_is_not_that_of_a_lost_host() -> None:
+    async def story(yard: Yard) -> None:
+        yard.agent("north").linked = False
+        await asyncio.sleep(LOST_S + 0.1)
+        await yard.leases.drop("north")
+        await yard.leases.keep(host("north"))
+        assert yard.leases.condition("north").state is HostState.UP
+
+    in_yard(story, host("north"))
+
+
+def test_a_fenced_host_that_is_admitted_is_up_and_has_a_lease_and_one_that_is_up_gets_none() -> None:
+    async def story(yard: Yard) -> None:
+        yard.agent("north").linked = False
+        await asyncio.sleep(PATIENCE_S - 1)
+        yard.leases.renewed("south")
+        await asyncio.sleep(4)
+        for name in ("north", "south"):
+            assert (await yard.leases.admit(yard.leases.host(name))).state is HostState.UP
+        assert yard.store.kept["north"] == yard.leases.host("north")
+        assert yard.leases.host("north").fenced_by is None
+        assert yard.leases.condition("north").state is HostState.UP
+        assert [yard.leases.ends_in_ms(name) for name in ("north", "south")] == [12_000, 8_000]
+        await yard.leases.on_connected(host("north"))
+        assert [event.kind for event in yard.leases.history("north")] == ["lost", "fenced", "back"]
+
+    in_yard(story, host("north"), host("south"))
 
 
 def test_a_host_that_comes_to_be_known_has_its_lease_from_then_on() -> None:
@@ -439,7 +517,9 @@ def test_an_admins_word_that_guests_have_ended_is_taken_unless_their_agent_answe
             await yard.leases.fence("north", "ann")
         assert (yard.state("north"), agent.disconnected) == (HostState.UP, 0)
         agent.answering = False
+        assert agent.ended == 0
         assert (await yard.leases.fence("north", "ann")).fenced_by == "ann"
+        assert agent.ended == 1
         assert yard.store.kept["north"].state is yard.state("north") is HostState.FENCED
         assert agent.disconnected == 1
         assert (await yard.leases.fence("north", "bob")).fenced_by == "ann", "who said it first"
@@ -471,11 +551,40 @@ def test_who_is_to_become_empty() -> None:
 def test_the_drain_of_the_servers_own_host_is_found_again_and_not_that_of_its_former_name() -> None:
     async def story(yard: Yard) -> None:
         assert yard.leases.drain("here") == DRAIN
-        assert (yard.leases.hosts(), yard.told) == ((), [])
+        assert yard.leases.hosts() == tuple(yard.told) == (host("north"),)
         assert [one.name for one in yard.leases.to_leave()] == ["here"]
         assert yard.leases.ends_in_ms("here") is None
 
-    in_yard(story, host("here", own=True, drain=DRAIN), host("former", own=True))
+    in_yard(story, host("here", own=True, drain=DRAIN), host("former", own=True), host("north"))
+
+
+def test_what_happens_to_the_servers_own_host_is_in_its_history_and_recorded() -> None:
+    async def story(yard: Yard) -> None:
+        assert yard.leases.history("here") == yard.leases.history("north") == ()
+        await yard.leases.note_own("disk_full", "No space is left.")
+        assert yard.leases.history("here") == yard.store.kept["here"].history
+        assert yard.store.kept["here"].own
+        event = yard.leases.history("here")[-1]
+        assert (event.kind, event.detail, event.at_ms) == ("disk_full", "No space is left.", yard.store.now_ms())
+        with pytest.raises(NotFound):
+            yard.leases.history("nowhere")
+
+    in_yard(story, host("north"))
+
+
+def test_a_renamed_host_is_recorded_before_anything_is_moved_and_keeps_its_lease() -> None:
+    async def story(yard: Yard) -> None:
+        yard.leases.renewed("north")
+        await asyncio.sleep(1)
+        renamed = await yard.leases.rename(yard.leases.host("north"), "arctic")
+        assert renamed == yard.store.kept["arctic"] == yard.leases.host("arctic")
+        assert (renamed.replaces, renamed.former, renamed.other_former) == ("north", "north", ("old",))
+        assert [one.name for one in yard.leases.hosts()] == ["arctic", "south"]
+        assert [yard.leases.current_name(name) for name in ("north", "old", "deep")] == ["arctic", "arctic", "south"]
+        assert yard.leases.ends_in_ms("arctic") == (PATIENCE_S - 1) * 1000
+        assert yard.leases.last_seen_at_ms("arctic") == yard.store.now_ms() - 1000
+
+    in_yard(story, host("north", other_former=("old",)), host("south", other_former=("deep",)))
 
 
 def test_what_is_known_of_hosts_is_told_and_what_is_not_is_no_promise() -> None:
@@ -513,3 +622,17 @@ async def test_what_concerns_all_hosts_reaches_each_of_them() -> None:
     assert north.closed
     assert south.closed
     assert yard.own.closed
+
+
+@pytest.mark.parametrize("lacking", ["north", "south"])
+async def test_hosts_migrate_encrypted_under_the_names_in_their_certificates_or_not_at_all(lacking: str) -> None:
+    yard = Yard()
+    yard.agent("north").certificate_name, yard.agent("south").certificate_name = "n", "s"
+    assert yard.hosts.certificate_names("north", "south") == ("n", "s")
+    assert yard.hosts.certificate_names("south", "here") == ("s", "here")
+    yard.agent(lacking).certificate_name = None
+    with pytest.raises(OperationRejected, match=f"the agent of host {lacking} cannot"):
+        yard.hosts.certificate_names("north", "south")
+    unencrypted = HostRegistry("here", cast("Hypervisor", yard.own), yard._make, yard._reachable, unencrypted=True)
+    unencrypted.remote("north")
+    assert unencrypted.certificate_names("north", "here") is None

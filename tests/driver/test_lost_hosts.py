@@ -11,13 +11,14 @@ import pytest
 from in_process.embedded import IMAGE, admitted
 from in_process.three_hosts import Street
 from interlock.api.schemas import serializers
-from interlock.core.errors import Invalid
+from interlock.core.errors import Invalid, OperationRejected
 from interlock.core.operations import CATALOGUE, Lane, Operation
-from interlock.core.records import Admitted, Denied, Held, Instance, Request, Status
+from interlock.core.records import Admitted, Change, Denied, Held, Instance, Request, Spec, Status
 from interlock.core.scheduled_actions import UpkeepTimes
+from interlock.core.specs import SharedFolder
 from interlock.core.states import EXECUTING_STATES, PowerState, VmState
 from interlock.hypervisors.simulated.faults import Method, Slow
-from interlock.ports import HostState, Limits
+from interlock.ports import HostState, Limits, Permit
 from interlock.service.policy_requests import NewPolicy
 from interlock.service.request_models import NewInstance, NewRequest
 from interlock.service.submission_results import SubmissionResult
@@ -327,6 +328,54 @@ async def test_deleting_does_not_wait_for_a_lost_host(street: Street) -> None:
     assert set(street.north.host.guests) == {vm, other}
     await street.north.connect(street.house)
     await until_empty(street)
+
+
+async def share_root(street: Street, vm: str) -> None:
+    """Have its root disk in a shared folder, by its record."""
+
+    def decide(instance: Instance, _now_ms: int) -> Change[None]:
+        assert instance.spec is not None
+        spec = msgspec.structs.replace(instance.spec, shared=SharedFolder(id="s", path="/shared"))
+        return Change(instance=msgspec.structs.replace(instance, spec=spec), answer=None)
+
+    await street.house.server.store.change(vm, decide)
+
+
+async def test_the_root_disk_of_a_vm_on_a_lost_host_is_removed_from_the_shared_folder(
+    street: Street, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, unshared = await brought(street, "active"), await street.create("other", host="north")
+    await share_root(street, vm)
+    await lose(street)
+    dropped: list[tuple[str, frozenset[int]]] = []
+
+    async def drop(_permit: Permit, instance_id: str, _spec: Spec, kept: frozenset[int]) -> None:
+        dropped.append((instance_id, kept))
+
+    monkeypatch.setattr(street.house.server.hypervisor, "drop_root_disks", drop)
+    for one in (unshared, vm):
+        await carry_out(street, one, O.DELETE)
+    assert dropped == [(vm, frozenset())]
+
+
+@pytest.mark.parametrize("host", ["here", "north"])
+async def test_only_a_forced_deletion_succeeds_without_the_shared_folder(
+    street: Street, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    vm = await street.create("web", host=host)
+    await share_root(street, vm)
+    if host == "north":
+        await lose(street)
+
+    async def refuse(*_: object) -> None:
+        raise OperationRejected("The shared folder is missing.")
+
+    monkeypatch.setattr(street.house.server.hypervisor, "drop_root_disks", refuse)
+    assert (await street.house.carry_out(vm, O.DELETE)).status is Status.FAILED
+    assert vm in street.north.host.guests or vm in street.house.host.guests
+    ended = await carry_out(street, vm, O.FORCE_DELETE)
+    assert ended.message == "Its root disk was not removed: The shared folder is missing."
+    assert vm not in street.house.host.guests
 
 
 async def until_empty(street: Street) -> None:

@@ -54,10 +54,14 @@ async def test_a_missing_root_disk_is_not_made_again(
         assert root(host, vm).made_from == "image:disk"
 
 
+@pytest.mark.parametrize("first", [O.CREATE, O.START])
 async def test_it_is_recorded_that_a_root_disk_was_made_before_its_guest_runs(
-    fleet: Embedded, host: SimulatedHost
+    fleet: Embedded, host: SimulatedHost, first: Operation
 ) -> None:
-    vm = await made(fleet)
+    await put_images(fleet)
+    vm = await fleet.create("web", image="disk", start=first is O.CREATE)
+    if first is O.START:
+        await fleet.carry_out(vm, first)
     spec = (await now(fleet, vm)).spec
     assert spec is not None
     assert spec.root_made

@@ -45,11 +45,12 @@ async def test_a_rescue_asks_the_guest_as_a_stop_does(fleet: Embedded, host: Sim
 
 async def test_what_was_stopped_is_stopped_again_after_its_rescue(fleet: Embedded, host: SimulatedHost) -> None:
     vm = await fleet.create("web")
+    await put_disk(fleet, "medic")
     await fleet.carry_out(vm, O.STOP)
-    await fleet.carry_out(vm, O.RESCUE)
+    await fleet.carry_out(vm, O.RESCUE, image="medic")
     assert (await fleet.carry_out(vm, O.UNRESCUE)).status is Status.SUCCEEDED
     await fleet.until(vm, vm_state=VmState.STOPPED, power_state=PowerState.NONE)
-    assert host.guests[vm].power is PowerState.NONE
+    assert (host.guests[vm].power, host.guests[vm].rescue) == (PowerState.NONE, None)
 
 
 @pytest.mark.parametrize("operation", [O.REBOOT, O.START])

@@ -22,7 +22,7 @@ from interlock.hypervisors.simulated.faults import (
     Refuses,
     Slow,
 )
-from interlock.ports import Permit
+from interlock.ports import Observation, Permit
 from interlock.service.request_models import Labels
 
 O = Operation  # noqa: E741
@@ -278,6 +278,20 @@ async def test_a_frozen_machine_is_refused_with_a_time_and_then_taken_over(
     assert late.request_id == pause.id
 
 
+async def test_an_instance_has_no_driver_once_its_worker_and_the_superseded_one_have_ended(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("web")
+    host.faults.script(vm, Method.PAUSE, Hangs())
+    pause = admitted(await fleet.submit(vm, O.PAUSE))
+    await fleet.until_event(vm, "request.unknown")
+    await asyncio.sleep(1)  # the policy's threshold passes
+    assert (await fleet.carry_out(vm, O.REBOOT, hard=True)).status is Status.SUCCEEDED
+    assert (await fleet.ended(pause)).status is Status.SUPERSEDED
+    await asyncio.sleep(1)
+    assert fleet.server.agent._drivers == {}
+
+
 async def test_a_hard_reboot_of_a_frozen_machine_powers_it_off_and_on(fleet: Embedded, host: SimulatedHost) -> None:
     vm = await fleet.create("web")
     starts = host.guests[vm].starts
@@ -294,6 +308,22 @@ async def test_a_guest_that_powers_itself_off_is_stopped_and_its_machine_tidied_
     host.guest_powers_off(vm)
     await fleet.until(vm, vm_state=VmState.STOPPED)
     assert (await fleet.carry_out(vm, O.START)).status is Status.SUCCEEDED
+
+
+async def test_no_guest_is_looked_for_once_its_instance_is_stopped(
+    fleet: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await fleet.create("web")
+    inspect, states = fleet.server.hypervisor.inspect, []
+
+    async def noted(instance_id: str) -> Observation:
+        states.append((await fleet.until(vm)).vm_state)
+        return await inspect(instance_id)
+
+    monkeypatch.setattr(fleet.server.hypervisor, "inspect", noted)
+    await fleet.carry_out(vm, O.STOP)
+    await asyncio.sleep(1)
+    assert set(states) == {VmState.ACTIVE}
 
 
 async def test_a_machine_that_vanishes_is_in_error_and_can_be_started(fleet: Embedded, host: SimulatedHost) -> None:

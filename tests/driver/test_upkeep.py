@@ -204,6 +204,26 @@ def test_a_sleeping_upkeep_asks_the_store_for_nothing() -> None:
     in_house(story)
 
 
+def test_an_instance_for_which_nothing_can_be_due_is_not_read_when_a_request_of_it_ends() -> None:
+    async def story(house: House) -> None:
+        await house.put(VmState.ACTIVE)
+        await asyncio.sleep(1)
+
+        reads, read = [], house.store.instance
+
+        async def noted(instance_id: str) -> Instance | None:
+            reads.append(instance_id)
+            return await read(instance_id)
+
+        house.store.instance = noted  # type: ignore[method-assign]
+        await house.ask(O.SET_METADATA, set={"key": "value"})
+        assert house.store.told[-1].kind == "request.succeeded"
+        await asyncio.sleep(1)
+        assert reads == []
+
+    in_house(story)
+
+
 def test_what_the_policy_refuses_is_asked_again_with_longer_and_longer_pauses_and_at_once_when_it_may_be() -> None:
     async def story(house: House) -> None:
         await house.put(VmState.SOFT_DELETED, blocked_operations=(O.DELETE,))

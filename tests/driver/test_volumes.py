@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from in_process.embedded import Embedded, admitted, refused
 from interlock.core.operations import Operation
-from interlock.core.records import Status
+from interlock.core.records import Request, Status
 from interlock.core.states import VmState
+from interlock.driver.operation_context import OperationContext
 from interlock.driver.worker import Worker
 from interlock.hypervisors.simulated import SimulatedHost
 from interlock.hypervisors.simulated.faults import GuestIgnores, Hangs, Method, Refuses, Slow
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, eventually
 
 O = Operation  # noqa: E741
 
@@ -84,6 +86,35 @@ async def test_a_start_that_begins_while_a_volume_is_recorded_does_not_lose_it(
     assert (await fleet.ended(start)).status is Status.SUCCEEDED
     assert (await fleet.ended(attach)).status is Status.SUCCEEDED
     assert volume.id in disks(host, vm)
+
+
+@pytest.mark.parametrize("kind", ["volume", "interface"])
+@pytest.mark.parametrize("attaches", [True, False])
+async def test_a_guest_that_is_started_with_the_devices_from_before_gets_or_releases_the_one_that_changes(
+    fleet: Embedded, host: SimulatedHost, monkeypatch: pytest.MonkeyPatch, kind: str, *, attaches: bool
+) -> None:
+    """Its start has read them before the change is recorded, when no guest ran yet."""
+    attach, detach = Operation(f"attach_{kind}"), Operation(f"detach_{kind}")
+    vm, volume = await fleet.create("web"), await fleet.make_volume("data")
+    await fleet.carry_out(vm, O.STOP)
+    given = {"volume": volume.id} if kind == "volume" else {}
+    if not attaches:
+        attached = await fleet.carry_out(vm, attach, **given)
+        given = given or {"interface": attached.id}
+    host.faults.script(vm, Method.POWER_ON, Slow(5_000))
+    keep_spec, starts = OperationContext.keep_spec, list[Request]()
+
+    async def keep_behind_a_start(work: OperationContext, *seen: Any, **more: Any) -> bool:
+        if not starts:
+            starts.append(admitted(await fleet.submit(vm, O.START)))
+            await eventually(lambda: host.guests[vm].starting)
+        return await keep_spec(work, *seen, **more)
+
+    monkeypatch.setattr(OperationContext, "keep_spec", keep_behind_a_start)
+    changed = await fleet.carry_out(vm, attach if attaches else detach, **given)
+    assert (changed.status, (await fleet.ended(starts[0])).status) == (Status.SUCCEEDED, Status.SUCCEEDED)
+    devices = host.guests[vm].disks if kind == "volume" else host.guests[vm].interfaces
+    assert set(devices) == ({volume.id if kind == "volume" else changed.id} if attaches else set())
 
 
 async def test_a_volume_is_never_attached_to_two_instances(fleet: Embedded, host: SimulatedHost) -> None:

@@ -12,7 +12,7 @@ from in_process.embedded import Embedded, admitted, refused
 from in_process.in_memory_agent import Neighbour
 from in_process.migrating_guests import TravellingHypervisor
 from interlock.config import QemuConfig
-from interlock.core.errors import OperationRejected
+from interlock.core.errors import NotResponding, OperationRejected
 from interlock.core.operations import Operation
 from interlock.core.records import Request, Status
 from interlock.core.states import PowerState
@@ -117,6 +117,36 @@ async def test_without_a_word_it_stays_on_its_way_and_arrives_by_itself(journey:
     journey.source.arrives.set()
     assert (await journey.ended()).status is Status.SUCCEEDED
     assert await journey.power_states() == {"north": PowerState.RUNNING}
+
+
+async def test_a_target_that_was_away_at_the_end_of_a_migration_is_cleaned_up_then(
+    journey: Journey, north: Neighbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was back while the migration was in flight, and so not cleaned up at that moment."""
+    await journey.house.server.agent.catch_up("north")
+    assert await journey.power_states() == {"here": PowerState.RUNNING, "north": PowerState.NONE}
+    undefine = north.hypervisor.undefine
+
+    async def away(*_: object) -> None:
+        monkeypatch.setattr(north.hypervisor, "undefine", undefine)
+        raise NotResponding("It is away.")
+
+    monkeypatch.setattr(north.hypervisor, "undefine", away)
+    await journey.house.carry_out(journey.vm, O.LIVE_MIGRATE_ABORT)
+    assert (await journey.ended()).status is Status.CANCELLED
+    await asyncio.sleep(1)
+    assert journey.vm not in north.host.guests
+
+
+async def test_a_guest_that_a_killed_server_left_paused_runs_again(house: Embedded, north: Neighbour) -> None:
+    """Its server had interrupted the migration, and was killed before the guest was resumed."""
+    assert north.name == "north"
+    vm = await house.create("web")
+    await house.crash()
+    house.host.pause_for_memory(house.host.guests[vm])
+    await house.start()
+    await house.server.agent.adopted()
+    assert house.host.guests[vm].power is PowerState.RUNNING
 
 
 @pytest.mark.parametrize("word", [O.LIVE_MIGRATE_ABORT, O.LIVE_MIGRATE_FORCE_COMPLETE])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,32 @@ async def test_a_worker_that_is_stopped_before_its_first_step_still_ends_its_req
     ended = await server.store.request(taken.id)
     assert ended is not None
     assert ended.status is Status.CANCELLED
+
+
+async def test_a_wait_for_a_guest_inspects_it_at_intervals_and_ends_with_what_it_waits_for_or_in_time(
+    fleet: Embedded, host: SimulatedHost
+) -> None:
+    vm = await fleet.create("early", start=False)
+    instance, taken = await _taken(fleet, vm)
+    work = OperationContext(fleet.server.means, instance, taken)
+    signs: list[None] = []
+    work.on_progress = lambda: signs.append(None)
+    loop = asyncio.get_running_loop()
+
+    async def waits(seconds: float, timeout_ms: int) -> tuple[bool, int, float]:
+        signs.clear()
+        begun_s = loop.time()
+        ended = await work.while_alive(lambda: asyncio.sleep(seconds), timeout_ms)
+        return ended, len(signs), round(loop.time() - begun_s, 3)
+
+    assert QUICK.heartbeat_ms == 50
+    assert await waits(0.02, 180) == (True, 0, 0.02)
+    assert await waits(0.12, 180) == (True, 2, 0.12)
+    assert await waits(9, 180) == (False, 3, 0.18)
+    await work.hypervisor.define(work.permit, vm, work.spec)
+    await work.hypervisor.power_on(work.permit, vm, work.spec)
+    host.freeze(vm)
+    assert (await waits(9, 180))[:2] == (False, 0)
 
 
 async def _reported_failure(
@@ -293,6 +320,24 @@ async def test_an_operation_without_an_answer_fails_in_the_end_with_what_is_know
     changed = await fleet.until_event(vm, "guest.changed")
     assert changed.data == {"power_state": "paused"}
     assert (await fleet.carry_out(vm, O.UNPAUSE)).status is Status.SUCCEEDED
+    await fleet.server.close()
+
+
+async def test_a_guest_that_does_not_respond_is_inspected_at_growing_intervals(
+    tmp_path: Path, host: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Embedded(tmp_path / "data", host, settings=_impatient(unknown_timeout_ms=600), answer_timeout_s=0.02)
+    vm = await _one_frozen(fleet, host)
+    loop, times_s = asyncio.get_running_loop(), []
+
+    async def silent(_instance_id: str) -> Observation:
+        times_s.append(loop.time())
+        return Observation(defined=True, power_state=PowerState.RUNNING, responsive=False)
+
+    monkeypatch.setattr(fleet.server.hypervisor, "inspect", silent)
+    await fleet.carry_out(vm, O.PAUSE)
+    pauses_ms = [round((after - before) * 1000) for before, after in itertools.pairwise(times_s)]
+    assert pauses_ms[:7] == [10, 20, 40, 80, 160, 160, 130], "until its time is over"
     await fleet.server.close()
 
 

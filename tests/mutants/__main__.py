@@ -19,8 +19,8 @@ from mutants.trial import Fate, Result, Trials
 _EQUIVALENT: Final = Path(__file__).parent / "equivalent.toml"
 _SUITES: Final = {
     "core": ("core", "policies", "service", "driver"),
-    "policies": ("core", "policies", "cli", "api"),
-    "driver": ("driver", "service", "api", "recovery"),
+    "policies": ("core", "policies", "api"),
+    "driver": ("driver", "service", "api"),
     "stores": ("stores", "service", "driver"),
 }
 """The tests that ought to notice, by the package of `interlock` that is changed: folders of `tests`."""

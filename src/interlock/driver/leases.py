@@ -191,7 +191,6 @@ class Leases:
         """Start a new lease of a host now."""
         self._granted[name] = asyncio.get_running_loop().time()
         self._seen_at_ms[name] = self._store.now_ms()
-        self._wakeup.set()
 
     def _renewed_s(self, name: str) -> float:
         """Return when the present lease of a host began, on the monotonic clock."""
