@@ -36,8 +36,8 @@ from interlock.policies.rendering.tables import (
     variants,
 )
 
-STANDARD = compile_named("standard")
 POLICIES = {name: compile_named(name) for name in ("standard", "take2", "propolis")}
+STANDARD = POLICIES["standard"]
 
 
 def key(row: Row) -> tuple[str, str, str, bool]:
