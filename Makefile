@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 # More than cores: tests of real VMs wait half of their time.
-WORKERS ?= 4
+WORKERS ?= 6
 # How many mutants of each package are tried, and which; 0 is all of them.
 MUTANTS ?= 300
 SEED ?= 1
