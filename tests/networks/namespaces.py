@@ -18,7 +18,8 @@ from typing import Final
 
 _CLONE_NEWNET: Final = 0x40000000
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
-_HEADER_BYTES: Final = 10
+_IP_FREEBIND: Final = 15
+_IPV6_FREEBIND: Final = 78
 _FRAME_BYTES: Final = 70_000
 
 
@@ -73,6 +74,8 @@ class Namespace:
         listener = self.opened(family)
         listener.settimeout(None)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # An IPv6 address is tentative for a moment, even without detection of duplicates.
+        listener.setsockopt(*((socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1) if ":" in address else (0, _IP_FREEBIND, 1)))
         listener.bind((address, port))
         listener.listen()
 

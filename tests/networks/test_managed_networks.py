@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 
+import pytest
 import uvloop
 
 from interlock.core.networks import Network, NetworkKind, Subnet
@@ -170,3 +172,37 @@ async def test_a_guest_gets_its_ipv6_address_and_its_router_from_the_network(hos
 
     assert guest.asks_dhcp6() == "fd00:7::5"
     await eventually(lambda: "default via fe80::" in guest.run("ip", "-6", "route"))
+
+
+def resolvers_of_this_machine() -> list[str]:
+    lines = Path("/etc/resolv.conf").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.startswith("nameserver") and ":" not in line]
+
+
+@pytest.mark.parametrize("outbound", [True, False])
+async def test_names_beyond_the_network_are_resolved_by_the_resolver_of_the_host_if_outbound_is_allowed(
+    host: Host, outbound: bool
+) -> None:
+    resolvers = resolvers_of_this_machine()
+    if not resolvers:
+        pytest.skip("this machine has no resolver with an IPv4 address")
+    host.namespace.ip(f"addr add {resolvers[0]}/32 dev lo")  # on the host itself, as systemd-resolved is
+    guest = await host.guest("one", interface(5, lab(outbound=outbound)))
+    with host.namespace.opened(kind=socket.SOCK_DGRAM) as resolver:
+        resolver.bind((resolvers[0], 53))
+        resolver.settimeout(0.3 if not outbound else 5)
+
+        def answer() -> None:
+            with contextlib.suppress(TimeoutError):
+                question, asker = resolver.recvfrom(600)
+                head = question[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0"
+                end = question.index(b"\0", 12) + 5
+                record = b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04" + socket.inet_aton("203.0.113.9")
+                resolver.sendto(head + question[12:end] + record, asker)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        try:
+            assert guest.resolves("example.org", "10.7.0.1") == ("203.0.113.9" if outbound else "")
+        finally:
+            answering.join()

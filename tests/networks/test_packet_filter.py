@@ -8,12 +8,14 @@ import socket
 import struct
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from interlock.core.networks import IngressRule, Network, NetworkKind, Subnet
 from interlock.core.specs import Forward
 from networks.conftest import Host, interface, lab
 from networks.namespaces import Guest, Namespace
+from waiting import eventually
 
 GUEST, NEIGHBOR, GATEWAY = "10.7.0.5", "10.7.0.6", "10.7.0.1"
 BROADCAST = b"\xff" * 6
@@ -289,3 +291,41 @@ async def test_an_ipv6_guest_reaches_gateway_neighbor_and_internet(host: Host) -
     with host.namespace.serving(7420, "::"):
         assert guest.reads("fd00:7::1", 7420, within_s=0.2) == b""
         assert guest.reads("2001:db8::2", 7420, within_s=0.2) == b""
+
+
+@pytest.mark.parametrize(
+    ("flags", "from_outside", "from_inside"),
+    [
+        ({}, False, True),
+        ({"open_outside": True}, True, True),
+        ({"closed_inside": True}, False, False),
+        ({"open_outside": True, "closed_inside": True}, True, False),
+    ],
+)
+async def test_a_bridge_is_closed_and_open_as_its_network_says(
+    host: Host, flags: dict[str, bool], from_outside: bool, from_inside: bool
+) -> None:
+    machine = outer(host)
+    network = msgspec.structs.replace(LAN, **flags)
+    guest = await host.guest("one", interface(5, network), configured=False)
+    neighbor = await host.guest("two", interface(6, network), configured=False)
+    guest.configure("198.51.100.5/24")
+    neighbor.configure("198.51.100.6/24")
+
+    assert machine.pings("198.51.100.5", within_s=1 if from_outside else 0.2) == from_outside
+    assert neighbor.pings("198.51.100.5", within_s=1 if from_inside else 0.2) == from_inside
+    assert guest.pings("198.51.100.1", within_s=1)
+    machine.close()
+
+
+async def test_a_bridge_that_is_made_again_gets_its_guests_back(host: Host) -> None:
+    outer(host).close()
+    await host.networks.open({})
+    guest = await host.guest("one", interface(5, LAN), configured=False)
+    guest.configure("198.51.100.5/24")
+    host.namespace.ip("link del br0")
+
+    machine = outer(host)
+
+    await eventually(lambda: guest.pings("198.51.100.1", within_s=0.3))
+    machine.close()

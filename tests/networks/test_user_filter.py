@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from interlock.core.errors import OperationRejected
+from interlock.core.specs import Forward
 from interlock.networks import nftables
 from interlock.networks.user_filter import UserFilter
-from networks.conftest import Host
+from networks.conftest import Host, interface, lab
 from networks.namespaces import Namespace
 
 FIRST, COUNT = 1_990_000, 100
@@ -75,6 +76,17 @@ async def test_the_metadata_service_of_a_cloud_is_out_of_reach_beyond_the_host_t
         with host.internet.serving(PORT, address, b"secrets"):
             assert tried(host.namespace, OTHER, address) == b"secrets"
             assert tried(host.namespace, OPEN, address) == REFUSED
+
+
+async def test_a_user_network_reaches_neither_managed_networks_nor_their_forwards(
+    host: Host, user_filter: UserFilter
+) -> None:
+    forward = Forward(host_port=PORT, guest_port=PORT, host_address="0.0.0.0")
+    guest = await host.guest("one", interface(5, lab()), [forward])
+    with guest.serving(PORT):
+        for address in ("10.7.0.5", "127.0.0.1", "192.0.2.2"):
+            assert tried(host.namespace, OTHER, address) == b"hello", address
+            assert tried(host.namespace, OPEN, address) == REFUSED, address
 
 
 async def test_a_closed_user_network_reaches_nothing_until_it_is_opened(host: Host, user_filter: UserFilter) -> None:

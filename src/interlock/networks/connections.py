@@ -15,6 +15,8 @@ from interlock.core.networks import Network, NetworkKind
 from interlock.core.specs import PRIMARY, Forward, Interface, Spec
 
 _OWN_DIGITS: Final = 6
+MANAGED_BRIDGES: Final = "il*"
+"""What the names of the bridges of managed networks match, of any data folder."""
 BRIDGE_OF_ANY: Final = re.compile(r"il[a-z0-9]{6}b[a-z2-7]{6}\Z")
 """The name of the bridge of a managed network, of any data folder."""
 

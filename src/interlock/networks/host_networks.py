@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -233,20 +233,31 @@ class HostNetworks:
     async def _filter(self) -> None:
         """Bring the packet filter to what the connections need. Raises `OperationRejected`."""
         connections = list(self._connections.values())
-        for family, table_of in _TABLES.items():
-            wanted = table_of(self._names, connections)
-            if family in self._tables and self._tables[family] == wanted:
-                continue
-            before = self._tables.pop(family, None)
+        wanted = {family: table_of(self._names, connections) for family, table_of in _TABLES.items()}
+        before = {family: self._tables.pop(family, None) for family in wanted}
+        known = [family for family in wanted if before[family] is not None]
+        commands = self._changes(before, wanted)
+        if commands:
             try:
-                await nftables.apply(nftables.changes(family, self._names.table, before, wanted))
+                await nftables.apply(commands)
             except OperationRejected:
-                if before is None:
+                if not known:
                     raise
                 # It is not as it was left: somebody changed it.
-                await nftables.apply(nftables.changes(family, self._names.table, None, wanted))
-            self._tables[family] = wanted
+                await nftables.apply(self._changes({}, wanted))
             self._watch.expect_rules()
+        self._tables |= wanted
+
+    def _changes(
+        self, before: Mapping[str, nftables.Table | None], wanted: Mapping[str, nftables.Table | None]
+    ) -> list[dict[str, Any]]:
+        """Return the commands of one transaction for the tables of all families."""
+        name, families = self._names.table, [family for family in wanted if before.get(family) != wanted[family]]
+        return [
+            command
+            for family in families
+            for command in nftables.changes(family, name, before.get(family), wanted[family])
+        ]
 
     async def _remove_unwanted(self) -> None:
         """Remove what is this data folder's, and not wanted."""

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from interlock.networks import nftables
-from interlock.networks.connections import Names
+from interlock.networks.connections import MANAGED_BRIDGES, Names
 from interlock.networks.nftables import (
     ACCEPT,
     Chain,
@@ -115,6 +115,9 @@ def _of_users() -> list[Rule]:
         (match(field("ip", "daddr"), "@resolvers"), *to_dns, ACCEPT),
         (match(field("ip6", "daddr"), "@resolvers6"), *to_dns, ACCEPT),
         (own, _REFUSE),
+        # Ports of the host that lead elsewhere have another address by now, and managed networks are the host's own.
+        (match({"ct": {"key": "status"}}, "dnat", "in"), _REFUSE),
+        (match(meta("oifname"), MANAGED_BRIDGES), _REFUSE),
         (match(field("ip", "daddr"), link_local), _REFUSE),
         (match(field("ip6", "daddr"), link_local_6), _REFUSE),
     ]
