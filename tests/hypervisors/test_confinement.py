@@ -184,12 +184,14 @@ def test_a_group_of_another_user_is_not_used(tmp_path: Path) -> None:
 
 
 def test_protections_are_reported_by_name_with_how_or_why_not(users: HostUsers) -> None:
-    on = protections(users, MADE, None, "no cgroup file system is mounted")
+    on = protections(users, MADE, None, "no cgroup file system is mounted", has_passt=True)
     found = {one.name: one for one in on}
     assert [one.name for one in on if not one.on] == ["memory_limit", "cpu_weight", "io_weight"]
     assert found["own_user"].detail == f"user ids {FIRST} to {FIRST + 2}"
     assert found["memory_limit"].detail == "no cgroup file system is mounted"
-    off = protections("not root", Namespaced(namespaces=Namespaces.NONE, because="bwrap is missing"), None, "none")
+    off = protections(
+        "not root", Namespaced(namespaces=Namespaces.NONE, because="bwrap is missing"), None, "none", has_passt=True
+    )
     assert {one.name for one in off if one.on} == {"no_privileges", "system_call_filter"}
     assert {one.detail for one in off if one.name.endswith("_namespace")} == {"bwrap is missing"}
 
@@ -198,7 +200,7 @@ def test_the_log_names_what_is_on_and_why_the_rest_is_off(users: HostUsers, tmp_
     hypervisor = QemuHypervisor(QemuSettings(folder=tmp_path))
     with capture_logs() as nothing:
         log_protections(hypervisor)
-    hypervisor.registry.protections = protections(users, MADE, None, "no cgroup file system is mounted")
+    hypervisor.registry.protections = protections(users, MADE, None, "no cgroup file system is mounted", has_passt=True)
     with capture_logs() as logs:
         log_protections(hypervisor)
     assert nothing == []

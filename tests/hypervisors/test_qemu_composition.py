@@ -22,6 +22,7 @@ from interlock.hypervisors.qemu.liveness import LivenessCheck
 from interlock.hypervisors.qemu.memory.guest_memory import GuestMemory
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
 from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
+from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.qmp_events import LivenessProbe, QemuEvent
 from interlock.hypervisors.qemu.qmp.waiters import EventSubscriptions, UnplugWaiters
@@ -33,13 +34,21 @@ from interlock.ports.migration import IncomingState, MigrationPort
 PERMIT = GivenPermit()
 
 
+def nothing_lost(_guest: Guest, _name: str) -> None:
+    """Leave the networks alone."""
+
+
 async def ignore(_guest: Guest) -> None:
     """Adopt nothing."""
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> ProcessRegistry:
-    registry = ProcessRegistry(QemuSettings(folder=tmp_path, processes_max=1, go_on_free_mib=1), on_adopted=ignore)
+    registry = ProcessRegistry(
+        QemuSettings(folder=tmp_path, processes_max=1, go_on_free_mib=1),
+        on_adopted=ignore,
+        on_disconnected=nothing_lost,
+    )
     (tmp_path / "vms").mkdir()
     return registry
 
@@ -124,7 +133,7 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
     with pytest.raises(OperationRejected, match="Invalid instance id"):
         registry.folder("../other")
     consoles = Consoles(registry)
-    launcher = Launcher(registry, consoles)
+    launcher = Launcher(registry, consoles, UserNetworks(registry))
     lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher, None))
     assert await consoles.console_tail("../other", 10) is None
     assert not (await lifecycle.inspect("../other")).defined
@@ -133,11 +142,11 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
 async def test_a_guest_is_started_only_where_it_is_defined(registry: ProcessRegistry) -> None:
     spec = Spec(image=Image(id="i", name="i", path="/absent", kind="kernel", size_bytes=1, sha256="0"))
     with pytest.raises(GuestNotFound, match="is not defined"):
-        await Launcher(registry, Consoles(registry)).start(PERMIT, "one", spec)
+        await Launcher(registry, Consoles(registry), UserNetworks(registry)).start(PERMIT, "one", spec)
 
 
 async def test_what_is_received_is_marked_until_it_is_discarded(registry: ProcessRegistry) -> None:
-    migration = LiveMigration(registry, Launcher(registry, Consoles(registry)), None)
+    migration = LiveMigration(registry, Launcher(registry, Consoles(registry), UserNetworks(registry)), None)
     folder = registry.folder("one")
     folder.make(PERMIT)
     assert await migration.arrival("one") is IncomingState.NONE
@@ -153,7 +162,7 @@ async def test_what_is_received_is_marked_until_it_is_discarded(registry: Proces
 
 
 async def test_memory_is_saved_and_forgotten_without_a_process(registry: ProcessRegistry) -> None:
-    memory = GuestMemory(registry, Launcher(registry, Consoles(registry)))
+    memory = GuestMemory(registry, Launcher(registry, Consoles(registry), UserNetworks(registry)))
     folder = registry.folder("one")
     folder.make(PERMIT)
     spec = Spec(image=Image(id="i", name="i", path="/absent", kind="kernel", size_bytes=1, sha256="0"))

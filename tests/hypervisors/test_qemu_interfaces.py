@@ -11,9 +11,9 @@ import pytest
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
+from interlock.core.networks import mac_of
 from interlock.core.records import Interface, Seed
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
-from interlock.hypervisors.qemu.command_line import first_mac, network_arguments
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.images import cloud_init
 
@@ -52,7 +52,7 @@ async def test_an_interface_is_seen_by_its_address_and_leaves_nothing(
     assert (await hypervisor.inspect("one")).interfaces == ("n1", "n2")
     there = await networks(guest)
     assert FIRST.mac in there
-    assert network_arguments("n1")["net"].removesuffix("/24") in there
+    assert "network-n1" in there
     spec = host.instance_folder("one").spec()
     assert spec is not None
     assert spec.interfaces == (FIRST, SECOND)
@@ -66,7 +66,7 @@ async def test_an_interface_is_seen_by_its_address_and_leaves_nothing(
 
 async def test_an_attachment_that_was_cut_short_is_completed(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     guest = await start(hypervisor, host)
-    await guest.execute(PERMIT, "netdev_add", network_arguments("n1"))
+    await guest.execute(PERMIT, "netdev_add", {"type": "user", "id": "network-n1"})
     await hypervisor.attach_interface(PERMIT, "one", FIRST)
     assert (await hypervisor.inspect("one")).interfaces == ("n1",)
 
@@ -91,10 +91,10 @@ async def test_a_guest_is_started_with_its_interfaces_and_an_address_of_its_own(
     one = await start(hypervisor, host, interfaces=(FIRST,), disks=(host.disk("v1"),))
     two = await start(hypervisor, host, "two")
     assert (await hypervisor.inspect("one")).interfaces == ("n1",)
-    assert first_mac("one") != first_mac("two")
+    assert mac_of("one") != mac_of("two")
     for guest, instance_id in ((one, "one"), (two, "two")):
-        assert first_mac(instance_id) in await networks(guest)
-        assert first_mac(instance_id).startswith("52:54:00:")
+        assert mac_of(instance_id) in await networks(guest)
+        assert mac_of(instance_id).startswith("52:54:00:")
     await hypervisor.detach_interface(PERMIT, "one", "n1")
     assert (await hypervisor.inspect("one")).disks == ("v1",)
 

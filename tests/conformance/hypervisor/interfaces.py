@@ -6,7 +6,9 @@ import msgspec
 
 from conformance.hypervisor.harness import Bench, GivenPermit, check, raises
 from interlock.core.errors import Fenced, GuestNotFound, OperationRejected
+from interlock.core.networks import mac_of
 from interlock.core.records import Interface
+from interlock.core.specs import PRIMARY
 from interlock.core.states import PowerState
 
 FIRST = Interface(id="n1", mac="52:54:00:00:00:01")
@@ -59,13 +61,19 @@ async def interfaces_are_found_again_by_who_comes_after(bench: Bench) -> None:
 
 
 @check
-async def an_update_needs_a_guest_that_runs_and_has_the_interface(bench: Bench) -> None:
-    await bench.hypervisor.define(bench.permit, "one", bench.spec)
-    async with raises(GuestNotFound):
+async def updating_interfaces_converges_and_keeps_them(bench: Bench) -> None:
+    await bench.start()
+    await bench.hypervisor.attach_interface(bench.permit, "one", FIRST)
+    primary = Interface(id=PRIMARY, mac=mac_of("one"))
+    for _ in range(2):
+        await bench.hypervisor.update_interface(bench.permit, "one", primary, ())
         await bench.hypervisor.update_interface(bench.permit, "one", FIRST, ())
-    await bench.hypervisor.power_on(bench.permit, "one", bench.spec)
+    assert await seen(bench) == {"n1"}
     async with raises(OperationRejected):
-        await bench.hypervisor.update_interface(bench.permit, "one", FIRST, ())
+        await bench.hypervisor.update_interface(bench.permit, "one", SECOND, ())
+    await bench.hypervisor.power_off(bench.permit, "one")
+    async with raises(GuestNotFound):
+        await bench.hypervisor.update_interface(bench.permit, "one", primary, ())
 
 
 @check

@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu.lifecycle import Lifecycle
 from interlock.hypervisors.qemu.liveness import LivenessCheck
 from interlock.hypervisors.qemu.memory.guest_memory import GuestMemory
 from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
+from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
 from interlock.ports import HypervisorEvent
@@ -36,14 +37,15 @@ class QemuHypervisor:
     """
 
     def __init__(self, settings: QemuSettings, certificate: HostCertificate | None = None) -> None:  # noqa: PLR0915 - a line for each method
-        self.registry = registry = ProcessRegistry(settings, on_adopted=thaw_forgotten)
+        self.registry = registry = ProcessRegistry(settings, self._adopted, self._disconnected)
+        self._networks = networks = UserNetworks(registry)
         self._consoles = consoles = Consoles(registry)
         self.open_console = consoles.open_console
         self.open_display = consoles.open_display
         self.screenshot = consoles.screenshot
         self.console_tail = consoles.console_tail
 
-        self._launcher = launcher = Launcher(registry, consoles)
+        self._launcher = launcher = Launcher(registry, consoles, networks)
         self._migration = migration = LiveMigration(registry, launcher, certificate)
         self.machine_kind = migration.machine_kind
         self.receive_guest = migration.receive_guest
@@ -74,7 +76,7 @@ class QemuHypervisor:
         self.forget_memory = memory.forget_memory
         self.dump_memory = memory.dump_memory
 
-        hotplug = Hotplug(registry)
+        hotplug = Hotplug(registry, networks)
         self.attach_disk = hotplug.attach_disk
         self.detach_disk = hotplug.detach_disk
         self.swap_disk = hotplug.swap_disk
@@ -93,7 +95,6 @@ class QemuHypervisor:
         self.agent_answers = agents.agent_answers
         self.ask_shutdown = agents.ask_shutdown
         self.set_password = agents.set_password
-
         self._liveness = LivenessCheck(registry)
 
     @property
@@ -122,6 +123,13 @@ class QemuHypervisor:
             self._consoles.limit_log_sizes()
         self._liveness.start()
 
+    def _disconnected(self, guest: Guest, network: str) -> None:
+        self._networks.lost(guest, network)
+
+    async def _adopted(self, guest: Guest) -> None:
+        await self._networks.adopt(guest)
+        await thaw_forgotten(guest)
+
     async def known(self) -> frozenset[str]:
         return await self.registry.known()
 
@@ -132,5 +140,6 @@ class QemuHypervisor:
     async def close(self) -> None:
         self._liveness.stop()
         await self._migration.close()
+        await self._networks.close()
         await self.registry.close()
         self._launcher.close()

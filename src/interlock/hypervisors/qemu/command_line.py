@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
 from interlock.core.errors import OperationRejected
-from interlock.core.records import Disk, Image, Interface, Spec
+from interlock.core.networks import NetworkKind, mac_of
+from interlock.core.records import Disk, Forward, Image, Interface, Spec
+from interlock.core.specs import PRIMARY
 from interlock.hypervisors.qemu.settings import QemuSettings
 
 ROOT: Final = "root"
@@ -38,10 +41,10 @@ _PORT_PREFIX: Final = "port-"
 _SEED_PORT: Final = "seed-port"
 _SERIAL_LENGTH_MAX: Final = 20
 _NAMESPACE: Final = uuid.UUID("5f0c7a1e-6a57-5c8e-9d6c-3d0f5b8f7c11")
+_NETWORK: Final = "network"
 _INTERFACE_PREFIX: Final = "interface-"
-_MAC_PREFIX: Final = "52:54:00"
 _MAC: Final = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-_FAILED_FORWARD: Final = re.compile(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-")
+_FAILED_FORWARD: Final = re.compile(r"Could not set up host forwarding rule '(?:tcp|udp):[0-9.]+:(\d+)-")
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -61,6 +64,8 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     cdrom: int | None = None
     kernel: int | None = None
     initrd: int | None = None
+    networks: dict[str, int] = {}
+    """By interface id: a tap, or a listening socket of a user network. Others have QEMU's own user network."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,11 +199,11 @@ def arguments(
         *_console(at),
         *_agent(at),
         *("-device", "pvpanic"),
-        *first_interface(instance_id, spec),
+        *_first_interface(instance_id, spec, at),
         *_disks(spec, settings, at, machine),
         *_seed(spec, settings, at),
         *_cdrom(spec, at),
-        *_interfaces(spec, machine),
+        *_interfaces(spec, at, machine),
         *_kernel(spec, at),
         *_display(settings),
         *(("-incoming", "defer") if machine is not None else ()),
@@ -244,11 +249,12 @@ def _socket(name: str, descriptor: int) -> str:
     return f"socket,id={name},fd={descriptor},server=on,wait=off"
 
 
-def _interfaces(spec: Spec, machine: Machine | None) -> list[str]:
+def _interfaces(spec: Spec, at: Descriptors, machine: Machine | None) -> list[str]:
     words: list[str] = []
     for number, interface in enumerate(spec.interfaces, len(all_disks(spec))):
         device = interface_arguments(interface, _port_of(interface_device(interface.id), number, machine))
-        words += ["-netdev", _json(network_arguments(interface.id)), "-device", _json(device)]
+        network = network_arguments(interface, _number(at.networks.get(interface.id)))
+        words += ["-netdev", _json(network), "-device", _json(device)]
     return words
 
 
@@ -364,35 +370,75 @@ def interface_of_device(name: str) -> str | None:
     return name.removeprefix(_INTERFACE_PREFIX) if name.startswith(_INTERFACE_PREFIX) else None
 
 
-def first_mac(instance_id: str) -> str:
-    """Return the MAC address of the first interface, which is derived from the instance's id."""
-    return ":".join((_MAC_PREFIX, *(f"{byte:02x}" for byte in hashlib.sha256(instance_id.encode()).digest()[:3])))
+def interfaces_of(instance_id: str, spec: Spec) -> tuple[Interface, ...]:
+    """Return all interfaces of an instance, the first included."""
+    return (spec.primary or Interface(id=PRIMARY, mac=mac_of(instance_id)), *spec.interfaces)
 
 
-def network_arguments(interface_id: str) -> dict[str, Any]:
-    """Return the arguments of `netdev_add` for an interface beyond the first.
+def is_user(interface: Interface) -> bool:
+    """Whether an interface is on a user network."""
+    return interface.network is None or interface.network.kind is NetworkKind.USER
 
-    Each network has a subnet derived from the interface's id, so that the guest can distinguish them.
+
+def network_name(interface_id: str) -> str:
+    """Return the name of an interface's network in QEMU."""
+    return _NETWORK if interface_id == PRIMARY else f"{_NETWORK}-{interface_id}"
+
+
+def user_subnet(interface_id: str) -> str:
+    """Return the first three numbers of the addresses of a user network, as in `10.0.2`.
+
+    Those of the first interface are always the same; others are derived, so that a guest can distinguish its networks.
     """
+    if interface_id == PRIMARY:
+        return "10.0.2"
     high, low = hashlib.sha256(interface_id.encode()).digest()[:2]
-    return {"type": "user", "id": f"network-{interface_id}", "net": f"10.{64 + high % 64}.{low}.0/24"}
+    return f"10.{64 + high % 64}.{low}"
+
+
+def network_arguments(interface: Interface, descriptor: str | None, forwards: Sequence[Forward] = ()) -> dict[str, Any]:
+    """Return the arguments of `netdev_add` for an interface.
+
+    Args:
+        interface: the interface.
+        descriptor: the number or name of its tap, or of its listening socket; None: QEMU's own user network, without
+            access to other addresses.
+        forwards: with that one, the ports that are forwarded.
+    """
+    name = network_name(interface.id)
+    if descriptor is None:
+        to_guest = [{"str": f"{one.protocol}:{one.host_address}:{one.host_port}-:{one.guest_port}"} for one in forwards]
+        more = {"hostfwd": to_guest} if to_guest else {}
+        return {"type": "user", "id": name, "net": f"{user_subnet(interface.id)}.0/24", "restrict": True, **more}
+    if is_user(interface):
+        return {"type": "stream", "id": name, "server": True, "addr": {"type": "fd", "str": descriptor}}
+    return {"type": "tap", "id": name, "fd": descriptor}
+
+
+def _number(descriptor: int | None) -> str | None:
+    return None if descriptor is None else str(descriptor)
 
 
 def interface_arguments(interface: Interface, port: str) -> dict[str, Any]:
     """Return the arguments of `device_add` for an interface in a port. Raises `OperationRejected`."""
-    if _MAC.fullmatch(interface.mac) is None:
-        raise OperationRejected(
-            f"The MAC address {interface.mac!r} cannot be used.",
-            remedy="Use six pairs of hexadecimal digits with colons.",
-        )
     return {
         "driver": "virtio-net-pci",
         "id": interface_device(interface.id),
-        "netdev": f"network-{interface.id}",
-        "mac": interface.mac,
+        "netdev": network_name(interface.id),
+        "mac": checked_mac(interface.mac),
         "bus": port,
         "romfile": "",
     }
+
+
+def checked_mac(mac: str) -> str:
+    """Return a MAC address. Raises `OperationRejected` if it is none."""
+    if _MAC.fullmatch(mac) is None:
+        raise OperationRejected(
+            f"The MAC address {mac!r} cannot be used.",
+            remedy="Use six pairs of hexadecimal digits with colons.",
+        )
+    return mac
 
 
 def failed_forward(error: str) -> int | None:
@@ -401,8 +447,8 @@ def failed_forward(error: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def first_interface(instance_id: str, spec: Spec) -> list[str]:
-    """The first interface, and the ports that are forwarded through it."""
-    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{forward.host_port}-:{forward.guest_port}" for forward in spec.forwards)
-    device = f"virtio-net-pci,netdev=network,mac={first_mac(instance_id)},romfile="
-    return ["-netdev", f"user,id=network{forwards}", "-device", device]
+def _first_interface(instance_id: str, spec: Spec, at: Descriptors) -> list[str]:
+    interface = interfaces_of(instance_id, spec)[0]
+    network = network_arguments(interface, _number(at.networks.get(PRIMARY)), spec.forwards)
+    device = f"virtio-net-pci,netdev={_NETWORK},mac={checked_mac(interface.mac)},romfile="
+    return ["-netdev", _json(network), "-device", device]

@@ -74,6 +74,7 @@ class Guest:
         *,
         listener: Callable[[HypervisorEvent], None],
         on_end: Callable[[Guest], None],
+        on_disconnected: Callable[[Guest, str], None],
     ) -> None:
         """Adopt the process. Events that wait in its event log count as unobserved until `watch`.
 
@@ -102,8 +103,7 @@ class Guest:
         self.job_changed = asyncio.Event()
         """Set when a block job changes its status, or the process has ended."""
         self.unplugs = UnplugWaiters()
-        self._listener = listener
-        self._on_end = on_end
+        self._listener, self._on_end, self._on_disconnected = listener, on_end, on_disconnected
         self._subscriptions = EventSubscriptions(instance_id)
         self.events = self._subscriptions.subscribe
         """Subscribes to the QMP events of one kind."""
@@ -194,6 +194,8 @@ class Guest:
                     self._write_record(Phase.RUNNING, None)
             case "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR" if "device" in event.data:
                 self._on_unplug(event.data["device"], released=event.event == "DEVICE_DELETED")
+            case "NETDEV_STREAM_DISCONNECTED":
+                self._on_disconnected(self, event.data["netdev-id"])
             case "JOB_STATUS_CHANGE":
                 self.job_changed.set()
             case _:

@@ -16,6 +16,7 @@ import msgspec
 
 from interlock.core.errors import NotResponding, OperationRejected
 from interlock.core.records import Disk, Forward, Interface, Spec
+from interlock.core.specs import PRIMARY
 from interlock.hypervisors.qemu.command_line import (
     RESCUE,
     ROOT,
@@ -23,8 +24,9 @@ from interlock.hypervisors.qemu.command_line import (
     device_name,
     interface_arguments,
     interface_device,
+    interfaces_of,
     is_port,
-    network_arguments,
+    network_name,
     node_name,
 )
 from interlock.hypervisors.qemu.disks import block_mirror
@@ -33,6 +35,7 @@ from interlock.hypervisors.qemu.disks.root_disks import require_volume
 from interlock.hypervisors.qemu.files.file_handles import open_disk
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.ports import Permit, Report
 
@@ -42,8 +45,9 @@ PluggedT = TypeVar("PluggedT", bound=Disk | Interface)
 class Hotplug:
     """Changes the devices of running guests. See `ports.Hypervisor` for the methods."""
 
-    def __init__(self, registry: ProcessRegistry) -> None:
+    def __init__(self, registry: ProcessRegistry, networks: UserNetworks) -> None:
         self._registry = registry
+        self._networks = networks
 
     async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
         guest = self._registry.require(instance_id)
@@ -76,27 +80,43 @@ class Hotplug:
         guest = self._registry.require(instance_id)
         await guest.require_running()
         if interface_device(interface.id) not in await guest.devices():
-            await _plug_interface(guest, permit, interface)
+            await self._plug_interface(guest, permit, interface)
         _record_interface(permit, guest.folder, interface.id, interface)
-
-    async def update_interface(
-        self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
-    ) -> None:
-        guest = self._registry.require(instance_id)
-        await guest.require_running()
-        permit.check()
-        raise OperationRejected(
-            f"The interface {interface.id} and its {len(forwards)} forwards cannot be changed while the guest runs.",
-            remedy="Stop the VM first.",
-        )
 
     async def detach_interface(self, permit: Permit, instance_id: str, interface_id: str) -> None:
         guest, device = self._registry.require(instance_id), interface_device(interface_id)
         await guest.require_running()
         if device in await guest.devices():
             await _unplug(guest, permit, device, f"the interface {interface_id}")
-        await _remove_network(guest, permit, network_arguments(interface_id)["id"])
+        await _remove_network(guest, permit, network_name(interface_id))
+        await self._networks.end(guest.folder, interface_id)
         _record_interface(permit, guest.folder, interface_id, None)
+
+    async def _plug_interface(self, guest: Guest, permit: Permit, interface: Interface) -> None:
+        device = interface_arguments(interface, await _free_port(guest))
+        # An interrupted plug, or a guest that released its device after the timeout, left the network.
+        await _remove_network(guest, permit, network_name(interface.id))
+        await self._networks.add(permit, guest, interface)
+        try:
+            await guest.execute(permit, "device_add", device)
+        except OperationRejected:
+            await _remove_network(guest, permit, network_name(interface.id))
+            await self._networks.end(guest.folder, interface.id)
+            raise
+
+    async def update_interface(
+        self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
+    ) -> None:
+        guest = self._registry.require(instance_id)
+        await guest.require_running()
+        spec = guest.folder.spec()
+        if spec is None or all(one.id != interface.id for one in interfaces_of(instance_id, spec)):
+            raise OperationRejected(f"VM {instance_id} has no interface {interface.id}.")
+        await self._networks.update(permit, guest, interface, forwards)
+        if interface.id == PRIMARY:
+            _write_spec(permit, guest.folder, spec, msgspec.structs.replace(spec, primary=interface, forwards=forwards))
+        else:
+            _record_interface(permit, guest.folder, interface.id, interface)
 
 
 # ----------------------------------------------------------------------------------------------------------- in QEMU
@@ -125,19 +145,6 @@ async def _free_device_name(guest: Guest, permit: Permit, disk_id: str) -> str:
     guest.folder.add_node_names({node_name(disk_id): disk_id})
     names = (device_name(f"{number}-again") for number in itertools.count())
     return next(name for name in names if name not in used)
-
-
-async def _plug_interface(guest: Guest, permit: Permit, interface: Interface) -> None:
-    device = interface_arguments(interface, await _free_port(guest))
-    network = network_arguments(interface.id)
-    # An interrupted plug, or a guest that released its device after the timeout, left the network.
-    await _remove_network(guest, permit, network["id"])
-    await guest.execute(permit, "netdev_add", network)
-    try:
-        await guest.execute(permit, "device_add", device)
-    except OperationRejected:
-        await _remove_network(guest, permit, network["id"])
-        raise
 
 
 async def _remove_network(guest: Guest, permit: Permit, name: str) -> None:

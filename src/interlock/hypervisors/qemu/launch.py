@@ -13,7 +13,7 @@ import structlog
 
 from interlock.confinement.control_groups import GroupLimits
 from interlock.confinement.sandbox import Namespaces, View, confined
-from interlock.core.errors import GuestNotFound, NotResponding, OperationRejected
+from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
 from interlock.core.records import Disk, Spec
 from interlock.hypervisors.qemu.command_line import (
     AGENT,
@@ -33,6 +33,7 @@ from interlock.hypervisors.qemu.disks import root_disks
 from interlock.hypervisors.qemu.files.file_handles import BootFiles, open_disk
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process.accelerator import DEVICE
 from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, reap, reported_child, spawn
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
@@ -45,15 +46,14 @@ _WEIGHT_MAX: Final = 10_000
 _REPORT_MS: Final = 5_000
 """How long bubblewrap may take to report the process that becomes QEMU, in milliseconds."""
 _FIRMWARE: Final = ("/usr/share/qemu", "/usr/share/seabios", "/usr/share/OVMF", "/usr/share/ovmf")
-_RESOLVER: Final = ("/etc/resolv.conf", "/etc/hosts")
-"""What the user network reads to answer the guest's DNS queries."""
 
 
 class Launcher:
     """Starts QEMU processes."""
 
-    def __init__(self, registry: ProcessRegistry, consoles: Consoles) -> None:
+    def __init__(self, registry: ProcessRegistry, consoles: Consoles, networks: UserNetworks) -> None:
         self._registry = registry
+        self._networks = networks
         self._consoles = consoles
         self._boot_files = BootFiles()
 
@@ -91,13 +91,19 @@ class Launcher:
         except ProcessLookupError:
             raise _not_started(instance_id, folder) from None
         placing = asyncio.create_task(self._place_in_group(guest, spec))
+        connecting = asyncio.create_task(self._networks.connect_all(guest, spec))
         try:
             self._consoles.limit_log_sizes()
             guest.event_log.negotiate()
             guest.watch()
             await self._await_greeting(guest)
+            await connecting
+        except HypervisorError:
+            await guest.kill(permit)
+            raise
         finally:
-            await placing  # before anything of the guest is run or read
+            connecting.cancel()
+            await asyncio.wait({placing, connecting})  # before anything of the guest is run or read
         return guest
 
     async def _place_in_group(self, guest: Guest, spec: Spec) -> None:
@@ -145,7 +151,7 @@ class Launcher:
             command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
             words = confined(
                 command,
-                _view(settings, folder),
+                _view(settings, folder, network=not self._networks.separate),
                 _limits(spec, settings, alone=registry.users is not None),
                 account,
                 registry.home.marks(instance_id),
@@ -200,7 +206,9 @@ class Launcher:
         console_log = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         image = booted_image(spec)
         kernel = image.kind == "kernel"
+        listening = self._networks.listen(folder, spec)
         return Descriptors(
+            networks={interface_id: hand_over(socket.detach()) for interface_id, socket in listening.items()},
             monitor=monitor,
             agent=agent,
             console=console,
@@ -249,11 +257,11 @@ def _not_started(instance_id: str, folder: InstanceFolder) -> OperationRejected:
     )
 
 
-def _view(settings: QemuSettings, folder: InstanceFolder) -> View:
-    """Return what QEMU can reach: its firmware, its pipes, and the host's network for the user network."""
-    files = tuple(Path(path) for path in (*_FIRMWARE, *_RESOLVER, *settings.program_paths))
+def _view(settings: QemuSettings, folder: InstanceFolder, *, network: bool) -> View:
+    """Return what QEMU can reach: its firmware, its pipes, and for its own user network that of the host."""
+    files = tuple(Path(path) for path in (*_FIRMWARE, *settings.program_paths))
     devices = (DEVICE,) if settings.accelerator == "kvm" else ()
-    return View(folder=folder.inside, files=files, devices=devices, network=True)
+    return View(folder=folder.inside, files=files, devices=devices, network=network)
 
 
 def _path_of(disk: Disk, spec: Spec, folder: InstanceFolder) -> Path:

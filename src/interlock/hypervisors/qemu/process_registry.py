@@ -29,6 +29,7 @@ from interlock.hypervisors.qemu.process.qemu_process import find_in, shared_acco
 from interlock.hypervisors.qemu.process.strays import LOCK, settle_strays
 from interlock.hypervisors.qemu.protections import protections
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.networks.host_programs import find
 from interlock.ports import HypervisorEvent
 from interlock.ports.hosts import Protection
 
@@ -46,9 +47,18 @@ _PROCESS_SEARCH_S: Final = 2.0
 class ProcessRegistry:
     """The guests that have a QEMU process, by instance id."""
 
-    def __init__(self, settings: QemuSettings, on_adopted: Callable[[Guest], Coroutine[Any, Any, None]]) -> None:
-        """`on_adopted` runs in the background for each guest that is adopted in `open`."""
+    def __init__(
+        self,
+        settings: QemuSettings,
+        on_adopted: Callable[[Guest], Coroutine[Any, Any, None]],
+        on_disconnected: Callable[[Guest, str], None],
+    ) -> None:
+        """`on_adopted` runs in the background for each guest that is adopted in `open`.
+
+        `on_disconnected` is called with the name of a network of QEMU that has lost its other end.
+        """
         self._on_adopted = on_adopted
+        self._on_disconnected = on_disconnected
         self.settings = settings
         """Accelerator and CPU model are resolved from `open` on."""
         self.account: Account | None = None
@@ -113,7 +123,9 @@ class ProcessRegistry:
         namespaced = namespaces_for(self.account)
         self.namespaces = namespaced.namespaces
         self.groups, no_groups = control_groups()
-        self.protections = protections(self.users or shared, namespaced, self.groups, no_groups)
+        self.protections = protections(
+            self.users or shared, namespaced, self.groups, no_groups, has_passt=find("passt") is not None
+        )
 
     def _require_programs(self) -> None:
         packages = {
@@ -223,6 +235,7 @@ class ProcessRegistry:
             self.settings,
             listener=self._notify,
             on_end=self._remove,
+            on_disconnected=self._on_disconnected,
         )
         self._guests[instance_id] = guest
         return guest

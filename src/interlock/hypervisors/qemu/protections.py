@@ -16,9 +16,11 @@ _RESOURCES: Final = {
     Resource.IO: "io_weight",
 }
 
+_NO_PASST: Final = "passt is not installed; VMs have QEMU's own user network, and reach no address"
+
 
 def protections(
-    users: HostUsers | str, namespaced: Namespaced, groups: ControlGroups | None, no_groups: str
+    users: HostUsers | str, namespaced: Namespaced, groups: ControlGroups | None, no_groups: str, *, has_passt: bool
 ) -> tuple[Protection, ...]:
     """Describe the protections of a host.
 
@@ -27,6 +29,7 @@ def protections(
         namespaced: how namespaces are made, or why not.
         groups: the control groups, if there are any.
         no_groups: why there are none, for people.
+        has_passt: whether user networks are those of passt.
     """
     apart = namespaced.namespaces is not Namespaces.NONE
     spaces = namespaced.because or f"made {namespaced.namespaces}"
@@ -35,6 +38,7 @@ def protections(
         Protection(name="no_privileges", on=True, detail="no capabilities, no new privileges"),
         Protection(name="system_call_filter", on=True, detail="QEMU's seccomp sandbox"),
         *(Protection(name=f"{kind}_namespace", on=apart, detail=spaces) for kind in ("mount", "pid", "ipc", "uts")),
+        Protection(name="net_namespace", on=apart and has_passt, detail=spaces if has_passt else _NO_PASST),
         *(_resource(resource, users, groups, no_groups) for resource in Resource),
     )
 

@@ -8,6 +8,8 @@ vms/ID/                 0700, of the server's user: QEMU gets everything in it a
     monitor             the socket of the command monitor
     console             the socket of the serial console
     agent               the socket of the guest agent's port
+    network[-ID]        the socket of a user network, for QEMU's first interface or another
+    network[-ID].json   the process of that network
     frozen              present while the guest's file systems may be frozen
     root.qcow2          root disk 0, an overlay of the image or without backing file, unless it is in a shared folder
     root-N.qcow2        root disk N, created by a rebuild, a resize or an unshelve
@@ -43,7 +45,7 @@ import msgspec
 
 from interlock.core.errors import NotResponding, OperationRejected
 from interlock.core.records import Spec
-from interlock.hypervisors.qemu.command_line import EVENT_LOG, MONITOR, Machine
+from interlock.hypervisors.qemu.command_line import EVENT_LOG, MONITOR, Machine, network_name
 from interlock.hypervisors.qemu.files.root_folder import RootFolder, root_folder
 from interlock.images.atomic_files import drafted
 from interlock.ports import Permit
@@ -81,6 +83,14 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Its start time by the kernel, by which a reused process id is noticed."""
     saving: Saving | None = None
     """The guest's state before saving its memory began; None while that is not in progress."""
+
+
+class NetworkProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """The process of a user network."""
+
+    process_id: int
+    started_ticks: int
+    """As of `ProcessRecord`."""
 
 
 class InstanceFolder:
@@ -161,6 +171,19 @@ class InstanceFolder:
 
     def write_machine(self, machine: Machine) -> None:
         _write(self.path / "machine.json", machine)
+
+    def network_process(self, interface_id: str) -> NetworkProcess | None:
+        """Return the process of a user network, which may have ended."""
+        return _read(self._network(interface_id), NetworkProcess)
+
+    def write_network_process(self, interface_id: str, process: NetworkProcess) -> None:
+        _write(self._network(interface_id), process)
+
+    def remove_network_process(self, interface_id: str) -> None:
+        self._network(interface_id).unlink(missing_ok=True)
+
+    def _network(self, interface_id: str) -> Path:
+        return self.path / f"{network_name(interface_id)}.json"
 
     # ------------------------------------------------------------------------------------- lock and sockets
 

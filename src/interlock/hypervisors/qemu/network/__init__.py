@@ -1,0 +1,1 @@
+"""The networks of guests: what their interfaces are connected to, outside of QEMU."""

@@ -1,0 +1,246 @@
+"""User networks of guests: a passt process for each interface, as long as QEMU has it.
+
+QEMU listens on a socket per interface, and accepts one process after another, so that one that has ended is replaced.
+QEMU reports its end as an event; what it does not report is found when a guest is adopted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from interlock.core.errors import HypervisorError, InterlockError, NotResponding, OperationRejected
+from interlock.core.specs import PRIMARY, Forward, Interface, Spec
+from interlock.hypervisors.qemu.command_line import interfaces_of, is_user, network_arguments, network_name, user_subnet
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, NetworkProcess
+from interlock.hypervisors.qemu.guest import UNFENCED, Guest
+from interlock.hypervisors.qemu.network import passt
+from interlock.hypervisors.qemu.network.passt import UserSubnet
+from interlock.hypervisors.qemu.process.qemu_process import has_ended, started_ticks
+from interlock.hypervisors.qemu.process_registry import ProcessRegistry
+from interlock.ports import Permit
+
+_LOG = structlog.get_logger(__name__)
+_END_S: Final = 5.0
+_ACCEPT_MS: Final = 5_000
+"""How long QEMU may take to accept a process, in milliseconds."""
+_ANNOUNCEMENT: Final = {"initial": 50, "max": 50, "rounds": 1, "step": 10}
+_RETRY_S: Final = 1.0
+_RETRY_MAX_S: Final = 60.0
+"""Pause before a process is started again that could not be, in seconds; doubled each time up to the second."""
+
+
+class UserNetworks:
+    """The passt processes of the guests of one host.
+
+    Args:
+        registry: the guests.
+        separate: whether passt is used; None: where it is installed.
+    """
+
+    def __init__(self, registry: ProcessRegistry, *, separate: bool | None = None) -> None:
+        self.separate = passt.is_installed() if separate is None else separate
+        """Whether processes of their own do what needs the host's network, and not QEMU."""
+        self._registry = registry
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def listen(self, folder: InstanceFolder, spec: Spec) -> dict[str, socket.socket]:
+        """Return listening sockets for a new QEMU, by interface id. Raises OSError."""
+        if not self.separate:
+            return {}
+        interfaces = interfaces_of(folder.path.name, spec)
+        return {one.id: folder.listen(network_name(one.id)) for one in interfaces if is_user(one)}
+
+    async def connect_all(self, guest: Guest, spec: Spec) -> None:
+        """Start the processes of a new QEMU. Raises as `connect`."""
+        for interface in interfaces_of(guest.instance_id, spec):
+            if self.separate and is_user(interface):
+                await self.connect(guest, interface.id, spec.forwards if interface.id == PRIMARY else ())
+
+    async def connect(self, guest: Guest, interface_id: str, forwards: Sequence[Forward] = ()) -> None:
+        """Start the process of an interface, unless it runs; QEMU listens.
+
+        Raises:
+            OperationRejected: a forwarded port is in use, or it did not start.
+        """
+        async with self._lock(guest.instance_id, interface_id):
+            if not self._runs(guest.folder, interface_id):
+                await self._start(guest, interface_id, forwards)
+
+    async def _replace(self, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
+        """Start a process in place of one that has ended, which learns the guest's MAC address from an announcement.
+
+        A guest drops what comes to the broadcast address, and so all connections until it has sent something itself.
+        """
+        with guest.events("NETDEV_STREAM_CONNECTED") as connected:
+            await self._start(guest, interface_id, forwards)
+            if await connected.next_within(_ACCEPT_MS) is not None:
+                await guest.execute(UNFENCED, "announce-self", _ANNOUNCEMENT)
+
+    async def forward(self, permit: Permit, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
+        """Replace the process by one that forwards these ports. Connections through it end.
+
+        Raises:
+            OperationRejected: a port is in use, and the former process was started again.
+        """
+        spec = guest.folder.spec()
+        async with self._lock(guest.instance_id, interface_id):
+            permit.check()
+            await self._end(guest.folder, interface_id)
+            try:
+                await self._replace(guest, interface_id, forwards)
+            except OperationRejected:
+                if spec is not None:
+                    await self._replace(guest, interface_id, spec.forwards)
+                raise
+
+    async def add(self, permit: Permit, guest: Guest, interface: Interface) -> None:
+        """Add the network of an interface to QEMU. Raises as `connect`, and as `Guest.execute`."""
+        require_user(interface)
+        if not self.separate:
+            await guest.execute(permit, "netdev_add", network_arguments(interface, None))
+            return
+        name = network_name(interface.id)
+        await self._end(guest.folder, interface.id)
+        with guest.folder.os_errors_rejected():
+            listening = guest.folder.listen(name)
+        with listening:
+            await guest.execute(permit, "getfd", {"fdname": name}, attach=listening.fileno())
+        await guest.execute(permit, "netdev_add", network_arguments(interface, name))
+        await self.connect(guest, interface.id)
+
+    async def update(self, permit: Permit, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
+        """Bring an interface to what it is to be. Raises as `ports.Hypervisor.update_interface`."""
+        require_user(interface)
+        spec = guest.folder.spec()
+        if interface.id != PRIMARY or spec is None or tuple(forwards) == spec.forwards:
+            return
+        if not self.separate:
+            raise OperationRejected(
+                "This host cannot change the forwards of a VM while it runs: passt is not installed.",
+                remedy="Install it there, or stop the VM first.",
+            )
+        await self.forward(permit, guest, interface.id, forwards)
+
+    async def end(self, folder: InstanceFolder, interface_id: str) -> None:
+        """End the process of an interface that is gone."""
+        self._locks.pop((folder.path.name, interface_id), None)
+        await self._end(folder, interface_id)
+
+    def lost(self, guest: Guest, name: str) -> None:
+        """Note that QEMU's network `name` is disconnected, and start another process unless its interface is gone."""
+        task = asyncio.get_running_loop().create_task(self._reconnect(guest, name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Stop watching; the processes keep running."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def adopt(self, guest: Guest) -> None:
+        """Start the processes that ended while nobody watched."""
+        with contextlib.suppress(HypervisorError):
+            spec = guest.folder.spec()
+            described = str(await guest.query("human-monitor-command", **{"command-line": "info network"}))
+            for interface in () if spec is None else interfaces_of(guest.instance_id, spec):
+                name = network_name(interface.id)
+                if any(name in line and "listening" in line for line in described.splitlines()):
+                    self.lost(guest, name)
+
+    async def _reconnect(self, guest: Guest, name: str) -> None:
+        pause_s = _RETRY_S
+        while not guest.process.ended.is_set():
+            spec = guest.folder.spec()
+            interfaces = () if spec is None else interfaces_of(guest.instance_id, spec)
+            found = next((one for one in interfaces if network_name(one.id) == name and is_user(one)), None)
+            if spec is None or found is None:
+                return
+            try:
+                async with self._lock(guest.instance_id, found.id):
+                    if not self._runs(guest.folder, found.id):
+                        await self._replace(guest, found.id, spec.forwards if found.id == PRIMARY else ())
+            except (InterlockError, OSError) as error:
+                _LOG.warning(
+                    "user network not restored", instance=guest.instance_id, interface=found.id, why=str(error)
+                )
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(guest.process.ended.wait(), pause_s)
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+    async def _start(self, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
+        registry, account, claim = self._registry, self._registry.account, None
+        with contextlib.ExitStack() as opened, guest.folder.os_errors_rejected():
+            if account is not None and registry.users is not None:
+                claimed = registry.users.claim(f"{guest.instance_id}/{interface_id}")
+                opened.callback(os.close, claimed.descriptor)
+                claim = claimed.descriptor
+                account = msgspec.structs.replace(account, user_id=claimed.user_id, group_id=claimed.user_id)
+            try:
+                connected = opened.enter_context(guest.folder.connect(network_name(interface_id)))
+            except ConnectionRefusedError:
+                guest.require_process()
+                raise NotResponding(f"QEMU of VM {guest.instance_id} does not listen for its network.") from None
+            process = await passt.start(
+                connected.fileno(), claim, account, UserSubnet(start=user_subnet(interface_id)), forwards
+            )
+            guest.folder.write_network_process(interface_id, process)
+
+    def _runs(self, folder: InstanceFolder, interface_id: str) -> bool:
+        process = folder.network_process(interface_id)
+        return process is not None and _lives(process)
+
+    async def _end(self, folder: InstanceFolder, interface_id: str) -> None:
+        process = folder.network_process(interface_id)
+        if process is not None:
+            await _kill(process)
+            folder.remove_network_process(interface_id)
+
+    def _lock(self, instance_id: str, interface_id: str) -> asyncio.Lock:
+        return self._locks.setdefault((instance_id, interface_id), asyncio.Lock())
+
+
+def require_user(interface: Interface) -> None:
+    """Raise `OperationRejected` unless an interface is on a user network."""
+    if not is_user(interface):
+        raise OperationRejected("This host has user networks only.")
+
+
+def _lives(process: NetworkProcess) -> bool:
+    return started_ticks(process.process_id) == process.started_ticks and not has_ended(process.process_id)
+
+
+async def _kill(process: NetworkProcess) -> None:
+    """Kill a process and wait until it has ended, unless it has and its id means another one.
+
+    Raises:
+        NotResponding: it does not end in time.
+    """
+    try:
+        descriptor = os.pidfd_open(process.process_id)
+    except ProcessLookupError:
+        return
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        if _lives(process):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            loop.add_reader(descriptor, ended.set)
+            async with asyncio.timeout(_END_S):
+                await ended.wait()
+    except TimeoutError:
+        raise NotResponding(f"Process {process.process_id} was killed and has not ended.") from None
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
