@@ -22,6 +22,7 @@ from interlock.hypervisors.qemu.liveness import LivenessCheck
 from interlock.hypervisors.qemu.memory.guest_memory import GuestMemory
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
 from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.qmp_events import LivenessProbe, QemuEvent
@@ -48,6 +49,7 @@ def registry(tmp_path: Path) -> ProcessRegistry:
         QemuSettings(folder=tmp_path, processes_max=1, go_on_free_mib=1),
         on_adopted=ignore,
         on_disconnected=nothing_lost,
+        on_ended=ignore,
     )
     (tmp_path / "vms").mkdir()
     return registry
@@ -133,7 +135,7 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
     with pytest.raises(OperationRejected, match="Invalid instance id"):
         registry.folder("../other")
     consoles = Consoles(registry)
-    launcher = Launcher(registry, consoles, UserNetworks(registry))
+    launcher = Launcher(registry, consoles, UserNetworks(registry), Taps(registry))
     lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher, None))
     assert await consoles.console_tail("../other", 10) is None
     assert not (await lifecycle.inspect("../other")).defined
@@ -142,11 +144,13 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
 async def test_a_guest_is_started_only_where_it_is_defined(registry: ProcessRegistry) -> None:
     spec = Spec(image=Image(id="i", name="i", path="/absent", kind="kernel", size_bytes=1, sha256="0"))
     with pytest.raises(GuestNotFound, match="is not defined"):
-        await Launcher(registry, Consoles(registry), UserNetworks(registry)).start(PERMIT, "one", spec)
+        await Launcher(registry, Consoles(registry), UserNetworks(registry), Taps(registry)).start(PERMIT, "one", spec)
 
 
 async def test_what_is_received_is_marked_until_it_is_discarded(registry: ProcessRegistry) -> None:
-    migration = LiveMigration(registry, Launcher(registry, Consoles(registry), UserNetworks(registry)), None)
+    migration = LiveMigration(
+        registry, Launcher(registry, Consoles(registry), UserNetworks(registry), Taps(registry)), None
+    )
     folder = registry.folder("one")
     folder.make(PERMIT)
     assert await migration.arrival("one") is IncomingState.NONE
@@ -162,7 +166,7 @@ async def test_what_is_received_is_marked_until_it_is_discarded(registry: Proces
 
 
 async def test_memory_is_saved_and_forgotten_without_a_process(registry: ProcessRegistry) -> None:
-    memory = GuestMemory(registry, Launcher(registry, Consoles(registry), UserNetworks(registry)))
+    memory = GuestMemory(registry, Launcher(registry, Consoles(registry), UserNetworks(registry), Taps(registry)))
     folder = registry.folder("one")
     folder.make(PERMIT)
     spec = Spec(image=Image(id="i", name="i", path="/absent", kind="kernel", size_bytes=1, sha256="0"))

@@ -15,6 +15,7 @@ from interlock.hypervisors.qemu.command_line import is_port
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.hotplug import Hotplug
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.qmp.waiters import UnplugWaiters
@@ -82,7 +83,10 @@ async def ignore(_guest: Guest) -> None:
 def registry(tmp_path: Path) -> ProcessRegistry:
     (tmp_path / "vms").mkdir()
     return ProcessRegistry(
-        QemuSettings(folder=tmp_path, detach_timeout_ms=10), on_adopted=ignore, on_disconnected=nothing_lost
+        QemuSettings(folder=tmp_path, detach_timeout_ms=10),
+        on_adopted=ignore,
+        on_disconnected=nothing_lost,
+        on_ended=ignore,
     )
 
 
@@ -103,7 +107,7 @@ def recorded(guest: ScriptedGuest) -> tuple[str, ...]:
 
 
 async def test_an_interface_is_plugged_once_and_recorded(registry: ProcessRegistry, guest: ScriptedGuest) -> None:
-    hotplug = Hotplug(registry, UserNetworks(registry, separate=False))
+    hotplug = Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry))
     for _ in range(2):
         await hotplug.attach_interface(PERMIT, "one", INTERFACE)
     assert guest.executed == ["netdev_del", "netdev_add", "device_add"]
@@ -115,7 +119,9 @@ async def test_a_plug_that_qemu_rejects_leaves_no_network_and_no_record(
 ) -> None:
     guest.rejects = {"device_add"}
     with pytest.raises(OperationRejected, match="device_add"):
-        await Hotplug(registry, UserNetworks(registry, separate=False)).attach_interface(PERMIT, "one", INTERFACE)
+        await Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry)).attach_interface(
+            PERMIT, "one", INTERFACE
+        )
     assert guest.executed == ["netdev_del", "netdev_add", "device_add", "netdev_del"]
     assert recorded(guest) == ()
 
@@ -123,14 +129,16 @@ async def test_a_plug_that_qemu_rejects_leaves_no_network_and_no_record(
 async def test_without_a_free_port_nothing_is_plugged(registry: ProcessRegistry, guest: ScriptedGuest) -> None:
     guest.ports = {"port-0": "disk-root"}
     with pytest.raises(OperationRejected, match="no free port"):
-        await Hotplug(registry, UserNetworks(registry, separate=False)).attach_interface(PERMIT, "one", INTERFACE)
+        await Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry)).attach_interface(
+            PERMIT, "one", INTERFACE
+        )
     assert guest.executed == []
 
 
 async def test_an_interface_that_the_guest_releases_is_off_the_record(
     registry: ProcessRegistry, guest: ScriptedGuest
 ) -> None:
-    hotplug = Hotplug(registry, UserNetworks(registry, separate=False))
+    hotplug = Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry))
     await hotplug.attach_interface(PERMIT, "one", INTERFACE)
     guest.executed.clear()
     await hotplug.detach_interface(PERMIT, "one", "i1")
@@ -143,7 +151,7 @@ async def test_an_interface_that_the_guest_does_not_release_stays_on_record(
     registry: ProcessRegistry, guest: ScriptedGuest, *, pending: bool
 ) -> None:
     """QEMU rejects a second unplug while the first is pending; the wait is the same."""
-    hotplug = Hotplug(registry, UserNetworks(registry, separate=False))
+    hotplug = Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry))
     await hotplug.attach_interface(PERMIT, "one", INTERFACE)
     guest.releases, guest.rejects = False, {"device_del"} if pending else set()
     with pytest.raises(NotResponding, match="did not release the interface i1"):
@@ -153,7 +161,7 @@ async def test_an_interface_that_the_guest_does_not_release_stays_on_record(
 
 
 async def test_the_end_of_the_guest_ends_the_wait(registry: ProcessRegistry, guest: ScriptedGuest) -> None:
-    hotplug = Hotplug(registry, UserNetworks(registry, separate=False))
+    hotplug = Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry))
     await hotplug.attach_interface(PERMIT, "one", INTERFACE)
     guest.releases, guest.ended = False, True
     with pytest.raises(GuestNotFound):
@@ -163,5 +171,7 @@ async def test_the_end_of_the_guest_ends_the_wait(registry: ProcessRegistry, gue
 
 async def test_the_root_disk_stays(registry: ProcessRegistry, guest: ScriptedGuest) -> None:
     with pytest.raises(OperationRejected, match="root disk cannot be detached"):
-        await Hotplug(registry, UserNetworks(registry, separate=False)).detach_disk(PERMIT, "one", "root")
+        await Hotplug(registry, UserNetworks(registry, separate=False), Taps(registry)).detach_disk(
+            PERMIT, "one", "root"
+        )
     assert guest.executed == []

@@ -20,6 +20,13 @@ MANAGED_BRIDGES: Final = "il*"
 BRIDGE_OF_ANY: Final = re.compile(r"il[a-z0-9]{6}b[a-z2-7]{6}\Z")
 """The name of the bridge of a managed network, of any data folder."""
 
+_TAG_DIGITS: Final = 6
+
+
+def network_tag(host_id: str) -> str:
+    """Return the six characters that mark what is of a host's data folder."""
+    return hashlib.sha256(host_id.encode()).hexdigest()[:_TAG_DIGITS]
+
 
 class Names(msgspec.Struct, frozen=True):
     """The names of a data folder's links (at most 15 characters) and tables on its host.

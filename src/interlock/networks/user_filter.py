@@ -78,6 +78,13 @@ class UserFilter:
         await nftables.apply(nftables.changes(_FAMILY, self._name, before, wanted))
         self._applied, self._is_known = wanted, True
 
+    async def is_changed(self) -> bool:
+        """Whether somebody has changed the rules that were applied last."""
+        if self._applied is None:
+            return False
+        wanted = {name: len(chain.rules) for name, chain in self._applied.chains.items()}
+        return await nftables.rule_counts(_FAMILY, self._name) != wanted
+
 
 def _table(range_of_users: list[int], users: Mapping[int, bool], resolvers: Collection[str]) -> Table:
     closed = {str(user): None for user, outbound in users.items() if not outbound}

@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu.lifecycle import Lifecycle
 from interlock.hypervisors.qemu.liveness import LivenessCheck
 from interlock.hypervisors.qemu.memory.guest_memory import GuestMemory
 from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -37,15 +38,15 @@ class QemuHypervisor:
     """
 
     def __init__(self, settings: QemuSettings, certificate: HostCertificate | None = None) -> None:  # noqa: PLR0915 - a line for each method
-        self.registry = registry = ProcessRegistry(settings, self._adopted, self._disconnected)
-        self._networks = networks = UserNetworks(registry)
+        self.registry = registry = ProcessRegistry(settings, self._adopted, self._disconnected, self._ended)
+        self._networks, self._taps = networks, taps = UserNetworks(registry), Taps(registry)
         self._consoles = consoles = Consoles(registry)
         self.open_console = consoles.open_console
         self.open_display = consoles.open_display
         self.screenshot = consoles.screenshot
         self.console_tail = consoles.console_tail
 
-        self._launcher = launcher = Launcher(registry, consoles, networks)
+        self._launcher = launcher = Launcher(registry, consoles, networks, taps)
         self._migration = migration = LiveMigration(registry, launcher, certificate)
         self.machine_kind = migration.machine_kind
         self.receive_guest = migration.receive_guest
@@ -76,7 +77,7 @@ class QemuHypervisor:
         self.forget_memory = memory.forget_memory
         self.dump_memory = memory.dump_memory
 
-        hotplug = Hotplug(registry, networks)
+        hotplug = Hotplug(registry, networks, taps)
         self.attach_disk = hotplug.attach_disk
         self.detach_disk = hotplug.detach_disk
         self.swap_disk = hotplug.swap_disk
@@ -114,17 +115,23 @@ class QemuHypervisor:
 
     @property
     def networks(self) -> tuple[NetworkAbility, ...]:
-        """The kinds of network that guests on this host can have."""
-        return ()
+        """The kinds of network that guests on this host can have; empty before `open`."""
+        return self._taps.abilities
 
     async def open(self, listener: Callable[[HypervisorEvent], None]) -> None:
         await self.registry.open(listener)
+        await self._networks.open()
+        await self._taps.open()
         if len(self.registry):
             self._consoles.limit_log_sizes()
         self._liveness.start()
 
     def _disconnected(self, guest: Guest, network: str) -> None:
         self._networks.lost(guest, network)
+
+    async def _ended(self, guest: Guest) -> None:
+        await self._taps.ended(guest.instance_id)
+        await self._networks.ended(guest.instance_id)
 
     async def _adopted(self, guest: Guest) -> None:
         await self._networks.adopt(guest)
@@ -142,4 +149,5 @@ class QemuHypervisor:
         await self._migration.close()
         await self._networks.close()
         await self.registry.close()
+        await self._taps.close()
         self._launcher.close()

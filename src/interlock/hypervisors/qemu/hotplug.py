@@ -26,6 +26,7 @@ from interlock.hypervisors.qemu.command_line import (
     interface_device,
     interfaces_of,
     is_port,
+    is_user,
     network_name,
     node_name,
 )
@@ -35,6 +36,7 @@ from interlock.hypervisors.qemu.disks.root_disks import require_volume
 from interlock.hypervisors.qemu.files.file_handles import open_disk
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.ports import Permit, Report
@@ -45,9 +47,10 @@ PluggedT = TypeVar("PluggedT", bound=Disk | Interface)
 class Hotplug:
     """Changes the devices of running guests. See `ports.Hypervisor` for the methods."""
 
-    def __init__(self, registry: ProcessRegistry, networks: UserNetworks) -> None:
+    def __init__(self, registry: ProcessRegistry, networks: UserNetworks, taps: Taps) -> None:
         self._registry = registry
         self._networks = networks
+        self._taps = taps
 
     async def attach_disk(self, permit: Permit, instance_id: str, disk: Disk) -> None:
         guest = self._registry.require(instance_id)
@@ -88,21 +91,26 @@ class Hotplug:
         await guest.require_running()
         if device in await guest.devices():
             await _unplug(guest, permit, device, f"the interface {interface_id}")
-        await _remove_network(guest, permit, network_name(interface_id))
-        await self._networks.end(guest.folder, interface_id)
+        await self._remove_network(guest, permit, interface_id)
         _record_interface(permit, guest.folder, interface_id, None)
 
     async def _plug_interface(self, guest: Guest, permit: Permit, interface: Interface) -> None:
         device = interface_arguments(interface, await _free_port(guest))
         # An interrupted plug, or a guest that released its device after the timeout, left the network.
-        await _remove_network(guest, permit, network_name(interface.id))
-        await self._networks.add(permit, guest, interface)
+        await self._remove_network(guest, permit, interface.id)
+        await (self._networks if is_user(interface) else self._taps).add(permit, guest, interface)
         try:
             await guest.execute(permit, "device_add", device)
         except OperationRejected:
-            await _remove_network(guest, permit, network_name(interface.id))
-            await self._networks.end(guest.folder, interface.id)
+            await self._remove_network(guest, permit, interface.id)
             raise
+
+    async def _remove_network(self, guest: Guest, permit: Permit, interface_id: str) -> None:
+        """Remove a network without a device; QEMU has no query for whether it exists."""
+        with contextlib.suppress(OperationRejected):
+            await guest.execute(permit, "netdev_del", {"id": network_name(interface_id)})
+        await self._networks.end(guest.folder, interface_id)
+        await self._taps.remove(guest.instance_id, interface_id)
 
     async def update_interface(
         self, permit: Permit, instance_id: str, interface: Interface, forwards: tuple[Forward, ...]
@@ -110,9 +118,20 @@ class Hotplug:
         guest = self._registry.require(instance_id)
         await guest.require_running()
         spec = guest.folder.spec()
-        if spec is None or all(one.id != interface.id for one in interfaces_of(instance_id, spec)):
+        interfaces = () if spec is None else interfaces_of(instance_id, spec)
+        before = next((one for one in interfaces if one.id == interface.id), None)
+        if spec is None or before is None:
             raise OperationRejected(f"VM {instance_id} has no interface {interface.id}.")
-        await self._networks.update(permit, guest, interface, forwards)
+        if is_user(before) is not is_user(interface):
+            raise OperationRejected(
+                f"The interface {interface.id} of VM {instance_id} cannot be moved between a user network and one of "
+                "another kind while the VM runs.",
+                remedy="Detach it and attach another, or stop the VM first.",
+            )
+        if is_user(interface):
+            await self._networks.update(permit, guest, interface, forwards)
+        else:
+            await self._taps.update(permit, guest, before.network, interface, forwards)
         if interface.id == PRIMARY:
             _write_spec(permit, guest.folder, spec, msgspec.structs.replace(spec, primary=interface, forwards=forwards))
         else:
@@ -145,12 +164,6 @@ async def _free_device_name(guest: Guest, permit: Permit, disk_id: str) -> str:
     guest.folder.add_node_names({node_name(disk_id): disk_id})
     names = (device_name(f"{number}-again") for number in itertools.count())
     return next(name for name in names if name not in used)
-
-
-async def _remove_network(guest: Guest, permit: Permit, name: str) -> None:
-    """Remove a network without a device; QEMU has no query for whether it exists."""
-    with contextlib.suppress(OperationRejected):
-        await guest.execute(permit, "netdev_del", {"id": name})
 
 
 async def _free_port(guest: Guest) -> str:

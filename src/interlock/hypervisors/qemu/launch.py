@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,7 @@ from interlock.hypervisors.qemu.disks import root_disks
 from interlock.hypervisors.qemu.files.file_handles import BootFiles, open_disk
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord
 from interlock.hypervisors.qemu.guest import Guest
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.network.user_networks import UserNetworks
 from interlock.hypervisors.qemu.process.accelerator import DEVICE
 from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, reap, reported_child, spawn
@@ -51,9 +53,10 @@ _FIRMWARE: Final = ("/usr/share/qemu", "/usr/share/seabios", "/usr/share/OVMF", 
 class Launcher:
     """Starts QEMU processes."""
 
-    def __init__(self, registry: ProcessRegistry, consoles: Consoles, networks: UserNetworks) -> None:
+    def __init__(self, registry: ProcessRegistry, consoles: Consoles, networks: UserNetworks, taps: Taps) -> None:
         self._registry = registry
         self._networks = networks
+        self._taps = taps
         self._consoles = consoles
         self._boot_files = BootFiles()
 
@@ -87,7 +90,9 @@ class Launcher:
             root_disks.require_files(folder, spec)
             await root_disks.make_seed_disk(permit, folder, instance_id, spec)
         try:
-            guest = self._registry.add(instance_id, folder, self._launch(permit, instance_id, folder, spec, machine))
+            async with self._taps.plugged(permit, instance_id, spec) as taps:
+                process_id = self._launch(permit, instance_id, folder, spec, machine, taps)
+                guest = self._registry.add(instance_id, folder, process_id)
         except ProcessLookupError:
             raise _not_started(instance_id, folder) from None
         placing = asyncio.create_task(self._place_in_group(guest, spec))
@@ -124,7 +129,13 @@ class Launcher:
                 _LOG.warning("guest not limited", instance=guest.instance_id, why=str(error), by=groups.kind)
 
     def _launch(
-        self, permit: Permit, instance_id: str, folder: InstanceFolder, spec: Spec, machine: Machine | None
+        self,
+        permit: Permit,
+        instance_id: str,
+        folder: InstanceFolder,
+        spec: Spec,
+        machine: Machine | None,
+        taps: Mapping[str, int],
     ) -> int:
         """Start the process and return its id.
 
@@ -145,7 +156,7 @@ class Launcher:
                 opened.callback(os.close, claim.descriptor)
                 handed_over.append(claim.descriptor)
                 account = msgspec.structs.replace(account, user_id=claim.user_id, group_id=claim.user_id)
-            at = self._open_all(folder, spec, handed_over, opened)
+            at = self._open_all(folder, spec, taps, handed_over, opened)
             errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, errors)
             command = [settings.qemu_binary, *arguments(instance_id, spec, settings, at, machine)]
@@ -191,7 +202,12 @@ class Launcher:
         raise _not_started(guest.instance_id, guest.folder)
 
     def _open_all(
-        self, folder: InstanceFolder, spec: Spec, handed_over: list[int], opened: contextlib.ExitStack
+        self,
+        folder: InstanceFolder,
+        spec: Spec,
+        taps: Mapping[str, int],
+        handed_over: list[int],
+        opened: contextlib.ExitStack,
     ) -> Descriptors:
         """Open what QEMU uses, and append it to the descriptors to hand over; return their numbers in QEMU."""
 
@@ -206,9 +222,10 @@ class Launcher:
         console_log = os.open(folder.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         image = booted_image(spec)
         kernel = image.kind == "kernel"
-        listening = self._networks.listen(folder, spec)
+        networks = {one: os.dup(tap) for one, tap in taps.items()}
+        networks |= {one: socket.detach() for one, socket in self._networks.listen(folder, spec).items()}
         return Descriptors(
-            networks={interface_id: hand_over(socket.detach()) for interface_id, socket in listening.items()},
+            networks={interface_id: hand_over(descriptor) for interface_id, descriptor in networks.items()},
             monitor=monitor,
             agent=agent,
             console=console,

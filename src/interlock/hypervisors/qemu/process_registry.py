@@ -52,13 +52,16 @@ class ProcessRegistry:
         settings: QemuSettings,
         on_adopted: Callable[[Guest], Coroutine[Any, Any, None]],
         on_disconnected: Callable[[Guest, str], None],
+        on_ended: Callable[[Guest], Coroutine[Any, Any, None]],
     ) -> None:
         """`on_adopted` runs in the background for each guest that is adopted in `open`.
 
-        `on_disconnected` is called with the name of a network of QEMU that has lost its other end.
+        `on_disconnected` is called with the name of a network of QEMU that has lost its other end; `on_ended` runs in
+        the background when a process has ended.
         """
         self._on_adopted = on_adopted
         self._on_disconnected = on_disconnected
+        self._on_ended = on_ended
         self.settings = settings
         """Accelerator and CPU model are resolved from `open` on."""
         self.account: Account | None = None
@@ -247,6 +250,7 @@ class ProcessRegistry:
         if self._guests.get(guest.instance_id) is guest:
             del self._guests[guest.instance_id]
         self.run_in_background(guest.monitor.close())
+        self.run_in_background(self._on_ended(guest))
         if self.groups is not None:
             self.run_in_background(asyncio.to_thread(self.groups.remove, self.group_name(guest.instance_id)))
 

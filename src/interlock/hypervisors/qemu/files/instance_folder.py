@@ -91,6 +91,8 @@ class NetworkProcess(msgspec.Struct, frozen=True, kw_only=True):
     process_id: int
     started_ticks: int
     """As of `ProcessRecord`."""
+    user_id: int | None = None
+    """Its user, if that is its own."""
 
 
 class InstanceFolder:

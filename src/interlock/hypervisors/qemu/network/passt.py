@@ -107,6 +107,11 @@ def options(subnet: UserSubnet, forwards: Sequence[Forward]) -> list[str]:
     return words
 
 
+def host_resolvers() -> list[str]:
+    """Return the addresses of the host's DNS servers (IPv4)."""
+    return [address for path in _RESOLVERS for address in _nameservers(path)]
+
+
 def _resolvers(subnet: UserSubnet) -> list[str]:
     """Return the resolvers that a guest uses; the first is also what `--dns-forward` leads to.
 
@@ -161,8 +166,9 @@ async def _run(
     finally:
         os.close(said)
     error = " ".join(line for line in lines if line and "syslog" not in line)
+    user_id = None if claim is None or account is None else account.user_id
     ticks = started_ticks(int(written)) if written.isdigit() else None
-    process = None if ticks is None else NetworkProcess(process_id=int(written), started_ticks=ticks)
+    process = None if ticks is None else NetworkProcess(process_id=int(written), started_ticks=ticks, user_id=user_id)
     return status, error, process
 
 

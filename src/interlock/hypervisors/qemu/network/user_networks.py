@@ -24,8 +24,11 @@ from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Net
 from interlock.hypervisors.qemu.guest import UNFENCED, Guest
 from interlock.hypervisors.qemu.network import passt
 from interlock.hypervisors.qemu.network.passt import UserSubnet
+from interlock.hypervisors.qemu.network.user_rules import UserRules
 from interlock.hypervisors.qemu.process.qemu_process import has_ended, started_ticks
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
+from interlock.networks.connections import network_tag
+from interlock.networks.user_filter import UserFilter
 from interlock.ports import Permit
 
 _LOG = structlog.get_logger(__name__)
@@ -33,6 +36,7 @@ _END_S: Final = 5.0
 _ACCEPT_MS: Final = 5_000
 """How long QEMU may take to accept a process, in milliseconds."""
 _ANNOUNCEMENT: Final = {"initial": 50, "max": 50, "rounds": 1, "step": 10}
+_RETRY_CONNECT_S: Final = 0.01
 _RETRY_S: Final = 1.0
 _RETRY_MAX_S: Final = 60.0
 """Pause before a process is started again that could not be, in seconds; doubled each time up to the second."""
@@ -52,6 +56,24 @@ class UserNetworks:
         self._registry = registry
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rules = UserRules(None, passt.host_resolvers)
+        self._is_open = asyncio.Event()
+
+    async def open(self) -> None:
+        """Make the rules of the processes that run."""
+        registry, rules = self._registry, None
+        if registry.users is not None and self.separate:
+            rules = UserFilter(network_tag(registry.home.host_id), registry.users.first, registry.users.count)
+        self._rules = UserRules(rules, passt.host_resolvers)
+        running: dict[tuple[str, str], tuple[int, bool]] = {}
+        for guest in registry:
+            spec = guest.folder.spec()
+            for interface in () if spec is None else interfaces_of(guest.instance_id, spec):
+                process = guest.folder.network_process(interface.id)
+                if process is not None and process.user_id is not None and _lives(process):
+                    running[guest.instance_id, interface.id] = process.user_id, _outbound(interface)
+        await self._rules.open(running)
+        self._is_open.set()
 
     def listen(self, folder: InstanceFolder, spec: Spec) -> dict[str, socket.socket]:
         """Return listening sockets for a new QEMU, by interface id. Raises OSError."""
@@ -64,48 +86,47 @@ class UserNetworks:
         """Start the processes of a new QEMU. Raises as `connect`."""
         for interface in interfaces_of(guest.instance_id, spec):
             if self.separate and is_user(interface):
-                await self.connect(guest, interface.id, spec.forwards if interface.id == PRIMARY else ())
+                await self.connect(guest, interface, spec.forwards if interface.id == PRIMARY else ())
 
-    async def connect(self, guest: Guest, interface_id: str, forwards: Sequence[Forward] = ()) -> None:
+    async def connect(self, guest: Guest, interface: Interface, forwards: Sequence[Forward] = ()) -> None:
         """Start the process of an interface, unless it runs; QEMU listens.
 
         Raises:
             OperationRejected: a forwarded port is in use, or it did not start.
         """
-        async with self._lock(guest.instance_id, interface_id):
-            if not self._runs(guest.folder, interface_id):
-                await self._start(guest, interface_id, forwards)
+        async with self._lock(guest.instance_id, interface.id):
+            if not self._runs(guest.folder, interface.id):
+                await self._start(guest, interface, forwards)
 
-    async def _replace(self, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
+    async def _replace(self, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
         """Start a process in place of one that has ended, which learns the guest's MAC address from an announcement.
 
         A guest drops what comes to the broadcast address, and so all connections until it has sent something itself.
         """
         with guest.events("NETDEV_STREAM_CONNECTED") as connected:
-            await self._start(guest, interface_id, forwards)
+            await self._start(guest, interface, forwards)
             if await connected.next_within(_ACCEPT_MS) is not None:
                 await guest.execute(UNFENCED, "announce-self", _ANNOUNCEMENT)
 
-    async def forward(self, permit: Permit, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
+    async def forward(self, permit: Permit, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
         """Replace the process by one that forwards these ports. Connections through it end.
 
         Raises:
             OperationRejected: a port is in use, and the former process was started again.
         """
         spec = guest.folder.spec()
-        async with self._lock(guest.instance_id, interface_id):
+        async with self._lock(guest.instance_id, interface.id):
             permit.check()
-            await self._end(guest.folder, interface_id)
+            await self._end(guest.folder, interface.id)
             try:
-                await self._replace(guest, interface_id, forwards)
+                await self._replace(guest, interface, forwards)
             except OperationRejected:
                 if spec is not None:
-                    await self._replace(guest, interface_id, spec.forwards)
+                    await self._replace(guest, interface, spec.forwards)
                 raise
 
     async def add(self, permit: Permit, guest: Guest, interface: Interface) -> None:
         """Add the network of an interface to QEMU. Raises as `connect`, and as `Guest.execute`."""
-        require_user(interface)
         if not self.separate:
             await guest.execute(permit, "netdev_add", network_arguments(interface, None))
             return
@@ -116,11 +137,10 @@ class UserNetworks:
         with listening:
             await guest.execute(permit, "getfd", {"fdname": name}, attach=listening.fileno())
         await guest.execute(permit, "netdev_add", network_arguments(interface, name))
-        await self.connect(guest, interface.id)
+        await self.connect(guest, interface)
 
     async def update(self, permit: Permit, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
         """Bring an interface to what it is to be. Raises as `ports.Hypervisor.update_interface`."""
-        require_user(interface)
         spec = guest.folder.spec()
         if interface.id != PRIMARY or spec is None or tuple(forwards) == spec.forwards:
             return
@@ -129,12 +149,17 @@ class UserNetworks:
                 "This host cannot change the forwards of a VM while it runs: passt is not installed.",
                 remedy="Install it there, or stop the VM first.",
             )
-        await self.forward(permit, guest, interface.id, forwards)
+        await self.forward(permit, guest, interface, forwards)
 
     async def end(self, folder: InstanceFolder, interface_id: str) -> None:
         """End the process of an interface that is gone."""
         self._locks.pop((folder.path.name, interface_id), None)
         await self._end(folder, interface_id)
+        await self._rules.forget(folder.path.name, interface_id)
+
+    async def ended(self, instance_id: str) -> None:
+        """Drop the rules of the processes of a guest that has ended, which end with it."""
+        await self._rules.forget(instance_id)
 
     def lost(self, guest: Guest, name: str) -> None:
         """Note that QEMU's network `name` is disconnected, and start another process unless its interface is gone."""
@@ -147,6 +172,8 @@ class UserNetworks:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._is_open.is_set():
+            await self._rules.close()
 
     async def adopt(self, guest: Guest) -> None:
         """Start the processes that ended while nobody watched."""
@@ -160,6 +187,7 @@ class UserNetworks:
 
     async def _reconnect(self, guest: Guest, name: str) -> None:
         pause_s = _RETRY_S
+        await self._is_open.wait()
         while not guest.process.ended.is_set():
             spec = guest.folder.spec()
             interfaces = () if spec is None else interfaces_of(guest.instance_id, spec)
@@ -169,7 +197,7 @@ class UserNetworks:
             try:
                 async with self._lock(guest.instance_id, found.id):
                     if not self._runs(guest.folder, found.id):
-                        await self._replace(guest, found.id, spec.forwards if found.id == PRIMARY else ())
+                        await self._replace(guest, found, spec.forwards if found.id == PRIMARY else ())
             except (InterlockError, OSError) as error:
                 _LOG.warning(
                     "user network not restored", instance=guest.instance_id, interface=found.id, why=str(error)
@@ -180,23 +208,34 @@ class UserNetworks:
                 await asyncio.wait_for(guest.process.ended.wait(), pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
-    async def _start(self, guest: Guest, interface_id: str, forwards: Sequence[Forward]) -> None:
-        registry, account, claim = self._registry, self._registry.account, None
+    async def _start(self, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
+        registry, account, claim, user_id = self._registry, self._registry.account, None, None
         with contextlib.ExitStack() as opened, guest.folder.os_errors_rejected():
             if account is not None and registry.users is not None:
-                claimed = registry.users.claim(f"{guest.instance_id}/{interface_id}")
+                claimed = registry.users.claim(f"{guest.instance_id}/{interface.id}")
                 opened.callback(os.close, claimed.descriptor)
-                claim = claimed.descriptor
+                claim, user_id = claimed.descriptor, claimed.user_id
                 account = msgspec.structs.replace(account, user_id=claimed.user_id, group_id=claimed.user_id)
-            try:
-                connected = opened.enter_context(guest.folder.connect(network_name(interface_id)))
-            except ConnectionRefusedError:
-                guest.require_process()
-                raise NotResponding(f"QEMU of VM {guest.instance_id} does not listen for its network.") from None
+            key = guest.instance_id, interface.id
+            await self._rules.allow(key, user_id, outbound=_outbound(interface))
+            connected = opened.enter_context(await self._connected(guest, network_name(interface.id)))
             process = await passt.start(
-                connected.fileno(), claim, account, UserSubnet(start=user_subnet(interface_id)), forwards
+                connected.fileno(), claim, account, UserSubnet(start=user_subnet(interface.id)), forwards
             )
-            guest.folder.write_network_process(interface_id, process)
+            guest.folder.write_network_process(interface.id, process)
+
+    async def _connected(self, guest: Guest, name: str) -> socket.socket:
+        """Connect to the socket of a network, where a process that ended may still be waiting to be accepted."""
+        until = asyncio.get_running_loop().time() + _ACCEPT_MS / 1000
+        while True:
+            try:
+                return guest.folder.connect(name)
+            except (ConnectionRefusedError, BlockingIOError):
+                guest.require_process()
+                if asyncio.get_running_loop().time() > until:
+                    raise NotResponding(f"QEMU of VM {guest.instance_id} does not listen for its network.") from None
+            # QEMU does not say when it accepts.
+            await asyncio.sleep(_RETRY_CONNECT_S)
 
     def _runs(self, folder: InstanceFolder, interface_id: str) -> bool:
         process = folder.network_process(interface_id)
@@ -212,10 +251,8 @@ class UserNetworks:
         return self._locks.setdefault((instance_id, interface_id), asyncio.Lock())
 
 
-def require_user(interface: Interface) -> None:
-    """Raise `OperationRejected` unless an interface is on a user network."""
-    if not is_user(interface):
-        raise OperationRejected("This host has user networks only.")
+def _outbound(interface: Interface) -> bool:
+    return interface.network is None or interface.network.outbound
 
 
 def _lives(process: NetworkProcess) -> bool:
