@@ -195,14 +195,15 @@ async def test_another_dns_server_on_the_address_is_named(host: Host) -> None:
 
 
 async def test_two_data_folders_on_a_host_have_networks_of_their_own(host: Host, tmp_path: Path) -> None:
+    open_to_all = lab(8, open_outside=True)
     other = Host.beside(host, tmp_path / "other")
     one = await host.guest("one", interface(5, lab(7)))
-    two = await other.guest("one", interface(5, lab(8)))
+    two = await other.guest("one", interface(5, open_to_all))
 
     with pytest.raises(
         OperationRejected, match=r"10\.8\.0\.0/24 of the network lab8 overlaps the address 10\.8\.0\.1/24"
     ):
-        await host.networks.plug("two", interface(6, lab(8)))
+        await host.networks.plug("two", interface(6, open_to_all))
     assert one.pings("10.7.0.1")
     assert two.pings("10.8.0.1")
     with two.serving(80):

@@ -12,7 +12,16 @@ from ipaddress import IPv6Address, ip_address, ip_network
 
 from interlock.core.networks import IngressRule, Network, NetworkKind
 from interlock.core.specs import Forward
-from interlock.networks.connections import Connection, Names, bridge_mac, gateways, link_local, managed_networks, ranges
+from interlock.networks.connections import (
+    MANAGED_BRIDGES,
+    Connection,
+    Names,
+    bridge_mac,
+    gateways,
+    link_local,
+    managed_networks,
+    ranges,
+)
 from interlock.networks.nftables import (
     ACCEPT,
     DROP,
@@ -293,7 +302,12 @@ def inet_table(names: Names, connections: Sequence[Connection]) -> Table | None:
         found = {address: f"guest_{tap}" for tap, one in routed.items() for address in one.addresses(version)}
         sets[_TO_GUEST[version]] = NamedSet(type=kind, elements=found, is_map=True)
     chains |= {f"guest_{tap}": _guest(one.interface.ingress) for tap, one in routed.items()}
-    forwards = [(one, forward) for one in routed.values() for forward in one.forwards]
+    forwards = [
+        (one, forward)
+        for one in routed.values()
+        for forward in one.forwards
+        if one.addresses(ip_address(forward.host_address).version)
+    ]
     return Table(chains=chains | _hooks(bridges, forwards), sets=sets)
 
 
@@ -370,7 +384,7 @@ def _outbound(bridge: str, network: Network) -> Iterator[Rule]:
     """Yield the rules for what a managed network sends to be routed."""
     same = match(meta("oifname"), bridge)
     yield (same, _RETURN if network.closed_inside else ACCEPT)
-    yield (match(meta("oifname"), "@bridges"), DROP)
+    yield (match(meta("oifname"), MANAGED_BRIDGES), DROP)
     # Ports of the host that lead elsewhere, ours and those of others, are not for guests.
     yield (match({"ct": {"key": "direction"}}, "original"), match({"ct": {"key": "status"}}, "dnat", "in"), DROP)
     if not network.outbound:
