@@ -14,6 +14,7 @@ from interlock.core.networks import (
     check_network,
     domain_of,
     free_subnet,
+    hostname_in,
     lease,
     mac_of,
     overlapping,
@@ -157,6 +158,14 @@ def test_a_generated_mac_address_is_one_that_is_not_taken() -> None:
     first = mac_of("vm")
     assert mac_of("vm") == first != mac_of("other")
     assert mac_of("vm", {first}) not in {first, mac_of("vm", ())}
+
+
+def test_the_name_in_dns_is_a_label_and_on_a_shared_network_has_the_project_in_it() -> None:
+    own = managed("10.7.0.0/24", project="research")
+    assert hostname_in(own, "Web_1.b", "research") == "web-1-b"
+    assert hostname_in(managed("10.7.0.0/24"), "web", "research") == "web-research"
+    assert len(hostname_in(managed("10.7.0.0/24"), "w" * 63, "research")) <= 63
+    assert hostname_in(bridge(), "web", "research") == ""
 
 
 def test_the_default_domain_is_made_of_the_name() -> None:

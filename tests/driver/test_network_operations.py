@@ -125,7 +125,11 @@ async def test_an_interface_moves_to_another_network_and_keeps_its_mac_address(
     ended = await site.carry_out("web", O.MOVE_INTERFACE, interface="primary", network="dmz")
     after = (await site.spec()).primary
     assert after == Interface(
-        id="primary", mac=before.mac, network=site.networks["dmz"], addresses=("10.8.0.2", "fd00:8::10")
+        id="primary",
+        mac=before.mac,
+        network=site.networks["dmz"],
+        addresses=("10.8.0.2", "fd00:8::10"),
+        hostname="web",
     )
     assert ended.message == "The interface primary is in the network dmz with the address 10.8.0.2 and fd00:8::10."
     assert (site.holder("lab", "10.7.0.2"), site.holder("dmz", "10.8.0.2")) == (None, web.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,29 @@ async def test_a_new_instance_has_its_network_and_an_address_of_it_from_its_firs
     assert [(one.mac, one.addresses) for one in spec.interfaces] == [("52:54:00:aa:bb:cc", ("10.7.0.6",))]
     assert site.holder("10.7.0.2") == site.holder("10.7.0.6") == site.holder(spec.primary.mac) == made.id
     assert (await site.make("plain")).spec.primary is None  # type: ignore[union-attr]
+
+
+async def test_cloud_init_is_told_of_each_interface_unless_the_caller_says_how(site: Site) -> None:
+    both = (LAB, LAB)
+    made = await site.make("web", *both)
+    assert made.spec is not None
+    assert made.spec.seed is not None
+    told = json.loads(made.spec.seed.network_config or "")
+    assert (made.spec.seed.hostname, told["version"]) == ("web", 2)
+    assert [one["match"]["macaddress"] for one in told["ethernets"].values()] == [
+        one.mac for one in made.spec.all_interfaces
+    ]
+    assert [(one["dhcp4"], one.get("optional", False)) for one in told["ethernets"].values()] == [
+        (True, False),
+        (True, True),
+    ]
+    one = await site.make("one", LAB)
+    assert one.spec is not None
+    assert one.spec.seed is None, "cloud-init asks for the address of the first interface by itself"
+    own = await site.make("own", LAB, network_config="version: 1")
+    assert own.spec is not None
+    assert own.spec.seed is not None
+    assert own.spec.seed.network_config == "version: 1"
 
 
 async def test_of_many_who_ask_at_once_each_gets_an_address_of_its_own_until_none_is_left(site: Site) -> None:

@@ -214,8 +214,24 @@ def free_subnet(networks: Iterable[Network]) -> Subnet:
 
 def domain_of(name: str) -> str:
     """Return the default DNS domain of a managed network."""
-    labels = (re.sub("[^a-z0-9-]", "-", label).strip("-") for label in name.lower().split("."))
+    labels = map(_label, name.split("."))
     return ".".join((*(label for label in labels if label), "internal"))
+
+
+def hostname_in(network: Network, name: str, project: str) -> str:
+    """Return the name of a VM in the DNS of a network: of a shared one with its project, since names are unique there.
+
+    Empty for a network without DNS of its own.
+    """
+    if network.kind is not NetworkKind.MANAGED:
+        return ""
+    words = _label(name) if network.project is not None else f"{_label(name)}-{_label(project)}"
+    return words[:63].strip("-")
+
+
+def _label(text: str) -> str:
+    """Return a text as a label of a DNS name, as far as it can be one."""
+    return re.sub("[^a-z0-9-]", "-", text.lower()).strip("-")
 
 
 def lease(network: Network, taken: Container[str], wanted: Iterable[str] = ()) -> tuple[str, ...]:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 import struct
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
 
 from interlock.core.errors import Invalid
-from interlock.core.specs import Seed
+from interlock.core.specs import Interface, Seed
 from interlock.service import user_data
 from interlock.service.request_models import USER_DATA_LENGTH_MAX, NewInstance
 
@@ -56,6 +60,30 @@ def seed_of(new: NewInstance) -> Seed | None:
         user_data_bytes=data if data and not new.user_data else None,
         network_config=new.network_config,
     )
+
+
+def with_network_config(seed: Seed | None, name: str, interfaces: Sequence[Interface]) -> Seed | None:
+    """Return the seed with a network configuration for the interfaces, unless the caller gave one.
+
+    Without it cloud-init configures the first interface only. An instance with further ones gets a seed for it.
+    """
+    if not interfaces or (seed is None and len(interfaces) == 1) or (seed is not None and seed.network_config):
+        return seed
+    ethernets = {f"interface{number}": _ethernet(one, first=not number) for number, one in enumerate(interfaces)}
+    # JSON is valid YAML with everything quoted.
+    config = json.dumps({"version": 2, "ethernets": ethernets}, indent=1) + "\n"
+    return msgspec.structs.replace(seed or Seed(hostname=hostname_of(name)), network_config=config)
+
+
+def _ethernet(interface: Interface, *, first: bool) -> dict[str, Any]:
+    """Return an interface as in version 2 of cloud-init's network configuration: all kinds have DHCP."""
+    network = interface.network
+    six = network is not None and any(":" in subnet.prefix for subnet in network.subnets)
+    found: dict[str, Any] = {"match": {"macaddress": interface.mac}, "dhcp4": True}
+    found |= {"dhcp6": True} if six else {}
+    found |= {"mtu": network.mtu} if network is not None and network.mtu is not None else {}
+    # Without a carrier on it, the guest boots all the same; and its default route is that of the first.
+    return found if first else {**found, "optional": True, "dhcp4-overrides": {"route-metric": 200}}
 
 
 def user_data_of(new: NewInstance) -> bytes | None:

@@ -150,7 +150,7 @@ class Instances:
                 restart=new.restart,
                 evacuate=new.evacuate,
                 apart_from=tuple(dict.fromkeys(new.apart_from)),
-                spec=self._networks.leased(spec, instance_id),
+                spec=self._networks.leased(spec, instance_id, new.name, caller.project),
             )
             instance = self._scheduler.put(instance, hosts, shared)
             instance = instance if new.start else self._evaluator.not_started(instance, submission, now_ms)

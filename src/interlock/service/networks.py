@@ -18,6 +18,7 @@ from interlock.core.roles import Role
 from interlock.core.specs import PRIMARY
 from interlock.ports import Store, Tally
 from interlock.service.auth import Caller
+from interlock.service.cloud_init import with_network_config
 from interlock.service.quotas import Quotas
 from interlock.service.request_models import NewInterface, NewNetwork
 
@@ -171,8 +172,10 @@ class Networks:
             for number, one in enumerate(new)
         )
 
-    def leased(self, spec: Spec, instance_id: str) -> Spec:
-        """Return the spec of a new instance with its addresses. Call it in the decision that commits it.
+    def leased(self, spec: Spec, instance_id: str, name: str, project: str) -> Spec:
+        """Return the spec of a new instance with its addresses, and cloud-init's network configuration for them.
+
+        Call it in the decision that commits it.
 
         Raises:
             NotFound: a network was deleted.
@@ -186,9 +189,16 @@ class Networks:
             if one.network is not None:
                 seed = instance_id if one.id == PRIMARY else one.id
                 one = self._lease(one, one.network.id, seed, instance_id, chosen)  # noqa: PLW2901
+                named = networks.hostname_in(one.network, name, project)
+                one = msgspec.structs.replace(one, hostname=named)  # noqa: PLW2901
             leased.append(one)
         first = leased[0] if spec.primary is not None else None
-        return msgspec.structs.replace(spec, primary=first, interfaces=tuple(leased[first is not None :]))
+        return msgspec.structs.replace(
+            spec,
+            primary=first,
+            interfaces=tuple(leased[first is not None :]),
+            seed=with_network_config(spec.seed, name, leased),
+        )
 
     def bound(self, instance: Instance, submission: Submission) -> Submission:
         """Return a submission with the addresses that it leases, if it connects an interface to a network.

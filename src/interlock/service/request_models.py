@@ -123,7 +123,7 @@ class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     user_data_base64: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX // 3 * 4 + 4)] | None = None
     """The same for user-data that is no text, such as a gzip file: its bytes in base64. Instead of `user_data`."""
     network_config: Annotated[str, Meta(max_length=USER_DATA_LENGTH_MAX)] | None = None
-    """For cloud-init; by default the first interface asks for its address (DHCP)."""
+    """For cloud-init; by default made from `networks`, or without those DHCP on the first interface."""
     host: HostName | None = None
     """Where it runs: a host's name, or `any` for the one with the fewest instances of those that have room. Default:
     the server's own."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from interlock.core.errors import GuestNotFound, NotFound, OperationRejected
-from interlock.core.networks import Network, mac_of
+from interlock.core.networks import Network, hostname_in, mac_of
 from interlock.core.records import Forward, Interface, Request
 from interlock.core.specs import PRIMARY
 from interlock.driver.operation_context import Done, OperationContext
@@ -19,6 +19,9 @@ from interlock.ports import Store
 async def attach(work: OperationContext) -> Done:
     """Hot-plug an interface if a guest runs, and add it to the spec."""
     interface = await interface_of(work.store, work.request)
+    if interface.network is not None:
+        named = hostname_in(interface.network, work.instance.name, work.instance.project)
+        interface = msgspec.structs.replace(interface, hostname=named)
     others = tuple(one for one in work.spec.interfaces if one.id != interface.id)
     if any(one.mac == interface.mac for one in others):
         raise OperationRejected(f"{work.instance.name} already has an interface with the MAC address {interface.mac}.")
@@ -51,7 +54,8 @@ async def move(work: OperationContext) -> Done:
     """Connect an interface to another network, with the addresses that the request leased."""
     addresses = _addresses(work.request)
     network = await _network(work.store, work.request)
-    moved = msgspec.structs.replace(_present(work), network=network, addresses=addresses)
+    named = hostname_in(network, work.instance.name, work.instance.project)
+    moved = msgspec.structs.replace(_present(work), network=network, addresses=addresses, hostname=named)
     await _update(work, moved)
     where = f" with the address {' and '.join(addresses)}" if addresses else ""
     return Done(message=f"The interface {moved.id} is in the network {network.name}{where}.")
