@@ -14,6 +14,7 @@ from interlock.__main__ import root
 from interlock.cli.commands.policy.group import schema_page
 from language_page import language_page
 from library_reference import page
+from network_drawing import network_drawing
 from policy_pages import files
 from reference_pages import cli_page, configuration_page, http_page
 
@@ -31,9 +32,14 @@ def reference() -> Iterator[tuple[str, str]]:
     yield "policy.schema.json", schema_page()
 
 
+def guides() -> Iterator[tuple[str, str]]:
+    """Yield the files of docs/guides that are drawn, by name."""
+    yield "networks.svg", network_drawing()
+
+
 def main() -> None:
     """Write the pages."""
-    drawn = {"reference": reference, **({"policies": files} if "policies" in sys.argv[1:] else {})}
+    drawn = {"reference": reference, "guides": guides, **({"policies": files} if "policies" in sys.argv[1:] else {})}
     for folder, generate in drawn.items():
         for name, text in generate():
             (DOCS / folder / name).write_text(text, encoding="utf-8")

@@ -27,9 +27,15 @@ async def test_a_network_is_made_shown_used_and_deleted(admin: httpx.AsyncClient
         "instances": 0,
         "created_by": "admin",
     }
-    wanted = {"name": "web", "image": IMAGE.name, "start": False, "networks": [{"network": "lab"}, {"network": "lab"}]}
+    wanted = {
+        "name": "web",
+        "image": IMAGE.name,
+        "start": False,
+        "networks": [{"network": "lab", "allow": "tcp 22"}, {"network": "lab"}],
+    }
     vm = (await admin.post("/v1/instances", json=wanted)).json()["instance"]
     assert (vm["primary"]["network"], vm["primary"]["addresses"]) == ("lab", ["10.7.0.2"])
+    assert vm["primary"]["allow"] == ["tcp 22"]
     assert [one["addresses"] for one in vm["interfaces"]] == [["10.7.0.3"]]
     assert (await admin.get("/v1/networks/lab")).json()["instances"] == 1
     refused = await admin.delete("/v1/networks/lab")

@@ -15,9 +15,11 @@ from interlock.core.networks import (
     domain_of,
     free_subnet,
     hostname_in,
+    ingress_of,
     lease,
     mac_of,
     overlapping,
+    rule_text,
     subnet_of,
 )
 
@@ -166,6 +168,33 @@ def test_the_name_in_dns_is_a_label_and_on_a_shared_network_has_the_project_in_i
     assert hostname_in(managed("10.7.0.0/24"), "web", "research") == "web-research"
     assert len(hostname_in(managed("10.7.0.0/24"), "w" * 63, "research")) <= 63
     assert hostname_in(bridge(), "web", "research") == ""
+
+
+def test_rules_are_read_as_they_are_shown() -> None:
+    rules = ingress_of("tcp 22 from 10.0.0.0/8,  udp   5000-5010, icmp, any from fd00::/8")
+    assert [rule_text(one) for one in rules] == [
+        *("tcp 22 from 10.0.0.0/8", "udp 5000-5010", "icmp", "any from fd00::/8"),
+    ]
+    assert ingress_of(" , ") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tcp http",
+        "tcp 0",
+        "tcp 70000",
+        "tcp 20-10",
+        "icmp 7",
+        "sctp 1",
+        "tcp 22 from lan",
+        "tcp 22 from 10.0.0.1/8",
+        "22",
+    ],
+)
+def test_a_rule_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(Invalid, match=r"^allow: "):
+        ingress_of(f"icmp, {text}")
 
 
 def test_the_default_domain_is_made_of_the_name() -> None:

@@ -169,6 +169,18 @@ async def test_limits_are_set_and_removed(site: Site, host: SimulatedHost) -> No
     assert first == (await site.spec()).primary
 
 
+async def test_who_may_connect_is_said_for_each_interface(site: Site, host: SimulatedHost) -> None:
+    web = await site.seen()
+    for allow, rules in (("tcp 22 from 10.0.0.0/8, icmp", 2), ("udp 53", 1), ("", 0)):
+        await site.carry_out("web", O.SET_INTERFACE, interface="primary", allow=allow)
+        first = host.guests[web.id].spec.primary
+        assert first is not None
+        assert first == (await site.spec()).primary
+        assert len(first.ingress) == rules
+    with pytest.raises(Invalid, match="allow: 'tcp http'"):
+        await site.submit("web", O.SET_INTERFACE, interface="primary", allow="tcp http")
+
+
 @pytest.mark.parametrize("running", [True, False])
 async def test_forwards_are_added_and_removed_while_the_guest_runs_or_not(
     site: Site, host: SimulatedHost, running: bool

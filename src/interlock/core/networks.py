@@ -297,6 +297,49 @@ def _with_free_ones(subnet: Range, gateway: str, taken: Container[str]) -> str:
     return f"Choose another, or omit it: {some} are free." if some else "No address is free."
 
 
+_RULE: Final = re.compile(r"(tcp|udp|icmp|any)(?: (\d{1,5})(?:-(\d{1,5}))?)?(?: from (\S{1,64}))?")
+_PORT_MAX: Final = 65_535
+
+
+def ingress_of(text: str) -> tuple[IngressRule, ...]:
+    """Return the rules in a text such as `tcp 22 from 10.0.0.0/8, icmp`; none for an empty one.
+
+    Raises:
+        Invalid: says which rule, and what was expected.
+    """
+    return tuple(_rule(" ".join(one.split())) for one in text.split(",") if one.strip())
+
+
+def _rule(text: str) -> IngressRule:
+    found = _RULE.fullmatch(text)
+    if found is None:
+        raise Invalid(
+            f"allow: {text[:80]!r} is not a rule.",
+            remedy="Write tcp, udp, icmp or any; then a port or a range of ports; then from and a prefix: "
+            "`tcp 22 from 10.0.0.0/8`, `udp 5000-5010`, `icmp`.",
+        )
+    protocol, first, last, source = found.groups()
+    ports = None if first is None else (int(first), int(last or first))
+    if first is not None and protocol not in {"tcp", "udp"}:
+        raise Invalid(f"allow: {text!r}: only tcp and udp have ports.")
+    if ports is not None and not 1 <= ports[0] <= ports[1] <= _PORT_MAX:
+        raise Invalid(f"allow: {text!r}: ports are 1 to {_PORT_MAX}, the smaller one first.")
+    try:
+        prefix = "" if source is None else str(ip_network(source))
+    except ValueError:
+        raise Invalid(f"allow: {source!r} is not a range of addresses such as 10.0.0.0/8.") from None
+    first_port, last_port = ports or (None, None)
+    return IngressRule(protocol=protocol, first_port=first_port, last_port=last_port, source=prefix)
+
+
+def rule_text(rule: IngressRule) -> str:
+    """Return a rule as `ingress_of` reads it."""
+    ports = "" if rule.first_port is None else f" {rule.first_port}"
+    if rule.last_port != rule.first_port:
+        ports += f"-{rule.last_port}"
+    return f"{rule.protocol}{ports}" + (f" from {rule.source}" if rule.source else "")
+
+
 def mac_of(text: str, taken: Container[str] = ()) -> str:
     """Return a MAC address in QEMU's range (52:54:00), derived from an id, that is not taken."""
     for number in count():

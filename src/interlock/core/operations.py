@@ -187,7 +187,7 @@ _COMPONENT_CHANGES = (
         phases="moving_interface", parameters=given.MoveInterfaceParameters,
     ),
     _component(
-        _O.SET_INTERFACE, "Change the bandwidth limits of a network interface.", _O.START,
+        _O.SET_INTERFACE, "Change the bandwidth limits of an interface, and who may connect to it.", _O.START,
         phases="setting_interface", parameters=given.SetInterfaceParameters,
     ),
     _component(

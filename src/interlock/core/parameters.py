@@ -18,6 +18,7 @@ from msgspec import Meta
 from interlock.core.command_forms import Argument, Option
 from interlock.core.durations import parse_duration
 from interlock.core.errors import Invalid
+from interlock.core.networks import ingress_of
 
 NAME_PATTERN: Final = "^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 END: Final = r"$(?!\n)"
@@ -141,8 +142,8 @@ class SwapVolumeParameters(Parameters, frozen=True, kw_only=True, omit_defaults=
     ] = True
 
 
-_ADDRESS: Final = Meta(
-    max_length=128,
+_ADDRESS: Final = Meta(max_length=128)
+_ADDRESS_MEANING: Final = Meta(
     description="An address of a managed network, or two with a comma between (IPv4 and IPv6). Default: free ones.",
 )
 _INTERFACE: Final = Meta(min_length=1, max_length=63, description="Its id; `primary` is the first interface.")
@@ -157,7 +158,7 @@ class AttachInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defa
         Option("--network"),
         Refers.NETWORK,
     ] = None
-    address: Annotated[Annotated[str, _ADDRESS] | None, Option("--address")] = None
+    address: Annotated[Annotated[str, _ADDRESS] | None, _ADDRESS_MEANING, Option("--address")] = None
     mac: Annotated[
         Annotated[str, Meta(pattern=MAC_PATTERN)] | None,
         Meta(description="MAC address, such as 52:54:00:12:34:56. Default: generated."),
@@ -174,7 +175,7 @@ class DetachInterfaceParameters(Parameters, frozen=True, kw_only=True):
 class MoveInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
     interface: Annotated[str, _INTERFACE, Argument()]
     network: Annotated[Reference, Meta(description="The new network, a name or an id."), Argument(), Refers.NETWORK]
-    address: Annotated[Annotated[str, _ADDRESS] | None, Option("--address")] = None
+    address: Annotated[Annotated[str, _ADDRESS] | None, _ADDRESS_MEANING, Option("--address")] = None
 
 
 class SetInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):
@@ -189,6 +190,17 @@ class SetInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_default
         Meta(description="The most that the guest sends, in kbit/s; 0: no limit."),
         Option("--outbound"),
     ] = None
+    allow: Annotated[
+        Annotated[str, Meta(max_length=2000)] | None,
+        Meta(
+            description="Which connections from outside of the network are allowed, instead of the present rules: such "
+            "as `tcp 22 from 10.0.0.0/8, icmp`. Empty: none."
+        ),
+        Option("--allow"),
+    ] = None
+
+    def check(self) -> None:
+        ingress_of(self.allow or "")
 
 
 class AddForwardParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):

@@ -159,7 +159,10 @@ class Networks:
     # ------------------------------------------------------------------------------------------- leases of instances
 
     def wanted(self, caller: Caller, new: Sequence[NewInterface]) -> tuple[Interface, ...]:
-        """Return the interfaces of a new instance, with those addresses that the caller chose. Raises `NotFound`."""
+        """Return the interfaces of a new instance, with those addresses that the caller chose.
+
+        Raises `NotFound`, `Invalid`.
+        """
         return tuple(
             Interface(
                 id=self._new_id() if number else PRIMARY,
@@ -168,6 +171,7 @@ class Networks:
                 addresses=one.addresses,
                 inbound_kbit=one.inbound_kbit,
                 outbound_kbit=one.outbound_kbit,
+                ingress=networks.ingress_of(one.allow),
             )
             for number, one in enumerate(new)
         )
@@ -188,9 +192,10 @@ class Networks:
         for one in spec.all_interfaces:
             if one.network is not None:
                 seed = instance_id if one.id == PRIMARY else one.id
-                one = self._lease(one, one.network.id, seed, instance_id, chosen)  # noqa: PLW2901
                 named = networks.hostname_in(one.network, name, project)
-                one = msgspec.structs.replace(one, hostname=named)  # noqa: PLW2901
+                one = self._lease(  # noqa: PLW2901
+                    msgspec.structs.replace(one, hostname=named), one.network.id, seed, instance_id, chosen
+                )
             leased.append(one)
         first = leased[0] if spec.primary is not None else None
         return msgspec.structs.replace(

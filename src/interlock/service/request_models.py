@@ -89,6 +89,8 @@ class NewInterface(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The limit of what the guest receives; null: none."""
     outbound_kbit: Rate | None = None
     """The limit of what the guest sends; null: none."""
+    allow: Annotated[str, Meta(max_length=2000)] = ""
+    """Which connections from outside of the network are allowed, such as `tcp 22 from 10.0.0.0/8, icmp`."""
 
 
 class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

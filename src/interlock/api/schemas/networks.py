@@ -56,6 +56,8 @@ class Interface(Wire, frozen=True, kw_only=True):
     """The limit of what the guest receives; null: none."""
     outbound_kbit: int | None = None
     """The limit of what the guest sends; null: none."""
+    allow: tuple[str, ...] = ()
+    """Which connections from outside of the network are allowed."""
 
 
 class NetworkList(Wire, frozen=True, kw_only=True):

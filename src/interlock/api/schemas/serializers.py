@@ -13,6 +13,7 @@ import msgspec
 from interlock.api.schemas import inventory, networks, responses
 from interlock.api.schemas.wire import Wire
 from interlock.core import records, scheduled_actions
+from interlock.core.networks import rule_text
 from interlock.core.operations import Operation
 from interlock.core.states import PowerState, VmState
 from interlock.ports import HostState, Page, Token, Volume
@@ -141,7 +142,12 @@ def instance(
 
 
 def interface(one: records.Interface) -> networks.Interface:
-    return wire(networks.Interface, one, network=None if one.network is None else one.network.name)
+    return wire(
+        networks.Interface,
+        one,
+        network=None if one.network is None else one.network.name,
+        allow=tuple(map(rule_text, one.ingress)),
+    )
 
 
 def power_state(one: records.Instance, host_state: HostState) -> PowerState:

@@ -218,7 +218,9 @@ def interface_text(one: Interface) -> str:
     """Return the network, the leased addresses and the MAC address of an interface."""
     parts = (one.network or "", ", ".join(one.addresses), one.mac)
     limits = (("in", one.inbound_kbit), ("out", one.outbound_kbit))
-    return ", ".join((*filter(None, parts), *(f"{way} {kbit} kbit/s" for way, kbit in limits if kbit is not None)))
+    allowed = f"allows {' and '.join(one.allow)}" if one.allow else ""
+    rates = (f"{way} {kbit} kbit/s" for way, kbit in limits if kbit is not None)
+    return ", ".join(filter(None, (*parts, *rates, allowed)))
 
 
 def evacuation_text(one: Instance, now: float | None) -> str | None:

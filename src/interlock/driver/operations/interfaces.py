@@ -5,10 +5,12 @@ The id of an interface is that of the request that attached it, and its default 
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from interlock.core.errors import GuestNotFound, NotFound, OperationRejected
-from interlock.core.networks import Network, hostname_in, mac_of
+from interlock.core.networks import Network, hostname_in, ingress_of, mac_of
 from interlock.core.records import Forward, Interface, Request
 from interlock.core.specs import PRIMARY
 from interlock.driver.operation_context import Done, OperationContext
@@ -62,10 +64,12 @@ async def move(work: OperationContext) -> Done:
 
 
 async def set_limits(work: OperationContext) -> Done:
-    """Change the limits of an interface; 0 removes one."""
+    """Change the limits of an interface, of which 0 removes one, and the rules on who may connect to it."""
     given = work.request.parameters
-    limits = {name: given[name] or None for name in ("inbound_kbit", "outbound_kbit") if name in given}
-    await _update(work, msgspec.structs.replace(_present(work), **limits))
+    changes: dict[str, Any] = {name: given[name] or None for name in ("inbound_kbit", "outbound_kbit") if name in given}
+    if "allow" in given:
+        changes["ingress"] = ingress_of(given["allow"])
+    await _update(work, msgspec.structs.replace(_present(work), **changes))
     return Done()
 
 
