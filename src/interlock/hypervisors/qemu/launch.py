@@ -111,6 +111,10 @@ class Launcher:
             await asyncio.wait({placing, connecting})  # before anything of the guest is run or read
         return guest
 
+    async def connect(self, guest: Guest, spec: Spec) -> None:
+        """Complete the connections of a guest whose start was cut short. Raises as `start`."""
+        await self._networks.connect_all(guest, spec)
+
     async def _place_in_group(self, guest: Guest, spec: Spec) -> None:
         groups, settings = self._registry.groups, self._registry.settings
         if groups is None:

@@ -97,6 +97,8 @@ class Lifecycle:
             with files.folder.os_errors_rejected():
                 await files.remove(permit)
             guest = await self._launcher.start(permit, instance_id, spec)
+        elif guest.phase is Phase.STARTING:
+            await self._launcher.connect(guest, spec)
         await self._run(permit, guest)
 
     async def _run(self, permit: Permit, guest: Guest) -> None:

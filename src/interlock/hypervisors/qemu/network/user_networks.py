@@ -94,6 +94,10 @@ class UserNetworks:
         Raises:
             OperationRejected: a forwarded port is in use, or it did not start.
         """
+        # A process that was begun is recorded, also if who wants it is cancelled.
+        await asyncio.shield(self._registry.run_in_background(self._connect(guest, interface, forwards)))
+
+    async def _connect(self, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
         async with self._lock(guest.instance_id, interface.id):
             if not self._runs(guest.folder, interface.id):
                 await self._start(guest, interface, forwards)
