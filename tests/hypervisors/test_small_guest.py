@@ -80,6 +80,22 @@ def test_packages_that_a_kernel_is_split_into_are_all_taken(tmp_path: Path, monk
     }
 
 
+def test_packages_that_are_asked_for_together_are_looked_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f"""echo "$@" >>{tmp_path}/calls; shift 2
+        for name; do [ $name = absent ] || printf 'Package: %s\\nVersion: 1\\n\\n' $name; done"""
+    stand_in(tmp_path, "apt-cache", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    source = packages.PackageSource(tmp_path)
+    source.ask(("absent", "kernel", "busybox"))
+    for name in ("kernel", "busybox"):
+        found = source.find(name)
+        assert found is not None
+        assert (found.name, found.version) == (name, "1")
+    assert (tmp_path / "calls").read_text().splitlines() == ["show --no-all-versions absent kernel busybox"]
+
+
 def cache_folder() -> Path:
     """Kept between runs, so that the packages are downloaded once."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -52,6 +52,21 @@ class PackageSource:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._kept: dict[str, Package] | None = None
+        self._shown: dict[str, Package] = {}
+
+    def ask(self, names: tuple[str, ...]) -> None:
+        """Look up several packages that `find` may be called for, at once.
+
+        apt reads all of its lists in each call, which takes most of a second where it keeps no cache of them.
+
+        Raises:
+            Unavailable: this system has no apt.
+        """
+        shown = _run(["apt-cache", "show", "--no-all-versions", *names], _ASK_S)
+        for control in shown.output.decode("utf-8", "replace").split("\n\n"):
+            if control.strip():
+                package = _described(control)
+                self._shown.setdefault(package.name, package)
 
     def find(self, name: str) -> Package | None:
         """Return the installation candidate of that name, or None.
@@ -59,6 +74,8 @@ class PackageSource:
         Raises:
             Unavailable: this system has no apt.
         """
+        if name in self._shown:
+            return self._shown[name]
         shown = _run(["apt-cache", "show", "--no-all-versions", name], _ASK_S)
         if shown.status == 0 and shown.output.strip():
             return _described(shown.output.decode("utf-8", "replace"))

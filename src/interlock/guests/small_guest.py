@@ -119,6 +119,7 @@ def build(cache: Path) -> GuestFiles:
             f"The small guest is built for amd64 machines, and this one is {machine}.",
             remedy="Add an image with a kernel and initrd: `interlock image add`.",
         )
+    source.ask((*KERNEL_PACKAGES, *BUSYBOX_PACKAGES))
     kernel_parts = packages.closure(source, packages.find_first(source, KERNEL_PACKAGES), _KERNEL_PARTS)
     busybox = packages.find_first(source, BUSYBOX_PACKAGES)
     built = cache / f"small-guest-{_recipe((*kernel_parts, busybox))}"
