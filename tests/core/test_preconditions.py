@@ -60,6 +60,7 @@ LAN = Network(id="n2", name="lan", kind=NetworkKind.BRIDGE, bridge="br0")
 IN_LAB, ON_LAN = (
     made(spec={"primary": Interface(id="primary", mac="52:54:00:00:00:09", network=network)}) for network in (LAB, LAN)
 )
+FORWARDED_STOPPED = made(V.STOPPED, spec={"forwards": (Forward(host_port=80, guest_port=80),)})
 FORWARDED = made(spec={"forwards": (Forward(host_port=80, guest_port=80),)})
 NEEDY = msgspec.structs.replace(image(), min_memory_mib=96)
 LACKING: tuple[tuple[Operation, dict[str, Any], Instance, Facts, str], ...] = (
@@ -121,7 +122,8 @@ LACKING: tuple[tuple[Operation, dict[str, Any], Instance, Facts, str], ...] = (
     ),
     (O.MOVE_INTERFACE, {"interface": "other"}, made(), NO_FACTS, "no_such_interface"),
     (O.MOVE_INTERFACE, {"interface": "primary"}, IN_LAB, Facts(network=LAB), "same_network"),
-    (O.MOVE_INTERFACE, {"interface": "primary"}, FORWARDED, Facts(network=LAN), "has_forwards"),
+    (O.MOVE_INTERFACE, {"interface": "primary"}, made(), Facts(network=LAB), "guest_runs"),
+    (O.MOVE_INTERFACE, {"interface": "primary"}, FORWARDED_STOPPED, Facts(network=LAN), "has_forwards"),
     (O.MOVE_INTERFACE, {"interface": "nic"}, made(), Facts(host_lacks_network="It has none."), "host_lacks_network"),
     (O.SET_INTERFACE, {"interface": "nic"}, made(), NO_FACTS, "user_network"),
     (O.ADD_FORWARD, {"host_port": 81}, ON_LAN, NO_FACTS, "on_bridge"),
@@ -170,7 +172,7 @@ HAVING: tuple[tuple[Operation, dict[str, Any], Instance, Facts], ...] = (
     (O.ATTACH_INTERFACE, {"mac": "52:54:00:00:00:02"}, made(), NO_FACTS),
     (O.DETACH_INTERFACE, {"interface": "nic"}, made(), NO_FACTS),
     (O.MOVE_INTERFACE, {"interface": "primary"}, IN_LAB, Facts(network=LAN)),
-    (O.MOVE_INTERFACE, {"interface": "nic"}, FORWARDED, Facts(network=LAN)),
+    (O.MOVE_INTERFACE, {"interface": "nic"}, FORWARDED_STOPPED, Facts(network=LAN)),
     (O.SET_INTERFACE, {"interface": "primary"}, IN_LAB, NO_FACTS),
     (O.ADD_FORWARD, {"host_port": 81}, FORWARDED, NO_FACTS),
     (O.REMOVE_FORWARD, {"host_port": 80}, FORWARDED, NO_FACTS),

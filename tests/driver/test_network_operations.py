@@ -141,7 +141,11 @@ async def test_an_interface_moves_to_another_network_and_keeps_its_mac_address(
 async def test_the_first_interface_of_a_vm_without_networks_moves_to_one(site: Site, host: SimulatedHost) -> None:
     await site.add("plain")
     assert (await site.spec("plain")).primary is None
-    await site.carry_out("plain", O.MOVE_INTERFACE, interface="primary", network="lan")
+    moving = {"interface": "primary", "network": "lan"}
+    assert refused(await site.submit("plain", O.MOVE_INTERFACE, **moving)) == "guest_runs"
+    await site.carry_out("plain", O.STOP)
+    await site.carry_out("plain", O.MOVE_INTERFACE, **moving)
+    await site.carry_out("plain", O.START)
     moved, plain = (await site.spec("plain")).primary, await site.seen("plain")
     assert moved is not None
     assert (moved.network, moved.addresses) == (site.networks["lan"], ())

@@ -69,8 +69,10 @@ STORIES: Final[dict[Operation, Story]] = {
     O.SWAP_VOLUME: Story(before=(_DATA,), parameters={"old": "data", "new": "more"}),
     O.ATTACH_INTERFACE: after(),
     O.DETACH_INTERFACE: after(O.ATTACH_INTERFACE, interface=NEWEST),
-    O.MOVE_INTERFACE: after(interface="primary", network="lab"),
-    O.SET_INTERFACE: Story(before=(_IN_LAB,), parameters={"interface": "primary", "inbound_kbit": 100}),
+    O.MOVE_INTERFACE: after(O.STOP, interface="primary", network="lab"),
+    O.SET_INTERFACE: Story(
+        before=((O.STOP, {}), _IN_LAB, (O.START, {})), parameters={"interface": "primary", "inbound_kbit": 100}
+    ),
     O.ADD_FORWARD: after(host_port=8080, guest_port=80),
     O.REMOVE_FORWARD: Story(before=((O.ADD_FORWARD, _FORWARD),), parameters={"host_port": 8080}),
     O.REBUILD: after(image=MEDIC.name),

@@ -8,7 +8,7 @@ from interlock.core.networks import NetworkKind
 from interlock.core.operations import Operation
 from interlock.core.situations import Precondition, Situation
 from interlock.core.specs import INTERFACES_MAX, PRIMARY
-from interlock.core.states import VmState
+from interlock.core.states import PowerState, VmState
 
 _O = Operation
 
@@ -41,6 +41,14 @@ def _in_that_network(of: Situation) -> bool:
     network, wanted = of.facts.network, of.parameters.get("interface")
     present = {one.id: one.network for one in of.spec.all_interfaces}.get(wanted or "")
     return network is not None and present is not None and present.id == network.id and not of.moving
+
+
+def _other_device(of: Situation) -> bool:
+    network, wanted = of.facts.network, of.parameters.get("interface")
+    present = {one.id: one.network for one in of.spec.all_interfaces}.get(wanted or "")
+    on_user = present is None or present.kind is NetworkKind.USER
+    runs = of.settled and of.instance.power_state is not PowerState.NONE
+    return runs and network is not None and on_user is not (network.kind is NetworkKind.USER) and not of.moving
 
 
 def _forwards_to_bridge(of: Situation) -> bool:
@@ -114,6 +122,13 @@ PRECONDITIONS: Final[dict[Operation, tuple[Precondition, ...]]] = {
             broken=_in_that_network,
             because="The interface {interface} of {name} is in the network {network} already.",
             remedy="Choose another network.",
+        ),
+        Precondition(
+            reason="guest_runs",
+            broken=_other_device,
+            because="The interface {interface} of {name} cannot be moved between a user network and one of another "
+            "kind while the guest runs.",
+            remedy="Stop the VM first, or attach another interface.",
         ),
         Precondition(
             reason="has_forwards",
