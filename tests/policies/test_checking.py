@@ -122,6 +122,23 @@ def test_a_rule_that_names_what_is_fixed_is_warned_about_in_part(tmp_path: Path)
     assert ("partly-against-fixed", "all-reset", Severity.WARNING) in codes(check_file(path))
 
 
+@pytest.mark.parametrize(("verdict", "warned"), [("admit", True), ("deny", False)])
+def test_a_rule_that_decides_as_the_fixed_one_does_is_not_warned_about(
+    tmp_path: Path, verdict: str, *, warned: bool
+) -> None:
+    (tmp_path / "base.toml").write_text(
+        '[policy]\nextends = "standard"\n[[rule]]\nid = "members"\noperations = ["pause"]\nroles = ["member"]\n'
+        'verdict = "deny"\nreason = "members"\nfixed = true\n'
+    )
+    path = policy_of(
+        tmp_path,
+        '[policy]\nextends = "base.toml"\n[[rule]]\nid = "own"\noperations = ["pause"]\n'
+        f'verdict = "{verdict}"\n' + ('reason = "own"\n' if verdict == "deny" else ""),
+    )
+    found = ("partly-against-fixed", "own", Severity.WARNING) in codes(check_file(path))
+    assert found is warned
+
+
 def test_a_rule_that_merely_does_not_exclude_readers_is_not_warned_about(tmp_path: Path) -> None:
     path = policy_of(
         tmp_path,

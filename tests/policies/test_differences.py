@@ -253,6 +253,16 @@ def test_a_threshold_is_a_difference_of_one_rule_with_itself() -> None:
             {"verdict": Verdict.AFTER, "threshold_ms": 1000, "before": Before.REDUNDANT},
             "before deny → redundant",
         ),
+        (
+            {"verdict": Verdict.ADMIT, "served_at_most_ms": 120_000},
+            {"verdict": Verdict.ADMIT, "served_at_most_ms": 0},
+            "served_at_most 120s → unlimited",
+        ),
+        (
+            {"verdict": Verdict.ADMIT},
+            {"verdict": Verdict.ADMIT, "served_at_most_ms": 120_000},
+            "served_at_most default → 120s",
+        ),
     ],
 )
 def test_what_a_verdict_does_is_compared_too(before: dict[str, Any], after: dict[str, Any], detail: str) -> None:

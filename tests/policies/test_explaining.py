@@ -13,7 +13,7 @@ from policy_samples import START_MS, Play, dispositions, instance, said, serving
 from interlock.core.admission import admit_there, judge
 from interlock.core.lifecycle import finish
 from interlock.core.operations import BIT, TASK_STATES, Operation
-from interlock.core.policy import GONE, CompiledPolicy, Policy, Rule, Verdict
+from interlock.core.policy import GONE, NO_RULE, CompiledPolicy, Policy, Rule, Verdict
 from interlock.core.records import Admitted, Denied, Instance, Outcome, Submission
 from interlock.core.roles import Role
 from interlock.core.states import NO_TASK, VmState
@@ -47,6 +47,14 @@ def test_the_rules_before_the_deciding_one_say_which_condition_failed(standard: 
     assert last.source.startswith("standard.toml:")
     assert isinstance(explanation.disposition, Denied)
     assert explanation.disposition.reason == "no_sign_of_life"
+
+
+def test_where_no_rule_matches_the_explanation_says_so_last() -> None:
+    rules = (Rule(id="start", operations=frozenset({O.STOP}), vm_states=frozenset({V.STOPPED}), verdict=Verdict.ADMIT),)
+    policy = CompiledPolicy(Policy(name="p", rules=rules))
+    explanation = explain(instance(V.ACTIVE), asking(O.STOP), policy, START_MS)
+    assert [(tried.rule, tried.matched) for tried in explanation.tried] == [("start", False), (NO_RULE.id, True)]
+    assert said(explanation.disposition) == ("denied", NO_RULE.code)
 
 
 def test_what_is_admitted_in_turn_is_explained_in_the_foreseen_state_too(standard: CompiledPolicy) -> None:

@@ -262,6 +262,7 @@ def test_with_too_few_nothing_is_proposed_and_it_says_how_many_it_takes() -> Non
     today = policy(STOP_RULE)
     suggestion = suggest(today, filled(today, {O.STOP: [100] * 298}))
     assert (suggestion.needed, suggestion.findings[0].bound_ms, suggestion.findings[0].proposed_ms) == (299, None, None)
+    assert suggestion.findings[0].cut_short == 0
     assert (suggestion.proposals[0].unknown, suggestion.proposals[0].changed) == (("stop",), False)
     assert suggest(today, filled(today, {O.STOP: [100] * 299})).proposals[0].changed
 
@@ -305,6 +306,13 @@ def test_measured_times_are_shown_to_three_digits(ms: int, text: str) -> None:
 def test_an_aim_that_is_none_is_refused(aim: Aim) -> None:
     with pytest.raises(Invalid, match="must be from"):
         suggest(policy(STOP_RULE), filled(policy(STOP_RULE), {}), aim)
+
+
+@pytest.mark.parametrize(
+    "aim", [Aim(percentile=50, confidence=50, factor=1), Aim(percentile=99.999, confidence=99.999, factor=1_000)]
+)
+def test_an_aim_at_the_bounds_is_accepted(aim: Aim) -> None:
+    aim.check()
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
