@@ -211,7 +211,7 @@ class Guest(Namespace):
             asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
             asking.bind(("::", 546))
             asking.settimeout(0.5)
-            for _ in range(20):  # its own link-local address is tentative at first
+            for _ in range(200):  # its own link-local address is tentative at first
                 with contextlib.suppress(OSError):
                     with self.entered():
                         index = socket.if_nametoindex("eth0")

@@ -18,6 +18,8 @@ from networks.conftest import NOTHING, TAGS, Host, interface, lab
 from networks.namespaces import Namespace
 from waiting import eventually
 
+SO_RCVBUFFORCE = 33
+
 
 async def test_a_guest_gets_its_leased_address_by_dhcp_and_reaches_its_gateway(host: Host) -> None:
     guest = await host.guest("web", interface(5, lab(), hostname="web"), configured=False)
@@ -142,7 +144,7 @@ async def test_bandwidth_is_limited_in_both_directions_and_changed_while_the_gue
     def burst(sender: socket.socket, receiver: socket.socket, target: str) -> int:
         """Return how many of 400 packets of 1000 bytes arrive."""
         receiver.bind((target, 5000))
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_000_000)
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4_000_000)
         receiver.settimeout(0.3)
         for _ in range(400):
             sender.sendto(payload, (target, 5000))
