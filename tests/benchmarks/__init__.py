@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from benchmarks import fleet_decisions, model_checker, pause, policy_lengths, replay, start_stop
+from benchmarks import fleet_decisions, model_checker, network_throughput, pause, policy_lengths, replay, start_stop
 from interlock import bench
 
 MEASURES: Final[dict[str, bench.Measure]] = {
@@ -14,5 +14,6 @@ MEASURES: Final[dict[str, bench.Measure]] = {
     "replaying": replay.measure,
     "pause_over_qmp": pause.measure,
     "start_and_stop": start_stop.measure,
+    "network_throughput": network_throughput.measure,
 }
 """What can be measured besides `bench.MEASURES`."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import MEASURES, start_stop
+from benchmarks import MEASURES, network_throughput, start_stop
 from interlock import bench
 
 ALL = {**bench.MEASURES, **MEASURES}
@@ -40,6 +41,16 @@ def test_the_cost_of_each_layer_of_confinement_is_measured(tmp_path: Path) -> No
     assert all(figures[name] > 0 for name in measured)
 
 
+@pytest.mark.long
+@pytest.mark.qemu
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
+@pytest.mark.skipif(not all(map(shutil.which, ("qemu-system-x86_64", "apt-get"))), reason="QEMU or apt is missing")
+def test_the_throughput_of_each_kind_of_network_is_measured(tmp_path: Path) -> None:
+    figures = network_throughput.measure(tmp_path, 0.01)
+    assert set(figures) == {f"{name}_mbit_per_s" for name in ("slirp", "passt", "tap")}
+    assert all(figures.values())
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_measure_prints_its_figures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = bench.main(["--only", name, "--repeat", "1", "--scale", "0.02"], ALL)
@@ -51,4 +62,5 @@ def test_a_measure_prints_its_figures(name: str, capsys: pytest.CaptureFixture[s
 
 
 def test_every_measure_is_tested() -> None:
-    assert set(ALL) == set(FIGURES) | {"pause_over_qmp", "start_and_stop"}, "the last two need QEMU"
+    of_guests = {"pause_over_qmp", "start_and_stop", "network_throughput"}
+    assert set(ALL) == set(FIGURES) | of_guests, "the last three need QEMU"
