@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 
 import pytest
@@ -54,3 +55,28 @@ async def test_memory_is_saved_with_every_device_in_its_place(hypervisor: QemuHy
     restored = hypervisor.guest("one")
     assert restored is not None
     assert await restored.device_ports() == before
+
+
+async def test_a_guest_is_not_reset_while_its_firmware_waits_for_a_processor(
+    hypervisor: QemuHypervisor, host: QemuWorkbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await hypervisor.define(PERMIT, "one", host.spec())
+    await hypervisor.power_on(PERMIT, "one", host.spec())
+    guest, loop = hypervisor.guest("one"), asyncio.get_running_loop()
+    assert guest is not None
+    began, busy_s = loop.time(), 0.5
+    monkeypatch.setattr(guest.process, "run_queue_wait_s", lambda: min(loop.time() - began, busy_s))
+    guest.note_boot()
+    await guest.wait_past_firmware()
+    assert loop.time() - began >= busy_s + host.settings.firmware_ms / 1000 - 0.01
+    before = loop.time()
+    await guest.wait_past_firmware()
+    assert loop.time() - before < host.settings.firmware_ms / 1000
+
+
+async def test_the_wait_of_threads_for_a_processor_is_read(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
+    await hypervisor.define(PERMIT, "one", host.spec())
+    await hypervisor.power_on(PERMIT, "one", host.spec())
+    guest = hypervisor.guest("one")
+    assert guest is not None
+    assert guest.process.run_queue_wait_s() > 0

@@ -41,6 +41,8 @@ ENDED_STATES: Final = frozenset({PowerState.SHUTDOWN, PowerState.CRASHED, PowerS
 
 _RESUME_INHIBITOR: Final = "paused-by-request"
 """A QEMU object that marks a halted guest as paused by request. QEMU keeps it, so that it outlives the server."""
+_FIRMWARE_MAX_S: Final = 10.0
+"""The longest wait for the firmware, in seconds, on a host that is too busy for it."""
 _RESUME_INTERVAL_S: Final = 2.0
 _RESUME_INTERVAL_MAX_S: Final = 60.0
 """Pause before a guest that was halted again at once is resumed again, in seconds."""
@@ -110,7 +112,6 @@ class Guest:
         self._record = folder.process_record() or ProcessRecord(phase=Phase.STARTING)
         self.has_run = self.phase is not Phase.STARTING
         """False only if the vCPUs are known never to have run in this process."""
-        self._booted_at = -math.inf
         self._interpreter = EventInterpreter(settings.reset_settle_ms)
         self.monitor = Monitor(instance_id, folder.connect_monitor, settings.qmp_timeout_ms, self._changed_late)
         self.process = Process(process_id, self._process_ended)
@@ -121,6 +122,7 @@ class Guest:
         except BaseException:
             self.process.detach()
             raise
+        self.note_boot()  # also of one that is adopted: it may have been reset a moment ago
         self._liveness = LivenessProbe(self.event_log.send_probe, self._report)
         if self.phase is not Phase.RUNNING:
             self.powered_off.set()
@@ -167,11 +169,20 @@ class Guest:
 
     def note_boot(self) -> None:
         """Note that the machine begins to boot."""
-        self._booted_at = self._loop_time()
+        self._booted_at, self._waited_s = self._loop_time(), self.process.run_queue_wait_s()
 
     async def wait_past_firmware(self) -> None:
-        """Wait until the machine can be reset: see `firmware_ms`."""
-        await asyncio.sleep(self._booted_at + self.settings.firmware_ms / 1000 - self._loop_time())
+        """Wait until the machine can be reset: see `firmware_ms`.
+
+        While its threads wait for a processor of a busy host, the firmware gets nowhere.
+        """
+        last = self._booted_at + _FIRMWARE_MAX_S
+        while (now := self._loop_time()) < last:
+            executed_s = now - self._booted_at - (self.process.run_queue_wait_s() - self._waited_s)
+            left_s = self.settings.firmware_ms / 1000 - executed_s
+            if left_s <= 0:
+                return
+            await asyncio.sleep(min(left_s, last - now))
 
     def _loop_time(self) -> float:
         return asyncio.get_running_loop().time()

@@ -204,6 +204,14 @@ class Process:
 
         self._loop.add_reader(descriptor, on_end)
 
+    def run_queue_wait_s(self) -> float:
+        """Return how long the thread that waited most for a processor has waited, in seconds; 0 if that is unknown."""
+        waited = 0
+        for task in Path(f"/proc/{self.process_id}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                waited = max(waited, int(task.read_bytes().split()[1]))
+        return waited / 1e9
+
     def kill(self) -> None:
         """Send SIGKILL."""
         if self._descriptor is not None:
