@@ -14,6 +14,7 @@ import pytest
 
 from interlock.core.networks import Network, NetworkKind, Subnet
 from interlock.core.specs import Forward, Image, Interface, Spec
+from interlock.networks import router_settings
 from interlock.networks.host_networks import HostNetworks
 from networks.namespaces import Guest, Namespace, processes_with
 
@@ -128,7 +129,8 @@ def host_namespace() -> Iterator[Namespace]:
 
 
 @pytest.fixture
-async def host(host_namespace: Namespace, tmp_path: Path) -> AsyncIterator[Host]:
+async def host(host_namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+    monkeypatch.setattr(router_settings, "_FOLDER", tmp_path / "forwarding")
     host = Host(host_namespace, tmp_path / "networks")
     yield host
     await host.close()
