@@ -91,6 +91,7 @@ class Trials:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self._items = {item.nodeid: item for item in session.items}
+        gc.unfreeze()  # `conftest.py` froze what was collected, and what is frozen is not listed
         for each in gc.get_objects():
             if isinstance(each, FunctionType):
                 self._functions[each.__code__.co_filename, each.__code__.co_qualname].append(each)
