@@ -34,6 +34,8 @@ from interlock.hypervisors.remote.protocol import (
     agreed_version,
     decode,
     encode,
+    error_of,
+    failure_of,
     require_spoken,
 )
 from interlock.hypervisors.simulated import SimulatedHost, SimulatedHypervisor
@@ -371,3 +373,11 @@ async def test_an_agent_gets_a_certificate_with_its_welcome_and_renews_it_in_tim
     assert len(set(requests)) == 2
     await end(*running)
     await agent.close()
+
+
+def test_an_error_of_another_kind_arrives_as_the_one_that_it_is_derived_from() -> None:
+    class PortTaken(OperationRejected):
+        pass
+
+    arrived = error_of(failure_of(PortTaken("taken", remedy="wait")))
+    assert (type(arrived), arrived.message, arrived.remedy) == (OperationRejected, "taken", "wait")

@@ -255,8 +255,10 @@ def _span(oldest: int, newest: int) -> str:
 
 
 def failure_of(error: InterlockError) -> Failure:
+    """Describe an error, by the nearest kind of the core's tree."""
+    kind = next(one.__name__ for one in type(error).__mro__ if one.__name__ in _ERRORS)
     retry_ms = error.retry_ms if isinstance(error, HostTaken) else None
-    return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy, retry_ms=retry_ms)
+    return Failure(kind=kind, message=error.message, remedy=error.remedy, retry_ms=retry_ms)
 
 
 def error_of(failure: Failure) -> InterlockError:

@@ -55,10 +55,6 @@ class UserSubnet(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.start}.3"
 
 
-class PortInUse(OperationRejected):
-    """A port of the host cannot be forwarded."""
-
-
 def is_installed() -> bool:
     """Whether this host has passt."""
     return find(PASST) is not None
@@ -77,8 +73,7 @@ async def start(
         forwards: the ports of the host that are forwarded to the guest.
 
     Raises:
-        PortInUse: another program has one of the ports.
-        OperationRejected: it did not start.
+        OperationRejected: another program has one of the ports, or it did not start.
         OSError: there are not enough processes or descriptors.
     """
     status, error, process = await _run(connected, claim, account, options(subnet, forwards))
@@ -86,7 +81,7 @@ async def start(
         # A host without a network: its guests have a network that leads nowhere.
         status, error, process = await _run(connected, claim, account, [*options(subnet, forwards), "-i", "lo"])
     if (found := _UNBOUND.search(error)) is not None:
-        raise PortInUse(
+        raise OperationRejected(
             f"The host's port {found[2]} cannot be forwarded: another program probably listens on it.",
             remedy=f"End what listens on {found[1]}:{found[2]}, or choose another port.",
         )
