@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
-from interlock.core.condition import Condition as Condition
-from interlock.core.condition import Subject as Subject
+from interlock.core.condition_definition import Condition as Condition
+from interlock.core.condition_definition import Subject as Subject
 from interlock.core.condition_kinds import (
     AllTexts,
     AnyOperation,
