@@ -60,6 +60,7 @@ from interlock.service.console_service import ConsoleService
 from interlock.service.disk_space import DiskSpace
 from interlock.service.dumps import Dumps
 from interlock.service.event_feed import EventFeed
+from interlock.service.group_updates import GroupUpdates
 from interlock.service.host_enrolment import HostEnrolment
 from interlock.service.host_moves import HostMoves
 from interlock.service.hosts import HostService
@@ -145,7 +146,7 @@ class Server:
         self.instances = Instances(*parts, self.networks, config.instance_memory_mib_max)
         self.feed = EventFeed(self.store)
         self.load = LoadLimits(config.http)
-        self.moves = self._host_moves()
+        self.moves, self.group_updates = self._bulk_requests()
         self.image_downloads = image_downloads_of(config)
         self.image_fetches = ImageFetches(self.inventory, self.image_downloads, new_id, self.store.now_ms)
         self.policies = self._policies(configured, prover)
@@ -167,9 +168,11 @@ class Server:
             config=self.config.driver,
         )
 
-    def _host_moves(self) -> HostMoves:
+    def _bulk_requests(self) -> tuple[HostMoves, GroupUpdates]:
+        """Return what submits requests of the server itself."""
         hosts, retry_ms = self.config.hosts, self.config.upkeep.retry_ms
-        return HostMoves(self.store, self.other_hosts, self.instances, self.capacity, hosts, retry_ms)
+        moves = HostMoves(self.store, self.other_hosts, self.instances, self.capacity, hosts, retry_ms)
+        return moves, GroupUpdates(self.store, self.networks.security_groups, self.instances, retry_ms)
 
     def _leases(self) -> Leases:
         wait = self.config.hosts
@@ -288,6 +291,7 @@ class Server:
             self.disk_space.open()
             await self.host_admission.open()
             await self.moves.open()
+            await self.group_updates.open()
             await self.image_copies.open()
             await self.callers.open()
             await self._first_token()
@@ -311,6 +315,7 @@ class Server:
         self.audit.close()
         self.feed.close()
         await self.moves.close()
+        await self.group_updates.close()
         await self.image_fetches.close()
         await self.image_copies.close()
         await self.leases.close()

@@ -80,3 +80,54 @@ async def test_a_shared_network_does_not_show_how_much_other_projects_use_it(
     reader = await api.token("ron", Role.READER, "research")
     assert (await reader.post("/v1/networks", json={"name": "x"})).status_code == 403
     assert (await reader.get("/v1/networks")).status_code == 200
+
+
+async def test_a_security_group_is_made_shown_used_changed_and_deleted(
+    api: ApiServer, admin: httpx.AsyncClient
+) -> None:
+    await admin.post("/v1/networks", json={"name": "lab"})
+    made = await admin.post("/v1/security-groups", json={"name": "web", "allow": "tcp 80,icmp"})
+    assert made.status_code == 201
+    assert (await admin.get(made.headers["location"])).json() == made.json()
+    assert made.json()["allow"] == ["tcp 80", "icmp"]
+    networks = [{"network": "lab", "allow": "udp 53", "security_groups": ["web"]}]
+    wanted = {"name": "web", "image": IMAGE.name, "start": False, "networks": networks}
+    vm = (await admin.post("/v1/instances", json=wanted)).json()["instance"]
+    assert (vm["primary"]["security_groups"], vm["primary"]["allow"]) == (["web"], ["udp 53", "tcp 80", "icmp"])
+    changed = await admin.patch("/v1/security-groups/web", json={"allow": "tcp 443"})
+    assert (changed.json()["allow"], changed.json()["instances"]) == (["tcp 443"], 1)
+    refused = await admin.delete("/v1/security-groups/web")
+    assert (refused.status_code, refused.json()["detail"]) == (409, "The security group web is in use by 1 VM.")
+    await admin.post("/v1/security-groups", json={"name": "other"})
+    assert [one["name"] for one in (await admin.get("/v1/security-groups")).json()["items"]] == ["web", "other"]
+    assert (await admin.delete("/v1/security-groups/other")).status_code == 204
+    audited = (await admin.get("/v1/audit?action=security_group")).json()["items"]
+    assert [(one["action"], one["target"], one["outcome"]) for one in audited] == [
+        ("security_group.delete", "other", "succeeded"),
+        ("security_group.create", "other", "succeeded"),
+        ("security_group.delete", "web", "refused"),
+        ("security_group.change", "web", "succeeded"),
+        ("security_group.create", "web", "succeeded"),
+    ]
+
+
+@pytest.mark.parametrize("body", [{"name": "a b"}, {"name": "x", "allow": "tcp http"}, {"name": "x", "rules": []}])
+async def test_an_invalid_security_group_is_refused(admin: httpx.AsyncClient, body: dict[str, object]) -> None:
+    assert (await admin.post("/v1/security-groups", json=body)).status_code == 422
+    assert (await admin.get("/v1/security-groups")).json()["items"] == []
+
+
+async def test_readers_change_no_security_groups_and_there_are_not_endlessly_many(api: ApiServer) -> None:
+    reader, member = [await api.token(f"a-{role}", role, "research") for role in (Role.READER, Role.MEMBER)]
+    assert (await member.post("/v1/security-groups", json={"name": "web"})).status_code == 201
+    assert (await member.post("/v1/security-groups", json={"name": "web"})).status_code == 409
+    assert (await reader.post("/v1/security-groups", json={"name": "x"})).status_code == 403
+    assert (await reader.patch("/v1/security-groups/web", json={"allow": ""})).status_code == 403
+    assert (await reader.delete("/v1/security-groups/web")).status_code == 403
+    for number in range(99):
+        await member.post("/v1/security-groups", json={"name": f"g{number}"})
+    full = await member.post("/v1/security-groups", json={"name": "full"})
+    assert (full.status_code, full.json()["detail"]) == (
+        422,
+        "The project research has 100 security groups, the most that it may have.",
+    )

@@ -19,11 +19,13 @@ from interlock.stores.queries import Queries
 SERVER_WIDE = ("/v1/hosts", "/v1/policy")
 """What belongs to no project."""
 UNKNOWN_ID = "0197a5d0-0000-7000-8000-0123456789ab"
+LISTS = tuple(f"/v1/{what}" for what in ("instances", "volumes", "images", "projects", "networks", "security-groups"))
 BODIES: dict[str, dict[str, object]] = {
     "PATCH /v1/instances/{reference}": {"tags": ["x"]},
     "POST /v1/instances/{reference}/requests": {"operation": "stop"},
     "POST /v1/instances/{reference}/allowed": {"operation": "stop"},
     "POST /v1/tokens/{reference}/rotate": {},
+    "PATCH /v1/security-groups/{reference}": {"allow": "icmp"},
     "PATCH /v1/projects/{name}/quota": {"vcpus": 1},
 }
 
@@ -47,6 +49,7 @@ async def site(api: ApiServer) -> Site:
     request = (await owner.get("/v1/instances/their-vm/requests")).json()["items"][0]["id"]
     volume = (await owner.get("/v1/volumes/their-volume")).json()["id"]
     network = (await owner.post("/v1/networks", json={"name": "their-network"})).json()["id"]
+    group = (await owner.post("/v1/security-groups", json={"name": "their-group"})).json()["id"]
     token = next(one for one in await api.server.tokens.list(OPERATOR) if one.name == "their-token")
     references = {
         "/v1/instances": ((vm["id"], UNKNOWN_ID), ("their-vm", "whose-vm"), (vm["id"][-12:], UNKNOWN_ID[-12:])),
@@ -56,6 +59,7 @@ async def site(api: ApiServer) -> Site:
         "/v1/volumes": ((volume, UNKNOWN_ID), ("their-volume", "whose-volume")),
         "/v1/tokens": ((token.id, UNKNOWN_ID), ("their-token", "whose-token")),
         "/v1/networks": ((network, UNKNOWN_ID), ("their-network", "whose-network")),
+        "/v1/security-groups": ((group, UNKNOWN_ID), ("their-group", "whose-group")),
         "/v1/projects": (("their-project", "whose-project"),),
     }
     strangers = [await api.token(f"a-{role}", role, "elsewhere") for role in (Role.MEMBER, Role.PROJECT_ADMIN)]
@@ -113,13 +117,14 @@ async def test_names_of_another_project_are_free(site: Site) -> None:
     lead = site.strangers[1]
     await make(lead, "their-vm")
     assert (await lead.post("/v1/volumes", json={"name": "their-volume", "size_mib": 1})).status_code == 201
+    assert (await lead.post("/v1/security-groups", json={"name": "their-group"})).status_code == 201
     assert (await lead.post("/v1/tokens", json={"name": "their-token", "role": "member"})).status_code == 201
 
 
 async def test_no_list_has_what_is_in_another_project(site: Site) -> None:
     """Also not the list of what is on a host that is drained."""
     for client in site.strangers:
-        for path in ("/v1/instances", "/v1/volumes", "/v1/images", "/v1/projects", "/v1/stuck", "/v1/hosts/here/drain"):
+        for path in (*LISTS, "/v1/stuck", "/v1/hosts/here/drain"):
             got = await client.get(path)
             assert got.status_code == 200, got.text
             for references in site.references.values():

@@ -9,7 +9,7 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, admitted, instance
-from interlock.api.schemas.networks import Interface, Network, NetworkList, Subnet
+from interlock.api.schemas.networks import Interface, Network, NetworkList, SecurityGroup, SecurityGroupList, Subnet
 from interlock.api.schemas.responses import Created, InstancePage
 from interlock.core.networks import NetworkKind
 
@@ -88,3 +88,24 @@ def test_a_vm_shows_its_networks_and_leased_addresses(interlock: Interlock, serv
     shown = interlock("vm", "show", "demo").out
     assert "lab, 10.7.0.2, fd00:7::10, 52:54:00:00:00:01" in shown
     assert "52:54:00:00:00:02, in 500 kbit/s [i-9]" in shown
+
+
+def test_security_groups_are_made_listed_shown_changed_and_deleted(
+    interlock: Interlock, server: ScriptedServer
+) -> None:
+    group = SecurityGroup(
+        id="g-1", name="web", project="default", allow=("tcp 80",), instances=2, created_at=AT, created_by="ann"
+    )
+    server.on("POST", "/v1/security-groups", Given(201, group))
+    made = interlock("security-group", "create", "web", "--allow", "tcp 80")
+    assert made.out == "Created: security group web, id g-1\n"
+    assert sent(server) == {"name": "web", "allow": "tcp 80"}
+    server.on("GET", "/v1/security-groups", Given(value=SecurityGroupList(items=(group,))))
+    assert interlock("security-group", "list").out.splitlines()[1].split()[:5] == ["web", "tcp", "80", "default", "2"]
+    server.on("GET", "/v1/security-groups/web", Given(value=group))
+    assert "tcp 80" in interlock("security-group", "show", "web").out
+    server.on("PATCH", "/v1/security-groups/web", Given(value=group))
+    changed = interlock("security-group", "set", "web", "--allow", "tcp 80")
+    assert changed.out == "Changed: security group web allows tcp 80\n"
+    server.on("DELETE", "/v1/security-groups/web", Given(204))
+    assert interlock("security-group", "delete", "web", "--yes").out == "Deleted: web\n"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from in_process.embedded import IMAGE, Embedded, admitted, refused
-from interlock.core.errors import InUse, Invalid
-from interlock.core.networks import Network, NetworkKind
+from in_process.embedded import IMAGE, WAIT_MS, Embedded, admitted, refused
+from interlock.core.errors import InUse, Invalid, NotFound
+from interlock.core.networks import Network, NetworkKind, ingress_of, rule_text
 from interlock.core.operations import Operation
 from interlock.core.records import Forward, Instance, Interface, Spec, Status
 from interlock.hypervisors.simulated import SimulatedHost
@@ -37,10 +39,19 @@ class Site(Embedded):
         self.networks = {one.name: await self.server.networks.create(self.caller, one) for one in made}
         await self.add("web", "lab")
 
-    async def add(self, name: str, *networks: str, **more: Any) -> None:
-        interfaces = tuple(NewInterface(network=network) for network in networks)
-        new = NewInstance(name=name, image=IMAGE.name, networks=interfaces, **more)
-        await self.ended(admitted(await self.server.instances.create(self.caller, new)))
+    async def add(
+        self, name: str, *networks: str, start: bool = True, security_groups: tuple[str, ...] = (), **more: Any
+    ) -> None:
+        interfaces = tuple(NewInterface(network=network, security_groups=security_groups) for network in networks)
+        new = NewInstance(name=name, image=IMAGE.name, networks=interfaces, start=start, **more)
+        answer = await self.server.instances.create(self.caller, new)
+        if start:
+            await self.ended(admitted(answer))
+
+    async def first(self, name: str = "web") -> Interface:
+        interface = (await self.spec(name)).primary
+        assert interface is not None
+        return interface
 
     async def seen(self, name: str = "web") -> Instance:
         return await self.server.instances.describe(self.caller, name)
@@ -183,6 +194,81 @@ async def test_who_may_connect_is_said_for_each_interface(site: Site, host: Simu
         assert len(first.ingress) == rules
     with pytest.raises(Invalid, match="allow: 'tcp http'"):
         await site.submit("web", O.SET_INTERFACE, interface="primary", allow="tcp http")
+
+
+async def rules_of(site: Site, host: SimulatedHost, name: str, count: int) -> None:
+    """Wait until an interface of a VM has that many rules, in the record and in its guest."""
+    seen = await site.seen(name)
+
+    async def there() -> Interface | None:
+        first = await site.first(name)
+        return first if len(first.ingress) == count else None
+
+    assert await site.server.instances.watch.until(seen.id, there, WAIT_MS), await site.first(name)
+    if seen.id in host.guests:
+        assert host.guests[seen.id].spec.primary == await site.first(name)
+
+
+async def test_a_changed_security_group_reaches_the_guests_that_have_it(site: Site, host: SimulatedHost) -> None:
+    groups = site.server.networks.security_groups
+    await groups.create(site.caller, "web", "tcp 80")
+    await groups.create(site.caller, "admin", "tcp 22 from 10.0.0.0/8")
+    await site.carry_out("web", O.SET_INTERFACE, interface="primary", security_groups="web, admin", allow="icmp")
+    await site.add("stopped", "lab", start=False, security_groups=("web",))
+    assert list(map(rule_text, (await site.first()).ingress)) == ["icmp", "tcp 80", "tcp 22 from 10.0.0.0/8"]
+    await groups.set(site.caller, "web", "tcp 80, tcp 443")
+    await rules_of(site, host, "web", 4)
+    await rules_of(site, host, "stopped", 2)
+    await site.carry_out("web", O.SET_INTERFACE, interface="primary", allow="")
+    await rules_of(site, host, "web", 3)
+    await site.carry_out("web", O.SET_INTERFACE, interface="primary", security_groups="")
+    assert (await site.first()).ingress == (await site.first()).own_ingress == ()
+
+
+async def test_a_changed_group_reaches_guests_after_a_crash_and_after_a_refusal(
+    site: Site, host: SimulatedHost
+) -> None:
+    await site.server.networks.security_groups.create(site.caller, "web", "tcp 80")
+    await site.carry_out("web", O.SET_INTERFACE, interface="primary", security_groups="web")
+    host.faults.script((await site.seen()).id, Method.UPDATE_INTERFACE, Refuses("nft is busy"))
+    (group,) = await site.server.store.security_groups.all()
+    await site.server.store.security_groups.replace(replace(group, ingress=ingress_of("tcp 80, icmp")))
+    await site.crash()
+    await site.start()
+    await rules_of(site, host, "web", 2)
+
+
+async def test_a_group_reaches_a_guest_once_its_state_admits_the_change(site: Site, host: SimulatedHost) -> None:
+    groups = site.server.networks.security_groups
+    await groups.create(site.caller, "web", "tcp 80")
+    await site.carry_out("web", O.SET_INTERFACE, interface="primary", security_groups="web")
+    await site.carry_out("web", O.SUSPEND)
+    await groups.set(site.caller, "web", "tcp 80, icmp")
+    await asyncio.sleep(60)
+    assert len((await site.first()).ingress) == 1
+    asked = [one.operation for one in (await site.server.instances.requests(site.caller, "web", 9, None)).items]
+    assert asked == [O.SUSPEND, O.SET_INTERFACE, O.CREATE]
+    await site.carry_out("web", O.RESUME)
+    await rules_of(site, host, "web", 2)
+
+
+async def test_a_security_group_in_use_or_asked_for_cannot_be_deleted(site: Site, host: SimulatedHost) -> None:
+    groups, web = site.server.networks.security_groups, await site.seen()
+    await groups.create(site.caller, "web", "tcp 80")
+    host.faults.script(web.id, Method.UPDATE_INTERFACE, Slow(2_000))
+    asked = admitted(await site.submit("web", O.SET_INTERFACE, interface="primary", security_groups="web"))
+    with pytest.raises(InUse, match="in use by 1 VM"):
+        await groups.delete(site.caller, "web")
+    await site.ended(asked)
+    with pytest.raises(InUse, match="in use by 1 VM"):
+        await groups.delete(site.caller, "web")
+    await site.carry_out("web", O.DELETE)
+    await groups.delete(site.caller, "web")
+    await site.add("other", "lab")
+    with pytest.raises(NotFound, match="Security group not found"):
+        await site.submit("other", O.SET_INTERFACE, interface="primary", security_groups="web")
+    with pytest.raises(NotFound, match="Security group not found"):
+        await site.add("third", "lab", security_groups=("web",))
 
 
 @pytest.mark.parametrize("running", [True, False])

@@ -21,7 +21,7 @@ from interlock.ports import Token, Volume
 from interlock.stores import schema
 from interlock.stores.sqlite import SqliteStore
 
-NETWORKS = "DROP TABLE networks; DROP TABLE leases"
+NETWORKS = "DROP TABLE networks; DROP TABLE leases; DROP TABLE security_groups"
 """Removes what the newest version has."""
 
 

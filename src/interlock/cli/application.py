@@ -51,6 +51,7 @@ COMMANDS: tuple[click.Command, ...] = (
     inventory.image_commands,
     inventory.volume_commands,
     networks.network_commands,
+    networks.security_group_commands,
     administration.token_commands,
     administration.project_commands,
     hosts.host_commands,

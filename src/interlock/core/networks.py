@@ -74,6 +74,17 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_by: str = ""
 
 
+class SecurityGroup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Rules on who may connect, which interfaces of a project's instances share."""
+
+    id: str
+    name: str
+    project: str
+    ingress: tuple[IngressRule, ...] = ()
+    created_at_ms: int = 0
+    created_by: str = ""
+
+
 Range = IPv4Network | IPv6Network
 Address = IPv4Address | IPv6Address
 

@@ -65,6 +65,18 @@ def check_name(name: str, field: str) -> None:
         raise Invalid(f"{field}: {name!r} looks like an id; choose a name that does not.")
 
 
+GROUPS_LENGTH_MAX: Final = 1024
+"""The longest list of security groups of an interface: 16 names."""
+
+
+def group_names(text: str) -> tuple[str, ...]:
+    """Return the names of security groups in a text such as `web,db`; none for an empty one. Raises `Invalid`."""
+    names = tuple(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
+    for name in names:
+        check_name(name, "security_groups")
+    return names
+
+
 def check_host_address(text: str) -> None:
     """Raise `Invalid` unless `text` is an IPv4 address."""
     try:
@@ -198,9 +210,18 @@ class SetInterfaceParameters(Parameters, frozen=True, kw_only=True, omit_default
         ),
         Option("--allow"),
     ] = None
+    security_groups: Annotated[
+        Annotated[str, Meta(max_length=GROUPS_LENGTH_MAX)] | None,
+        Meta(
+            description="Security groups whose rules apply beside those of the interface, instead of the present "
+            "ones: names with commas between. Empty: none."
+        ),
+        Option("--group"),
+    ] = None
 
     def check(self) -> None:
         ingress_of(self.allow or "")
+        group_names(self.security_groups or "")
 
 
 class AddForwardParameters(Parameters, frozen=True, kw_only=True, omit_defaults=True):

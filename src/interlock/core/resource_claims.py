@@ -14,6 +14,7 @@ import msgspec
 
 from interlock.core.networks import mac_of
 from interlock.core.operations import Operation
+from interlock.core.parameters import group_names
 from interlock.core.records import Instance, SharedFolder, Spec
 from interlock.core.references import MIGRATIONS
 from interlock.core.specs import PRIMARY
@@ -78,6 +79,22 @@ def leases_of(instance: Instance) -> frozenset[tuple[str, str]]:
             mac = given.get("mac") or macs.get(given.get("interface", ""), "")
             found |= {(given["network"], address) for address in (mac, *given.get("address", "").split(",")) if address}
     return frozenset(found)
+
+
+def security_groups_of(instance: Instance) -> frozenset[str]:
+    """Return the keys (`group_place`) of the security groups that an instance has, or has asked for."""
+    if instance.spec is None or instance.vm_state is VmState.DELETED:
+        return frozenset()
+    names = {name for one in instance.spec.all_interfaces for name in one.security_groups}
+    for request in (*instance.outstanding, *instance.held):
+        if request.operation is Operation.SET_INTERFACE:
+            names.update(group_names(request.parameters.get("security_groups") or ""))
+    return frozenset(group_place(instance.project, name) for name in names)
+
+
+def group_place(project: str, name: str) -> str:
+    """Return the tally key of a security group. Names have no slash."""
+    return f"{project}/{name}"
 
 
 def shared_place(shared: SharedFolder) -> str:

@@ -5,11 +5,12 @@ The core does not interpret it. Import these classes from `records`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
 
+from interlock.core.errors import not_found
 from interlock.core.networks import IngressRule, Network
 
 
@@ -93,10 +94,46 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     security_groups: tuple[str, ...] = ()
     """The names of its security groups, whose rules are in `ingress`."""
     ingress: tuple[IngressRule, ...] = ()
+    """The connections that are allowed: by its own rules, and by those of its security groups."""
+    own_ingress: tuple[IngressRule, ...] = ()
+    """Its own rules, which are in `ingress` too. Without security groups empty: all are its own."""
     inbound_kbit: int | None = None
     """The limit of what the guest receives, in kbit/s; None: unlimited."""
     outbound_kbit: int | None = None
     """The limit of what the guest sends, in kbit/s; None: unlimited."""
+
+
+def with_groups(
+    interface: Interface,
+    rules: Mapping[str, tuple[IngressRule, ...]],
+    *,
+    own: tuple[IngressRule, ...] | None = None,
+    groups: tuple[str, ...] | None = None,
+) -> Interface:
+    """Return an interface with the rules that its security groups have now, beside its own.
+
+    Args:
+        interface: one of an instance.
+        rules: the rules of the project's security groups, by name.
+        own: new rules of its own; None: as they are.
+        groups: the names of its new groups; None: as they are.
+
+    Raises:
+        NotFound: a group does not exist.
+    """
+    named = interface.security_groups if groups is None else groups
+    if own is None:
+        own = interface.own_ingress if interface.security_groups else interface.ingress
+    for name in named:
+        if name not in rules:
+            raise not_found("Security group", name)
+    shared = (rule for name in named for rule in rules[name])
+    return msgspec.structs.replace(
+        interface,
+        security_groups=named,
+        ingress=tuple(dict.fromkeys((*own, *shared))),
+        own_ingress=own if named else (),
+    )
 
 
 def repr_hiding(*secrets: str) -> Callable[[Any], str]:

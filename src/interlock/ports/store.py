@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from interlock.core.holds import NOT_COUNTED, Counts
-from interlock.core.networks import Network
+from interlock.core.networks import Network, SecurityGroup
 from interlock.core.policy import CompiledPolicy
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Change, Event, Image, Instance, Request
@@ -127,6 +127,8 @@ class Tally(StrEnum):
     """Instances that need an image (by its id), see `Instance.image_ids`; without deleted ones."""
     NETWORKS = "networks"
     """Instances with an interface in a network, or a request for one (by its id); without deleted ones."""
+    SECURITY_GROUPS = "security_groups"
+    """The same of a security group (by `core.resource_claims.group_place`)."""
     SHARED = "shared"
     """Instances with their root disk in a shared folder (by `core.resource_claims.shared_place`), without deleted ones.
     """
@@ -257,6 +259,23 @@ class NetworkRecords(Protocol):
         ...
 
 
+class SecurityGroupRecords(Protocol):
+    """Security groups."""
+
+    async def put(self, group: SecurityGroup) -> None:
+        """Store a security group. Raises `NameTaken` (names are unique per project)."""
+        ...
+
+    async def replace(self, group: SecurityGroup) -> None:
+        """Update a security group, except for its name; does nothing if it does not exist."""
+        ...
+
+    async def delete(self, group_id: str) -> bool: ...
+    async def all(self) -> tuple[SecurityGroup, ...]:
+        """Return security groups in the order created."""
+        ...
+
+
 class PolicyRecords(Protocol):
     """Policies and their activations."""
 
@@ -305,6 +324,8 @@ class Store(Protocol):
     def projects(self) -> ProjectRecords: ...
     @property
     def networks(self) -> NetworkRecords: ...
+    @property
+    def security_groups(self) -> SecurityGroupRecords: ...
     @property
     def policies(self) -> PolicyRecords: ...
     @property

@@ -11,16 +11,17 @@ from interlock.core import networks
 from interlock.core.errors import InUse, Invalid, NameTaken, not_found
 from interlock.core.networks import Network, NetworkKind, Subnet
 from interlock.core.operations import Operation
-from interlock.core.parameters import check_name
+from interlock.core.parameters import check_name, group_names
 from interlock.core.records import Instance, Interface, Spec, Submission
 from interlock.core.resource_claims import LEASING
 from interlock.core.roles import Role
-from interlock.core.specs import PRIMARY
+from interlock.core.specs import PRIMARY, with_groups
 from interlock.ports import Store, Tally
 from interlock.service.auth import Caller
 from interlock.service.cloud_init import with_network_config
 from interlock.service.quotas import Quotas
 from interlock.service.request_models import NewInterface, NewNetwork
+from interlock.service.security_groups import SecurityGroups
 
 
 class Networks:
@@ -35,9 +36,11 @@ class Networks:
         self._new_id = new_id
         self._networks: dict[str, Network] = {}
         self._creating = asyncio.Lock()
+        self.security_groups = SecurityGroups(store, quotas, new_id)
 
     async def open(self) -> None:
-        """Load the networks. The store must be open."""
+        """Load the networks and the security groups. The store must be open."""
+        await self.security_groups.open()
         for network in await self._store.networks.all():
             self._remember(network)
 
@@ -172,6 +175,7 @@ class Networks:
                 inbound_kbit=one.inbound_kbit,
                 outbound_kbit=one.outbound_kbit,
                 ingress=networks.ingress_of(one.allow),
+                security_groups=tuple(dict.fromkeys(one.security_groups)),
             )
             for number, one in enumerate(new)
         )
@@ -182,13 +186,14 @@ class Networks:
         Call it in the decision that commits it.
 
         Raises:
-            NotFound: a network was deleted.
+            NotFound: a network was deleted, or there is no such security group.
             Invalid: an address is not in its network.
             InUse: an address is leased to another interface.
             InsufficientCapacity: a network has no free address.
         """
         chosen: set[tuple[str, str]] = set()
         leased = []
+        rules = self.security_groups.rules(project)
         for one in spec.all_interfaces:
             if one.network is not None:
                 seed = instance_id if one.id == PRIMARY else one.id
@@ -196,7 +201,7 @@ class Networks:
                 one = self._lease(  # noqa: PLW2901
                     msgspec.structs.replace(one, hostname=named), one.network.id, seed, instance_id, chosen
                 )
-            leased.append(one)
+            leased.append(with_groups(one, rules, own=one.ingress))
         first = leased[0] if spec.primary is not None else None
         return msgspec.structs.replace(
             spec,
@@ -211,6 +216,8 @@ class Networks:
         Raises as `leased`.
         """
         given = submission.parameters
+        if submission.operation is Operation.SET_INTERFACE:
+            self.security_groups.check(instance.project, group_names(given.get("security_groups") or ""))
         network_id = given.get("network") if submission.operation in LEASING else None
         if not network_id:
             if given.get("address"):

@@ -156,6 +156,7 @@ class Projects:
         instances = len((await self._store.instances(InstanceFilter(project=name), 1_000)).items)
         kinds = {"VM": instances, "volume": used["volumes"], "image": used["images"]}
         kinds |= {"network": used["networks"], "token": tokens}
+        kinds["security group"] = self._quotas.security_groups[name]
         found = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in kinds.items() if count]
         if found:
             raise InUse(

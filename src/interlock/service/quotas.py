@@ -28,6 +28,8 @@ class Quotas:
         """Of the projects that have a limit."""
         self.networks: Counter[str] = Counter()
         """The number of networks of each project."""
+        self.security_groups: Counter[str] = Counter()
+        """The number of security groups of each project."""
         self.closed: set[str] = set()
         """Projects that are being deleted, or were: requests that are still on their way create nothing there."""
 
@@ -63,7 +65,7 @@ class Quotas:
             NotFound: the project is being deleted.
         """
         if before is None:
-            self._require_open(instance.project)
+            self.require_open(instance.project)
         quota = self._limits.get(instance.project)
         if quota is None:
             return
@@ -75,19 +77,20 @@ class Quotas:
 
     def check_volume(self, project: str, name: str, size_mib: int) -> None:
         """Check a new volume, as `check`. Raises as that."""
-        self._require_open(project)
+        self.require_open(project)
         quota = self._limits.get(project)
         if quota is not None:
             self._require(project, f"The volume {name}", quota, {"volumes": 1, "disk_mib": size_mib})
 
     def check_network(self, project: str, name: str) -> None:
         """Check a new network, as `check`. Raises as that."""
-        self._require_open(project)
+        self.require_open(project)
         quota = self._limits.get(project)
         if quota is not None:
             self._require(project, f"The network {name}", quota, {"networks": 1})
 
-    def _require_open(self, project: str) -> None:
+    def require_open(self, project: str) -> None:
+        """Raise `NotFound` if a project is being deleted."""
         if project in self.closed:
             raise not_found("Project", project)
 

@@ -91,6 +91,26 @@ class NewInterface(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The limit of what the guest sends; null: none."""
     allow: Annotated[str, Meta(max_length=2000)] = ""
     """Which connections from outside of the network are allowed, such as `tcp 22 from 10.0.0.0/8, icmp`."""
+    security_groups: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
+    """Security groups of the project, whose rules apply beside those in `allow`."""
+
+
+Rules = Annotated[str, Meta(max_length=2000)]
+
+
+class NewSecurityGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A security group to create."""
+
+    name: Name
+    allow: Rules = ""
+    """Which connections are allowed, such as `tcp 22 from 10.0.0.0/8, icmp`."""
+
+
+class SecurityGroupChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """New rules of a security group."""
+
+    allow: Rules
+    """Which connections are allowed, instead of the present rules; empty: none."""
 
 
 class NewInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ import apsw
 import msgspec
 
 from interlock.core.errors import Invalid
-from interlock.core.networks import Network
+from interlock.core.networks import Network, SecurityGroup
 from interlock.core.policy_switches import PolicyBundle, PolicySwitch
 from interlock.core.records import Event, Image, Instance, Request
 from interlock.core.states import VmState
@@ -234,6 +234,10 @@ class Queries:
 
     def networks(self) -> tuple[Network, ...]:
         return tuple(row_codec.decode_network(text) for (text,) in self._all("SELECT body FROM networks ORDER BY seq"))
+
+    def security_groups(self) -> tuple[SecurityGroup, ...]:
+        found = self._all("SELECT body FROM security_groups ORDER BY seq")
+        return tuple(row_codec.decode_security_group(text) for (text,) in found)
 
     def tokens(self) -> tuple[Token, ...]:
         return tuple(row_codec.decode_token(text) for (text,) in self._all("SELECT body FROM tokens ORDER BY seq"))

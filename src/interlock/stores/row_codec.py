@@ -9,7 +9,7 @@ import msgspec
 
 from interlock.core import scheduled_actions
 from interlock.core.errors import KeyReused, StoreCorrupt
-from interlock.core.networks import Network
+from interlock.core.networks import Network, SecurityGroup
 from interlock.core.policy_switches import Outstanding, PolicyBundle, PolicySwitch, SwitchSource, Walk
 from interlock.core.records import Change, Disposition, Event, Image, Instance, Request
 from interlock.ports import IdempotencyKey, Project, Token, Volume
@@ -40,6 +40,7 @@ decode_request: Final = msgspec.json.Decoder(Request).decode
 decode_image: Final = msgspec.json.Decoder(Image).decode
 decode_host: Final = msgspec.json.Decoder(Host).decode
 decode_network: Final = msgspec.json.Decoder(Network).decode
+decode_security_group: Final = msgspec.json.Decoder(SecurityGroup).decode
 decode_project: Final = msgspec.json.Decoder(Project).decode
 _decode_audit: Final = msgspec.json.Decoder(AuditEntry).decode
 _decode_token: Final = msgspec.json.Decoder(Token).decode
@@ -64,7 +65,7 @@ def body(record: object) -> str:
     return _encode(record).decode()
 
 
-def name_key(record: Image | Network) -> str:
+def name_key(record: Image | Network | SecurityGroup) -> str:
     """Return the unique key of what may belong to a project: `name` or `project/name`. Names have no slash."""
     return record.name if record.project is None else f"{record.project}/{record.name}"
 

@@ -37,6 +37,7 @@ from interlock.stores.tables import (
     ImageTable,
     NetworkTable,
     ProjectTable,
+    SecurityGroupTable,
     TokenTable,
     VolumeTable,
 )
@@ -84,7 +85,7 @@ class SqliteStore:
         self.images = ImageTable(database)
         self.volumes = VolumeTable(database)
         self.projects = ProjectTable(database)
-        self.networks = NetworkTable(database)
+        self.networks, self.security_groups = NetworkTable(database), SecurityGroupTable(database)
         self.policies = PolicyTable(database)
         self.hosts = HostTable(database)
         self.audit = AuditTable(database)

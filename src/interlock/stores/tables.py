@@ -1,4 +1,7 @@
-"""Records of tokens, images, volumes, projects, networks and hosts, and the audit log, each written by itself."""
+"""Records of tokens, images, volumes, projects, networks, security groups and hosts, and the audit log.
+
+Each is written by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 
 import apsw
 
-from interlock.core.networks import Network
+from interlock.core.networks import Network, SecurityGroup
 from interlock.core.records import Image
 from interlock.ports import Project, Token, Volume
 from interlock.ports.audit import AuditEntry, AuditFilter
@@ -146,6 +149,29 @@ class NetworkTable:
 
     async def all(self) -> tuple[Network, ...]:
         return self._database.read.networks()
+
+
+class SecurityGroupTable:
+    """Satisfies `ports.SecurityGroupRecords`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, group: SecurityGroup) -> None:
+        await self._database.insert(
+            f"A security group named {group.name} already exists.",
+            "INSERT INTO security_groups (id, name, body) VALUES (?, ?, ?)",
+            *(group.id, row_codec.name_key(group), row_codec.body(group)),
+        )
+
+    async def replace(self, group: SecurityGroup) -> None:
+        await self._database.write("UPDATE security_groups SET body = ? WHERE id = ?", row_codec.body(group), group.id)
+
+    async def delete(self, group_id: str) -> bool:
+        return await self._database.write("DELETE FROM security_groups WHERE id = ?", group_id, when_full=True) > 0
+
+    async def all(self) -> tuple[SecurityGroup, ...]:
+        return self._database.read.security_groups()
 
 
 class HostTable:

@@ -23,15 +23,17 @@ from interlock.core.resource_claims import (
     apart_place,
     claims_of,
     leases_of,
+    security_groups_of,
     shared_place,
 )
 from interlock.core.states import VmState
 from interlock.ports import Tally
 
 _MIB: Final = 1024**2
-_COUNTED: Final = CLAIMING | LEASING | {Operation.RESCUE}
-"""The operations that count while outstanding or held: they claim resources, lease addresses or refer to an image."""
-_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _NETWORKS, _SHARED, *_OTHERS = (
+_COUNTED: Final = CLAIMING | LEASING | {Operation.RESCUE, Operation.SET_INTERFACE}
+"""The operations that count while outstanding or held: they claim resources, lease addresses, or refer to an image
+or a security group."""
+_STATES, _RECORDED, _GUESTS, _MEMORY_MIB, _VCPUS, _DISK_MIB, _APART, _IMAGES, _NETWORKS, _GROUPS, _SHARED, *_OTHERS = (
     tally.value for tally in Tally
 )
 _IN_PROJECT, _ON_HOST, _HELD, _MAKING_IMAGES, _QUOTA = _OTHERS
@@ -39,7 +41,7 @@ _QUOTA_SUMS: Final = ("instances", "vcpus", "memory_mib", "disk_mib")
 """The resources of a quota whose use changes with an instance's claims; the others have sums of their own."""
 _VERSION: Final = "version"
 """Key of the row with the version that computed the sums."""
-COUNTED_BY: Final = f"{__version__} 5"
+COUNTED_BY: Final = f"{__version__} 6"
 """Change it together with `core.resource_claims` and `core.quotas`: sums of another version are computed again."""
 
 
@@ -232,6 +234,8 @@ def _count(change: Counter[tuple[str, str]], instance: Instance, claims: Sequenc
         used = use_of(instance)
         for network_id in {network_id for network_id, _ in leases_of(instance)}:
             change[_NETWORKS, network_id] += sign
+        for name in security_groups_of(instance):
+            change[_GROUPS, name] += sign
         for what in _QUOTA_SUMS:
             change[_QUOTA, quota_place(what, instance.project)] += sign * used[what]
     for claim in claims:

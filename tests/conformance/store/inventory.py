@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from conformance.store.harness import IMAGE, START_MS, Bench, check, raises
 from interlock.core.errors import NameTaken
-from interlock.core.networks import Network, NetworkKind, Subnet
+from interlock.core.networks import Network, NetworkKind, SecurityGroup, Subnet, ingress_of
 from interlock.core.quotas import Quota
 from interlock.core.roles import Role
 from interlock.ports import Project, Token, Volume
@@ -128,6 +128,24 @@ async def networks_have_names_of_their_own_in_their_project(bench: Bench) -> Non
     assert await bench.store.networks.delete("n2")
     assert not await bench.store.networks.delete("n2")
     assert await bench.store.networks.all() == (changed,)
+
+
+@check
+async def security_groups_have_names_of_their_own_in_their_project(bench: Bench) -> None:
+    groups = bench.store.security_groups
+    web = SecurityGroup(id="g1", name="web", project="one", ingress=ingress_of("tcp 80"), created_at_ms=START_MS)
+    of_two = replace(web, id="g2", project="two")
+    await groups.put(web)
+    await groups.put(of_two)
+    async with raises(NameTaken):
+        await groups.put(replace(web, id="g3"))
+    changed = replace(web, ingress=ingress_of("tcp 443 from 10.0.0.0/8"))
+    await groups.replace(changed)
+    async with bench.power_cut() as found:
+        assert await found.security_groups.all() == (changed, of_two)
+    assert await groups.delete("g2")
+    assert not await groups.delete("g2")
+    assert await groups.all() == (changed,)
 
 
 @check

@@ -14,7 +14,7 @@ from interlock.core.networks import Network, NetworkKind
 from interlock.core.operations import Operation
 from interlock.core.quotas import place, use_of
 from interlock.core.records import Forward, Instance, Interface, Spec
-from interlock.core.resource_claims import apart_place, claims_of, leases_of, shared_place
+from interlock.core.resource_claims import apart_place, claims_of, leases_of, security_groups_of, shared_place
 from interlock.core.restart_policy import Restarts
 from interlock.core.states import VmState
 from interlock.ports import InstanceFilter, Store, Tally, every_instance
@@ -32,6 +32,7 @@ async def _counted(store: Store) -> dict[Tally, dict[str, int]]:
         sums[Tally.RECORDED][instance.host] += 1
         sums[Tally.IMAGES].update(instance.image_ids)
         sums[Tally.NETWORKS].update({network for network, _ in leases_of(instance)})
+        sums[Tally.SECURITY_GROUPS].update(security_groups_of(instance))
         sums[Tally.OUTSTANDING_IN_PROJECT][instance.project] += len(instance.outstanding)
         sums[Tally.OUTSTANDING_ON_HOST][instance.host] += len(instance.outstanding)
         sums[Tally.HELD_IN_PROJECT][instance.project] += len(instance.held)

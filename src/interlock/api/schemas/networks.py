@@ -57,7 +57,28 @@ class Interface(Wire, frozen=True, kw_only=True):
     outbound_kbit: int | None = None
     """The limit of what the guest sends; null: none."""
     allow: tuple[str, ...] = ()
-    """Which connections from outside of the network are allowed."""
+    """Which connections from outside of the network are allowed, by its own rules and its security groups."""
+    security_groups: tuple[str, ...] = ()
+
+
+class SecurityGroup(Wire, frozen=True, kw_only=True):
+    """Rules on who may connect, which interfaces of a project's instances share."""
+
+    id: str
+    name: str
+    project: str
+    allow: tuple[str, ...] = ()
+    """Which connections are allowed, such as `tcp 22 from 10.0.0.0/8`."""
+    instances: int
+    """Number of instances that have it."""
+    created_at: Timestamp
+    created_by: str
+
+
+class SecurityGroupList(Wire, frozen=True, kw_only=True):
+    """The security groups of the project; to an admin, all."""
+
+    items: tuple[SecurityGroup, ...]
 
 
 class NetworkList(Wire, frozen=True, kw_only=True):

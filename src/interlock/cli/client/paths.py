@@ -10,6 +10,7 @@ IMAGES: Final = "/v1/images"
 VOLUMES: Final = "/v1/volumes"
 TOKENS: Final = "/v1/tokens"
 NETWORKS: Final = "/v1/networks"
+SECURITY_GROUPS: Final = "/v1/security-groups"
 PROJECTS: Final = "/v1/projects"
 HOSTS: Final = "/v1/hosts"
 
@@ -18,6 +19,7 @@ COLLECTIONS: Final = {
     "Image": IMAGES,
     "Volume": VOLUMES,
     "Network": NETWORKS,
+    "Security group": SECURITY_GROUPS,
     "Token": TOKENS,
     "Project": PROJECTS,
     "Host": HOSTS,

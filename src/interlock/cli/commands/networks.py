@@ -1,17 +1,17 @@
-"""`interlock network`: create, list, show and delete."""
+"""`interlock network` and `interlock security-group`: create, list, show, change and delete."""
 
 from __future__ import annotations
 
 import click
 
-from interlock.api.schemas.networks import Network, NetworkList
-from interlock.cli.client.paths import NETWORKS, path_of
+from interlock.api.schemas.networks import Network, NetworkList, SecurityGroup, SecurityGroupList
+from interlock.cli.client.paths import NETWORKS, SECURITY_GROUPS, path_of
 from interlock.cli.completion import completer
 from interlock.cli.context import Invocation, with_json
 from interlock.cli.output.confirmation import confirm, yes_option
 from interlock.cli.output.formatting import age
 from interlock.core.networks import NetworkKind
-from interlock.service.request_models import NewNetwork, NewSubnet
+from interlock.service.request_models import NewNetwork, NewSecurityGroup, NewSubnet, SecurityGroupChange
 
 
 @click.group("network")
@@ -141,3 +141,78 @@ def delete_network(invocation: Invocation, *, network: str, yes: bool) -> None:
     confirm(f"Delete the network {network}?", yes=yes)
     reply = invocation.client.delete(path_of(NETWORKS, network))
     invocation.print_removed(reply, f"Deleted: {network}")
+
+
+@click.group("security-group")
+def security_group_commands() -> None:
+    """Security groups: rules on who may connect, which interfaces of VMs share."""
+
+
+@security_group_commands.command("create")
+@click.argument("name")
+@click.option("--allow", default="", help="Rules, such as `tcp 22 from 10.0.0.0/8, icmp`. Default: none.")
+@with_json
+def create_security_group(invocation: Invocation, *, name: str, allow: str) -> None:
+    """Create the security group NAME in the project."""
+    reply = invocation.client.post(SECURITY_GROUPS, NewSecurityGroup(name=name, allow=allow))
+    if not invocation.print_json(reply):
+        made = reply.decode(SecurityGroup)
+        invocation.echo(f"Created: security group {made.name}, id {made.id}")
+
+
+@security_group_commands.command("list")
+@with_json
+def list_security_groups(invocation: Invocation) -> None:
+    """List the project's security groups."""
+    columns = {
+        "NAME": lambda one: one.name,
+        "ALLOWS": lambda one: ", ".join(one.allow) or "-",
+        "PROJECT": lambda one: one.project,
+        "VMS": lambda one: str(one.instances),
+        "AGE": lambda one: age(one.created_at, invocation.client.now),
+        "ID": lambda one: one.id,
+    }
+    invocation.print_items(invocation.client.get(SECURITY_GROUPS), SecurityGroupList, columns)
+
+
+@security_group_commands.command("show")
+@click.argument("group", shell_complete=completer(SECURITY_GROUPS))
+@with_json
+def show_security_group(invocation: Invocation, *, group: str) -> None:
+    """Show a security group."""
+    reply = invocation.client.get(path_of(SECURITY_GROUPS, group))
+    if invocation.print_json(reply):
+        return
+    one = reply.decode(SecurityGroup)
+    facts = {
+        "Name": one.name,
+        "Id": one.id,
+        "Project": one.project,
+        "Allows": ", ".join(one.allow) or "nothing",
+        "VMs": str(one.instances),
+        "Created": f"{age(one.created_at, invocation.client.now)} ago by {one.created_by}",
+    }
+    invocation.print_facts(facts, 14)
+
+
+@security_group_commands.command("set")
+@click.argument("group", shell_complete=completer(SECURITY_GROUPS))
+@click.option("--allow", required=True, help="The new rules, such as `tcp 22 from 10.0.0.0/8, icmp`. Empty: none.")
+@with_json
+def set_security_group(invocation: Invocation, *, group: str, allow: str) -> None:
+    """Replace the rules of a security group. VMs that have it follow, also while they run."""
+    reply = invocation.client.patch(path_of(SECURITY_GROUPS, group), SecurityGroupChange(allow=allow))
+    if not invocation.print_json(reply):
+        one = reply.decode(SecurityGroup)
+        invocation.echo(f"Changed: security group {one.name} allows {', '.join(one.allow) or 'nothing'}")
+
+
+@security_group_commands.command("delete")
+@click.argument("group", shell_complete=completer(SECURITY_GROUPS))
+@yes_option
+@with_json
+def delete_security_group(invocation: Invocation, *, group: str, yes: bool) -> None:
+    """Delete a security group that no VM has, after confirmation."""
+    confirm(f"Delete the security group {group}?", yes=yes)
+    reply = invocation.client.delete(path_of(SECURITY_GROUPS, group))
+    invocation.print_removed(reply, f"Deleted: {group}")

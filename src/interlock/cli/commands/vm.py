@@ -216,7 +216,8 @@ def volumes_text(invocation: Invocation, one: Instance) -> str:
 
 def interface_text(one: Interface) -> str:
     """Return the network, the leased addresses and the MAC address of an interface."""
-    parts = (one.network or "", ", ".join(one.addresses), one.mac)
+    groups = f"groups {' and '.join(one.security_groups)}" if one.security_groups else ""
+    parts = (one.network or "", ", ".join(one.addresses), one.mac, groups)
     limits = (("in", one.inbound_kbit), ("out", one.outbound_kbit))
     allowed = f"allows {' and '.join(one.allow)}" if one.allow else ""
     rates = (f"{way} {kbit} kbit/s" for way, kbit in limits if kbit is not None)

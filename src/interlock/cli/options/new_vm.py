@@ -125,21 +125,22 @@ class InterfaceValue(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         network, *options = str(value).split(",")
         fields: dict[str, Any] = {}
-        addresses: list[str] = []
+        lists: dict[str, list[str]] = {"address": [], "group": []}
         for option in options:
             key, equals, text = option.partition("=")
-            if not (equals and text) or key not in {"address", "mac"} or key in fields:
+            if not (equals and text) or key not in {*lists, "mac"} or key in fields:
                 self.fail(
-                    f"Invalid network {value!r}: expected NAME, then options such as address=10.7.0.20 or "
-                    "mac=52:54:00:12:34:56, each after a comma.",
+                    f"Invalid network {value!r}: expected NAME, then options such as address=10.7.0.20, "
+                    "group=web or mac=52:54:00:12:34:56, each after a comma.",
                     param,
                     ctx,
                 )
-            if key == "address":
-                addresses.append(text)
+            if key in lists:
+                lists[key].append(text)
             else:
                 fields[key] = text
-        return NewInterface(network=network, addresses=tuple(addresses), **fields)
+        addresses, groups = map(tuple, lists.values())
+        return NewInterface(network=network, addresses=addresses, security_groups=groups, **fields)
 
 
 network_option: Final = click.option(
@@ -147,7 +148,7 @@ network_option: Final = click.option(
     "networks",
     multiple=True,
     type=InterfaceValue(),
-    metavar="NAME[,address=ADDRESS][,mac=MAC]",
+    metavar="NAME[,address=ADDRESS][,mac=MAC][,group=GROUP]",
     help="Network of an interface, the first one first. May be repeated. Default: a user network of its own.",
 )
 

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 
 from interlock.core.errors import GuestNotFound, NotFound, OperationRejected
-from interlock.core.networks import Network, hostname_in, ingress_of, mac_of
+from interlock.core.networks import IngressRule, Network, hostname_in, ingress_of, mac_of
+from interlock.core.parameters import group_names
 from interlock.core.records import Forward, Interface, Request
-from interlock.core.specs import PRIMARY
+from interlock.core.specs import PRIMARY, with_groups
 from interlock.driver.operation_context import Done, OperationContext
 from interlock.driver.operations.volumes import detaching_on_timeout, require_releasable, runs_after_start
 from interlock.ports import Store
@@ -58,7 +59,7 @@ async def move(work: OperationContext) -> Done:
     network = await _network(work.store, work.request)
     named = hostname_in(network, work.instance.name, work.instance.project)
     moved = msgspec.structs.replace(_present(work), network=network, addresses=addresses, hostname=named)
-    await _update(work, moved)
+    await _update(work, with_groups(moved, await _rules(work)))
     where = f" with the address {' and '.join(addresses)}" if addresses else ""
     return Done(message=f"The interface {moved.id} is in the network {network.name}{where}.")
 
@@ -67,9 +68,10 @@ async def set_limits(work: OperationContext) -> Done:
     """Change the limits of an interface, of which 0 removes one, and the rules on who may connect to it."""
     given = work.request.parameters
     changes: dict[str, Any] = {name: given[name] or None for name in ("inbound_kbit", "outbound_kbit") if name in given}
-    if "allow" in given:
-        changes["ingress"] = ingress_of(given["allow"])
-    await _update(work, msgspec.structs.replace(_present(work), **changes))
+    own = ingress_of(given["allow"]) if "allow" in given else None
+    groups = group_names(given["security_groups"]) if "security_groups" in given else None
+    limited = msgspec.structs.replace(_present(work), **changes)
+    await _update(work, with_groups(limited, await _rules(work), own=own, groups=groups))
     return Done()
 
 
@@ -139,6 +141,12 @@ async def interface_of(store: Store, request: Request) -> Interface:
         network=network,
         addresses=_addresses(request),
     )
+
+
+async def _rules(work: OperationContext) -> dict[str, tuple[IngressRule, ...]]:
+    """Return the rules of the security groups of the instance's project, by name."""
+    found = await work.store.security_groups.all()
+    return {one.name: one.ingress for one in found if one.project == work.instance.project}
 
 
 def _addresses(request: Request) -> tuple[str, ...]:

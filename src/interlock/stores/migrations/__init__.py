@@ -16,6 +16,7 @@ from interlock.stores.migrations.versions import (
     r0009_audit,
     r0010_projects,
     r0011_networks,
+    r0012_security_groups,
 )
 
 STEPS: Final[dict[str, tuple[str, ...]]] = {
@@ -30,5 +31,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "0009": r0009_audit.STATEMENTS,
     "0010": r0010_projects.STATEMENTS,
     "0011": r0011_networks.STATEMENTS,
+    "0012": r0012_security_groups.STATEMENTS,
 }
 """The statements of each migration by revision, oldest first."""
