@@ -7,6 +7,7 @@ and an exit code of its own, and shares nothing with the others.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
@@ -30,6 +31,9 @@ _IMPORTED: Final = [
     ),
 ]
 """What is imported once for all processes: nothing that starts a thread, or that draws random numbers."""
+
+NETWORK: Final = "TEST_NETWORK_NAMESPACE"
+"""An environment variable with the path of the network namespace that a process is to run in."""
 
 
 def fork_server() -> ForkServerContext:
@@ -116,6 +120,11 @@ def _run(words: tuple[str, ...], environment: dict[str, str], errors: Connection
             os.dup2(file.fileno(), sys.stdout.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    if path := os.environ.pop(NETWORK, ""):
+        namespace = os.open(path, os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+        os.close(namespace)
     if words[0] == "-m":
         sys.argv[:] = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -131,7 +131,8 @@ class Hotplug:
         if is_user(interface):
             await self._networks.update(permit, guest, interface, forwards)
         else:
-            await self._taps.update(permit, guest, before.network, interface, forwards)
+            of_it = forwards if interface.id == PRIMARY else ()
+            await self._taps.update(permit, guest, before.network, interface, of_it)
         if interface.id == PRIMARY:
             _write_spec(permit, guest.folder, spec, msgspec.structs.replace(spec, primary=interface, forwards=forwards))
         else:
