@@ -79,7 +79,7 @@ def test_a_vm_from_its_making_to_its_end(serving: Serving) -> None:
     assert (shown["vm_state"], shown["tags"], shown["forwards"]) == (
         "active",
         ["web"],
-        [{"host_port": 8080, "guest_port": 80}],
+        [{"host_port": 8080, "guest_port": 80, "host_address": "127.0.0.1", "protocol": "tcp"}],
     )
     assert serving.json("volume", "create", "data", "--size", "0.01")["size_bytes"] == 10 * 1024 * 1024
     assert serving.run("vm", "attach", "demo", "data", "--wait").returncode == 0
