@@ -25,6 +25,7 @@ from interlock.hypervisors.factory import log_protections
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.protections import protections
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.networks import host_abilities, host_programs
 from waiting import until
 
 FIRST = 1_990_000_000
@@ -119,6 +120,8 @@ def test_version_two_passes_controllers_on_and_writes_limits(tmp_path: Path) -> 
     group = tmp_path / "interlock" / "vm"
     names = ("memory.max", "pids.max", "cpu.weight", "io.weight", "cgroup.procs")
     assert [(group / name).read_text() for name in names] == [str(1 << 30), "100", "200", "50", "1234"]
+    groups.join("vm", 5678)
+    assert [(group / name).read_text() for name in names] == [str(1 << 30), "100", "200", "50", "5678"]
 
 
 def test_version_two_without_a_controller_does_without_it(tmp_path: Path) -> None:
@@ -184,23 +187,58 @@ def test_a_group_of_another_user_is_not_used(tmp_path: Path) -> None:
 
 
 def test_protections_are_reported_by_name_with_how_or_why_not(users: HostUsers) -> None:
-    on = protections(users, MADE, None, "no cgroup file system is mounted", has_passt=True)
+    on = protections(users, MADE, None, "no cgroup file system is mounted", has_passt=True, no_filter="")
     found = {one.name: one for one in on}
     assert [one.name for one in on if not one.on] == ["memory_limit", "cpu_weight", "io_weight"]
     assert found["own_user"].detail == f"user ids {FIRST} to {FIRST + 2}"
     assert found["memory_limit"].detail == "no cgroup file system is mounted"
-    off = protections(
-        "not root", Namespaced(namespaces=Namespaces.NONE, because="bwrap is missing"), None, "none", has_passt=True
-    )
+    because = Namespaced(namespaces=Namespaces.NONE, because="bwrap is missing")
+    off = protections("not root", because, None, "none", has_passt=True, no_filter="")
     assert {one.name for one in off if one.on} == {"no_privileges", "system_call_filter"}
     assert {one.detail for one in off if one.name.endswith("_namespace")} == {"bwrap is missing"}
+
+
+@pytest.mark.parametrize(
+    ("shared", "missing", "has_passt", "why"),
+    [
+        (False, "", True, ""),
+        (False, "nft is not installed (package nftables)", True, "nft is not installed (package nftables)"),
+        (True, "", True, "VMs have no users of their own: not root"),
+        (False, "", False, "passt is not installed; VMs have QEMU's own user network, and reach no address"),
+    ],
+)
+def test_a_host_says_whether_it_filters_user_networks_and_if_not_why(
+    users: HostUsers, shared: bool, missing: str, has_passt: bool, why: str
+) -> None:
+    given = "not root" if shared else users
+    found = protections(given, MADE, None, "none", has_passt=has_passt, no_filter=missing)
+    (line,) = [one for one in found if one.name == "user_network_filter"]
+    assert line.on == (not why)
+    assert line.detail == (why or "rules of nftables by the user of each passt process")
+
+
+def test_what_keeps_a_host_from_filtering_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("CapEff:\t0000000000001000\n")
+    monkeypatch.setattr(host_abilities, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(host_programs, "_SYSTEM", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host_abilities.why_no_filter() == "nft is not installed (package nftables)"
+    program = tmp_path / "nft"
+    program.write_text("#!/bin/sh\necho Error: Operation not permitted >&2; exit 1\n")
+    program.chmod(0o755)
+    assert host_abilities.why_no_filter() == "nft does not work: Error: Operation not permitted"
+    program.write_text("#!/bin/sh\n")
+    assert not host_abilities.why_no_filter()
+    (tmp_path / "status").write_text("CapEff:\t0000000000000000\n")
+    assert host_abilities.why_no_filter() == "the server has no CAP_NET_ADMIN (run it as root)"
 
 
 def test_the_log_names_what_is_on_and_why_the_rest_is_off(users: HostUsers, tmp_path: Path) -> None:
     hypervisor = QemuHypervisor(QemuSettings(folder=tmp_path))
     with capture_logs() as nothing:
         log_protections(hypervisor)
-    hypervisor.registry.protections = protections(users, MADE, None, "no cgroup file system is mounted", has_passt=True)
+    why = "no cgroup file system is mounted"
+    hypervisor.registry.protections = protections(users, MADE, None, why, has_passt=True, no_filter="")
     with capture_logs() as logs:
         log_protections(hypervisor)
     assert nothing == []

@@ -27,7 +27,10 @@ from interlock.confinement import sandbox
 from interlock.confinement.host_users import HostUsers, temporary_user
 from interlock.confinement.sandbox import Namespaces, View, confined, namespaces_for
 from interlock.core.errors import OperationRejected
+from interlock.core.specs import PRIMARY
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
+from interlock.hypervisors.qemu.network import passt
+from interlock.hypervisors.qemu.process.qemu_process import has_ended
 from interlock.images.qemu_img import ImageTool
 from interlock.service import policy_verifier
 from waiting import PATIENCE_S
@@ -276,6 +279,10 @@ async def test_the_control_groups_of_a_vm_have_its_limits_and_end_with_it(tmp_pa
         assert int((top / f"memory{name}/memory.limit_in_bytes").read_text()) == memory_mib << 20
         assert int((top / f"pids{name}/pids.max").read_text()) == 1 + settings.threads_extra
         assert int((top / f"cpu{name}/cpu.shares").read_text()) == 1024
+        if passt.is_installed():
+            process = hypervisor.registry.folder("group-test").network_process(PRIMARY)
+            assert process is not None
+            assert groups_of(process.process_id) == places, "of its user network too"
     finally:
         await hypervisor.undefine(PERMIT, "group-test")
         await hypervisor.close()
@@ -299,12 +306,15 @@ async def test_nothing_is_left_of_a_vm_whose_processes_were_all_stopped(tmp_path
             if found_again:
                 await hypervisor.close()
                 hypervisor = await opened(host)
-            with open_pidfd(parent) as watched:
-                for one in (parent, process_id):
+            others = [one.process_id for one in hypervisor.registry.folder("one").network_processes()]
+            assert len(others) == passt.is_installed()
+            with contextlib.ExitStack() as opened_here:
+                watched = [opened_here.enter_context(open_pidfd(one)) for one in (parent, *others)]
+                for one in (parent, process_id, *others):
                     os.kill(one, signal.SIGSTOP)
                 await hypervisor.power_off(PERMIT, "one")
-                async with asyncio.timeout(PATIENCE_S):
-                    await asyncio.to_thread(select.select, [watched], [], [])
+                for one in watched:
+                    assert await asyncio.to_thread(select.select, [one], [], [], PATIENCE_S) != ([], [], [])
     finally:
         await hypervisor.undefine(PERMIT, "one")
         await hypervisor.close()
@@ -321,6 +331,24 @@ def open_pidfd(process_id: int) -> Iterator[int]:
     descriptor = os.pidfd_open(process_id)
     yield descriptor
     os.close(descriptor)
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(not passt.is_installed(), reason="passt is not installed")
+async def test_a_stopped_passt_whose_guest_ended_while_no_server_ran_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    host = QemuWorkbench(tmp_path)
+    hypervisor = await opened(host)
+    await hypervisor.define(PERMIT, "one", host.spec())
+    await hypervisor.power_on(PERMIT, "one", host.spec())
+    (process,) = hypervisor.registry.folder("one").network_processes()
+    await hypervisor.close()
+    os.kill(process.process_id, signal.SIGSTOP)
+    host.end_everything()
+    assert not has_ended(process.process_id)
+    hypervisor = await opened(host)
+    assert has_ended(process.process_id)
+    await hypervisor.undefine(PERMIT, "one")
+    await hypervisor.close()
 
 
 # ------------------------------------------------------------------------------------- qemu-img and policy verifier

@@ -18,12 +18,13 @@ from interlock.core.errors import Unavailable
 from interlock.core.states import PowerState
 from interlock.hypervisors.host_identity import FILE, host_id
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
-from interlock.hypervisors.qemu.files.instance_folder import Phase, ProcessRecord
+from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder, Phase, ProcessRecord
+from interlock.hypervisors.qemu.network import passt
 from interlock.hypervisors.qemu.process.process_scan import FoundGuest, GuestFolder, find_guests
-from interlock.hypervisors.qemu.process.qemu_process import is_stopped, spawn, started_ticks
+from interlock.hypervisors.qemu.process.qemu_process import has_ended, is_stopped, spawn, started_ticks
 from interlock.hypervisors.remote.lease import ENDLESS_NS, Lease, now_ns
 from interlock.hypervisors.remote.watchdog import LEASE, LOCK, Watchdog
-from waiting import PATIENCE_S, until
+from waiting import PATIENCE_S, eventually, until
 
 PERMIT = GivenPermit()
 pytestmark = [
@@ -152,6 +153,7 @@ async def test_the_watchdog_ends_the_guests_of_its_folder_wherever_that_is_and_n
     folder = bench.folder / "agent"
     folder.mkdir()
     await abandoned(bench)
+    serving = InstanceFolder(bench.settings.folder / "vms" / "one").network_processes()
     home = GuestFolder.of(bench.settings.folder, host_id(bench.settings.folder))
     (tmp_path / "other").mkdir()
     other = await abandoned(QemuWorkbench(tmp_path / "other"), "two")
@@ -176,6 +178,7 @@ async def test_the_watchdog_ends_the_guests_of_its_folder_wherever_that_is_and_n
     spared = ["three", "two"] if fate == "replaced" else ["two"]
     if fate != "replaced":
         assert lives(bench) == ["one", "two"]
+    assert len(serving) == passt.is_installed()
     lease.extend(now_ns())
     try:
         for _ in range(2):  # what ends the second has looked at everything that was there before the first had ended
@@ -185,6 +188,7 @@ async def test_the_watchdog_ends_the_guests_of_its_folder_wherever_that_is_and_n
         os.kill(int((folder / LOCK).read_text()), signal.SIGKILL)
     assert lives(bench) == spared
     assert lives(other) == ["two"]
+    await eventually(lambda: all(has_ended(one.process_id) for one in serving))
 
 
 async def test_the_watchdog_starts_before_its_host_has_a_folder_of_guests(tmp_path: Path) -> None:

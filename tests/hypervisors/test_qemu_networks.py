@@ -20,6 +20,7 @@ from interlock.guests import small_guest
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.process.qemu_process import has_ended
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.networks.connections import Names, network_tag
 from networks.conftest import NOTHING, Host, host, host_namespace, interface, lab
 from networks.namespaces import Namespace
 from waiting import eventually
@@ -168,6 +169,8 @@ async def test_the_network_of_a_guest_that_ended_while_no_server_ran_is_removed(
     await machine.hypervisor.close()
     os.kill(process, 9)
     await eventually(lambda: has_ended(process))
+    taps = Names(network_tag(machine.hypervisor.registry.home.host_id)).taps
+    await eventually(lambda: not any(link.startswith(taps) for link in machine.left()["links"]))
     await machine.open()
     await eventually(lambda: machine.left()["links"] == [] and machine.left()["tables"] == [])
 

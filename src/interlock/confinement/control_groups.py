@@ -68,6 +68,10 @@ class ControlGroups(Protocol):
         """Create a group and move a process with its threads into it. Blocks. Raises OSError."""
         ...
 
+    def join(self, name: str, process_id: int) -> None:
+        """Move another process into a group, whose limits may be set later. Blocks. Raises OSError."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove a group, unless it has processes."""
         ...
@@ -166,6 +170,10 @@ class VersionOne:
                         (group / io_file).write_text(str(_within(limits.io_weight, _BLKIO_RANGE)))
             (group / "cgroup.procs").write_text(str(process_id))
 
+    def join(self, name: str, process_id: int) -> None:
+        for parent in self._parents.values():
+            _join(parent / name, process_id)
+
     def remove(self, name: str) -> None:
         _remove(parent / name for parent in self._parents.values())
 
@@ -214,6 +222,9 @@ class VersionTwo:
             with contextlib.suppress(FileNotFoundError) if resource is Resource.IO else contextlib.nullcontext():
                 (group / file).write_text(str(value))
         (group / "cgroup.procs").write_text(str(process_id))
+
+    def join(self, name: str, process_id: int) -> None:
+        _join(self._parent / name, process_id)
 
     def remove(self, name: str) -> None:
         _remove([self._parent / name])
@@ -270,6 +281,9 @@ class SystemdScopes:
         self._call([*words, "ssa(sv)a(sa(sv))", scope, "fail", "8", *properties, "0"])
         _await_group(process_id, scope)
 
+    def join(self, name: str, process_id: int) -> None:
+        """Do nothing: systemd moves no process into a scope that is not delegated."""
+
     def remove(self, name: str) -> None:
         """Do nothing: systemd removes the scope."""
 
@@ -300,6 +314,11 @@ def _make_parent(parent: Path) -> None:
     parent.mkdir(mode=0o755, exist_ok=True)
     if not os.access(parent, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+def _join(group: Path, process_id: int) -> None:
+    group.mkdir(mode=0o755, exist_ok=True)
+    (group / "cgroup.procs").write_text(str(process_id))
 
 
 def _version_two_name(resource: Resource) -> str:

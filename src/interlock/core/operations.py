@@ -191,12 +191,12 @@ _COMPONENT_CHANGES = (
         phases="setting_interface", parameters=given.SetInterfaceParameters,
     ),
     _component(
-        _O.ADD_FORWARD, "Forward a port of the host to the first interface of the guest.", _O.START,
-        phases="adding_forward", parameters=given.AddForwardParameters,
+        _O.ADD_FORWARD, "Forward a host's port to the first interface. Open connections of a user network end.",
+        _O.START, phases="adding_forward", parameters=given.AddForwardParameters,
     ),
     _component(
-        _O.REMOVE_FORWARD, "End the forward of a port of the host.", _O.START, phases="removing_forward",
-        parameters=given.RemoveForwardParameters),
+        _O.REMOVE_FORWARD, "End the forward of a port of the host. Open connections of a user network end.", _O.START,
+        phases="removing_forward", parameters=given.RemoveForwardParameters),
 )  # fmt: skip
 _ENTRIES = (
     _state(

@@ -37,11 +37,19 @@ def abilities() -> tuple[NetworkAbility, ...]:
     )
 
 
-def _privileges() -> list[str]:
-    lacks = []
+def why_no_filter() -> str:
+    """Return why this host cannot have rules of nftables, for people; empty if it can. Blocks for some milliseconds."""
+    return "; ".join([*_no_net_admin(), *_missing(NFT)] or _without_nftables())
+
+
+def _no_net_admin() -> list[str]:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("CapEff:"))
-    if not int(line.split()[1], 16) & _NET_ADMIN:
-        lacks.append("the server has no CAP_NET_ADMIN (run it as root)")
+    may = int(line.split()[1], 16) & _NET_ADMIN
+    return [] if may else ["the server has no CAP_NET_ADMIN (run it as root)"]
+
+
+def _privileges() -> list[str]:
+    lacks = _no_net_admin()
     if not os.access(TUN, os.R_OK | os.W_OK):
         lacks.append(f"{TUN} cannot be opened")
     return lacks
@@ -54,7 +62,8 @@ def _missing(program: str) -> list[str]:
 
 
 def _without_nftables() -> list[str]:
-    words = [host_programs.find(NFT) or NFT, "list", "tables"]
+    # Takes as long with many rules as with none, unlike a list.
+    words = [host_programs.find(NFT) or NFT, "--check", "add", "table", "inet", "interlock_probe"]
     try:
         tried = subprocess.run(words, capture_output=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603 - our own words
     except (OSError, subprocess.TimeoutExpired) as error:

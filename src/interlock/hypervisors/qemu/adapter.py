@@ -6,12 +6,13 @@ per guest: pidfds, pipes and sockets wake the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, final
 
 from interlock.hypervisors.certificates.host_certificate import HostCertificate
 from interlock.hypervisors.qemu.consoles import Consoles
 from interlock.hypervisors.qemu.disks.host_disks import HostDisks
+from interlock.hypervisors.qemu.files.instance_folder import NetworkProcess
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.guest_agent import GuestAgents, thaw_forgotten
 from interlock.hypervisors.qemu.hotplug import Hotplug
@@ -129,9 +130,15 @@ class QemuHypervisor:
     def _disconnected(self, guest: Guest, network: str) -> None:
         self._networks.lost(guest, network)
 
-    async def _ended(self, guest: Guest) -> None:
-        await self._taps.ended(guest.instance_id)
-        await self._networks.ended(guest.instance_id)
+    def _ended(self, guest: Guest) -> Coroutine[Any, Any, None]:
+        # Read at once: whoever waits for this end may delete the folder next.
+        return self._end_networks(guest.instance_id, guest.folder.network_processes())
+
+    async def _end_networks(self, instance_id: str, processes: Sequence[NetworkProcess]) -> None:
+        try:
+            await self._networks.ended(instance_id, processes)
+        finally:
+            await self._taps.ended(instance_id)
 
     async def _adopted(self, guest: Guest) -> None:
         await self._networks.adopt(guest)

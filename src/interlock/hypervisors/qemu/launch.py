@@ -89,6 +89,7 @@ class Launcher:
         with folder.os_errors_rejected():
             root_disks.require_files(folder, spec)
             await root_disks.make_seed_disk(permit, folder, instance_id, spec)
+        await self._networks.end_former(folder)
         try:
             async with self._taps.plugged(permit, instance_id, spec) as taps:
                 process_id = self._launch(permit, instance_id, folder, spec, machine, taps)

@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
+import structlog
+
 from interlock.confinement.control_groups import ControlGroups, control_groups
 from interlock.confinement.host_users import HostUsers
 from interlock.confinement.sandbox import Account, Namespaces, namespaces_for
@@ -29,10 +31,12 @@ from interlock.hypervisors.qemu.process.qemu_process import find_in, shared_acco
 from interlock.hypervisors.qemu.process.strays import LOCK, settle_strays
 from interlock.hypervisors.qemu.protections import protections
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.networks.host_abilities import why_no_filter
 from interlock.networks.host_programs import find
 from interlock.ports import HypervisorEvent
 from interlock.ports.hosts import Protection
 
+_LOG = structlog.get_logger(__name__)
 AnswerT = TypeVar("AnswerT")
 
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -127,7 +131,12 @@ class ProcessRegistry:
         self.namespaces = namespaced.namespaces
         self.groups, no_groups = control_groups()
         self.protections = protections(
-            self.users or shared, namespaced, self.groups, no_groups, has_passt=find("passt") is not None
+            self.users or shared,
+            namespaced,
+            self.groups,
+            no_groups,
+            has_passt=find("passt") is not None,
+            no_filter=why_no_filter(),
         )
 
     def _require_programs(self) -> None:
@@ -250,9 +259,25 @@ class ProcessRegistry:
         if self._guests.get(guest.instance_id) is guest:
             del self._guests[guest.instance_id]
         self.run_in_background(guest.monitor.close())
-        self.run_in_background(self._on_ended(guest))
-        if self.groups is not None:
-            self.run_in_background(asyncio.to_thread(self.groups.remove, self.group_name(guest.instance_id)))
+        self.run_in_background(self._clean_up(guest.instance_id, self._on_ended(guest)))
+
+    async def _clean_up(self, instance_id: str, ending: Coroutine[Any, Any, None]) -> None:
+        """Remove the group of a guest that has ended, once the other processes in it have."""
+        try:
+            await ending
+        finally:
+            if self.groups is not None and instance_id not in self._guests:
+                await asyncio.to_thread(self.groups.remove, self.group_name(instance_id))
+
+    async def join_group(self, guest: Guest, process_id: int) -> None:
+        """Place a process that serves a guest in the guest's control group."""
+        if self.groups is None or guest.process.ended.is_set():
+            return
+        try:
+            await asyncio.to_thread(self.groups.join, self.group_name(guest.instance_id), process_id)
+        except OSError as error:
+            if started_ticks(process_id) is not None:
+                _LOG.warning("process not limited", instance=guest.instance_id, process=process_id, why=str(error))
 
     def run_in_background(self, work: Coroutine[Any, Any, AnswerT]) -> asyncio.Task[AnswerT]:
         """Start a task that `close` waits for."""

@@ -20,7 +20,13 @@ _NO_PASST: Final = "passt is not installed; VMs have QEMU's own user network, an
 
 
 def protections(
-    users: HostUsers | str, namespaced: Namespaced, groups: ControlGroups | None, no_groups: str, *, has_passt: bool
+    users: HostUsers | str,
+    namespaced: Namespaced,
+    groups: ControlGroups | None,
+    no_groups: str,
+    *,
+    has_passt: bool,
+    no_filter: str,
 ) -> tuple[Protection, ...]:
     """Describe the protections of a host.
 
@@ -30,6 +36,7 @@ def protections(
         groups: the control groups, if there are any.
         no_groups: why there are none, for people.
         has_passt: whether user networks are those of passt.
+        no_filter: why nftables cannot refuse what passt does not, for people; empty if it can.
     """
     apart = namespaced.namespaces is not Namespaces.NONE
     spaces = namespaced.because or f"made {namespaced.namespaces}"
@@ -39,6 +46,7 @@ def protections(
         Protection(name="system_call_filter", on=True, detail="QEMU's seccomp sandbox"),
         *(Protection(name=f"{kind}_namespace", on=apart, detail=spaces) for kind in ("mount", "pid", "ipc", "uts")),
         Protection(name="net_namespace", on=apart and has_passt, detail=spaces if has_passt else _NO_PASST),
+        _user_network_filter(users, no_filter if has_passt else _NO_PASST),
         *(_resource(resource, users, groups, no_groups) for resource in Resource),
     )
 
@@ -50,6 +58,13 @@ def _own_user(users: HostUsers | str) -> Protection:
             return Protection(name="own_user", on=True, detail=detail)
         case str():
             return Protection(name="own_user", on=False, detail=users)
+
+
+def _user_network_filter(users: HostUsers | str, missing: str) -> Protection:
+    if not missing and isinstance(users, str):
+        missing = f"VMs have no users of their own: {users}"
+    detail = missing or "rules of nftables by the user of each passt process"
+    return Protection(name="user_network_filter", on=not missing, detail=detail)
 
 
 def _resource(resource: Resource, users: HostUsers | str, groups: ControlGroups | None, no_groups: str) -> Protection:

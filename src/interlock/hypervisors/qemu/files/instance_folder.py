@@ -45,6 +45,7 @@ import msgspec
 
 from interlock.core.errors import NotResponding, OperationRejected
 from interlock.core.records import Spec
+from interlock.core.specs import PRIMARY
 from interlock.hypervisors.qemu.command_line import EVENT_LOG, MONITOR, Machine, network_name
 from interlock.hypervisors.qemu.files.root_folder import RootFolder, root_folder
 from interlock.images.atomic_files import drafted
@@ -177,6 +178,11 @@ class InstanceFolder:
     def network_process(self, interface_id: str) -> NetworkProcess | None:
         """Return the process of a user network, which may have ended."""
         return _read(self._network(interface_id), NetworkProcess)
+
+    def network_processes(self) -> tuple[NetworkProcess, ...]:
+        """Return the processes of all user networks, which may have ended."""
+        found = (_read(path, NetworkProcess) for path in self.path.glob(f"{network_name(PRIMARY)}*.json"))
+        return tuple(one for one in found if one is not None)
 
     def write_network_process(self, interface_id: str, process: NetworkProcess) -> None:
         _write(self._network(interface_id), process)

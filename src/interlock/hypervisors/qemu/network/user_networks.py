@@ -72,6 +72,9 @@ class UserNetworks:
                 process = guest.folder.network_process(interface.id)
                 if process is not None and process.user_id is not None and _lives(process):
                     running[guest.instance_id, interface.id] = process.user_id, _outbound(interface)
+        for instance_id in await registry.known():
+            if registry.find(instance_id) is None:
+                await self.end_former(registry.folder(instance_id))
         await self._rules.open(running)
         self._is_open.set()
 
@@ -161,8 +164,20 @@ class UserNetworks:
         await self._end(folder, interface_id)
         await self._rules.forget(folder.path.name, interface_id)
 
-    async def ended(self, instance_id: str) -> None:
-        """Drop the rules of the processes of a guest that has ended, which end with it."""
+    async def end_former(self, folder: InstanceFolder) -> None:
+        """End the processes of a guest that has ended, which were stopped by a signal: others have by themselves."""
+        if folder.held():
+            return
+        for process in folder.network_processes():
+            await _kill_if_possible(folder.path.name, process)
+
+    async def ended(self, instance_id: str, processes: Sequence[NetworkProcess]) -> None:
+        """End the processes of a guest that has ended, and drop their rules."""
+        async with contextlib.AsyncExitStack() as none_is_started:
+            for key in [one for one in self._locks if one[0] == instance_id]:
+                await none_is_started.enter_async_context(self._locks[key])
+            for process in processes:
+                await _kill_if_possible(instance_id, process)
         await self._rules.forget(instance_id)
 
     def lost(self, guest: Guest, name: str) -> None:
@@ -227,6 +242,7 @@ class UserNetworks:
                 connected.fileno(), claim, account, UserSubnet(start=user_subnet(interface.id)), forwards
             )
             guest.folder.write_network_process(interface.id, process)
+        await registry.join_group(guest, process.process_id)
 
     async def _connected(self, guest: Guest, name: str) -> socket.socket:
         """Connect to the socket of a network, where a process that ended may still be waiting to be accepted."""
@@ -261,6 +277,13 @@ def _outbound(interface: Interface) -> bool:
 
 def _lives(process: NetworkProcess) -> bool:
     return started_ticks(process.process_id) == process.started_ticks and not has_ended(process.process_id)
+
+
+async def _kill_if_possible(instance_id: str, process: NetworkProcess) -> None:
+    try:
+        await _kill(process)
+    except NotResponding as error:
+        _LOG.warning("user network not ended", instance=instance_id, why=str(error))
 
 
 async def _kill(process: NetworkProcess) -> None:
