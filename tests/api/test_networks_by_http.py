@@ -101,6 +101,11 @@ async def test_a_security_group_is_made_shown_used_changed_and_deleted(
     await admin.post("/v1/security-groups", json={"name": "other"})
     assert [one["name"] for one in (await admin.get("/v1/security-groups")).json()["items"]] == ["web", "other"]
     assert (await admin.delete("/v1/security-groups/other")).status_code == 204
+    missing = (await admin.get("/v1/security-groups/none")).json()
+    assert (missing["detail"], missing["remedy"]) == (
+        "Security group not found: none.",
+        "List them with `interlock security-group list`.",
+    )
     audited = (await admin.get("/v1/audit?action=security_group")).json()["items"]
     assert [(one["action"], one["target"], one["outcome"]) for one in audited] == [
         ("security_group.delete", "other", "succeeded"),

@@ -59,9 +59,11 @@ class NotFound(InterlockError):
 def not_found(kind: str, reference: str) -> NotFound:
     """Return the error for a resource that does not exist or is not visible to the caller: the two look the same.
 
-    `kind` is VM, Image, Volume, Network, Token, Project or Host; the command line has a command of that name.
+    `kind` is VM, Image, Volume, Network, Security group, Token, Project or Host; the command line has a command of that
+    name, with hyphens.
     """
-    return NotFound(f"{kind} not found: {reference[:80]}.", remedy=f"List them with `interlock {kind.lower()} list`.")
+    command = kind.lower().replace(" ", "-")
+    return NotFound(f"{kind} not found: {reference[:80]}.", remedy=f"List them with `interlock {command} list`.")
 
 
 class NameTaken(InterlockError):
