@@ -168,6 +168,16 @@ async def test_bandwidth_is_limited_in_both_directions_and_changed_while_the_gue
     assert both() == (400, 400)
 
 
+async def test_a_bridge_of_the_host_keeps_its_mac_address_when_a_guest_joins_it(host: Host) -> None:
+    """Else machines on the LAN would not reach the host until they ask for it anew."""
+    mac = "fa:ff:ff:ff:ff:02"
+    host.namespace.ip("link add br0 type bridge")
+    host.namespace.ip(f"link set up0 address {mac} master br0")
+    lan = Network(id="0191-lan", name="lan", kind=NetworkKind.BRIDGE, bridge="br0")
+    await host.guest("one", interface(5, lan), configured=False)
+    assert mac in host.namespace.run("ip", "link", "show", "br0")
+
+
 async def test_a_guest_gets_its_ipv6_address_and_its_router_from_the_network(host: Host) -> None:
     network = lab(subnets=(Subnet(prefix="fd00:7::/64", gateway="fd00:7::1"),))
     guest = await host.guest("one", interface(5, network), configured=False)

@@ -127,9 +127,13 @@ class Links:
             await self._netlink.link("set", index=link.index, state="up")
 
     async def set_master(self, link: Link, bridge: Link) -> None:
-        """Make a link a port of a bridge."""
+        """Make a tap a port of a bridge.
+
+        A bridge has the lowest MAC address of its ports, unless it was given one: the tap gets a high one, so that the
+        host keeps its own on the LAN.
+        """
         with _explained(f"{link.name} cannot be connected to the bridge {bridge.name}"):
-            await self._netlink.link("set", index=link.index, master=bridge.index)
+            await self._netlink.link("set", index=link.index, address=f"fe{link.mac[2:]}", master=bridge.index)
 
     async def remove(self, link: Link) -> None:
         """Remove a link; it may be gone."""
