@@ -135,8 +135,9 @@ async def test_an_id_that_is_no_name_of_a_folder_is_refused_or_unknown(registry:
     with pytest.raises(OperationRejected, match="Invalid instance id"):
         registry.folder("../other")
     consoles = Consoles(registry)
-    launcher = Launcher(registry, consoles, UserNetworks(registry), Taps(registry))
-    lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher, None))
+    taps = Taps(registry)
+    launcher = Launcher(registry, consoles, UserNetworks(registry), taps)
+    lifecycle = Lifecycle(registry, launcher, LiveMigration(registry, launcher, None), taps)
     assert await consoles.console_tail("../other", 10) is None
     assert not (await lifecycle.inspect("../other")).defined
 

@@ -27,6 +27,7 @@ class RealAgent:
         folder: the data folder; QEMU's user must be able to pass through the folders above it.
         options: of `interlock agent`, beside server, token, name and folder.
         settings: `INTERLOCK_*` variables.
+        namespace: the path of the network namespace that it runs in; None: that of the tests.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class RealAgent:
         folder: Path,
         options: tuple[str, ...] = (),
         settings: Mapping[str, str] | None = None,
+        namespace: str | None = None,
     ) -> None:
         self.server = server
         self.name = name
@@ -45,6 +47,7 @@ class RealAgent:
         self.token = folder.with_name(folder.name + ".token")
         """The file with the secret of the token for the host; made when it is first asked for."""
         self._options = options
+        self._entering = () if namespace is None else (str(Path(__file__).with_name("in_namespace.py")), namespace)
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("INTERLOCK_")},
             "INTERLOCK_LOG_FORMAT": "json",
@@ -76,7 +79,7 @@ class RealAgent:
 
     def begin(self) -> threading.Event:
         """Start an agent, which the server may refuse; the answer is set when it is connected."""
-        words = (*self.command()[1:], "--data-dir", str(self.folder), *self._options)
+        words = (*self._entering, *self.command()[1:], "--data-dir", str(self.folder), *self._options)
         self._process = PreloadedProcess(words, self._environment)
         process, connected = self._process, threading.Event()
         self._copying = threading.Thread(target=lambda: self._copy(process, connected.set), daemon=True)

@@ -39,9 +39,11 @@ class Fleet:
             form = {"name": "nano", "kind": "kernel", "cmdline": "nano"}
             self.server.client.post("/v1/images", data=form, files={"kernel": file}).raise_for_status()
 
-    def add(self, name: str, *options: str, settings: Mapping[str, str] | None = None) -> RealAgent:
+    def add(
+        self, name: str, *options: str, settings: Mapping[str, str] | None = None, namespace: str | None = None
+    ) -> RealAgent:
         """Start an agent for a host of that name; `settings` are `INTERLOCK_*` variables."""
-        agent = RealAgent(self.server, name, self.folder / name, options, settings)
+        agent = RealAgent(self.server, name, self.folder / name, options, settings, namespace)
         self.agents[name] = agent
         agent.start()
         self.until_linked(name)

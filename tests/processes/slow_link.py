@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Callable
 from typing import Self
@@ -30,13 +31,17 @@ class SlowLink:
         server: the server's URL.
         bytes_per_s: the rate of all connections together, in both directions.
         cut_after: after how many bytes of files the connections that carry them are cut, once; None: never.
+        listening: a socket, perhaps of another network namespace, that agents connect to; None: one is made.
     """
 
-    def __init__(self, server: str, bytes_per_s: int, cut_after: int | None = None) -> None:
+    def __init__(
+        self, server: str, bytes_per_s: int, cut_after: int | None = None, listening: socket.socket | None = None
+    ) -> None:
         split = urlsplit(server)
         self._server = (split.hostname, split.port)
         self._bytes_per_s = bytes_per_s
         self._cut_after = cut_after
+        self._listening = listening or socket.create_server(("127.0.0.1", 0))
         self._connections: list[_Connection] = []
         self._turn = asyncio.Lock()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -66,7 +71,7 @@ class SlowLink:
     async def _run(self) -> None:
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
         self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
-        async with await asyncio.start_server(self._forward, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(self._forward, sock=self._listening) as server:
             self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             self._listens.set()
             await stopped.wait()

@@ -89,6 +89,16 @@ class HostNetworks:
                 raise
             return descriptor
 
+    async def check(self, network: Network) -> None:
+        """Check that this host has the bridge of a network of the kind `bridge`, as the network needs it.
+
+        Raises:
+            OperationRejected: it has not, or has another one.
+        """
+        if network.kind is NetworkKind.BRIDGE:
+            async with netlink() as links:
+                host_checks.checked_bridge(network, await links.named(self._names.bridge(network)))
+
     async def update(self, instance_id: str, interface: Interface, forwards: Sequence[Forward] = ()) -> None:
         """Bring an interface to other rules, limits, addresses, forwards, or another network; its tap stays.
 

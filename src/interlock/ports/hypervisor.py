@@ -143,7 +143,7 @@ class Hypervisor(Protocol):
             OperationRejected: the image, the rescue image or a volume is missing or damaged, or a root disk that was
                 created before (`spec.root_made`) or has no backing file (only `root_disk_from` and `copy_root_disk`
                 create those); the message names the file. Or no space is left; or the shared folder is missing or
-                another one.
+                another one. Or it is not defined here yet, and this host lacks a bridge that it needs.
         """
         ...
 

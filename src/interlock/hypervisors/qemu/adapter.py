@@ -60,7 +60,7 @@ class QemuHypervisor:
         self.complete_incoming = migration.complete_incoming
         self.resume_source = migration.resume_source
 
-        lifecycle = Lifecycle(registry, launcher, migration)
+        lifecycle = Lifecycle(registry, launcher, migration, taps)
         self.inspect = lifecycle.inspect
         self.wait_powered_off = lifecycle.wait_powered_off
         self.define = lifecycle.define

@@ -14,6 +14,7 @@ from interlock.hypervisors.qemu.launch import Launcher
 from interlock.hypervisors.qemu.memory.guest_memory import discard_saved, end_process
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
 from interlock.hypervisors.qemu.migration.live_migration import LiveMigration
+from interlock.hypervisors.qemu.network.taps import Taps
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
 from interlock.ports import Observation, Permit
 
@@ -23,9 +24,10 @@ _UNKNOWN: Final = Observation(defined=False, power_state=PowerState.NONE)
 class Lifecycle:
     """State and power of guests. See `ports.Hypervisor` for the methods."""
 
-    def __init__(self, registry: ProcessRegistry, launcher: Launcher, migration: LiveMigration) -> None:
+    def __init__(self, registry: ProcessRegistry, launcher: Launcher, migration: LiveMigration, taps: Taps) -> None:
         self._registry = registry
         self._launcher = launcher
+        self._taps = taps
         self._migration = migration
 
     # --------------------------------------------------------------------------------------------------- state
@@ -61,6 +63,8 @@ class Lifecycle:
 
     async def define(self, permit: Permit, instance_id: str, spec: Spec) -> None:
         folder, settings = self._registry.folder(instance_id), self._registry.settings
+        if not folder.exists():
+            await self._taps.check(instance_id, spec)
         with folder.os_errors_rejected():
             root_disks.require_files(folder, spec)
             folder.make(permit)

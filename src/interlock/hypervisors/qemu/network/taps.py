@@ -50,6 +50,12 @@ class Taps:
         if self._is_open:
             await self._host.open(specs)
 
+    async def check(self, instance_id: str, spec: Spec) -> None:
+        """Check that this host has the bridges that a guest needs. Raises `OperationRejected`."""
+        for interface in _tapped(instance_id, spec):
+            if interface.network is not None:
+                await self._host.check(interface.network)
+
     @asynccontextmanager
     async def plugged(self, permit: Permit, instance_id: str, spec: Spec) -> AsyncIterator[dict[str, int]]:
         """Connect the interfaces of a guest that is being started.
