@@ -136,3 +136,18 @@ async def test_readers_change_no_security_groups_and_there_are_not_endlessly_man
         422,
         "The project research has 100 security groups, the most that it may have.",
     )
+
+
+async def test_addresses_are_told_apart_by_who_says_them(admin: httpx.AsyncClient) -> None:
+    await admin.post("/v1/networks", json={"name": "lab", "subnets": [SUBNET]})
+    wanted = {"name": "web", "image": IMAGE.name, "start": False, "networks": [{"network": "lab"}]}
+    await admin.post("/v1/instances", json=wanted)
+    found = (await admin.get("/v1/instances/web/addresses")).json()
+    (one,) = found["items"]
+    assert (one["id"], one["network"], one["leased"], one["reported"]) == ("primary", "lab", ["10.7.0.2"], [])
+    assert found["detail"], "why its guest reports nothing"
+    started = (await admin.post("/v1/instances/web/requests", json={"operation": "start"})).json()["request"]["id"]
+    await admin.get(f"/v1/requests/{started}?wait=60s")
+    found = (await admin.get("/v1/instances/web/addresses")).json()
+    assert [one["reported"] for one in found["items"]] == [["10.7.0.2"]]
+    assert found["detail"] == ""

@@ -9,7 +9,16 @@ import pytest
 from cli.conftest import Interlock
 from cli.scripted_server import Given, ScriptedServer
 from cli.wire_samples import AT, admitted, instance
-from interlock.api.schemas.networks import Interface, Network, NetworkList, SecurityGroup, SecurityGroupList, Subnet
+from interlock.api.schemas.networks import (
+    AddressList,
+    Interface,
+    InterfaceAddresses,
+    Network,
+    NetworkList,
+    SecurityGroup,
+    SecurityGroupList,
+    Subnet,
+)
 from interlock.api.schemas.responses import Created, InstancePage
 from interlock.core.networks import NetworkKind
 
@@ -88,6 +97,20 @@ def test_a_vm_shows_its_networks_and_leased_addresses(interlock: Interlock, serv
     shown = interlock("vm", "show", "demo").out
     assert "lab, 10.7.0.2, fd00:7::10, 52:54:00:00:00:01" in shown
     assert "52:54:00:00:00:02, in 500 kbit/s [i-9]" in shown
+
+
+def test_a_vm_shows_what_its_guest_reports_apart_from_what_is_leased(
+    interlock: Interlock, server: ScriptedServer
+) -> None:
+    server.on("GET", "/v1/instances/demo", Given(200, instance(primary=FIRST)))
+    one = InterfaceAddresses(id="primary", mac=FIRST.mac, leased=FIRST.addresses, reported=("10.7.0.99", "fe80::1"))
+    found = AddressList(items=(one,))
+    asked = f"/v1/instances/{instance().id}/addresses"
+    server.on("GET", asked, Given(200, found), Given(200, AddressList(items=(), detail="No guest agent answers.")))
+    shown = interlock("vm", "show", "demo").out
+    assert "Network:        lab, 10.7.0.2, fd00:7::10," in shown
+    assert "Guest reports:  10.7.0.99, fe80::1 [primary]" in shown
+    assert "Guest reports:  No guest agent answers." in interlock("vm", "show", "demo").out
 
 
 def test_security_groups_are_made_listed_shown_changed_and_deleted(

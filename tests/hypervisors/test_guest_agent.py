@@ -20,6 +20,7 @@ from interlock.hypervisors.qemu import guest_agent
 from interlock.hypervisors.qemu.files.instance_folder import InstanceFolder
 from interlock.hypervisors.qemu.guest import ENDED_STATES, Guest, no_guest
 from interlock.hypervisors.qemu.settings import QemuSettings
+from interlock.ports import GuestInterface
 from waiting import PATIENCE_S
 
 PERMIT = GivenPermit()
@@ -380,3 +381,54 @@ async def test_a_thaw_without_an_answer_is_remembered_and_made_up_for(fake: Fake
 async def test_two_conversations_do_not_mix(fake: FakeGuest) -> None:
     found = await asyncio.gather(*(guest_agent.answers(fake.guest()) for _ in range(5)))
     assert found == [True] * 5
+
+
+async def test_the_addresses_that_an_agent_reports_are_returned(fake: FakeGuest) -> None:
+    reported = [
+        {"name": "lo", "ip-addresses": [{"ip-address": "127.0.0.1"}]},
+        {
+            "hardware-address": "52:54:00:AA:00:01",
+            "ip-addresses": [{"ip-address": "10.7.0.2"}, {"ip-address": "fd00::2"}],
+        },
+    ]
+    fake.words["guest-network-get-interfaces"] = lambda _: line({"return": reported})
+    expected = GuestInterface(mac="52:54:00:aa:00:01", addresses=("10.7.0.2", "fd00::2"))
+    assert await guest_agent.interfaces(fake.guest()) == (expected,)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        "10.7.0.2",
+        [7, None, {"hardware-address": 7}, {"hardware-address": "52:54:00:aa:00:01\n"}],
+        [{"hardware-address": "52:54:00:aa:00:01", "ip-addresses": {}}],
+    ],
+)
+async def test_what_an_agent_reports_in_another_form_is_passed_over(fake: FakeGuest, answer: Any) -> None:
+    fake.words["guest-network-get-interfaces"] = lambda _: line({"return": answer})
+    assert await guest_agent.interfaces(fake.guest()) == ()
+
+
+async def test_of_an_agents_report_only_addresses_are_taken_and_not_too_many(fake: FakeGuest) -> None:
+    entries = [{"ip-address": text} for text in ("<b>", "10.7.0.2 ", "fe80::1%\x1b[2J", "10.7.0.3")] + [7]
+    many = [{"ip-address": f"10.9.0.{number}"} for number in range(100)]
+    reported = [
+        {"hardware-address": "52:54:00:aa:00:01", "ip-addresses": entries},
+        *({"hardware-address": "52:54:00:aa:00:02", "ip-addresses": many} for _ in range(100)),
+    ]
+    fake.words["guest-network-get-interfaces"] = lambda _: line({"return": reported[:9]})
+    first, second, *_ = await guest_agent.interfaces(fake.guest())
+    assert first.addresses == ("fe80::1", "10.7.0.3")
+    assert len(second.addresses) == 16
+    fake.words["guest-network-get-interfaces"] = lambda _: line({"return": [reported[0]] * 100})
+    assert len(await guest_agent.interfaces(fake.guest())) == 64
+
+
+async def test_an_agent_that_reports_no_addresses_is_told_of(fake: FakeGuest) -> None:
+    fake.words["guest-network-get-interfaces"] = lambda _: line({"error": {"desc": "not allowed"}})
+    with pytest.raises(OperationRejected, match="did not report its addresses: not allowed"):
+        await guest_agent.interfaces(fake.guest())
+    fake.listens = False
+    with pytest.raises(OperationRejected, match="No guest agent answers"):
+        await guest_agent.interfaces(fake.guest())

@@ -120,6 +120,10 @@ class Site:
                 text += received if isinstance(received, bytes) else received.encode()
         return ended[1] == b"0"
 
+    def addresses(self, name: str) -> Any:
+        """Return the addresses of a VM's first interface."""
+        return self.server.get(f"/v1/instances/{name}/addresses")["items"][0]
+
     def left(self) -> dict[str, list[Any]]:
         """Return what is on the host that is ours."""
         namespace = self.host.namespace
@@ -171,6 +175,11 @@ def test_guests_of_a_network_reach_each_other_and_outside_and_leave_nothing_when
         assert site.runs(web, "nc 192.0.2.1 80 | grep hello")
     assert site.runs(db, "nslookup web.lab.internal 10.7.0.1 | grep 10.7.0.2")
     assert site.runs(db, "echo word | nc -w 5 10.7.0.2 7 | grep word")
+    until(lambda: "10.7.0.2" in site.addresses("web")["reported"], lambda: site.addresses("web"))
+    site.runs(web, "ip addr add 10.7.0.99/24 dev eth0")
+    found = site.addresses("web")
+    assert found["leased"] == ["10.7.0.2"]
+    assert {"10.7.0.2", "10.7.0.99"} <= set(found["reported"]), "what the guest says is told apart"
     site.does("web", "add_forward", host_port=18_080, guest_port=80)
     assert "is up" in httpx.get("http://127.0.0.1:18080/").text
     assert site.server.client.delete("/v1/networks/lab").status_code == 409

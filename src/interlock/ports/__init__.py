@@ -16,7 +16,16 @@ from interlock.ports.hosts import (
     Link,
     RemoteHost,
 )
-from interlock.ports.hypervisor import Hypervisor, HypervisorEvent, Observation, Permit, Report, Stream, TransferReport
+from interlock.ports.hypervisor import (
+    GuestInterface,
+    Hypervisor,
+    HypervisorEvent,
+    Observation,
+    Permit,
+    Report,
+    Stream,
+    TransferReport,
+)
 from interlock.ports.passwords import Passwords
 from interlock.ports.projects import Project
 from interlock.ports.store import (
@@ -37,6 +46,7 @@ __all__ = [
     "Drain",
     "Dump",
     "DumpFiles",
+    "GuestInterface",
     "Host",
     "HostCondition",
     "HostEvent",

@@ -72,6 +72,15 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """False if a QEMU process runs but timed out; power_state is then the last known."""
 
 
+class GuestInterface(msgspec.Struct, frozen=True, kw_only=True):
+    """A network interface as the guest agent reports it."""
+
+    mac: str
+    """In lower case."""
+    addresses: tuple[str, ...] = ()
+    """IPv4 and IPv6, without the length of their prefix."""
+
+
 class Stream(Protocol):
     """A byte stream to a guest's console or display."""
 
@@ -326,6 +335,15 @@ class Hypervisor(Protocol):
 
     async def agent_answers(self, instance_id: str) -> bool:
         """Whether the guest agent responds."""
+        ...
+
+    async def agent_interfaces(self, instance_id: str) -> tuple[GuestInterface, ...]:
+        """Return the interfaces that have a MAC address, as the guest agent reports them. Nothing of it is verified.
+
+        Raises:
+            GuestNotFound: no guest runs.
+            OperationRejected: the guest agent does not respond, or rejects it.
+        """
         ...
 
     async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:

@@ -47,7 +47,7 @@ from interlock.core.roles import Role
 from interlock.core.scheduled_actions import UpkeepTimes
 from interlock.policies.active_policy import PolicyInForce
 from interlock.policies.explanation import explainer
-from interlock.ports import InstanceFilter, Page, Store
+from interlock.ports import GuestInterface, InstanceFilter, Page, Store
 from interlock.service import approvals, fleet_status
 from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity
@@ -434,6 +434,14 @@ class Instances:
         instance = await self.describe(caller, reference)
         agent = await self._hosts.agent_answers(instance)
         return instance, self._evaluator.answers(instance, caller.identity, agent_answers=agent)
+
+    async def reported(self, caller: Caller, reference: str) -> tuple[Instance, tuple[GuestInterface, ...], str]:
+        """Return the interfaces that the guest agent reports now; if none, also why. Raises `NotFound`."""
+        instance = await self.describe(caller, reference)
+        try:
+            return instance, await self._hosts.connections.of(instance.host).agent_interfaces(instance.id), ""
+        except InterlockError as error:
+            return instance, (), error.message
 
     async def stuck(self, caller: Caller | None) -> tuple[Stuck, ...]:
         """As `fleet_status.stuck`."""

@@ -42,6 +42,8 @@ async def nobody_answers_where_no_guest_runs(bench: Bench) -> None:
     async with raises(GuestNotFound):
         await bench.hypervisor.set_password(bench.permit, "one", "root", "word")
     async with raises(GuestNotFound):
+        await bench.hypervisor.agent_interfaces("one")
+    async with raises(GuestNotFound):
         await bench.hypervisor.ask_shutdown(bench.permit, "one")
     async with raises(GuestNotFound):
         await bench.hypervisor.screenshot("one")

@@ -27,6 +27,7 @@ from interlock.api.http.route import (
 )
 from interlock.api.schemas import responses as schemas
 from interlock.api.schemas import serializers
+from interlock.api.schemas.networks import AddressList
 from interlock.core import records
 from interlock.core.errors import Invalid
 from interlock.core.operations import Operation
@@ -229,6 +230,15 @@ async def judge(parts: ApiParts, caller: Caller, request: Request) -> schemas.Al
     result = await parts.instances.judge(caller, request.path_params[_REFERENCE], body)
     now_ms = parts.instances.now_ms()
     return serializers.allowed_operation(result.instance, body.operation, result.disposition, now_ms)
+
+
+@routes.add(
+    "GET /v1/instances/{reference}/addresses",
+    "Read the addresses that are leased, and those that the guest reports",
+    {200: AddressList},
+)
+async def addresses(parts: ApiParts, caller: Caller, request: Request) -> AddressList:
+    return serializers.addresses(*await parts.instances.reported(caller, request.path_params[_REFERENCE]))
 
 
 @routes.add(

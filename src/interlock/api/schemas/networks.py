@@ -81,6 +81,27 @@ class SecurityGroupList(Wire, frozen=True, kw_only=True):
     items: tuple[SecurityGroup, ...]
 
 
+class InterfaceAddresses(Wire, frozen=True, kw_only=True):
+    """The addresses of a network interface of an instance."""
+
+    id: str
+    mac: str
+    network: str | None = None
+    """The name of its network; null: the default user network."""
+    leased: tuple[str, ...] = ()
+    """What the server leased to it."""
+    reported: tuple[str, ...] = ()
+    """What the guest agent says that the guest uses. It is not verified."""
+
+
+class AddressList(Wire, frozen=True, kw_only=True):
+    """The addresses of an instance: those that are leased, and those that its guest reports."""
+
+    items: tuple[InterfaceAddresses, ...]
+    detail: str = ""
+    """Why the guest reports nothing; empty if its agent answered."""
+
+
 class NetworkList(Wire, frozen=True, kw_only=True):
     """The networks of the project and the shared ones; to an admin, all."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -13,10 +13,11 @@ import msgspec
 from interlock.api.schemas import inventory, networks, responses
 from interlock.api.schemas.wire import Wire
 from interlock.core import records, scheduled_actions
-from interlock.core.networks import rule_text
+from interlock.core.networks import mac_of, rule_text
 from interlock.core.operations import Operation
+from interlock.core.specs import PRIMARY
 from interlock.core.states import PowerState, VmState
-from interlock.ports import HostState, Page, Token, Volume
+from interlock.ports import GuestInterface, HostState, Page, Token, Volume
 from interlock.service.request_models import NewForward
 from interlock.service.submission_results import TROUBLES, Stuck, SubmissionResult, host_trouble
 
@@ -147,6 +148,24 @@ def interface(one: records.Interface) -> networks.Interface:
         one,
         network=None if one.network is None else one.network.name,
         allow=tuple(map(rule_text, one.ingress)),
+    )
+
+
+def addresses(one: records.Instance, reported: Sequence[GuestInterface], detail: str) -> networks.AddressList:
+    first = records.Interface(id=PRIMARY, mac=mac_of(one.id))
+    own = () if one.spec is None else (one.spec.primary or first, *one.spec.interfaces)
+    return networks.AddressList(
+        items=tuple(
+            networks.InterfaceAddresses(
+                id=interface.id,
+                mac=interface.mac,
+                network=None if interface.network is None else interface.network.name,
+                leased=interface.addresses,
+                reported=tuple(text for found in reported if found.mac == interface.mac for text in found.addresses),
+            )
+            for interface in own
+        ),
+        detail=detail,
     )
 
 

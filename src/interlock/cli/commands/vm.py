@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from interlock.api.schemas.inventory import VolumeList
-from interlock.api.schemas.networks import Interface
+from interlock.api.schemas.networks import AddressList, Interface
 from interlock.api.schemas.responses import Created, Instance, InstancePage
 from interlock.cli.client.paths import IMAGES, INSTANCES, VOLUMES, path_of
 from interlock.cli.commands.hosts import host_text
@@ -40,6 +40,7 @@ from interlock.cli.options.quantities import Size
 from interlock.cli.output.formatting import STATE_COLOURS, age, clock
 from interlock.cli.output.grouped_help import Sectioned
 from interlock.core.records import Status
+from interlock.core.states import PowerState
 from interlock.service.request_models import NewForward, NewInstance
 
 _LISTS: Final = {"tags": "no_tags", "blocked_operations": "no_protect", "apart_from": "not_apart"}
@@ -171,7 +172,7 @@ def show(invocation: Invocation, *, vm: str) -> None:
     reply = invocation.client.get(path_of(INSTANCES, vm))
     if not invocation.print_json(reply):
         one = reply.decode(Instance)
-        print_vm(invocation, one, host_text(invocation.client, one.host))
+        print_vm(invocation, one, host_text(invocation.client, one.host), reported_text(invocation, one))
 
 
 @vm_commands.command()
@@ -224,6 +225,17 @@ def interface_text(one: Interface) -> str:
     return ", ".join(filter(None, (*parts, *rates, allowed)))
 
 
+def reported_text(invocation: Invocation, one: Instance) -> str | None:
+    """Return what the guest of a VM with a network says about its addresses."""
+    if one.primary is None or one.power_state is not PowerState.RUNNING:
+        return None
+    with contextlib.suppress(Failure):
+        found = invocation.client.get(path_of(INSTANCES, one.id, "addresses")).decode(AddressList)
+        reported = (f"{', '.join(each.reported)} [{each.id}]" for each in found.items if each.reported)
+        return found.detail or "; ".join(reported) or "no addresses"
+    return None
+
+
 def evacuation_text(one: Instance, now: float | None) -> str | None:
     """Return the source host, time and losses of the last evacuation."""
     if one.evacuated is None:
@@ -232,10 +244,10 @@ def evacuation_text(one: Instance, now: float | None) -> str | None:
     return text.strip()
 
 
-def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> None:
+def print_vm(invocation: Invocation, one: Instance, host: str | None = None, reported: str | None = None) -> None:
     """Print a VM, one field per line, then its outstanding requests in the order of execution.
 
-    `host` is the text for its host; default: the name.
+    `host` is the text for its host; default: the name. `reported` has the addresses that its guest reports.
     """
     now = invocation.client.now
     facts = {
@@ -261,6 +273,7 @@ def print_vm(invocation: Invocation, one: Instance, host: str | None = None) -> 
         "Volumes": volumes_text(invocation, one),
         "Network": None if one.primary is None else interface_text(one.primary),
         "Interfaces": "; ".join(f"{interface_text(plugged)} [{plugged.id}]" for plugged in one.interfaces),
+        "Guest reports": reported,
         "Detaching": one.detaching and f"{', '.join(one.detaching)}, once the guest releases it, is reset or ends",
         "Metadata": ", ".join(f"{key}={value}" for key, value in sorted(one.metadata.items())),
         "Tags": ", ".join(one.tags),

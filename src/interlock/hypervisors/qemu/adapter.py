@@ -46,7 +46,6 @@ class QemuHypervisor:
         self.open_display = consoles.open_display
         self.screenshot = consoles.screenshot
         self.console_tail = consoles.console_tail
-
         self._launcher = launcher = Launcher(registry, consoles, networks, taps)
         self._migration = migration = LiveMigration(registry, launcher, certificate)
         self.machine_kind = migration.machine_kind
@@ -95,6 +94,7 @@ class QemuHypervisor:
 
         agents = GuestAgents(registry)
         self.agent_answers = agents.agent_answers
+        self.agent_interfaces = agents.agent_interfaces
         self.ask_shutdown = agents.ask_shutdown
         self.set_password = agents.set_password
         self._liveness = LivenessCheck(registry)

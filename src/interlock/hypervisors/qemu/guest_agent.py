@@ -1,4 +1,4 @@
-"""The guest agent: shutdown, passwords, and file systems frozen while a copy begins.
+"""The guest agent: shutdown, passwords, addresses, and file systems frozen while a copy begins.
 
 The protocol is that of the QEMU guest agent (docs/interop/qemu-ga-ref of QEMU): a line of JSON each way, over a serial
 port of the guest. The agent is not trusted: lines, answers and waits have limits, and one that sends anything else
@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ipaddress
 import itertools
 import os
+import re
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -22,16 +24,23 @@ from interlock.core.states import PowerState
 from interlock.hypervisors.qemu.command_line import AGENT
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
-from interlock.ports import Permit
+from interlock.ports import GuestInterface, Permit
 
 _LINE_BYTES_MAX: Final = 65_536
 _LINES_MAX: Final = 64
 """The maximum number of lines before an answer."""
 _ERROR_LENGTH_MAX: Final = 200
 """The maximum length of an agent's error in messages, in characters."""
+_INTERFACES_MAX: Final = 64
+_ADDRESSES_MAX: Final = 16
+"""The maximum numbers of interfaces, and of addresses of each, that are taken from an agent's answer."""
+_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", re.IGNORECASE)
 _RESET: Final = b"\xff\n"
 _NUMBERS: Final = itertools.count(os.getpid() << 20)
 """Distinguishes each conversation from all earlier ones, including those of earlier processes."""
+
+
+_EntryT = TypeVar("_EntryT")
 
 
 class AgentAbsent(Exception):
@@ -49,6 +58,15 @@ class _Error(msgspec.Struct):
 class _Reply(msgspec.Struct):
     returned: Any = msgspec.field(name="return", default=msgspec.UNSET)
     error: _Error | None = None
+
+
+class _Address(msgspec.Struct):
+    text: str = msgspec.field(name="ip-address")
+
+
+class _Interface(msgspec.Struct):
+    mac: str = msgspec.field(name="hardware-address", default="")
+    addresses: list[Any] = msgspec.field(name="ip-addresses", default_factory=list)
 
 
 class Conversation:
@@ -193,6 +211,9 @@ class GuestAgents:
         guest = self._registry.find(instance_id)
         return guest is not None and await answers(guest)
 
+    async def agent_interfaces(self, instance_id: str) -> tuple[GuestInterface, ...]:
+        return await interfaces(self._registry.require(instance_id))
+
     async def ask_shutdown(self, permit: Permit, instance_id: str) -> None:
         await ask_shutdown(self._registry.require(instance_id), permit)
 
@@ -252,15 +273,56 @@ async def set_password(guest: Guest, permit: Permit, user: str, password: str) -
                 crypted=False,
             )
     except AgentAbsent:
-        raise OperationRejected(
-            f"No guest agent answers in VM {guest.instance_id}.",
-            remedy="Install qemu-guest-agent in the guest, and check that it runs.",
-        ) from None
+        raise _no_agent(guest) from None
     except AgentError as error:
         raise OperationRejected(
             f"The guest agent of VM {guest.instance_id} did not set the password: {error}.",
             remedy="Check that the user exists in the guest, and the log of the agent there.",
         ) from None
+
+
+def _no_agent(guest: Guest) -> OperationRejected:
+    return OperationRejected(
+        f"No guest agent answers in VM {guest.instance_id}.",
+        remedy="Install qemu-guest-agent in the guest, and check that it runs.",
+    )
+
+
+async def interfaces(guest: Guest) -> tuple[GuestInterface, ...]:
+    """See `Hypervisor.agent_interfaces`."""
+    await guest.require_running()
+    try:
+        async with _conversation(guest) as conversation:
+            answer = await conversation.ask("guest-network-get-interfaces", guest.settings.agent_timeout_ms)
+    except AgentAbsent:
+        raise _no_agent(guest) from None
+    except AgentError as error:
+        raise OperationRejected(
+            f"The guest agent of VM {guest.instance_id} did not report its addresses: {error}.",
+            remedy="Allow it the command guest-network-get-interfaces.",
+        ) from None
+    found = _valid(answer, _Interface, _INTERFACES_MAX)
+    return tuple(
+        GuestInterface(mac=one.mac.lower(), addresses=_addresses(one)) for one in found if _MAC.fullmatch(one.mac)
+    )
+
+
+def _addresses(interface: _Interface) -> tuple[str, ...]:
+    addresses = []
+    for one in _valid(interface.addresses, _Address, _ADDRESSES_MAX):
+        with contextlib.suppress(ValueError):
+            # What follows a `%` is any text.
+            addresses.append(str(ipaddress.ip_address(one.text.partition("%")[0])))
+    return tuple(addresses)
+
+
+def _valid(answer: Any, kind: type[_EntryT], most: int) -> list[_EntryT]:
+    """Return the entries of a list in an agent's answer that are as they should be."""
+    found = []
+    for one in answer[:most] if isinstance(answer, list) else ():
+        with contextlib.suppress(msgspec.ValidationError):
+            found.append(msgspec.convert(one, kind))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- freezing

@@ -329,6 +329,7 @@ class RemoteHypervisor:
     forget_memory = Forwarded(Hypervisor.forget_memory)
     drop_root_disks = Forwarded(Hypervisor.drop_root_disks)
     agent_answers = Forwarded(Hypervisor.agent_answers)
+    agent_interfaces = Forwarded(Hypervisor.agent_interfaces)
     ask_shutdown = Forwarded(Hypervisor.ask_shutdown)
     set_password = Forwarded(Hypervisor.set_password)
     screenshot = Forwarded(Hypervisor.screenshot)

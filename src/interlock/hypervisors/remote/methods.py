@@ -194,6 +194,7 @@ _SINCE: Final = {
     "receive_guest_tls": 6,
     "send_guest_tls": 6,
     "update_interface": 7,
+    "agent_interfaces": 7,
 }
 """The version that added a method, for those that the oldest version does not have."""
 

@@ -9,7 +9,7 @@ Server and agent agree on the newest version that both speak. What a version add
 * 4: the oldest that is supported. Files travel as messages.
 * 5: files travel as HTTP ranges (`RangeCalls`), and the versions that an agent speaks are in its `Hello`.
 * 6: live migration over TLS (`receive_guest_tls`, `send_guest_tls`), with certificates that the server issues.
-* 7: networks (`update_interface`). An agent of an earlier version ignores those of a spec.
+* 7: networks (`update_interface`, `agent_interfaces`). An agent of an earlier version ignores those of a spec.
 
 Structs may get fields with defaults within a version: the other side ignores unknown fields. A new method needs a new
 version, and its entry in `methods._SINCE`; a method that exists keeps its name and arguments.

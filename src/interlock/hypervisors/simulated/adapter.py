@@ -22,7 +22,7 @@ from interlock.hypervisors.simulated.guest import RUNS, Command, SimulatedGuest,
 from interlock.hypervisors.simulated.host import SimulatedHost
 from interlock.hypervisors.simulated.storage import missing_root
 from interlock.hypervisors.simulated.watcher import GuestWatcher
-from interlock.ports import HypervisorEvent, Observation, Permit, Report, Stream
+from interlock.ports import GuestInterface, HypervisorEvent, Observation, Permit, Report, Stream
 from interlock.ports.hosts import NetworkAbility
 
 _MIB: Final = 1 << 20
@@ -399,6 +399,14 @@ class SimulatedHypervisor:
         guest = self.host.guests.get(instance_id)
         return guest is not None and guest.has_responsive_agent
 
+    async def agent_interfaces(self, instance_id: str) -> tuple[GuestInterface, ...]:
+        guest = self._calls.guest(instance_id)
+        self._calls.require_running(guest)
+        if not guest.has_responsive_agent:
+            raise _no_agent(instance_id)
+        plugged = (*filter(None, (guest.spec.primary,)), *guest.interfaces.values())
+        return tuple(GuestInterface(mac=one.mac, addresses=one.addresses) for one in plugged)
+
     async def set_password(self, permit: Permit, instance_id: str, user: str, password: str) -> None:
         guest = self._calls.guest(instance_id)
         fault, quiet = self._calls.next_fault(instance_id, Method.SET_PASSWORD)
@@ -409,10 +417,7 @@ class SimulatedHypervisor:
         if isinstance(fault, Refuses):
             raise OperationRejected(fault.message)
         if not guest.has_responsive_agent:
-            raise OperationRejected(
-                f"No guest agent answers in VM {instance_id}.",
-                remedy="Install qemu-guest-agent in the guest, and check that it runs.",
-            )
+            raise _no_agent(instance_id)
         permit.check()
         guest.passwords[user] = hashed(instance_id, user, password)
         self.host.changed(guest)
@@ -442,3 +447,10 @@ class SimulatedHypervisor:
 
 def _no_report(done: int, total: int | None = None) -> None:
     """Drop a report."""
+
+
+def _no_agent(instance_id: str) -> OperationRejected:
+    return OperationRejected(
+        f"No guest agent answers in VM {instance_id}.",
+        remedy="Install qemu-guest-agent in the guest, and check that it runs.",
+    )
