@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -184,6 +185,9 @@ class Site:
             "guests": [str(one) for one in guests_in(folder)],
         }
 
+    def until_nothing_is_left(self, name: str) -> None:
+        until(lambda: self.left(name) == NOTHING, lambda: self.left(name))
+
     def boot(self) -> None:
         """Start a guest on the host north; return when it has its addresses."""
         networks = [{"network": "lan", "mac": MAC}, {"network": "lab", "addresses": [IN_LAB]}]
@@ -239,7 +243,7 @@ def test_a_guest_keeps_its_networks_on_another_host_and_its_neighbours_notice_li
         request = site.sending("south")
         fleet.server.submit("one", "live_migrate_abort").raise_for_status()
         assert fleet.server.ended(request)["status"] == "cancelled"
-        until(lambda: site.left("south") == NOTHING, lambda: site.left("south"))
+        site.until_nothing_is_left("south")
     assert pings.lost == 0, "it was reached all the while"
 
     with Pings(lan, ON_LAN) as pings, lan.announcements() as announcements:
@@ -249,5 +253,27 @@ def test_a_guest_keeps_its_networks_on_another_host_and_its_neighbours_notice_li
     assert pings.lost <= _LOST_MAX, f"of {pings.sent}"
     assert announced[6:12].hex(":") == MAC
     assert south.pings(IN_LAB)
-    until(lambda: site.left("north") == NOTHING, lambda: site.left("north"))
+    site.until_nothing_is_left("north")
     assert len(site.left("south")["links"]) == 3, "two taps, and the bridge of the managed network"
+
+
+@pytest.mark.long
+def test_a_guest_stays_when_its_target_fails_and_has_its_addresses_after_each_way_to_another_host(site: Site) -> None:
+    fleet, lan = site.fleet, site.lan
+    for number, host in enumerate(site.hosts.values(), start=2):
+        add_bridge(host, number)
+    site.boot()
+    with Pings(lan, ON_LAN) as pings:
+        request = site.sending("south")
+        for process in fleet.agents["south"].guests():
+            os.kill(process, signal.SIGKILL)
+        assert fleet.server.ended(request)["status"] == "failed"
+        site.until_nothing_is_left("south")
+    assert pings.lost == 0, "it was reached all the while"
+
+    ways = (("live_migrate", "south", "north"), ("live_migrate", "north", "south"), ("migrate", "south", "north"))
+    for operation, target, source in ways:
+        fleet.carry_out("one", operation, host=target)
+        until(lambda: lan.pings(ON_LAN))
+        until(partial(site.hosts[target].pings, IN_LAB))
+        site.until_nothing_is_left(source)
