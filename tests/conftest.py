@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from in_process.virtual_time import VirtualTimeLoop
 from interlock.stores.writer import Writer
+from leftover_rules import remove_leftover_rules
 from tiers import tier
 
 # Without it, each of the hundreds of processes that tests start compiles all of Interlock anew.
@@ -30,6 +31,9 @@ settings.register_profile(
 )
 settings.load_profile("interlock")
 
+
+_WITH_VMS: Final[set[Path]] = set()
+"""The modules that boot VMs."""
 
 SHARING = {
     *("test_house_rules.py", "test_laws_under_load.py", "test_linux_travels.py", "test_operations_on_guests.py"),
@@ -69,12 +73,21 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what boots VMs: it takes longest and mostly waits, and what is short fills the workers at the end."""
     items.sort(key=lambda item: item.get_closest_marker("qemu") is None)
+    _WITH_VMS.update(item.path for item in items if item.get_closest_marker("qemu"))
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests that are marked `virtual_time`, and their fixtures, run in a loop whose time jumps over every wait."""
     virtual = item.get_closest_marker("virtual_time") is not None
     return {"virtual": VirtualTimeLoop} if virtual else {"real": asyncio.new_event_loop}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rules_are_removed(request: pytest.FixtureRequest) -> Generator[None]:
+    """Remove the rules of networks that a module with real VMs has left."""
+    yield
+    if request.node.path in _WITH_VMS:
+        remove_leftover_rules()
 
 
 @pytest.fixture(autouse=True)

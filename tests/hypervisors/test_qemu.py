@@ -209,7 +209,7 @@ async def test_ports_are_forwarded_and_a_taken_one_is_refused(hypervisor: Hyperv
         await hypervisor.define(PERMIT, "one", spec)
         with pytest.raises(OperationRejected, match=f"port {port}") as refusal:
             await hypervisor.power_on(PERMIT, "one", spec)
-        assert "then start" in str(refusal.value.remedy)
+        assert "choose another port" in str(refusal.value.remedy)
         assert "hostfwd" not in refusal.value.message, "QEMU's own words are not for people"
         assert (await hypervisor.inspect("one")).power_state is PowerState.NONE
     await hypervisor.power_on(PERMIT, "one", spec)
