@@ -9,6 +9,7 @@ import pytest
 from conformance.hypervisor import CHECKS, Check, run
 from conformance.remote_host import RemoteUnderTest
 from conformance.simulated_host import SimulatedUnderTest
+from interlock.core.errors import OperationRejected
 
 
 def name_of(promise: Check) -> str:
@@ -20,9 +21,21 @@ LATE = frozenset({"saving_needs_a_permit_at_every_moment"})
 later than it is lost, and what it did until then counts as done before; nothing of who comes next overtakes that."""
 
 
+NEW = frozenset({"nobody_answers_where_no_guest_runs", "updating_interfaces_converges_and_keeps_them"})
+"""Promises of methods that the version in which files travel as messages does not have."""
+
+
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "messages"])
 @pytest.mark.parametrize("promise", [one for one in CHECKS if name_of(one) not in LATE], ids=name_of)
 async def test_simulated_behind_a_connection(promise: Check, tmp_path: Path, *, ranges: bool) -> None:
+    if not ranges and name_of(promise) in NEW:
+        with pytest.raises(OperationRejected, match="speaks protocol version 4"):
+            await _checked(promise, tmp_path, ranges=ranges)
+        return
+    await _checked(promise, tmp_path, ranges=ranges)
+
+
+async def _checked(promise: Check, tmp_path: Path, *, ranges: bool) -> None:
     host = RemoteUnderTest(SimulatedUnderTest(), tmp_path, ranges=ranges)
     await host.begin()
     try:

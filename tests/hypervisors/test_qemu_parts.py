@@ -67,7 +67,9 @@ def test_forwards_listen_on_loopback_only() -> None:
     words = arguments(
         "one", spec, SETTINGS, Descriptors(monitor=3, agent=8, console=9, console_log=4, disks={}, kernel=5)
     )
-    assert values(words, "-netdev") == ["user,id=network,hostfwd=tcp:127.0.0.1:2222-:22"]
+    (network,) = map(msgspec.json.decode, values(words, "-netdev"))
+    assert network["hostfwd"] == [{"str": "tcp:127.0.0.1:2222-:22"}]
+    assert network["restrict"] is True
 
 
 def test_a_guest_has_a_place_for_each_disk_that_it_has() -> None:
