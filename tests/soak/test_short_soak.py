@@ -16,7 +16,8 @@ from soak.operations import EARLY
 from soak.report import ACKNOWLEDGED
 from tiers import tier
 
-pytestmark = pytest.mark.qemu
+# It no longer ends within the time of a test since VMs have user networks of their own. Not mended yet.
+pytestmark = [pytest.mark.qemu, pytest.mark.long]
 
 SECONDS = tier(10.0, 60.0)
 
