@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from interlock.core.operations import CATALOGUE, Operation
+from interlock.core.operations import CATALOGUE
 from interlock.driver.operations import HANDLERS, PERFORMS
 from operation_tests.run import SCENARIOS, prove, unproved
 from operation_tests.scenario import Scenario
@@ -26,7 +26,6 @@ DEATHS = [
     (scenario, f"{scenario.phases[number % len(scenario.phases)]}:{moment}")
     for number, (scenario, moment) in enumerate(zip(PERFORMED, itertools.cycle(MOMENTS), strict=False))
 ]
-# Attaching a second interface on a user network fails here: the forwards of the first no longer answer. Not mended yet.
 QUICK = 5
 """One of so many is proved in the quick tier: `tests/recovery` kills a server in each phase of each operation, on
 simulated guests, and `tests/stories` has every family of operations on real ones."""
@@ -39,7 +38,7 @@ simulated guests, and `tests/stories` has every family of operations on real one
         pytest.param(
             *death,
             id=f"{death[0].operation.value}-{death[1]}",
-            marks=pytest.mark.long if number % QUICK or death[0].operation is Operation.ATTACH_INTERFACE else (),
+            marks=pytest.mark.long if number % QUICK else (),
         )
         for number, death in enumerate(DEATHS)
     ],

@@ -142,8 +142,9 @@ class UserNetworks:
         with guest.folder.os_errors_rejected():
             listening = guest.folder.listen(name)
         with listening:
-            await guest.execute(permit, "getfd", {"fdname": name}, attach=listening.fileno())
-        await guest.execute(permit, "netdev_add", network_arguments(interface, name))
+            # By number: QEMU listens in a thread that knows no names, and crashes later if it could not.
+            given = await guest.execute(permit, "add-fd", attach=listening.fileno())
+        await guest.execute(permit, "netdev_add", network_arguments(interface, str(given["fd"])))
         await self.connect(guest, interface)
 
     async def update(self, permit: Permit, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
