@@ -16,8 +16,7 @@ from soak.operations import EARLY
 from soak.report import ACKNOWLEDGED
 from tiers import tier
 
-# It no longer ends within the time of a test since VMs have user networks of their own. Not mended yet.
-pytestmark = [pytest.mark.qemu, pytest.mark.long]
+pytestmark = pytest.mark.qemu
 
 SECONDS = tier(10.0, 60.0)
 
