@@ -6,8 +6,6 @@ comparing the interfaces with their groups: nothing else is recorded, so a serve
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
@@ -23,6 +21,7 @@ from interlock.core.specs import Interface, with_groups
 from interlock.ports import InstanceFilter, Store, every_instance
 from interlock.service.auth import Caller
 from interlock.service.instances import Instances
+from interlock.service.pass_loop import PassLoop
 from interlock.service.request_models import NewRequest
 from interlock.service.security_groups import SecurityGroups
 
@@ -49,48 +48,34 @@ class GroupUpdates:
         self._attempts: dict[tuple[str, str], tuple[int, int]] = {}
         """By instance and interface: how often it was submitted, and when it may be again."""
         self._watched: set[str] = set()
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._passes = PassLoop(
+            "rules of security groups",
+            self._pass,
+            retry_ms,
+            failed="failed to apply the rules of security groups",
+            broke="applying the rules of security groups broke",
+        )
         self._unlisten: Callable[[], None] | None = None
 
     async def open(self) -> None:
         """Start the task, which first looks for what a former server left."""
         self._unlisten = self._store.listen(self._on_events)
         self._groups.listen(self._on_change)
-        self._task = asyncio.create_task(self._run(), name="rules of security groups")
+        self._passes.open()
 
     async def close(self) -> None:
         if self._unlisten is not None:
             self._unlisten()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await self._passes.close()
 
     def _on_change(self) -> None:
         self._attempts.clear()
-        self._changed.set()
+        self._passes.wake()
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Look again when an instance that is to be changed may have become ready for it. A listener of the store."""
         if any(event.instance_id in self._watched and event.kind in _TRIGGERS for event in events):
-            self._changed.set()
-
-    async def _run(self) -> None:
-        while True:
-            self._changed.clear()
-            waiting = True
-            try:
-                waiting = await self._pass()
-            except StoreClosed:
-                return
-            except InterlockError as error:
-                _LOG.error("failed to apply the rules of security groups", why=error.message)
-            except Exception:  # noqa: BLE001 - the outermost frame of a task
-                # A bug with one instance must not end the changes of the others.
-                _LOG.exception("applying the rules of security groups broke")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._retry_ms / 1000 if waiting else None):
-                    await self._changed.wait()
+            self._passes.wake()
 
     async def _pass(self) -> bool:
         """Submit what is due; return whether any interface still has other rules than its groups."""

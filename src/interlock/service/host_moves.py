@@ -7,8 +7,6 @@ they continue after a restart.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -30,6 +28,7 @@ from interlock.service.auth import Caller
 from interlock.service.capacity import Capacity, ImaginedCapacity
 from interlock.service.hosts import ANY, ON_NO_HOST, HostService
 from interlock.service.instances import Instances
+from interlock.service.pass_loop import PassLoop
 from interlock.service.request_models import NewRequest
 from interlock.service.scheduler import Scheduler
 
@@ -105,22 +104,26 @@ class HostMoves:
         self._retry_ms = retry_ms
         self._attempts: dict[str, _Attempts] = {}
         self._watched: set[str] = set()
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._passes = PassLoop(
+            "moves of hosts",
+            self._pass,
+            retry_ms,
+            failed="failed to move instances off their hosts",
+            broke="moves of instances broke",
+            interval_min_s=_INTERVAL_MIN_S,
+        )
         self._unlisten: Callable[[], None] | None = None
 
     async def open(self) -> None:
         """Start the task that drains and evacuates; resumes moves that a former server started."""
         self._unlisten = self._store.listen(self._on_events)
         self._hosts.connections.listen(self._on_host)
-        self._task = asyncio.create_task(self._run(), name="moves of hosts")
+        self._passes.open()
 
     async def close(self) -> None:
         if self._unlisten is not None:
             self._unlisten()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await self._passes.close()
 
     # ----------------------------------------------------------------------------------------- requests of callers
 
@@ -157,7 +160,7 @@ class HostMoves:
         caller.require(Role.ADMIN, "drain hosts")
         await self._hosts.leases.set_drain(name, Drain(by=caller.name, since_ms=self._store.now_ms(), cold=cold))
         self._attempts.clear()
-        self._changed.set()
+        self._passes.wake()
 
     async def undrain(self, caller: Caller, name: str) -> None:
         """End the drain of a host. Moves in progress continue. Raises `Forbidden`, `NotFound`."""
@@ -314,7 +317,7 @@ class HostMoves:
     # ---------------------------------------------------------------------------------------------- automatic moves
 
     def _on_host(self, _host: Host) -> None:
-        self._changed.set()
+        self._passes.wake()
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Start another pass when an instance that is to move changed. A listener of the store."""
@@ -322,25 +325,7 @@ class HostMoves:
             if event.instance_id in self._watched and event.kind in _TRIGGERS:
                 if event.kind == "instance.relabelled":
                     self._attempts.pop(event.instance_id, None)
-                self._changed.set()
-
-    async def _run(self) -> None:
-        while True:
-            self._changed.clear()
-            waiting = True
-            try:
-                waiting = await self._pass()
-            except StoreClosed:
-                return
-            except InterlockError as error:
-                _LOG.error("failed to move instances off their hosts", why=error.message)
-            except Exception:  # noqa: BLE001 - the outermost frame of a task
-                # A bug with one instance must not end the moves of the others.
-                _LOG.exception("moves of instances broke")
-            await asyncio.sleep(_INTERVAL_MIN_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._retry_ms / 1000 if waiting else None):
-                    await self._changed.wait()
+                self._passes.wake()
 
     async def _pass(self) -> bool:
         """Submit the moves that are due; return whether any instance still has to move."""
