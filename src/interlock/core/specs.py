@@ -207,6 +207,10 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The first interface, unless it is on the default user network, and the others."""
         return self.interfaces if self.primary is None else (self.primary, *self.interfaces)
 
+    def forwards_of(self, interface: Interface) -> tuple[Forward, ...]:
+        """Return the ports that lead to an interface: all to the first, none to others."""
+        return self.forwards if interface.id == PRIMARY else ()
+
     @property
     def has_root(self) -> bool:
         """Whether it has a root disk."""

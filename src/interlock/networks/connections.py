@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from interlock.core.networks import Network, NetworkKind
-from interlock.core.specs import PRIMARY, Forward, Interface, Spec
+from interlock.core.specs import Forward, Interface, Spec
 
 _OWN_DIGITS: Final = 6
 MANAGED_BRIDGES: Final = "il*"
@@ -99,13 +99,12 @@ def connection(instance_id: str, interface: Interface, forwards: Iterable[Forwar
 
 def connections_of(wanted: Mapping[str, Spec]) -> list[Connection]:
     """Return the connections of guests to bridges, by instance id."""
-    found = []
-    for instance_id, spec in wanted.items():
-        for interface in (*([spec.primary] if spec.primary else []), *spec.interfaces):
-            forwards = spec.forwards if interface.id == PRIMARY else ()
-            if one := connection(instance_id, interface, forwards):
-                found.append(one)
-    return found
+    return [
+        one
+        for instance_id, spec in wanted.items()
+        for interface in spec.all_interfaces
+        if (one := connection(instance_id, interface, spec.forwards_of(interface)))
+    ]
 
 
 def managed_networks(connections: Iterable[Connection]) -> dict[str, Network]:

@@ -161,8 +161,7 @@ class HostNetworks:
             for family, table in list(self._tables.items()):
                 if table is None or not rules:
                     continue
-                wanted = {name: len(chain.rules) for name, chain in table.chains.items()}
-                if await nftables.rule_counts(family, self._names.table) != wanted:
+                if await nftables.is_changed(family, self._names.table, table):
                     _LOG.warning("rules of networks changed by others", table=f"{family} {self._names.table}")
                     del self._tables[family]
             await self._converge()

@@ -190,7 +190,12 @@ async def exists(family: str, name: str) -> bool:
     return program is not None and (await host_programs.run([program, "-t", "list", "table", family, name]))[0] == 0
 
 
-async def rule_counts(family: str, name: str) -> dict[str, int]:
+async def is_changed(family: str, name: str, applied: Table) -> bool:
+    """Whether somebody has changed the rules of a table since it was applied: their number in each chain is another."""
+    return await _rule_counts(family, name) != {name: len(chain.rules) for name, chain in applied.chains.items()}
+
+
+async def _rule_counts(family: str, name: str) -> dict[str, int]:
     """Return how many rules each chain of a table has; empty if there is no such table."""
     words = [host_programs.installed(NFT), "-j", "-t", "list", "table", family, name]
     status, output, _ = await host_programs.run(words)

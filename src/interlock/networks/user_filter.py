@@ -80,10 +80,7 @@ class UserFilter:
 
     async def is_changed(self) -> bool:
         """Whether somebody has changed the rules that were applied last."""
-        if self._applied is None:
-            return False
-        wanted = {name: len(chain.rules) for name, chain in self._applied.chains.items()}
-        return await nftables.rule_counts(_FAMILY, self._name) != wanted
+        return self._applied is not None and await nftables.is_changed(_FAMILY, self._name, self._applied)
 
 
 def _table(range_of_users: list[int], users: Mapping[int, bool], resolvers: Collection[str]) -> Table:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import structlog
 
 from interlock.confinement.control_groups import GroupLimits
@@ -148,7 +147,7 @@ class Launcher:
         most a process that holds the lock of the instance, by which it is found.
         """
         registry = self._registry
-        settings, account, namespaces = registry.settings, registry.account, registry.namespaces
+        settings, namespaces = registry.settings, registry.namespaces
         with contextlib.ExitStack() as opened, folder.os_errors_rejected():
             lock = folder.lock()
             if lock is None:
@@ -156,11 +155,9 @@ class Launcher:
             opened.callback(os.close, lock)
             permit.check()
             handed_over = [lock]
-            if account is not None and registry.users is not None:
-                claim = registry.users.claim(instance_id)
-                opened.callback(os.close, claim.descriptor)
+            account, claim = registry.claim_user(instance_id, opened)
+            if claim is not None:
                 handed_over.append(claim.descriptor)
-                account = msgspec.structs.replace(account, user_id=claim.user_id, group_id=claim.user_id)
             at = self._open_all(folder, spec, taps, handed_over, opened)
             errors = os.open(folder.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, errors)

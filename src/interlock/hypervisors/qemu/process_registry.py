@@ -15,10 +15,11 @@ import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
+import msgspec
 import structlog
 
 from interlock.confinement.control_groups import ControlGroups, control_groups
-from interlock.confinement.host_users import HostUsers
+from interlock.confinement.host_users import HostUsers, UserClaim
 from interlock.confinement.sandbox import Account, Namespaces, namespaces_for
 from interlock.core.errors import OperationRejected, Unavailable
 from interlock.core.records import GuestEvent
@@ -268,6 +269,21 @@ class ProcessRegistry:
         finally:
             if self.groups is not None and instance_id not in self._guests:
                 await asyncio.to_thread(self.groups.remove, self.group_name(instance_id))
+
+    def claim_user(self, name: str, opened: contextlib.ExitStack) -> tuple[Account | None, UserClaim | None]:
+        """Claim a user for a process that is started in a block, and gets the claim's descriptor.
+
+        Returns:
+            The account that it runs as, and the claim; None where VMs share an account.
+
+        Raises:
+            OperationRejected, OSError: as `HostUsers.claim`.
+        """
+        if self.account is None or self.users is None:
+            return self.account, None
+        claim = self.users.claim(name)
+        opened.callback(os.close, claim.descriptor)
+        return msgspec.structs.replace(self.account, user_id=claim.user_id, group_id=claim.user_id), claim
 
     async def join_group(self, guest: Guest, process_id: int) -> None:
         """Place a process that serves a guest in the guest's control group."""

@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from interlock.confinement.host_users import UserClaim
 from interlock.confinement.sandbox import Account, View, confined
 from interlock.core.errors import OperationRejected
 from interlock.core.specs import Forward
@@ -61,13 +62,13 @@ def is_installed() -> bool:
 
 
 async def start(
-    connected: int, claim: int | None, account: Account | None, subnet: UserSubnet, forwards: Sequence[Forward]
+    connected: int, claim: UserClaim | None, account: Account | None, subnet: UserSubnet, forwards: Sequence[Forward]
 ) -> NetworkProcess:
     """Start a process; return when it serves the guest and listens on the forwarded ports.
 
     Args:
         connected: a descriptor of a socket that is connected to QEMU.
-        claim: the descriptor of the claim of its user, which it keeps.
+        claim: that of its user, which it keeps.
         account: the user that it runs as; None: that of this process, which is not root then.
         subnet: its addresses.
         forwards: the ports of the host that are forwarded to the guest.
@@ -140,14 +141,14 @@ def _is_ipv4(text: str) -> bool:
 
 
 async def _run(
-    connected: int, claim: int | None, account: Account | None, words: list[str]
+    connected: int, claim: UserClaim | None, account: Account | None, words: list[str]
 ) -> tuple[int, str, NetworkProcess | None]:
     """Run passt until it has become a background process or failed.
 
     Returns:
         Its exit status, what it said, and the background process.
     """
-    descriptors = [connected] if claim is None else [connected, claim]
+    descriptors = [connected] if claim is None else [connected, claim.descriptor]
     said = os.memfd_create("passt", os.MFD_CLOEXEC)
     try:
         with _file_for(account) as record:
@@ -161,7 +162,7 @@ async def _run(
     finally:
         os.close(said)
     error = " ".join(line for line in lines if line and "syslog" not in line)
-    user_id = None if claim is None or account is None else account.user_id
+    user_id = None if claim is None else claim.user_id
     ticks = started_ticks(int(written)) if written.isdigit() else None
     process = None if ticks is None else NetworkProcess(process_id=int(written), started_ticks=ticks, user_id=user_id)
     return status, error, process

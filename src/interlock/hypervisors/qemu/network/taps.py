@@ -12,7 +12,7 @@ from typing import Final
 
 from interlock.core.errors import OperationRejected
 from interlock.core.networks import Network
-from interlock.core.specs import PRIMARY, Forward, Interface, Spec
+from interlock.core.specs import Forward, Interface, Spec
 from interlock.hypervisors.qemu.command_line import interfaces_of, is_user, network_arguments, network_name
 from interlock.hypervisors.qemu.guest import Guest
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
@@ -70,7 +70,7 @@ class Taps:
         taps: dict[str, int] = {}
         try:
             for interface in _tapped(instance_id, spec):
-                forwards = spec.forwards if interface.id == PRIMARY else ()
+                forwards = spec.forwards_of(interface)
                 taps[interface.id] = await self._plug(permit, instance_id, interface, forwards)
             yield taps
         except BaseException:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
+import re
 import socket
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
 import structlog
 
 from interlock.core.errors import HypervisorError, InterlockError, NotResponding, OperationRejected
@@ -25,17 +23,20 @@ from interlock.hypervisors.qemu.guest import UNFENCED, Guest
 from interlock.hypervisors.qemu.network import passt
 from interlock.hypervisors.qemu.network.passt import UserSubnet
 from interlock.hypervisors.qemu.network.user_rules import UserRules
-from interlock.hypervisors.qemu.process.qemu_process import has_ended, started_ticks
+from interlock.hypervisors.qemu.process.qemu_process import kill, lives
 from interlock.hypervisors.qemu.process_registry import ProcessRegistry
+from interlock.hypervisors.qemu.qmp.monitor import retrieve_exception
 from interlock.networks.connections import network_tag
 from interlock.networks.user_filter import UserFilter
 from interlock.ports import Permit
 
 _LOG = structlog.get_logger(__name__)
-_END_S: Final = 5.0
+_END_MS: Final = 5_000
 _ACCEPT_MS: Final = 5_000
 """How long QEMU may take to accept a process, in milliseconds."""
 _ANNOUNCEMENT: Final = {"initial": 50, "max": 50, "rounds": 1, "step": 10}
+_LISTENING: Final = re.compile(r"(\S+): .*listening")
+"""A network without its other end, as QEMU describes it."""
 _RETRY_CONNECT_S: Final = 0.01
 _RETRY_S: Final = 1.0
 _RETRY_MAX_S: Final = 60.0
@@ -80,16 +81,16 @@ class UserNetworks:
 
     def listen(self, folder: InstanceFolder, spec: Spec) -> dict[str, socket.socket]:
         """Return listening sockets for a new QEMU, by interface id. Raises OSError."""
-        if not self.separate:
-            return {}
-        interfaces = interfaces_of(folder.path.name, spec)
-        return {one.id: folder.listen(network_name(one.id)) for one in interfaces if is_user(one)}
+        return {one.id: folder.listen(network_name(one.id)) for one in self._served(folder.path.name, spec)}
+
+    def _served(self, instance_id: str, spec: Spec) -> list[Interface]:
+        """Return the interfaces that have a process."""
+        return [one for one in interfaces_of(instance_id, spec) if self.separate and is_user(one)]
 
     async def connect_all(self, guest: Guest, spec: Spec) -> None:
         """Start the processes of a new QEMU. Raises as `connect`."""
-        for interface in interfaces_of(guest.instance_id, spec):
-            if self.separate and is_user(interface):
-                await self.connect(guest, interface, spec.forwards if interface.id == PRIMARY else ())
+        for interface in self._served(guest.instance_id, spec):
+            await self.connect(guest, interface, spec.forwards_of(interface))
 
     async def connect(self, guest: Guest, interface: Interface, forwards: Sequence[Forward] = ()) -> None:
         """Start the process of an interface, unless it runs; QEMU listens.
@@ -98,7 +99,9 @@ class UserNetworks:
             OperationRejected: a forwarded port is in use, or it did not start.
         """
         # A process that was begun is recorded, also if who wants it is cancelled.
-        await asyncio.shield(self._registry.run_in_background(self._connect(guest, interface, forwards)))
+        connecting = self._registry.run_in_background(self._connect(guest, interface, forwards))
+        connecting.add_done_callback(retrieve_exception)
+        await asyncio.shield(connecting)
 
     async def _connect(self, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
         async with self._lock(guest.instance_id, interface.id):
@@ -200,9 +203,9 @@ class UserNetworks:
         with contextlib.suppress(HypervisorError):
             spec = guest.folder.spec()
             described = str(await guest.query("human-monitor-command", **{"command-line": "info network"}))
+            listening = set(_LISTENING.findall(described))
             for interface in () if spec is None else interfaces_of(guest.instance_id, spec):
-                name = network_name(interface.id)
-                if any(name in line and "listening" in line for line in described.splitlines()):
+                if (name := network_name(interface.id)) in listening:
                     self.lost(guest, name)
 
     async def _reconnect(self, guest: Guest, name: str) -> None:
@@ -217,7 +220,7 @@ class UserNetworks:
             try:
                 async with self._lock(guest.instance_id, found.id):
                     if not self._runs(guest.folder, found.id):
-                        await self._replace(guest, found, spec.forwards if found.id == PRIMARY else ())
+                        await self._replace(guest, found, spec.forwards_of(found))
             except (InterlockError, OSError) as error:
                 _LOG.warning(
                     "user network not restored", instance=guest.instance_id, interface=found.id, why=str(error)
@@ -229,13 +232,9 @@ class UserNetworks:
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
     async def _start(self, guest: Guest, interface: Interface, forwards: Sequence[Forward]) -> None:
-        registry, account, claim, user_id = self._registry, self._registry.account, None, None
         with contextlib.ExitStack() as opened, guest.folder.os_errors_rejected():
-            if account is not None and registry.users is not None:
-                claimed = registry.users.claim(f"{guest.instance_id}/{interface.id}")
-                opened.callback(os.close, claimed.descriptor)
-                claim, user_id = claimed.descriptor, claimed.user_id
-                account = msgspec.structs.replace(account, user_id=claimed.user_id, group_id=claimed.user_id)
+            account, claim = self._registry.claim_user(f"{guest.instance_id}/{interface.id}", opened)
+            user_id = None if claim is None else claim.user_id
             key = guest.instance_id, interface.id
             await self._rules.allow(key, user_id, outbound=_outbound(interface))
             connected = opened.enter_context(await self._connected(guest, network_name(interface.id)))
@@ -243,7 +242,7 @@ class UserNetworks:
                 connected.fileno(), claim, account, UserSubnet(start=user_subnet(interface.id)), forwards
             )
             guest.folder.write_network_process(interface.id, process)
-        await registry.join_group(guest, process.process_id)
+        await self._registry.join_group(guest, process.process_id)
 
     async def _connected(self, guest: Guest, name: str) -> socket.socket:
         """Connect to the socket of a network, where a process that ended may still be waiting to be accepted."""
@@ -277,7 +276,7 @@ def _outbound(interface: Interface) -> bool:
 
 
 def _lives(process: NetworkProcess) -> bool:
-    return started_ticks(process.process_id) == process.started_ticks and not has_ended(process.process_id)
+    return lives(process.process_id, process.started_ticks)
 
 
 async def _kill_if_possible(instance_id: str, process: NetworkProcess) -> None:
@@ -293,19 +292,5 @@ async def _kill(process: NetworkProcess) -> None:
     Raises:
         NotResponding: it does not end in time.
     """
-    try:
-        descriptor = os.pidfd_open(process.process_id)
-    except ProcessLookupError:
-        return
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    try:
-        if _lives(process):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            loop.add_reader(descriptor, ended.set)
-            async with asyncio.timeout(_END_S):
-                await ended.wait()
-    except TimeoutError:
-        raise NotResponding(f"Process {process.process_id} was killed and has not ended.") from None
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+    if not await asyncio.to_thread(kill, process.process_id, process.started_ticks, _END_MS):
+        raise NotResponding(f"Process {process.process_id} was killed and has not ended.")

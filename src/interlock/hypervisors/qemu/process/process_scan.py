@@ -8,10 +8,6 @@ process cannot be read without privileges; such a process is not found.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,7 +15,7 @@ from typing import Final
 import msgspec
 
 from interlock.confinement.sandbox import BWRAP
-from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, has_ended, started_ticks
+from interlock.hypervisors.qemu.process.qemu_process import FIRST_DESCRIPTOR, kill, lives, started_ticks
 
 _INSTANCE: Final = "INTERLOCK_GUEST_INSTANCE"
 _HOST: Final = "INTERLOCK_GUEST_HOST_ID"
@@ -92,21 +88,11 @@ class FoundGuest(msgspec.Struct, frozen=True, kw_only=True):
 
     def lives(self) -> bool:
         """Whether the process exists and is not a zombie."""
-        return started_ticks(self.process_id) == self.started_ticks and not has_ended(self.process_id)
+        return lives(self.process_id, self.started_ticks)
 
     def kill(self, wait_ms: int = 0) -> bool:
         """Send SIGKILL; return whether the process has ended within the time."""
-        with contextlib.suppress(ProcessLookupError):
-            process = os.pidfd_open(self.process_id)
-            try:
-                if self.lives():  # the id may have been reused
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
-                    poll = select.poll()
-                    poll.register(process, select.POLLIN)
-                    return bool(poll.poll(wait_ms))
-            finally:
-                os.close(process)
-        return True
+        return kill(self.process_id, self.started_ticks, wait_ms)
 
 
 def find_guests() -> Iterator[FoundGuest]:

@@ -119,6 +119,26 @@ def has_ended(process_id: int) -> bool:
     return not fields or fields[0] in {b"Z", b"X"}
 
 
+def lives(process_id: int, ticks: int) -> bool:
+    """Whether the process with that start time exists and is not a zombie: its id may have been reused."""
+    return started_ticks(process_id) == ticks and not has_ended(process_id)
+
+
+def kill(process_id: int, ticks: int, wait_ms: int = 0) -> bool:
+    """Send SIGKILL to the process with that start time; return whether it has ended within the time. Blocks for it."""
+    with contextlib.suppress(ProcessLookupError):
+        process = os.pidfd_open(process_id)
+        try:
+            if lives(process_id, ticks):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                poll = select.poll()
+                poll.register(process, select.POLLIN)
+                return bool(poll.poll(wait_ms))
+        finally:
+            os.close(process)
+    return True
+
+
 def is_stopped(process_id: int) -> bool:
     """Whether a signal stopped the process (SIGSTOP)."""
     fields = _stat(process_id)

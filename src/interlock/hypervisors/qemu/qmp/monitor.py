@@ -150,7 +150,7 @@ class Monitor:
         task = asyncio.ensure_future(self._client.execute(command, arguments or None))
         self._unanswered.add(task)
         task.add_done_callback(self._unanswered.discard)
-        task.add_done_callback(_retrieve_exception)
+        task.add_done_callback(retrieve_exception)
         return task
 
     async def _answer(self, task: asyncio.Task[Any]) -> Any:
@@ -209,7 +209,7 @@ def _no_event(_event: object) -> bool:
     return False
 
 
-def _retrieve_exception(task: asyncio.Task[Any]) -> None:
+def retrieve_exception(task: asyncio.Task[Any]) -> None:
     """Retrieve the exception, so that it is not logged if the worker was cancelled."""
     if not task.cancelled():
         task.exception()
