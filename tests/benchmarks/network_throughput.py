@@ -24,6 +24,7 @@ from interlock.guests import small_guest
 from interlock.images.image_folder import GuestFiles
 from interlock.networks.host_networks import HostNetworks
 from networks.namespaces import Namespace
+from small_guests import packages_folder
 
 _ROUNDS: Final = 5
 _MIB: Final = 1 << 20
@@ -46,7 +47,7 @@ def measure(folder: Path, scale: float) -> dict[str, float]:
 
 
 async def _measure(folder: Path, rounds: int) -> dict[str, float]:
-    files = small_guest.build(Path.home() / ".cache" / "interlock-tests" / "packages")
+    files = small_guest.build(packages_folder())
     host, server = Namespace(), Namespace()
     networks = HostNetworks(f"b{os.getpid() & 0xFFFFF:05x}", folder)
     host.ip("link add up0 type veth peer name eth0")

@@ -17,12 +17,12 @@ from msgspec.structs import replace
 
 from conformance.hypervisor import GivenPermit
 from conformance.qemu_workbench import QemuWorkbench, opened, two_benches
-from hypervisors.test_seeded_guest import cache_folder
 from interlock.core.errors import HypervisorError
 from interlock.core.records import Forward, Spec
 from interlock.core.states import PowerState
 from interlock.guests.small_guest import build
 from interlock.images.image_folder import ImageFolder
+from small_guests import packages_folder
 from waiting import PATIENCE_S
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
@@ -92,7 +92,7 @@ class Journey:
 async def journey(
     benches: tuple[QemuWorkbench, QemuWorkbench], tmp_path: Path, unused_tcp_port_factory: Any
 ) -> AsyncIterator[Journey]:
-    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, cache_folder())).build_small(
+    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, packages_folder())).build_small(
         "small", "small"
     )
     spec = Spec(image=image, memory_mib=128, root_gib=1)

@@ -18,12 +18,12 @@ from typing import Any, Final, Self
 
 import pytest
 
-from hypervisors.test_seeded_guest import cache_folder
 from interlock.guests.small_guest import build
 from networks.namespaces import Namespace
 from processes.real_fleet import Fleet
 from processes.real_server import guests_in
 from processes.slow_link import SlowLink
+from small_guests import packages_folder
 from waiting import until
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb", "dnsmasq", "nft")
@@ -165,7 +165,7 @@ class Site:
 
     def prepare(self) -> None:
         """Add the small guest, a network on the bridge br0 of the hosts, and a managed one."""
-        built = build(cache_folder())
+        built = build(packages_folder())
         client = self.fleet.server.client
         with built.kernel.open("rb") as kernel, built.initrd.open("rb") as initrd:
             form = {"name": "small", "kind": "kernel", "cmdline": built.cmdline}

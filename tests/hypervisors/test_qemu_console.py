@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+import small_guests
 from benchmarks.nano_guest import GREETING, MEMORY_MIB, nano_guest
 from conformance.hypervisor import GivenPermit, Told
 from interlock.core.errors import GuestNotFound, OperationRejected
-from interlock.core.records import GuestEvent, Image, Spec
-from interlock.guests import small_guest
+from interlock.core.records import GuestEvent, Spec
 from interlock.hypervisors.qemu import guest_agent
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.console import console_log
@@ -84,20 +83,7 @@ def nano(tmp_path: Path) -> Spec:
 def small() -> Spec:
     if not all(map(shutil.which, ("apt-get", "apt-cache", "dpkg-deb"))):
         pytest.skip("apt is not on this system")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    built = small_guest.build(Path(base) / "interlock-tests" / "packages")
-    image = Image(
-        id="small",
-        name="small",
-        kind="kernel",
-        format="raw",
-        path=str(built.kernel),
-        initrd=str(built.initrd),
-        cmdline=built.cmdline,
-        size_bytes=1,
-        sha256="",
-    )
-    return Spec(image=image, memory_mib=128)
+    return small_guests.small_spec()
 
 
 async def test_the_console_is_logged_also_while_nobody_looks_on(host: Host, nano: Spec) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import msgspec
 import pytest
 
+import small_guests
 from benchmarks.nano_guest import GREETING
 from conformance.hypervisor import GivenPermit, Told
 from conformance.qemu_workbench import QemuWorkbench, opened
 from interlock.core.errors import GuestNotFound, HypervisorError, NotResponding, OperationRejected
-from interlock.core.records import Forward, GuestEvent, Image, Spec
+from interlock.core.records import Forward, GuestEvent, Spec
 from interlock.core.states import PowerState
-from interlock.guests import small_guest
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.files.instance_folder import Phase, Saving
 from interlock.hypervisors.qemu.memory.saved_memory import SavedMemory
@@ -137,21 +137,9 @@ async def test_a_guest_goes_on_counting_and_does_not_boot_again(
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is not on this system")
 async def test_a_linux_goes_on_in_its_own_time(hypervisor: QemuHypervisor, host: QemuWorkbench) -> None:
     """Same boot id, a counter and an uptime that go on, its disk and its network; one boot line on the console."""
-    built = small_guest.build(packages_folder())
-    image = Image(
-        id="s",
-        name="s",
-        kind="kernel",
-        path=str(built.kernel),
-        initrd=str(built.initrd),
-        cmdline=built.cmdline,
-        size_bytes=1,
-        sha256="",
-    )
     port = free_port()
-    spec = Spec(
-        image=image, memory_mib=128, disks=(host.disk("v1"),), forwards=(Forward(host_port=port, guest_port=80),)
-    )
+    forwards = (Forward(host_port=port, guest_port=80),)
+    spec = msgspec.structs.replace(small_guests.small_spec(), disks=(host.disk("v1"),), forwards=forwards)
     await hypervisor.define(PERMIT, "one", spec)
     await hypervisor.power_on(PERMIT, "one", spec)
     before = await status(port)
@@ -165,11 +153,6 @@ async def test_a_linux_goes_on_in_its_own_time(hypervisor: QemuHypervisor, host:
         while (await status(port))["counter"] <= before["counter"]:
             pass
     assert host.instance_folder("one").console.read_text().count("interlock-guest: up") == 1
-
-
-def packages_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "interlock-tests" / "packages"
 
 
 def free_port() -> int:

@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import small_guests
 from conformance.hypervisor import GivenPermit, Told
 from interlock.core.errors import OperationRejected
 from interlock.core.networks import Network, NetworkKind, mac_of
-from interlock.core.records import Image, Spec
+from interlock.core.records import Spec
 from interlock.core.specs import PRIMARY, Forward, Interface
-from interlock.guests import small_guest
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.process.qemu_process import has_ended
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -37,19 +37,7 @@ ONE = "one"
 
 @pytest.fixture(scope="module")
 def small_spec() -> Spec:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    built = small_guest.build(Path(base) / "interlock-tests" / "packages")
-    image = Image(
-        id="small",
-        name="small",
-        kind="kernel",
-        path=str(built.kernel),
-        initrd=str(built.initrd),
-        cmdline=built.cmdline,
-        size_bytes=1,
-        sha256="0",
-    )
-    return Spec(image=image, memory_mib=128)
+    return small_guests.small_spec()
 
 
 class Machine:

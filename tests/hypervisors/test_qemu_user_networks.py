@@ -16,12 +16,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import small_guests
 from conformance.hypervisor import GivenPermit, Told
 from interlock.core.errors import OperationRejected
 from interlock.core.networks import mac_of
-from interlock.core.records import Forward, Image, Interface, Spec
+from interlock.core.records import Forward, Interface, Spec
 from interlock.core.specs import PRIMARY
-from interlock.guests import small_guest
 from interlock.hypervisors.qemu.adapter import QemuHypervisor
 from interlock.hypervisors.qemu.network import passt
 from interlock.hypervisors.qemu.settings import QemuSettings
@@ -41,19 +41,7 @@ FIRST = Interface(id=PRIMARY, mac=mac_of(ONE))
 
 @pytest.fixture(scope="module")
 def spec() -> Spec:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    built = small_guest.build(Path(base) / "interlock-tests" / "packages")
-    image = Image(
-        id="small",
-        name="small",
-        kind="kernel",
-        path=str(built.kernel),
-        initrd=str(built.initrd),
-        cmdline=built.cmdline,
-        size_bytes=1,
-        sha256="0",
-    )
-    return Spec(image=image, memory_mib=128)
+    return small_guests.small_spec()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from conformance.qemu_workbench import QemuWorkbench
 from interlock.core.records import Seed, Spec
 from interlock.guests.small_guest import build
 from interlock.images.image_folder import ImageFolder
+from small_guests import packages_folder
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 pytestmark = [
@@ -23,14 +23,8 @@ pytestmark = [
 PERMIT = GivenPermit()
 
 
-def cache_folder() -> Path:
-    """That of the small guest's own tests."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "interlock-tests" / "packages"
-
-
 async def test_a_small_guest_takes_its_seed_to_heart(host: QemuWorkbench, tmp_path: Path) -> None:
-    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, cache_folder())).build_small(
+    image = await ImageFolder(tmp_path / "images", small_guest=partial(build, packages_folder())).build_small(
         "small", "small"
     )
     seed = Seed(hostname="web-1", user_data="#!/bin/sh\necho told to $(hostname)\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from interlock.guests import small_disk
 from interlock.guests.small_guest import build
 from interlock.images.image_folder import ImageFolder
 from interlock.images.kernel_payload import UnreadableKernel
+from small_guests import packages_folder
 
 NEEDED = ("qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb")
 REAL = [
@@ -90,8 +90,7 @@ async def host(tmp_path: Path) -> AsyncIterator[QemuWorkbench]:
 
 @pytest.fixture
 async def image(tmp_path: Path) -> Image:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    images = ImageFolder(tmp_path / "images", small_guest=partial(build, Path(base) / "interlock-tests" / "packages"))
+    images = ImageFolder(tmp_path / "images", small_guest=partial(build, packages_folder()))
     return await images.build_small("small", "small", "disk")
 
 

@@ -22,6 +22,7 @@ from interlock.core.records import Seed
 from interlock.guests import packages, small_guest
 from interlock.images import cloud_init
 from interlock.images.image_folder import GuestFiles
+from small_guests import packages_folder
 from waiting import PATIENCE_S
 
 QEMU = shutil.which("qemu-system-x86_64")
@@ -96,15 +97,9 @@ def test_packages_that_are_asked_for_together_are_looked_up_once(
     assert (tmp_path / "calls").read_text().splitlines() == ["show --no-all-versions absent kernel busybox"]
 
 
-def cache_folder() -> Path:
-    """Kept between runs, so that the packages are downloaded once."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "interlock-tests" / "packages"
-
-
 @pytest.fixture(scope="module")
 def guest() -> GuestFiles:
-    return small_guest.build(cache_folder())
+    return small_guest.build(packages_folder())
 
 
 class Console:
@@ -232,7 +227,7 @@ class TestBuilt:
 
     @pytest.mark.long
     def test_the_same_packages_make_the_same_bytes(self, guest: GuestFiles, tmp_path: Path) -> None:
-        for package in cache_folder().glob("*.deb"):
+        for package in packages_folder().glob("*.deb"):
             (tmp_path / package.name).hardlink_to(package)
         again = small_guest.build(tmp_path)
         assert again.kernel.parent.name == guest.kernel.parent.name
@@ -243,7 +238,7 @@ class TestBuilt:
         self, guest: GuestFiles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(packages, "read_members", None)
-        assert small_guest.build(cache_folder()) == guest
+        assert small_guest.build(packages_folder()) == guest
 
     def test_its_kernel_spends_no_time_on_signatures_of_its_own_modules(self, guest: GuestFiles) -> None:
         archive = guest.initrd.read_bytes()
@@ -256,7 +251,7 @@ class TestBuilt:
         stand_in(tmp_path, "apt-cache", "exit 100")
         stand_in(tmp_path, "apt-get", "exit 100")
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert small_guest.build(cache_folder()) == guest
+        assert small_guest.build(packages_folder()) == guest
 
 
 @pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.test_seeded_guest import cache_folder
+from small_guests import packages_folder
 from soak import Soak
 from soak.faults import FROZEN, FULL
 from soak.identities import IDENTITIES
@@ -25,7 +25,7 @@ AT_LEAST = {"kills of the server": 3, ACKNOWLEDGED: 80, FROZEN: 1, EARLY: 1, FUL
 
 
 def test_nothing_is_stuck_doubled_damaged_or_left_over_after_random_operations_and_kills() -> None:
-    packages = cache_folder()
+    packages = packages_folder()
     with tempfile.TemporaryDirectory(prefix="interlock-soak-") as name:
         folder = Path(name)
         folder.chmod(0o711)  # QEMU runs as another user if we are root

@@ -24,6 +24,7 @@ from networks.conftest import Host, host_namespace
 from networks.namespaces import Namespace, processes_with
 from processes.preloaded import NETWORK
 from processes.real_server import RealServer, end_guests, guests_in
+from small_guests import packages_folder
 from tiers import only_long
 from waiting import PATIENCE_S, until
 
@@ -44,9 +45,7 @@ class Site:
         settings = {NETWORK: path, "INTERLOCK_DRIVER_GUEST_SHUTDOWN_TIMEOUT_MS": "200"}
         self.server = RealServer(folder / "data", settings)
         self.server.start()
-        guest = small_guest.build(
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interlock-tests" / "packages"
-        )
+        guest = small_guest.build(packages_folder())
         with guest.kernel.open("rb") as kernel, guest.initrd.open("rb") as initrd:
             form = {"name": "small", "kind": "kernel", "cmdline": guest.cmdline}
             self.send("/v1/images", data=form, files={"kernel": kernel, "initrd": initrd})
